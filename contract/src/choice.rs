@@ -1,0 +1,110 @@
+//! String attributes with a fixed set of values.
+
+use std::{fmt, str::FromStr};
+
+/// A string that is none of an attribute's values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParseChoiceError {
+    what: &'static str,
+    got: String,
+    expected: &'static [&'static str],
+}
+
+impl fmt::Display for ParseChoiceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} is {:?}, expected one of: {}",
+            self.what,
+            self.got,
+            self.expected.join(", ")
+        )
+    }
+}
+
+impl std::error::Error for ParseChoiceError {}
+
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident, $what:literal, default $default:ident, { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$vdoc])* $variant),+ }
+
+        impl $name {
+            /// The attribute's values, as written in a model.
+            pub const VALUES: &'static [&'static str] = &[$($text),+];
+
+            /// The attribute's value, as written in a model.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+
+        impl Default for $name {
+            fn default() -> Self { Self::$default }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.write_str(self.as_str()) }
+        }
+
+        impl FromStr for $name {
+            type Err = ParseChoiceError;
+            fn from_str(s: &str) -> Result<Self, Self::Err> {
+                match s {
+                    $($text => Ok(Self::$variant),)+
+                    _ => Err(ParseChoiceError { what: $what, got: s.to_owned(), expected: Self::VALUES }),
+                }
+            }
+        }
+    };
+}
+
+choice!(
+    /// What a page summary holds and how a query head scores a page from it (attribute `selector`).
+    Selector, "selector", default Bounds, {
+        /// Elementwise minimum and maximum of the page's keys (Quest).
+        Bounds = "bounds",
+        /// Mean and standard deviation of the page's keys.
+        Moments = "moments",
+    }
+);
+
+choice!(
+    /// How the scores of a query group's heads become the page's score (attribute `group_score`).
+    GroupScore, "group_score", default Max, {
+        /// Maximum over the heads (the paper's).
+        Max = "max",
+        /// Sum over the heads of each head's softmax over the valid pages.
+        Softmax = "softmax",
+    }
+);
+
+choice!(
+    /// Which pages a decoding step reads (attribute `mode`).
+    Mode, "mode", default Retro, {
+        /// The best pages within the budget, with retrospective correction.
+        Retro = "retro",
+        /// Every page, for every token fed.
+        Dense = "dense",
+        /// Sink pages and the most recent ones within the budget (StreamingLLM).
+        Streaming = "streaming",
+    }
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_round_trip_and_the_error_names_them() {
+        for v in Selector::VALUES {
+            assert_eq!(v.parse::<Selector>().unwrap().as_str(), *v);
+        }
+        for v in Mode::VALUES {
+            assert_eq!(v.parse::<Mode>().unwrap().to_string(), *v);
+        }
+        let e = "mean".parse::<GroupScore>().unwrap_err().to_string();
+        assert_eq!(e, "group_score is \"mean\", expected one of: max, softmax");
+    }
+}

@@ -1,0 +1,39 @@
+//! Names of the graph inputs and outputs that a converted model gains.
+
+/// Graph input: int32 `[1]` (or `[B]`), an initializer 0 as its default.
+pub const RETRO_LENGTH: &str = "retro_length";
+/// Graph input: int32 `[1]` (or `[B]`), an initializer 0 as its default (0: the budget of the attributes).
+pub const PAGE_BUDGET: &str = "retro_page_budget";
+
+/// The state of a layer, beside its keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    PageSummary,
+    PageSteps,
+    Outputs,
+    Lse,
+}
+
+impl State {
+    /// In the order of the operator's inputs and outputs.
+    pub const ALL: [State; 4] = [State::PageSummary, State::PageSteps, State::Outputs, State::Lse];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            State::PageSummary => "page_summary",
+            State::PageSteps => "page_steps",
+            State::Outputs => "outputs",
+            State::Lse => "lse",
+        }
+    }
+}
+
+/// Name of a layer's state input: `past_retro.N.page_summary` and so on.
+pub fn past(layer: usize, state: State) -> String {
+    format!("past_retro.{layer}.{}", state.as_str())
+}
+
+/// Name of a layer's state output: `present_retro.N.page_summary` and so on.
+pub fn present(layer: usize, state: State) -> String {
+    format!("present_retro.{layer}.{}", state.as_str())
+}

@@ -1,0 +1,136 @@
+//! The interface of the ONNX operator `ai.retro::RetroAttention`, version 1: names, indices, defaults and the few formulas
+//! that the plugin (`op/`), the converter (`export/`) and the runner (`runner/`) must agree on.
+//!
+//! docs/operator.md describes the operator; this crate is its one place in code. It depends on nothing.
+
+mod budget;
+mod choice;
+pub mod graph;
+pub mod metadata;
+
+pub use budget::{Budget, budget_pages, pages_for};
+pub use choice::{GroupScore, Mode, ParseChoiceError, Selector};
+
+/// ONNX domain of the operator.
+pub const DOMAIN: &str = "ai.retro";
+/// ONNX operator type.
+pub const OP_TYPE: &str = "RetroAttention";
+/// Version of the domain's operator set, as in a model's `opset_import`.
+pub const OPSET_VERSION: i64 = 1;
+
+/// Input slots. `T` is float32, float16 or bfloat16; B batch, S tokens fed, C cache capacity, P pages, D head size.
+pub mod input {
+    /// T `[B, S, Hq*D]`, or packed `[B, S, (Hq+2*Hkv)*D]` when key and value are absent.
+    pub const QUERY: usize = 0;
+    /// T `[B, S, Hkv*D]`, optional.
+    pub const KEY: usize = 1;
+    /// T `[B, S, Hkv*D]`, optional.
+    pub const VALUE: usize = 2;
+    /// T `[B, Hkv, C, D]`: keys after RoPE.
+    pub const PAST_KEY: usize = 3;
+    /// T `[B, Hkv, C, D]`.
+    pub const PAST_VALUE: usize = 4;
+    /// int32 `[B]`: valid tokens after this call, minus 1.
+    pub const SEQLENS_K: usize = 5;
+    /// int32 scalar or `[1]`, on the CPU: the largest valid length after this call, or an upper bound.
+    pub const TOTAL_SEQUENCE_LENGTH: usize = 6;
+    /// T `[M, rotary_dim/2]`, optional.
+    pub const COS_CACHE: usize = 7;
+    /// T `[M, rotary_dim/2]`, optional.
+    pub const SIN_CACHE: usize = 8;
+    /// int32 scalar, `[1]` or `[B]`, on the CPU: retrospective tokens among the S fed; -1 is prefill.
+    pub const RETRO_LENGTH: usize = 9;
+    /// T `[B, Hkv, P, 2, D]`.
+    pub const PAST_PAGE_SUMMARY: usize = 10;
+    /// int32 `[B, Hkv, P]`.
+    pub const PAST_PAGE_STEPS: usize = 11;
+    /// float32 `[B, R, Hq, D]`, R = max(window-1, 1).
+    pub const PAST_OUTPUTS: usize = 12;
+    /// float32 `[B, R, Hq]`.
+    pub const PAST_LSE: usize = 13;
+    /// int32 `[B]` (or `[1]` for the whole batch), optional: pages per KV head for this step; 0: from the attributes.
+    pub const PAGE_BUDGET: usize = 14;
+    /// T `[Hq]`, optional: a softmax logit without a value.
+    pub const HEAD_SINK: usize = 15;
+    pub const COUNT: usize = 16;
+    /// Names for messages, in slot order.
+    pub const NAMES: [&str; COUNT] = [
+        "query",
+        "key",
+        "value",
+        "past_key",
+        "past_value",
+        "seqlens_k",
+        "total_sequence_length",
+        "cos_cache",
+        "sin_cache",
+        "retro_length",
+        "past_page_summary",
+        "past_page_steps",
+        "past_outputs",
+        "past_lse",
+        "page_budget",
+        "head_sink",
+    ];
+}
+
+/// Output slots; shapes and types are those of the matching inputs.
+pub mod output {
+    /// T `[B, S, Hq*D]`.
+    pub const OUTPUT: usize = 0;
+    pub const PRESENT_KEY: usize = 1;
+    pub const PRESENT_VALUE: usize = 2;
+    pub const PRESENT_PAGE_SUMMARY: usize = 3;
+    pub const PRESENT_PAGE_STEPS: usize = 4;
+    pub const PRESENT_OUTPUTS: usize = 5;
+    pub const PRESENT_LSE: usize = 6;
+    pub const COUNT: usize = 7;
+    /// Names for messages, in slot order.
+    pub const NAMES: [&str; COUNT] = [
+        "output",
+        "present_key",
+        "present_value",
+        "present_page_summary",
+        "present_page_steps",
+        "present_outputs",
+        "present_lse",
+    ];
+}
+
+/// Attribute names.
+pub mod attribute {
+    pub const NUM_HEADS: &str = "num_heads";
+    pub const KV_NUM_HEADS: &str = "kv_num_heads";
+    pub const SCALE: &str = "scale";
+    pub const SOFTCAP: &str = "softcap";
+    pub const DO_ROTARY: &str = "do_rotary";
+    pub const ROTARY_INTERLEAVED: &str = "rotary_interleaved";
+    pub const LOCAL_WINDOW_SIZE: &str = "local_window_size";
+    pub const PAGE_SIZE: &str = "page_size";
+    pub const WINDOW: &str = "window";
+    pub const BUDGET_RATIO: &str = "budget_ratio";
+    pub const BUDGET_MIN_PAGES: &str = "budget_min_pages";
+    pub const SINK_PAGES: &str = "sink_pages";
+    pub const SELECTOR: &str = "selector";
+    pub const GROUP_SCORE: &str = "group_score";
+    pub const SELECTOR_LAMBDA: &str = "selector_lambda";
+    pub const MODE: &str = "mode";
+}
+
+/// Attribute defaults (the paper's) and bounds.
+pub mod limits {
+    pub const PAGE_SIZE: usize = 16;
+    pub const PAGE_SIZE_MIN: usize = 8;
+    pub const PAGE_SIZE_MAX: usize = 128;
+    pub const WINDOW: usize = 2;
+    pub const WINDOW_MAX: usize = 64;
+    pub const BUDGET_RATIO: f32 = 0.15;
+    pub const BUDGET_MIN_PAGES: usize = 4;
+    pub const SINK_PAGES: usize = 1;
+    pub const SELECTOR_LAMBDA: f32 = 2.5;
+}
+
+/// Slots of the output cache for a window: the last w-1 positions, and at least one so that the tensor is never empty.
+pub const fn ring_slots(window: usize) -> usize {
+    if window > 1 { window - 1 } else { 1 }
+}

@@ -1,0 +1,16 @@
+//! Keys of a converted model's `metadata_props`.
+
+/// Version of the operator's contract: "1".
+pub const VERSION: &str = "retro.version";
+/// The window w, as the attribute.
+pub const WINDOW: &str = "retro.window";
+pub const PAGE_SIZE: &str = "retro.page_size";
+/// As [`crate::Budget`] prints it: "0.15" or "2048".
+pub const BUDGET: &str = "retro.budget";
+pub const SINK_PAGES: &str = "retro.sink_pages";
+pub const SELECTOR: &str = "retro.selector";
+pub const GROUP_SCORE: &str = "retro.group_score";
+/// Layers that carry a RetroAttention node, comma-separated: "0,1,2".
+pub const LAYERS: &str = "retro.layers";
+/// Those of them whose mode is "dense", comma-separated; empty when there are none.
+pub const DENSE_LAYERS: &str = "retro.dense_layers";
