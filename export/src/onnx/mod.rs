@@ -1,0 +1,14 @@
+//! ONNX files: the messages, reading by mapping, writing by streaming, external data.
+//!
+//! A model of any size is read and written with almost no heap: its weights are [`bytes::Bytes`] that point into the
+//! mapped file, and go from there straight to the output.
+
+mod build;
+mod messages;
+mod read;
+mod stream;
+mod write;
+
+pub use messages::*;
+pub use read::{LoadedModel, folder_of, read_model};
+pub use write::{MAX_MODEL_BYTES, write_model};

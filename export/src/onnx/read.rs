@@ -1,0 +1,161 @@
+//! A model from a file, mapped: weights stay slices of the mapping.
+
+use super::{
+    messages::ModelProto,
+    stream::{Sink, Stream},
+};
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use prost::Message;
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
+
+/// A model and the file it came from.
+pub struct LoadedModel {
+    pub model: ModelProto,
+    /// The file as it was named.
+    pub path: PathBuf,
+    /// Length of the file in bytes.
+    pub len: u64,
+}
+
+impl LoadedModel {
+    /// The folder that external data is looked up in.
+    pub fn folder(&self) -> &Path {
+        folder_of(&self.path)
+    }
+}
+
+/// The folder of a file; "." for a bare name.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// Reads a model without copying its weights, and makes sure that writing it unchanged would give the same bytes.
+///
+/// # Errors
+/// The file is absent, not a regular file, empty, not an ONNX model, or holds something these messages can't represent
+/// (it would be lost on writing).
+pub fn read_model(path: &Path) -> Result<LoadedModel> {
+    let bytes = map(path)?;
+    let model = ModelProto::decode(bytes.clone())
+        .map_err(|e| anyhow::anyhow!("{} is not an ONNX model, or is cut short: {e}", path.display()))?;
+    if model.graph.is_none() {
+        bail!("{} is not an ONNX model: it has no graph", path.display());
+    }
+    if !writes_back_as(&model, &bytes) {
+        bail!(
+            "{} holds fields or an encoding that this version doesn't know and would lose; save it again with a current \
+             onnx package (onnx.save(onnx.load(...)))",
+            path.display()
+        );
+    }
+    Ok(LoadedModel {
+        model,
+        path: path.to_owned(),
+        len: bytes.len() as u64,
+    })
+}
+
+fn map(path: &Path) -> Result<Bytes> {
+    let shown = path.display();
+    let file = File::open(path).with_context(|| format!("cannot open {shown}"))?;
+    let meta = file.metadata().with_context(|| format!("cannot read {shown}"))?;
+    if !meta.is_file() {
+        bail!("{shown} is not a file");
+    }
+    if meta.len() == 0 {
+        bail!("{shown} is empty");
+    }
+    // SAFETY: the mapping is read-only and private. What this program writes goes to a new file that is renamed, so it
+    // never changes a mapped one; a model that someone else rewrites in place while it is read is out of our hands, as
+    // for every program that maps files.
+    let mapping = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {shown}"))?;
+    Ok(Bytes::from_owner(mapping))
+}
+
+/// Whether encoding the model gives exactly these bytes.
+fn writes_back_as(model: &ModelProto, bytes: &Bytes) -> bool {
+    if model.encoded_len() != bytes.len() {
+        return false;
+    }
+    let mut stream = Stream::new(Compare { rest: bytes });
+    model.encode(&mut stream).is_ok() && stream.finish().is_ok_and(|c| c.rest.is_empty())
+}
+
+struct Compare<'a> {
+    rest: &'a [u8],
+}
+
+impl Sink for Compare<'_> {
+    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self.rest.split_at_checked(bytes.len()) {
+            // The same address at the same place: a slice of the file itself, nothing to read.
+            Some((head, rest)) if std::ptr::eq(head, bytes) || head == bytes => {
+                self.rest = rest;
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{GraphProto, NodeProto, TensorProto};
+
+    fn sample() -> ModelProto {
+        let graph = GraphProto {
+            node: vec![NodeProto::new("", "Identity", "n", &["w"], &["y"])],
+            initializer: vec![TensorProto::floats("w", &[3000], &[0.5; 3000])],
+            ..Default::default()
+        };
+        ModelProto {
+            ir_version: Some(10),
+            graph: Some(graph),
+            ..Default::default()
+        }
+    }
+
+    fn error_of(bytes: &[u8]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.onnx");
+        std::fs::write(&path, bytes).unwrap();
+        read_model(&path).err().map_or_else(String::new, |e| format!("{e:#}"))
+    }
+
+    #[test]
+    fn weights_are_slices_of_the_mapping() {
+        let bytes = Bytes::from(sample().encode_to_vec());
+        let model = ModelProto::decode(bytes.clone()).unwrap();
+        let raw = model.graph.unwrap().initializer[0].raw_data.clone().unwrap();
+        assert!(bytes.as_ptr_range().contains(&raw.as_ptr()));
+        assert_eq!(error_of(&bytes), "");
+    }
+
+    #[test]
+    fn a_field_that_would_be_lost_is_refused() {
+        let mut bytes = sample().encode_to_vec();
+        bytes.extend([0xfa, 0x3e, 1, b'x']); // field 1007, length-delimited
+        assert!(error_of(&bytes).contains("would lose"));
+    }
+
+    #[test]
+    fn what_is_not_a_model_is_refused() {
+        assert!(error_of(b"").contains("is empty"));
+        assert!(error_of(b"not an onnx file at all").contains("not an ONNX model"));
+        assert!(error_of(&sample().encode_to_vec()[..2000]).contains("cut short"));
+        assert!(error_of(&[8, 10]).contains("no graph"));
+        let folder = tempfile::tempdir().unwrap();
+        let error = |p: &Path| format!("{:#}", read_model(p).err().unwrap());
+        assert!(error(folder.path()).contains("is not a file"));
+        assert!(error(&folder.path().join("none.onnx")).contains("cannot open"));
+    }
+}

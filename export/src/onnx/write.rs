@@ -1,0 +1,157 @@
+//! A model to a file, streamed, whole or not at all.
+
+use super::{
+    messages::ModelProto,
+    read::folder_of,
+    stream::{Sink, Stream},
+};
+use anyhow::{Context, Result, bail};
+use prost::Message;
+use std::{
+    fs::File,
+    io::{self, Write},
+    path::Path,
+};
+
+/// Protobuf's own limit, which ONNX Runtime enforces.
+pub const MAX_MODEL_BYTES: usize = (1 << 31) - 1;
+
+/// Writes a model to a new file beside the target, syncs it, and renames it over the target: at every moment the target
+/// is the old file or the whole new one. Returns the length in bytes.
+///
+/// # Errors
+/// The model is larger than protobuf's 2 GiB, the target exists and `overwrite` is false, or writing fails.
+pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result<u64> {
+    let len = model.encoded_len();
+    if len > MAX_MODEL_BYTES {
+        bail!(
+            "the model would be {len} bytes, more than the 2 GiB that an ONNX file may have; save its weights as external \
+             data first (onnx.save(..., save_as_external_data=True))"
+        );
+    }
+    write_file(target, overwrite, |file| {
+        let mut stream = Stream::new(ToFile(file));
+        model.encode(&mut stream).map_err(io::Error::other)?;
+        stream.finish()?;
+        Ok(())
+    })?;
+    Ok(len as u64)
+}
+
+/// Writes a file whole or not at all, as [`write_model`] does.
+pub(crate) fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    let shown = target.display();
+    if target.is_dir() {
+        bail!("cannot write {shown}: it is a folder");
+    }
+    let mut temp = new_file_beside(target).with_context(|| format!("cannot write {shown}"))?;
+    fill(temp.as_file_mut()).with_context(|| format!("cannot write {shown}"))?;
+    temp.as_file()
+        .sync_all()
+        .with_context(|| format!("cannot write {shown}"))?;
+    persist(temp, target, overwrite)
+}
+
+/// A temporary file in the target's folder; it is removed again unless it is persisted.
+pub(crate) fn new_file_beside(target: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".retro-export-").suffix(".tmp");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // As any new file: the user's umask decides, not the 0600 of temporary files.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(folder_of(target))
+}
+
+pub(crate) fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) -> Result<()> {
+    let shown = target.display();
+    let done = if overwrite {
+        temp.persist(target)
+    } else {
+        temp.persist_noclobber(target)
+    };
+    match done {
+        Ok(_) => {}
+        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
+            bail!("{shown} exists already; use --force to replace it")
+        }
+        Err(e) => return Err(e.error).with_context(|| format!("cannot write {shown}")),
+    }
+    sync_folder(folder_of(target));
+    Ok(())
+}
+
+/// Makes a rename last through a power cut, where the file system can; there is nothing to do if it can't.
+pub(crate) fn sync_folder(folder: &Path) {
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+}
+
+struct ToFile<'a>(&'a mut File);
+
+impl Sink for ToFile<'_> {
+    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{GraphProto, TensorProto, read_model};
+    use std::fs;
+
+    fn sample() -> ModelProto {
+        let initializer = vec![TensorProto::floats("w", &[5000], &[0.25; 5000])];
+        ModelProto {
+            graph: Some(GraphProto {
+                initializer,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_written_reads_back_and_nothing_else_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.onnx");
+        let len = write_model(&sample(), &path, false).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), sample().encode_to_vec());
+        assert_eq!(len, fs::metadata(&path).unwrap().len());
+        assert_eq!(read_model(&path).unwrap().model, sample());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_existing_file_is_replaced_only_when_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.onnx");
+        fs::write(&path, b"old").unwrap();
+        let error = write_model(&sample(), &path, false).unwrap_err().to_string();
+        assert!(error.contains("--force"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        write_model(&sample(), &path, true).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), sample().encode_to_vec());
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        fs::write(&path, b"old").unwrap();
+        let failed = write_file(&path, true, |f| {
+            f.write_all(b"half")?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(write_model(&sample(), &folder.path().join("no/such/m.onnx"), false).is_err());
+        assert!(write_model(&sample(), folder.path(), true).is_err());
+    }
+}
