@@ -1,0 +1,246 @@
+//! The shape of a Llama: what `config.json` says, checked.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+/// Hyper-parameters of a Llama-shaped decoder. All counts are at least 1.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    /// Head size D; not necessarily `hidden_size / heads`.
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    /// Rows of the cos and sin tables: the longest context.
+    pub max_positions: usize,
+    /// The output projection is the embedding, transposed.
+    pub tie_word_embeddings: bool,
+    pub bos_token_id: Option<u64>,
+    /// One or several; the first is the one that `config.json` names first.
+    pub eos_token_ids: Vec<u64>,
+    pub pad_token_id: Option<u64>,
+}
+
+impl LlamaConfig {
+    /// Reads a Hugging Face `config.json`.
+    ///
+    /// # Errors
+    /// When the file is unreadable, lacks a field, or describes something that the builder does not build (other
+    /// activations, biases, scaled RoPE).
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+        Self::from_json(&json).with_context(|| format!("{} is no Llama that can be built", path.display()))
+    }
+
+    /// As [`Self::read`], from parsed JSON.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("llama");
+        ensure!(
+            model_type == "llama",
+            "model_type is {model_type:?}, expected \"llama\""
+        );
+        let act = json.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
+        ensure!(act == "silu", "hidden_act is {act:?}, expected \"silu\"");
+        for bias in ["attention_bias", "mlp_bias"] {
+            ensure!(
+                json.get(bias).and_then(Value::as_bool) != Some(true),
+                "{bias} is not supported"
+            );
+        }
+        let count = |key: &str| -> Result<usize> {
+            match json.get(key).and_then(Value::as_u64) {
+                Some(n @ 1..=0x7fff_ffff) => Ok(n as usize),
+                _ => bail!("{key} is missing or not a positive integer"),
+            }
+        };
+        let optional = |key: &str, default: usize| {
+            if json.get(key).is_none_or(Value::is_null) {
+                Ok(default)
+            } else {
+                count(key)
+            }
+        };
+        let number = |value: Option<&Value>, key: &str| match value.and_then(Value::as_f64) {
+            Some(x) if x.is_finite() && x > 0.0 => Ok(x),
+            _ => bail!("{key} is missing or not a positive number"),
+        };
+        let hidden_size = count("hidden_size")?;
+        let heads = count("num_attention_heads")?;
+        let config = Self {
+            vocab_size: count("vocab_size")?,
+            hidden_size,
+            intermediate_size: count("intermediate_size")?,
+            layers: count("num_hidden_layers")?,
+            heads,
+            kv_heads: optional("num_key_value_heads", heads)?,
+            head_dim: optional("head_dim", hidden_size / heads)?,
+            rms_norm_eps: number(json.get("rms_norm_eps"), "rms_norm_eps")?,
+            rope_theta: rope_theta(json, number)?,
+            max_positions: count("max_position_embeddings")?,
+            tie_word_embeddings: json
+                .get("tie_word_embeddings")
+                .and_then(Value::as_bool)
+                .unwrap_or(false),
+            bos_token_id: json.get("bos_token_id").and_then(Value::as_u64),
+            eos_token_ids: ids(json.get("eos_token_id")),
+            pad_token_id: json.get("pad_token_id").and_then(Value::as_u64),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what the operators demand of the numbers.
+    pub fn check(&self) -> Result<()> {
+        let Self {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = *self;
+        for (name, n) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("layers", self.layers),
+            ("heads", heads),
+            ("kv_heads", kv_heads),
+            ("head_dim", head_dim),
+            ("max_positions", self.max_positions),
+        ] {
+            ensure!(
+                (1..=0x7fff_ffff).contains(&n),
+                "{name} is {n}, expected a positive 32-bit number"
+            );
+        }
+        ensure!(
+            heads % kv_heads == 0,
+            "{heads} heads are not a multiple of {kv_heads} key/value heads"
+        );
+        ensure!(head_dim % 2 == 0, "head size {head_dim} is odd, RoPE needs pairs");
+        Ok(())
+    }
+
+    /// The model as a Hugging Face `config.json`, for models that have no weights to come from.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos_json(&self.eos_token_ids),
+            "pad_token_id": self.pad_token_id,
+        })
+    }
+
+    /// Width of the packed query, key and value projection.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// One id as a number, several as a list, as the configuration files have it.
+pub(crate) fn eos_json(ids: &[u64]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [one] => json!(one),
+        many => json!(many),
+    }
+}
+
+fn ids(value: Option<&Value>) -> Vec<u64> {
+    match value {
+        Some(Value::Array(list)) => list.iter().filter_map(Value::as_u64).collect(),
+        Some(one) => one.as_u64().into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+/// RoPE's base, from where transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) puts it.
+fn rope_theta(json: &Value, number: impl Fn(Option<&Value>, &str) -> Result<f64>) -> Result<f64> {
+    for key in ["rope_scaling", "rope_parameters"] {
+        let Some(rope) = json.get(key).filter(|v| !v.is_null()) else {
+            continue;
+        };
+        let kind = rope
+            .get("rope_type")
+            .or_else(|| rope.get("type"))
+            .and_then(Value::as_str)
+            .unwrap_or("default");
+        ensure!(kind == "default", "{key} asks for {kind:?}, only plain RoPE is built");
+        if let Some(theta) = rope.get("rope_theta") {
+            return number(Some(theta), "rope_theta");
+        }
+    }
+    match json.get("rope_theta") {
+        None => Ok(10000.0),
+        some => number(some, "rope_theta"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn minimal() -> Value {
+        json!({"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256})
+    }
+
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        let c = LlamaConfig::from_json(&minimal()).unwrap();
+        assert_eq!((c.head_dim, c.rope_theta, c.tie_word_embeddings), (16, 10000.0, false));
+        assert!(c.eos_token_ids.is_empty());
+    }
+
+    #[test]
+    fn head_dim_may_differ_from_hidden_over_heads_and_survives_a_round_trip() {
+        let mut j = minimal();
+        j["head_dim"] = json!(32);
+        j["eos_token_id"] = json!([2, 7]);
+        j["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
+        let c = LlamaConfig::from_json(&j).unwrap();
+        assert_eq!((c.head_dim, c.qkv_width(), c.rope_theta), (32, 256, 5e5));
+        assert_eq!(c.eos_token_ids, [2, 7]);
+        assert_eq!(LlamaConfig::from_json(&c.to_json()).unwrap(), c);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (key, value) in [
+            ("hidden_act", json!("gelu")),
+            ("attention_bias", json!(true)),
+            ("model_type", json!("gpt2")),
+            ("num_key_value_heads", json!(3)),
+            ("head_dim", json!(15)),
+            ("vocab_size", json!(0)),
+            ("rope_scaling", json!({"rope_type": "llama3"})),
+            ("rms_norm_eps", json!("x")),
+        ] {
+            let mut j = minimal();
+            j[key] = value;
+            assert!(LlamaConfig::from_json(&j).is_err(), "{key}");
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! `retro-models`: the command.
+
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use retro_models::{Dtype, EXTERNAL_THRESHOLD, LlamaConfig, Options};
+
+/// Builds ONNX graphs of Llama-shaped language models.
+#[derive(Parser)]
+#[command(name = "retro-models", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build a model folder: model.onnx, its weights, genai_config.json, config.json and the tokenizer's files.
+    Build(Box<Build>),
+}
+
+#[derive(Args)]
+struct Build {
+    /// Folder with config.json, model.safetensors (Hugging Face names) and tokenizer.json.
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "random",
+        conflicts_with = "random"
+    )]
+    weights: Option<PathBuf>,
+    /// Random weights; the shape comes from the options below.
+    #[arg(long)]
+    random: bool,
+    /// Folder to write to.
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// Element type: f32 or f16.
+    #[arg(long, default_value = "f32", value_name = "TYPE")]
+    dtype: Dtype,
+    /// Weights of more than this many bytes go to model.onnx.data.
+    #[arg(long, default_value_t = EXTERNAL_THRESHOLD, value_name = "BYTES")]
+    external_threshold: u64,
+    #[command(flatten)]
+    shape: Shape,
+}
+
+/// The shape of a random model.
+#[derive(Args)]
+#[command(next_help_heading = "Shape, with --random")]
+struct Shape {
+    #[arg(long, default_value_t = 24, requires = "random", value_name = "N")]
+    layers: usize,
+    /// Query heads.
+    #[arg(long, default_value_t = 14, requires = "random", value_name = "N")]
+    heads: usize,
+    /// Key/value heads; they divide the query heads.
+    #[arg(long, default_value_t = 2, requires = "random", value_name = "N")]
+    kv_heads: usize,
+    #[arg(long, default_value_t = 64, requires = "random", value_name = "N")]
+    head_dim: usize,
+    /// Width of the residual stream [default: heads x head-dim].
+    #[arg(long, requires = "random", value_name = "N")]
+    hidden: Option<usize>,
+    /// Width of the feed-forward layer [default: 3.5 x hidden, rounded up to 64].
+    #[arg(long, requires = "random", value_name = "N")]
+    ffn: Option<usize>,
+    #[arg(long, default_value_t = 32000, requires = "random", value_name = "N")]
+    vocab: usize,
+    /// Longest context.
+    #[arg(long, default_value_t = 32768, requires = "random", value_name = "N")]
+    max_pos: usize,
+    /// RoPE's base.
+    #[arg(long, default_value_t = 500000.0, requires = "random", value_name = "X")]
+    rope_theta: f64,
+    /// The output projection is the embedding.
+    #[arg(long, requires = "random")]
+    tied: bool,
+    #[arg(long, default_value_t = 0, requires = "random", value_name = "N")]
+    seed: u64,
+}
+
+impl Shape {
+    fn config(&self) -> LlamaConfig {
+        let hidden_size = self.hidden.unwrap_or(self.heads.saturating_mul(self.head_dim));
+        LlamaConfig {
+            vocab_size: self.vocab,
+            hidden_size,
+            intermediate_size: self
+                .ffn
+                .unwrap_or((hidden_size.saturating_mul(7) / 2).div_ceil(64).saturating_mul(64)),
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            rms_norm_eps: 1e-5,
+            rope_theta: self.rope_theta,
+            max_positions: self.max_pos,
+            tie_word_embeddings: self.tied,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+        }
+    }
+}
+
+fn build(args: &Build) -> Result<()> {
+    let start = Instant::now();
+    let options = Options {
+        dtype: args.dtype,
+        external_threshold: args.external_threshold,
+    };
+    let built = if args.random {
+        retro_models::build_random(&args.shape.config(), args.shape.seed, &args.output, &options)?
+    } else {
+        let weights = args.weights.as_deref().context("give --weights DIR or --random")?;
+        retro_models::check_out(weights, &args.output)?;
+        retro_models::build(weights, &args.output, &options)?
+    };
+    eprintln!(
+        "{}: {:.1} M parameters, {:.1} MiB of weights {}, {:.1} s",
+        built.model.display(),
+        built.parameters as f64 / 1e6,
+        built.weight_bytes as f64 / (1 << 20) as f64,
+        if built.external { "in model.onnx.data" } else { "inline" },
+        start.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let Command::Build(args) = Cli::parse().command;
+    match build(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Trained weights: one `model.safetensors` or the shards that `model.safetensors.index.json` names, mapped, never copied whole.
+
+use std::{collections::HashMap, fs::File, ops::Range, path::Path};
+
+use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use serde_json::Value;
+
+/// Element types that weights are stored in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    F32,
+    F16,
+    Bf16,
+}
+
+struct Entry {
+    file: usize,
+    stored: Stored,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+/// The tensors of a folder of weights, by their Hugging Face names.
+pub struct Weights {
+    files: Vec<Mmap>,
+    entries: HashMap<String, Entry>,
+}
+
+/// One mapped tensor.
+#[derive(Clone, Copy)]
+pub struct Tensor<'a> {
+    stored: Stored,
+    bytes: &'a [u8],
+}
+
+impl Weights {
+    /// Maps the weights of `folder`.
+    ///
+    /// # Errors
+    /// When there are none, a file is damaged, or a tensor has a type other than f32, f16 or bf16.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let mut weights = Self {
+            files: Vec::new(),
+            entries: HashMap::new(),
+        };
+        let index = folder.join("model.safetensors.index.json");
+        if index.is_file() {
+            let text = std::fs::read_to_string(&index).with_context(|| format!("cannot read {}", index.display()))?;
+            let json: Value =
+                serde_json::from_str(&text).with_context(|| format!("{} is not JSON", index.display()))?;
+            let map = json.get("weight_map").and_then(Value::as_object);
+            let map = map.with_context(|| format!("{} has no weight_map", index.display()))?;
+            let mut shards: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+            shards.sort_unstable();
+            shards.dedup();
+            for shard in shards {
+                // A shard is a plain name in this folder: nothing else is opened on a file's say-so.
+                ensure!(
+                    Path::new(shard).file_name().is_some_and(|name| name == shard),
+                    "{} names {shard:?}, which is not a file of the same folder",
+                    index.display()
+                );
+                weights.map(&folder.join(shard))?;
+            }
+        } else {
+            weights.map(&folder.join("model.safetensors"))?;
+        }
+        Ok(weights)
+    }
+
+    fn map(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).with_context(|| format!("cannot open the weights {}", path.display()))?;
+        // SAFETY: the mapping is read-only and private to this process; like every program that maps model files, this
+        // one counts on nobody truncating them while it reads.
+        let mapped = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(&mapped)
+            .map_err(|e| anyhow::anyhow!("{} is not a safetensors file: {e}", path.display()))?;
+        let data = header + 8; // the header's length itself takes 8 bytes
+        for (name, info) in metadata.tensors() {
+            let stored = match info.dtype {
+                safetensors::Dtype::F32 => Stored::F32,
+                safetensors::Dtype::F16 => Stored::F16,
+                safetensors::Dtype::BF16 => Stored::Bf16,
+                other => bail!(
+                    "tensor {name} of {} is {other:?}, expected f32, f16 or bf16",
+                    path.display()
+                ),
+            };
+            let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
+            ensure!(
+                bytes.end <= mapped.len(),
+                "{} is cut short in tensor {name}",
+                path.display()
+            );
+            let entry = Entry {
+                file: self.files.len(),
+                stored,
+                shape: info.shape.clone(),
+                bytes,
+            };
+            self.entries.insert(name, entry);
+        }
+        self.files.push(mapped);
+        Ok(())
+    }
+
+    /// The tensor `name`, which must have exactly `shape`.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+        let entry = self
+            .entries
+            .get(name)
+            .with_context(|| format!("the weights lack the tensor {name}"))?;
+        ensure!(
+            entry.shape == shape,
+            "tensor {name} has shape {:?}, config.json makes it {shape:?}",
+            entry.shape
+        );
+        let bytes = self.files.get(entry.file).and_then(|f| f.get(entry.bytes.clone()));
+        let bytes = bytes.with_context(|| format!("tensor {name} lies outside its file"))?;
+        Ok(Tensor {
+            stored: entry.stored,
+            bytes,
+        })
+    }
+}
+
+impl Tensor<'_> {
+    /// Element `index` in row-major order; outside the tensor, 0.
+    #[inline]
+    pub fn at(&self, index: usize) -> f32 {
+        match self.stored {
+            Stored::F32 => {
+                let b = self.bytes.get(index * 4..index * 4 + 4).and_then(|b| b.try_into().ok());
+                b.map_or(0.0, f32::from_le_bytes)
+            }
+            Stored::F16 => self.two(index).map_or(0.0, |b| f16::from_le_bytes(b).to_f32()),
+            Stored::Bf16 => self.two(index).map_or(0.0, |b| bf16::from_le_bytes(b).to_f32()),
+        }
+    }
+
+    #[inline]
+    fn two(&self, index: usize) -> Option<[u8; 2]> {
+        self.bytes.get(index * 2..index * 2 + 2)?.try_into().ok()
+    }
+}

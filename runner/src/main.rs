@@ -1,0 +1,3 @@
+//! `retro-run`: the command.
+
+fn main() {}
