@@ -1,1 +1,13 @@
+//! What the tests in `tests/` share: where things are, golden vectors, one-node models in a real ONNX Runtime session, and an
+//! obvious f64 implementation of the method to compare with where no golden vector exists.
 
+pub mod attrs;
+pub mod compare;
+pub mod golden;
+pub mod host;
+pub mod layer;
+pub mod node;
+pub mod oracle;
+pub mod paths;
+pub mod random;
+pub mod tensor;

@@ -1,0 +1,139 @@
+//! Models of one attention node.
+
+use prost::Message;
+use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, attribute, input, output};
+use retro_export::onnx::{
+    AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
+};
+
+use crate::{attrs::Attrs, tensor::Dtype};
+
+/// Which of the optional inputs the node has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Slots {
+    /// Query, key and value in one input.
+    pub packed: bool,
+    pub rotary: bool,
+    pub page_budget: bool,
+    pub head_sink: bool,
+}
+
+impl Slots {
+    fn has(self, slot: usize) -> bool {
+        match slot {
+            input::KEY | input::VALUE => !self.packed,
+            input::COS_CACHE | input::SIN_CACHE => self.rotary,
+            input::PAGE_BUDGET => self.page_budget,
+            input::HEAD_SINK => self.head_sink,
+            _ => true,
+        }
+    }
+}
+
+pub fn data_type(dtype: Dtype) -> DataType {
+    match dtype {
+        Dtype::F32 => DataType::Float,
+        Dtype::F16 => DataType::Float16,
+        Dtype::I32 => DataType::Int32,
+    }
+}
+
+fn slot_type(name: &str, dtype: Dtype) -> DataType {
+    match name {
+        "seqlens_k" | "total_sequence_length" | "retro_length" | "past_page_steps" | "present_page_steps"
+        | "page_budget" => DataType::Int32,
+        "past_outputs" | "past_lse" | "present_outputs" | "present_lse" => DataType::Float,
+        _ => data_type(dtype),
+    }
+}
+
+/// A value without a declared shape: ONNX Runtime then leaves every check of shapes to the operator.
+fn value(name: &str, data_type: DataType) -> ValueInfoProto {
+    let mut value = ValueInfoProto::tensor(name, data_type, std::iter::empty::<Dimension>());
+    let tensor_type = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut());
+    tensor_type.expect("a tensor").shape = None;
+    value
+}
+
+/// The node's attributes, every one written out.
+pub fn attributes(a: &Attrs) -> Vec<AttributeProto> {
+    vec![
+        AttributeProto::int(attribute::NUM_HEADS, a.heads as i64),
+        AttributeProto::int(attribute::KV_NUM_HEADS, a.kv_heads as i64),
+        AttributeProto::float(attribute::SCALE, a.scale),
+        AttributeProto::float(attribute::SOFTCAP, a.softcap),
+        AttributeProto::int(attribute::DO_ROTARY, a.do_rotary.into()),
+        AttributeProto::int(attribute::ROTARY_INTERLEAVED, a.rotary_interleaved.into()),
+        AttributeProto::int(attribute::LOCAL_WINDOW_SIZE, a.local_window_size),
+        AttributeProto::int(attribute::PAGE_SIZE, a.page as i64),
+        AttributeProto::int(attribute::WINDOW, a.window as i64),
+        AttributeProto::float(attribute::BUDGET_RATIO, a.budget_ratio),
+        AttributeProto::int(attribute::BUDGET_MIN_PAGES, a.budget_min_pages as i64),
+        AttributeProto::int(attribute::SINK_PAGES, a.sink_pages as i64),
+        AttributeProto::string(attribute::SELECTOR, a.selector.as_str()),
+        AttributeProto::string(attribute::GROUP_SCORE, a.group_score.as_str()),
+        AttributeProto::float(attribute::SELECTOR_LAMBDA, a.lambda),
+        AttributeProto::string(attribute::MODE, a.mode.as_str()),
+    ]
+}
+
+/// One RetroAttention node whose inputs and outputs are the graph's, under the operator's own names.
+pub fn retro(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dtype) -> Vec<u8> {
+    let inputs: Vec<&str> = (0..input::COUNT)
+        .map(|slot| if slots.has(slot) { input::NAMES[slot] } else { "" })
+        .collect();
+    let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
+    let mut node = NodeProto::new(DOMAIN, OP_TYPE, "node", &inputs[..=last], &output::NAMES);
+    node.attribute = attributes;
+    encode(node, &inputs, &output::NAMES, dtype, OperatorSetIdProto::new(DOMAIN, OPSET_VERSION))
+}
+
+/// The names of GroupQueryAttention's inputs, under those of RetroAttention where both have the notion.
+pub const GQA_INPUTS: [&str; 12] = [
+    "query",
+    "key",
+    "value",
+    "past_key",
+    "past_value",
+    "seqlens_k",
+    "total_sequence_length",
+    "cos_cache",
+    "sin_cache",
+    "",
+    "",
+    "head_sink",
+];
+
+/// One GroupQueryAttention node with the same attributes: what a dense node must agree with.
+pub fn gqa(a: &Attrs, slots: Slots, dtype: Dtype) -> Vec<u8> {
+    let inputs = GQA_INPUTS.map(|name| {
+        let slot = input::NAMES.iter().position(|n| *n == name);
+        if slot.is_some_and(|slot| slots.has(slot)) { name } else { "" }
+    });
+    let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
+    let outputs = &output::NAMES[..3];
+    let mut node = NodeProto::new("com.microsoft", "GroupQueryAttention", "node", &inputs[..=last], outputs);
+    node.attribute = attributes(a).into_iter().take(7).collect();
+    encode(node, &inputs, outputs, dtype, OperatorSetIdProto::new("com.microsoft", 1))
+}
+
+fn encode(node: NodeProto, inputs: &[&str], outputs: &[&str], dtype: Dtype, domain: OperatorSetIdProto) -> Vec<u8> {
+    let values = |names: &[&str]| {
+        let present = names.iter().filter(|name| !name.is_empty());
+        present.map(|name| value(name, slot_type(name, dtype))).collect()
+    };
+    let graph = GraphProto {
+        name: Some("one_node".to_owned()),
+        input: values(inputs),
+        output: values(outputs),
+        node: vec![node],
+        ..Default::default()
+    };
+    let model = ModelProto {
+        ir_version: Some(10),
+        opset_import: vec![OperatorSetIdProto::new("", 21), domain],
+        graph: Some(graph),
+        ..Default::default()
+    };
+    model.encode_to_vec()
+}
