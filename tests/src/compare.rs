@@ -5,7 +5,11 @@ pub fn max_difference(got: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(got.len(), expected.len(), "different lengths");
     got.iter().zip(expected).fold(0.0, |worst, (&g, &e)| {
         let difference = if g.to_bits() == e.to_bits() { 0.0 } else { (g - e).abs() };
-        if difference.is_nan() { f32::INFINITY } else { worst.max(difference) }
+        if difference.is_nan() {
+            f32::INFINITY
+        } else {
+            worst.max(difference)
+        }
     })
 }
 

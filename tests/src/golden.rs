@@ -103,9 +103,17 @@ impl Tensors {
                 Dtype::I8 => (data.iter().map(|&b| f32::from(b as i8) / 64.0).collect(), Vec::new()),
                 other => panic!("{}: unexpected {other:?}", path.display()),
             };
-            Tensor { shape: view.shape().to_vec(), floats, ints }
+            Tensor {
+                shape: view.shape().to_vec(),
+                floats,
+                ints,
+            }
         };
-        Self(file.iter().map(|(name, view)| (name.to_owned(), tensor(view))).collect())
+        Self(
+            file.iter()
+                .map(|(name, view)| (name.to_owned(), tensor(view)))
+                .collect(),
+        )
     }
 
     fn get(&self, name: &str) -> &Tensor {
@@ -157,7 +165,12 @@ pub fn all() -> Vec<Case> {
 
 pub fn exact() -> Vec<Case> {
     let index = index("exact");
-    index["cases"].as_array().expect("cases").iter().map(exact_case).collect()
+    index["cases"]
+        .as_array()
+        .expect("cases")
+        .iter()
+        .map(exact_case)
+        .collect()
 }
 
 /// The named cases of `exact/`.
@@ -165,7 +178,14 @@ pub fn exact_named(names: &[&str]) -> Vec<Case> {
     let cases = index("exact");
     let find = |name: &&str| {
         let of_name = |case: &&Value| case["name"] == *name;
-        exact_case(cases["cases"].as_array().unwrap().iter().find(of_name).unwrap_or_else(|| panic!("no case {name}")))
+        exact_case(
+            cases["cases"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(of_name)
+                .unwrap_or_else(|| panic!("no case {name}")),
+        )
     };
     names.iter().map(find).collect()
 }
@@ -181,7 +201,9 @@ fn exact_case(meta: &Value) -> Case {
     let budget = &meta["budget"];
     attrs = match budget["ratio"].as_f64() {
         Some(ratio) => attrs.budget(ratio as f32, number(budget, "floor")),
-        None => attrs.clone().budget(0.0, attrs.pages(number(budget, "tokens")).max(number(budget, "floor"))),
+        None => attrs
+            .clone()
+            .budget(0.0, attrs.pages(number(budget, "tokens")).max(number(budget, "floor"))),
     };
     let prompt = number(meta, "prompt");
     let (heads, kv_heads) = (attrs.heads, attrs.kv_heads);
@@ -218,7 +240,10 @@ fn exact_case(meta: &Value) -> Case {
     });
     let steps: Vec<Step> = steps.collect();
     for (step, &count) in steps.iter().zip(file.ints("step.kpages")) {
-        assert!(step.selected.iter().all(|s| s.len() == count as usize), "{name}: kpages");
+        assert!(
+            step.selected.iter().all(|s| s.len() == count as usize),
+            "{name}: kpages"
+        );
     }
     Case {
         // Not a multiple of a page: the last page is never whole.
@@ -241,7 +266,12 @@ fn exact_case(meta: &Value) -> Case {
 
 pub fn offsets() -> Vec<Case> {
     let index = index("offsets");
-    index["cases"].as_array().expect("cases").iter().map(offsets_case).collect()
+    index["cases"]
+        .as_array()
+        .expect("cases")
+        .iter()
+        .map(offsets_case)
+        .collect()
 }
 
 fn offsets_case(meta: &Value) -> Case {
@@ -257,7 +287,12 @@ fn offsets_case(meta: &Value) -> Case {
     let tail = file.optional("prompt.q");
     let mut query = vec![0.0; count * width - tail.len()]; // by definition
     query.extend(tail);
-    let prompt = Rows { count, query, key: file.optional("prompt.k"), value: file.optional("prompt.v") };
+    let prompt = Rows {
+        count,
+        query,
+        key: file.optional("prompt.k"),
+        value: file.optional("prompt.v"),
+    };
     let kv_heads = attrs.kv_heads;
     let step = |(s, meta): (usize, &Value)| {
         let part = |kind: &str| format!("s{s:03}.{kind}");
@@ -267,15 +302,30 @@ fn offsets_case(meta: &Value) -> Case {
             t,
             retro,
             budget: Some(number(meta, "budget_pages")),
-            rows: Rows { count: retro + 1, query: rows("q"), key: rows("k"), value: rows("v") },
+            rows: Rows {
+                count: retro + 1,
+                query: rows("q"),
+                key: rows("k"),
+                value: rows("v"),
+            },
             output: rows("out"),
             lse_first: meta["cache_first_pos"].as_u64().map_or(t + 1, |first| first as usize),
             lse: rows("cache_L"),
             selected: lists(file.ints(&part("selected")), kv_heads),
-            page_steps: file.ints(&part("A")).chunks(number(meta, "pages")).map(<[i32]>::to_vec).collect(),
+            page_steps: file
+                .ints(&part("A"))
+                .chunks(number(meta, "pages"))
+                .map(<[i32]>::to_vec)
+                .collect(),
         }
     };
-    let steps = meta["steps"].as_array().expect("steps").iter().enumerate().map(step).collect();
+    let steps = meta["steps"]
+        .as_array()
+        .expect("steps")
+        .iter()
+        .enumerate()
+        .map(step)
+        .collect();
     // Shifted logits cost float32 digits: FORMAT.md.
     let shifted = meta["options"]["offset"].is_number();
     Case {

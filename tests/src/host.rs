@@ -26,7 +26,9 @@ fn builder(plugin: bool) -> Result<SessionBuilder, String> {
     let builder = Session::builder(environment()).map_err(|e| e.to_string())?;
     let builder = builder.with_intra_threads(2).map_err(|e| e.to_string())?;
     if plugin {
-        builder.with_operator_library(paths::plugin()).map_err(|e| e.to_string())
+        builder
+            .with_operator_library(paths::plugin())
+            .map_err(|e| e.to_string())
     } else {
         Ok(builder)
     }

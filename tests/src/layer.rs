@@ -83,7 +83,12 @@ pub struct State {
 
 impl State {
     pub fn new(attrs: &Attrs, dtype: Dtype, batch: usize, capacity: usize) -> Self {
-        let Attrs { heads, kv_heads, head_size, .. } = *attrs;
+        let Attrs {
+            heads,
+            kv_heads,
+            head_size,
+            ..
+        } = *attrs;
         let (pages, ring) = (attrs.pages(capacity), attrs.ring());
         let tensors = [
             Tens::poisoned(dtype, &[batch, kv_heads, capacity, head_size]),
@@ -93,7 +98,11 @@ impl State {
             Tens::poisoned(Dtype::F32, &[batch, ring, heads, head_size]),
             Tens::poisoned(Dtype::F32, &[batch, ring, heads]),
         ];
-        Self { tensors, batch, capacity }
+        Self {
+            tensors,
+            batch,
+            capacity,
+        }
     }
 
     /// Several states of equal shapes as one batch.
@@ -136,7 +145,9 @@ impl State {
 
     /// Page steps of a sequence's valid pages, `[kv_heads][pages]`.
     pub fn page_steps(&self, sequence: usize, pages: usize) -> Vec<Vec<i32>> {
-        let &[_, kv_heads, all] = self.tensors[STEPS].shape() else { unreachable!() };
+        let &[_, kv_heads, all] = self.tensors[STEPS].shape() else {
+            unreachable!()
+        };
         let steps = self.tensors[STEPS].ints_ref();
         let row = |head| &steps[(sequence * kv_heads + head) * all..][..pages];
         (0..kv_heads).map(|head| row(head).to_vec()).collect()
@@ -144,13 +155,17 @@ impl State {
 
     /// Log-sum-exps of a position, one a query head.
     pub fn lse(&self, sequence: usize, position: usize) -> Vec<f32> {
-        let &[_, ring, heads] = self.tensors[LSE].shape() else { unreachable!() };
+        let &[_, ring, heads] = self.tensors[LSE].shape() else {
+            unreachable!()
+        };
         self.tensors[LSE].read()[(sequence * ring + position % ring) * heads..][..heads].to_vec()
     }
 
     /// Rows of keys (or values) 0..len of a sequence, `[kv_heads, len, head_size]`.
     pub fn rows(&self, slot: usize, sequence: usize, len: usize) -> Vec<f32> {
-        let &[_, kv_heads, capacity, size] = self.tensors[slot].shape() else { unreachable!() };
+        let &[_, kv_heads, capacity, size] = self.tensors[slot].shape() else {
+            unreachable!()
+        };
         let all = self.tensors[slot].read();
         let head = |h: usize| all[(sequence * kv_heads + h) * capacity * size..][..len * size].to_vec();
         (0..kv_heads).flat_map(head).collect()
@@ -158,7 +173,9 @@ impl State {
 
     /// One of a page summary's two vectors for the valid pages, `[kv_heads, pages, head_size]`.
     pub fn summary(&self, sequence: usize, which: usize, pages: usize) -> Vec<f32> {
-        let &[_, kv_heads, all, 2, size] = self.tensors[SUMMARY].shape() else { unreachable!() };
+        let &[_, kv_heads, all, 2, size] = self.tensors[SUMMARY].shape() else {
+            unreachable!()
+        };
         let data = self.tensors[SUMMARY].read();
         let page = |h: usize, p: usize| &data[(((sequence * kv_heads + h) * all + p) * 2 + which) * size..][..size];
         (0..kv_heads)
@@ -169,7 +186,15 @@ impl State {
 
 impl Layer {
     pub fn new(attrs: &Attrs, dtype: Dtype) -> Self {
-        Self::with(attrs, dtype, Slots { page_budget: true, ..Slots::default() }, &Constants::default())
+        Self::with(
+            attrs,
+            dtype,
+            Slots {
+                page_budget: true,
+                ..Slots::default()
+            },
+            &Constants::default(),
+        )
     }
 
     pub fn with(attrs: &Attrs, dtype: Dtype, slots: Slots, constants: &Constants) -> Self {
@@ -187,7 +212,8 @@ impl Layer {
             head_sink: constants.head_sink.is_some(),
             ..slots
         };
-        let session = host::open(&node::retro(node::attributes(attrs), slots, dtype)).expect("a session with the plugin");
+        let session =
+            host::open(&node::retro(node::attributes(attrs), slots, dtype)).expect("a session with the plugin");
         Self {
             attrs: attrs.clone(),
             dtype,
@@ -199,7 +225,12 @@ impl Layer {
 
     /// The inputs of a call that are not state.
     pub fn inputs(&self, feed: &Feed) -> Vec<(&'static str, Tens)> {
-        let Attrs { heads, kv_heads, head_size, .. } = self.attrs;
+        let Attrs {
+            heads,
+            kv_heads,
+            head_size,
+            ..
+        } = self.attrs;
         let (batch, tokens) = (feed.lengths.len(), feed.tokens);
         let lengths: Vec<i32> = feed.lengths.iter().map(|&n| n as i32 - 1).collect();
         let total = feed.total.unwrap_or(lengths.iter().max().unwrap() + 1);
@@ -210,7 +241,10 @@ impl Layer {
         ];
         if self.slots.packed {
             let rows = feed.query.chunks(heads * head_size);
-            let keys = feed.key.chunks(kv_heads * head_size).zip(feed.value.chunks(kv_heads * head_size));
+            let keys = feed
+                .key
+                .chunks(kv_heads * head_size)
+                .zip(feed.value.chunks(kv_heads * head_size));
             let packed: Vec<f32> = rows.zip(keys).flat_map(|(q, (k, v))| [q, k, v].concat()).collect();
             let shape = [batch, tokens, (heads + 2 * kv_heads) * head_size];
             inputs.push(("query", Tens::floats(self.dtype, &shape, &packed)));
@@ -228,6 +262,11 @@ impl Layer {
         inputs
     }
 
+    /// The inputs of every call: rotary caches and head sinks.
+    pub fn constants(&self) -> impl Iterator<Item = (&str, &Tens)> {
+        self.constants.iter().map(|(name, tensor)| (*name, tensor))
+    }
+
     /// A poisoned tensor for the first output.
     pub fn output(&self, feed: &Feed) -> Tens {
         let width = self.attrs.heads * self.attrs.head_size;
@@ -236,9 +275,12 @@ impl Layer {
 
     /// Runs with the state in place, nothing checked.
     pub fn call_in_place(&self, inputs: &[(&str, &Tens)], result: &mut Tens, state: &mut State) -> Result<(), String> {
-        let constants = self.constants.iter().map(|(name, t)| (*name, t));
-        let inputs: Vec<_> = inputs.iter().copied().chain(constants).collect();
-        let mut in_place: Vec<_> = STATE.iter().zip(&mut state.tensors).map(|(&(past, present), t)| (past, present, t)).collect();
+        let inputs: Vec<_> = inputs.iter().copied().chain(self.constants()).collect();
+        let mut in_place: Vec<_> = STATE
+            .iter()
+            .zip(&mut state.tensors)
+            .map(|(&(past, present), t)| (past, present, t))
+            .collect();
         host::run(&self.session, &inputs, &mut [(output::NAMES[0], result)], &mut in_place)
     }
 
@@ -250,9 +292,8 @@ impl Layer {
         past: &State,
         present: &mut State,
     ) -> Result<(), String> {
-        let constants = self.constants.iter().map(|(name, t)| (*name, t));
         let pasts = STATE.iter().zip(&past.tensors).map(|(names, t)| (names.0, t));
-        let inputs: Vec<_> = inputs.iter().copied().chain(constants).chain(pasts).collect();
+        let inputs: Vec<_> = inputs.iter().copied().chain(self.constants()).chain(pasts).collect();
         let mut outputs = vec![(output::NAMES[0], result)];
         outputs.extend(STATE.iter().zip(&mut present.tensors).map(|(names, t)| (names.1, t)));
         host::run(&self.session, &inputs, &mut outputs, &mut [])
@@ -265,19 +306,29 @@ impl Layer {
         let mut result = self.output(feed);
         let before = state.duplicate();
         match binding {
-            Binding::InPlace => self.call_in_place(&inputs, &mut result, state).expect("the call succeeds"),
+            Binding::InPlace => self
+                .call_in_place(&inputs, &mut result, state)
+                .expect("the call succeeds"),
             Binding::Copying => {
                 let mut present = State::new(&self.attrs, self.dtype, state.batch, state.capacity);
-                self.call_copying(&inputs, &mut result, state, &mut present).expect("the call succeeds");
+                self.call_copying(&inputs, &mut result, state, &mut present)
+                    .expect("the call succeeds");
                 for (slot, (name, _)) in STATE.iter().enumerate() {
-                    assert_same_bytes(&format!("{name} of a copying call"), state.tensors[slot].bytes(), before.tensors[slot].bytes());
+                    assert_same_bytes(
+                        &format!("{name} of a copying call"),
+                        state.tensors[slot].bytes(),
+                        before.tensors[slot].bytes(),
+                    );
                 }
                 *state = present;
             }
         }
         self.check_untouched(&before, state, feed, binding);
         let output = result.read();
-        assert!(output.iter().all(|x| x.is_finite()), "the output holds a NaN or an infinity");
+        assert!(
+            output.iter().all(|x| x.is_finite()),
+            "the output holds a NaN or an infinity"
+        );
         output
     }
 
@@ -308,7 +359,8 @@ impl Layer {
                 }
             }
             if self.attrs.window > 1 && binding == Binding::InPlace {
-                for slot in (0..self.attrs.ring()).filter(|slot| (first..len).all(|at| at % self.attrs.ring() != *slot)) {
+                for slot in (0..self.attrs.ring()).filter(|slot| (first..len).all(|at| at % self.attrs.ring() != *slot))
+                {
                     same(OUTPUTS, slot, "output cache slot");
                     same(LSE, slot, "log-sum-exp slot");
                 }
@@ -342,7 +394,10 @@ fn assert_rows_equal(before: &Tens, after: &Tens, sequence: usize, item: usize, 
     for head in 0..outer {
         let at = ((sequence * outer + head) * shape[axis] + item) * inner;
         let same = before.bytes()[at..at + inner] == after.bytes()[at..at + inner];
-        assert!(same, "{what} {item} of sequence {sequence}, head {head} changed, and must not");
+        assert!(
+            same,
+            "{what} {item} of sequence {sequence}, head {head} changed, and must not"
+        );
     }
 }
 

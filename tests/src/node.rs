@@ -40,7 +40,11 @@ pub fn data_type(dtype: Dtype) -> DataType {
 
 fn slot_type(name: &str, dtype: Dtype) -> DataType {
     match name {
-        "seqlens_k" | "total_sequence_length" | "retro_length" | "past_page_steps" | "present_page_steps"
+        "seqlens_k"
+        | "total_sequence_length"
+        | "retro_length"
+        | "past_page_steps"
+        | "present_page_steps"
         | "page_budget" => DataType::Int32,
         "past_outputs" | "past_lse" | "present_outputs" | "present_lse" => DataType::Float,
         _ => data_type(dtype),
@@ -85,7 +89,13 @@ pub fn retro(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dtype) -> Vec
     let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
     let mut node = NodeProto::new(DOMAIN, OP_TYPE, "node", &inputs[..=last], &output::NAMES);
     node.attribute = attributes;
-    encode(node, &inputs, &output::NAMES, dtype, OperatorSetIdProto::new(DOMAIN, OPSET_VERSION))
+    encode(
+        node,
+        &inputs,
+        &output::NAMES,
+        dtype,
+        OperatorSetIdProto::new(DOMAIN, OPSET_VERSION),
+    )
 }
 
 /// The names of GroupQueryAttention's inputs, under those of RetroAttention where both have the notion.
@@ -108,13 +118,29 @@ pub const GQA_INPUTS: [&str; 12] = [
 pub fn gqa(a: &Attrs, slots: Slots, dtype: Dtype) -> Vec<u8> {
     let inputs = GQA_INPUTS.map(|name| {
         let slot = input::NAMES.iter().position(|n| *n == name);
-        if slot.is_some_and(|slot| slots.has(slot)) { name } else { "" }
+        if slot.is_some_and(|slot| slots.has(slot)) {
+            name
+        } else {
+            ""
+        }
     });
     let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
     let outputs = &output::NAMES[..3];
-    let mut node = NodeProto::new("com.microsoft", "GroupQueryAttention", "node", &inputs[..=last], outputs);
+    let mut node = NodeProto::new(
+        "com.microsoft",
+        "GroupQueryAttention",
+        "node",
+        &inputs[..=last],
+        outputs,
+    );
     node.attribute = attributes(a).into_iter().take(7).collect();
-    encode(node, &inputs, outputs, dtype, OperatorSetIdProto::new("com.microsoft", 1))
+    encode(
+        node,
+        &inputs,
+        outputs,
+        dtype,
+        OperatorSetIdProto::new("com.microsoft", 1),
+    )
 }
 
 fn encode(node: NodeProto, inputs: &[&str], outputs: &[&str], dtype: Dtype, domain: OperatorSetIdProto) -> Vec<u8> {

@@ -184,7 +184,10 @@ impl Oracle {
             Mode::Dense => return (candidates, f64::INFINITY),
             Mode::Streaming => rest.iter().map(|&page| page as f64).collect(),
             Mode::Retro => {
-                let of_page: Vec<Vec<f64>> = candidates.iter().map(|&p| self.head_scores(rows, rows.count - 1, kv, p)).collect();
+                let of_page: Vec<Vec<f64>> = candidates
+                    .iter()
+                    .map(|&p| self.head_scores(rows, rows.count - 1, kv, p))
+                    .collect();
                 let norms: Vec<f64> = (0..attrs.group())
                     .map(|g| log_sum_exp(&of_page.iter().map(|s| s[g]).collect::<Vec<_>>()))
                     .collect();
@@ -200,7 +203,10 @@ impl Oracle {
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
         let take = budget.saturating_sub(chosen.len()).min(rest.len());
         chosen.extend(order[..take].iter().map(|&i| rest[i]));
-        let margin = match (take.checked_sub(1).map(|i| scores[order[i]]), order.get(take).map(|&i| scores[i])) {
+        let margin = match (
+            take.checked_sub(1).map(|i| scores[order[i]]),
+            order.get(take).map(|&i| scores[i]),
+        ) {
             (Some(last), Some(next)) => (last - next) / last.abs().max(next.abs()).max(1e-30),
             _ => f64::INFINITY,
         };
@@ -257,7 +263,9 @@ impl Oracle {
         }
         Stepped {
             output: outputs,
-            margin: chosen.iter().fold(f64::INFINITY, |least, (_, margin)| least.min(*margin)),
+            margin: chosen
+                .iter()
+                .fold(f64::INFINITY, |least, (_, margin)| least.min(*margin)),
             selected: chosen.into_iter().map(|(pages, _)| pages).collect(),
         }
     }

@@ -17,7 +17,9 @@ fn oracle_agrees_with_every_golden_vector() {
         let tail = &prompt[prompt.len() - case.prompt_output.len()..];
         compare::assert_close(&format!("{name}: prompt"), tail, &case.prompt_output, 2e-6);
         let lse: Vec<f32> = oracle.cached().into_iter().flat_map(|at| oracle.lse(at)).collect();
-        compare::assert_within(&format!("{name}: prompt lse"), &lse, &case.prompt_lse, |l| 2e-6 * l.abs().max(1.0));
+        compare::assert_within(&format!("{name}: prompt lse"), &lse, &case.prompt_lse, |l| {
+            2e-6 * l.abs().max(1.0)
+        });
         for step in &case.steps {
             let at = format!("{name}, t = {}", step.t);
             assert_eq!(oracle.len(), step.t, "{at}");

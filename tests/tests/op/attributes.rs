@@ -1,0 +1,110 @@
+//! Attributes out of range, and graphs that do not fit the operator, are refused when the session is made.
+
+use prost::Message;
+use retro_export::onnx::{AttributeProto, ModelProto};
+use retro_tests::{
+    attrs::Attrs,
+    host,
+    node::{self, Slots},
+    tensor::Dtype,
+};
+
+fn attributes() -> Vec<AttributeProto> {
+    node::attributes(&Attrs::new(4, 2, 32))
+}
+
+fn refuse(attributes: Vec<AttributeProto>, says: &[&str]) {
+    let error = host::open(&node::retro(attributes, Slots::default(), Dtype::F32)).err();
+    let error = error.unwrap_or_else(|| panic!("a session was made, although {says:?}"));
+    for word in says {
+        assert!(error.contains(word), "the error does not say {word:?}: {error}");
+    }
+}
+
+fn refuse_value(attribute: AttributeProto, says: &[&str]) {
+    let name = attribute.name.clone().expect("a name");
+    let mut all = attributes();
+    *all.iter_mut()
+        .find(|a| a.name == attribute.name)
+        .expect("a known attribute") = attribute;
+    refuse(all, &[&[name.as_str()], says].concat());
+}
+
+#[test]
+fn good_attributes_make_a_session() {
+    for slots in [
+        Slots::default(),
+        Slots {
+            packed: true,
+            ..Slots::default()
+        },
+    ] {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            host::open(&node::retro(attributes(), slots, dtype)).expect("a session");
+        }
+    }
+}
+
+#[test]
+fn numbers_out_of_range() {
+    for (name, value) in [
+        ("num_heads", 0),
+        ("num_heads", -4),
+        ("num_heads", 3),
+        ("kv_num_heads", 0),
+        ("kv_num_heads", 3),
+        ("page_size", 4),
+        ("page_size", 12),
+        ("page_size", 256),
+        ("page_size", -16),
+        ("window", 0),
+        ("window", 65),
+        ("budget_min_pages", -1),
+        ("sink_pages", -1),
+    ] {
+        refuse_value(AttributeProto::int(name, value), &[&value.to_string()]);
+    }
+    refuse_value(AttributeProto::float("budget_ratio", -0.5), &["-0.5"]);
+    refuse_value(AttributeProto::float("budget_ratio", f32::NAN), &["NaN"]);
+    refuse_value(AttributeProto::float("budget_ratio", 1.5), &["1.5"]);
+}
+
+#[test]
+fn unknown_choices() {
+    refuse_value(
+        AttributeProto::string("selector", "best"),
+        &["best", "bounds", "moments"],
+    );
+    refuse_value(AttributeProto::string("group_score", "sum"), &["sum", "max", "softmax"]);
+    refuse_value(AttributeProto::string("mode", ""), &["retro", "dense", "streaming"]);
+}
+
+#[test]
+fn required_attributes() {
+    for name in ["num_heads", "kv_num_heads"] {
+        let mut all = attributes();
+        all.retain(|a| a.name.as_deref() != Some(name));
+        refuse(all, &[name]);
+    }
+}
+
+#[test]
+fn defaults_are_the_contracts() {
+    let mut all = attributes();
+    all.truncate(2);
+    host::open(&node::retro(all, Slots::default(), Dtype::F32)).expect("two attributes suffice");
+}
+
+/// Keys in float16 beside queries in float32: ONNX Runtime refuses the graph, with the operator's one type T.
+#[test]
+fn mixed_types_do_not_load() {
+    let mut model = ModelProto::decode(node::retro(attributes(), Slots::default(), Dtype::F32).as_slice()).unwrap();
+    let graph = model.graph.as_mut().unwrap();
+    let key = graph
+        .input
+        .iter_mut()
+        .find(|v| v.name.as_deref() == Some("key"))
+        .unwrap();
+    key.r#type.as_mut().unwrap().tensor_type.as_mut().unwrap().elem_type = Some(node::data_type(Dtype::F16).into());
+    assert!(host::open(&model.encode_to_vec()).is_err());
+}

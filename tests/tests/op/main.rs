@@ -1,0 +1,12 @@
+//! The operator in a real ONNX Runtime session. One binary, so that one link serves all.
+
+mod attention;
+mod attributes;
+mod batch;
+mod drive;
+mod errors;
+mod golden;
+mod inputs;
+mod prefill;
+mod rotary;
+mod threads;
