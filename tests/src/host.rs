@@ -16,7 +16,7 @@ pub fn environment() -> &'static Environment {
     ENVIRONMENT.get_or_init(|| {
         let library = paths::onnxruntime();
         ort::init_from(&library)
-            .and_then(|builder| Ok(builder.with_name("retro-tests").build()))
+            .map(|builder| builder.with_name("retro-tests").build())
             .unwrap_or_else(|e| panic!("{} does not load: {e}", library.display()))
             .expect("an ONNX Runtime environment")
     })

@@ -3,6 +3,7 @@
 
 pub mod attrs;
 pub mod compare;
+pub mod decoder;
 pub mod golden;
 pub mod host;
 pub mod layer;

@@ -35,6 +35,7 @@ pub fn data_type(dtype: Dtype) -> DataType {
         Dtype::F32 => DataType::Float,
         Dtype::F16 => DataType::Float16,
         Dtype::I32 => DataType::Int32,
+        Dtype::I64 => DataType::Int64,
     }
 }
 

@@ -15,6 +15,7 @@ pub enum Dtype {
     F32,
     F16,
     I32,
+    I64,
 }
 
 impl Dtype {
@@ -22,6 +23,7 @@ impl Dtype {
         match self {
             Self::F32 | Self::I32 => 4,
             Self::F16 => 2,
+            Self::I64 => 8,
         }
     }
 }
@@ -43,6 +45,7 @@ impl Tens {
             Dtype::F32 => TensorElementType::Float32,
             Dtype::F16 => TensorElementType::Float16,
             Dtype::I32 => TensorElementType::Int32,
+            Dtype::I64 => TensorElementType::Int64,
         };
         let dims: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
         environment(); // loads ONNX Runtime, whose allocator follows
@@ -67,6 +70,12 @@ impl Tens {
     pub fn ints(shape: &[usize], data: &[i32]) -> Self {
         let mut tensor = Self::poisoned(Dtype::I32, shape);
         tensor.ints_mut().copy_from_slice(data);
+        tensor
+    }
+
+    pub fn longs(shape: &[usize], data: &[i64]) -> Self {
+        let mut tensor = Self::poisoned(Dtype::I64, shape);
+        tensor.slice_mut::<i64>().copy_from_slice(data);
         tensor
     }
 
@@ -99,6 +108,7 @@ impl Tens {
             Dtype::F32 => self.slice_mut::<f32>().fill(f32::NAN),
             Dtype::F16 => self.slice_mut::<f16>().fill(f16::NAN),
             Dtype::I32 => self.slice_mut::<i32>().fill(POISON_STEP),
+            Dtype::I64 => self.slice_mut::<i64>().fill(i64::MIN),
         }
     }
 
@@ -111,7 +121,7 @@ impl Tens {
                     *to = f16::from_f32(from);
                 }
             }
-            Dtype::I32 => panic!("floats written to an int32 tensor"),
+            other => panic!("floats written to an {other:?} tensor"),
         }
     }
 
@@ -120,7 +130,7 @@ impl Tens {
         match self.dtype {
             Dtype::F32 => self.slice::<f32>().to_vec(),
             Dtype::F16 => self.slice::<f16>().iter().map(|x| x.to_f32()).collect(),
-            Dtype::I32 => panic!("floats read from an int32 tensor"),
+            other => panic!("floats read from an {other:?} tensor"),
         }
     }
 
@@ -146,6 +156,7 @@ impl Tens {
         match self.dtype {
             Dtype::F32 | Dtype::I32 => self.slice_mut::<i32>().copy_from_slice(other.slice::<i32>()),
             Dtype::F16 => self.slice_mut::<u16>().copy_from_slice(other.slice::<u16>()),
+            Dtype::I64 => self.slice_mut::<i64>().copy_from_slice(other.slice::<i64>()),
         }
     }
 
@@ -155,7 +166,7 @@ impl Tens {
             return &[]; // the pointer may be null
         }
         // SAFETY: the tensor owns `len` elements of that size, aligned by the allocator and initialised by `poisoned`;
-        // every T used here (f32, f16, i32, u16) is valid for any bits.
+        // every T used here (f32, f16, i32, i64, u16) is valid for any bits.
         unsafe { slice::from_raw_parts(self.value.data_ptr().cast::<T>(), self.len()) }
     }
 

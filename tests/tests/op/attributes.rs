@@ -24,9 +24,8 @@ fn refuse(attributes: Vec<AttributeProto>, says: &[&str]) {
 fn refuse_value(attribute: AttributeProto, says: &[&str]) {
     let name = attribute.name.clone().expect("a name");
     let mut all = attributes();
-    *all.iter_mut()
-        .find(|a| a.name == attribute.name)
-        .expect("a known attribute") = attribute;
+    all.retain(|a| a.name != attribute.name);
+    all.push(attribute);
     refuse(all, &[&[name.as_str()], says].concat());
 }
 

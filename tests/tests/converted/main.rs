@@ -1,0 +1,5 @@
+//! Whole models, converted by `retro-export`, in a real ONNX Runtime session.
+
+mod convert;
+mod model;
+mod zoo;
