@@ -1,1 +1,26 @@
 //! Generates text with ONNX language models, converted by `retro-export` or not.
+//!
+//! [`Runtime`] finds and loads ONNX Runtime, [`Model`] opens a folder, [`generate`](generate::generate) makes text from a prompt,
+//! and [`Prefilled`](batch::Prefilled) decodes many documents at once. [`commands`] is the program around them.
+
+pub mod batch;
+pub mod commands;
+pub mod generate;
+pub mod interface;
+pub mod measure;
+pub mod model;
+pub mod prepare;
+mod progress;
+pub mod runtime;
+pub mod sampling;
+pub mod score;
+pub mod session;
+pub mod state;
+pub mod stats;
+pub mod text;
+
+pub use model::ModelFolder;
+pub use runtime::Runtime;
+pub use session::{Feed, Logits, Model, OpenOptions};
+pub use state::State;
+pub use text::Text;

@@ -1,3 +1,7 @@
 //! `retro-run`: the command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    retro_run::commands::main()
+}

@@ -1,0 +1,141 @@
+//! Greedy decoding of several documents at once: the matrix products see a batch, the attention each its own sequence.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::{
+    generate::{Decoder, Policy, prefill},
+    sampling::argmax,
+    session::{Logits, Model},
+    state::{Snapshot, State},
+    stats::Stats,
+};
+
+/// Documents whose prompts have been read, to be decoded once or several times under different policies.
+pub struct Prefilled {
+    prompts: Vec<Vec<u32>>,
+    state: State,
+    /// The state right after the prompts; `None` when it is too simple to be needed (growing caches).
+    snapshot: Option<Snapshot>,
+    /// Scores of each sequence's first token.
+    first: Logits,
+    time: Duration,
+}
+
+impl Prefilled {
+    /// Reads the prompts one at a time (they differ in length) and lays their states side by side.
+    ///
+    /// # Errors
+    /// When a prompt does not fit `capacity` or the model fails.
+    pub fn new(
+        model: &mut Model,
+        prompts: Vec<Vec<u32>>,
+        capacity: usize,
+        chunk: usize,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Self> {
+        let mut state = model.new_state(prompts.len(), capacity)?;
+        let mut time = Duration::ZERO;
+        let mut first = Logits::default();
+        if prompts.len() == 1 {
+            for prompt in &prompts {
+                let start = Instant::now();
+                first = prefill(model, &mut state, prompt, chunk, &mut progress)?;
+                time += start.elapsed();
+            }
+        } else {
+            let mut single = model.new_state(1, capacity)?;
+            for (row, prompt) in prompts.iter().enumerate() {
+                single.clear();
+                let start = Instant::now();
+                let logits = prefill(model, &mut single, prompt, chunk, &mut progress)?;
+                time += start.elapsed();
+                state.copy_row(row, &single, 0)?;
+                first.vocab = logits.vocab;
+                first.values.extend(logits.values);
+            }
+        }
+        let snapshot = model.fixed_capacity.then(|| state.snapshot());
+        Ok(Self {
+            prompts,
+            state,
+            snapshot,
+            first,
+            time,
+        })
+    }
+
+    /// Whether [`decode`](Self::decode) may be called again.
+    pub fn reusable(&self) -> bool {
+        self.snapshot.is_some()
+    }
+
+    /// Decodes every document greedily until `eos` or `max_new` tokens; returns the outputs without the end token.
+    ///
+    /// # Errors
+    /// When the model fails.
+    pub fn decode(
+        &mut self,
+        model: &mut Model,
+        policy: Policy,
+        max_new: usize,
+        mut progress: impl FnMut(usize),
+    ) -> Result<(Vec<Vec<u32>>, Stats)> {
+        if let Some(snapshot) = &self.snapshot {
+            self.state.restore(snapshot)?;
+        }
+        let eos = model.folder.eos.clone();
+        let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
+        let rows = prompts.len();
+        let mut decoder = Decoder::new(model, &mut self.state, &prompts, policy)?;
+        let mut logits = std::borrow::Cow::Borrowed(&self.first);
+        let mut decoded = 0;
+        loop {
+            let mut active = 0;
+            for row in 0..rows {
+                if decoder.finished(row) {
+                    continue;
+                }
+                let token = argmax(logits.row(row));
+                let token = token.ok_or_else(|| anyhow::anyhow!("the model gave no finite score for any token"))?;
+                decoder.push(row, token);
+                if eos.contains(&token) || decoder.output(row).len() >= max_new {
+                    decoder.finish(row);
+                } else {
+                    active += 1;
+                }
+            }
+            if active == 0 {
+                break;
+            }
+            logits = std::borrow::Cow::Owned(decoder.step()?);
+            decoded += active;
+            progress(active);
+        }
+        let outputs: Vec<Vec<u32>> = (0..rows)
+            .map(|row| {
+                decoder
+                    .output(row)
+                    .iter()
+                    .copied()
+                    .take_while(|t| !eos.contains(t))
+                    .collect()
+            })
+            .collect();
+        let (reading, decode_time) = (decoder.reading(), decoder.time);
+        let (kv_bytes, state_bytes) = self.state.sizes();
+        let stats = Stats {
+            prompt_tokens: self.prompts.iter().map(Vec::len).sum(),
+            prompt_time: self.time,
+            first_token: self.time,
+            generated_tokens: outputs.iter().map(Vec::len).sum(),
+            decoded_tokens: decoded,
+            decode_time,
+            reading,
+            kv_bytes,
+            state_bytes,
+        };
+        Ok((outputs, stats))
+    }
+}

@@ -1,0 +1,82 @@
+//! The program: verbs, their options, and what the shell gets to see.
+
+mod eval;
+mod run;
+
+use std::{io, path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use crate::{OpenOptions, Runtime, runtime};
+
+/// Generates text with ONNX language models, with retrospective sparse attention where they were converted for it.
+#[derive(Parser)]
+#[command(name = "retro-run", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Generate text from a prompt.
+    Run(Box<run::RunArgs>),
+    /// Generate over documents with known answers under several policies, and compare.
+    Eval(Box<eval::EvalArgs>),
+}
+
+/// Where the libraries are and how many threads they get.
+#[derive(Args, Clone, Debug)]
+struct LibraryArgs {
+    /// Threads [default: one per core].
+    #[arg(short, long, value_name = "N")]
+    threads: Option<usize>,
+    /// The plugin libretro_attention.so [default: $RETRO_ATTENTION_PLUGIN, else beside this program].
+    #[arg(long, value_name = "PATH")]
+    plugin: Option<PathBuf>,
+    /// ONNX Runtime's library [default: $ORT_DYLIB_PATH, else beside this program, .cache/onnxruntime of its tree, the system's].
+    #[arg(long, value_name = "PATH")]
+    ort: Option<PathBuf>,
+}
+
+impl LibraryArgs {
+    fn load(&self) -> Result<(Runtime, OpenOptions)> {
+        runtime::check_threads(self.threads)?;
+        let plugin = runtime::find_plugin(self.plugin.as_deref())?;
+        let runtime = Runtime::load(self.ort.as_deref())?;
+        Ok((
+            runtime,
+            OpenOptions {
+                threads: self.threads,
+                plugin,
+            },
+        ))
+    }
+}
+
+/// Runs the command line and says how it went: one line on stderr for an error, nothing for a closed pipe.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Eval(args) => eval::eval(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our text has had enough of it.
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", runtime::one_line(&format!("{e:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let pipe = |e: &(dyn std::error::Error + 'static)| {
+        e.downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    };
+    error.chain().any(pipe)
+}

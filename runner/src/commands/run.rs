@@ -1,0 +1,226 @@
+//! `retro-run run`: text from a prompt, streamed.
+
+use std::{
+    fs,
+    io::{self, IsTerminal, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use retro_contract::{Budget, limits};
+use serde_json::json;
+
+use super::LibraryArgs;
+use crate::{
+    Model, Text,
+    generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
+    prepare::prepare,
+    progress,
+    sampling::Sampling,
+    score::read_documents,
+};
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// Model folder (model.onnx, genai_config.json or config.json, tokenizer.json), an ONNX file, or a folder of Llama weights.
+    #[arg(value_name = "DIR", required_unless_present = "model", conflicts_with = "model")]
+    folder: Option<PathBuf>,
+    /// The same as DIR.
+    #[arg(short, long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Tokens to generate at most [default: until the model ends the text or the context is full].
+    #[arg(short, long, value_name = "N")]
+    n_predict: Option<usize>,
+    /// Tokens that prompt and output may have together [default: as many as needed, at most the model's context].
+    #[arg(short, long, value_name = "N")]
+    ctx_size: Option<usize>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// End the text where this string appears; may be given several times.
+    #[arg(long, value_name = "STR")]
+    stop: Vec<String>,
+    /// Go on when the model ends the text.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Tokens fed a step, 1 (Quest) to the window the model was converted with [default: that one].
+    #[arg(short, long, value_name = "W")]
+    window: Option<usize>,
+    /// What a step reads: a share of the context like 0.15 or a number of tokens like 2048 [default: as converted].
+    #[arg(short, long, value_name = "B")]
+    budget: Option<Budget>,
+    /// Prompt tokens fed at a time.
+    #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
+    chunk: usize,
+    /// Print the text at the end, not as it comes.
+    #[arg(long)]
+    no_stream: bool,
+    /// Print one JSON object with text, tokens and figures.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    libraries: LibraryArgs,
+}
+
+/// The prompt, in one of three ways.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// The prompt.
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// File with the prompt.
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Prompt of a document: FILE.jsonl:N, counted from 0.
+    #[arg(long, value_name = "FILE:N")]
+    document: Option<String>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArgs {
+    /// Seed of the random numbers.
+    #[arg(short, long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Temperature; 0 always takes the best token.
+    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    temp: f32,
+    /// Choose among the best K tokens; 0: all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Choose among the best tokens that have this share of the probability.
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    top_p: f32,
+    /// Choose among tokens with at least this share of the best one's probability.
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    min_p: f32,
+    /// Divide the scores of the last 64 tokens by this.
+    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    repeat_penalty: f32,
+}
+
+impl SamplingArgs {
+    fn options(&self) -> Result<Sampling> {
+        let options = Sampling {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            seed: self.seed,
+        };
+        options.check().map(|()| options)
+    }
+}
+
+impl PromptArgs {
+    fn read(&self) -> Result<String> {
+        if let Some(text) = &self.prompt {
+            return Ok(text.clone());
+        }
+        if let Some(path) = &self.file {
+            return fs::read_to_string(path).with_context(|| format!("cannot read the prompt {}", path.display()));
+        }
+        let Some(document) = &self.document else {
+            bail!("give a prompt with -p, -f or --document")
+        };
+        let place = document
+            .rsplit_once(':')
+            .and_then(|(file, n)| Some((file, n.parse::<usize>().ok()?)));
+        let (file, n) = place.with_context(|| format!("--document {document:?}: expected FILE.jsonl:N"))?;
+        let documents = read_documents(Path::new(file), n.saturating_add(1))?;
+        let count = documents.len();
+        let found = documents.into_iter().nth(n);
+        found
+            .map(|d| d.prompt)
+            .with_context(|| format!("{file} has no document {n}: it holds {count}"))
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever keeps text from being made, in one line.
+pub fn run(args: &RunArgs) -> Result<()> {
+    let sampling = args.sampling.options()?;
+    ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
+    let prompt = args.prompt.read()?;
+    let named = args
+        .folder
+        .as_ref()
+        .or(args.model.as_ref())
+        .context("name a model folder")?;
+    let (runtime, open) = args.libraries.load()?;
+    let folder = prepare(
+        named,
+        args.window.unwrap_or(limits::WINDOW),
+        open.plugin.is_some(),
+        &mut |line| eprintln!("{line}"),
+    )?;
+    let mut model = Model::open(&runtime, &folder, &open)?;
+    let text = Text::open(&model.folder)?;
+    let tokens = text.encode(&prompt)?;
+    let options = Generation {
+        plan: plan(tokens.len(), args.n_predict, args.ctx_size, model.context_length())?,
+        policy: Policy {
+            window: model.window(args.window)?,
+            budget: args.budget,
+        },
+        chunk: args.chunk,
+        sampling,
+        stops: args.stop.clone(),
+        ignore_eos: args.ignore_eos,
+    };
+    eprintln!("{}", model.plugin_line());
+
+    let stream = !args.no_stream && !args.json;
+    let mut stdout = io::stdout().lock();
+    // Where the text itself shows that something happens, a bar would only tear it.
+    let text_shows = stream && io::stdout().is_terminal();
+    let reading = progress::bar(tokens.len(), "prompt", true);
+    let writing = progress::bar(options.plan.max_new, "text", !text_shows);
+    let output = generate(&mut model, &text, &tokens, &options, &mut |event| {
+        match event {
+            Event::Prompt(n) => reading.inc(n as u64),
+            Event::Text(piece) => {
+                reading.finish_and_clear();
+                writing.inc(1);
+                if stream {
+                    stdout.write_all(piece.as_bytes())?;
+                    stdout.flush()?;
+                }
+            }
+        }
+        Ok(())
+    });
+    reading.finish_and_clear();
+    writing.finish_and_clear();
+    let output = output?;
+    if args.json {
+        let object = json!({
+            "text": output.text,
+            "tokens": output.tokens,
+            "finish": output.finish,
+            "window": options.policy.window,
+            "stats": output.stats.json(),
+        });
+        writeln!(stdout, "{object}")?;
+    } else {
+        if !stream {
+            stdout.write_all(output.text.as_bytes())?;
+        }
+        // The text as it is, and a line end for whoever looks at it.
+        writeln!(stdout)?;
+    }
+    stdout.flush()?;
+    for line in output.stats.lines() {
+        eprintln!("{line}");
+    }
+    if output.finish == Finish::Length && args.n_predict.is_none() {
+        eprintln!("the context of {} tokens is full", options.plan.capacity);
+    }
+    Ok(())
+}

@@ -1,0 +1,305 @@
+//! Choosing the next token from its scores.
+
+use std::cmp::Ordering;
+
+use anyhow::{Result, ensure};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+/// Tokens back that the repetition penalty looks.
+pub const PENALTY_WINDOW: usize = 64;
+
+/// How to choose. Filters apply in llama.cpp's order: repetition penalty, top-k, top-p, min-p, temperature.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0: always the best token.
+    pub temperature: f32,
+    /// Keep the best k tokens; 0: all.
+    pub top_k: usize,
+    /// Keep the best tokens until they have this share of the probability; 1: all.
+    pub top_p: f32,
+    /// Keep tokens with at least this share of the best one's probability; 0: all.
+    pub min_p: f32,
+    /// Scores of the last 64 tokens are divided (if positive) or multiplied by it; 1: off.
+    pub repeat_penalty: f32,
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repeat_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
+impl Sampling {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// Names the option, what it is and what it may be.
+    pub fn check(&self) -> Result<()> {
+        let Self {
+            temperature,
+            top_p,
+            min_p,
+            repeat_penalty,
+            ..
+        } = *self;
+        ensure!(
+            temperature >= 0.0 && temperature.is_finite(),
+            "--temp {temperature}: expected 0 (greedy) or more"
+        );
+        ensure!(
+            top_p > 0.0 && top_p <= 1.0,
+            "--top-p {top_p}: expected more than 0, at most 1"
+        );
+        ensure!((0.0..=1.0).contains(&min_p), "--min-p {min_p}: expected 0 to 1");
+        ensure!(
+            repeat_penalty > 0.0 && repeat_penalty.is_finite(),
+            "--repeat-penalty {repeat_penalty}: expected more than 0"
+        );
+        Ok(())
+    }
+}
+
+/// A sampler with its random numbers; the same seed gives the same choices.
+pub struct Sampler {
+    options: Sampling,
+    random: StdRng,
+}
+
+impl Sampler {
+    pub fn new(options: Sampling) -> Self {
+        Self {
+            options,
+            random: StdRng::seed_from_u64(options.seed),
+        }
+    }
+
+    /// Chooses from the scores of all tokens, given the tokens so far.
+    ///
+    /// # Errors
+    /// When the scores are empty or hold no finite number.
+    pub fn choose(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
+        let o = self.options;
+        let penalised;
+        let logits = if o.repeat_penalty == 1.0 {
+            logits
+        } else {
+            penalised = penalise(logits, history, o.repeat_penalty);
+            &penalised
+        };
+        let best = argmax(logits);
+        ensure!(best.is_some(), "the model gave no finite score for any token");
+        let best = best.unwrap_or(0);
+        if o.temperature == 0.0 {
+            return Ok(best);
+        }
+        let kept = filter(logits, &o);
+        let weights: Vec<f64> = probabilities(&kept, o.temperature);
+        let mut left = self.random.random::<f64>();
+        for (&(token, _), weight) in kept.iter().zip(&weights) {
+            left -= weight;
+            if left < 0.0 {
+                return Ok(token);
+            }
+        }
+        // Rounding left a sliver: it belongs to the last token kept.
+        Ok(kept.last().map_or(best, |&(token, _)| token))
+    }
+}
+
+/// The best token; the lower id of equals; `None` when no score is finite.
+pub fn argmax(logits: &[f32]) -> Option<u32> {
+    let mut best: Option<(usize, f32)> = None;
+    for (i, &x) in logits.iter().enumerate() {
+        if x.is_finite() && best.is_none_or(|(_, b)| x > b) {
+            best = Some((i, x));
+        }
+    }
+    best.map(|(i, _)| i as u32)
+}
+
+fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
+    let mut out = logits.to_vec();
+    let mut recent = history
+        .get(history.len().saturating_sub(PENALTY_WINDOW)..)
+        .unwrap_or(&[])
+        .to_vec();
+    recent.sort_unstable();
+    recent.dedup();
+    for token in recent {
+        if let Some(x) = out.get_mut(token as usize) {
+            *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
+        }
+    }
+    out
+}
+
+/// Tokens that top-k, top-p and min-p leave, best first; at least one if any score is finite.
+fn filter(logits: &[f32], o: &Sampling) -> Vec<(u32, f32)> {
+    let mut kept: Vec<(u32, f32)> = logits
+        .iter()
+        .enumerate()
+        .filter(|(_, x)| x.is_finite())
+        .map(|(i, &x)| (i as u32, x))
+        .collect();
+    // Best first, equals by id: the order does not depend on the sort.
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+    if o.top_k > 0 && o.top_k < kept.len() {
+        kept.select_nth_unstable_by(o.top_k - 1, order);
+        kept.truncate(o.top_k);
+    }
+    kept.sort_unstable_by(order);
+    if o.top_p < 1.0 {
+        let mut sum = 0.0;
+        let shares = probabilities(&kept, 1.0);
+        let within = shares.iter().take_while(|&&p| {
+            let before = sum;
+            sum += p;
+            before < f64::from(o.top_p)
+        });
+        let n = within.count();
+        kept.truncate(n.max(1));
+    }
+    if o.min_p > 0.0
+        && let Some(&(_, best)) = kept.first()
+    {
+        // p / p_best >= min_p in logs; the best itself always stays.
+        let least = best + o.min_p.ln();
+        let n = kept.iter().take_while(|&&(_, x)| x >= least).count();
+        kept.truncate(n.max(1));
+    }
+    kept
+}
+
+/// Softmax of scores over a temperature; the first is the largest.
+fn probabilities(kept: &[(u32, f32)], temperature: f32) -> Vec<f64> {
+    let best = kept.first().map_or(0.0, |&(_, x)| x);
+    let weights: Vec<f64> = kept
+        .iter()
+        .map(|&(_, x)| (f64::from(x - best) / f64::from(temperature)).exp())
+        .collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|w| w / sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Probabilities 0.1, 0.4, 0.2, 0.3 of tokens 0 to 3.
+    fn logits() -> Vec<f32> {
+        [0.1f32, 0.4, 0.2, 0.3].iter().map(|p| p.ln()).collect()
+    }
+
+    fn kept(o: Sampling) -> Vec<u32> {
+        filter(&logits(), &o).iter().map(|&(token, _)| token).collect()
+    }
+
+    #[test]
+    fn greedy_takes_the_best_and_the_lower_of_equals() {
+        let mut s = Sampler::new(Sampling::default());
+        assert_eq!(s.choose(&[1.0, 3.0, 3.0, 2.0], &[]).unwrap(), 1);
+        assert_eq!(s.choose(&[f32::NAN, f32::NEG_INFINITY, -5.0], &[]).unwrap(), 2);
+        assert!(s.choose(&[f32::NAN], &[]).is_err());
+        assert!(s.choose(&[], &[]).is_err());
+    }
+
+    #[test]
+    fn filters_keep_what_they_should() {
+        let d = Sampling {
+            temperature: 1.0,
+            ..Sampling::default()
+        };
+        assert_eq!(kept(d), [1, 3, 2, 0]);
+        assert_eq!(kept(Sampling { top_k: 2, ..d }), [1, 3]);
+        assert_eq!(kept(Sampling { top_k: 9, ..d }), [1, 3, 2, 0]);
+        // 0.4 < 0.65, 0.7 is enough.
+        assert_eq!(kept(Sampling { top_p: 0.65, ..d }), [1, 3]);
+        assert_eq!(kept(Sampling { top_p: 0.75, ..d }), [1, 3, 2]);
+        assert_eq!(kept(Sampling { top_p: 0.01, ..d }), [1]);
+        // 0.3 / 0.4 = 0.75 and 0.2 / 0.4 = 0.5.
+        assert_eq!(kept(Sampling { min_p: 0.6, ..d }), [1, 3]);
+        assert_eq!(kept(Sampling { min_p: 0.45, ..d }), [1, 3, 2]);
+        assert_eq!(kept(Sampling { min_p: 1.0, ..d }), [1]);
+        // Top-k first: of 0.4 and 0.3 alone, 0.4 is 0.57.
+        assert_eq!(
+            kept(Sampling {
+                top_k: 2,
+                top_p: 0.5,
+                ..d
+            }),
+            [1]
+        );
+    }
+
+    #[test]
+    fn temperature_bends_the_distribution_as_computed_by_hand() {
+        // At temperature 0.5 probabilities are squared: 0.16, 0.09, 0.04, 0.01 over 0.30.
+        let all = filter(&logits(), &Sampling::default());
+        let p = probabilities(&all, 0.5);
+        for (got, want) in p.iter().zip([0.16, 0.09, 0.04, 0.01]) {
+            assert!((got - want / 0.30).abs() < 1e-6, "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn frequencies_follow_the_probabilities_and_the_seed_decides() {
+        let o = Sampling {
+            temperature: 1.0,
+            seed: 5,
+            ..Sampling::default()
+        };
+        let draw = |o: Sampling| -> Vec<u32> {
+            let mut s = Sampler::new(o);
+            (0..20_000).map(|_| s.choose(&logits(), &[]).unwrap()).collect()
+        };
+        let drawn = draw(o);
+        for (token, p) in [0.1, 0.4, 0.2, 0.3].iter().enumerate() {
+            let share = drawn.iter().filter(|&&t| t as usize == token).count() as f64 / 20_000.0;
+            assert!((share - p).abs() < 0.015, "{token}: {share}");
+        }
+        assert_eq!(drawn, draw(o));
+        assert_ne!(drawn, draw(Sampling { seed: 6, ..o }));
+    }
+
+    #[test]
+    fn repetition_is_penalised_on_both_sides_of_zero_and_forgotten_after_a_while() {
+        assert_eq!(penalise(&[2.0, -2.0, 1.0], &[0, 1, 0], 2.0), [1.0, -4.0, 1.0]);
+        let mut long = vec![0];
+        long.extend([2; PENALTY_WINDOW]);
+        assert_eq!(penalise(&[2.0, -2.0, 1.0], &long, 2.0), [2.0, -2.0, 0.5]);
+        let mut s = Sampler::new(Sampling {
+            repeat_penalty: 1.5,
+            ..Sampling::default()
+        });
+        assert_eq!(s.choose(&[2.0, 1.5], &[0, 99]).unwrap(), 1);
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let d = Sampling::default();
+        assert!(d.check().is_ok());
+        for bad in [
+            Sampling { temperature: -1.0, ..d },
+            Sampling {
+                temperature: f32::NAN,
+                ..d
+            },
+            Sampling { top_p: 0.0, ..d },
+            Sampling { min_p: 1.5, ..d },
+            Sampling {
+                repeat_penalty: 0.0,
+                ..d
+            },
+        ] {
+            assert!(bad.check().is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Documents with known answers, and how an output is judged.
+
+use std::{fs, path::Path, str::FromStr};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+/// One line of a documents file.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Document {
+    #[serde(default)]
+    pub id: String,
+    pub prompt: String,
+    #[serde(default)]
+    pub answers: Vec<String>,
+    /// A right output as a whole; it tells how long outputs are.
+    #[serde(default)]
+    pub reference: Option<String>,
+}
+
+/// Reads the documents of a JSON-lines file, at most `limit`.
+///
+/// # Errors
+/// When the file cannot be read, a line is no document, or there are none.
+pub fn read_documents(path: &Path, limit: usize) -> Result<Vec<Document>> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let lines = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty())
+        .take(limit);
+    let parse = |(i, line): (usize, &str)| {
+        serde_json::from_str(line).with_context(|| format!("{} line {} is no document", path.display(), i + 1))
+    };
+    let documents: Vec<Document> = lines.map(parse).collect::<Result<_>>()?;
+    ensure!(!documents.is_empty(), "{} holds no documents", path.display());
+    Ok(documents)
+}
+
+/// How outputs are judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scorer {
+    /// The word after the first "so value of #k" is the k-th answer.
+    Ledger,
+}
+
+impl FromStr for Scorer {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "ledger" => Ok(Self::Ledger),
+            _ => Err(format!("no scorer {s:?}, expected ledger")),
+        }
+    }
+}
+
+impl Scorer {
+    /// Which of `answers` the output has right.
+    pub fn judge(self, output: &str, answers: &[String]) -> Vec<bool> {
+        match self {
+            Self::Ledger => ledger(output, answers),
+        }
+    }
+}
+
+fn ledger(output: &str, answers: &[String]) -> Vec<bool> {
+    let words: Vec<&str> = output.split_whitespace().collect();
+    let mut said: Vec<Option<&str>> = vec![None; answers.len()];
+    for window in words.windows(5) {
+        let &["so", "value", "of", label, value] = window else {
+            continue;
+        };
+        let number = label.strip_prefix('#').and_then(|n| n.parse::<usize>().ok());
+        if let Some(slot) = number.and_then(|k| said.get_mut(k.checked_sub(1)?)) {
+            slot.get_or_insert(value);
+        }
+    }
+    said.iter()
+        .zip(answers)
+        .map(|(said, answer)| *said == Some(answer.as_str()))
+        .collect()
+}
+
+/// Mean and its standard error of one number a document (answers of one output depend on each other, documents do not).
+pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n.max(1.0);
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    let error = if values.len() > 1 {
+        (squares / (n - 1.0)).sqrt() / n.sqrt()
+    } else {
+        f64::NAN
+    };
+    (mean, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judge(output: &str) -> Vec<bool> {
+        Scorer::Ledger.judge(output, &["Lyon".into(), "9".into(), "2".into()])
+    }
+
+    #[test]
+    fn the_first_saying_counts() {
+        assert_eq!(
+            judge("answer #1 : x . so value of #1 Lyon . so value of #2 8 . so value of #2 9 ."),
+            [true, false, false]
+        );
+        assert_eq!(judge("so value of #3 2 . so value of #2 9"), [false, true, true]);
+        assert_eq!(
+            judge("so value of #0 2 . so value of #4 9 . so value of #x 1 . so value of #1"),
+            [false; 3]
+        );
+        assert_eq!(judge(""), [false; 3]);
+    }
+
+    #[test]
+    fn errors_are_over_documents() {
+        let (mean, error) = mean_and_error(&[0.0, 1.0, 0.5, 0.5]);
+        assert_eq!(mean, 0.5);
+        assert!((error - (0.5f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
+        assert!(mean_and_error(&[1.0]).1.is_nan());
+    }
+
+    #[test]
+    fn bad_lines_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.jsonl");
+        fs::write(&path, "{\"prompt\": \"a\"}\n\n{\"x\": 1}\n").unwrap();
+        assert_eq!(read_documents(&path, 1).unwrap()[0].prompt, "a");
+        assert!(format!("{:#}", read_documents(&path, 9).unwrap_err()).contains("line 3"));
+        fs::write(&path, "").unwrap();
+        assert!(read_documents(&path, 9).is_err());
+    }
+}

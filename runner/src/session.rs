@@ -1,0 +1,422 @@
+//! A loaded model: the ONNX Runtime session, its interface, and one call that runs a step.
+
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use ort::{
+    memory::Allocator,
+    session::{Session, SessionInputValue, builder::SessionBuilder},
+    value::{DynValue, Tensor, TensorElementType},
+};
+use retro_contract::{graph, limits, metadata};
+
+use crate::{
+    interface::{Interface, Kind},
+    model::ModelFolder,
+    runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
+    state::{State, Store},
+};
+
+/// What a converted model says about itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Retro {
+    /// The window w it was converted with: the most tokens a step may feed.
+    pub window: usize,
+    pub page_size: usize,
+    /// As in the metadata: "0.15" or "2048".
+    pub budget: String,
+    pub selector: String,
+    pub group_score: String,
+    /// Layers that carry the operator.
+    pub layers: Vec<usize>,
+    /// Those of them that attend to everything.
+    pub dense_layers: Vec<usize>,
+}
+
+/// How to open a model.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Threads of ONNX Runtime's pool; `None`: as many as there are cores.
+    pub threads: Option<usize>,
+    /// The plugin's file; needed by converted models only.
+    pub plugin: Option<PathBuf>,
+}
+
+/// A model ready to run. State lives apart from it ([`State`]), so one model serves many sequences.
+pub struct Model {
+    session: Session,
+    pub folder: ModelFolder,
+    pub interface: Interface,
+    pub retro: Option<Retro>,
+    /// Caches have a fixed capacity and are updated in place; otherwise every step's outputs are the next one's inputs.
+    pub fixed_capacity: bool,
+}
+
+/// The tokens of one step.
+#[derive(Clone, Debug, Default)]
+pub struct Feed {
+    /// Tokens, B rows of S.
+    pub ids: Vec<i64>,
+    /// Valid tokens of each of the B sequences after the step.
+    pub lengths: Vec<usize>,
+    /// Retrospective tokens among the S, or -1 for prefill. Ignored by models that were not converted.
+    pub retro_length: i32,
+    /// Pages per KV head of each sequence; `None`: as converted.
+    pub budgets: Option<Vec<i32>>,
+}
+
+/// Scores of the next token: B rows of `vocab`.
+#[derive(Clone, Debug, Default)]
+pub struct Logits {
+    pub values: Vec<f32>,
+    pub vocab: usize,
+}
+
+impl Logits {
+    /// The scores of one sequence; empty when there is no such row.
+    pub fn row(&self, row: usize) -> &[f32] {
+        self.values.get(row * self.vocab..(row + 1) * self.vocab).unwrap_or(&[])
+    }
+}
+
+impl Model {
+    /// Loads the graph of a folder (or an ONNX file).
+    ///
+    /// # Errors
+    /// When the folder is incomplete, ONNX Runtime refuses the graph, or the plugin is needed and missing.
+    pub fn open(runtime: &Runtime, path: &Path, options: &OpenOptions) -> Result<Self> {
+        let folder = ModelFolder::open(path)?;
+        let session =
+            open_session(runtime, &folder.graph, options).map_err(|text| load_error(&folder.graph, options, &text))?;
+        let retro = retro_metadata(&session)?;
+        let interface =
+            Interface::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
+        let fixed_capacity = retro.is_some() || interface.retro_length || folder.share_buffer == Some(true);
+        Ok(Self {
+            session,
+            folder,
+            interface,
+            retro,
+            fixed_capacity,
+        })
+    }
+
+    /// One line for people: whether and how the plugin works in this model.
+    pub fn plugin_line(&self) -> String {
+        let total = self.interface.layers();
+        match &self.retro {
+            None => format!("dense attention on all {total} layers (not converted; see retro-export)"),
+            Some(r) => {
+                let dense = match r.dense_layers.len() {
+                    0 => String::new(),
+                    n => format!(", {n} of them dense"),
+                };
+                format!(
+                    "plugin active on {} of {total} layers{dense} (window {}, budget {}, page size {}, selector {} {})",
+                    r.layers.len(),
+                    r.window,
+                    r.budget,
+                    r.page_size,
+                    r.selector,
+                    r.group_score
+                )
+            }
+        }
+    }
+
+    /// The longest context of a sequence, as far as it is known.
+    pub fn context_length(&self) -> Option<usize> {
+        self.folder.context_length
+    }
+
+    /// The window to decode with: `asked`, or the one the model was converted with; 1 for a model that was not.
+    ///
+    /// # Errors
+    /// When `asked` is more than the model has room for.
+    pub fn window(&self, asked: Option<usize>) -> Result<usize> {
+        let exported = self.retro.as_ref().map(|r| r.window);
+        match (asked, exported) {
+            (Some(0), _) => Err(anyhow!(
+                "--window 0: the smallest window is 1 (Quest, without correction)"
+            )),
+            (Some(w), Some(most)) => {
+                ensure!(
+                    w <= most,
+                    "--window {w}: the model was converted for windows up to {most}; convert it again with retro-export --window {w}"
+                );
+                Ok(w)
+            }
+            (Some(w), None) => {
+                ensure!(
+                    w == 1,
+                    "--window {w}: the model was not converted; convert it with retro-export --window {w}"
+                );
+                Ok(1)
+            }
+            (None, exported) => Ok(exported.unwrap_or(1)),
+        }
+    }
+
+    /// Pages per cache of `capacity` tokens; 0 for a model without the operator.
+    pub fn pages(&self, capacity: usize) -> usize {
+        self.retro
+            .as_ref()
+            .map_or(0, |r| retro_contract::pages_for(capacity, r.page_size))
+    }
+
+    /// Fresh state for `batch` sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// When memory runs out, or `batch` exceeds 1 on a model whose caches grow.
+    pub fn new_state(&self, batch: usize, capacity: usize) -> Result<State> {
+        ensure!(
+            batch == 1 || self.fixed_capacity,
+            "this model's caches grow with every step: it decodes one sequence at a time"
+        );
+        State::new(self, batch, capacity)
+    }
+
+    pub(crate) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Runs one step or one chunk of a prompt: writes the caches and the operator's state, returns the newest tokens' logits.
+    ///
+    /// # Errors
+    /// When the feed contradicts itself or ONNX Runtime fails.
+    pub fn run(&mut self, state: &mut State, feed: &Feed) -> Result<Logits> {
+        let batch = state.batch();
+        ensure!(
+            batch > 0 && feed.lengths.len() == batch && !feed.ids.is_empty() && feed.ids.len() % batch == 0,
+            "a step of {} tokens and {} lengths does not fit a batch of {batch}",
+            feed.ids.len(),
+            feed.lengths.len()
+        );
+        let longest = feed.lengths.iter().copied().max().unwrap_or(0);
+        ensure!(
+            longest <= state.capacity(),
+            "{longest} tokens do not fit a cache of {}",
+            state.capacity()
+        );
+
+        let Self { session, interface, .. } = self;
+        let inputs = inputs(interface, batch, longest, feed)?;
+        match state.store_mut() {
+            Store::Bound { binding, .. } => {
+                for (name, value) in &inputs {
+                    binding
+                        .bind_input(*name, value)
+                        .map_err(|e| anyhow!("{}", one_line(&e)))?;
+                }
+                // Bound anew each time: its shape changes with S, and a binding remembers the last output.
+                let cpu = Allocator::default();
+                binding
+                    .bind_output_to_device(&interface.logits, &cpu.memory_info().to_owned())
+                    .map_err(|e| anyhow!("{}", one_line(&e)))?;
+                let outputs = session.run_binding(binding).map_err(|e| anyhow!("{}", one_line(&e)))?;
+                let logits = outputs.get(&interface.logits).context("the graph gave no logits")?;
+                last_rows(logits, interface.logits_type, batch)
+            }
+            Store::Growing { past } => {
+                let mut all: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
+                all.extend(
+                    inputs
+                        .iter()
+                        .map(|(name, value)| (Cow::from(*name), SessionInputValue::from(value))),
+                );
+                all.extend(
+                    interface
+                        .slots
+                        .iter()
+                        .zip(past.iter())
+                        .map(|(slot, v)| (Cow::from(slot.past.as_str()), v.into())),
+                );
+                let mut outputs = session.run(all).map_err(|e| anyhow!("{}", one_line(&e)))?;
+                let logits = outputs.get(&interface.logits).context("the graph gave no logits")?;
+                let logits = last_rows(logits, interface.logits_type, batch)?;
+                let next: Option<Vec<DynValue>> = interface
+                    .slots
+                    .iter()
+                    .map(|slot| outputs.remove(&slot.present))
+                    .collect();
+                drop(outputs);
+                *past = next.context("the graph did not give all its present outputs")?;
+                Ok(logits)
+            }
+        }
+    }
+}
+
+/// The inputs other than caches and state.
+fn inputs<'a>(interface: &'a Interface, batch: usize, longest: usize, feed: &Feed) -> Result<Vec<(&'a str, DynValue)>> {
+    let fed = feed.ids.len() / batch;
+    let mut inputs = vec![(interface.input_ids.as_str(), int64([batch, fed], feed.ids.clone())?)];
+    if let Some(name) = &interface.attention_mask {
+        let row = |&n: &usize| (0..longest).map(move |i| i64::from(i < n));
+        inputs.push((
+            name,
+            int64([batch, longest], feed.lengths.iter().flat_map(row).collect())?,
+        ));
+    }
+    if let Some(name) = &interface.position_ids {
+        let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
+        inputs.push((name, int64([batch, fed], feed.lengths.iter().flat_map(row).collect())?));
+    }
+    if interface.retro_length {
+        inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
+    }
+    if let Some(budgets) = feed.budgets.as_ref().filter(|_| interface.page_budget) {
+        inputs.push((graph::PAGE_BUDGET, int32([batch], budgets.clone())?));
+    }
+    Ok(inputs)
+}
+
+fn int64<const N: usize>(shape: [usize; N], data: Vec<i64>) -> Result<DynValue> {
+    Ok(Tensor::from_array((shape, data))
+        .map_err(|e| anyhow!("{}", one_line(&e)))?
+        .into_dyn())
+}
+
+fn int32<const N: usize>(shape: [usize; N], data: Vec<i32>) -> Result<DynValue> {
+    Ok(Tensor::from_array((shape, data))
+        .map_err(|e| anyhow!("{}", one_line(&e)))?
+        .into_dyn())
+}
+
+/// The last of each sequence's rows of logits `[B, S, V]` (S may be 1 whatever was fed), as f32.
+fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
+    let ValueShape { rows, vocab } = logits_shape(logits, batch)?;
+    let mut values = Vec::with_capacity(batch * vocab);
+    let newest = |b: usize| {
+        let start = (b * rows + rows - 1) * vocab;
+        start..start + vocab
+    };
+    match element {
+        TensorElementType::Float32 => {
+            let (_, data) = logits
+                .try_extract_tensor::<f32>()
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            (0..batch).for_each(|b| values.extend_from_slice(data.get(newest(b)).unwrap_or(&[])));
+        }
+        TensorElementType::Float16 => {
+            let (_, data) = logits
+                .try_extract_tensor::<half::f16>()
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).iter().map(|x| x.to_f32())));
+        }
+        TensorElementType::Bfloat16 => {
+            let (_, data) = logits
+                .try_extract_tensor::<half::bf16>()
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).iter().map(|x| x.to_f32())));
+        }
+        other => anyhow::bail!("the logits are {other}, expected float32, float16 or bfloat16"),
+    }
+    ensure!(values.len() == batch * vocab, "the logits are shorter than their shape");
+    Ok(Logits { values, vocab })
+}
+
+struct ValueShape {
+    rows: usize,
+    vocab: usize,
+}
+
+fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape> {
+    let shape: Vec<usize> = logits
+        .dtype()
+        .tensor_shape()
+        .map(|s| s.iter().map(|&d| usize::try_from(d).unwrap_or(0)).collect())
+        .unwrap_or_default();
+    let (rows, vocab) = match shape.as_slice() {
+        [b, rows, vocab] if *b == batch => (*rows, *vocab),
+        [b, vocab] if *b == batch => (1, *vocab),
+        _ => anyhow::bail!("the logits have shape {shape:?} for a batch of {batch}"),
+    };
+    ensure!(
+        rows > 0 && vocab > 0,
+        "the logits have shape {shape:?}: nothing is in them"
+    );
+    Ok(ValueShape { rows, vocab })
+}
+
+/// Errors as text: `ort`'s builder errors carry the builder, which cannot leave the thread.
+fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> std::result::Result<Session, String> {
+    let text = |e: &dyn std::fmt::Display| one_line(e);
+    let builder = Session::builder(runtime.environment()).map_err(|e| text(&e))?;
+    // Every step has another shape: remembering memory patterns for each would only cost.
+    let mut builder: SessionBuilder = builder.with_memory_pattern(false).map_err(|e| text(&e))?;
+    if let Some(threads) = options.threads {
+        builder = builder.with_intra_threads(threads).map_err(|e| text(&e))?;
+    }
+    if let Some(plugin) = &options.plugin {
+        builder = builder
+            .with_operator_library(plugin)
+            .map_err(|e| format!("the plugin {} does not load: {}", plugin.display(), text(&e)))?;
+    }
+    builder.commit_from_file(graph).map_err(|e| text(&e))
+}
+
+fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> anyhow::Error {
+    let wants_plugin = text.contains(retro_contract::DOMAIN) || text.contains(retro_contract::OP_TYPE);
+    if wants_plugin && options.plugin.is_none() {
+        anyhow!(
+            "{} was converted and needs the plugin {PLUGIN}, which is not beside this program: build it with `cargo build --release`, or name it with --plugin or {PLUGIN_VARIABLE}",
+            graph.display()
+        )
+    } else {
+        anyhow!("cannot load {}: {text}", graph.display())
+    }
+}
+
+fn retro_metadata(session: &Session) -> Result<Option<Retro>> {
+    let metadata = session
+        .metadata()
+        .map_err(|e| anyhow!("cannot read the model's metadata: {}", one_line(&e)))?;
+    let Some(version) = metadata.custom(metadata::VERSION) else {
+        return Ok(None);
+    };
+    ensure!(
+        version == retro_contract::OPSET_VERSION.to_string(),
+        "the model was converted for version {version} of the operator, this program knows version {}",
+        retro_contract::OPSET_VERSION
+    );
+    let number = |key: &str, default: usize| -> Result<usize> {
+        let Some(text) = metadata.custom(key) else {
+            return Ok(default);
+        };
+        let n = text.parse().ok().filter(|&n| n >= 1);
+        n.with_context(|| format!("the model's metadata {key} is {text:?}, expected a positive number"))
+    };
+    let list = |key: &str| -> Vec<usize> {
+        metadata
+            .custom(key)
+            .unwrap_or_default()
+            .split(',')
+            .filter_map(|n| n.trim().parse().ok())
+            .collect()
+    };
+    let text = |key: &str, default: &str| metadata.custom(key).unwrap_or_else(|| default.to_owned());
+    Ok(Some(Retro {
+        window: number(metadata::WINDOW, limits::WINDOW)?,
+        page_size: number(metadata::PAGE_SIZE, limits::PAGE_SIZE)?,
+        budget: text(metadata::BUDGET, "?"),
+        selector: text(metadata::SELECTOR, "?"),
+        group_score: text(metadata::GROUP_SCORE, "?"),
+        layers: list(metadata::LAYERS),
+        dense_layers: list(metadata::DENSE_LAYERS),
+    }))
+}
+
+/// Slots of the sparse layers' page steps, in layer order: what measuring looks at.
+pub(crate) fn sparse_layers(model: &Model) -> Vec<usize> {
+    let dense = model.retro.as_ref().map(|r| r.dense_layers.as_slice()).unwrap_or(&[]);
+    let steps = Kind::Retro(graph::State::PageSteps);
+    let slots = model.interface.slots.iter().enumerate();
+    slots
+        .filter(|(_, s)| s.kind == steps && !dense.contains(&s.layer))
+        .map(|(i, _)| i)
+        .collect()
+}

@@ -1,0 +1,247 @@
+//! What a batch of sequences remembers: keys, values and the operator's state.
+//!
+//! B batch, C capacity in tokens, P pages. Every buffer's first dimension is B, so a sequence is one contiguous run of each.
+
+use anyhow::{Context, Result, anyhow, ensure};
+use ort::{
+    memory::Allocator,
+    session::IoBinding,
+    value::{DynTensor, DynValue},
+};
+use retro_contract::graph;
+
+use crate::{interface::Kind, runtime::one_line, session::Model};
+
+/// State of a batch. It belongs to the model that made it.
+pub struct State {
+    batch: usize,
+    capacity: usize,
+    store: Store,
+}
+
+pub(crate) enum Store {
+    /// Buffers of fixed capacity, each bound as past and as present: updated in place.
+    Bound { binding: IoBinding, buffers: Vec<Buffer> },
+    /// The outputs of the last run, in the order of the interface's slots.
+    Growing { past: Vec<DynValue> },
+}
+
+pub(crate) struct Buffer {
+    tensor: DynTensor,
+    kind: Kind,
+    bytes: usize,
+}
+
+/// A copy of a state's contents, to go back to.
+pub struct Snapshot(Vec<Vec<u8>>);
+
+impl State {
+    pub(crate) fn new(model: &Model, batch: usize, capacity: usize) -> Result<Self> {
+        let slots = &model.interface.slots;
+        let allocator = Allocator::default();
+        let pages = model.pages(capacity);
+        if !model.fixed_capacity {
+            let empty = |slot: &crate::interface::Slot| -> Result<DynValue> {
+                let tensor = DynTensor::new(&allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
+                Ok(tensor.map_err(|e| anyhow!("{}", one_line(&e)))?.into_dyn())
+            };
+            let past = slots.iter().map(empty).collect::<Result<_>>()?;
+            return Ok(Self {
+                batch,
+                capacity,
+                store: Store::Growing { past },
+            });
+        }
+        let mut binding = model
+            .session()
+            .create_binding()
+            .map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let mut buffers = Vec::with_capacity(slots.len());
+        for slot in slots {
+            let shape = slot.shape(batch, capacity, pages);
+            let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+            let bytes = elements.and_then(|n| slot.element.byte_size(n));
+            let bytes = bytes.with_context(|| format!("the buffer {} of shape {shape:?} is too large", slot.past))?;
+            // `new` zeroes the memory.
+            let mut tensor = DynTensor::new(&allocator, slot.element, dims(&shape)).map_err(|e| {
+                anyhow!(
+                    "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
+                    slot.past,
+                    one_line(&e)
+                )
+            })?;
+            binding
+                .bind_input(&slot.past, &tensor)
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            binding
+                .bind_output(&slot.present, &mut tensor)
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let mut buffer = Buffer {
+                tensor,
+                kind: slot.kind,
+                bytes,
+            };
+            if buffer.counts_from_minus_one() {
+                buffer.clear();
+            }
+            buffers.push(buffer);
+        }
+        Ok(Self {
+            batch,
+            capacity,
+            store: Store::Bound { binding, buffers },
+        })
+    }
+
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Tokens that a sequence can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(crate) fn store_mut(&mut self) -> &mut Store {
+        &mut self.store
+    }
+
+    fn buffers(&self) -> &[Buffer] {
+        match &self.store {
+            Store::Bound { buffers, .. } => buffers,
+            Store::Growing { .. } => &[],
+        }
+    }
+
+    /// Forgets everything: zeros, and no page ever loaded.
+    pub fn clear(&mut self) {
+        match &mut self.store {
+            Store::Bound { buffers, .. } => buffers.iter_mut().for_each(Buffer::clear),
+            // A growing cache is emptied by dropping the state and making another.
+            Store::Growing { .. } => {}
+        }
+    }
+
+    /// Bytes of keys and values, and bytes of the operator's own state.
+    pub fn sizes(&self) -> (usize, usize) {
+        let sum = |cache: bool| {
+            self.buffers()
+                .iter()
+                .filter(|b| (b.kind == Kind::Cache) == cache)
+                .map(|b| b.bytes)
+                .sum()
+        };
+        match &self.store {
+            Store::Bound { .. } => (sum(true), sum(false)),
+            Store::Growing { past } => {
+                let bytes = |v: &DynValue| {
+                    let elements = v.dtype().tensor_shape().map_or(0, |s| s.num_elements());
+                    v.dtype().tensor_type().and_then(|t| t.byte_size(elements)).unwrap_or(0)
+                };
+                (past.iter().map(bytes).sum(), 0)
+            }
+        }
+    }
+
+    /// Copies one sequence of `from` (of the same model and capacity) over one of this state.
+    ///
+    /// # Errors
+    /// When the two do not have the same layout or a row does not exist.
+    pub fn copy_row(&mut self, row: usize, from: &State, from_row: usize) -> Result<()> {
+        ensure!(
+            row < self.batch && from_row < from.batch,
+            "no such sequence in the batch"
+        );
+        let (batch, from_batch) = (self.batch, from.batch);
+        let Store::Bound { buffers, .. } = &mut self.store else {
+            return Err(anyhow!("growing caches cannot be copied"));
+        };
+        ensure!(
+            buffers.len() == from.buffers().len(),
+            "the states are of different models"
+        );
+        for (to, from) in buffers.iter_mut().zip(from.buffers()) {
+            let size = to.bytes / batch;
+            ensure!(size == from.bytes / from_batch, "the states differ in capacity");
+            let source = from.bytes().get(from_row * size..(from_row + 1) * size);
+            let target = to.bytes_mut().get_mut(row * size..(row + 1) * size);
+            let (target, source) = target.zip(source).context("a state buffer is too short")?;
+            target.copy_from_slice(source);
+        }
+        Ok(())
+    }
+
+    /// A copy of everything, for [`Self::restore`].
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot(self.buffers().iter().map(|b| b.bytes().to_vec()).collect())
+    }
+
+    /// Goes back to a snapshot of this state.
+    ///
+    /// # Errors
+    /// When the snapshot is of another layout.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let Store::Bound { buffers, .. } = &mut self.store else {
+            return Err(anyhow!("growing caches have no snapshots"));
+        };
+        ensure!(buffers.len() == snapshot.0.len(), "the snapshot is of another model");
+        for (buffer, bytes) in buffers.iter_mut().zip(&snapshot.0) {
+            ensure!(buffer.bytes == bytes.len(), "the snapshot is of another capacity");
+            buffer.bytes_mut().copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    /// Page steps `[B, Hkv, P]` of a slot, with their shape; `None` if the slot holds something else.
+    pub(crate) fn page_steps(&self, slot: usize) -> Option<(&[i32], [usize; 3])> {
+        let buffer = self
+            .buffers()
+            .get(slot)
+            .filter(|b| b.kind == Kind::Retro(graph::State::PageSteps))?;
+        let (shape, data) = buffer.tensor.try_extract_tensor::<i32>().ok()?;
+        let &[b, heads, pages] = &shape[..] else { return None };
+        Some((
+            data,
+            [
+                usize::try_from(b).ok()?,
+                usize::try_from(heads).ok()?,
+                usize::try_from(pages).ok()?,
+            ],
+        ))
+    }
+}
+
+fn dims(shape: &[usize]) -> Vec<i64> {
+    shape.iter().map(|&d| d as i64).collect()
+}
+
+impl Buffer {
+    /// Page steps start as -1: no page was ever loaded.
+    fn counts_from_minus_one(&self) -> bool {
+        self.kind == Kind::Retro(graph::State::PageSteps)
+    }
+
+    fn clear(&mut self) {
+        // All bits set is the int32 -1.
+        let value = if self.counts_from_minus_one() { 0xff } else { 0 };
+        self.bytes_mut().fill(value);
+    }
+
+    fn bytes(&self) -> &[u8] {
+        if self.bytes == 0 {
+            return &[];
+        }
+        // SAFETY: the tensor owns `bytes` initialised bytes of CPU memory for as long as it lives, and nothing writes them
+        // during this borrow: ONNX Runtime writes only inside `Model::run`, which borrows the state mutably.
+        unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast::<u8>(), self.bytes) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        if self.bytes == 0 {
+            return &mut [];
+        }
+        // SAFETY: as in `bytes`; the borrow is exclusive, and the binding's own handle on the tensor only reads or writes
+        // inside `Model::run`.
+        unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr_mut().cast::<u8>(), self.bytes) }
+    }
+}

@@ -1,0 +1,127 @@
+//! What a generation took and read.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::measure::Reading;
+
+/// Figures of one generation (or of a batch). Times leave measuring and printing out.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    pub prompt_tokens: usize,
+    pub prompt_time: Duration,
+    /// From the start of the prompt to the first token.
+    pub first_token: Duration,
+    pub generated_tokens: usize,
+    /// Tokens whose making needed a decoding step: the first comes from the prompt.
+    pub decoded_tokens: usize,
+    pub decode_time: Duration,
+    pub reading: Reading,
+    pub kv_bytes: usize,
+    pub state_bytes: usize,
+}
+
+/// As one JSON object.
+#[derive(Serialize)]
+pub struct StatsJson {
+    pub prompt_tokens: usize,
+    pub prompt_tokens_per_second: Option<f64>,
+    pub time_to_first_token_ms: f64,
+    pub generated_tokens: usize,
+    pub decode_tokens_per_second: Option<f64>,
+    pub pages_per_kv_head_and_step: Option<f64>,
+    pub share_of_valid_pages: Option<f64>,
+    pub effective_exposure: Option<f64>,
+    pub kv_mib: f64,
+    pub state_mib: f64,
+}
+
+const MIB: f64 = (1 << 20) as f64;
+
+impl Stats {
+    /// Tokens of the prompt per second.
+    pub fn prompt_rate(&self) -> Option<f64> {
+        rate(self.prompt_tokens, self.prompt_time)
+    }
+
+    /// Tokens decoded per second, all sequences together.
+    pub fn decode_rate(&self) -> Option<f64> {
+        rate(self.decoded_tokens, self.decode_time)
+    }
+
+    pub fn json(&self) -> StatsJson {
+        StatsJson {
+            prompt_tokens: self.prompt_tokens,
+            prompt_tokens_per_second: self.prompt_rate(),
+            time_to_first_token_ms: self.first_token.as_secs_f64() * 1e3,
+            generated_tokens: self.generated_tokens,
+            decode_tokens_per_second: self.decode_rate(),
+            pages_per_kv_head_and_step: self.reading.pages(),
+            share_of_valid_pages: self.reading.share(),
+            effective_exposure: self.reading.exposure(),
+            kv_mib: self.kv_bytes as f64 / MIB,
+            state_mib: self.state_bytes as f64 / MIB,
+        }
+    }
+
+    /// Two or three lines for people.
+    pub fn lines(&self) -> Vec<String> {
+        let rate = |r: Option<f64>| r.map_or_else(|| "-".to_owned(), |r| format!("{r:.1}"));
+        let mut lines = vec![
+            format!(
+                "prompt {} tokens, {} tokens/s; first token after {:.0} ms",
+                self.prompt_tokens,
+                rate(self.prompt_rate()),
+                self.first_token.as_secs_f64() * 1e3
+            ),
+            format!(
+                "generated {} tokens, {} tokens/s",
+                self.generated_tokens,
+                rate(self.decode_rate())
+            ),
+        ];
+        let mut memory = format!("KV cache {:.1} MiB", self.kv_bytes as f64 / MIB);
+        if self.state_bytes > 0 {
+            memory += &format!(" + state {:.1} MiB", self.state_bytes as f64 / MIB);
+        }
+        if let (Some(pages), Some(share)) = (self.reading.pages(), self.reading.share()) {
+            let exposure = self
+                .reading
+                .exposure()
+                .map_or_else(String::new, |e| format!(", effective exposure {e:.2}"));
+            lines.push(format!(
+                "read {pages:.1} pages per KV head and step ({:.0} % of the valid ones){exposure}; {memory}",
+                100.0 * share
+            ));
+        } else {
+            lines.push(format!("read every page; {memory}"));
+        }
+        lines
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> Option<f64> {
+    (tokens > 0 && !time.is_zero()).then(|| tokens as f64 / time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_tokens_over_time_and_absent_without_either() {
+        let s = Stats {
+            prompt_tokens: 100,
+            prompt_time: Duration::from_millis(500),
+            ..Stats::default()
+        };
+        assert_eq!(s.prompt_rate(), Some(200.0));
+        assert_eq!(s.decode_rate(), None);
+        assert!(s.lines()[2].contains("every page"));
+        assert_eq!(
+            serde_json::to_value(s.json()).unwrap()["effective_exposure"],
+            serde_json::Value::Null
+        );
+    }
+}
