@@ -4,11 +4,14 @@
 //! mapped file, and go from there straight to the output.
 
 mod build;
+mod external;
 mod messages;
 mod read;
 mod stream;
 mod write;
 
+pub use external::{ExternalFile, external_files};
 pub use messages::*;
 pub use read::{LoadedModel, folder_of, read_model};
 pub use write::{MAX_MODEL_BYTES, write_model};
+pub(crate) use write::{encode_to, encoded_len, new_file_beside, persist, sync_folder};

@@ -22,6 +22,16 @@ pub const MAX_MODEL_BYTES: usize = (1 << 31) - 1;
 /// # Errors
 /// The model is larger than protobuf's 2 GiB, the target exists and `overwrite` is false, or writing fails.
 pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result<u64> {
+    let len = encoded_len(model)?;
+    write_file(target, overwrite, |file| encode_to(model, file))?;
+    Ok(len)
+}
+
+/// Bytes of a model's file.
+///
+/// # Errors
+/// More than an ONNX file may have.
+pub(crate) fn encoded_len(model: &ModelProto) -> Result<u64> {
     let len = model.encoded_len();
     if len > MAX_MODEL_BYTES {
         bail!(
@@ -29,17 +39,19 @@ pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result
              data first (onnx.save(..., save_as_external_data=True))"
         );
     }
-    write_file(target, overwrite, |file| {
-        let mut stream = Stream::new(ToFile(file));
-        model.encode(&mut stream).map_err(io::Error::other)?;
-        stream.finish()?;
-        Ok(())
-    })?;
     Ok(len as u64)
 }
 
+/// Streams a model into a file.
+pub(crate) fn encode_to(model: &ModelProto, file: &mut File) -> io::Result<()> {
+    let mut stream = Stream::new(ToFile(file));
+    model.encode(&mut stream).map_err(io::Error::other)?;
+    stream.finish()?;
+    Ok(())
+}
+
 /// Writes a file whole or not at all, as [`write_model`] does.
-pub(crate) fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let shown = target.display();
     if target.is_dir() {
         bail!("cannot write {shown}: it is a folder");

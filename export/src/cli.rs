@@ -1,0 +1,134 @@
+//! The command line of `retro-export`.
+
+use crate::{ExternalMode, Options, Settings};
+use clap::Parser;
+use retro_contract::{Budget, GroupScore, Selector};
+use std::path::PathBuf;
+
+/// Converts the attention of an ONNX language model to retrospective sparse attention.
+///
+/// Every GroupQueryAttention node becomes an ai.retro::RetroAttention node. All else stays byte for byte as it is. The
+/// result needs the operator's plugin, libretro_attention.so.
+#[derive(Debug, Parser)]
+#[command(name = "retro-export", version, max_term_width = 120)]
+pub struct Cli {
+    /// The model to convert: a file, or a folder with its configuration and tokenizer
+    pub model: PathBuf,
+
+    /// Where to write: a file for a file, a folder for a folder
+    #[arg(short, long, value_name = "PATH", required_unless_present = "dry_run")]
+    pub output: Option<PathBuf>,
+
+    /// Tokens that a decoding step feeds at most: the new one and window - 1 corrected ones; 1 is Quest
+    #[arg(short, long, default_value_t = Settings::default().window, value_name = "TOKENS")]
+    pub window: usize,
+
+    /// How much of the cache a step reads: a share of the context (0.15) or a number of tokens (2048)
+    #[arg(short, long, default_value_t = Settings::default().budget, value_name = "SHARE|TOKENS")]
+    pub budget: Budget,
+
+    /// Least pages that a share of the context is rounded up to
+    #[arg(long, default_value_t = Settings::default().min_pages, value_name = "PAGES")]
+    pub min_pages: usize,
+
+    /// Tokens a page: a power of two, 8 to 128
+    #[arg(long, default_value_t = Settings::default().page_size, value_name = "TOKENS")]
+    pub page_size: usize,
+
+    /// First pages of the context that are always read
+    #[arg(long, default_value_t = Settings::default().sink_pages, value_name = "PAGES")]
+    pub sink_pages: usize,
+
+    /// Layers that read everything, by number
+    #[arg(long, value_delimiter = ',', value_name = "LAYERS")]
+    pub dense_layers: Vec<usize>,
+
+    /// What stands for a page when the best ones are chosen: bounds (the paper's) or moments
+    #[arg(long, default_value_t = Settings::default().selector)]
+    pub selector: Selector,
+
+    /// How the heads of a group agree on pages: max (the paper's) or softmax
+    #[arg(long, default_value_t = Settings::default().group_score)]
+    pub group_score: GroupScore,
+
+    /// Standard deviations that the selector moments adds to the mean
+    #[arg(long, default_value_t = Settings::default().selector_lambda, value_name = "NUMBER")]
+    pub selector_lambda: f32,
+
+    /// Return the logits of all tokens fed, not the newest one's alone
+    #[arg(long)]
+    pub all_logits: bool,
+
+    /// Convert the layers that can be, even if some can't
+    #[arg(long)]
+    pub partial: bool,
+
+    /// Give layers with a sliding-window cache one that holds the whole context, so that they work with --window > 1
+    #[arg(long)]
+    pub full_sliding_cache: bool,
+
+    /// Weights in files of their own: reference, link or copy [default: reference beside the model, link elsewhere]
+    #[arg(long, value_name = "HOW")]
+    pub external_data: Option<ExternalMode>,
+
+    /// Replace what is at the output
+    #[arg(short, long)]
+    pub force: bool,
+
+    /// Only say what would be done
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+
+    /// Report as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Cli {
+    /// The conversion that was asked for.
+    pub fn options(&self) -> Options {
+        Options {
+            source: self.model.clone(),
+            target: self.output.clone(),
+            settings: Settings {
+                window: self.window,
+                budget: self.budget,
+                min_pages: self.min_pages,
+                page_size: self.page_size,
+                sink_pages: self.sink_pages,
+                selector: self.selector,
+                group_score: self.group_score,
+                selector_lambda: self.selector_lambda,
+                dense_layers: self.dense_layers.iter().copied().collect(),
+            },
+            all_logits: self.all_logits,
+            partial: self.partial,
+            full_sliding_cache: self.full_sliding_cache,
+            external_data: self.external_data,
+            force: self.force,
+            dry_run: self.dry_run,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn flags_are_sound_and_default_to_the_settings() {
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from(["retro-export", "m.onnx", "-o", "out.onnx"]).unwrap();
+        assert_eq!(cli.options().settings, Settings::default());
+        let cli =
+            Cli::try_parse_from(["retro-export", "m", "-n", "--dense-layers", "0,2", "--budget", "2048"]).unwrap();
+        let settings = cli.options().settings;
+        assert_eq!(settings.dense_layers.into_iter().collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(settings.budget, Budget::Tokens(2048));
+        assert!(
+            Cli::try_parse_from(["retro-export", "m.onnx"]).is_err(),
+            "an output is needed"
+        );
+    }
+}

@@ -1,0 +1,525 @@
+//! Where a model comes from and where it goes: single files, and folders with all that lies beside the model.
+
+use crate::{
+    onnx::{ExternalFile, ModelProto, encode_to, encoded_len, folder_of, new_file_beside, persist, sync_folder},
+    report::ExternalReport,
+};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use std::{
+    fs::{self, File, Metadata},
+    io,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+/// Files at least this long are hard-linked into an output folder rather than copied.
+const LARGE: u64 = 1 << 20;
+/// Folders inside folders.
+const MAX_DEPTH: usize = 16;
+const CONFIG: &str = "genai_config.json";
+
+/// What becomes of weights in files of their own. They are never rewritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExternalMode {
+    /// The output lies beside them and refers to them.
+    Reference,
+    /// Hard links in the output's folder; copies where the file system can't.
+    Link,
+    /// Copies in the output's folder.
+    Copy,
+}
+
+impl ExternalMode {
+    pub const VALUES: [&'static str; 3] = ["reference", "link", "copy"];
+}
+
+impl FromStr for ExternalMode {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "reference" => Ok(Self::Reference),
+            "link" => Ok(Self::Link),
+            "copy" => Ok(Self::Copy),
+            _ => Err(format!("{s:?} is none of {}", Self::VALUES.join(", "))),
+        }
+    }
+}
+
+/// A model's file, and the folder it was named by, if it was.
+#[derive(Debug)]
+pub struct Source {
+    pub model: PathBuf,
+    pub named_folder: Option<PathBuf>,
+}
+
+impl Source {
+    /// The folder that the model lies in.
+    pub fn folder(&self) -> &Path {
+        folder_of(&self.model)
+    }
+}
+
+/// Finds the model that a file or folder stands for: in a folder, the one genai_config.json names, else model.onnx, else
+/// the only *.onnx.
+///
+/// # Errors
+/// There is none, or it isn't clear which.
+pub fn find_source(path: &Path) -> Result<Source> {
+    let shown = path.display();
+    let meta = fs::metadata(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => anyhow!("{shown} doesn't exist"),
+        _ => anyhow!("cannot read {shown}: {e}"),
+    })?;
+    if !meta.is_dir() {
+        return Ok(Source {
+            model: path.to_owned(),
+            named_folder: None,
+        });
+    }
+    let found = |model: PathBuf| Source {
+        model,
+        named_folder: Some(path.to_owned()),
+    };
+    if let Some(name) = configured_name(&path.join(CONFIG))? {
+        let plain = Path::new(&name).file_name() == Some(name.as_ref());
+        ensure!(
+            plain,
+            "{CONFIG} in {shown} names the model {name:?}, which is not a file of that folder"
+        );
+        let model = path.join(&name);
+        ensure!(
+            model.is_file(),
+            "{CONFIG} in {shown} names the model {name}, which is not there"
+        );
+        return Ok(found(model));
+    }
+    let usual = path.join("model.onnx");
+    if usual.is_file() {
+        return Ok(found(usual));
+    }
+    let mut models = Vec::new();
+    for entry in fs::read_dir(path).with_context(|| format!("cannot read {shown}"))? {
+        let candidate = entry.with_context(|| format!("cannot read {shown}"))?.path();
+        if candidate.extension().is_some_and(|e| e == "onnx") && candidate.is_file() {
+            models.push(candidate);
+        }
+    }
+    models.sort();
+    match models.len() {
+        0 => bail!("there is no ONNX model in {shown} (no {CONFIG}, no *.onnx)"),
+        1 => Ok(found(models.swap_remove(0))),
+        n => bail!("there are {n} ONNX models in {shown}; name the one to convert"),
+    }
+}
+
+/// model.decoder.filename of a genai_config.json; none if there is no such file or entry.
+fn configured_name(config: &Path) -> Result<Option<String>> {
+    let text = match fs::read(config) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| format!("cannot read {}", config.display())),
+    };
+    let json: serde_json::Value =
+        serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", config.display()))?;
+    Ok(json
+        .pointer("/model/decoder/filename")
+        .and_then(|v| v.as_str())
+        .map(str::to_owned))
+}
+
+/// A place to write to, checked before the work starts.
+pub struct Output<'a> {
+    source: &'a Source,
+    target: PathBuf,
+    external: ExternalMode,
+    force: bool,
+}
+
+/// What was written.
+#[derive(Default)]
+pub struct Written {
+    pub bytes: u64,
+    pub external: Vec<ExternalReport>,
+    pub files: Vec<PathBuf>,
+    pub skipped: Vec<String>,
+}
+
+impl<'a> Output<'a> {
+    /// # Errors
+    /// The target is the source, is there and `force` is not set, isn't the same kind of thing as the source, or doesn't
+    /// suit what is asked for external data.
+    pub fn plan(source: &'a Source, target: &Path, external: Option<ExternalMode>, force: bool) -> Result<Self> {
+        let external = match &source.named_folder {
+            Some(folder) => plan_folder(source, folder, target, external, force)?,
+            None => plan_file(source, target, external, force)?,
+        };
+        Ok(Self {
+            source,
+            target: target.to_owned(),
+            external,
+            force,
+        })
+    }
+
+    /// The file that will hold the converted model.
+    pub fn model_path(&self) -> PathBuf {
+        match (&self.source.named_folder, self.source.model.file_name()) {
+            (Some(_), Some(name)) => self.target.join(name),
+            _ => self.target.clone(),
+        }
+    }
+
+    /// Writes the model and what belongs to it, whole or not at all.
+    pub fn write(&self, model: &ModelProto, external: &[ExternalFile]) -> Result<Written> {
+        let bytes = encoded_len(model)?;
+        let written = match &self.source.named_folder {
+            Some(folder) => self.write_folder(folder, model, external)?,
+            None => self.write_file(model, external)?,
+        };
+        Ok(Written { bytes, ..written })
+    }
+
+    /// Everything goes to temporary files first; then the weights are put in place, and the model last.
+    fn write_file(&self, model: &ModelProto, external: &[ExternalFile]) -> Result<Written> {
+        let folder = folder_of(&self.target);
+        let mut written = Written::default();
+        let mut staged = Vec::new();
+        for file in external {
+            let report = |how| ExternalReport {
+                location: file.location.clone(),
+                bytes: file.len,
+                how,
+            };
+            let place = folder.join(&file.location);
+            if self.external == ExternalMode::Reference {
+                written.external.push(report("referenced"));
+                continue;
+            }
+            ensure!(
+                place != self.target,
+                "the output {} would replace its own weights",
+                place.display()
+            );
+            if same_file(&place, &file.source) {
+                written.external.push(report("already there"));
+                continue;
+            }
+            let exists = fs::symlink_metadata(&place).is_ok();
+            ensure!(
+                self.force || !exists,
+                "{} exists already; use --force to replace it",
+                place.display()
+            );
+            let parent = folder_of(&place);
+            fs::create_dir_all(parent).with_context(|| format!("cannot make the folder {}", parent.display()))?;
+            let (temp, how) = bring(&file.source, parent, self.external)
+                .with_context(|| format!("cannot bring the weights to {}", place.display()))?;
+            staged.push((temp, place, exists));
+            written.external.push(report(how));
+        }
+        let shown = self.target.display();
+        let mut temp = new_file_beside(&self.target).with_context(|| format!("cannot write {shown}"))?;
+        encode_to(model, temp.as_file_mut()).with_context(|| format!("cannot write {shown}"))?;
+        temp.as_file()
+            .sync_all()
+            .with_context(|| format!("cannot write {shown}"))?;
+        let mut new = Vec::new();
+        let placed = staged.into_iter().try_for_each(|(temp, place, existed)| {
+            temp.persist(&place)
+                .with_context(|| format!("cannot write {}", place.display()))?;
+            if !existed {
+                new.push(place);
+            }
+            Ok(())
+        });
+        let done = placed.and_then(|()| persist(temp, &self.target, self.force));
+        if done.is_err() {
+            // Weights without a model are of no use; what was there before is not touched.
+            new.iter().for_each(|place| drop(fs::remove_file(place)));
+        }
+        done.map(|()| written)
+    }
+
+    /// A whole folder is made beside the target and renamed.
+    fn write_folder(&self, folder: &Path, model: &ModelProto, external: &[ExternalFile]) -> Result<Written> {
+        let shown = self.target.display();
+        let target = absolute(&self.target)?;
+        let parent = folder_of(&target);
+        let temp = tempfile::Builder::new()
+            .prefix(".retro-export-")
+            .suffix(".tmp")
+            .permissions_for_all()
+            .tempdir_in(parent)
+            .with_context(|| format!("cannot write {shown}"))?;
+        let mut written = Written::default();
+        let mut brought = Brought {
+            how: self.external,
+            external,
+            model: &self.source.model,
+            written: &mut written,
+        };
+        brought.folder(folder, temp.path(), Path::new(""), 0)?;
+        let name = self.source.model.file_name().context("the model has no file name")?;
+        let mut file = File::create_new(temp.path().join(name)).with_context(|| format!("cannot write {shown}"))?;
+        encode_to(model, &mut file)
+            .and_then(|()| file.sync_all())
+            .with_context(|| format!("cannot write {shown}"))?;
+        sync_folder(temp.path());
+        let old = set_aside(&target)?;
+        if let Err(e) = fs::rename(temp.path(), &target) {
+            if let Some(old) = old {
+                let _ = fs::rename(&old, &target);
+            }
+            return Err(e).with_context(|| format!("cannot write {shown}"));
+        }
+        let _ = temp.keep();
+        if let Some(old) = old {
+            fs::remove_dir_all(&old).with_context(|| format!("cannot remove what was replaced, {}", old.display()))?;
+        }
+        sync_folder(parent);
+        written.files.sort();
+        written.external.sort_by(|a, b| a.location.cmp(&b.location));
+        Ok(written)
+    }
+}
+
+trait OpenToOthers {
+    fn permissions_for_all(&mut self) -> &mut Self;
+}
+
+impl OpenToOthers for tempfile::Builder<'_, '_> {
+    /// As any new folder: the user's umask decides, not the 0700 of temporary ones.
+    fn permissions_for_all(&mut self) -> &mut Self {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            self.permissions(fs::Permissions::from_mode(0o777));
+        }
+        self
+    }
+}
+
+/// Moves an existing folder out of the way, beside itself; an empty one is simply replaced.
+fn set_aside(target: &Path) -> Result<Option<PathBuf>> {
+    let is_empty = |folder: &Path| fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    if fs::symlink_metadata(target).is_err() || is_empty(target) {
+        return Ok(None);
+    }
+    let place = tempfile::Builder::new()
+        .prefix(".retro-export-replaced-")
+        .tempdir_in(folder_of(target))
+        .map(tempfile::TempDir::keep)
+        .and_then(|place| fs::rename(target, &place).map(|()| place));
+    place
+        .map(Some)
+        .with_context(|| format!("cannot replace {}", target.display()))
+}
+
+/// Brings along what lies in the source's folder.
+struct Brought<'a> {
+    how: ExternalMode,
+    external: &'a [ExternalFile],
+    model: &'a Path,
+    written: &'a mut Written,
+}
+
+impl Brought<'_> {
+    fn folder(&mut self, from: &Path, to: &Path, relative: &Path, depth: usize) -> Result<()> {
+        ensure!(
+            depth < MAX_DEPTH,
+            "{} has more than {MAX_DEPTH} folders inside one another",
+            from.display()
+        );
+        let cannot = || format!("cannot read {}", from.display());
+        let entries: io::Result<Vec<_>> = fs::read_dir(from).with_context(cannot)?.collect();
+        let mut entries = entries.with_context(cannot)?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let (path, name) = (entry.path(), entry.file_name());
+            let relative = relative.join(&name);
+            let mut skip = |why: &str| self.written.skipped.push(format!("{}: {why}", relative.display()));
+            let is_link = entry.file_type().is_ok_and(|t| t.is_symlink());
+            match fs::metadata(&path) {
+                _ if same_path(&path, self.model) => {}
+                Err(_) if is_link => skip("a symbolic link to nothing"),
+                Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
+                Ok(meta) if meta.is_dir() && is_link => skip("a symbolic link to a folder"),
+                Ok(meta) if meta.is_dir() && name.as_encoded_bytes().starts_with(b".") => skip("a hidden folder"),
+                Ok(meta) if meta.is_dir() => {
+                    let inner = to.join(&name);
+                    fs::create_dir(&inner).with_context(|| format!("cannot make the folder {}", inner.display()))?;
+                    self.folder(&path, &inner, &relative, depth + 1)?;
+                }
+                Ok(meta) if meta.is_file() => self.file(&path, &meta, to, &relative)?,
+                Ok(_) => skip("not a file"),
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &Path, meta: &Metadata, to: &Path, relative: &Path) -> Result<()> {
+        let weights = self.external.iter().find(|e| e.location == relative);
+        let how = if weights.is_none() && meta.len() < LARGE {
+            ExternalMode::Copy
+        } else {
+            self.how
+        };
+        let cannot = || format!("cannot bring {} along", path.display());
+        let source = fs::canonicalize(path).with_context(cannot)?;
+        let name = path.file_name().context("a file without a name").with_context(cannot)?;
+        let (temp, how) = bring(&source, to, how).with_context(cannot)?;
+        temp.persist(to.join(name)).map_err(|e| e.error).with_context(cannot)?;
+        match weights {
+            Some(file) => {
+                let report = ExternalReport {
+                    location: file.location.clone(),
+                    bytes: file.len,
+                    how,
+                };
+                self.written.external.push(report);
+            }
+            None => self.written.files.push(relative.to_owned()),
+        }
+        Ok(())
+    }
+}
+
+/// A link to, or a copy of, a file under a temporary name in a folder, and which of the two.
+fn bring(source: &Path, folder: &Path, how: ExternalMode) -> io::Result<(tempfile::TempPath, &'static str)> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".retro-export-").suffix(".tmp");
+    if how != ExternalMode::Copy
+        && let Ok(linked) = builder.make_in(folder, |place| fs::hard_link(source, place))
+    {
+        return Ok((linked.into_temp_path(), "linked"));
+    }
+    let mut temp = new_file_beside(&folder.join("copy"))?;
+    io::copy(&mut File::open(source)?, temp.as_file_mut())?;
+    temp.as_file().sync_all()?;
+    Ok((temp.into_temp_path(), "copied"))
+}
+
+fn plan_file(source: &Source, target: &Path, external: Option<ExternalMode>, force: bool) -> Result<ExternalMode> {
+    let shown = target.display();
+    ensure!(
+        !target.is_dir(),
+        "{shown} is a folder, but the model to convert is a file; name a file to write"
+    );
+    ensure!(target.file_name().is_some(), "{shown} is not a file's name");
+    ensure!(
+        !same_path(target, &source.model),
+        "the output is the model itself ({shown}); name another file"
+    );
+    let folder = folder_of(target);
+    ensure!(folder.is_dir(), "the folder {} doesn't exist", folder.display());
+    let exists = fs::symlink_metadata(target).is_ok();
+    ensure!(force || !exists, "{shown} exists already; use --force to replace it");
+    let beside = same_file(folder, source.folder());
+    match external {
+        None if beside => Ok(ExternalMode::Reference),
+        None => Ok(ExternalMode::Link),
+        Some(ExternalMode::Reference) if !beside => {
+            bail!(
+                "--external-data reference needs an output in the model's own folder, {}",
+                source.folder().display()
+            )
+        }
+        Some(ExternalMode::Link | ExternalMode::Copy) if beside => {
+            bail!(
+                "the output is in the model's own folder and shares its weights; --external-data copy or link needs another"
+            )
+        }
+        Some(mode) => Ok(mode),
+    }
+}
+
+fn plan_folder(
+    source: &Source,
+    folder: &Path,
+    target: &Path,
+    external: Option<ExternalMode>,
+    force: bool,
+) -> Result<ExternalMode> {
+    let shown = target.display();
+    let (from, to) = (
+        fs::canonicalize(folder).with_context(|| format!("cannot read {}", folder.display()))?,
+        absolute(target)?,
+    );
+    ensure!(
+        from != to,
+        "the output is the model's own folder ({shown}); name another"
+    );
+    ensure!(
+        !to.starts_with(&from),
+        "the output {shown} is inside the model's folder; name one outside"
+    );
+    ensure!(
+        !from.starts_with(&to),
+        "the model's folder is inside the output {shown}; name another"
+    );
+    let parent = folder_of(&to);
+    ensure!(parent.is_dir(), "the folder {} doesn't exist", parent.display());
+    if let Ok(meta) = fs::symlink_metadata(&to) {
+        ensure!(
+            meta.is_dir(),
+            "{shown} is not a folder, but the model to convert is one; name a folder to write"
+        );
+        let entries = fs::read_dir(&to)
+            .with_context(|| format!("cannot read {shown}"))?
+            .count();
+        ensure!(
+            force || entries == 0,
+            "{shown} exists already; use --force to replace it"
+        );
+        let holds_model = source.model.file_name().is_some_and(|name| to.join(name).is_file());
+        ensure!(
+            entries == 0 || holds_model,
+            "{shown} is a folder without a {}; --force replaces only folders of a converted model",
+            source.model.file_name().unwrap_or_default().display()
+        );
+    }
+    match external {
+        Some(ExternalMode::Reference) => bail!("--external-data reference needs a single file as output, not a folder"),
+        mode => Ok(mode.unwrap_or(ExternalMode::Link)),
+    }
+}
+
+/// A path whose folder is resolved but which need not exist.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    let shown = path.display();
+    if let Ok(resolved) = fs::canonicalize(path) {
+        return Ok(resolved);
+    }
+    let name = path
+        .file_name()
+        .with_context(|| format!("{shown} is not a name to write to"))?;
+    let folder = folder_of(path);
+    let folder = fs::canonicalize(folder).with_context(|| format!("the folder {} can't be read", folder.display()))?;
+    Ok(folder.join(name))
+}
+
+/// Whether two paths are one file or folder, by any name.
+fn same_file(a: &Path, b: &Path) -> bool {
+    match (fs::metadata(a), fs::metadata(b)) {
+        (Ok(ma), Ok(mb)) => is_one_inode(&ma, &mb).unwrap_or_else(|| same_path(a, b)),
+        _ => false,
+    }
+}
+
+/// Whether two paths lead to one place after links are resolved. A hard link is another place: replacing it by renaming
+/// leaves the other as it is.
+fn same_path(a: &Path, b: &Path) -> bool {
+    matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+#[cfg(unix)]
+fn is_one_inode(a: &Metadata, b: &Metadata) -> Option<bool> {
+    use std::os::unix::fs::MetadataExt;
+    Some((a.dev(), a.ino()) == (b.dev(), b.ino()))
+}
+
+#[cfg(not(unix))]
+fn is_one_inode(_: &Metadata, _: &Metadata) -> Option<bool> {
+    None
+}

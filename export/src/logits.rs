@@ -1,0 +1,302 @@
+//! Only the newest token's logits are needed: where the hidden rows of the others can be dropped before the lm_head.
+
+use crate::{
+    graph::GraphView,
+    onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto},
+};
+
+/// Elementwise nodes that may stand between the lm_head and the logits.
+const ELEMENTWISE: [&str; 10] = [
+    "Add", "Cast", "Clip", "Div", "Identity", "Max", "Min", "Mul", "Sub", "Tanh",
+];
+/// Nodes that multiply rows of their first input with weights.
+const LM_HEADS: [(&str, &str); 4] = [
+    ("", "MatMul"),
+    ("com.microsoft", "MatMulNBits"),
+    ("com.microsoft", "MatMulBnb4"),
+    ("com.microsoft", "MatMulFpQ4"),
+];
+const SLICES: [&str; 5] = ["Gather", "GatherElements", "GatherND", "Slice", "Split"];
+const MAX_STEPS: usize = 64;
+const AXIS: &str = "axis";
+
+/// What is to be done about the rows before the newest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// They can be dropped from the lm_head's first input.
+    Newest {
+        /// Index and label of the lm_head.
+        lm_head: usize,
+        label: String,
+        /// Values after it, up to the logits, whose sequence dimension becomes 1.
+        after: Vec<String>,
+    },
+    /// The model drops them already.
+    Already(String),
+    /// They stay, and why.
+    All(String),
+}
+
+/// Looks for the place.
+pub fn look(view: &GraphView) -> Logits {
+    find(view).unwrap_or_else(Logits::All)
+}
+
+fn find(view: &GraphView) -> Result<Logits, String> {
+    let logits = view
+        .graph
+        .output
+        .iter()
+        .find(|o| o.name() == "logits")
+        .ok_or("no output is named logits")?;
+    let dims = logits.dims().ok_or("the logits have no declared shape")?;
+    if dims.len() != 3 {
+        return Err(format!(
+            "the logits have {} dimensions, not 3 (batch, tokens, vocabulary)",
+            dims.len()
+        ));
+    }
+    if dims.get(1).and_then(Dimension::fixed) == Some(1) {
+        return Ok(Logits::Already("the model returns one position's logits".to_owned()));
+    }
+    let mut after = Vec::new();
+    let mut name = logits.name();
+    for _ in 0..MAX_STEPS {
+        let readers = view.readers(name).count();
+        let others = if after.is_empty() {
+            readers
+        } else {
+            readers - 1 + usize::from(view.is_output(name))
+        };
+        if others > 0 {
+            return Err(format!("{name}, on the way to the logits, is used elsewhere too"));
+        }
+        after.push(name.to_owned());
+        let index = view
+            .producer_index(name)
+            .ok_or_else(|| format!("no node makes {name}"))?;
+        let node = view.graph.node.get(index).ok_or("the graph has no such node")?;
+        if LM_HEADS.iter().any(|(domain, op_type)| node.is(domain, op_type)) {
+            return lm_head(view, index, node, after);
+        }
+        if node.op_domain().is_empty() && SLICES.contains(&node.op_type()) {
+            return Ok(Logits::Already(format!(
+                "node {} ({}) cuts the logits already",
+                node.label(),
+                node.op_type()
+            )));
+        }
+        if !(node.op_domain().is_empty() && ELEMENTWISE.contains(&node.op_type())) {
+            return Err(format!(
+                "node {} ({}) is between the lm_head and the logits",
+                node.label(),
+                node.op_type()
+            ));
+        }
+        name = row_operand(view, node)?;
+    }
+    Err("there is no lm_head near the logits".to_owned())
+}
+
+/// The one input of an elementwise node that has rows; the others must be the same for every row.
+fn row_operand<'a>(view: &GraphView, node: &'a NodeProto) -> Result<&'a str, String> {
+    let inputs = node.input.iter().map(String::as_str).filter(|i| !i.is_empty());
+    let (constant, rows): (Vec<&str>, Vec<&str>) = inputs.partition(|i| view.is_constant(i));
+    let same_for_every_row = |name: &str| {
+        let dims = view.tensor_dims(name)?;
+        let rows = dims
+            .len()
+            .checked_sub(2)
+            .and_then(|i| dims.get(i))
+            .copied()
+            .unwrap_or(1);
+        (rows == 1 && dims.len() <= 3).then_some(())
+    };
+    match rows.as_slice() {
+        [one] if constant.iter().all(|c| same_for_every_row(c).is_some()) => Ok(one),
+        _ => Err(format!(
+            "node {} ({}), before the logits, mixes rows",
+            node.label(),
+            node.op_type()
+        )),
+    }
+}
+
+fn lm_head(view: &GraphView, index: usize, node: &NodeProto, after: Vec<String>) -> Result<Logits, String> {
+    let label = node.label();
+    if node.op_type() == "MatMul" {
+        let weight = node.input(1);
+        if !view.is_constant(weight) {
+            return Err(format!(
+                "node {label}, which makes the logits, multiplies with {weight}, which is no weight"
+            ));
+        }
+        match weight_rank(view, weight) {
+            Some(2) => {}
+            Some(rank) => return Err(format!("the weights of node {label} have {rank} dimensions, not 2")),
+            None => {
+                return Err(format!(
+                    "the shape of the weights of node {label} ({weight}) is unknown"
+                ));
+            }
+        }
+    }
+    if let Some(slice) = view.producer(node.input(0)).filter(|n| SLICES.contains(&n.op_type())) {
+        return Ok(Logits::Already(format!(
+            "node {} ({}) before the lm_head",
+            slice.label(),
+            slice.op_type()
+        )));
+    }
+    Ok(Logits::Newest {
+        lm_head: index,
+        label,
+        after,
+    })
+}
+
+/// Rank of a weight through what may be done to it before use: transposed (tied embeddings), dequantised, cast.
+fn weight_rank(view: &GraphView, weight: &str) -> Option<usize> {
+    let mut name = weight;
+    for _ in 0..8 {
+        if let Some(dims) = view.tensor_dims(name) {
+            return Some(dims.len());
+        }
+        let node = view.producer(name)?;
+        if !matches!(node.op_type(), "Transpose" | "DequantizeLinear" | "Cast" | "Identity") {
+            return None;
+        }
+        name = node.input.first()?;
+    }
+    None
+}
+
+/// Opset from which Gather takes negative indices.
+pub const GATHER_OPSET: i64 = 11;
+
+/// Puts a Gather of the last position before the lm_head, and corrects the declared shapes. `fresh`: unused names of the
+/// gathered rows and of the index.
+pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], fresh: (&str, &str)) {
+    let (rows, index) = fresh;
+    let Some(input) = graph.node.get_mut(lm_head).and_then(|node| node.input.first_mut()) else {
+        return;
+    };
+    let hidden = std::mem::replace(input, rows.to_owned());
+    let gather = NodeProto::new("", "Gather", rows, &[&hidden, index], &[rows]).with(AttributeProto::int(AXIS, 1));
+    graph.node.insert(lm_head, gather);
+    graph.initializer.push(TensorProto::int64s(index, &[1], &[-1]));
+    let declared = graph.value_info.iter_mut().chain(&mut graph.output);
+    for value in declared.filter(|v| after.iter().any(|name| name == v.name())) {
+        if let Some(tokens) = value.dims_mut().filter(|d| d.len() == 3).and_then(|d| d.get_mut(1)) {
+            *tokens = 1.into();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::gqa_graph;
+
+    fn looked(change: impl FnOnce(&mut GraphProto)) -> Logits {
+        let mut graph = gqa_graph(1);
+        change(&mut graph);
+        look(&GraphView::new(&graph, 21))
+    }
+
+    fn last(graph: &mut GraphProto) -> &mut NodeProto {
+        graph.node.last_mut().unwrap()
+    }
+
+    /// lm_head -> raw, then `node` makes the logits.
+    fn after_head(graph: &mut GraphProto, node: NodeProto) {
+        last(graph).output[0] = "raw".into();
+        graph.node.push(node);
+    }
+
+    #[test]
+    fn the_lm_head_is_found_through_softcap_bias_and_cast() {
+        let found = looked(|g| {
+            last(g).output[0] = "raw".into();
+            g.initializer.push(TensorProto::floats("cap", &[], &[30.0]));
+            g.initializer.push(TensorProto::floats("bias", &[10], &[0.0; 10]));
+            g.node
+                .push(NodeProto::new("", "Add", "add", &["raw", "bias"], &["biased"]));
+            g.node
+                .push(NodeProto::new("", "Div", "div", &["biased", "cap"], &["small"]));
+            g.node.push(NodeProto::new("", "Tanh", "tanh", &["small"], &["bent"]));
+            g.node
+                .push(NodeProto::new("", "Mul", "mul", &["bent", "cap"], &["half"]));
+            g.node.push(NodeProto::new("", "Cast", "cast", &["half"], &["logits"]));
+        });
+        let Logits::Newest { label, after, .. } = found else {
+            panic!("{found:?}")
+        };
+        assert_eq!(label, "lm_head");
+        assert_eq!(after, ["logits", "half", "bent", "small", "biased", "raw"]);
+    }
+
+    #[test]
+    fn tied_embeddings_are_weights() {
+        let found = looked(|g| {
+            g.node
+                .insert(0, NodeProto::new("", "Transpose", "t", &["lm_head.weight"], &["tied"]));
+            last(g).input[1] = "tied".into();
+        });
+        assert!(matches!(found, Logits::Newest { lm_head: 3, .. }), "{found:?}");
+    }
+
+    #[test]
+    fn a_model_that_cuts_already_is_left() {
+        let found = looked(|g| {
+            let head = last(g);
+            let hidden = std::mem::replace(&mut head.input[0], "cut".into());
+            let at = g.node.len() - 1;
+            g.node
+                .insert(at, NodeProto::new("", "Slice", "slice", &[&hidden, "s", "e"], &["cut"]));
+        });
+        assert_eq!(found, Logits::Already("node slice (Slice) before the lm_head".into()));
+        let found = looked(|g| g.output[0].dims_mut().unwrap()[1] = 1.into());
+        assert!(matches!(found, Logits::Already(_)));
+    }
+
+    #[test]
+    fn whatever_is_unclear_keeps_all_logits_and_says_why() {
+        let all = |why: &str, change: fn(&mut GraphProto)| match looked(change) {
+            Logits::All(reason) => assert!(reason.contains(why), "{reason}"),
+            other => panic!("{other:?}"),
+        };
+        all("no output is named", |g| drop(g.output.remove(0)));
+        all("2 dimensions", |g| drop(g.output[0].dims_mut().unwrap().pop()));
+        all("node r (Reshape) is between", |g| {
+            after_head(g, NodeProto::new("", "Reshape", "r", &["raw", "shape"], &["logits"]))
+        });
+        all("mixes rows", |g| {
+            after_head(g, NodeProto::new("", "Add", "a", &["raw", "x"], &["logits"]))
+        });
+        all("mixes rows", |g| {
+            g.initializer.push(TensorProto::floats("rows", &[3, 10], &[0.0; 30]));
+            after_head(g, NodeProto::new("", "Add", "a", &["raw", "rows"], &["logits"]))
+        });
+        all("used elsewhere", |g| {
+            after_head(g, NodeProto::new("", "Tanh", "t", &["raw"], &["logits"]));
+            g.node.push(NodeProto::new("", "Neg", "n", &["raw"], &["more"]));
+        });
+        all("which is no weight", |g| last(g).input[1] = "x".into());
+        all("have 3 dimensions", |g| {
+            let weight = g.initializer.iter_mut().find(|t| t.name() == "lm_head.weight").unwrap();
+            weight.dims.insert(0, 1);
+        });
+    }
+
+    #[test]
+    fn the_gather_and_the_shapes_are_right() {
+        let mut graph = gqa_graph(1);
+        keep_newest(&mut graph, 2, &["logits".into()], ("rows", "index"));
+        assert_eq!(graph.node[2].input, ["attn.0", "index"]);
+        assert_eq!(graph.node[3].input, ["rows", "lm_head.weight"]);
+        assert_eq!(graph.node[2].attribute[0].i(), 1);
+        assert_eq!(graph.output[0].dims().unwrap()[1].fixed(), Some(1));
+        assert_eq!(crate::validate::validate(&graph), Ok(()));
+    }
+}

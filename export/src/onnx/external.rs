@@ -1,0 +1,246 @@
+//! Weights in files beside the model: where they are, and that they are really there.
+
+use super::messages::*;
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Component, Path, PathBuf},
+};
+
+/// A file that a model takes weights from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalFile {
+    /// Relative to the model's folder, inside it.
+    pub location: PathBuf,
+    /// The file, symbolic links resolved.
+    pub source: PathBuf,
+    pub len: u64,
+}
+
+/// The files that a model in `folder` takes weights from, in order of location.
+///
+/// # Errors
+/// A location that leaves the folder, a file that is absent or not a regular file, or a tensor that reaches past the
+/// end of its file or has another length than its shape says.
+pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalFile>> {
+    let mut files: BTreeMap<PathBuf, ExternalFile> = BTreeMap::new();
+    for_each_tensor(model, &mut |tensor| {
+        if !tensor.is_external() {
+            return Ok(());
+        }
+        let name = tensor.name();
+        let entry = |key: &str| {
+            tensor
+                .external_data
+                .iter()
+                .rev()
+                .find(|e| e.key() == key)
+                .map(|e| e.value())
+        };
+        let location = entry("location").with_context(|| format!("tensor {name} is external but names no file"))?;
+        let relative = inside(location).with_context(|| {
+            format!("tensor {name} is stored in {location:?}, which is not inside the model's folder: refused")
+        })?;
+        let file = match files.get(&relative) {
+            Some(file) => file,
+            None => {
+                let path = folder.join(&relative);
+                let source = fs::canonicalize(&path).with_context(|| {
+                    format!(
+                        "the weights of tensor {name} are in {}, which can't be read",
+                        path.display()
+                    )
+                })?;
+                let meta = fs::metadata(&source).with_context(|| format!("cannot read {}", path.display()))?;
+                ensure!(
+                    meta.is_file(),
+                    "{} holds weights by the model's word, but is not a file",
+                    path.display()
+                );
+                let file = ExternalFile {
+                    location: relative.clone(),
+                    source,
+                    len: meta.len(),
+                };
+                files.entry(relative).or_insert(file)
+            }
+        };
+        fits(tensor, entry("offset"), entry("length"), file.len)
+            .with_context(|| format!("the weights of tensor {name} in {location}"))
+    })?;
+    Ok(files.into_values().collect())
+}
+
+/// A location as a plain relative path; none if it could leave the folder.
+fn inside(location: &str) -> Option<PathBuf> {
+    let mut relative = PathBuf::new();
+    for component in Path::new(location).components() {
+        match component {
+            Component::Normal(part) => relative.push(part),
+            Component::CurDir => {}
+            _ => return None,
+        }
+    }
+    (!relative.as_os_str().is_empty() && !location.contains('\0')).then_some(relative)
+}
+
+fn fits(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>, file_len: u64) -> Result<()> {
+    let number = |what: &str, text: Option<&str>| {
+        text.map(|t| t.parse::<u64>().ok().with_context(|| format!("have {what} {t:?}")))
+            .transpose()
+    };
+    let offset = number("offset", offset)?.unwrap_or(0);
+    let length = number("length", length)?;
+    let data_type = DataType::try_from(tensor.data_type()).unwrap_or_default();
+    let needed = data_type.bits().and_then(|bits| {
+        let elements = tensor
+            .dims
+            .iter()
+            .try_fold(1u64, |n, d| n.checked_mul(u64::try_from(*d).ok()?))?;
+        Some(elements.checked_mul(bits)?.div_ceil(8))
+    });
+    let Some(needed) = needed else {
+        bail!("have no size: {} {:?}", data_type.label(), tensor.dims)
+    };
+    if let Some(length) = length {
+        ensure!(
+            length == needed,
+            "are {length} bytes long, but {:?} {} needs {needed}",
+            tensor.dims,
+            data_type.label()
+        );
+    }
+    let end = offset.checked_add(needed);
+    ensure!(
+        end.is_some_and(|end| end <= file_len),
+        "end past the file's {file_len} bytes (offset {offset}, length {needed}): is the file complete?"
+    );
+    Ok(())
+}
+
+/// Calls `visit` with every tensor of a model, wherever it is.
+fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+    let training = model
+        .training_info
+        .iter()
+        .flat_map(|t| t.initialization.iter().chain(&t.algorithm));
+    for graph in model.graph.iter().chain(training) {
+        in_graph(graph, visit)?;
+    }
+    for function in &model.functions {
+        in_nodes(&function.node, visit)?;
+        in_attributes(&function.attribute_proto, visit)?;
+    }
+    Ok(())
+}
+
+// Recursion is as deep as the file's nesting, which decoding bounds.
+fn in_graph(graph: &GraphProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+    graph.initializer.iter().try_for_each(&mut *visit)?;
+    graph
+        .sparse_initializer
+        .iter()
+        .flat_map(of_sparse)
+        .try_for_each(&mut *visit)?;
+    in_nodes(&graph.node, visit)
+}
+
+fn in_nodes(nodes: &[NodeProto], visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+    nodes.iter().try_for_each(|node| in_attributes(&node.attribute, visit))
+}
+
+fn in_attributes(attributes: &[AttributeProto], visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+    for a in attributes {
+        a.t.as_deref().into_iter().chain(&a.tensors).try_for_each(&mut *visit)?;
+        let sparse = a.sparse_tensor.as_deref().into_iter().chain(&a.sparse_tensors);
+        sparse.flat_map(of_sparse).try_for_each(&mut *visit)?;
+        a.g.as_deref()
+            .into_iter()
+            .chain(&a.graphs)
+            .try_for_each(|graph| in_graph(graph, visit))?;
+    }
+    Ok(())
+}
+
+fn of_sparse(tensor: &SparseTensorProto) -> impl Iterator<Item = &TensorProto> {
+    tensor.values.iter().chain(&tensor.indices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(entries: &[(&str, &str)]) -> ModelProto {
+        let tensor = TensorProto {
+            name: Some("w".into()),
+            dims: vec![4, 3],
+            data_type: Some(DataType::Float.into()),
+            data_location: Some(DataLocation::External.into()),
+            external_data: entries
+                .iter()
+                .map(|(k, v)| StringStringEntryProto::new(*k, *v))
+                .collect(),
+            ..Default::default()
+        };
+        let inner = GraphProto {
+            initializer: vec![tensor],
+            ..Default::default()
+        };
+        let node = NodeProto::new("", "If", "if", &["c"], &["y"]).with(AttributeProto::graph("then_branch", inner));
+        ModelProto {
+            graph: Some(GraphProto {
+                node: vec![node],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn check(entries: &[(&str, &str)]) -> Result<Vec<ExternalFile>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        fs::write(folder.path().join("sub/data"), [0; 64]).unwrap();
+        external_files(&model(entries), folder.path()).map_err(|e| format!("{e:#}"))
+    }
+
+    #[test]
+    fn files_inside_the_folder_are_found_once() {
+        let files = check(&[("location", "./sub/data"), ("offset", "16"), ("length", "48")]).unwrap();
+        assert_eq!((files[0].location.as_path(), files[0].len), (Path::new("sub/data"), 64));
+        assert_eq!(check(&[("location", "sub/data")]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn locations_outside_the_folder_are_refused() {
+        for location in ["/etc/passwd", "../data", "sub/../../data", "..", "", ".", "a\0b"] {
+            let why = check(&[("location", location)]).unwrap_err();
+            assert!(why.contains("not inside the model's folder"), "{location}: {why}");
+        }
+        assert!(check(&[]).unwrap_err().contains("names no file"));
+        assert!(check(&[("location", "none")]).unwrap_err().contains("can't be read"));
+        assert!(check(&[("location", "sub")]).unwrap_err().contains("is not a file"));
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_are_refused() {
+        for (offset, length, what) in [
+            ("17", "48", "end past the file's 64 bytes"),
+            ("18446744073709551615", "48", "end past"),
+            ("-1", "48", "have offset \"-1\""),
+            ("0", "47", "are 47 bytes long, but [4, 3] float32 needs 48"),
+            ("0", "-48", "have length \"-48\""),
+        ] {
+            let why = check(&[("location", "sub/data"), ("offset", offset), ("length", length)]).unwrap_err();
+            assert!(why.contains(what), "{what}: {why}");
+        }
+        let mut absurd = model(&[("location", "sub/data")]);
+        let graph = absurd.graph.as_mut().unwrap().node[0].attribute[0].g.as_mut().unwrap();
+        graph.initializer[0].dims = vec![i64::MAX, i64::MAX];
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        fs::write(folder.path().join("sub/data"), [0; 64]).unwrap();
+        let why = format!("{:#}", external_files(&absurd, folder.path()).unwrap_err());
+        assert!(why.contains("have no size"), "{why}");
+    }
+}

@@ -1,0 +1,349 @@
+//! What was found and done, as text and as JSON.
+
+use crate::{
+    logits::Logits,
+    onnx::{ModelProto, OperatorSetIdProto},
+    rules::{Attention, Rope, Site},
+    settings::Settings,
+};
+use retro_contract::{Budget, Mode};
+use serde::{Serialize, Serializer};
+use std::{
+    fmt::{self, Write},
+    path::{Path, PathBuf},
+};
+
+/// The report of a conversion.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub source: PathBuf,
+    /// The converted model's file; none in a dry run without an output.
+    pub target: Option<PathBuf>,
+    pub dry_run: bool,
+    pub model: ModelReport,
+    pub settings: SettingsReport,
+    /// Every attention found, in graph order.
+    pub layers: Vec<LayerReport>,
+    pub converted_layers: usize,
+    pub logits: LogitsReport,
+    /// Length of the converted model's file; none in a dry run.
+    pub bytes: Option<u64>,
+    pub external_data: Vec<ExternalReport>,
+    /// Other files of the folder that came along.
+    pub files: Vec<PathBuf>,
+    /// What did not come along, and why.
+    pub skipped: Vec<String>,
+}
+
+/// The source model.
+#[derive(Debug, Serialize)]
+pub struct ModelReport {
+    pub producer: String,
+    pub ir_version: i64,
+    /// "domain version"; ONNX's own domain is "ai.onnx".
+    pub opsets: Vec<String>,
+}
+
+/// The settings the model was given.
+#[derive(Debug, Serialize)]
+pub struct SettingsReport {
+    pub window: usize,
+    /// "0.15" or "2048", as on the command line.
+    pub budget: String,
+    pub min_pages: usize,
+    pub page_size: usize,
+    pub sink_pages: usize,
+    pub selector: &'static str,
+    pub group_score: &'static str,
+    pub selector_lambda: f32,
+    pub dense_layers: Vec<usize>,
+}
+
+/// An attention, what was found of it, and what became of it.
+#[derive(Debug, Serialize)]
+pub struct LayerReport {
+    pub layer: usize,
+    pub node: String,
+    pub op_type: String,
+    /// The rule that knows it; none for an attention of no known pattern.
+    pub rule: Option<&'static str>,
+    #[serde(flatten)]
+    pub action: Action,
+    /// What was found; none for one that can't be converted.
+    #[serde(flatten)]
+    pub found: Option<FoundReport>,
+}
+
+/// What became of an attention.
+#[derive(Debug, Serialize)]
+#[serde(tag = "action", rename_all = "lowercase")]
+pub enum Action {
+    Converted {
+        #[serde(serialize_with = "as_text")]
+        mode: Mode,
+    },
+    Kept {
+        why: String,
+    },
+}
+
+/// The facts of an attention.
+#[derive(Debug, Serialize)]
+pub struct FoundReport {
+    pub heads: i64,
+    pub kv_heads: i64,
+    pub head_size: Option<i64>,
+    pub data_type: &'static str,
+    pub inputs: &'static str,
+    pub rope: String,
+    pub mask: String,
+    /// 0: 1/sqrt(head size).
+    pub scale: f32,
+    /// 0: off.
+    pub softcap: f32,
+    pub head_sink: bool,
+    pub past: [String; 2],
+}
+
+/// What became of the logits.
+#[derive(Debug, Serialize)]
+pub struct LogitsReport {
+    /// "newest": only the newest position's now; "unchanged": the model returns them as before.
+    pub rows: &'static str,
+    pub detail: String,
+}
+
+/// A file of weights.
+#[derive(Debug, Serialize)]
+pub struct ExternalReport {
+    pub location: PathBuf,
+    pub bytes: u64,
+    /// "referenced", "linked", "copied" or "already there".
+    pub how: &'static str,
+}
+
+fn as_text<S: Serializer>(mode: &Mode, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(mode.as_str())
+}
+
+impl Report {
+    pub(crate) fn new(
+        source: &Path,
+        model: &ModelProto,
+        settings: &Settings,
+        layers: Vec<LayerReport>,
+        logits: &Logits,
+    ) -> Self {
+        let converted = layers
+            .iter()
+            .filter(|l| matches!(l.action, Action::Converted { .. }))
+            .count();
+        Self {
+            source: source.to_owned(),
+            target: None,
+            dry_run: false,
+            model: ModelReport::new(model),
+            settings: SettingsReport::new(settings, &layers),
+            layers,
+            converted_layers: converted,
+            logits: LogitsReport::new(logits),
+            bytes: None,
+            external_data: Vec::new(),
+            files: Vec::new(),
+            skipped: Vec::new(),
+        }
+    }
+}
+
+impl ModelReport {
+    fn new(model: &ModelProto) -> Self {
+        let opset = |o: &OperatorSetIdProto| {
+            let domain = if o.domain().is_empty() { "ai.onnx" } else { o.domain() };
+            format!("{domain} {}", o.version())
+        };
+        Self {
+            producer: format!("{} {}", model.producer_name(), model.producer_version())
+                .trim()
+                .to_owned(),
+            ir_version: model.ir_version(),
+            opsets: model.opset_import.iter().map(opset).collect(),
+        }
+    }
+}
+
+impl SettingsReport {
+    fn new(settings: &Settings, layers: &[LayerReport]) -> Self {
+        let dense = layers
+            .iter()
+            .filter(|l| matches!(l.action, Action::Converted { mode: Mode::Dense }));
+        Self {
+            window: settings.window,
+            budget: settings.budget.to_string(),
+            min_pages: match settings.budget {
+                Budget::Ratio(_) => settings.min_pages,
+                Budget::Tokens(tokens) => tokens.div_ceil(settings.page_size),
+            },
+            page_size: settings.page_size,
+            sink_pages: settings.sink_pages,
+            selector: settings.selector.as_str(),
+            group_score: settings.group_score.as_str(),
+            selector_lambda: settings.selector_lambda,
+            dense_layers: dense.map(|l| l.layer).collect(),
+        }
+    }
+}
+
+impl LayerReport {
+    pub(crate) fn new(attention: &Attention, action: Action) -> Self {
+        Self {
+            layer: attention.layer,
+            node: attention.name.clone(),
+            op_type: attention.op_type.clone(),
+            rule: attention.rule,
+            action,
+            found: attention.found.as_ref().ok().map(|site| FoundReport::new(site)),
+        }
+    }
+}
+
+impl FoundReport {
+    fn new(site: &Site) -> Self {
+        let rope = match site.rope {
+            Rope::None => "none in the node".to_owned(),
+            Rope::Before => "in a node before".to_owned(),
+            Rope::Inside { interleaved, dims } => {
+                let style = if interleaved { "interleaved" } else { "half" };
+                let dims = dims.map_or_else(String::new, |d| format!(", {d} elements"));
+                format!("in the node, {style}{dims}")
+            }
+        };
+        let mask = match site.local_window_size {
+            -1 => "causal".to_owned(),
+            tokens => format!("causal, sliding window of {tokens}"),
+        };
+        Self {
+            heads: site.q_heads,
+            kv_heads: site.kv_heads,
+            head_size: site.head_size,
+            data_type: site.data_type.label(),
+            inputs: if site.key.is_empty() { "packed" } else { "separate" },
+            rope,
+            mask,
+            scale: site.scale,
+            softcap: site.softcap,
+            head_sink: !site.head_sink.is_empty(),
+            past: [site.past_key.clone(), site.past_value.clone()],
+        }
+    }
+}
+
+impl LogitsReport {
+    fn new(logits: &Logits) -> Self {
+        match logits {
+            Logits::Newest { label, .. } => Self {
+                rows: "newest",
+                detail: format!("the rows of other positions are dropped before node {label}"),
+            },
+            Logits::Already(how) => Self {
+                rows: "unchanged",
+                detail: how.clone(),
+            },
+            Logits::All(why) => Self {
+                rows: "unchanged",
+                detail: format!("all logits are kept: {why}"),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (m, s) = (&self.model, &self.settings);
+        writeln!(f, "model    {}", self.source.display())?;
+        let producer = if m.producer.is_empty() {
+            "an unnamed producer"
+        } else {
+            &m.producer
+        };
+        writeln!(
+            f,
+            "         by {producer}, IR {}, {}",
+            m.ir_version,
+            m.opsets.join(", ")
+        )?;
+        let lambda = if s.selector == "moments" {
+            format!(" (lambda {})", s.selector_lambda)
+        } else {
+            String::new()
+        };
+        let plural = |n: usize| if n == 1 { "" } else { "s" };
+        writeln!(
+            f,
+            "settings window {}, budget {} (at least {} page{}), pages of {} tokens, {} sink page{}, selector {}{lambda}, \
+             group score {}",
+            s.window,
+            s.budget,
+            s.min_pages,
+            plural(s.min_pages),
+            s.page_size,
+            s.sink_pages,
+            plural(s.sink_pages),
+            s.selector,
+            s.group_score
+        )?;
+        for layer in &self.layers {
+            writeln!(f, "layer {:<3}{layer}", layer.layer)?;
+        }
+        writeln!(f, "logits   {}", self.logits.detail)?;
+        for e in &self.external_data {
+            writeln!(f, "weights  {} {}, {} bytes", e.location.display(), e.how, e.bytes)?;
+        }
+        for file in &self.files {
+            writeln!(f, "file     {}", file.display())?;
+        }
+        for skipped in &self.skipped {
+            writeln!(f, "skipped  {skipped}")?;
+        }
+        let total = self.layers.len();
+        let share = format!(
+            "{} of {total} attention layer{} converted",
+            self.converted_layers,
+            plural(total)
+        );
+        match (&self.target, self.bytes) {
+            (Some(target), Some(bytes)) => writeln!(f, "wrote    {} ({bytes} bytes): {share}", target.display()),
+            _ => writeln!(f, "dry run  nothing is written; {share} otherwise"),
+        }
+    }
+}
+
+impl fmt::Display for LayerReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = match &self.action {
+            Action::Converted { mode } => format!("{} -> RetroAttention, mode {mode}", self.op_type),
+            Action::Kept { why } => format!("{} kept: {why}", self.op_type),
+        };
+        if let Some(found) = &self.found {
+            let size = found.head_size.map_or_else(|| "?".to_owned(), |d| d.to_string());
+            write!(
+                line,
+                "; rule {}, heads {}/{} of {size}, {}, {} q/k/v, rope {}, mask {}",
+                self.rule.unwrap_or("none"),
+                found.heads,
+                found.kv_heads,
+                found.data_type,
+                found.inputs,
+                found.rope,
+                found.mask
+            )?;
+            if found.softcap != 0.0 {
+                write!(line, ", softcap {}", found.softcap)?;
+            }
+            if found.head_sink {
+                line.push_str(", head sink");
+            }
+            write!(line, ", past {}", found.past[0])?;
+        }
+        write!(f, "{line} ({})", self.node)
+    }
+}

@@ -1,0 +1,583 @@
+//! `com.microsoft::GroupQueryAttention`: the operator's own model, so the node converts by adding state.
+//! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
+
+use super::{Rope, Rule, Site, Verdict};
+use crate::{
+    graph::GraphView,
+    onnx::{AttributeType, DataType, NodeProto},
+};
+
+mod slot {
+    pub const QUERY: usize = 0;
+    pub const KEY: usize = 1;
+    pub const VALUE: usize = 2;
+    pub const PAST_KEY: usize = 3;
+    pub const PAST_VALUE: usize = 4;
+    pub const SEQLENS_K: usize = 5;
+    pub const TOTAL_SEQUENCE_LENGTH: usize = 6;
+    pub const COS_CACHE: usize = 7;
+    pub const SIN_CACHE: usize = 8;
+    pub const POSITION_IDS: usize = 9;
+    pub const ATTENTION_BIAS: usize = 10;
+    pub const HEAD_SINK: usize = 11;
+    /// Inputs from here on have no counterpart in the operator.
+    pub const FOREIGN: [(usize, &str); 4] = [
+        (12, "k_scale"),
+        (13, "v_scale"),
+        (14, "q_norm_weight"),
+        (15, "k_norm_weight"),
+    ];
+    pub const COUNT: usize = 16;
+}
+
+/// The rule.
+pub struct GroupQueryAttention;
+
+/// Whether a node is what this rule is about.
+pub(super) fn is_one(node: &NodeProto) -> bool {
+    node.is("com.microsoft", "GroupQueryAttention")
+}
+
+/// Measured with ONNX Runtime 1.31.1: a plain node gives the same results when w tokens are fed with the total length of
+/// one step; with `sliding_window_cache` it doesn't once the cache is full and rows have shifted.
+pub(super) fn takes_tokens_again(node: &NodeProto) -> bool {
+    is_one(node)
+        && !node.input(slot::PAST_KEY).is_empty()
+        && node.input(slot::ATTENTION_BIAS).is_empty()
+        && node.attribute("sliding_window_cache").is_none_or(|a| a.i() == 0)
+}
+
+impl Rule for GroupQueryAttention {
+    fn name(&self) -> &'static str {
+        "gqa"
+    }
+
+    fn look(&self, view: &GraphView, node: &NodeProto) -> Verdict {
+        if !is_one(node) {
+            return Verdict::NotMine;
+        }
+        match site(view, node) {
+            Ok(site) => Verdict::Site(Box::new(site)),
+            Err(why) => Verdict::Refused(why),
+        }
+    }
+}
+
+fn site(view: &GraphView, node: &NodeProto) -> Result<Site, String> {
+    let attributes = Attributes::of(node)?;
+    inputs_are_understood(node, &attributes)?;
+    let name = |slot: usize| node.input(slot).to_owned();
+    let mut site = Site {
+        query: name(slot::QUERY),
+        key: name(slot::KEY),
+        value: name(slot::VALUE),
+        past_key: name(slot::PAST_KEY),
+        past_value: name(slot::PAST_VALUE),
+        seqlens_k: name(slot::SEQLENS_K),
+        total_sequence_length: name(slot::TOTAL_SEQUENCE_LENGTH),
+        head_sink: name(slot::HEAD_SINK),
+        output: node.output(0).to_owned(),
+        present_key: node.output(1).to_owned(),
+        present_value: node.output(2).to_owned(),
+        q_heads: attributes.num_heads,
+        kv_heads: attributes.kv_num_heads,
+        scale: attributes.scale,
+        softcap: attributes.softcap,
+        local_window_size: attributes.local_window_size,
+        sliding_cache: attributes.sliding_window_cache,
+        ..Default::default()
+    };
+    site.data_type = cache_is_the_graphs(view, &site)?;
+    activations_agree(view, &site)?;
+    site.head_size = head_size(view, &site)?;
+    site.rope = rope(view, node, &attributes, &mut site)?;
+    Ok(site)
+}
+
+struct Attributes {
+    num_heads: i64,
+    kv_num_heads: i64,
+    scale: f32,
+    softcap: f32,
+    do_rotary: bool,
+    rotary_interleaved: bool,
+    local_window_size: i64,
+    sliding_window_cache: bool,
+}
+
+impl Attributes {
+    fn of(node: &NodeProto) -> Result<Self, String> {
+        let mut a = Self {
+            num_heads: 0,
+            kv_num_heads: 0,
+            scale: 0.0,
+            softcap: 0.0,
+            do_rotary: false,
+            rotary_interleaved: false,
+            local_window_size: -1,
+            sliding_window_cache: false,
+        };
+        for attribute in &node.attribute {
+            let name = attribute.name();
+            let typed = |t: AttributeType| {
+                let right = attribute.r#type == Some(t.into()) && attribute.ref_attr_name().is_empty();
+                if right {
+                    Ok(())
+                } else {
+                    Err(format!("attribute {name} is not a plain {t:?}"))
+                }
+            };
+            let int = || typed(AttributeType::Int).map(|()| attribute.i());
+            let flag = || int().and_then(|i| as_flag(name, i));
+            let float = || {
+                typed(AttributeType::Float)?;
+                let f = attribute.f();
+                if f.is_finite() && f >= 0.0 {
+                    Ok(f)
+                } else {
+                    Err(format!("attribute {name} is {f}"))
+                }
+            };
+            match name {
+                "num_heads" => a.num_heads = int()?,
+                "kv_num_heads" => a.kv_num_heads = int()?,
+                "scale" => a.scale = float()?,
+                "softcap" => a.softcap = float()?,
+                "do_rotary" => a.do_rotary = flag()?,
+                "rotary_interleaved" => a.rotary_interleaved = flag()?,
+                "local_window_size" => a.local_window_size = int()?,
+                "sliding_window_cache" => a.sliding_window_cache = flag()?,
+                // Only matters with q_norm_weight, which is refused on its own.
+                "qk_norm_epsilon" => {}
+                "causal" if int()? == 1 => {}
+                "smooth_softmax" if matches!(int()?, 0 | -1) => {}
+                "qk_output" | "kv_cache_bit_width" if int()? == 0 => {}
+                "k_quant_type" | "v_quant_type" if attribute.s() == b"NONE".as_slice() => {}
+                _ => {
+                    return Err(format!(
+                        "attribute {name} = {} is not supported by this version",
+                        shown(attribute)
+                    ));
+                }
+            }
+        }
+        let (q, kv) = (a.num_heads, a.kv_num_heads);
+        if q < 1 || kv < 1 || q > MAX_SIZE || q % kv != 0 {
+            return Err(format!("num_heads = {q} is not a multiple of kv_num_heads = {kv}"));
+        }
+        if a.local_window_size != -1 && !(1..=i64::from(i32::MAX)).contains(&a.local_window_size) {
+            return Err(format!(
+                "local_window_size = {} is neither -1 nor a number of tokens",
+                a.local_window_size
+            ));
+        }
+        Ok(a)
+    }
+}
+
+/// Heads and head sizes past this are no model's.
+const MAX_SIZE: i64 = 1 << 16;
+
+fn as_flag(name: &str, value: i64) -> Result<bool, String> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(format!("attribute {name} = {other} is neither 0 nor 1")),
+    }
+}
+
+fn shown(attribute: &crate::onnx::AttributeProto) -> String {
+    match attribute.r#type() {
+        AttributeType::Int => attribute.i().to_string(),
+        AttributeType::Float => attribute.f().to_string(),
+        AttributeType::String => format!("{:?}", String::from_utf8_lossy(attribute.s())),
+        other => format!("{other:?}"),
+    }
+}
+
+fn inputs_are_understood(node: &NodeProto, attributes: &Attributes) -> Result<(), String> {
+    let given = |slot: usize| !node.input(slot).is_empty();
+    for (slot, what) in slot::FOREIGN {
+        if given(slot) {
+            return Err(format!(
+                "{what} (input {slot}, {}) is not supported by this version",
+                node.input(slot)
+            ));
+        }
+    }
+    if let Some(more) = node.input.iter().skip(slot::COUNT).find(|i| !i.is_empty()) {
+        return Err(format!("it has more inputs than this version knows ({more})"));
+    }
+    if given(slot::ATTENTION_BIAS) {
+        return Err(format!(
+            "attention_bias (input {}, {}) is a mask that this version doesn't understand",
+            slot::ATTENTION_BIAS,
+            node.input(slot::ATTENTION_BIAS)
+        ));
+    }
+    // Without rotary embedding in the node nothing reads the positions.
+    if given(slot::POSITION_IDS) && attributes.do_rotary {
+        return Err(format!(
+            "position_ids (input {}, {}) may differ from the positions in the cache, which the operator uses",
+            slot::POSITION_IDS,
+            node.input(slot::POSITION_IDS)
+        ));
+    }
+    if !given(slot::QUERY) || !given(slot::SEQLENS_K) || !given(slot::TOTAL_SEQUENCE_LENGTH) {
+        return Err("a required input (query, seqlens_k or total_sequence_length) is absent".to_owned());
+    }
+    if given(slot::KEY) != given(slot::VALUE) {
+        return Err("only one of key and value is given".to_owned());
+    }
+    if !given(slot::PAST_KEY) || !given(slot::PAST_VALUE) {
+        return Err("it has no past_key and past_value: the model keeps no cache".to_owned());
+    }
+    if let Some(extra) = node.output.iter().skip(3).find(|o| !o.is_empty()) {
+        return Err(format!(
+            "it returns its attention scores ({extra}), which page selection doesn't compute"
+        ));
+    }
+    if (0..3).any(|slot| node.output(slot).is_empty()) {
+        return Err("an output (output, present_key or present_value) is absent".to_owned());
+    }
+    Ok(())
+}
+
+/// The cache comes from the caller and goes back to it, and nobody else looks at it. Gives its element type.
+fn cache_is_the_graphs(view: &GraphView, site: &Site) -> Result<DataType, String> {
+    for past in [&site.past_key, &site.past_value] {
+        if !view.is_input(past) {
+            return Err(format!("its cache {past} is not an input of the graph"));
+        }
+        if view.readers(past).count() > 1 {
+            return Err(format!("its cache {past} is read by other nodes too"));
+        }
+        let Some(dims) = view.declared_dims(past) else {
+            return Err(format!("{past} has no declared shape"));
+        };
+        if dims.len() != 4 {
+            return Err(format!(
+                "{past} has {} dimensions, not 4 (batch, heads, tokens, head size)",
+                dims.len()
+            ));
+        }
+        if let Some(heads) = view.declared_from_end(past, 3).filter(|h| *h != site.kv_heads) {
+            return Err(format!(
+                "{past} has {heads} heads, but kv_num_heads is {}",
+                site.kv_heads
+            ));
+        }
+    }
+    for present in [&site.present_key, &site.present_value] {
+        if !view.is_output(present) {
+            return Err(format!("its cache {present} is not an output of the graph"));
+        }
+        if let Some(reader) = view.readers(present).next() {
+            return Err(format!("its cache {present} is read by node {} too", reader.label()));
+        }
+    }
+    match (view.data_type(&site.past_key), view.data_type(&site.past_value)) {
+        (Some(k), Some(v)) if k != v => Err(format!("its cache holds {} keys and {} values", k.label(), v.label())),
+        (Some(t @ (DataType::Float | DataType::Float16 | DataType::Bfloat16)), _) => Ok(t),
+        (Some(t), _) => Err(format!(
+            "its cache holds {}, not float32, float16 or bfloat16",
+            t.label()
+        )),
+        (None, _) => Err(format!("{} has no declared element type", site.past_key)),
+    }
+}
+
+fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
+    for (what, name) in [("query", &site.query), ("key", &site.key), ("value", &site.value)] {
+        if let Some(dims) = view.declared_dims(name).filter(|d| d.len() != 3) {
+            return Err(format!(
+                "{what} ({name}) has {} dimensions, not 3 (batch, tokens, heads * size)",
+                dims.len()
+            ));
+        }
+    }
+    for (what, name) in [("query", &site.query), ("head_sink", &site.head_sink)] {
+        if let Some(t) = view.data_type(name).filter(|t| *t != site.data_type) {
+            return Err(format!(
+                "{what} ({name}) is {}, its cache is {}",
+                t.label(),
+                site.data_type.label()
+            ));
+        }
+    }
+    match view.tensor_dims(&site.head_sink) {
+        Some(dims) if dims != [site.q_heads] => Err(format!("head_sink has shape {dims:?}, not [{}]", site.q_heads)),
+        _ => Ok(()),
+    }
+}
+
+/// The head size from the cache's declared shape, else from the width of the query, which exporters declare more often.
+fn head_size(view: &GraphView, site: &Site) -> Result<Option<i64>, String> {
+    let of_cache = |name: &str| view.declared_from_end(name, 1);
+    let packed = site.key.is_empty();
+    let heads = if packed {
+        site.q_heads + 2 * site.kv_heads
+    } else {
+        site.q_heads
+    };
+    let of_width = |name: &str, heads: i64| {
+        view.declared_from_end(name, 1)
+            .filter(|w| w % heads == 0)
+            .map(|w| w / heads)
+    };
+    let known = [
+        (&site.past_key, of_cache(&site.past_key)),
+        (&site.past_value, of_cache(&site.past_value)),
+        (&site.query, of_width(&site.query, heads)),
+        (&site.output, of_width(&site.output, site.q_heads)),
+    ];
+    let mut size: Option<(i64, &str)> = None;
+    for (name, d) in known.iter().filter_map(|(name, d)| Some((name.as_str(), (*d)?))) {
+        match size {
+            _ if !(1..=MAX_SIZE).contains(&d) => return Err(format!("{name} has a head size of {d}")),
+            Some((first, of)) if first != d => {
+                return Err(format!("{of} has a head size of {first}, but {name} has {d}"));
+            }
+            _ => size = Some((d, name)),
+        }
+    }
+    Ok(size.map(|(d, _)| d))
+}
+
+fn rope(view: &GraphView, node: &NodeProto, attributes: &Attributes, site: &mut Site) -> Result<Rope, String> {
+    if !attributes.do_rotary {
+        let before = view
+            .producer(&site.query)
+            .is_some_and(|n| n.op_type() == "RotaryEmbedding");
+        return Ok(if before { Rope::Before } else { Rope::None });
+    }
+    let (cos, sin) = (node.input(slot::COS_CACHE), node.input(slot::SIN_CACHE));
+    if cos.is_empty() || sin.is_empty() {
+        return Err("do_rotary = 1 without cos_cache and sin_cache".to_owned());
+    }
+    let width = view
+        .tensor_dims(cos)
+        .and_then(|d| d.last().copied())
+        .or_else(|| view.declared_from_end(cos, 1));
+    let dims = width.and_then(|w| w.checked_mul(2));
+    if let (Some(dims), Some(size)) = (dims, site.head_size)
+        && (dims < 2 || dims > size)
+    {
+        return Err(format!("cos_cache rotates {dims} elements of a head of {size}"));
+    }
+    site.cos_cache = cos.to_owned();
+    site.sin_cache = sin.to_owned();
+    Ok(Rope::Inside {
+        interleaved: attributes.rotary_interleaved,
+        dims,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        onnx::{AttributeProto, GraphProto},
+        testing::{gqa_graph, gqa_node_mut},
+    };
+
+    fn look(graph: &GraphProto) -> Result<Site, String> {
+        let view = GraphView::new(graph, 21);
+        let mut verdicts = graph.node.iter().map(|n| GroupQueryAttention.look(&view, n));
+        verdicts
+            .find_map(|v| match v {
+                Verdict::NotMine => None,
+                Verdict::Site(site) => Some(Ok(*site)),
+                Verdict::Refused(why) => Some(Err(why)),
+            })
+            .unwrap()
+    }
+
+    fn refusal(change: impl FnOnce(&mut GraphProto)) -> String {
+        let mut graph = gqa_graph(1);
+        change(&mut graph);
+        look(&graph).expect_err("it should be refused")
+    }
+
+    fn set_input(graph: &mut GraphProto, slot: usize, name: &str) {
+        let input = &mut gqa_node_mut(graph, 0).input;
+        input.resize(input.len().max(slot + 1), String::new());
+        input[slot] = name.to_owned();
+    }
+
+    fn set_attribute(graph: &mut GraphProto, attribute: AttributeProto) {
+        let node = gqa_node_mut(graph, 0);
+        node.attribute.retain(|a| a.name() != attribute.name());
+        node.attribute.push(attribute);
+    }
+
+    #[test]
+    fn a_plain_packed_node_matches() {
+        let site = look(&gqa_graph(1)).unwrap();
+        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (4, 2, Some(8)));
+        assert_eq!(
+            (site.query.as_str(), site.key.as_str(), site.value.as_str()),
+            ("qkv.0", "", "")
+        );
+        assert_eq!(
+            site.rope,
+            Rope::Inside {
+                interleaved: false,
+                dims: Some(8)
+            }
+        );
+        assert_eq!(
+            (site.data_type, site.local_window_size, site.sliding_cache),
+            (DataType::Float, -1, false)
+        );
+        assert_eq!(
+            (site.past_key.as_str(), site.present_value.as_str()),
+            ("past_key_values.0.key", "present.0.value")
+        );
+    }
+
+    #[test]
+    fn separate_keys_head_sinks_windows_and_softcaps_match() {
+        let mut graph = gqa_graph(1);
+        set_input(&mut graph, slot::KEY, "k");
+        set_input(&mut graph, slot::VALUE, "v");
+        set_input(&mut graph, slot::HEAD_SINK, "sink");
+        set_input(&mut graph, slot::COS_CACHE, "");
+        set_input(&mut graph, slot::SIN_CACHE, "");
+        set_input(&mut graph, slot::POSITION_IDS, "position_ids");
+        set_attribute(&mut graph, AttributeProto::int("do_rotary", 0));
+        set_attribute(&mut graph, AttributeProto::int("local_window_size", 8));
+        set_attribute(&mut graph, AttributeProto::int("sliding_window_cache", 1));
+        set_attribute(&mut graph, AttributeProto::float("softcap", 50.0));
+        set_attribute(&mut graph, AttributeProto::int("kv_cache_bit_width", 0));
+        set_attribute(&mut graph, AttributeProto::string("k_quant_type", "NONE"));
+        graph.value_info.clear();
+        let site = look(&graph).unwrap();
+        assert_eq!(
+            (site.key.as_str(), site.head_sink.as_str(), site.rope),
+            ("k", "sink", Rope::None)
+        );
+        assert_eq!(
+            (site.local_window_size, site.softcap, site.sliding_cache),
+            (8, 50.0, true)
+        );
+    }
+
+    #[test]
+    fn every_input_without_a_counterpart_is_refused_by_name() {
+        for (slot, what) in [
+            (9, "position_ids"),
+            (10, "attention_bias"),
+            (12, "k_scale"),
+            (13, "v_scale"),
+            (14, "q_norm_weight"),
+            (15, "k_norm_weight"),
+            (16, "more inputs"),
+        ] {
+            let why = refusal(|g| set_input(g, slot, "extra"));
+            assert!(why.contains(what) && why.contains("extra"), "{slot}: {why}");
+        }
+        for (slot, what) in [
+            (3, "no past_key"),
+            (1, "only one of"),
+            (7, "without cos_cache"),
+            (5, "required"),
+        ] {
+            let why = refusal(|g| set_input(g, slot, if slot == 1 { "k" } else { "" }));
+            assert!(why.contains(what), "{slot}: {why}");
+        }
+    }
+
+    #[test]
+    fn every_attribute_without_a_counterpart_is_refused_with_its_value() {
+        for (attribute, what) in [
+            (AttributeProto::int("smooth_softmax", 1), "smooth_softmax = 1"),
+            (AttributeProto::int("causal", 0), "causal = 0"),
+            (AttributeProto::int("qk_output", 2), "qk_output = 2"),
+            (AttributeProto::int("kv_cache_bit_width", 8), "kv_cache_bit_width = 8"),
+            (
+                AttributeProto::string("k_quant_type", "PER_TENSOR"),
+                "k_quant_type = \"PER_TENSOR\"",
+            ),
+            (AttributeProto::int("brand_new", 3), "brand_new = 3"),
+            (
+                AttributeProto::int("num_heads", 3),
+                "num_heads = 3 is not a multiple of kv_num_heads = 2",
+            ),
+            (AttributeProto::int("kv_num_heads", 0), "kv_num_heads = 0"),
+            (AttributeProto::int("num_heads", i64::MIN), "num_heads"),
+            (AttributeProto::int("local_window_size", 0), "local_window_size = 0"),
+            (AttributeProto::int("do_rotary", 2), "do_rotary = 2"),
+            (AttributeProto::float("scale", f32::NAN), "scale is NaN"),
+            (AttributeProto::float("num_heads", 4.0), "num_heads is not a plain Int"),
+        ] {
+            let why = refusal(|g| set_attribute(g, attribute));
+            assert!(why.contains(what), "{what}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_cache_that_is_not_the_callers_alone_is_refused() {
+        let why = refusal(|g| g.input.retain(|i| i.name() != "past_key_values.0.key"));
+        assert!(why.contains("not an input of the graph"), "{why}");
+        let why = refusal(|g| g.output.retain(|o| o.name() != "present.0.value"));
+        assert!(why.contains("not an output of the graph"), "{why}");
+        let why = refusal(|g| {
+            g.node
+                .push(NodeProto::new("", "Shape", "s", &["past_key_values.0.key"], &["n"]))
+        });
+        assert!(why.contains("read by other nodes"), "{why}");
+        let why = refusal(|g| {
+            g.node
+                .push(NodeProto::new("", "Shape", "s", &["present.0.key"], &["n"]))
+        });
+        assert!(why.contains("read by node s"), "{why}");
+        let why = refusal(|g| gqa_node_mut(g, 0).output.push("scores".into()));
+        assert!(why.contains("attention scores (scores)"), "{why}");
+    }
+
+    #[test]
+    fn shapes_and_types_that_disagree_are_refused() {
+        fn declare(g: &mut GraphProto, name: &str, t: DataType, dims: &[i64]) {
+            let values = g.input.iter_mut().chain(&mut g.value_info);
+            let value = values.into_iter().find(|v| v.name() == name).unwrap();
+            *value = crate::onnx::ValueInfoProto::tensor(name, t, dims.iter().map(|d| (*d).into()));
+        }
+        let key = "past_key_values.0.key";
+        for (name, t, dims, what) in [
+            (
+                key,
+                DataType::Int8,
+                &[1, 2, 9, 8][..],
+                "its cache holds int8 keys and float32",
+            ),
+            (
+                key,
+                DataType::Float,
+                &[1, 3, 9, 8],
+                "has 3 heads, but kv_num_heads is 2",
+            ),
+            (key, DataType::Float, &[1, 2, 8], "has 3 dimensions, not 4"),
+            (key, DataType::Float, &[1, 2, 9, 16], "head size of 16"),
+            (key, DataType::Float, &[1, 2, 9, -8], "head size of -8"),
+            ("qkv.0", DataType::Float16, &[1, 1, 64], "query (qkv.0) is float16"),
+            ("qkv.0", DataType::Float, &[1, 64], "query (qkv.0) has 2 dimensions"),
+        ] {
+            let why = refusal(|g| declare(g, name, t, dims));
+            assert!(why.contains(what), "{what}: {why}");
+        }
+        let why = refusal(|g| {
+            declare(g, key, DataType::Int8, &[1, 2, 9, 8]);
+            declare(g, "past_key_values.0.value", DataType::Int8, &[1, 2, 9, 8]);
+        });
+        assert!(why.contains("its cache holds int8, not"), "{why}");
+    }
+
+    #[test]
+    fn tokens_fed_again_suit_plain_nodes_only() {
+        let mut graph = gqa_graph(1);
+        assert!(takes_tokens_again(gqa_node_mut(&mut graph, 0)));
+        set_attribute(&mut graph, AttributeProto::int("sliding_window_cache", 1));
+        assert!(!takes_tokens_again(gqa_node_mut(&mut graph, 0)));
+    }
+}

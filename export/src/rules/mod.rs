@@ -1,0 +1,245 @@
+//! Source patterns: one rule a file. A rule looks at one node and says that it is not its business, or what it found, or
+//! why it can't be converted, with the value that failed. To add one: write the file, name it in [`RULES`].
+
+mod gqa;
+mod other;
+
+use crate::{
+    graph::{GraphView, subgraphs},
+    onnx::{DataType, GraphProto, ModelProto, NodeProto},
+};
+use retro_contract::Mode;
+use std::collections::HashSet;
+
+/// A source pattern.
+pub trait Rule: Sync {
+    /// How reports call it.
+    fn name(&self) -> &'static str;
+    /// What this node is to the rule.
+    fn look(&self, view: &GraphView, node: &NodeProto) -> Verdict;
+}
+
+/// All rules; the first that has something to say about a node decides.
+pub const RULES: &[&dyn Rule] = &[&gqa::GroupQueryAttention];
+
+/// What a rule says about a node.
+pub enum Verdict {
+    /// Not an attention of this kind.
+    NotMine,
+    /// One that can be converted.
+    Site(Box<Site>),
+    /// One that can't, and why.
+    Refused(String),
+}
+
+/// An attention that can be converted, whatever pattern it was written in. Names of values; "" is an absent one.
+///
+/// Shapes: B batch, S tokens fed, Hq and Hkv heads, C cache capacity, D head size.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Site {
+    /// `[B, S, Hq*D]`, or packed `[B, S, (Hq+2*Hkv)*D]` with `key` and `value` absent.
+    pub query: String,
+    pub key: String,
+    pub value: String,
+    /// `[B, Hkv, C, D]`, graph inputs.
+    pub past_key: String,
+    pub past_value: String,
+    /// int32 `[B]`.
+    pub seqlens_k: String,
+    /// int32, one number.
+    pub total_sequence_length: String,
+    pub cos_cache: String,
+    pub sin_cache: String,
+    /// `[Hq]`.
+    pub head_sink: String,
+    /// `[B, S, Hq*D]`.
+    pub output: String,
+    /// As the past ones, graph outputs.
+    pub present_key: String,
+    pub present_value: String,
+
+    pub q_heads: i64,
+    pub kv_heads: i64,
+    /// D, where the graph tells it.
+    pub head_size: Option<i64>,
+    pub data_type: DataType,
+    /// 0: 1/sqrt(D).
+    pub scale: f32,
+    /// 0: off.
+    pub softcap: f32,
+    pub rope: Rope,
+    /// Tokens of a sliding window; -1: none.
+    pub local_window_size: i64,
+    /// The source layer keeps a cache of about its window's size and shifts it. The operator's cache holds everything.
+    pub sliding_cache: bool,
+}
+
+/// Where rotary position embedding happens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rope {
+    /// Not in the attention node, and not right before it.
+    #[default]
+    None,
+    /// An own node before the attention.
+    Before,
+    /// In the node.
+    Inside {
+        interleaved: bool,
+        /// Elements of a head that are rotated, where the graph tells it.
+        dims: Option<i64>,
+    },
+}
+
+/// An attention node of a model.
+pub struct Attention {
+    /// Number from the name of its cache, else its place among the attentions.
+    pub layer: usize,
+    /// Index in the main graph; none in a subgraph or function.
+    pub node: Option<usize>,
+    pub name: String,
+    pub op_type: String,
+    /// The rule that spoke.
+    pub rule: Option<&'static str>,
+    pub found: Result<Box<Site>, String>,
+    /// Whether the node as it is gives right results when tokens that are in its cache are fed again with a total length
+    /// that counts them once: GQA with a cache of fixed capacity does.
+    pub takes_tokens_again: bool,
+}
+
+/// What is to become of a site.
+pub struct Conversion<'a> {
+    pub attention: &'a Attention,
+    pub site: &'a Site,
+    pub node: usize,
+    pub mode: Mode,
+}
+
+/// Finds every attention of a model, in graph order, those in subgraphs and functions last.
+pub fn survey(model: &ModelProto, view: &GraphView) -> Vec<Attention> {
+    let mut found = Vec::new();
+    for (index, node) in view.graph.node.iter().enumerate() {
+        let spoke = RULES.iter().find_map(|rule| match rule.look(view, node) {
+            Verdict::NotMine => None,
+            Verdict::Site(site) => Some((Some(rule.name()), Ok(site))),
+            Verdict::Refused(why) => Some((Some(rule.name()), Err(why))),
+        });
+        let spoke = spoke.or_else(|| other::attention(view, node).map(|why| (None, Err(why))));
+        if let Some((rule, result)) = spoke {
+            found.push(Attention {
+                layer: 0,
+                node: Some(index),
+                name: node.label(),
+                op_type: node.op_type().to_owned(),
+                rule,
+                found: result,
+                takes_tokens_again: gqa::takes_tokens_again(node),
+            });
+        }
+        for subgraph in subgraphs(node) {
+            let place = format!("it is in a branch of node {} ({})", node.label(), node.op_type());
+            nested(subgraph, &place, &mut found);
+        }
+    }
+    for function in &model.functions {
+        let place = format!("it is in the model's function {}", function.name());
+        let body = GraphProto {
+            node: function.node.clone(),
+            ..Default::default()
+        };
+        nested(&body, &place, &mut found);
+    }
+    number_layers(view, &mut found);
+    found
+}
+
+/// Attentions of a subgraph: named, and left alone.
+fn nested(graph: &GraphProto, place: &str, found: &mut Vec<Attention>) {
+    let view = GraphView::new(graph, 0);
+    for node in &graph.node {
+        let known = gqa::is_one(node) || other::attention(&view, node).is_some();
+        if known {
+            found.push(Attention {
+                layer: 0,
+                node: None,
+                name: node.label(),
+                op_type: node.op_type().to_owned(),
+                rule: None,
+                found: Err(format!("{place}; only the main graph is converted")),
+                takes_tokens_again: false,
+            });
+        }
+        for subgraph in subgraphs(node) {
+            nested(subgraph, place, found);
+        }
+    }
+}
+
+/// Gives every attention a number that no other has: those in the names of the caches when all have one, else their order.
+fn number_layers(view: &GraphView, found: &mut [Attention]) {
+    let named: Vec<Option<usize>> = found
+        .iter()
+        .map(|a| match &a.found {
+            Ok(site) => layer_in(&site.past_key),
+            Err(_) => a
+                .node
+                .and_then(|n| view.graph.node.get(n))
+                .and_then(|n| layer_in(n.input(3))),
+        })
+        .collect();
+    let distinct: HashSet<usize> = named.iter().flatten().copied().collect();
+    let all_named = distinct.len() == found.len();
+    for (order, (attention, name)) in found.iter_mut().zip(named).enumerate() {
+        attention.layer = name.filter(|_| all_named).unwrap_or(order);
+    }
+}
+
+/// The one number in a name: "past_key_values.12.key" is 12; none when there are none or several.
+fn layer_in(name: &str) -> Option<usize> {
+    let mut numbers = name
+        .split(|c: char| !c.is_ascii_digit())
+        .filter(|part| !part.is_empty());
+    let number = numbers.next()?.parse().ok()?;
+    numbers.next().is_none().then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::AttributeProto;
+
+    #[test]
+    fn layer_numbers_come_from_names_with_one_number() {
+        assert_eq!(layer_in("past_key_values.12.key"), Some(12));
+        assert_eq!(layer_in("past_key_self_3"), Some(3));
+        assert_eq!(layer_in("past_key"), None);
+        assert_eq!(layer_in("past.0.block.1"), None);
+        assert_eq!(layer_in("past.99999999999999999999999"), None);
+    }
+
+    #[test]
+    fn attention_in_a_branch_or_a_function_is_named_and_left() {
+        let gqa = NodeProto::new("com.microsoft", "GroupQueryAttention", "inner", &["q"], &["y"]);
+        let branch = GraphProto {
+            node: vec![gqa.clone()],
+            ..Default::default()
+        };
+        let holder = NodeProto::new("", "If", "if", &["c"], &["y"]).with(AttributeProto::graph("then_branch", branch));
+        let mut model = ModelProto::default();
+        model.graph = Some(GraphProto {
+            node: vec![holder],
+            ..Default::default()
+        });
+        let function = crate::onnx::FunctionProto {
+            name: Some("Block".into()),
+            node: vec![gqa],
+            ..Default::default()
+        };
+        model.functions.push(function);
+        let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
+        let found = survey(&model, &view);
+        let reasons: Vec<_> = found.iter().map(|a| a.found.clone().unwrap_err()).collect();
+        assert!(reasons[0].contains("branch of node if (If)"), "{reasons:?}");
+        assert!(reasons[1].contains("function Block"), "{reasons:?}");
+        assert_eq!(found.iter().map(|a| a.layer).collect::<Vec<_>>(), [0, 1]);
+    }
+}

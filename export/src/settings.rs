@@ -1,0 +1,108 @@
+//! What a converted model's attention is set to.
+
+use anyhow::{Result, ensure};
+use retro_contract::{Budget, GroupScore, Selector, limits};
+use std::collections::BTreeSet;
+
+/// Settings of the operator; they become attributes and metadata.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// w: tokens fed a step at most, 1 to 64; 1 is Quest.
+    pub window: usize,
+    pub budget: Budget,
+    /// Floor of a relative budget, in pages.
+    pub min_pages: usize,
+    /// Tokens a page: a power of two, 8 to 128.
+    pub page_size: usize,
+    pub sink_pages: usize,
+    pub selector: Selector,
+    pub group_score: GroupScore,
+    /// Standard deviations added to the mean by the selector `moments`.
+    pub selector_lambda: f32,
+    /// Layers that attend to everything.
+    pub dense_layers: BTreeSet<usize>,
+}
+
+impl Default for Settings {
+    /// The paper's window, budget and pages with the page selection that the evaluation recommends.
+    fn default() -> Self {
+        Self {
+            window: limits::WINDOW,
+            budget: Budget::Ratio(0.15),
+            min_pages: limits::BUDGET_MIN_PAGES,
+            page_size: limits::PAGE_SIZE,
+            sink_pages: limits::SINK_PAGES,
+            selector: Selector::Moments,
+            group_score: GroupScore::Softmax,
+            selector_lambda: limits::SELECTOR_LAMBDA,
+            dense_layers: BTreeSet::new(),
+        }
+    }
+}
+
+impl Settings {
+    /// # Errors
+    /// A setting that the operator would refuse.
+    pub fn check(&self) -> Result<()> {
+        let Self {
+            window,
+            page_size,
+            min_pages,
+            sink_pages,
+            selector_lambda: lambda,
+            ..
+        } = *self;
+        let max = limits::WINDOW_MAX;
+        ensure!(
+            (1..=max).contains(&window),
+            "the window is {window}; it must be 1 to {max}"
+        );
+        let (low, high) = (limits::PAGE_SIZE_MIN, limits::PAGE_SIZE_MAX);
+        ensure!(
+            page_size.is_power_of_two() && (low..=high).contains(&page_size),
+            "the page size is {page_size}; it must be a power of two, {low} to {high}"
+        );
+        ensure!(
+            (1..=1 << 20).contains(&min_pages),
+            "the least number of pages is {min_pages}; it must be at least 1"
+        );
+        ensure!(
+            sink_pages <= 1 << 20,
+            "the number of sink pages is {sink_pages}, more than any context has"
+        );
+        ensure!(
+            lambda.is_finite() && lambda >= 0.0,
+            "the selector's lambda is {lambda}; it must be at least 0"
+        );
+        if let Budget::Tokens(tokens) = self.budget {
+            ensure!(
+                tokens <= 1 << 30,
+                "the budget is {tokens} tokens, more than any context has"
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_out_of_range_are_refused_with_their_value() {
+        assert!(Settings::default().check().is_ok());
+        let refused = |change: fn(&mut Settings), what: &str| {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            let why = settings.check().unwrap_err().to_string();
+            assert!(why.contains(what), "{why}");
+        };
+        refused(|s| s.window = 0, "window is 0");
+        refused(|s| s.window = 65, "window is 65");
+        refused(|s| s.page_size = 24, "page size is 24");
+        refused(|s| s.page_size = 256, "page size is 256");
+        refused(|s| s.min_pages = 0, "pages is 0");
+        refused(|s| s.selector_lambda = f32::NAN, "lambda is NaN");
+        refused(|s| s.budget = Budget::Tokens(usize::MAX), "budget is");
+    }
+}

@@ -1,0 +1,200 @@
+//! Whether a model is one that a runtime could load at all: exporters do write files that none can.
+
+use crate::{
+    graph::subgraphs,
+    onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto},
+};
+use std::collections::{HashMap, HashSet};
+
+/// Faults listed before "and N more".
+const SHOWN: usize = 3;
+
+/// Inputs that an operator can't do without. Only operators that exporters were seen to write without them.
+const REQUIRED: [(&str, &str, &[(usize, &str)]); 3] = [
+    (
+        "com.microsoft",
+        "RotaryEmbedding",
+        &[
+            (0, "input tensor"),
+            (1, "position_ids"),
+            (2, "cos_cache"),
+            (3, "sin_cache"),
+        ],
+    ),
+    (
+        "com.microsoft",
+        "GroupQueryAttention",
+        &[(0, "query"), (5, "seqlens_k"), (6, "total_sequence_length")],
+    ),
+    ("", "MatMul", &[(0, "A"), (1, "B")]),
+];
+
+/// Checks that every value that is read exists and is made once, that nothing goes in a circle, and that every output of
+/// the graph exists. Nodes may stand in any order: some exporters write them so, and ONNX Runtime sorts them.
+///
+/// # Errors
+/// The first faults, as one line.
+pub fn validate(graph: &GraphProto) -> Result<(), String> {
+    let mut faults = Vec::new();
+    check(graph, &HashSet::new(), &mut faults);
+    match faults.len() {
+        0 => Ok(()),
+        n => {
+            let more = if n > SHOWN {
+                format!("; and {} more", n - SHOWN)
+            } else {
+                String::new()
+            };
+            faults.truncate(SHOWN);
+            Err(faults.join("; ") + &more)
+        }
+    }
+}
+
+/// `outer`: values that a subgraph may take from the graphs around it. Recursion is as deep as the file's nesting, which
+/// decoding bounds.
+fn check<'a>(graph: &'a GraphProto, outer: &HashSet<&'a str>, faults: &mut Vec<String>) {
+    let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
+    let mut known = inputs.clone();
+    known.extend(graph.initializer.iter().map(TensorProto::name));
+    known.extend(
+        graph
+            .sparse_initializer
+            .iter()
+            .filter_map(|s| Some(s.values.as_ref()?.name())),
+    );
+    let mut makers: HashMap<&str, &NodeProto> = HashMap::new();
+    for node in &graph.node {
+        for output in node.output.iter().map(String::as_str).filter(|o| !o.is_empty()) {
+            if inputs.contains(output) {
+                faults.push(format!(
+                    "node {} makes the value {output}, which is an input of the graph",
+                    node.label()
+                ));
+            } else if let Some(first) = makers.insert(output, node) {
+                faults.push(format!(
+                    "nodes {} and {} both make the value {output}",
+                    first.label(),
+                    node.label()
+                ));
+            }
+        }
+    }
+    known.extend(makers.keys());
+    for node in &graph.node {
+        for (domain, op_type, slots) in REQUIRED {
+            if node.is(domain, op_type) {
+                for (slot, what) in slots.iter().filter(|(slot, _)| node.input(*slot).is_empty()) {
+                    faults.push(format!(
+                        "node {} has no {what} (input {slot} of {op_type})",
+                        node.label()
+                    ));
+                }
+            }
+        }
+        for input in node.input.iter().map(String::as_str).filter(|i| !i.is_empty()) {
+            if !known.contains(input) && !outer.contains(input) {
+                faults.push(format!("node {} reads {input}, which doesn't exist", node.label()));
+            }
+        }
+        for subgraph in subgraphs(node) {
+            check(subgraph, &outer.union(&known).copied().collect(), faults);
+        }
+    }
+    if let Some(node) = in_a_circle(graph) {
+        faults.push(format!(
+            "node {} needs its own result: the graph has a circle",
+            node.label()
+        ));
+    }
+    for output in graph.output.iter().map(ValueInfoProto::name) {
+        if !known.contains(output) && !outer.contains(output) {
+            faults.push(format!("nothing makes the graph's output {output}"));
+        }
+    }
+}
+
+/// A node that can never run because it waits for itself; none if the nodes can be put in order.
+fn in_a_circle(graph: &GraphProto) -> Option<&NodeProto> {
+    let mut waiting: HashMap<&str, Vec<usize>> = HashMap::new();
+    let made: HashSet<&str> = graph.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
+    let mut missing = vec![0usize; graph.node.len()];
+    for (index, (node, missing)) in graph.node.iter().zip(&mut missing).enumerate() {
+        for input in node.input.iter().filter(|i| !i.is_empty() && made.contains(i.as_str())) {
+            waiting.entry(input).or_default().push(index);
+            *missing += 1;
+        }
+    }
+    let mut ready: Vec<usize> = (0..missing.len()).filter(|i| missing.get(*i) == Some(&0)).collect();
+    while let Some(node) = ready.pop().and_then(|i| graph.node.get(i)) {
+        for reader in node.output.iter().filter_map(|o| waiting.remove(o.as_str())).flatten() {
+            if let Some(count) = missing.get_mut(reader) {
+                *count -= 1;
+                if *count == 0 {
+                    ready.push(reader);
+                }
+            }
+        }
+    }
+    missing.iter().position(|m| *m > 0).and_then(|i| graph.node.get(i))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{AttributeProto, DataType};
+
+    fn graph(nodes: Vec<NodeProto>) -> GraphProto {
+        GraphProto {
+            node: nodes,
+            input: vec![ValueInfoProto::tensor("x", DataType::Float, [])],
+            output: vec![ValueInfoProto::tensor("y", DataType::Float, [])],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_sound_graph_passes_captures_and_all() {
+        let inner = GraphProto {
+            node: vec![NodeProto::new("", "Neg", "n", &["h"], &["z"])],
+            output: vec![ValueInfoProto::tensor("z", DataType::Float, [])],
+            ..Default::default()
+        };
+        let branch = NodeProto::new("", "If", "if", &["x"], &["y"]).with(AttributeProto::graph("then_branch", inner));
+        assert_eq!(
+            validate(&graph(vec![NodeProto::new("", "Abs", "a", &["x", ""], &["h"]), branch])),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn nodes_may_stand_in_any_order() {
+        let later = NodeProto::new("", "Abs", "b", &["h"], &["y"]);
+        assert_eq!(
+            validate(&graph(vec![later, NodeProto::new("", "Neg", "a", &["x"], &["h"])])),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn faults_are_named() {
+        let fault = |nodes| validate(&graph(nodes)).unwrap_err();
+        assert_eq!(fault(vec![]), "nothing makes the graph's output y");
+        assert!(fault(vec![NodeProto::new("", "Abs", "a", &["q"], &["y"])]).contains("reads q, which doesn't exist"));
+        let circle = vec![
+            NodeProto::new("", "Add", "a", &["x", "h"], &["y"]),
+            NodeProto::new("", "Neg", "b", &["y"], &["h"]),
+        ];
+        assert!(fault(circle).contains("node a needs its own result"));
+        let twice = ["a", "b"]
+            .map(|n| NodeProto::new("", "Abs", n, &["x"], &["y"]))
+            .to_vec();
+        assert!(fault(twice).contains("nodes a and b both make the value y"));
+        let rotary = NodeProto::new("com.microsoft", "RotaryEmbedding", "r", &["x", "x", "", "x"], &["y"]);
+        assert!(fault(vec![rotary]).contains("node r has no cos_cache (input 2 of RotaryEmbedding)"));
+        let many = (0..9)
+            .map(|i| NodeProto::new("", "Abs", "a", &[&format!("q{i}")], &[""]))
+            .collect();
+        assert!(fault(many).ends_with("and 7 more"));
+    }
+}
