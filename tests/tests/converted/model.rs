@@ -37,6 +37,8 @@ fn teacher_forced_decoding_gives_the_golden_logits_pages_and_steps() {
             &p,
             "--sink-pages",
             "1",
+            "--min-pages",
+            "3",
             "--budget",
             "0.2",
             "--selector",
@@ -60,7 +62,9 @@ fn teacher_forced_decoding_gives_the_golden_logits_pages_and_steps() {
             let t = prompt + step;
             let retro = (window - 1).min(t);
             let budget = budget_pages(ratio, floor, t + 1, page);
-            let logits = model.feed(&tokens[t - retro..=t], t + 1, Some(retro as i32), Some(budget));
+            // The budget of the attributes and the same one as an input, by turns.
+            let budget = (t % 2 == 0).then_some(budget);
+            let logits = model.feed(&tokens[t - retro..=t], t + 1, Some(retro as i32), budget);
             let at = format!("w = {window}, t = {t}");
             for layer in 0..layers {
                 let page_steps = model.state(&graph::past(layer, graph::State::PageSteps));

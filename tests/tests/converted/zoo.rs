@@ -97,6 +97,22 @@ fn check(case: &str, tolerance: f32, against_itself: bool) {
     }
 }
 
+/// The control: this ONNX Runtime and this harness reproduce the recording from the original.
+#[test]
+fn originals_give_what_was_recorded() {
+    for case in [
+        "genai-llama-fp32-cpu",
+        "genai-llama-fp16-cuda",
+        "genai-qwen3-fp32-cpu",
+        "genai040-old_phi-fp32-cpu",
+    ] {
+        let source = paths::data("zoo").join(case);
+        let recorded = recorded(&source);
+        let tolerance = if case.contains("fp16") { 1e-2 } else { 1e-4 };
+        compare::assert_close(case, &observed(&source, &recorded), &recorded.logits, tolerance);
+    }
+}
+
 fn refuse(case: &str, says: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("out");

@@ -1,0 +1,95 @@
+# make demo   a trained model, converted and decoded on one document, and a table of what it costs and how right it stays
+# make test   everything that needs no GPU
+# make lint   formatting and clippy, as CI has them
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.ONESHELL:
+# The demo's steps are one after another, and the tests use every core by themselves.
+.NOTPARALLEL:
+
+PYTHON ?= python3
+RELEASE := target/release
+# Found or fetched when a recipe needs it, not whenever make runs.
+ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
+
+.PHONY: help build demo test test-rust test-python lint fmt clean
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+build:
+	@cargo build --release
+
+# ---- demo ----------------------------------------------------------------------------------------------------------------
+
+OUT := out
+BUDGET := 0.15
+DOCUMENTS := 8
+LEDGER := $(OUT)/ledger
+
+# One converted model per page selection; how many tokens a step feeds is chosen when it runs, up to the window.
+demo: build
+	@$(ORT)
+	say() { printf '\n== %s\n' "$$*" >&2; }
+	say "The trained model 'ledger' as an ONNX graph in onnxruntime-genai's form"
+	$(RELEASE)/retro-models build --weights models/ledger -o $(LEDGER)
+	say "Converted: the paper's page selection (Quest's), and this project's"
+	rm -rf $(LEDGER)-bounds $(LEDGER)-moments
+	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-bounds --window 8 --budget $(BUDGET) --selector bounds --group-score max
+	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-moments --window 2 --budget $(BUDGET) --selector moments --group-score softmax
+	say "One document, reading $(BUDGET) of the cache a step"
+	$(RELEASE)/retro-run run $(LEDGER)-moments --document models/ledger/documents.jsonl:0
+	say "$(DOCUMENTS) documents under each policy"
+	$(RELEASE)/retro-run eval --data models/ledger/documents.jsonl --docs $(DOCUMENTS) \
+	  --run "dense=$(LEDGER)" \
+	  --run "Quest (w = 1)=$(LEDGER)-bounds,window=1" \
+	  --run "Retro (w = 2)=$(LEDGER)-bounds,window=2" \
+	  --run "Retro (w = 8)=$(LEDGER)-bounds,window=8" \
+	  --run "Retro (w = 2) moments + softmax=$(LEDGER)-moments,window=2"
+
+# ---- tests ---------------------------------------------------------------------------------------------------------------
+
+test: test-rust test-python
+
+test-rust: build
+	@$(ORT)
+	cargo test --release --workspace
+
+# One binary of the plugin, three hosts. The oldest has no wheel for the newest Pythons.
+PYTESTS = -m pytest -q tests/python
+test-python: build .venv/.made .cache/venv-1.24.4/.made .cache/venv-1.22.1/.made
+	@for venv in .venv .cache/venv-1.24.4 .cache/venv-1.22.1; do
+	  if [ -f $$venv/.made ]; then
+	    $$venv/bin/python $(PYTESTS)
+	  else
+	    echo "NOT TESTED: onnxruntime of $$venv has no wheel for $$($(PYTHON) --version)"
+	  fi
+	done
+
+# A virtual environment is made anew when what goes into it changes. An optional one may find no wheel for this Python.
+define venv
+$(1)/.made: tests/python/requirements.txt Makefile
+	@echo "making $(1): onnxruntime $(2)"
+	$(PYTHON) -m venv --clear $(1)
+	pip="$(1)/bin/python -m pip install -q --disable-pip-version-check --only-binary=:all:"
+	$$$$pip onnxruntime==$(2) -r tests/python/requirements.txt || [ "$(3)" = optional ]
+	if $(1)/bin/python -c 'import onnxruntime' 2>/dev/null; then touch $$@; fi
+endef
+$(eval $(call venv,.venv,1.31.1,required))
+$(eval $(call venv,.cache/venv-1.24.4,1.24.4,required))
+$(eval $(call venv,.cache/venv-1.22.1,1.22.1,optional))
+
+# ---- upkeep --------------------------------------------------------------------------------------------------------------
+
+lint:
+	@cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+fmt:
+	@cargo fmt --all
+
+clean:
+	@cargo clean
+	rm -rf $(OUT) .venv .cache

@@ -1,0 +1,71 @@
+"""Converted models are valid ONNX and run in a Python host that knows nothing of the method but its inputs."""
+
+import subprocess
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import node
+from paths import DATA, exporter, models
+
+ZOO = sorted(path for path in (DATA / "zoo").iterdir() if path.is_dir())
+# Refused, with the reason: tests/tests/converted/zoo.rs.
+REFUSED = {"genai-llama-fp32-cuda", "genai-llama-paged-fp16-cuda", "genai040-old_llama-fp32-cuda"}
+
+
+def convert(source, target, *options):
+    command = [exporter(), str(source), "-o", str(target), *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("source", [path for path in ZOO if path.name not in REFUSED], ids=lambda path: path.name)
+def test_converted_models_pass_the_checker(source, tmp_path):
+    target = tmp_path / "out"
+    convert(source, target, "--window", "4")
+    file = str(target / "model.onnx")
+    onnx.checker.check_model(file)
+    model = onnx.load(file, load_external_data=False)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["retro.version"] == "1"
+    assert metadata["retro.window"] == "4"
+    assert metadata["retro.page_size"] == "16"
+    nodes = [n for n in model.graph.node if n.domain == "ai.retro"]
+    assert len(nodes) == len(metadata["retro.layers"].split(","))
+    assert {"ai.retro": 1}.items() <= {entry.domain: entry.version for entry in model.opset_import}.items()
+    onnx.shape_inference.infer_shapes(model)
+
+
+def test_a_converted_model_decodes(tmp_path):
+    """With w = 1 nothing but the state is new to a caller: retro_length has a default."""
+    convert(DATA / "zoo" / "genai-llama-fp32-cpu", tmp_path / "out", "--window", "1", "--budget", "1.0")
+    session = ort.InferenceSession(str(tmp_path / "out" / "model.onnx"), node.options(), providers=["CPUExecutionProvider"])
+    assert "retro_length" not in {i.name for i in session.get_inputs()}
+    recorded = np.load(DATA / "zoo" / "genai-llama-fp32-cpu" / "io.npz")
+    ids, prompt = recorded["full_ids"], recorded["prompt_ids"].shape[1]
+    capacity, kinds = 24, {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+    state = {}
+    for value in session.get_inputs():
+        if value.name.startswith("past_"):
+            free = {0: 1, 2: -(-capacity // 16) if "page" in value.name else capacity}
+            # genai names the head size instead of writing it.
+            shape = [d if isinstance(d, int) else free.get(axis, 32) for axis, d in enumerate(value.shape)]
+            state[value.name] = np.zeros(shape, kinds[value.type])
+    outputs = [output.name for output in session.get_outputs()]
+    for first, last in [(0, prompt)] + [(t, t + 1) for t in range(prompt, ids.shape[1])]:
+        feed = {"input_ids": ids[:, first:last], "attention_mask": np.ones((1, last), np.int64)}
+        results = dict(zip(outputs, session.run(None, feed | state)))
+        state = {
+            name: results[name.replace("past_key_values", "present").replace("past_retro", "present_retro")] for name in state
+        }
+        expected = recorded["logits_full"][:, last - 1]
+        np.testing.assert_allclose(results["logits"][:, -1], expected, atol=1e-4)
+
+
+def test_a_built_model_converts(tmp_path):
+    subprocess.run([models(), "build", "--weights", DATA / "golden" / "model", "-o", tmp_path / "built"], check=True)
+    onnx.checker.check_model(str(tmp_path / "built" / "model.onnx"))
+    convert(tmp_path / "built", tmp_path / "out", "--window", "2")
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"))
