@@ -1,6 +1,6 @@
 //! The command line of `retro-export`.
 
-use crate::{ExternalMode, Options, Settings};
+use crate::{ExternalMode, Options, Settings, SlidingCache};
 use clap::Parser;
 use retro_contract::{Budget, GroupScore, Selector};
 use std::path::PathBuf;
@@ -63,12 +63,14 @@ pub struct Cli {
     #[arg(long)]
     pub partial: bool,
 
-    /// Give layers with a sliding-window cache one that holds the whole context, so that they work with --window > 1
-    #[arg(long)]
-    pub full_sliding_cache: bool,
+    /// Layers with a sliding-window cache: keep them as they are, or give them a full cache, which --window > 1 needs
+    /// [default: keep with --window 1, full otherwise]
+    #[arg(long, value_name = "keep|full")]
+    pub sliding_cache: Option<SlidingCache>,
 
-    /// Weights in files of their own: reference, link or copy [default: reference beside the model, link elsewhere]
-    #[arg(long, value_name = "HOW")]
+    /// Weights in files of their own: reference, link (hard links, which Python's onnx refuses to load) or copy
+    /// [default: reference beside the model, copy elsewhere]
+    #[arg(long, value_name = "reference|link|copy")]
     pub external_data: Option<ExternalMode>,
 
     /// Replace what is at the output
@@ -103,7 +105,7 @@ impl Cli {
             },
             all_logits: self.all_logits,
             partial: self.partial,
-            full_sliding_cache: self.full_sliding_cache,
+            sliding_cache: self.sliding_cache,
             external_data: self.external_data,
             force: self.force,
             dry_run: self.dry_run,

@@ -13,7 +13,7 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use retro_contract::{self as contract, Mode, metadata};
-use std::path::PathBuf;
+use std::{path::PathBuf, str::FromStr};
 
 /// What to convert, how, and where to.
 #[derive(Clone, Debug, Default)]
@@ -27,14 +27,49 @@ pub struct Options {
     pub all_logits: bool,
     /// Convert what can be, even if some attention can't.
     pub partial: bool,
-    /// Give layers with a sliding-window cache one that holds everything, so that they can take tokens again.
-    pub full_sliding_cache: bool,
+    /// What becomes of layers that keep a sliding-window cache; none: kept with a window of 1, else given a full one.
+    pub sliding_cache: Option<SlidingCache>,
     /// What becomes of weights in files of their own; none: what fits the place of the output.
     pub external_data: Option<ExternalMode>,
     /// Replace what is at the target.
     pub force: bool,
     /// Find and decide, but write nothing.
     pub dry_run: bool,
+}
+
+/// What becomes of a layer whose cache holds about its sliding window and shifts. Such a cache can't take tokens that it
+/// holds already: measured with ONNX Runtime 1.31.1, the results are wrong from the first shift on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlidingCache {
+    /// The layer stays as it is; every token must be fed once.
+    Keep,
+    /// The layer becomes a RetroAttention of mode dense with the same window and a cache of the whole context.
+    Full,
+}
+
+impl SlidingCache {
+    pub const VALUES: [&'static str; 2] = ["keep", "full"];
+}
+
+impl FromStr for SlidingCache {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "keep" => Ok(Self::Keep),
+            "full" => Ok(Self::Full),
+            _ => Err(format!("{s:?} is none of {}", Self::VALUES.join(", "))),
+        }
+    }
+}
+
+impl Options {
+    fn keeps_sliding_caches(&self) -> bool {
+        match self.sliding_cache {
+            Some(choice) => choice == SlidingCache::Keep,
+            None => self.settings.window == 1,
+        }
+    }
 }
 
 /// Converts a model and says what was done.
@@ -99,8 +134,7 @@ fn decide<'a>(found: &'a [Attention], options: &Options) -> Result<Vec<Conversio
     for attention in found {
         match (&attention.found, attention.node) {
             (Ok(site), Some(node)) => {
-                // A sliding-window cache is right only as long as every token is fed once (measured: docs of takes_tokens_again).
-                if site.sliding_cache && !options.full_sliding_cache {
+                if site.sliding_cache && options.keeps_sliding_caches() {
                     continue;
                 }
                 let dense = site.sliding_cache || settings.dense_layers.contains(&attention.layer);
@@ -131,7 +165,7 @@ fn decide<'a>(found: &'a [Attention], options: &Options) -> Result<Vec<Conversio
         if settings.window > 1 {
             bail!(
                 "layer {} (node {}) keeps a sliding-window cache, which gives wrong results when tokens are fed again; \
-                 convert with --window 1, or with --full-sliding-cache to give such layers a cache that holds everything",
+                 convert with --window 1 or --sliding-cache full",
                 first.layer,
                 first.name
             );
@@ -161,7 +195,7 @@ fn decide<'a>(found: &'a [Attention], options: &Options) -> Result<Vec<Conversio
 }
 
 fn stays_for_its_cache(attention: &Attention, options: &Options) -> bool {
-    !options.full_sliding_cache && attention.found.as_ref().is_ok_and(|site| site.sliding_cache)
+    options.keeps_sliding_caches() && attention.found.as_ref().is_ok_and(|site| site.sliding_cache)
 }
 
 /// Refusals as one line: each reason once, with its first node.

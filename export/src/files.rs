@@ -12,7 +12,7 @@ use std::{
     str::FromStr,
 };
 
-/// Files at least this long are hard-linked into an output folder rather than copied.
+/// With hard links asked for, files at least this long are linked into an output folder, smaller ones copied.
 const LARGE: u64 = 1 << 20;
 /// Folders inside folders.
 const MAX_DEPTH: usize = 16;
@@ -23,9 +23,10 @@ const CONFIG: &str = "genai_config.json";
 pub enum ExternalMode {
     /// The output lies beside them and refers to them.
     Reference,
-    /// Hard links in the output's folder; copies where the file system can't.
+    /// Hard links in the output's folder; copies where the file system can't. They take no time and no space, but Python's
+    /// onnx package (1.23) refuses to load weights from a file with several hard links, the original's too.
     Link,
-    /// Copies in the output's folder.
+    /// Copies in the output's folder, which share their blocks where the file system can.
     Copy,
 }
 
@@ -418,7 +419,7 @@ fn plan_file(source: &Source, target: &Path, external: Option<ExternalMode>, for
     let beside = same_file(folder, source.folder());
     match external {
         None if beside => Ok(ExternalMode::Reference),
-        None => Ok(ExternalMode::Link),
+        None => Ok(ExternalMode::Copy),
         Some(ExternalMode::Reference) if !beside => {
             bail!(
                 "--external-data reference needs an output in the model's own folder, {}",
@@ -481,7 +482,7 @@ fn plan_folder(
     }
     match external {
         Some(ExternalMode::Reference) => bail!("--external-data reference needs a single file as output, not a folder"),
-        mode => Ok(mode.unwrap_or(ExternalMode::Link)),
+        mode => Ok(mode.unwrap_or(ExternalMode::Copy)),
     }
 }
 

@@ -14,7 +14,7 @@ pub mod rules;
 mod settings;
 mod validate;
 
-pub use convert::{Options, convert};
+pub use convert::{Options, SlidingCache, convert};
 pub use files::ExternalMode;
 pub use report::*;
 pub use settings::Settings;

@@ -102,6 +102,8 @@ pub struct FoundReport {
     /// 0: off.
     pub softcap: f32,
     pub head_sink: bool,
+    /// The source's cache holds about its window; a converted layer's holds everything.
+    pub sliding_cache: bool,
     pub past: [String; 2],
 }
 
@@ -231,6 +233,7 @@ impl FoundReport {
             mask,
             scale: site.scale,
             softcap: site.softcap,
+            sliding_cache: site.sliding_cache,
             head_sink: !site.head_sink.is_empty(),
             past: [site.past_key.clone(), site.past_value.clone()],
         }
@@ -338,6 +341,9 @@ impl fmt::Display for LayerReport {
             )?;
             if found.softcap != 0.0 {
                 write!(line, ", softcap {}", found.softcap)?;
+            }
+            if found.sliding_cache && matches!(self.action, Action::Converted { .. }) {
+                line.push_str(", its sliding-window cache becomes one of the whole context");
             }
             if found.head_sink {
                 line.push_str(", head sink");

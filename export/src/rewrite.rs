@@ -34,7 +34,15 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         .push(ValueInfoProto::tensor(PAGE_BUDGET, DataType::Int32, [1.into()]));
     graph.initializer.push(TensorProto::int32s(RETRO_LENGTH, &[1], &[0]));
     graph.initializer.push(TensorProto::int32s(PAGE_BUDGET, &[1], &[0]));
+    let capacity = conversions
+        .iter()
+        .filter(|c| !c.site.sliding_cache)
+        .find_map(|c| capacity_of(graph, &c.site.past_key));
+    let capacity = capacity.unwrap_or_else(|| "past_sequence_length".into());
     for conversion in conversions {
+        if conversion.site.sliding_cache {
+            widen(graph, conversion.site, &capacity);
+        }
         let state = state_of(graph, conversion.site, settings, &mut pages)?;
         let layer = conversion.attention.layer;
         for (kind, data_type, dims) in state {
@@ -114,6 +122,25 @@ impl PageDims {
         match place {
             0 => "retro_pages".into(),
             more => format!("retro_pages_{}", more + 1).as_str().into(),
+        }
+    }
+}
+
+/// The declared capacity of a cache.
+fn capacity_of(graph: &GraphProto, past: &str) -> Option<Dimension> {
+    graph.input.iter().find(|i| i.name() == past)?.dims()?.get(2).cloned()
+}
+
+/// Declares a sliding-window cache as large as the others: the operator's caches hold the whole context.
+fn widen(graph: &mut GraphProto, site: &Site, capacity: &Dimension) {
+    for past in [&site.past_key, &site.past_value] {
+        let declared = graph
+            .input
+            .iter_mut()
+            .find(|i| i.name() == past)
+            .and_then(ValueInfoProto::dims_mut);
+        if let Some(tokens) = declared.and_then(|d| d.get_mut(2)) {
+            *tokens = capacity.clone();
         }
     }
 }

@@ -9,8 +9,11 @@ use std::collections::{HashMap, HashSet};
 /// Faults listed before "and N more".
 const SHOWN: usize = 3;
 
+/// Input slots and what they hold.
+type Slots = &'static [(usize, &'static str)];
+
 /// Inputs that an operator can't do without. Only operators that exporters were seen to write without them.
-const REQUIRED: [(&str, &str, &[(usize, &str)]); 3] = [
+const REQUIRED: [(&str, &str, Slots); 3] = [
     (
         "com.microsoft",
         "RotaryEmbedding",

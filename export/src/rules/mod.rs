@@ -224,11 +224,14 @@ mod tests {
             ..Default::default()
         };
         let holder = NodeProto::new("", "If", "if", &["c"], &["y"]).with(AttributeProto::graph("then_branch", branch));
-        let mut model = ModelProto::default();
-        model.graph = Some(GraphProto {
+        let graph = GraphProto {
             node: vec![holder],
             ..Default::default()
-        });
+        };
+        let mut model = ModelProto {
+            graph: Some(graph),
+            ..Default::default()
+        };
         let function = crate::onnx::FunctionProto {
             name: Some("Block".into()),
             node: vec![gqa],

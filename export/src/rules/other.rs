@@ -41,16 +41,14 @@ fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
     for _ in 0..16 {
         let Some(name) = open.pop() else { return false };
         for reader in view.readers(name) {
+            let mixed = || {
+                reader
+                    .input
+                    .iter()
+                    .any(|i| i != name && !i.is_empty() && !view.is_constant(i))
+            };
             match reader.op_type() {
-                "MatMul" | "FusedMatMul" | "Einsum" => {
-                    if reader
-                        .input
-                        .iter()
-                        .any(|i| i != name && !i.is_empty() && !view.is_constant(i))
-                    {
-                        return true;
-                    }
-                }
+                "MatMul" | "FusedMatMul" | "Einsum" if mixed() => return true,
                 "Cast" | "Dropout" | "Where" | "Identity" | "Mul" => open.push(reader.output(0)),
                 _ => {}
             }
