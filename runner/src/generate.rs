@@ -29,6 +29,27 @@ pub struct Policy {
     pub budget: Option<Budget>,
 }
 
+impl Policy {
+    /// The policy that was asked for, completed from what the model was converted with.
+    ///
+    /// # Errors
+    /// When the model has no room for the window, or cannot take a budget at run time.
+    pub fn new(model: &Model, window: Option<usize>, budget: Option<Budget>) -> Result<Self> {
+        let window = model.window(window)?;
+        if budget.is_some() {
+            ensure!(
+                model.retro.is_some(),
+                "--budget: the model was not converted; convert it with retro-export"
+            );
+            ensure!(
+                model.interface.page_budget,
+                "--budget: this model takes no budget at run time; convert it again with retro-export --budget"
+            );
+        }
+        Ok(Self { window, budget })
+    }
+}
+
 /// Room for a prompt and what follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -151,17 +172,7 @@ impl<'a> Decoder<'a> {
             prompts.len(),
             state.batch()
         );
-        model.window(Some(policy.window))?;
-        if policy.budget.is_some() {
-            ensure!(
-                model.retro.is_some(),
-                "--budget: the model was not converted; convert it with retro-export"
-            );
-            ensure!(
-                model.interface.page_budget,
-                "--budget: this model takes no budget at run time; convert it again with retro-export --budget"
-            );
-        }
+        let policy = Policy::new(model, Some(policy.window), policy.budget)?;
         let page_size = model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size);
         let measured = sparse_layers(model);
         let sequence = |prompt: &&[u32]| Sequence {

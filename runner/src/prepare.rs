@@ -62,9 +62,28 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
     moved.map(|()| folder)
 }
 
-fn make(weights: &Path, out: &Path, _window: usize, _convert: bool) -> Result<()> {
-    retro_models::build(weights, out, &retro_models::Options::default())?;
-    Ok(())
+fn make(weights: &Path, out: &Path, window: usize, convert: bool) -> Result<()> {
+    let options = retro_models::Options::default();
+    if !convert {
+        retro_models::build(weights, out, &options)?;
+        return Ok(());
+    }
+    let dense = out.join("dense");
+    retro_models::build(weights, &dense, &options)?;
+    let settings = retro_export::Settings {
+        window,
+        ..Default::default()
+    };
+    retro_export::convert(&retro_export::Options {
+        source: dense.clone(),
+        target: Some(out.to_owned()),
+        settings,
+        // Linked, so that the weights outlive the graph that they were made for.
+        external_data: Some(retro_export::ExternalMode::Link),
+        force: true,
+        ..Default::default()
+    })?;
+    fs::remove_dir_all(&dense).with_context(|| format!("cannot remove {}", dense.display()))
 }
 
 /// `retro-attention` in the user's cache folder.

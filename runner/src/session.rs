@@ -17,7 +17,7 @@ use crate::{
     interface::{Interface, Kind},
     model::ModelFolder,
     runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
-    state::{State, Store},
+    state::{Bound, State, Store},
 };
 
 /// What a converted model says about itself.
@@ -190,7 +190,7 @@ impl Model {
     pub fn run(&mut self, state: &mut State, feed: &Feed) -> Result<Logits> {
         let batch = state.batch();
         ensure!(
-            batch > 0 && feed.lengths.len() == batch && !feed.ids.is_empty() && feed.ids.len() % batch == 0,
+            batch > 0 && feed.lengths.len() == batch && !feed.ids.is_empty() && feed.ids.len().is_multiple_of(batch),
             "a step of {} tokens and {} lengths does not fit a batch of {batch}",
             feed.ids.len(),
             feed.lengths.len()
@@ -205,7 +205,8 @@ impl Model {
         let Self { session, interface, .. } = self;
         let inputs = inputs(interface, batch, longest, feed)?;
         match state.store_mut() {
-            Store::Bound { binding, .. } => {
+            Store::Bound(bound) => {
+                let Bound { binding, .. } = &mut **bound;
                 for (name, value) in &inputs {
                     binding
                         .bind_input(*name, value)

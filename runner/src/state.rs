@@ -20,10 +20,17 @@ pub struct State {
 }
 
 pub(crate) enum Store {
-    /// Buffers of fixed capacity, each bound as past and as present: updated in place.
-    Bound { binding: IoBinding, buffers: Vec<Buffer> },
+    Bound(Box<Bound>),
     /// The outputs of the last run, in the order of the interface's slots.
-    Growing { past: Vec<DynValue> },
+    Growing {
+        past: Vec<DynValue>,
+    },
+}
+
+/// Buffers of fixed capacity, each bound as past and as present: updated in place.
+pub(crate) struct Bound {
+    pub(crate) binding: IoBinding,
+    buffers: Vec<Buffer>,
 }
 
 pub(crate) struct Buffer {
@@ -89,7 +96,7 @@ impl State {
         Ok(Self {
             batch,
             capacity,
-            store: Store::Bound { binding, buffers },
+            store: Store::Bound(Box::new(Bound { binding, buffers })),
         })
     }
 
@@ -108,7 +115,7 @@ impl State {
 
     fn buffers(&self) -> &[Buffer] {
         match &self.store {
-            Store::Bound { buffers, .. } => buffers,
+            Store::Bound(bound) => &bound.buffers,
             Store::Growing { .. } => &[],
         }
     }
@@ -116,7 +123,7 @@ impl State {
     /// Forgets everything: zeros, and no page ever loaded.
     pub fn clear(&mut self) {
         match &mut self.store {
-            Store::Bound { buffers, .. } => buffers.iter_mut().for_each(Buffer::clear),
+            Store::Bound(bound) => bound.buffers.iter_mut().for_each(Buffer::clear),
             // A growing cache is emptied by dropping the state and making another.
             Store::Growing { .. } => {}
         }
@@ -132,7 +139,7 @@ impl State {
                 .sum()
         };
         match &self.store {
-            Store::Bound { .. } => (sum(true), sum(false)),
+            Store::Bound(_) => (sum(true), sum(false)),
             Store::Growing { past } => {
                 let bytes = |v: &DynValue| {
                     let elements = v.dtype().tensor_shape().map_or(0, |s| s.num_elements());
@@ -153,14 +160,14 @@ impl State {
             "no such sequence in the batch"
         );
         let (batch, from_batch) = (self.batch, from.batch);
-        let Store::Bound { buffers, .. } = &mut self.store else {
+        let Store::Bound(bound) = &mut self.store else {
             return Err(anyhow!("growing caches cannot be copied"));
         };
         ensure!(
-            buffers.len() == from.buffers().len(),
+            bound.buffers.len() == from.buffers().len(),
             "the states are of different models"
         );
-        for (to, from) in buffers.iter_mut().zip(from.buffers()) {
+        for (to, from) in bound.buffers.iter_mut().zip(from.buffers()) {
             let size = to.bytes / batch;
             ensure!(size == from.bytes / from_batch, "the states differ in capacity");
             let source = from.bytes().get(from_row * size..(from_row + 1) * size);
@@ -181,11 +188,14 @@ impl State {
     /// # Errors
     /// When the snapshot is of another layout.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let Store::Bound { buffers, .. } = &mut self.store else {
+        let Store::Bound(bound) = &mut self.store else {
             return Err(anyhow!("growing caches have no snapshots"));
         };
-        ensure!(buffers.len() == snapshot.0.len(), "the snapshot is of another model");
-        for (buffer, bytes) in buffers.iter_mut().zip(&snapshot.0) {
+        ensure!(
+            bound.buffers.len() == snapshot.0.len(),
+            "the snapshot is of another model"
+        );
+        for (buffer, bytes) in bound.buffers.iter_mut().zip(&snapshot.0) {
             ensure!(buffer.bytes == bytes.len(), "the snapshot is of another capacity");
             buffer.bytes_mut().copy_from_slice(bytes);
         }

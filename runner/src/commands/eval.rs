@@ -143,9 +143,9 @@ fn evaluate(
     let policies = group
         .iter()
         .map(|spec| {
-            let window = model.window(spec.window).with_context(|| spec.name.clone())?;
-            let budget = spec.budget.or(args.budget).filter(|_| model.retro.is_some());
-            Ok(Policy { window, budget })
+            // One budget for all: models that were not converted have none to set.
+            let budget = spec.budget.or(args.budget.filter(|_| model.retro.is_some()));
+            Policy::new(&model, spec.window, budget).with_context(|| spec.name.clone())
         })
         .collect::<Result<Vec<Policy>>>()?;
     let batch = if model.fixed_capacity { args.batch } else { 1 };

@@ -165,10 +165,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let tokens = text.encode(&prompt)?;
     let options = Generation {
         plan: plan(tokens.len(), args.n_predict, args.ctx_size, model.context_length())?,
-        policy: Policy {
-            window: model.window(args.window)?,
-            budget: args.budget,
-        },
+        policy: Policy::new(&model, args.window, args.budget)?,
         chunk: args.chunk,
         sampling,
         stops: args.stop.clone(),

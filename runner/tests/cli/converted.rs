@@ -1,0 +1,107 @@
+//! Converted models, through the plugin.
+
+use serde_json::Value;
+
+use crate::support::*;
+
+#[test]
+fn with_a_budget_of_all_pages_every_window_is_dense_attention() {
+    let doc = document(3);
+    for window in ["1", "2", "8"] {
+        let args = ["--document", &doc, "-n", "300", "--budget", "1.0", "--window", window];
+        let object = json(&ledger_retro(), &args);
+        let words: Vec<&str> = object["text"].as_str().unwrap().split_whitespace().collect();
+        assert!(
+            words.iter().eq(reference(3).iter().take(300)),
+            "window {window}: {object}"
+        );
+        assert_eq!(object["stats"]["share_of_valid_pages"], 1.0);
+        assert_eq!(object["stats"]["effective_exposure"], 1.0);
+    }
+}
+
+#[test]
+fn a_small_budget_reads_few_pages_and_a_window_exposes_more() {
+    let doc = document(4);
+    let figures = |window: &str, budget: &str| -> Value {
+        json(
+            &ledger_retro(),
+            &["--document", &doc, "-n", "100", "--window", window, "--budget", budget],
+        )["stats"]
+            .clone()
+    };
+    let quest = figures("1", "0.15");
+    let number = |v: &Value, key: &str| v[key].as_f64().unwrap();
+    // 0.15 of 1000 to 1130 tokens in pages of 16, rounded up: 10 or 11.
+    let pages = number(&quest, "pages_per_kv_head_and_step");
+    assert!((9.9..11.1).contains(&pages), "{quest}");
+    assert_eq!(number(&quest, "effective_exposure"), 1.0);
+    let (two, eight) = (figures("2", "0.15"), figures("8", "0.15"));
+    assert!((pages - number(&two, "pages_per_kv_head_and_step")).abs() < 0.2);
+    let (e2, e8) = (number(&two, "effective_exposure"), number(&eight, "effective_exposure"));
+    assert!(1.0 < e2 && e2 < e8 && e8 < 4.0, "{e2} {e8}");
+    // A budget in tokens: 256 are 16 pages.
+    assert_eq!(number(&figures("2", "256"), "pages_per_kv_head_and_step"), 16.0);
+}
+
+#[test]
+fn the_plugin_says_that_it_works_and_too_large_a_window_is_refused() {
+    let output = retro_run()
+        .arg("run")
+        .arg(ledger_retro())
+        .args(["-p", "facts", "-n", "3"])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        errors.contains("plugin active on 6 of 6 layers (window 8, budget 0.15, page size 16"),
+        "{errors}"
+    );
+    let model = ledger_retro();
+    let line = error(&["run", model.to_str().unwrap(), "-p", "facts", "--window", "9"]);
+    assert!(line.contains("retro-export --window 9"), "{line}");
+}
+
+#[test]
+fn a_batch_of_different_lengths_decodes_as_each_alone() {
+    let data = documents();
+    let spec = format!("retro={},window=4,budget=0.3", ledger_retro().display());
+    let eval = |batch: &str| -> Value {
+        let args = [
+            "eval", "--json", "--data", &data, "--docs", "3", "-n", "120", "--batch", batch, "--run", &spec,
+        ];
+        let output = run(&args);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (together, alone) = (eval("3"), eval("1"));
+    for key in ["right", "window", "documents"] {
+        assert_eq!(together["rows"][0][key], alone["rows"][0][key], "{key}");
+    }
+    let exposure = |v: &Value| v["rows"][0]["stats"]["effective_exposure"].as_f64().unwrap();
+    assert!(
+        (exposure(&together) - exposure(&alone)).abs() < 1e-3,
+        "{together} {alone}"
+    );
+}
+
+#[test]
+fn weights_are_built_and_converted_on_the_fly_once() {
+    let weights = root().join("models/code");
+    let run = || {
+        retro_run()
+            .arg("run")
+            .arg(&weights)
+            .args(["-p", "def ", "-n", "20"])
+            .output()
+            .unwrap()
+    };
+    let first = run();
+    let errors = String::from_utf8_lossy(&first.stderr).into_owned();
+    assert!(first.status.success() && errors.contains("making a graph"), "{errors}");
+    assert!(errors.contains("plugin active on 6 of 6 layers"), "{errors}");
+    let second = run();
+    assert!(String::from_utf8_lossy(&second.stderr).contains("using the graph"));
+    assert_eq!(first.stdout, second.stdout);
+    assert!(!first.stdout.is_empty());
+}

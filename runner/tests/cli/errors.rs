@@ -1,0 +1,104 @@
+//! Whatever is wrong is said in one line that tells what to do.
+
+use std::fs;
+
+use crate::support::*;
+
+#[test]
+fn prompts_and_contexts_that_do_not_fit_are_refused_before_anything_runs() {
+    let model = ledger();
+    let model = model.to_str().unwrap();
+    let long = "coins ".repeat(3000);
+    assert!(error(&["run", model, "-p", &long]).contains("no room in the model's context, 2048"));
+    assert!(error(&["run", model, "-p", "facts", "-n", "2048"]).contains("exceed the model's context, 2048"));
+    assert!(error(&["run", model, "-p", "facts", "-c", "9999"]).contains("-c 9999"));
+    assert!(error(&["run", model, "-p", "facts", "-c", "10", "-n", "10"]).contains("-c"));
+    assert!(error(&["run", model, "-p", "facts", "-n", "0"]).contains("-n 0"));
+}
+
+#[test]
+fn options_out_of_range_are_named() {
+    let model = ledger();
+    let model = model.to_str().unwrap();
+    for (option, value) in [
+        ("--temp", "-1"),
+        ("--top-p", "0"),
+        ("--min-p", "2"),
+        ("--repeat-penalty", "0"),
+        ("--chunk", "0"),
+        ("--threads", "0"),
+    ] {
+        let line = error(&["run", model, "-p", "facts", "-n", "1", option, value]);
+        assert!(line.contains(option) || line.contains("-t 0"), "{line}");
+    }
+    assert!(error(&["run", model, "-p", "facts", "--window", "2"]).contains("retro-export --window 2"));
+    assert!(error(&["run", model, "-p", "facts", "--window", "0"]).contains("--window 0"));
+    assert!(error(&["run", model, "-p", "facts", "--budget", "0.5"]).contains("retro-export"));
+    assert_eq!(
+        run(&["run", model, "-p", "facts", "--budget", "7.5"]).status.code(),
+        Some(2)
+    );
+    assert_eq!(run(&["run", model]).status.code(), Some(2));
+}
+
+#[test]
+fn missing_and_damaged_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let empty = dir.path().to_str().unwrap().to_owned();
+    assert!(error(&["run", &path("none"), "-p", "x"]).contains("no model at"));
+    assert!(error(&["run", &empty, "-p", "x"]).contains("no ONNX graph"));
+    let model = ledger();
+    let good = model.to_str().unwrap();
+    assert!(error(&["run", good, "-f", &path("none.txt")]).contains("none.txt"));
+    assert!(error(&["run", good, "--document", &path("none.jsonl:0")]).contains("none.jsonl"));
+    assert!(error(&["run", good, "--document", "x"]).contains("FILE.jsonl:N"));
+    assert!(error(&["run", good, "--document", &document(96)]).contains("no document 96"));
+
+    fs::write(dir.path().join("model.onnx"), "garbage").unwrap();
+    assert!(error(&["run", &empty, "-p", "x"]).contains("cannot load"));
+    fs::copy(model.join("model.onnx"), dir.path().join("model.onnx")).unwrap();
+    assert!(error(&["run", &empty, "-p", "x"]).contains("model.onnx.data"));
+    fs::copy(model.join("model.onnx.data"), dir.path().join("model.onnx.data")).unwrap();
+    assert!(error(&["run", &empty, "-p", "x"]).contains("folder's configuration"));
+    fs::copy(model.join("genai_config.json"), dir.path().join("genai_config.json")).unwrap();
+    assert!(error(&["run", &empty, "-p", "x"]).contains("tokenizer.json"));
+    fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    assert!(error(&["run", &empty, "-p", "x"]).contains("tokenizer.json"));
+    fs::write(dir.path().join("genai_config.json"), "{").unwrap();
+    assert!(error(&["run", &empty, "-p", "x"]).contains("not JSON"));
+}
+
+#[test]
+fn libraries_that_are_not_what_they_should_be_end_in_a_line_not_a_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = dir.path().join("libfake.so");
+    fs::write(&fake, "not a library").unwrap();
+    let fake = fake.to_str().unwrap();
+    let model = ledger();
+    let model = model.to_str().unwrap();
+    assert!(error(&["run", model, "-p", "x", "--ort", fake]).contains("ORT_DYLIB_PATH"));
+    assert!(error(&["run", model, "-p", "x", "--ort", "/no/such"]).contains("--ort names no file"));
+    assert!(error(&["run", model, "-p", "x", "--plugin", fake]).contains("plugin"));
+    assert!(error(&["run", model, "-p", "x", "--plugin", "/no/such"]).contains("--plugin names no file"));
+}
+
+#[test]
+fn eval_checks_before_it_works() {
+    let data = documents();
+    let spec = format!("dense={}", ledger().display());
+    assert!(error(&["eval", "--data", "/no/such", "--run", &spec]).contains("/no/such"));
+    assert!(error(&["eval", "--data", &data, "--docs", "0", "--run", &spec]).contains("--docs 0"));
+    let window = format!("{spec},window=2");
+    assert!(error(&["eval", "--data", &data, "--run", &window]).contains("retro-export --window 2"));
+    assert_eq!(
+        run(&["eval", "--data", &data, "--run", "nonsense"]).status.code(),
+        Some(2)
+    );
+    assert_eq!(
+        run(&["eval", "--data", &data, "--run", &spec, "--score", "x"])
+            .status
+            .code(),
+        Some(2)
+    );
+}

@@ -1,0 +1,8 @@
+//! The real program on real models: everything here starts `retro-run` in a process of its own.
+//!
+//! It needs ONNX Runtime and, for converted models, the plugin beside the program; `make test` provides both.
+
+mod converted;
+mod dense;
+mod errors;
+mod support;
