@@ -193,15 +193,15 @@ impl<'a> Output<'a> {
                 how,
             };
             let place = folder.join(&file.location);
+            ensure!(
+                place != self.target && !same_path(&place, &self.target),
+                "the output {} would replace the weights it needs; name another file",
+                place.display()
+            );
             if self.external == ExternalMode::Reference {
                 written.external.push(report("referenced"));
                 continue;
             }
-            ensure!(
-                place != self.target,
-                "the output {} would replace its own weights",
-                place.display()
-            );
             if same_file(&place, &file.source) {
                 written.external.push(report("already there"));
                 continue;

@@ -1,0 +1,6 @@
+//! The `retro-export` command as a user calls it, on real exports (tests/data/zoo) in temporary folders.
+
+mod bad_input;
+mod output;
+mod support;
+mod zoo;

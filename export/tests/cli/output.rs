@@ -1,0 +1,251 @@
+//! Where the output goes and what comes along.
+
+use crate::support::{command, convert, copy_of, names, refusal, zoo};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+const CASE: &str = "genai-llama-int4-cpu";
+
+fn args<'a>(source: &'a Path, target: &'a Path, more: &[&'a str]) -> Vec<&'a std::ffi::OsStr> {
+    let mut args = vec![source.as_os_str(), "-o".as_ref(), target.as_os_str()];
+    args.extend(more.iter().map(|s| std::ffi::OsStr::new(*s)));
+    args
+}
+
+#[cfg(unix)]
+fn inode(path: PathBuf) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).unwrap().ino()
+}
+
+#[test]
+fn a_file_beside_the_model_refers_to_its_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    let (source, target) = (copy.join("model.onnx"), copy.join("retro.onnx"));
+    let report = convert(&args(&source, &target, &[]));
+    assert!(report.contains("model.onnx.data referenced"), "{report}");
+    assert_eq!(
+        names(&copy),
+        ["genai_config.json", "model.onnx", "model.onnx.data", "retro.onnx"]
+    );
+    for how in ["link", "copy"] {
+        let error = refusal(&args(&source, &copy.join("other.onnx"), &["--external-data", how]));
+        assert!(error.contains("shares its weights"), "{error}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_elsewhere_gets_its_weights_as_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    let source = copy.join("model.onnx");
+    for (how, more, same) in [
+        ("copied", &[][..], false),
+        ("linked", &["--external-data", "link"], true),
+        ("copied", &["--external-data", "copy"], false),
+    ] {
+        let place = folder.path().join("place");
+        fs::create_dir(&place).unwrap();
+        let target = place.join("m.onnx");
+        let report = convert(&args(&source, &target, more));
+        assert!(report.contains(how), "{report}");
+        assert_eq!(names(&place), ["m.onnx", "model.onnx.data"]);
+        assert_eq!(
+            inode(place.join("model.onnx.data")) == inode(copy.join("model.onnx.data")),
+            same
+        );
+        // Weights that are there already are taken only if they are the very same file.
+        let second = place.join("second.onnx");
+        let again = args(&source, &second, &["--external-data", "copy"]);
+        if same {
+            assert!(convert(&again).contains("already there"));
+        } else {
+            assert!(refusal(&again).contains("exists already"));
+        }
+        fs::remove_dir_all(place).unwrap();
+    }
+    let error = refusal(&args(
+        &source,
+        &folder.path().join("m.onnx"),
+        &["--external-data", "reference"],
+    ));
+    assert!(error.contains("needs an output in the model's own folder"), "{error}");
+}
+
+#[test]
+fn the_source_is_never_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    let source = copy.join("model.onnx");
+    let before = fs::read(&source).unwrap();
+    let error = refusal(&args(&source, &source, &["--force"]));
+    assert!(error.contains("is the model itself"), "{error}");
+    let roundabout = copy.join("../").join(CASE).join("model.onnx");
+    assert!(refusal(&args(&source, &roundabout, &["--force"])).contains("is the model itself"));
+    assert!(refusal(&args(&copy, &copy, &["--force"])).contains("is the model's own folder"));
+    assert!(refusal(&args(&copy, &copy.join("inner"), &["--force"])).contains("is inside the model's folder"));
+    assert!(refusal(&args(&copy, folder.path(), &["--force"])).contains("is inside the output"));
+    // Over its own weights.
+    let weights = refusal(&args(&source, &copy.join("model.onnx.data"), &["--force"]));
+    assert!(weights.contains("weights"), "{weights}");
+    assert!(fs::read(&source).unwrap() == before);
+    assert_eq!(names(&copy).len(), 3);
+}
+
+#[test]
+fn an_existing_output_needs_force() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    let target = folder.path().join("out");
+    convert(&args(&copy, &target, &["--window", "2"]));
+    assert!(refusal(&args(&copy, &target, &[])).contains("--force"));
+    fs::write(target.join("stale"), "x").unwrap();
+    convert(&args(&copy, &target, &["--window", "3", "--force"]));
+    assert_eq!(names(&target), ["genai_config.json", "model.onnx", "model.onnx.data"]);
+    assert_eq!(names(folder.path()).len(), 2, "nothing is left behind");
+
+    let file = folder.path().join("m.onnx");
+    fs::write(&file, "old").unwrap();
+    assert!(refusal(&args(&copy.join("model.onnx"), &file, &[])).contains("--force"));
+    assert_eq!(fs::read(&file).unwrap(), b"old");
+    convert(&args(&copy.join("model.onnx"), &file, &["--force"]));
+    assert_ne!(fs::read(&file).unwrap(), b"old");
+}
+
+#[test]
+fn force_does_not_remove_folders_of_other_things() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("documents");
+    fs::create_dir(&target).unwrap();
+    convert(&args(&zoo(CASE), &target, &[]));
+    fs::remove_file(target.join("model.onnx")).unwrap();
+    let error = refusal(&args(&zoo(CASE), &target, &["--force"]));
+    assert!(error.contains("is a folder without a model.onnx"), "{error}");
+    assert!(target.join("genai_config.json").exists());
+}
+
+#[test]
+fn outputs_that_can_not_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let model = zoo(CASE).join("model.onnx");
+    assert!(refusal(&args(&model, folder.path(), &[])).contains("is a folder"));
+    assert!(refusal(&args(&model, &folder.path().join("no/m.onnx"), &[])).contains("doesn't exist"));
+    assert!(refusal(&args(&model, &file.join("m.onnx"), &[])).contains("doesn't exist"));
+    assert!(refusal(&args(&zoo(CASE), &file, &["--force"])).contains("is not a folder"));
+    assert!(refusal(&args(&zoo(CASE), &folder.path().join("a/b"), &[])).contains("a can't be read"));
+    assert_eq!(names(folder.path()), ["file"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_brings_everything_along() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    fs::create_dir_all(copy.join("sub/deep")).unwrap();
+    fs::create_dir(copy.join(".cache")).unwrap();
+    fs::write(copy.join("sub/deep/template.jinja"), "{{x}}").unwrap();
+    fs::write(folder.path().join("blob"), "tokens").unwrap();
+    symlink("../blob", copy.join("tokenizer.json")).unwrap();
+    symlink("nowhere", copy.join("dangling")).unwrap();
+    symlink("..", copy.join("up")).unwrap();
+    // As download caches have it: the model and its weights are links to blobs.
+    fs::rename(copy.join("model.onnx"), folder.path().join("blob1")).unwrap();
+    symlink("../blob1", copy.join("model.onnx")).unwrap();
+    fs::rename(copy.join("model.onnx.data"), folder.path().join("blob2")).unwrap();
+    symlink("../blob2", copy.join("model.onnx.data")).unwrap();
+    let target = folder.path().join("out");
+    let report = convert(&args(&copy, &target, &[]));
+    assert_eq!(
+        names(&target),
+        [
+            "genai_config.json",
+            "model.onnx",
+            "model.onnx.data",
+            "sub",
+            "tokenizer.json"
+        ]
+    );
+    assert_eq!(fs::read(target.join("sub/deep/template.jinja")).unwrap(), b"{{x}}");
+    for name in ["tokenizer.json", "model.onnx", "model.onnx.data"] {
+        assert!(
+            fs::symlink_metadata(target.join(name)).unwrap().is_file(),
+            "{name} is a file of its own"
+        );
+    }
+    for skipped in [
+        "dangling: a symbolic link to nothing",
+        "up: a symbolic link to a folder",
+        ".cache: a hidden folder",
+    ] {
+        assert!(report.contains(skipped), "{report}");
+    }
+}
+
+#[test]
+fn the_model_of_a_folder_is_the_configured_one_else_the_only_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    let config = copy.join("genai_config.json");
+    fs::rename(copy.join("model.onnx"), copy.join("decoder.onnx")).unwrap();
+    let dry = |says: &str| {
+        let error = refusal(&[copy.as_os_str(), "-n".as_ref()]);
+        assert!(error.contains(says), "{error}");
+    };
+    dry("names the model model.onnx, which is not there");
+    fs::write(&config, r#"{"model":{"decoder":{"filename":"../decoder.onnx"}}}"#).unwrap();
+    dry("is not a file of that folder");
+    fs::write(&config, "{").unwrap();
+    dry("is not valid JSON");
+    fs::write(&config, r#"{"model":{"decoder":{"filename":"decoder.onnx"}}}"#).unwrap();
+    let target = folder.path().join("out");
+    convert(&args(&copy, &target, &[]));
+    assert!(target.join("decoder.onnx").is_file());
+    fs::remove_file(&config).unwrap();
+    convert(&args(&copy, &target, &["--force"]));
+    fs::write(copy.join("second.onnx"), "x").unwrap();
+    dry("there are 2 ONNX models");
+}
+
+#[test]
+fn a_dry_run_writes_nothing_and_a_closed_pipe_is_no_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("out");
+    let report = convert(&args(&zoo(CASE), &target, &["--dry-run"]));
+    assert!(
+        report.contains("nothing is written") && report.contains("2 of 2"),
+        "{report}"
+    );
+    assert!(names(folder.path()).is_empty());
+    let mut child = command()
+        .arg(zoo(CASE))
+        .arg("-n")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn help_names_every_setting() {
+    let help = convert(&["--help"]);
+    for flag in [
+        "--window",
+        "--budget",
+        "--dense-layers",
+        "--selector",
+        "--external-data",
+        "--json",
+        "--sliding-cache",
+    ] {
+        assert!(help.contains(flag), "{flag}");
+    }
+}
