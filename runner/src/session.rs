@@ -41,7 +41,7 @@ pub struct Retro {
 pub struct OpenOptions {
     /// Threads of ONNX Runtime's pool; `None`: as many as there are cores.
     pub threads: Option<usize>,
-    /// The plugin's file; needed by converted models only.
+    /// The plugin's file. Only models that were converted load it.
     pub plugin: Option<PathBuf>,
 }
 
@@ -352,12 +352,19 @@ fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> std::
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(|e| text(&e))?;
     }
-    if let Some(plugin) = &options.plugin {
+    if let Some(plugin) = options.plugin.as_ref().filter(|_| may_need_plugin(graph)) {
         builder = builder
             .with_operator_library(plugin)
             .map_err(|e| format!("the plugin {} does not load: {}", plugin.display(), text(&e)))?;
     }
     builder.commit_from_file(graph).map_err(|e| text(&e))
+}
+
+/// Whether a graph imports the operator's domain; yes where only ONNX Runtime can tell.
+fn may_need_plugin(graph: &Path) -> bool {
+    retro_export::onnx::read_model(graph).map_or(true, |loaded| {
+        loaded.model.opset_version(retro_contract::DOMAIN).is_some()
+    })
 }
 
 fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> anyhow::Error {
