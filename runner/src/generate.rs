@@ -42,7 +42,7 @@ impl Policy {
                 "--budget: the model was not converted; convert it with retro-export"
             );
             ensure!(
-                model.interface.page_budget,
+                model.interface.page_budget.is_some(),
                 "--budget: this model takes no budget at run time; convert it again with retro-export --budget"
             );
         }

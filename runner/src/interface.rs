@@ -59,7 +59,16 @@ pub struct Interface {
     pub slots: Vec<Slot>,
     /// The graph takes `retro_length` (it was converted).
     pub retro_length: bool,
-    pub page_budget: bool,
+    pub page_budget: Option<Budgets>,
+}
+
+/// What the input `retro_page_budget` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Budgets {
+    /// One number for the whole batch.
+    One,
+    /// One number a sequence.
+    EachSequence,
 }
 
 impl Interface {
@@ -102,7 +111,7 @@ impl Interface {
             logits_type,
             slots,
             retro_length: takes(RETRO_LENGTH),
-            page_budget: takes(PAGE_BUDGET),
+            page_budget: budgets(session),
         })
     }
 
@@ -116,6 +125,16 @@ impl Interface {
             .collect();
         layers.len()
     }
+}
+
+fn budgets(session: &Session) -> Option<Budgets> {
+    let optional = session.overridable_initializers();
+    let declared = session.inputs().iter().map(|i| (i.name(), i.dtype()));
+    let mut declared = declared.chain(optional.iter().map(|o| (o.name(), o.dtype())));
+    let (_, dtype) = declared.find(|(name, _)| *name == PAGE_BUDGET)?;
+    // A fixed dimension is enforced by ONNX Runtime; an open one (-1) takes as many as there are sequences.
+    let one = dtype.tensor_shape().is_some_and(|shape| shape.first() == Some(&1));
+    Some(if one { Budgets::One } else { Budgets::EachSequence })
 }
 
 fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot> {

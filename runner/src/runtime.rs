@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use ort::environment::Environment;
+use ort::{environment::Environment, logging::LogLevel};
 
 /// File name of the plugin.
 pub const PLUGIN: &str = "libretro_attention.so";
@@ -38,6 +38,9 @@ impl Runtime {
             .with_name("retro-run")
             .build()
             .map_err(|e| anyhow!("cannot start ONNX Runtime {}: {}", path.display(), one_line(&e)))?;
+        if std::env::var_os("ORT_LOG").is_none() {
+            environment.set_log_level(LogLevel::Fatal);
+        }
         Ok(Self { environment, path })
     }
 

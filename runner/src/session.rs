@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use ort::{
+    logging::LogLevel,
     memory::Allocator,
     session::{Session, SessionInputValue, builder::SessionBuilder},
     value::{DynValue, Tensor, TensorElementType},
@@ -14,7 +15,7 @@ use ort::{
 use retro_contract::{graph, limits, metadata};
 
 use crate::{
-    interface::{Interface, Kind},
+    interface::{Budgets, Interface, Kind},
     model::ModelFolder,
     runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
     state::{Bound, State, Store},
@@ -269,8 +270,13 @@ fn inputs<'a>(interface: &'a Interface, batch: usize, longest: usize, feed: &Fee
     if interface.retro_length {
         inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
     }
-    if let Some(budgets) = feed.budgets.as_ref().filter(|_| interface.page_budget) {
-        inputs.push((graph::PAGE_BUDGET, int32([batch], budgets.clone())?));
+    if let Some((takes, budgets)) = interface.page_budget.zip(feed.budgets.as_ref()) {
+        let (shape, data) = match takes {
+            Budgets::EachSequence => (budgets.len(), budgets.clone()),
+            // The longest sequence's: the others of a batch read at most the few pages more that it has.
+            Budgets::One => (1, vec![budgets.iter().copied().max().unwrap_or(0)]),
+        };
+        inputs.push((graph::PAGE_BUDGET, int32([shape], data)?));
     }
     Ok(inputs)
 }
@@ -346,7 +352,11 @@ fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape> {
 /// Errors as text: `ort`'s builder errors carry the builder, which cannot leave the thread.
 fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> std::result::Result<Session, String> {
     let text = |e: &dyn std::fmt::Display| one_line(e);
-    let builder = Session::builder(runtime.environment()).map_err(|e| text(&e))?;
+    let mut builder = Session::builder(runtime.environment()).map_err(|e| text(&e))?;
+    // Every error comes back as a value and is told once; $ORT_LOG asks for ONNX Runtime's own account.
+    if std::env::var_os("ORT_LOG").is_none() {
+        builder = builder.with_log_level(LogLevel::Fatal).map_err(|e| text(&e))?;
+    }
     // Every step has another shape: remembering memory patterns for each would only cost.
     let mut builder: SessionBuilder = builder.with_memory_pattern(false).map_err(|e| text(&e))?;
     if let Some(threads) = options.threads {
