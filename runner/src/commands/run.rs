@@ -37,8 +37,6 @@ pub struct RunArgs {
     /// Tokens that prompt and output may have together [default: as many as needed, at most the model's context].
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
-    #[command(flatten)]
-    sampling: SamplingArgs,
     /// End the text where this string appears; may be given several times.
     #[arg(long, value_name = "STR")]
     stop: Vec<String>,
@@ -62,6 +60,9 @@ pub struct RunArgs {
     json: bool,
     #[command(flatten)]
     libraries: LibraryArgs,
+    // Last: its heading holds for whatever follows.
+    #[command(flatten)]
+    sampling: SamplingArgs,
 }
 
 /// The prompt, in one of three ways.
