@@ -55,7 +55,7 @@ test: test-rust test-python
 
 test-rust: build
 	@$(ORT)
-	cargo test --release --workspace
+	cargo test --release --workspace --no-fail-fast
 
 # One binary of the plugin, three hosts. The oldest has no wheel for the newest Pythons.
 PYTESTS = -m pytest -q tests/python
