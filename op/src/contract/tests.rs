@@ -1,0 +1,175 @@
+use std::collections::HashMap;
+
+use super::*;
+
+#[derive(Default)]
+struct Node {
+    ints: HashMap<&'static str, i64>,
+    floats: HashMap<&'static str, f32>,
+    strings: HashMap<&'static str, &'static str>,
+}
+
+impl AttributeSource for Node {
+    fn int(&self, name: &str) -> Result<Option<i64>> {
+        Ok(self.ints.get(name).copied())
+    }
+    fn float(&self, name: &str) -> Result<Option<f32>> {
+        Ok(self.floats.get(name).copied())
+    }
+    fn string(&self, name: &str) -> Result<Option<String>> {
+        Ok(self.strings.get(name).map(|s| (*s).to_owned()))
+    }
+}
+
+fn node(ints: &[(&'static str, i64)]) -> Node {
+    let mut n = Node::default();
+    n.ints.extend([("num_heads", 4), ("kv_num_heads", 2)]);
+    n.ints.extend(ints.iter().copied());
+    n
+}
+
+fn attributes(ints: &[(&'static str, i64)]) -> Attributes {
+    Attributes::read(&node(ints)).unwrap()
+}
+
+fn message<T: std::fmt::Debug>(r: Result<T>) -> String {
+    r.unwrap_err().message().to_owned()
+}
+
+#[test]
+fn defaults_are_the_papers() {
+    let a = attributes(&[]);
+    assert_eq!((a.page_size, a.window, a.budget_min_pages, a.sink_pages), (16, 2, 4, 1));
+    assert_eq!(
+        (a.selector, a.group_score, a.mode),
+        (Selector::Bounds, GroupScore::Max, Mode::Retro)
+    );
+    assert_eq!((a.scale, a.softcap, a.local_window, a.ring()), (None, 0.0, None, 1));
+    assert_eq!(a.budget_ratio, 0.15, "the decimal, not the float's value");
+}
+
+#[test]
+fn each_bad_attribute_is_named() {
+    let bad = |i: &[(&'static str, i64)]| message(Attributes::read(&node(i)));
+    assert!(bad(&[("page_size", 12)]).contains("page_size is 12"));
+    assert!(bad(&[("page_size", 4)]).contains("page_size is 4, expected 8..128"));
+    assert!(bad(&[("window", 0)]).contains("window is 0, expected 1..64"));
+    assert!(bad(&[("window", 65)]).contains("window is 65"));
+    assert!(bad(&[("kv_num_heads", 3)]).contains("multiple of kv_num_heads (3)"));
+    assert!(bad(&[("local_window_size", 0)]).contains("local_window_size is 0"));
+    assert!(bad(&[("do_rotary", 2)]).contains("do_rotary is 2"));
+    assert!(message(Attributes::read(&Node::default())).contains("num_heads is missing"));
+    let mut n = node(&[]);
+    n.strings.insert("selector", "median");
+    assert_eq!(
+        message(Attributes::read(&n)),
+        "attribute selector is \"median\", expected one of: bounds, moments"
+    );
+    let mut n = node(&[]);
+    n.floats.insert("budget_ratio", f32::NAN);
+    assert!(message(Attributes::read(&n)).contains("budget_ratio is NaN"));
+}
+
+fn shapes() -> InputShapes {
+    let mut s: InputShapes = Default::default();
+    s[input::QUERY] = Some(vec![2, 3, 4 * 8]);
+    s[input::KEY] = Some(vec![2, 3, 2 * 8]);
+    s[input::VALUE] = Some(vec![2, 3, 2 * 8]);
+    s[input::PAST_KEY] = Some(vec![2, 2, 40, 8]);
+    s[input::PAST_VALUE] = Some(vec![2, 2, 40, 8]);
+    s[input::SEQLENS_K] = Some(vec![2]);
+    s[input::TOTAL_SEQUENCE_LENGTH] = Some(vec![]);
+    s[input::RETRO_LENGTH] = Some(vec![1]);
+    s[input::PAST_PAGE_SUMMARY] = Some(vec![2, 2, 3, 2, 8]);
+    s[input::PAST_PAGE_STEPS] = Some(vec![2, 2, 3]);
+    s[input::PAST_OUTPUTS] = Some(vec![2, 3, 4, 8]);
+    s[input::PAST_LSE] = Some(vec![2, 3, 4]);
+    s
+}
+
+#[test]
+fn shapes_are_read_and_each_wrong_one_is_named() {
+    let a = attributes(&[("window", 4)]);
+    let d = Dims::read(&a, &shapes()).unwrap();
+    assert_eq!(
+        (d.batch, d.tokens, d.capacity, d.pages, d.head_size, d.packed),
+        (2, 3, 40, 3, 8, false)
+    );
+    for slot in 0..input::COUNT {
+        let mut s = shapes();
+        if s[slot].is_none() {
+            continue;
+        }
+        s[slot] = Some(vec![7, 7, 7, 7]);
+        let m = message(Dims::read(&a, &s));
+        assert!(m.contains(&format!("input {}", input::NAMES[slot])), "slot {slot}: {m}");
+        assert!(m.contains("[7, 7, 7, 7]") && m.contains("expected"), "{m}");
+    }
+    let mut s = shapes();
+    s[input::VALUE] = None;
+    assert!(message(Dims::read(&a, &s)).contains("input value is missing"));
+    let rotary = attributes(&[("window", 4), ("do_rotary", 1)]);
+    assert!(message(Dims::read(&rotary, &shapes())).contains("input cos_cache is missing"));
+}
+
+fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Option<&[i32]>) -> Result<Plan> {
+    let a = attributes(&[("window", 4)]);
+    let dims = Dims {
+        tokens,
+        ..Dims::read(&a, &shapes()).unwrap()
+    };
+    let lengths = Lengths {
+        seqlens_k: seqlens,
+        total_sequence_length: total,
+        retro_length: retro,
+        page_budget: budget,
+    };
+    Plan::read(&a, &dims, &lengths)
+}
+
+#[test]
+fn a_call_is_prefill_or_a_step_or_an_error() {
+    assert_eq!(plan(&[-1], &[2, 9], 3, 10, None).unwrap().phase, Phase::Prefill);
+    assert_eq!(plan(&[0], &[2, 9], 3, 10, None).unwrap().phase, Phase::Prefill);
+    assert_eq!(
+        plan(&[0], &[0, 0], 1, 1, None).unwrap().phase,
+        Phase::Prefill,
+        "an empty cache"
+    );
+    assert_eq!(plan(&[0], &[4, 9], 1, 40, None).unwrap().phase, Phase::Decode);
+    let p = plan(&[2, 0], &[9, 9], 3, 10, None).unwrap();
+    assert_eq!(
+        p.sequences
+            .iter()
+            .map(|s| (s.fed, s.first_position()))
+            .collect::<Vec<_>>(),
+        [(3, 7), (1, 9)]
+    );
+    let p = plan(&[-1], &[1, 9], 3, 10, None).unwrap();
+    assert_eq!(p.sequences[0].fed, 2, "a prompt shorter than S is padded on the left");
+
+    assert!(message(plan(&[2], &[9, 9], 2, 10, None)).contains("feeds 3 tokens, but query has 2"));
+    assert!(message(plan(&[4], &[9, 9], 5, 10, None)).contains("retro_length is 4, expected -1 (prefill) or 0..3"));
+    assert!(message(plan(&[-1, 1], &[9, 9], 2, 10, None)).contains("mixes -1 (prefill) with 1"));
+    assert!(message(plan(&[2], &[1, 9], 3, 10, None)).contains("holds 1 tokens before"));
+    assert!(message(plan(&[0], &[40, 9], 1, 50, None)).contains("seqlens_k[0] is 40, expected 0..39"));
+    assert!(message(plan(&[0], &[-1, 9], 1, 50, None)).contains("seqlens_k[0] is -1"));
+    assert!(message(plan(&[0], &[4, 9], 1, 9, None)).contains("total_sequence_length is 9, expected at least 10"));
+    assert!(message(plan(&[0], &[4, 9], 1, 10, Some(&[1, -2]))).contains("page_budget[1] is -2"));
+}
+
+#[test]
+fn budgets_come_from_the_input_or_the_attributes() {
+    let k = |b: Option<&[i32]>| {
+        plan(&[0], &[39, 9], 1, 40, b)
+            .unwrap()
+            .sequences
+            .iter()
+            .map(|s| s.budget)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(k(None), [3, 1], "the floor of 4 pages is cut at the valid pages");
+    assert_eq!(k(Some(&[0, 0])), [3, 1]);
+    assert_eq!(k(Some(&[2, 9])), [2, 1]);
+    assert_eq!(k(Some(&[2])), [2, 1]);
+}

@@ -1,0 +1,215 @@
+//! The operator on the CPU as ORT runs it: tensors in, tensors out.
+
+use std::ffi::CStr;
+use std::marker::PhantomData;
+
+use retro_contract::{input, output};
+
+use super::delegate::DelegateOperands;
+use super::{Call, Delegate, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
+use crate::contract::{Attributes, Dims, InputShapes, Lengths, Phase, Plan};
+use crate::host::{Context, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor};
+use crate::method::element::Element;
+
+/// `ai.retro::RetroAttention` on the CPU for element type `E`.
+pub struct CpuOperator<E>(PhantomData<E>);
+
+/// One node of one session.
+pub struct CpuKernel {
+    attributes: Attributes,
+    delegate: Option<Delegate>,
+    scratch: ScratchPool,
+    width: usize,
+}
+
+struct OrtPool<'a> {
+    context: &'a Context,
+    width: usize,
+}
+
+impl Pool for OrtPool<'_> {
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
+        self.context.parallel_for(count, task)
+    }
+
+    fn width(&self) -> usize {
+        self.width
+    }
+}
+
+/// Pairs (past, present) of the state.
+pub const STATE: [(usize, usize); 6] = [
+    (input::PAST_KEY, output::PRESENT_KEY),
+    (input::PAST_VALUE, output::PRESENT_VALUE),
+    (input::PAST_PAGE_SUMMARY, output::PRESENT_PAGE_SUMMARY),
+    (input::PAST_PAGE_STEPS, output::PRESENT_PAGE_STEPS),
+    (input::PAST_OUTPUTS, output::PRESENT_OUTPUTS),
+    (input::PAST_LSE, output::PRESENT_LSE),
+];
+
+impl<E: Element> Operator for CpuOperator<E> {
+    const NAME: &'static CStr = c"RetroAttention";
+    const INPUTS: &'static [Port] = &[
+        Port::required(E::DATA_TYPE),
+        Port::optional(E::DATA_TYPE),
+        Port::optional(E::DATA_TYPE),
+        Port::required(E::DATA_TYPE),
+        Port::required(E::DATA_TYPE),
+        Port::required(i32::DATA_TYPE),
+        Port::required(i32::DATA_TYPE).on_cpu(),
+        Port::optional(E::DATA_TYPE),
+        Port::optional(E::DATA_TYPE),
+        Port::required(i32::DATA_TYPE).on_cpu(),
+        Port::required(E::DATA_TYPE),
+        Port::required(i32::DATA_TYPE),
+        Port::required(f32::DATA_TYPE),
+        Port::required(f32::DATA_TYPE),
+        Port::optional(i32::DATA_TYPE),
+        Port::optional(E::DATA_TYPE),
+    ];
+    const OUTPUTS: &'static [Port] = &[
+        Port::required(E::DATA_TYPE),
+        Port::required(E::DATA_TYPE),
+        Port::required(E::DATA_TYPE),
+        Port::required(E::DATA_TYPE),
+        Port::required(i32::DATA_TYPE),
+        Port::required(f32::DATA_TYPE),
+        Port::required(f32::DATA_TYPE),
+    ];
+    const IN_PLACE: &'static [(usize, usize)] = &STATE;
+    type Kernel = CpuKernel;
+
+    fn create(info: &Info) -> Result<CpuKernel> {
+        let attributes = Attributes::read(info)?;
+        let delegate = match Delegate::new(info, &attributes, E::DATA_TYPE) {
+            Ok(d) => Some(d),
+            Err(e) => {
+                let node = info.node_name()?;
+                info.warn(&format!(
+                    "RetroAttention node {node:?} computes its prefill itself: this ONNX Runtime gives no \
+                     GroupQueryAttention for it ({e})"
+                ))?;
+                None
+            }
+        };
+        let width = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(CpuKernel {
+            attributes,
+            delegate,
+            scratch: ScratchPool::default(),
+            width,
+        })
+    }
+
+    fn compute(kernel: &CpuKernel, context: &Context) -> Result<()> {
+        kernel.compute::<E>(context)
+    }
+
+    fn infer(shapes: &ShapeContext) -> Result<()> {
+        for (past, present) in STATE {
+            shapes.copy(past, present)?;
+        }
+        // Hq * D where the model says both; D is the cache's last dimension.
+        let head_size = shapes.dims(input::PAST_KEY)?.get(3).copied().unwrap_or(-1);
+        let heads = shapes.int_attribute(c"num_heads")?;
+        let width = if head_size > 0 {
+            heads.saturating_mul(head_size)
+        } else {
+            -1
+        };
+        shapes.copy_with_last(input::QUERY, output::OUTPUT, width)
+    }
+}
+
+impl CpuKernel {
+    fn compute<E: Element>(&self, context: &Context) -> Result<()> {
+        let attributes = &self.attributes;
+        let mut tensors: [Option<Tensor>; input::COUNT] = [None; input::COUNT];
+        let mut shapes: InputShapes = Default::default();
+        for (slot, (tensor, shape)) in tensors.iter_mut().zip(&mut shapes).enumerate() {
+            *tensor = context.input(slot)?;
+            *shape = tensor.as_ref().map(Tensor::shape).transpose()?;
+        }
+        let dims = Dims::read(attributes, &shapes)?;
+        let required = |slot: usize| {
+            tensors[slot].ok_or_else(|| Error::invalid(format!("input {} is missing", input::NAMES[slot])))
+        };
+        // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
+        let plan = unsafe {
+            let lengths = Lengths {
+                seqlens_k: required(input::SEQLENS_K)?.slice()?,
+                total_sequence_length: required(input::TOTAL_SEQUENCE_LENGTH)?.slice()?[0],
+                retro_length: required(input::RETRO_LENGTH)?.slice()?,
+                page_budget: tensors[input::PAGE_BUDGET].map(|t| t.slice()).transpose()?,
+            };
+            Plan::read(attributes, &dims, &lengths)?
+        };
+
+        // Everything is checked: from here on outputs are written.
+        let width = (attributes.heads * dims.head_size) as i64;
+        let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
+        let mut presents = [result; STATE.len()];
+        for ((past, present), slot) in STATE.into_iter().zip(&mut presents) {
+            let shape = shapes[past].as_deref().unwrap_or_default();
+            *slot = context.output(present, shape)?;
+            slot.copy_from(&required(past)?)?;
+        }
+
+        let has_sink = tensors[input::HEAD_SINK].is_some();
+        let mut dense = Dense::Own;
+        if plan.phase == Phase::Prefill
+            && let Some(delegate) = &self.delegate
+            && Delegate::applies(&dims, &plan, has_sink)
+        {
+            // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
+            let rotary = |slot: usize| tensors[slot].filter(|_| attributes.do_rotary);
+            let operands = DelegateOperands {
+                query: required(input::QUERY)?,
+                key: tensors[input::KEY],
+                value: tensors[input::VALUE],
+                seqlens_k: required(input::SEQLENS_K)?,
+                cos: rotary(input::COS_CACHE),
+                sin: rotary(input::SIN_CACHE),
+                output: result,
+                present_key: presents[0],
+                present_value: presents[1],
+            };
+            delegate.run(context, &plan, &operands)?;
+            dense = Dense::Done;
+        }
+
+        let pool = OrtPool {
+            context,
+            width: self.width,
+        };
+        // SAFETY: CPU tensors; the inputs are not written while the kernel runs, and each output is a buffer of its own
+        // (a past that shares it is not read again).
+        let call = unsafe {
+            let read = |slot: usize| tensors[slot].map_or(Ok(&[][..]), |t| t.slice::<E>());
+            Call {
+                attributes,
+                dims: &dims,
+                plan: &plan,
+                inputs: Inputs {
+                    query: read(input::QUERY)?,
+                    key: read(input::KEY)?,
+                    value: read(input::VALUE)?,
+                    cos: read(input::COS_CACHE)?,
+                    sin: read(input::SIN_CACHE)?,
+                    head_sink: read(input::HEAD_SINK)?,
+                },
+                output: Shared::new(result.slice_mut()?),
+                state: State {
+                    key: Shared::new(presents[0].slice_mut()?),
+                    value: Shared::new(presents[1].slice_mut()?),
+                    summary: Shared::new(presents[2].slice_mut()?),
+                    steps: Shared::new(presents[3].slice_mut()?),
+                    outputs: Shared::new(presents[4].slice_mut()?),
+                    lse: Shared::new(presents[5].slice_mut()?),
+                },
+                scratch: &self.scratch,
+            }
+        };
+        run(&call, &pool, dense)
+    }
+}

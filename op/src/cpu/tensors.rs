@@ -1,0 +1,121 @@
+//! The operands of a call, by name, and where their rows lie.
+
+use super::Shared;
+use crate::contract::{Attributes, Dims};
+use crate::method::element::Element;
+use crate::method::rope::{Angles, rotate};
+
+/// Inputs that are only read.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a, E> {
+    /// `[B, S, Hq*D]`, or packed `[B, S, (Hq+2*Hkv)*D]`.
+    pub query: &'a [E],
+    /// `[B, S, Hkv*D]`; empty when packed.
+    pub key: &'a [E],
+    /// `[B, S, Hkv*D]`; empty when packed.
+    pub value: &'a [E],
+    /// `[M, rotary_half]`; empty without rotary embedding.
+    pub cos: &'a [E],
+    /// `[M, rotary_half]`; empty without rotary embedding.
+    pub sin: &'a [E],
+    /// `[Hq]`; empty without sinks.
+    pub head_sink: &'a [E],
+}
+
+/// The present state.
+#[derive(Clone, Copy)]
+pub struct State<'a, E> {
+    /// `[B, Hkv, C, D]`.
+    pub key: Shared<'a, E>,
+    /// `[B, Hkv, C, D]`.
+    pub value: Shared<'a, E>,
+    /// `[B, Hkv, P, 2, D]`.
+    pub summary: Shared<'a, E>,
+    /// `[B, Hkv, P]`.
+    pub steps: Shared<'a, i32>,
+    /// `[B, R, Hq, D]`.
+    pub outputs: Shared<'a, f32>,
+    /// `[B, R, Hq]`.
+    pub lse: Shared<'a, f32>,
+}
+
+/// Reads rows of the inputs.
+pub struct Rows<'a, E> {
+    attributes: &'a Attributes,
+    dims: &'a Dims,
+    inputs: Inputs<'a, E>,
+}
+
+impl<'a, E: Element> Rows<'a, E> {
+    pub fn new(attributes: &'a Attributes, dims: &'a Dims, inputs: Inputs<'a, E>) -> Self {
+        Self {
+            attributes,
+            dims,
+            inputs,
+        }
+    }
+
+    /// Head `head` of row `s` of sequence `b`: D elements, before RoPE.
+    pub fn query(&self, b: usize, s: usize, head: usize) -> &'a [E] {
+        let d = self.dims.head_size;
+        &self.inputs.query[self.row_start(b, s) + head * d..][..d]
+    }
+
+    /// Key of KV head `head`, before RoPE.
+    pub fn key(&self, b: usize, s: usize, head: usize) -> &'a [E] {
+        self.key_or_value(self.inputs.key, self.attributes.heads, b, s, head)
+    }
+
+    pub fn value(&self, b: usize, s: usize, head: usize) -> &'a [E] {
+        self.key_or_value(
+            self.inputs.value,
+            self.attributes.heads + self.attributes.kv_heads,
+            b,
+            s,
+            head,
+        )
+    }
+
+    fn row_start(&self, b: usize, s: usize) -> usize {
+        let heads = self.attributes.heads
+            + if self.dims.packed {
+                2 * self.attributes.kv_heads
+            } else {
+                0
+            };
+        (b * self.dims.tokens + s) * heads * self.dims.head_size
+    }
+
+    fn key_or_value(&self, separate: &'a [E], packed_head: usize, b: usize, s: usize, head: usize) -> &'a [E] {
+        let d = self.dims.head_size;
+        if self.dims.packed {
+            &self.inputs.query[self.row_start(b, s) + (packed_head + head) * d..][..d]
+        } else {
+            &separate[((b * self.dims.tokens + s) * self.attributes.kv_heads + head) * d..][..d]
+        }
+    }
+
+    /// Writes `source` in f32 to `target`, rotated for `position` where the node asks for it.
+    pub fn rotated(&self, source: &[E], position: usize, target: &mut [f32], angles: &mut Vec<f32>) {
+        for (t, s) in target.iter_mut().zip(source) {
+            *t = s.to_f32();
+        }
+        if !self.attributes.do_rotary {
+            return;
+        }
+        let half = self.dims.rotary_half;
+        angles.clear();
+        for table in [self.inputs.cos, self.inputs.sin] {
+            angles.extend(table[position * half..][..half].iter().map(|v| v.to_f32()));
+        }
+        let (cos, sin) = angles.split_at(half);
+        rotate(
+            target,
+            Angles {
+                cos,
+                sin,
+                interleaved: self.attributes.rotary_interleaved,
+            },
+        );
+    }
+}

@@ -1,0 +1,107 @@
+//! What a kernel may ask when it is created: the node's attributes.
+
+use std::ffi::{CStr, CString};
+use std::ptr;
+
+use ort_sys::{OrtKernelInfo, OrtLoggingLevel};
+
+use super::api::ort;
+use super::{Error, Result};
+
+/// A node's kernel info, valid during kernel creation.
+pub struct Info(pub(super) *const OrtKernelInfo);
+
+fn c_name(name: &str) -> Result<CString> {
+    CString::new(name).map_err(|_| Error::runtime(format!("attribute name {name:?} has a NUL byte")))
+}
+
+/// ORT answers the same code for an absent attribute and for one of another type; only its text tells them apart.
+fn absent(error: &Error) -> bool {
+    let m = error.message();
+    m.contains("No attribute with name") || m.contains("No attribute with this name") || m.contains("not found")
+}
+
+fn optional<T>(name: &str, kind: &str, value: Result<T>) -> Result<Option<T>> {
+    match value {
+        Ok(v) => Ok(Some(v)),
+        Err(e) if absent(&e) => Ok(None),
+        Err(e) => Err(Error::invalid(format!("attribute {name} must be {kind}: {e}"))),
+    }
+}
+
+impl Info {
+    /// An integer attribute; `None` when the node lacks it.
+    pub fn int(&self, name: &str) -> Result<Option<i64>> {
+        let c = c_name(name)?;
+        let mut v = 0;
+        optional(
+            name,
+            "an integer",
+            ort!(KernelInfoGetAttribute_int64(self.0, c.as_ptr(), &mut v)).map(|()| v),
+        )
+    }
+
+    /// A float attribute; `None` when the node lacks it.
+    pub fn float(&self, name: &str) -> Result<Option<f32>> {
+        let c = c_name(name)?;
+        let mut v = 0.0;
+        optional(
+            name,
+            "a float",
+            ort!(KernelInfoGetAttribute_float(self.0, c.as_ptr(), &mut v)).map(|()| v),
+        )
+    }
+
+    /// A string attribute; `None` when the node lacks it.
+    pub fn string(&self, name: &str) -> Result<Option<String>> {
+        let c = c_name(name)?;
+        let mut len = 0;
+        let size = ort!(KernelInfoGetAttribute_string(
+            self.0,
+            c.as_ptr(),
+            ptr::null_mut(),
+            &mut len
+        ));
+        let Some(()) = optional(name, "a string", size)? else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0u8; len];
+        ort!(KernelInfoGetAttribute_string(
+            self.0,
+            c.as_ptr(),
+            bytes.as_mut_ptr().cast(),
+            &mut len
+        ))?;
+        let text = CStr::from_bytes_until_nul(&bytes)
+            .ok()
+            .and_then(|s| s.to_str().ok())
+            .ok_or_else(|| Error::invalid(format!("attribute {name} is not UTF-8 text")))?;
+        Ok(Some(text.to_owned()))
+    }
+
+    /// Name of the node, for messages; empty when the model gives none.
+    pub fn node_name(&self) -> Result<String> {
+        let mut len = 0;
+        ort!(KernelInfo_GetNodeName(self.0, ptr::null_mut(), &mut len))?;
+        let mut bytes = vec![0u8; len];
+        ort!(KernelInfo_GetNodeName(self.0, bytes.as_mut_ptr().cast(), &mut len))?;
+        Ok(CStr::from_bytes_until_nul(&bytes)
+            .map(|s| s.to_string_lossy().into_owned())
+            .unwrap_or_default())
+    }
+
+    /// Writes a warning to the host's log.
+    pub fn warn(&self, message: &str) -> Result<()> {
+        let mut logger = ptr::null();
+        ort!(KernelInfo_GetLogger(self.0, &mut logger))?;
+        let message = CString::new(message.replace('\0', "\\0")).unwrap_or_default();
+        ort!(Logger_LogMessage(
+            logger,
+            OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING,
+            message.as_ptr(),
+            c"op/src".as_ptr().cast(),
+            0,
+            c"RetroAttention".as_ptr(),
+        ))
+    }
+}

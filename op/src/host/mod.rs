@@ -1,0 +1,35 @@
+//! The door to ONNX Runtime's C API: every call into the host and every callback from it. All FFI `unsafe` lives here.
+
+mod api;
+mod context;
+mod custom_op;
+mod error;
+mod info;
+mod shape;
+mod standalone;
+mod tensor;
+
+pub use context::Context;
+pub use custom_op::{Operator, Port, Registry, register};
+pub(crate) use error::require;
+pub use error::{Error, Result};
+pub use info::Info;
+pub use ort_sys::ONNXTensorElementDataType as DataType;
+pub use shape::ShapeContext;
+pub use standalone::{Attribute, Standalone};
+pub use tensor::{OwnedScalar, Plain, Tensor};
+
+/// Entry for [`crate::RegisterCustomOps`]: takes the host's table, then runs `body`.
+///
+/// # Safety
+/// `base` is the `OrtApiBase` that ONNX Runtime passes to `RegisterCustomOps`.
+pub(crate) unsafe fn enter(
+    base: *const ort_sys::OrtApiBase,
+    body: impl FnOnce() -> Result<()>,
+) -> ort_sys::OrtStatusPtr {
+    // SAFETY: by this function's contract.
+    match unsafe { api::negotiate(base) } {
+        Ok(()) => api::guard(body),
+        Err(status) => status,
+    }
+}
