@@ -266,7 +266,10 @@ impl Dims {
             }
         }
 
-        check.exact(input::SEQLENS_K, &[batch], "[B]")?;
+        // As GroupQueryAttention: old exporters write a column.
+        if check.required(input::SEQLENS_K)? != [b, 1] {
+            check.exact(input::SEQLENS_K, &[batch], "[B]")?;
+        }
         check.numbers(input::TOTAL_SEQUENCE_LENGTH, None)?;
         check.numbers(input::RETRO_LENGTH, Some(batch))?;
         if check.get(input::PAGE_BUDGET).is_some() {

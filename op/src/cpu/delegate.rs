@@ -1,7 +1,8 @@
 //! Dense prefill by ORT's own GroupQueryAttention, called from inside our kernel.
 //!
 //! It applies to what that operator can do: one sequence (it refuses several with a past) or a batch of prompts of one
-//! length, no left padding, no head sink, D a multiple of 16. Everything else is ours ([`super::prefill`]).
+//! length, no left padding, no head sink, D a multiple of 16 and its
+//! rotated half of 8. Everything else is ours ([`super::prefill`]).
 
 use crate::contract::{Attributes, Dims, Plan};
 use crate::host::{Attribute, Context, DataType, Info, OwnedScalar, Result, Standalone, Tensor};
@@ -46,7 +47,8 @@ impl Delegate {
     pub fn applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
         let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
         let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);
-        !has_head_sink && dims.head_size.is_multiple_of(16) && (whole_prompts || one)
+        let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
+        !has_head_sink && shapes && (whole_prompts || one)
     }
 
     /// Appends keys and values to the present caches (which already hold the past) and writes the output.

@@ -22,7 +22,7 @@ impl ShapeContext {
         ort!(ShapeInferContext_SetOutputTypeShape(self.0, output, info))
     }
 
-    /// As [`Self::copy`], with the last dimension replaced; -1 means that it is not known.
+    /// As [`Self::copy`], with the last dimension replaced; -1 means that it is not known, and gives it a symbol.
     pub fn copy_with_last(&self, input: usize, output: usize, last: i64) -> Result<()> {
         let mut info = ptr::null_mut();
         ort!(ShapeInferContext_GetInputTypeShape(self.0, input, &mut info))?;
@@ -35,7 +35,7 @@ impl ShapeContext {
         let mut element = ort_sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         ort!(GetTensorElementType(info, &mut element))?;
         if let Some(s) = symbols.last_mut() {
-            *s = c"".as_ptr();
+            *s = if last < 0 { c"RetroAttention_width".as_ptr() } else { c"".as_ptr() };
         }
         let mut made = ptr::null_mut();
         ort!(CreateTensorTypeAndShapeInfo(&mut made))?;
