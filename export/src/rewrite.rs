@@ -31,7 +31,12 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         .push(ValueInfoProto::tensor(RETRO_LENGTH, DataType::Int32, [1.into()]));
     graph
         .input
-        .push(ValueInfoProto::tensor(PAGE_BUDGET, DataType::Int32, [1.into()]));
+        // One number, or one a sequence; the default has one.
+        .push(ValueInfoProto::tensor(
+            PAGE_BUDGET,
+            DataType::Int32,
+            ["retro_sequences".into()],
+        ));
     graph.initializer.push(TensorProto::int32s(RETRO_LENGTH, &[1], &[0]));
     graph.initializer.push(TensorProto::int32s(PAGE_BUDGET, &[1], &[0]));
     let capacity = conversions

@@ -68,14 +68,30 @@ fn make(weights: &Path, out: &Path, window: usize, convert: bool) -> Result<()> 
         retro_models::build(weights, out, &options)?;
         return Ok(());
     }
-    let dense = out.join("dense");
-    retro_models::build(weights, &dense, &options)?;
+    // Beside the output: a conversion does not write into the folder that it reads.
+    let dense = out.with_extension("dense");
+    let made = convert_built(weights, out, &dense, window, &options);
+    if dense.exists() {
+        // Its weights live on through the link; that it could not be removed changes nothing.
+        let _ = fs::remove_dir_all(&dense);
+    }
+    made
+}
+
+fn convert_built(
+    weights: &Path,
+    out: &Path,
+    dense: &Path,
+    window: usize,
+    options: &retro_models::Options,
+) -> Result<()> {
+    retro_models::build(weights, dense, options)?;
     let settings = retro_export::Settings {
         window,
         ..Default::default()
     };
     retro_export::convert(&retro_export::Options {
-        source: dense.clone(),
+        source: dense.to_owned(),
         target: Some(out.to_owned()),
         settings,
         // Linked, so that the weights outlive the graph that they were made for.
@@ -83,7 +99,7 @@ fn make(weights: &Path, out: &Path, window: usize, convert: bool) -> Result<()> 
         force: true,
         ..Default::default()
     })?;
-    fs::remove_dir_all(&dense).with_context(|| format!("cannot remove {}", dense.display()))
+    Ok(())
 }
 
 /// `retro-attention` in the user's cache folder.

@@ -174,7 +174,9 @@ impl Oracle {
         let t = self.len() - 1;
         let pages = attrs.pages(self.len());
         let in_window = |page: &usize| {
-            attrs.local_window_size < 0 || ((t + 1 - self.page_rows(*page).end) as i64) < attrs.local_window_size
+            attrs.local_window_size < 0
+                || attrs.mode == Mode::Dense
+                || ((t + 1 - self.page_rows(*page).end) as i64) < attrs.local_window_size
         };
         let candidates: Vec<usize> = (0..pages).filter(in_window).collect();
         let forced = |page: usize| page < attrs.sink_pages || page == t / attrs.page;
@@ -220,7 +222,12 @@ impl Oracle {
         let t = self.len();
         let first = t - retro;
         self.write(first, rows);
-        let ratio = f64::from(attrs.budget_ratio);
+        // The decimal that the attribute was written as, not the float's own value.
+        let ratio: f64 = attrs
+            .budget_ratio
+            .to_string()
+            .parse()
+            .expect("a float prints as a number");
         let budget = budget.unwrap_or_else(|| budget_pages(ratio, attrs.budget_min_pages, t + 1, attrs.page));
         let chosen: Vec<(Vec<usize>, f64)> = (0..attrs.kv_heads).map(|kv| self.select(rows, kv, budget)).collect();
         let expand = |pages: &mut dyn Iterator<Item = usize>| pages.flat_map(|p| self.page_rows(p)).collect::<Vec<_>>();

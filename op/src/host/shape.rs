@@ -35,7 +35,11 @@ impl ShapeContext {
         let mut element = ort_sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         ort!(GetTensorElementType(info, &mut element))?;
         if let Some(s) = symbols.last_mut() {
-            *s = if last < 0 { c"RetroAttention_width".as_ptr() } else { c"".as_ptr() };
+            *s = if last < 0 {
+                c"RetroAttention_width".as_ptr()
+            } else {
+                c"".as_ptr()
+            };
         }
         let mut made = ptr::null_mut();
         ort!(CreateTensorTypeAndShapeInfo(&mut made))?;

@@ -99,6 +99,9 @@ impl Duel {
         let close =
             |at: &str, got: &[f32], expected: &[f32]| compare::assert_close(at, got, expected, tolerance(expected));
         for (first, last) in [(0, self.prompt / 3), (self.prompt / 3, self.prompt)] {
+            if first == last {
+                continue; // A prompt of one token has no first third.
+            }
             let rows = rows(&mut random, attrs, last - first);
             let got = layer.run(&mut state, &prefill_feed(&rows, last), binding);
             close(&format!("{what}: prompt {first}..{last}"), &got, &oracle.prefill(&rows));
