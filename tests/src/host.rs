@@ -36,11 +36,13 @@ fn builder(plugin: bool) -> Result<SessionBuilder, String> {
 
 /// A session on a model in memory, with the plugin.
 pub fn open(model: &[u8]) -> Result<Session, String> {
+    let _one = one_at_a_time();
     builder(true)?.commit_from_memory(model).map_err(|e| e.to_string())
 }
 
 /// A session on a model file, with the plugin or without.
 pub fn open_file(model: &Path, plugin: bool) -> Result<Session, String> {
+    let _one = one_at_a_time();
     builder(plugin)?.commit_from_file(model).map_err(|e| e.to_string())
 }
 
@@ -86,4 +88,11 @@ fn run_binding(session: &Session, binding: &IoBinding) -> Result<(), String> {
     // SAFETY: ours, released once, not used afterwards.
     unsafe { (api.ReleaseStatus)(status.0) };
     Err(message)
+}
+
+/// ORT 1.31 adds a custom domain to a table of the process with a check and an insertion that are not one: two sessions
+/// opened at the same moment may both find it missing, and the second fails.
+fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
+    static OPENING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    OPENING.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -138,9 +138,9 @@ unsafe extern "system" fn compute<O: Operator>(
     guard(|| O::compute(unsafe { &*kernel.cast::<O::Kernel>() }, &Context(context)))
 }
 unsafe extern "system" fn destroy<O: Operator>(kernel: *mut c_void) {
-    // SAFETY: ORT passes the kernel that `create` made, once, after its last run.
     let _ = catch_unwind(AssertUnwindSafe(|| {
-        drop(unsafe { Box::from_raw(kernel.cast::<O::Kernel>()) })
+        // SAFETY: ORT passes the kernel that `create` made, once, after its last run.
+        drop(unsafe { Box::from_raw(kernel.cast::<O::Kernel>()) });
     }));
 }
 unsafe extern "system" fn infer<O: Operator>(_: Op, shapes: *mut ort_sys::OrtShapeInferContext) -> OrtStatusPtr {

@@ -53,8 +53,10 @@ impl std::error::Error for Error {}
 /// `Err(Error::invalid(format!(...)))` unless the condition holds.
 macro_rules! require {
     ($cond:expr, $($message:tt)+) => {
-        if !$cond {
-            return Err($crate::host::Error::invalid(format!($($message)+)));
+        match $cond {
+            true => {}
+            // An unordered comparison (a NaN) is false as well.
+            false => return Err($crate::host::Error::invalid(format!($($message)+))),
         }
     };
 }

@@ -27,9 +27,11 @@ macro_rules! dispatched {
     ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$($g:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
         #[inline]
+        #[allow(clippy::too_many_arguments)]
         $vis fn $name $(<$($g: $bound),+>)? (isa: $crate::method::math::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
             fn avx2 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
                 $body::<true $($(, $g)+)?>($($arg),*)
             }

@@ -64,7 +64,11 @@ mod tests {
         summarize(Selector::Bounds, &rows, &mut s, &mut scratch);
         assert_eq!(s, [1.0, -2.0, 4.0, 5.0]);
         summarize(Selector::Moments, &rows, &mut s, &mut scratch);
-        assert_eq!(s.map(|v| (v * 1e4).round() / 1e4), [2.0, 1.0, 1.4142, 2.9439]);
+        assert_eq!(s.map(|v| (v * 1e4).round() / 1e4)[..2], [2.0, 1.0]);
+        assert!(
+            (s[2] - 2f32.sqrt()).abs() < 1e-6 && (s[3] - (26.0f32 / 3.0).sqrt()).abs() < 1e-6,
+            "{s:?}"
+        );
         summarize(Selector::Moments, &rows[..2], &mut s, &mut scratch);
         assert_eq!(s, [1.0, -2.0, 0.0, 0.0]);
     }
