@@ -5,16 +5,9 @@ use std::{collections::HashMap, fs, io::Read, path::Path};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::{attrs::Attrs, paths};
+pub use retro_attention::method::oracle::Rows;
 
-/// Rows fed to a layer: query `[n, heads, head_size]`, key and value `[n, kv_heads, head_size]`.
-#[derive(Clone, Debug, Default)]
-pub struct Rows {
-    pub count: usize,
-    pub query: Vec<f32>,
-    pub key: Vec<f32>,
-    pub value: Vec<f32>,
-}
+use crate::{attrs::Attrs, paths};
 
 pub struct Step {
     /// Newest position.
@@ -54,21 +47,6 @@ pub struct Case {
     pub output_tolerance: f32,
     /// Relative to max(1, |log-sum-exp|), in float32.
     pub lse_tolerance: f32,
-}
-
-impl Rows {
-    pub fn slice(&self, from: usize, to: usize) -> Rows {
-        let cut = |data: &[f32]| {
-            let width = data.len().checked_div(self.count).unwrap_or(0);
-            data[from * width..to * width].to_vec()
-        };
-        Rows {
-            count: to - from,
-            query: cut(&self.query),
-            key: cut(&self.key),
-            value: cut(&self.value),
-        }
-    }
 }
 
 /// A tensor of a file, numbers widened.

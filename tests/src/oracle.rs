@@ -1,294 +1,33 @@
-//! The method in float64, one sequence at a time, written to be read: lists of rows, no page is skipped, nothing is fast.
-//! It is checked against the golden vectors itself, and serves where they do not reach: selectors, softcap, sliding window,
-//! head sinks, the modes.
+//! The f64 oracle of the plugin's crate, made for a test's attributes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use retro_attention::{contract::Attributes, method::oracle::Oracle};
 
-use retro_contract::{GroupScore, Mode, Selector, budget_pages};
+use crate::attrs::Attrs;
 
-use crate::{attrs::Attrs, golden::Rows};
-
-type Row = Vec<f64>;
-
-pub struct Oracle {
-    attrs: Attrs,
-    head_sink: Option<Vec<f64>>,
-    /// Per position, all KV heads.
-    keys: Vec<Row>,
-    values: Vec<Row>,
-    /// A: per KV head and page.
-    page_steps: Vec<Vec<i64>>,
-    /// Per position: output and log-sum-exp of all query heads.
-    cache: BTreeMap<usize, (Row, Row)>,
-}
-
-pub struct Stepped {
-    /// `[tokens fed, heads, head_size]`
-    pub output: Vec<f32>,
-    pub selected: Vec<Vec<usize>>,
-    /// Least distance between the worst page taken and the best one left, relative to the scores' size.
-    pub margin: f64,
-}
-
-fn wide(data: &[f32]) -> Row {
-    data.iter().map(|&x| f64::from(x)).collect()
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-fn log_sum_exp(scores: &[f64]) -> f64 {
-    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if top == f64::NEG_INFINITY {
-        return top;
-    }
-    top + scores.iter().map(|s| (s - top).exp()).sum::<f64>().ln()
-}
-
-impl Oracle {
-    pub fn new(attrs: &Attrs, head_sink: Option<&[f32]>) -> Self {
-        Self {
-            attrs: attrs.clone(),
-            head_sink: head_sink.map(wide),
-            keys: Vec::new(),
-            values: Vec::new(),
-            page_steps: vec![Vec::new(); attrs.kv_heads],
-            cache: BTreeMap::new(),
-        }
-    }
-
-    pub fn len(&self) -> usize {
-        self.keys.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.keys.is_empty()
-    }
-
-    fn write(&mut self, first: usize, rows: &Rows) {
-        let width = self.attrs.kv_heads * self.attrs.head_size;
-        self.keys.truncate(first);
-        self.values.truncate(first);
-        self.keys.extend(rows.key.chunks(width).map(wide));
-        self.values.extend(rows.value.chunks(width).map(wide));
-        let pages = self.attrs.pages(self.len());
-        self.page_steps.iter_mut().for_each(|steps| steps.resize(pages, -1));
-    }
-
-    fn remember(&mut self, position: usize, output: Row, lse: Row) {
-        self.cache.insert(position, (output, lse));
-        while self.cache.len() > self.attrs.window - 1 {
-            self.cache.pop_first();
-        }
-    }
-
-    /// Attention of one query head over the given rows, those the query may see.
-    fn attend(&self, query: &[f64], head: usize, at: usize, rows: &[usize], with_sink: bool) -> (Row, f64) {
-        let (attrs, size) = (&self.attrs, self.attrs.head_size);
-        let kv = head / attrs.group();
-        let window = attrs.local_window_size;
-        let seen = |&&row: &&usize| row <= at && (window < 0 || ((at - row) as i64) < window);
-        let rows: Vec<usize> = rows.iter().filter(seen).copied().collect();
-        let score = |&row: &usize| {
-            let plain = attrs.actual_scale() * dot(query, &self.keys[row][kv * size..][..size]);
-            match attrs.softcap {
-                0.0 => plain,
-                cap => f64::from(cap) * (plain / f64::from(cap)).tanh(),
-            }
-        };
-        let mut scores: Vec<f64> = rows.iter().map(score).collect();
-        if let (true, Some(sink)) = (with_sink, &self.head_sink) {
-            scores.push(sink[head]);
-        }
-        let lse = log_sum_exp(&scores);
-        let mut output = vec![0.0; size];
-        for (&row, score) in rows.iter().zip(&scores) {
-            let weight = (score - lse).exp();
-            let value = &self.values[row][kv * size..][..size];
-            output.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
-        }
-        (output, lse)
-    }
-
-    fn query(&self, rows: &Rows, token: usize, head: usize) -> Row {
-        let (heads, size) = (self.attrs.heads, self.attrs.head_size);
-        wide(&rows.query[(token * heads + head) * size..][..size])
-    }
-
-    fn page_rows(&self, page: usize) -> std::ops::Range<usize> {
-        page * self.attrs.page..((page + 1) * self.attrs.page).min(self.len())
-    }
-
-    /// One chunk of a prompt: its outputs.
-    pub fn prefill(&mut self, rows: &Rows) -> Vec<f32> {
-        let first = self.len();
-        self.write(first, rows);
-        let all: Vec<usize> = (0..self.len()).collect();
-        let mut outputs = Vec::new();
-        for token in 0..rows.count {
-            let at = first + token;
-            let heads = (0..self.attrs.heads).map(|h| self.attend(&self.query(rows, token, h), h, at, &all, true));
-            let (output, lse): (Vec<Row>, Row) = heads.unzip();
-            outputs.extend(output.iter().flatten().map(|&x| x as f32));
-            self.remember(at, output.concat(), lse);
-        }
-        let newest = self.len() as i64 - 1;
-        self.page_steps.iter_mut().flatten().for_each(|step| *step = newest);
-        outputs
-    }
-
-    /// A page's score for every head of a group.
-    fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize) -> Vec<f64> {
-        let (attrs, size) = (&self.attrs, self.attrs.head_size);
-        let range = self.page_rows(page);
-        let count = range.len() as f64;
-        let element = |d: usize| range.clone().map(move |row| self.keys[row][kv * size + d]);
-        let group = kv * attrs.group()..(kv + 1) * attrs.group();
-        let softmax = attrs.group_score == GroupScore::Softmax;
-        let score = |head: usize| {
-            let query = self.query(rows, token, head);
-            match attrs.selector {
-                Selector::Bounds => {
-                    let bound = |(d, q): (usize, &f64)| element(d).map(|k| q * k).fold(f64::NEG_INFINITY, f64::max);
-                    let bound: f64 = query.iter().enumerate().map(bound).sum();
-                    if softmax { attrs.actual_scale() * bound } else { bound }
-                }
-                Selector::Moments => {
-                    let (mut along, mut spread) = (0.0, 0.0);
-                    for (d, q) in query.iter().enumerate() {
-                        let mean = element(d).sum::<f64>() / count;
-                        along += q * mean;
-                        spread += q * q * element(d).map(|k| (k - mean).powi(2)).sum::<f64>() / count;
-                    }
-                    attrs.actual_scale() * (along + f64::from(attrs.lambda) * spread.sqrt()) + count.ln()
-                }
-            }
-        };
-        group.map(score).collect()
-    }
-
-    /// The pages of a step for one KV head, and how clear the choice was.
-    fn select(&self, rows: &Rows, kv: usize, budget: usize) -> (Vec<usize>, f64) {
-        let attrs = &self.attrs;
-        let t = self.len() - 1;
-        let pages = attrs.pages(self.len());
-        let in_window = |page: &usize| {
-            attrs.local_window_size < 0
-                || attrs.mode == Mode::Dense
-                || ((t + 1 - self.page_rows(*page).end) as i64) < attrs.local_window_size
-        };
-        let candidates: Vec<usize> = (0..pages).filter(in_window).collect();
-        let forced = |page: usize| page < attrs.sink_pages || page == t / attrs.page;
-        let mut chosen: BTreeSet<usize> = candidates.iter().copied().filter(|&p| forced(p)).collect();
-        let rest: Vec<usize> = candidates.iter().copied().filter(|&p| !forced(p)).collect();
-        let scores: Vec<f64> = match attrs.mode {
-            Mode::Dense => return (candidates, f64::INFINITY),
-            Mode::Streaming => rest.iter().map(|&page| page as f64).collect(),
-            Mode::Retro => {
-                let of_page: Vec<Vec<f64>> = candidates
-                    .iter()
-                    .map(|&p| self.head_scores(rows, rows.count - 1, kv, p))
-                    .collect();
-                let norms: Vec<f64> = (0..attrs.group())
-                    .map(|g| log_sum_exp(&of_page.iter().map(|s| s[g]).collect::<Vec<_>>()))
-                    .collect();
-                let total = |scores: &Vec<f64>| match attrs.group_score {
-                    GroupScore::Max => scores.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-                    GroupScore::Softmax => scores.iter().zip(&norms).map(|(s, norm)| (s - norm).exp()).sum(),
-                };
-                let of_candidate = candidates.iter().copied().zip(of_page.iter().map(total));
-                of_candidate.filter(|&(p, _)| !forced(p)).map(|(_, s)| s).collect()
-            }
-        };
-        let mut order: Vec<usize> = (0..rest.len()).collect();
-        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-        let take = budget.saturating_sub(chosen.len()).min(rest.len());
-        chosen.extend(order[..take].iter().map(|&i| rest[i]));
-        let margin = match (
-            take.checked_sub(1).map(|i| scores[order[i]]),
-            order.get(take).map(|&i| scores[i]),
-        ) {
-            (Some(last), Some(next)) => (last - next) / last.abs().max(next.abs()).max(1e-30),
-            _ => f64::INFINITY,
-        };
-        (chosen.into_iter().collect(), margin)
-    }
-
-    /// One decoding step that feeds `rows.count` tokens, the last of them new.
-    pub fn step(&mut self, rows: &Rows, budget: Option<usize>) -> Stepped {
-        let attrs = self.attrs.clone();
-        let retro = rows.count - 1;
-        let t = self.len();
-        let first = t - retro;
-        self.write(first, rows);
+/// An empty sequence.
+pub fn oracle(attrs: &Attrs, head_sink: Option<&[f32]>) -> Oracle {
+    let attributes = Attributes {
+        heads: attrs.heads,
+        kv_heads: attrs.kv_heads,
+        scale: (attrs.scale != 0.0).then_some(attrs.scale),
+        softcap: attrs.softcap,
+        do_rotary: false,
+        rotary_interleaved: false,
+        local_window: usize::try_from(attrs.local_window_size).ok(),
+        page_size: attrs.page,
+        window: attrs.window,
         // The decimal that the attribute was written as, not the float's own value.
-        let ratio: f64 = attrs
+        budget_ratio: attrs
             .budget_ratio
             .to_string()
             .parse()
-            .expect("a float prints as a number");
-        let budget = budget.unwrap_or_else(|| budget_pages(ratio, attrs.budget_min_pages, t + 1, attrs.page));
-        let chosen: Vec<(Vec<usize>, f64)> = (0..attrs.kv_heads).map(|kv| self.select(rows, kv, budget)).collect();
-        let expand = |pages: &mut dyn Iterator<Item = usize>| pages.flat_map(|p| self.page_rows(p)).collect::<Vec<_>>();
-
-        let mut outputs = Vec::new();
-        let mut results = Vec::new();
-        for token in 0..rows.count {
-            let at = first + token;
-            let mut output = Vec::new();
-            let mut lse = Vec::new();
-            for head in 0..attrs.heads {
-                let kv = head / attrs.group();
-                let query = self.query(rows, token, head);
-                let pages = &chosen[kv].0;
-                let (o, l) = if at == t || attrs.mode == Mode::Dense {
-                    self.attend(&query, head, at, &expand(&mut pages.iter().copied()), true)
-                } else {
-                    let missed = |page: &usize| self.page_steps[kv][*page] < at as i64;
-                    let missed = expand(&mut pages.iter().copied().filter(missed));
-                    let (new, new_lse) = self.attend(&query, head, at, &missed, false);
-                    let (old, old_lse) = &self.cache[&at];
-                    let old = &old[head * attrs.head_size..][..attrs.head_size];
-                    let total = log_sum_exp(&[old_lse[head], new_lse]);
-                    let (a, b) = ((old_lse[head] - total).exp(), (new_lse - total).exp());
-                    (old.iter().zip(&new).map(|(x, y)| a * x + b * y).collect(), total)
-                };
-                output.extend(o);
-                lse.push(l);
-            }
-            outputs.extend(output.iter().map(|&x| x as f32));
-            results.push((at, output, lse));
-        }
-        for (at, output, lse) in results {
-            if at == t || self.cache.contains_key(&at) {
-                self.remember(at, output, lse);
-            }
-        }
-        for (steps, (pages, _)) in self.page_steps.iter_mut().zip(&chosen) {
-            pages.iter().for_each(|&page| steps[page] = t as i64);
-        }
-        Stepped {
-            output: outputs,
-            margin: chosen
-                .iter()
-                .fold(f64::INFINITY, |least, (_, margin)| least.min(*margin)),
-            selected: chosen.into_iter().map(|(pages, _)| pages).collect(),
-        }
-    }
-
-    pub fn page_steps(&self) -> Vec<Vec<i32>> {
-        let row = |steps: &Vec<i64>| steps.iter().map(|&s| s as i32).collect();
-        self.page_steps.iter().map(row).collect()
-    }
-
-    /// Log-sum-exps of a position in the output cache.
-    pub fn lse(&self, position: usize) -> Vec<f32> {
-        self.cache[&position].1.iter().map(|&l| l as f32).collect()
-    }
-
-    /// The last positions in the output cache.
-    pub fn cached(&self) -> Vec<usize> {
-        self.cache.keys().copied().collect()
-    }
+            .expect("a float prints as a number"),
+        budget_min_pages: attrs.budget_min_pages,
+        sink_pages: attrs.sink_pages,
+        selector: attrs.selector,
+        group_score: attrs.group_score,
+        selector_lambda: attrs.lambda,
+        mode: attrs.mode,
+    };
+    Oracle::new(&attributes, attrs.head_size, head_sink)
 }

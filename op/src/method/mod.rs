@@ -7,6 +7,7 @@ pub mod attend;
 pub mod element;
 pub mod math;
 pub mod merge;
+pub mod oracle;
 pub mod rope;
 pub mod select;
 pub mod summary;

@@ -5,7 +5,7 @@ use retro_tests::{
     compare,
     golden::{Case, Rows, Step},
     layer::{Binding, Constants, Feed, Layer, State},
-    oracle::Oracle,
+    oracle::oracle,
     random::Random,
     tensor::Dtype,
 };
@@ -89,7 +89,7 @@ impl Duel {
             ..Constants::default()
         };
         let layer = Layer::with(attrs, self.dtype, Default::default(), &constants);
-        let mut oracle = Oracle::new(attrs, self.head_sink.as_deref());
+        let mut reference = oracle(attrs, self.head_sink.as_deref());
         let mut random = Random::new(self.seed);
         let mut state = State::new(attrs, self.dtype, 1, self.prompt + self.steps + 3);
         let tolerance = |expected: &[f32]| match self.dtype {
@@ -104,14 +104,18 @@ impl Duel {
             }
             let rows = rows(&mut random, attrs, last - first);
             let got = layer.run(&mut state, &prefill_feed(&rows, last), binding);
-            close(&format!("{what}: prompt {first}..{last}"), &got, &oracle.prefill(&rows));
+            close(
+                &format!("{what}: prompt {first}..{last}"),
+                &got,
+                &reference.prefill(&rows),
+            );
         }
         for t in self.prompt..self.prompt + self.steps {
             let retro = (attrs.window - 1).min(t);
             let rows = rows(&mut random, attrs, retro + 1);
             let at = format!("{what}: t = {t}");
             let got = layer.run(&mut state, &feed(&rows, t + 1, retro as i32, None), binding);
-            let expected = oracle.step(&rows, None);
+            let expected = reference.step(&rows, None);
             assert!(
                 expected.margin > 1e-6,
                 "{at}: a tie by chance ({}); choose another seed",
@@ -120,12 +124,12 @@ impl Duel {
             if attrs.mode != retro_contract::Mode::Dense {
                 let steps = state.page_steps(0, attrs.pages(t + 1));
                 assert_eq!(selected(&steps, t), expected.selected, "{at}: pages");
-                assert_eq!(steps, oracle.page_steps(), "{at}: page steps");
-                for position in oracle.cached() {
+                assert_eq!(steps, reference.page_steps(), "{at}: page steps");
+                for position in reference.cached() {
                     compare::assert_close(
                         &format!("{at}: lse of {position}"),
                         &state.lse(0, position),
-                        &oracle.lse(position),
+                        &reference.lse(position),
                         5e-5,
                     );
                 }

@@ -5,7 +5,7 @@ use retro_tests::{
     compare,
     layer::{Binding, Constants, KEY, Layer, State, VALUE},
     node::Slots,
-    oracle::Oracle,
+    oracle::oracle,
     random::Random,
     tensor::Dtype,
 };
@@ -20,8 +20,8 @@ fn chunked(attrs: &Attrs, dtype: Dtype, head_sink: Option<Vec<f32>>) {
         ..Constants::default()
     };
     let layer = Layer::with(attrs, dtype, Slots::default(), &constants);
-    let mut oracle = Oracle::new(attrs, head_sink.as_deref());
-    let expected = oracle.prefill(&rows);
+    let mut reference = oracle(attrs, head_sink.as_deref());
+    let expected = reference.prefill(&rows);
     let whole = vec![len];
     let plans = [
         whole,
@@ -45,12 +45,12 @@ fn chunked(attrs: &Attrs, dtype: Dtype, head_sink: Option<Vec<f32>>) {
         // GroupQueryAttention itself rounds to float16 on its way.
         let tolerance = if dtype == Dtype::F16 { 4e-3 } else { 2e-5 };
         compare::assert_close(&what, &outputs, &expected, tolerance);
-        for position in oracle.cached() {
+        for position in reference.cached() {
             let lse_tolerance = if dtype == Dtype::F16 { 4e-3 } else { 5e-5 };
             compare::assert_close(
                 &format!("{what}: lse of {position}"),
                 &state.lse(0, position),
-                &oracle.lse(position),
+                &reference.lse(position),
                 lse_tolerance,
             );
         }
@@ -128,7 +128,7 @@ fn prefill_after_decoding_closes_the_window() {
             ..Attrs::new(4, 2, 32).budget(0.2, 3)
         };
         let layer = Layer::with(&attrs, dtype, Slots::default(), &Constants::default());
-        let mut oracle = Oracle::new(&attrs, None);
+        let mut reference = oracle(&attrs, None);
         let mut random = Random::new(21);
         let mut state = State::new(&attrs, dtype, 1, 220);
         let mut length = 0;
@@ -138,7 +138,7 @@ fn prefill_after_decoding_closes_the_window() {
             length += prompt;
             let tolerance = if dtype == Dtype::F16 { 4e-3 } else { 2e-5 };
             let got = layer.run(&mut state, &drive::prefill_feed(&rows, length), Binding::InPlace);
-            compare::assert_close("prompt", &got, &oracle.prefill(&rows), tolerance);
+            compare::assert_close("prompt", &got, &reference.prefill(&rows), tolerance);
             for step in 0..steps {
                 let retro = step.min(attrs.window - 1);
                 let rows = drive::rows(&mut random, &attrs, retro + 1);
@@ -148,9 +148,9 @@ fn prefill_after_decoding_closes_the_window() {
                     &drive::feed(&rows, length, retro as i32, None),
                     Binding::InPlace,
                 );
-                let expected = oracle.step(&rows, None);
+                let expected = reference.step(&rows, None);
                 let at = format!("{dtype:?} t = {}", length - 1);
-                assert_eq!(state.page_steps(0, attrs.pages(length)), oracle.page_steps(), "{at}");
+                assert_eq!(state.page_steps(0, attrs.pages(length)), reference.page_steps(), "{at}");
                 compare::assert_close(&at, &got, &expected.output, tolerance);
             }
         }
