@@ -26,13 +26,22 @@ pub(super) fn api_version() -> u32 {
     API_VERSION.load(Ordering::Acquire)
 }
 
-/// Calls a function of the host's table that returns a status.
+/// Where the table of [`MIN_API`] ends: a slot from here on is not there in every host.
+pub(super) const TABLE_END: usize = std::mem::offset_of!(OrtApi, GetTensorSizeInBytes);
+
+/// Calls a function of the host's table that returns a status. A slot newer than [`MIN_API`] does not compile.
 macro_rules! ort {
-    ($function:ident($($arg:expr),* $(,)?)) => {
+    ($function:ident($($arg:expr),* $(,)?)) => {{
+        const {
+            assert!(
+                std::mem::offset_of!(ort_sys::OrtApi, $function) < $crate::host::api::TABLE_END,
+                "this function is newer than the oldest host"
+            )
+        };
         // SAFETY: the table was checked by `negotiate` before any callback can run, and the slot exists since MIN_API;
         // the arguments are valid for the call by the contract of the wrapper that makes it.
         $crate::host::api::check(unsafe { ((*$crate::host::api::api()).$function)($($arg),*) })
-    };
+    }};
 }
 pub(super) use ort;
 

@@ -78,9 +78,19 @@ impl Tensor {
     }
 
     fn bytes(&self) -> Result<usize> {
-        let mut n = 0;
-        ort!(GetTensorSizeInBytes(self.0.cast_const(), &mut n))?;
-        Ok(n)
+        let element = self.data_type()?;
+        let size = match element {
+            DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 => 4,
+            DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 => 2,
+            other => return Err(Error::runtime(format!("a state tensor holds {other:?}"))),
+        };
+        Ok(self.elements()? * size)
+    }
+
+    fn elements(&self) -> Result<usize> {
+        let product = |n: usize, &d: &i64| n.checked_mul(usize::try_from(d).ok()?);
+        let count = self.shape()?.iter().try_fold(1, product);
+        count.ok_or_else(|| Error::invalid("a tensor's shape overflows"))
     }
 
     /// Address and element count, after checking the element type and that the memory is there.
@@ -92,11 +102,7 @@ impl Tensor {
                 T::DATA_TYPE
             )));
         }
-        let len = self
-            .shape()?
-            .iter()
-            .try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?));
-        let len = len.ok_or_else(|| Error::invalid("a tensor's shape overflows"))?;
+        let len = self.elements()?;
         let p = self.address()?.cast::<T>();
         if len > 0 && (p.is_null() || !p.is_aligned()) {
             return Err(Error::runtime("a tensor's memory is null or misaligned"));
