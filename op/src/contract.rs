@@ -333,6 +333,34 @@ pub enum Phase {
     Decode,
 }
 
+impl Phase {
+    /// What a call is that feeds `tokens` tokens with these values of retro_length (at least one of them), after checking them.
+    pub fn of_call(window: usize, tokens: usize, retro_length: &[i32], empty_cache: bool) -> Result<Self> {
+        let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
+        for &r in retro_length {
+            require!(
+                (-1..window as i32).contains(&r),
+                "input retro_length is {r}, expected -1 (prefill) or 0..{} (window {window})",
+                window - 1
+            );
+            (lowest, highest) = (lowest.min(r), highest.max(r));
+        }
+        require!(
+            lowest >= 0 || highest == -1,
+            "input retro_length mixes -1 (prefill) with {highest}: prefill is for the whole batch"
+        );
+        if highest == -1 || (highest == 0 && (tokens > 1 || empty_cache)) {
+            return Ok(Phase::Prefill);
+        }
+        require!(
+            tokens == highest as usize + 1,
+            "input retro_length is {highest}, so a step feeds {} tokens, but query has {tokens}",
+            highest + 1
+        );
+        Ok(Phase::Decode)
+    }
+}
+
 /// One sequence of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
@@ -401,31 +429,7 @@ impl Plan {
                 dims.rotary_rows
             );
         }
-        let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
-        for &r in lengths.retro_length {
-            require!(
-                (-1..window as i32).contains(&r),
-                "input retro_length is {r}, expected -1 (prefill) or 0..{} (window {window})",
-                window - 1
-            );
-            (lowest, highest) = (lowest.min(r), highest.max(r));
-        }
-        require!(
-            lowest >= 0 || highest == -1,
-            "input retro_length mixes -1 (prefill) with {highest}: prefill is for the whole batch"
-        );
-        let empty_cache = longest == 1;
-        let phase = if highest == -1 || (highest == 0 && (dims.tokens > 1 || empty_cache)) {
-            Phase::Prefill
-        } else {
-            require!(
-                dims.tokens == highest as usize + 1,
-                "input retro_length is {highest}, so a step feeds {} tokens, but query has {}",
-                highest + 1,
-                dims.tokens
-            );
-            Phase::Decode
-        };
+        let phase = Phase::of_call(window, dims.tokens, lengths.retro_length, longest == 1)?;
         let mut sequences = Vec::with_capacity(dims.batch);
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             let len = last as usize + 1;

@@ -5,8 +5,11 @@
 
 pub mod contract;
 pub mod cpu;
+pub mod cuda;
+mod delegate;
 pub mod host;
 pub mod method;
+mod ports;
 
 /// Entry point of the plugin: adds the operators to a session's options.
 ///
@@ -23,6 +26,9 @@ pub unsafe extern "C" fn RegisterCustomOps(
             host::register(options, c"ai.retro", |ops| {
                 ops.operator::<cpu::CpuOperator<f32>>()
                     .operator::<cpu::CpuOperator<half::f16>>()
+                    .operator::<cuda::CudaOperator<f32>>()
+                    .operator::<cuda::CudaOperator<half::f16>>()
+                    .operator::<cuda::CudaOperator<half::bf16>>()
             })
         })
     }

@@ -5,11 +5,12 @@ use std::marker::PhantomData;
 
 use retro_contract::{input, output};
 
-use super::delegate::DelegateOperands;
-use super::{Call, Delegate, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
+use super::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
 use crate::contract::{Attributes, Dims, InputShapes, Lengths, Phase, Plan};
-use crate::host::{Context, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor};
+use crate::delegate::{Delegate, DelegateOperands};
+use crate::host::{Context, Error, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
 use crate::method::element::Element;
+use crate::ports::{self, STATE};
 
 /// `ai.retro::RetroAttention` on the CPU for element type `E`.
 pub struct CpuOperator<E>(PhantomData<E>);
@@ -37,45 +38,10 @@ impl Pool for OrtPool<'_> {
     }
 }
 
-/// Pairs (past, present) of the state.
-pub const STATE: [(usize, usize); 6] = [
-    (input::PAST_KEY, output::PRESENT_KEY),
-    (input::PAST_VALUE, output::PRESENT_VALUE),
-    (input::PAST_PAGE_SUMMARY, output::PRESENT_PAGE_SUMMARY),
-    (input::PAST_PAGE_STEPS, output::PRESENT_PAGE_STEPS),
-    (input::PAST_OUTPUTS, output::PRESENT_OUTPUTS),
-    (input::PAST_LSE, output::PRESENT_LSE),
-];
-
 impl<E: Element> Operator for CpuOperator<E> {
     const NAME: &'static CStr = c"RetroAttention";
-    const INPUTS: &'static [Port] = &[
-        Port::required(E::DATA_TYPE),
-        Port::optional(E::DATA_TYPE),
-        Port::optional(E::DATA_TYPE),
-        Port::required(E::DATA_TYPE),
-        Port::required(E::DATA_TYPE),
-        Port::required(i32::DATA_TYPE),
-        Port::required(i32::DATA_TYPE).on_cpu(),
-        Port::optional(E::DATA_TYPE),
-        Port::optional(E::DATA_TYPE),
-        Port::required(i32::DATA_TYPE).on_cpu(),
-        Port::required(E::DATA_TYPE),
-        Port::required(i32::DATA_TYPE),
-        Port::required(f32::DATA_TYPE),
-        Port::required(f32::DATA_TYPE),
-        Port::optional(i32::DATA_TYPE),
-        Port::optional(E::DATA_TYPE),
-    ];
-    const OUTPUTS: &'static [Port] = &[
-        Port::required(E::DATA_TYPE),
-        Port::required(E::DATA_TYPE),
-        Port::required(E::DATA_TYPE),
-        Port::required(E::DATA_TYPE),
-        Port::required(i32::DATA_TYPE),
-        Port::required(f32::DATA_TYPE),
-        Port::required(f32::DATA_TYPE),
-    ];
+    const INPUTS: &'static [Port] = &ports::inputs(E::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &ports::outputs(E::DATA_TYPE);
     const IN_PLACE: &'static [(usize, usize)] = &STATE;
     type Kernel = CpuKernel;
 
@@ -106,19 +72,17 @@ impl<E: Element> Operator for CpuOperator<E> {
     }
 
     fn infer(shapes: &ShapeContext) -> Result<()> {
-        for (past, present) in STATE {
-            shapes.copy(past, present)?;
-        }
-        // Hq * D where the model says both; D is the cache's last dimension.
-        let head_size = shapes.dims(input::PAST_KEY)?.get(3).copied().unwrap_or(-1);
-        let heads = shapes.int_attribute(c"num_heads")?;
-        let width = if head_size > 0 {
-            heads.saturating_mul(head_size)
-        } else {
-            -1
-        };
-        shapes.copy_with_last(input::QUERY, output::OUTPUT, width)
+        ports::infer(shapes)
     }
+}
+
+/// Whether ORT's own operator computes what our contract asks for in this prefill: one sequence (it refuses several with a
+/// past) or a batch of prompts of one length, no left padding, no head sink, D a multiple of 16 and its rotated half of 8.
+fn delegate_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
+    let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
+    let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);
+    let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
+    !has_head_sink && shapes && (whole_prompts || one)
 }
 
 impl CpuKernel {
@@ -159,22 +123,26 @@ impl CpuKernel {
         let mut dense = Dense::Own;
         if plan.phase == Phase::Prefill
             && let Some(delegate) = &self.delegate
-            && Delegate::applies(&dims, &plan, has_sink)
+            && delegate_applies(&dims, &plan, has_sink)
         {
             // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
             let rotary = |slot: usize| tensors[slot].filter(|_| attributes.do_rotary);
+            // The caller's number may be an upper bound; GroupQueryAttention tells a prompt by the exact one.
+            let longest = plan.sequences.iter().map(|s| s.len).max().unwrap_or(0);
+            let total = OwnedScalar::new(longest as i32)?;
             let operands = DelegateOperands {
                 query: required(input::QUERY)?,
                 key: tensors[input::KEY],
                 value: tensors[input::VALUE],
                 seqlens_k: required(input::SEQLENS_K)?,
+                total_sequence_length: total.tensor(),
                 cos: rotary(input::COS_CACHE),
                 sin: rotary(input::SIN_CACHE),
                 output: result,
                 present_key: presents[0],
                 present_value: presents[1],
             };
-            delegate.run(context, &plan, &operands)?;
+            delegate.run(context, &operands)?;
             dense = Dense::Done;
         }
 

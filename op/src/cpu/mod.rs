@@ -4,14 +4,12 @@
 //! over pages where that leaves cores idle.
 
 mod decode;
-mod delegate;
 mod kernel;
 mod prefill;
 mod scratch;
 mod shared;
 mod tensors;
 
-pub use delegate::Delegate;
 pub use kernel::{CpuKernel, CpuOperator};
 pub use scratch::ScratchPool;
 pub use shared::Shared;

@@ -44,6 +44,13 @@ impl Context {
         Ok(Tensor(value))
     }
 
+    /// The stream that the execution provider runs this call's work on (CUDA: a `CUstream`).
+    pub fn stream(&self) -> Result<*mut c_void> {
+        let mut stream = ptr::null_mut();
+        ort!(KernelContext_GetGPUComputeStream(self.0, &mut stream))?;
+        Ok(stream)
+    }
+
     /// Runs `task(0..count)` on the session's intra-op thread pool and waits for all. A panic in a task becomes an error
     /// once every task has ended.
     pub fn parallel_for(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {

@@ -5,7 +5,7 @@ use std::ptr;
 
 use ort_sys::{OrtKernelInfo, OrtLoggingLevel};
 
-use super::api::ort;
+use super::api::{api, ort};
 use super::{Error, Result};
 
 /// A node's kernel info, valid during kernel creation.
@@ -88,6 +88,22 @@ impl Info {
         Ok(CStr::from_bytes_until_nul(&bytes)
             .map(|s| s.to_string_lossy().into_owned())
             .unwrap_or_default())
+    }
+
+    /// Number of the device that the kernel's memory is on.
+    pub fn device(&self) -> Result<usize> {
+        let (mut allocator, mut memory, mut id) = (ptr::null_mut(), ptr::null(), 0);
+        ort!(KernelInfoGetAllocator(
+            self.0,
+            ort_sys::OrtMemType::OrtMemTypeDefault,
+            &mut allocator
+        ))?;
+        let named =
+            ort!(AllocatorGetInfo(allocator, &mut memory)).and_then(|()| ort!(MemoryInfoGetId(memory, &mut id)));
+        // SAFETY: the allocator came from KernelInfoGetAllocator and is released once; the arena behind it lives on.
+        unsafe { ((*api()).ReleaseAllocator)(allocator) };
+        named?;
+        usize::try_from(id).map_err(|_| Error::runtime(format!("the host names device {id}")))
     }
 
     /// Writes a warning to the host's log.

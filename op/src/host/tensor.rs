@@ -23,6 +23,9 @@ impl Plain for f32 {
 impl Plain for half::f16 {
     const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 }
+impl Plain for half::bf16 {
+    const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+}
 impl Plain for i32 {
     const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 }
@@ -77,7 +80,8 @@ impl Tensor {
         Ok(())
     }
 
-    fn bytes(&self) -> Result<usize> {
+    /// Size of the data.
+    pub fn bytes(&self) -> Result<usize> {
         let element = self.data_type()?;
         let size = match element {
             DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 => 4,

@@ -1,11 +1,10 @@
 //! Dense prefill by ORT's own GroupQueryAttention, called from inside our kernel.
 //!
-//! It applies to what that operator can do: one sequence (it refuses several with a past) or a batch of prompts of one
-//! length, no left padding, no head sink, D a multiple of 16 and its
-//! rotated half of 8. Everything else is ours ([`super::prefill`]).
+//! Each execution provider decides where it applies ([`crate::cpu`], [`crate::cuda`]); everything else is computed by our
+//! own kernels.
 
-use crate::contract::{Attributes, Dims, Plan};
-use crate::host::{Attribute, Context, DataType, Info, OwnedScalar, Result, Standalone, Tensor};
+use crate::contract::Attributes;
+use crate::host::{Attribute, Context, DataType, Info, Result, Standalone, Tensor};
 
 /// The host's GroupQueryAttention with a node's attributes.
 pub struct Delegate(Standalone);
@@ -43,19 +42,8 @@ impl Delegate {
             .map(Self)
     }
 
-    /// Whether the operator computes what our contract asks for in this call.
-    pub fn applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
-        let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
-        let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);
-        let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
-        !has_head_sink && shapes && (whole_prompts || one)
-    }
-
     /// Appends keys and values to the present caches (which already hold the past) and writes the output.
-    pub fn run(&self, context: &Context, plan: &Plan, operands: &DelegateOperands) -> Result<()> {
-        // The caller's number may be an upper bound; GroupQueryAttention tells a prompt by the exact one.
-        let longest = plan.sequences.iter().map(|s| s.len).max().unwrap_or(0);
-        let total = OwnedScalar::new(longest as i32)?;
+    pub fn run(&self, context: &Context, operands: &DelegateOperands) -> Result<()> {
         let o = operands;
         let inputs = [
             Some(o.query),
@@ -64,7 +52,7 @@ impl Delegate {
             Some(o.present_key),
             Some(o.present_value),
             Some(o.seqlens_k),
-            Some(total.tensor()),
+            Some(o.total_sequence_length),
             o.cos,
             o.sin,
         ];
@@ -79,6 +67,7 @@ pub struct DelegateOperands {
     pub key: Option<Tensor>,
     pub value: Option<Tensor>,
     pub seqlens_k: Tensor,
+    pub total_sequence_length: Tensor,
     pub cos: Option<Tensor>,
     pub sin: Option<Tensor>,
     pub output: Tensor,

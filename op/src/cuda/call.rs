@@ -1,0 +1,325 @@
+//! One call of a node: what is launched, how wide, with which scratch.
+
+use std::ffi::c_void;
+
+use retro_contract::{GroupScore, Mode, Selector, budget_pages, pages_for};
+
+use super::launch::{Kernel, Order, Stream};
+use super::params::Params;
+use super::scratch::Buffer;
+use crate::contract::{Attributes, Dims, Phase};
+use crate::host::Result;
+
+/// Blocks that a multiprocessor holds of the scoring kernel (its launch bound).
+const SCORE_BLOCKS_A_SM: usize = 2;
+/// Threads of the scoring kernel over those of a warp.
+const SCORE_WARPS: usize = 8;
+/// Pages that a warp scores at once.
+const SCORE_PAGES: usize = 16;
+/// Warps of the attention kernel; each takes tiles of 16 tokens.
+const ATTEND_WARPS: usize = 4;
+/// Tokens of one tile.
+const TILE: usize = 16;
+/// Splits that the merge kernel takes.
+const MAX_SPLITS: usize = 256;
+/// Pages that the first selection kernel keeps in registers.
+const SELECT_PAGES: usize = 8192;
+/// Rows (tokens) that a block of the merge kernel ends at once.
+const MERGE_ROWS: usize = 16;
+
+/// The attention kernel for blocks of so many rows.
+#[derive(Clone, Copy)]
+pub struct Attend {
+    pub kernel: Kernel,
+    /// Query rows (token and head) of a block.
+    pub rows: usize,
+    /// Bytes of shared memory.
+    pub shared: usize,
+    pub blocks_a_sm: usize,
+    /// Of its pipeline.
+    pub stages: i32,
+}
+
+/// The kernels for one element type and head size.
+pub struct Kernels {
+    pub score: Kernel,
+    /// For caches of up to [`SELECT_PAGES`] pages, and for larger ones.
+    pub select: [Kernel; 2],
+    pub merge: Kernel,
+    pub append: Kernel,
+    pub pages: Kernel,
+    /// In ascending order of `rows`.
+    pub attend: Vec<Attend>,
+    /// float16 or bfloat16.
+    pub half: bool,
+    /// Head size that the kernels are unrolled for: D rounded up.
+    pub padded: usize,
+}
+
+/// What a call has beside its parameters.
+pub struct Call<'a> {
+    pub stream: Stream,
+    pub kernels: &'a Kernels,
+    pub multiprocessors: usize,
+    pub attributes: &'a Attributes,
+    pub dims: &'a Dims,
+    pub has_page_budget: bool,
+}
+
+/// Offsets of a scratch buffer that is asked for once.
+#[derive(Default)]
+struct Layout(usize);
+
+impl Layout {
+    fn take(&mut self, bytes: usize) -> usize {
+        let at = self.0;
+        self.0 += bytes.next_multiple_of(256);
+        at
+    }
+}
+
+fn at(base: *mut c_void, offset: usize) -> *mut c_void {
+    base.cast::<u8>().wrapping_add(offset).cast()
+}
+
+impl Call<'_> {
+    /// Pairs of a sequence and a KV head.
+    fn pairs(&self) -> usize {
+        self.dims.batch * self.attributes.kv_heads
+    }
+
+    fn group(&self) -> usize {
+        self.attributes.heads / self.attributes.kv_heads
+    }
+
+    /// Pages that a step may list for one KV head.
+    fn most_pages(&self, total: usize, max_pages: usize) -> usize {
+        let a = self.attributes;
+        if a.mode == Mode::Dense || self.has_page_budget {
+            return max_pages;
+        }
+        let budget = budget_pages(a.budget_ratio, a.budget_min_pages, total, a.page_size);
+        budget.max(a.sink_pages + 1).min(max_pages)
+    }
+
+    /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens.
+    fn attention(&self, rows: usize, tokens: usize) -> (&Attend, usize, usize) {
+        let list = &self.kernels.attend;
+        let attend = list.iter().find(|a| rows <= a.rows).or(list.last());
+        let attend = attend.unwrap_or_else(|| unreachable!("every element type has an attention kernel"));
+        let blocks = rows.div_ceil(attend.rows);
+        // One wave.
+        let wanted = attend.blocks_a_sm * self.multiprocessors / (self.pairs() * blocks);
+        let most = tokens.div_ceil(TILE * ATTEND_WARPS).min(MAX_SPLITS);
+        (attend, blocks, wanted.min(most).max(1))
+    }
+
+    /// A decoding step: four launches, each but the first started while the one before drains.
+    pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
+        let (a, d) = (self.attributes, self.dims.head_size);
+        let (total, tokens, group) = (params.total as usize, self.dims.tokens, self.group());
+        let (pairs, max_pages) = (self.pairs(), params.max_pages as usize);
+        let rows = tokens * group;
+        let listed = self.most_pages(total, max_pages);
+        let (attend, blocks, splits) = self.attention(rows, listed * a.page_size);
+
+        let scored = a.mode == Mode::Retro;
+        // Pages that the fed rows may lie in.
+        let touched = (tokens + a.page_size - 2) / a.page_size + 1;
+        let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
+        let score_blocks = if scored {
+            // One wave, the blocks that append included.
+            let wanted = (SCORE_BLOCKS_A_SM * self.multiprocessors / pairs).saturating_sub(touched);
+            wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
+        } else {
+            0
+        };
+        let parts = if scored && a.group_score == GroupScore::Softmax && self.kernels.half {
+            score_blocks + touched
+        } else {
+            0
+        };
+        params.score_blocks = score_blocks as i32;
+        params.score_parts = parts as i32;
+        let mut layout = Layout::default();
+        let score_stats = layout.take(pairs * parts * group * 8);
+        let scores = layout.take(if scored {
+            pairs * heads_scored * max_pages * 4
+        } else {
+            0
+        });
+        let pages = layout.take(pairs * max_pages * 8);
+        let count = layout.take(pairs * 4);
+        let outputs = layout.take(pairs * splits * rows * d * 4);
+        let stats = layout.take(pairs * splits * rows * 8);
+        let scratch = buffer.get(layout.0)?;
+        params.scores = at(scratch, scores);
+        params.score_stats = at(scratch, score_stats);
+        params.pages = at(scratch, pages);
+        params.page_count = at(scratch, count);
+        params.part_outputs = at(scratch, outputs);
+        params.part_stats = at(scratch, stats);
+        params.splits = splits as i32;
+        params.rows = rows as i32;
+        params.stages = attend.stages;
+
+        let padded = self.kernels.padded;
+        // Queries of the blocks that append, or those of the blocks that score (score.cuh).
+        let shared = ((group * 2 * padded + 2 * d) * 4).max(2 * 16 * (padded + 32) * 2);
+        let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
+        let k = self.kernels;
+        let select = &k.select[usize::from(max_pages > SELECT_PAGES)];
+        self.stream.launch(
+            &k.score,
+            [score_blocks + touched, kv_heads, batch],
+            shared,
+            Order::Alone,
+            params,
+        )?;
+        self.stream
+            .launch(select, [kv_heads, batch, 1], 0, Order::Chained, params)?;
+        self.stream.launch(
+            &attend.kernel,
+            [blocks, splits, pairs],
+            attend.shared,
+            Order::Chained,
+            params,
+        )?;
+        self.stream.launch(
+            &k.merge,
+            [a.heads, batch, (tokens - 1).max(1)],
+            0,
+            Order::Chained,
+            params,
+        )
+    }
+
+    /// What a prefill writes beside what the host's own operator wrote, if that ran (`delegated`).
+    pub fn prefill(&self, params: &mut Params, buffer: &mut Buffer, delegated: bool) -> Result<()> {
+        let (a, d, k) = (self.attributes, self.dims.head_size, self.kernels);
+        let (total, batch, kv_heads) = (params.total as usize, self.dims.batch, a.kv_heads);
+        if !delegated {
+            self.stream
+                .launch(&k.append, [self.dims.tokens, kv_heads, batch], 0, Order::Alone, params)?;
+        }
+        let pages = params.max_pages as usize;
+        self.stream
+            .launch(&k.pages, [pages, kv_heads, batch], 0, Order::Alone, params)?;
+        let tokens = if delegated {
+            self.dims.tokens.min(a.window - 1)
+        } else {
+            self.dims.tokens
+        };
+        if tokens == 0 {
+            return Ok(());
+        }
+        params.last_tokens = if delegated { tokens as i32 } else { 0 };
+        params.write_output = i32::from(!delegated);
+        let rows = tokens * self.group();
+        let (attend, blocks, splits) = self.attention(rows, total);
+        params.rows = rows as i32;
+        params.stages = attend.stages;
+        params.splits = splits as i32;
+        if splits > 1 {
+            let mut layout = Layout::default();
+            let outputs = layout.take(self.pairs() * splits * rows * d * 4);
+            let stats = layout.take(self.pairs() * splits * rows * 8);
+            let scratch = buffer.get(layout.0)?;
+            params.part_outputs = at(scratch, outputs);
+            params.part_stats = at(scratch, stats);
+        }
+        self.stream.launch(
+            &attend.kernel,
+            [blocks, splits, self.pairs()],
+            attend.shared,
+            Order::Alone,
+            params,
+        )?;
+        let chunks = tokens.div_ceil(MERGE_ROWS);
+        self.stream
+            .launch(&k.merge, [a.heads, batch, chunks], 0, Order::Chained, params)
+    }
+}
+
+/// The parameters that do not depend on what is launched.
+pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) -> Params {
+    let a = attributes;
+    let kv_width = a.kv_heads * dims.head_size;
+    let width = a.heads * dims.head_size;
+    let null = std::ptr::null_mut();
+    Params {
+        query: null,
+        key: null,
+        value: null,
+        seqlens_k: null,
+        page_budget: null,
+        cos: null,
+        sin: null,
+        head_sink: null,
+        key_cache: null,
+        value_cache: null,
+        summary: null,
+        page_steps: null,
+        cached_outputs: null,
+        cached_lse: null,
+        output: null,
+        scores: null,
+        score_stats: null,
+        pages: null,
+        page_count: null,
+        part_outputs: null,
+        part_stats: null,
+        budget_ratio: a.budget_ratio,
+        query_stride: if dims.packed { width + 2 * kv_width } else { width } as i64,
+        kv_stride: if dims.packed { width + 2 * kv_width } else { kv_width } as i64,
+        batch: dims.batch as i32,
+        tokens: dims.tokens as i32,
+        heads: a.heads as i32,
+        kv_heads: a.kv_heads as i32,
+        group: (a.heads / a.kv_heads) as i32,
+        head_size: dims.head_size as i32,
+        capacity: dims.capacity as i32,
+        cache_pages: dims.pages as i32,
+        ring: a.ring() as i32,
+        page_shift: a.page_size.trailing_zeros() as i32,
+        rotary_half: dims.rotary_half as i32,
+        rotary_rows: dims.rotary_rows as i32,
+        rotary_interleaved: i32::from(a.rotary_interleaved),
+        budget_stride: 0,
+        budget_min_pages: a.budget_min_pages as i32,
+        sink_pages: a.sink_pages as i32,
+        local_window: a.local_window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX)),
+        phase: match phase {
+            Phase::Decode => 0,
+            Phase::Prefill => 1,
+        },
+        selector: match a.selector {
+            Selector::Bounds => 0,
+            Selector::Moments => 1,
+        },
+        group_score: match a.group_score {
+            GroupScore::Max => 0,
+            GroupScore::Softmax => 1,
+        },
+        mode: match a.mode {
+            Mode::Retro => 0,
+            Mode::Dense => 1,
+            Mode::Streaming => 2,
+        },
+        total: total as i32,
+        max_pages: pages_for(total, a.page_size) as i32,
+        splits: 1,
+        rows: 0,
+        score_parts: 0,
+        score_blocks: 0,
+        last_tokens: 0,
+        stages: 0,
+        write_output: 1,
+        window: a.window as i32,
+        scale: a.scale.unwrap_or(1.0 / (dims.head_size as f32).sqrt()),
+        softcap: a.softcap,
+        lambda: a.selector_lambda,
+        ragged: 0,
+        retro: [0; super::params::MAX_RAGGED],
+    }
+}

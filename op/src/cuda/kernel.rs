@@ -1,0 +1,348 @@
+//! The operator on CUDA as ORT runs it.
+
+use std::ffi::{CStr, c_void};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use retro_contract::{input, output};
+
+use super::call::{Attend, Call, Kernels, params};
+use super::device::Device;
+use super::launch::{Kernel, Stream};
+use super::params::MAX_RAGGED;
+use super::scratch::lock;
+use crate::contract::{Attributes, Dims, InputShapes, Phase};
+use crate::delegate::{Delegate, DelegateOperands};
+use crate::host::{Context, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
+use crate::ports::{self, STATE};
+
+/// Element types that have kernels.
+pub trait CudaElement: Plain + Send + Sync {
+    /// As in the kernels' names.
+    const NAME: &'static str;
+    /// Whether attention runs on tensor cores, and ORT has a GroupQueryAttention for the type.
+    const HALF: bool;
+}
+
+impl CudaElement for f32 {
+    const NAME: &'static str = "f32";
+    const HALF: bool = false;
+}
+impl CudaElement for f16 {
+    const NAME: &'static str = "f16";
+    const HALF: bool = true;
+}
+impl CudaElement for bf16 {
+    const NAME: &'static str = "bf16";
+    const HALF: bool = true;
+}
+
+/// `ai.retro::RetroAttention` on CUDA for element type `E`.
+pub struct CudaOperator<E>(PhantomData<E>);
+
+/// One node of one session.
+pub struct CudaKernel {
+    attributes: Attributes,
+    delegate: Option<Delegate>,
+    device: Arc<Device>,
+    /// For head sizes up to 64, 128 and 256.
+    kernels: [Kernels; 3],
+}
+
+/// Query heads a KV head that the kernels take.
+const MAX_GROUP: usize = 16;
+/// Head sizes that the kernels are unrolled for.
+const HEAD_SIZES: [usize; 3] = [64, 128, 256];
+
+/// Finds the kernels of `kernels/retro.cu` for a head size.
+fn kernels<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
+    let find = |name: String, threads: u32| -> Result<Kernel> {
+        let function = device.function(&name)?;
+        Ok(Kernel {
+            name: name.leak(),
+            function,
+            threads,
+        })
+    };
+    let of = |stem: &str| format!("retro_{stem}_{}", E::NAME);
+    // Rows of a block, and how many blocks of it a multiprocessor's registers hold: retro.cu.
+    let variants: &[(usize, usize)] = match (E::HALF, padded) {
+        (false, 256) => &[(8, 2)],
+        (false, _) => &[(8, 3)],
+        (true, 64) => &[(8, 4), (16, 3), (32, 3)],
+        (true, 128) => &[(8, 3), (16, 2), (32, 2)],
+        (true, _) => &[(16, 2), (32, 1)],
+    };
+    let attend = variants.iter().map(|&(rows, blocks_a_sm)| {
+        // Shape of attend_mma: 8 rows a warp, one, two or four times over.
+        let token_groups = if rows == 32 { 2 } else { 4 } / if padded > 128 { 2 } else { 1 };
+        let threads = if E::HALF { 32 * rows / 8 * token_groups } else { 128 };
+        let kernel = find(format!("{}_{padded}_{rows}", of("attend")), threads as u32)?;
+        if !E::HALF {
+            // struct Shared of attend_f32.
+            let block = 4 * rows * 2 * 4 + 2 * rows * (padded + 4) * 4;
+            return Ok(Attend {
+                kernel,
+                rows,
+                shared: rows * padded * 4 + 4 * 16 * rows * 4 + block,
+                blocks_a_sm,
+                stages: 0,
+            });
+        }
+        // Its struct Shared. Two blocks a multiprocessor, so that one works while the other waits.
+        let tokens = if padded > 128 { 32 } else { 64 };
+        let stage = 2 * tokens * padded * 2;
+        let beside = 5 * (tokens / 8) * 8 + rows * (padded + 8) * 2;
+        let fit = |stages: usize| {
+            let shared = stages * stage + beside;
+            let blocks = (device.shared_a_sm / (shared + 1024)).min(blocks_a_sm);
+            (stages, shared, blocks)
+        };
+        let deepest = (96 * 1024 / stage).clamp(2, 4);
+        let fits: Vec<_> = (2..=deepest).rev().map(fit).collect();
+        let best = fits.iter().find(|f| f.2 >= 2).or(fits.iter().find(|f| f.2 >= 1));
+        let &(stages, shared, blocks_a_sm) = best.ok_or_else(|| {
+            Error::runtime(format!(
+                "the CUDA device has {} bytes of shared memory, head size {padded} needs {}",
+                device.shared_a_sm,
+                2 * stage + beside
+            ))
+        })?;
+        device.allow_shared(&kernel, shared)?;
+        Ok(Attend {
+            kernel,
+            rows,
+            shared,
+            blocks_a_sm,
+            stages: stages as i32,
+        })
+    });
+    Ok(Kernels {
+        score: find(format!("{}_{padded}", of("score")), 256)?,
+        select: [
+            find("retro_select_8".to_owned(), 1024)?,
+            find("retro_select_16".to_owned(), 1024)?,
+        ],
+        merge: find(of("merge"), 512)?,
+        append: find(of("append"), 128)?,
+        pages: find(of("pages"), 128)?,
+        attend: attend.collect::<Result<_>>()?,
+        half: E::HALF,
+        padded,
+    })
+}
+
+impl<E: CudaElement> Operator for CudaOperator<E> {
+    const NAME: &'static CStr = c"RetroAttention";
+    const PROVIDER: Option<&'static CStr> = Some(c"CUDAExecutionProvider");
+    const INPUTS: &'static [Port] = &ports::inputs(E::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &ports::outputs(E::DATA_TYPE);
+    const IN_PLACE: &'static [(usize, usize)] = &STATE;
+    type Kernel = CudaKernel;
+
+    fn create(info: &Info) -> Result<CudaKernel> {
+        let attributes = Attributes::read(info)?;
+        let group = attributes.heads / attributes.kv_heads;
+        require!(
+            group <= MAX_GROUP,
+            "attributes num_heads and kv_num_heads give {group} query heads a KV head, on CUDA at most {MAX_GROUP}"
+        );
+        let device = Device::get(info.device()?)?;
+        let delegate = if E::HALF {
+            Some(Delegate::new(info, &attributes, E::DATA_TYPE))
+        } else {
+            None
+        };
+        let delegate = match delegate.transpose() {
+            Ok(delegate) => delegate,
+            Err(e) => {
+                let node = info.node_name()?;
+                info.warn(&format!(
+                    "RetroAttention node {node:?} computes its prefill itself: this ONNX Runtime gives no \
+                     GroupQueryAttention for it ({e})"
+                ))?;
+                None
+            }
+        };
+        let [small, middle, large] = HEAD_SIZES;
+        Ok(CudaKernel {
+            attributes,
+            delegate,
+            kernels: [
+                kernels::<E>(&device, small)?,
+                kernels::<E>(&device, middle)?,
+                kernels::<E>(&device, large)?,
+            ],
+            device,
+        })
+    }
+
+    fn compute(kernel: &CudaKernel, context: &Context) -> Result<()> {
+        kernel.compute::<E>(context)
+    }
+
+    fn infer(shapes: &ShapeContext) -> Result<()> {
+        ports::infer(shapes)
+    }
+}
+
+/// Address of a device tensor whose rows are read 16 bytes at a time.
+fn aligned(tensor: &Tensor, name: &str) -> Result<*mut c_void> {
+    let address = tensor.address()?;
+    require!(
+        address.addr().is_multiple_of(16),
+        "{name} lies at an address that is not a multiple of 16 bytes"
+    );
+    Ok(address)
+}
+
+impl CudaKernel {
+    fn compute<E: CudaElement>(&self, context: &Context) -> Result<()> {
+        let attributes = &self.attributes;
+        let mut tensors: [Option<Tensor>; input::COUNT] = [None; input::COUNT];
+        let mut shapes: InputShapes = Default::default();
+        for (slot, (tensor, shape)) in tensors.iter_mut().zip(&mut shapes).enumerate() {
+            *tensor = context.input(slot)?;
+            *shape = tensor.as_ref().map(Tensor::shape).transpose()?;
+        }
+        let dims = Dims::read(attributes, &shapes)?;
+        let d = dims.head_size;
+        let [_, _, largest] = HEAD_SIZES;
+        require!(
+            d.is_multiple_of(8) && d <= largest,
+            "input past_key has head size {d}, on CUDA a multiple of 8 up to {largest} is expected"
+        );
+        let kernels = HEAD_SIZES
+            .iter()
+            .position(|&size| d <= size)
+            .and_then(|i| self.kernels.get(i))
+            .ok_or_else(|| Error::runtime("no kernel for this head size"))?;
+        let required = |slot: usize| {
+            tensors[slot].ok_or_else(|| Error::invalid(format!("input {} is missing", input::NAMES[slot])))
+        };
+
+        // SAFETY: these two inputs are declared to lie in host memory, and ORT does not write them while the kernel runs.
+        let (retro, total) = unsafe {
+            (
+                required(input::RETRO_LENGTH)?.slice::<i32>()?,
+                required(input::TOTAL_SEQUENCE_LENGTH)?.slice::<i32>()?[0],
+            )
+        };
+        require!(
+            total >= 1,
+            "input total_sequence_length is {total}, expected at least 1"
+        );
+        let phase = Phase::of_call(attributes.window, dims.tokens, retro, total == 1)?;
+        let total = (total as usize).min(dims.capacity);
+        if phase == Phase::Decode {
+            require!(
+                dims.tokens <= total,
+                "input retro_length is {}, but total_sequence_length is {total}",
+                dims.tokens - 1
+            );
+        }
+        let mut p = params(attributes, &dims, phase, total);
+        if retro.len() > 1 {
+            require!(
+                retro.len() <= MAX_RAGGED,
+                "input retro_length has one number for each of {} sequences, on CUDA at most {MAX_RAGGED} is expected",
+                retro.len()
+            );
+            p.ragged = 1;
+        }
+        for (r, &given) in p.retro.iter_mut().zip(retro) {
+            *r = given.max(0) as u8;
+        }
+
+        let address = |slot: usize| tensors[slot].map_or(Ok(std::ptr::null_mut()), |t| t.address());
+        p.query = address(input::QUERY)?;
+        if dims.packed {
+            let size = size_of::<E>();
+            let behind = |heads: usize| p.query.cast::<u8>().wrapping_add(heads * d * size).cast();
+            p.key = behind(attributes.heads);
+            p.value = behind(attributes.heads + attributes.kv_heads);
+        } else {
+            p.key = address(input::KEY)?;
+            p.value = address(input::VALUE)?;
+        }
+        p.seqlens_k = address(input::SEQLENS_K)?;
+        p.page_budget = address(input::PAGE_BUDGET)?;
+        p.budget_stride = i32::from(
+            shapes[input::PAGE_BUDGET]
+                .as_ref()
+                .is_some_and(|s| *s == [dims.batch as i64]),
+        );
+        if attributes.do_rotary {
+            p.cos = address(input::COS_CACHE)?;
+            p.sin = address(input::SIN_CACHE)?;
+        }
+        p.head_sink = address(input::HEAD_SINK)?;
+
+        // Everything that the host can see is checked: from here on outputs are written.
+        self.device.make_current()?;
+        let stream = Stream {
+            raw: context.stream()?.cast(),
+            overlaps: self.device.overlaps,
+        };
+        let width = (attributes.heads * d) as i64;
+        let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
+        let mut presents = [result; STATE.len()];
+        for ((past, present), slot) in STATE.into_iter().zip(&mut presents) {
+            *slot = context.output(present, shapes[past].as_deref().unwrap_or_default())?;
+            stream.copy(slot, &required(past)?)?;
+        }
+        p.output = aligned(&result, "output")?;
+        let state = |i: usize| aligned(&presents[i], input::NAMES[STATE[i].0]);
+        p.key_cache = state(0)?;
+        p.value_cache = state(1)?;
+        p.summary = state(2)?;
+        p.page_steps = state(3)?;
+        p.cached_outputs = state(4)?;
+        p.cached_lse = state(5)?;
+
+        let call = Call {
+            stream,
+            kernels,
+            multiprocessors: self.device.multiprocessors,
+            attributes,
+            dims: &dims,
+            has_page_budget: tensors[input::PAGE_BUDGET].is_some(),
+        };
+        let buffer = self.device.scratch.of_stream(stream.raw.addr());
+        if phase == Phase::Decode {
+            return call.decode(&mut p, &mut lock(&buffer));
+        }
+        let delegate = self
+            .delegate
+            .as_ref()
+            .filter(|_| delegate_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
+        if let Some(delegate) = delegate {
+            // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
+            let rotary = |slot: usize| tensors[slot].filter(|_| attributes.do_rotary);
+            delegate.run(
+                context,
+                &DelegateOperands {
+                    query: required(input::QUERY)?,
+                    key: tensors[input::KEY],
+                    value: tensors[input::VALUE],
+                    seqlens_k: required(input::SEQLENS_K)?,
+                    total_sequence_length: required(input::TOTAL_SEQUENCE_LENGTH)?,
+                    cos: rotary(input::COS_CACHE),
+                    sin: rotary(input::SIN_CACHE),
+                    output: result,
+                    present_key: presents[0],
+                    present_value: presents[1],
+                },
+            )?;
+        }
+        call.prefill(&mut p, &mut lock(&buffer), delegate.is_some())
+    }
+}
+
+/// Whether ORT's own operator computes what our contract asks for in this prefill. The lengths are on the device, so a batch
+/// of several sequences, which may be ragged, is ours; as is a head sink.
+fn delegate_applies(dims: &Dims, total: usize, has_head_sink: bool) -> bool {
+    let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
+    dims.batch == 1 && dims.tokens <= total && !has_head_sink && shapes
+}

@@ -1,0 +1,481 @@
+// Attention of a block of query rows over the listed pages (a decoding step) or over every page up to each row (prefill).
+//
+// Grid (row blocks, splits, B * Hkv). Row r is query head r % g of fed token r / g: the newest token's group and
+// those of the retrospective ones are served by one pass over the pages, with a mask a row. Running maxima, so that the
+// warps' results are joined at the end, and the splits' by merge.cuh.
+#pragma once
+#include "finish.cuh"
+#include "mma.cuh"
+
+// Warps of the float32 kernel.
+constexpr int F32_WARPS = 4;
+
+// The fed token of the block's first row, and how many rows there are in all.
+struct RowBlock {
+  int token0, rows, start;
+};
+DEVICE RowBlock row_block(const Params& p, const Sequence& s, int block, int size) {
+  const int token0 = first_token(p, s);
+  return {token0, (s.fed - token0) * p.group, block * size};
+}
+
+// Groups of 8 tokens that the block reads: the listed pages, or the pages that a prefill's rows see.
+struct Groups {
+  const Listed* list;
+  int first_page, count, shift /* log2 of groups a page */;
+  DEVICE Listed page(int group) const {
+    const int i = group >> shift;
+    return list ? list[i] : Listed{first_page + i, 0};
+  }
+};
+DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, int size, int pair) {
+  Groups g;
+  g.shift = p.page_shift - 3;
+  if (p.phase == DECODE) {
+    g.list = p.pages + size_t(pair) * p.max_pages;
+    g.first_page = 0;
+    g.count = p.page_count[pair] << g.shift;
+  } else {
+    const int oldest = s.first + rb.token0 + rb.start / p.group;
+    const int newest = s.first + rb.token0 + (min(rb.start + size, rb.rows) - 1) / p.group;
+    g.list = nullptr;
+    g.first_page = seen_from(p, oldest) >> p.page_shift;
+    g.count = (newest / 8 + 1) - (g.first_page << g.shift);
+  }
+  return g;
+}
+
+// Where the warps' rows are joined: each warp's maxima (base 2) and sums, and their scaled outputs, of every other warp
+// in one region and of the rest in another.
+template <int DP, int ROWS, int PARTS> struct Block {
+  static constexpr int REGIONS = PARTS > 1 ? 2 : 1;
+  float stats[PARTS][ROWS][2];
+  float outputs[REGIONS][ROWS][DP + 4];
+};
+
+// After the warps have been joined into `block`: the row's part, or its end.
+template <class T, int DP, int ROWS, int PARTS>
+DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head, Block<DP, ROWS, PARTS>& block) {
+  const int pair = b * p.kv_heads + kv_head, d = p.head_size;
+  for (int i = threadIdx.x; i < ROWS * (DP / 4); i += blockDim.x) {
+    const int n = i / (DP / 4), c = i % (DP / 4) * 4, r = rb.start + n;
+    if (r >= rb.rows || c >= d) continue;
+    float m = NEG_INF, sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < PARTS; w++) m = fmaxf(m, block.stats[w][n][0]);
+#pragma unroll
+    for (int w = 0; w < PARTS; w++)
+      if (block.stats[w][n][0] != NEG_INF) sum += block.stats[w][n][1] * exp2f(block.stats[w][n][0] - m);
+    const float4 u = *reinterpret_cast<const float4*>(&block.outputs[0][n][c]);
+    float4 o = u;
+    if (PARTS > 1) {
+      const float4 v = *reinterpret_cast<const float4*>(&block.outputs[PARTS > 1][n][c]);
+      o = {u.x + v.x, u.y + v.y, u.z + v.z, u.w + v.w};
+    }
+    if (p.part_outputs) {
+      const size_t part = (size_t(pair) * p.splits + blockIdx.y) * p.rows + r;
+      *reinterpret_cast<float4*>(p.part_outputs + part * d + c) = o;
+      if (c == 0) *reinterpret_cast<float2*>(p.part_stats + part * 2) = {m, sum};
+      continue;
+    }
+    const int head = kv_head * p.group + r % p.group;
+    const Row row = row_of(p, s, b, head, rb.token0 + r / p.group);
+    const Joined j = join(p, s, row, m, sum, joined_with<T>(p, row));
+    float x[4] = {o.x * j.scale, o.y * j.scale, o.z * j.scale, o.w * j.scale};
+    if (p.write_output) {
+      T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + row.s) * p.heads + head) * d + c;
+#pragma unroll
+      for (int k = 0; k < 4; k++) narrow(x[k], out[k]);
+    }
+    if (j.cached) {
+      const size_t slot = slot_of(p, row);
+      *reinterpret_cast<float4*>(p.cached_outputs + slot * d + c) = {x[0], x[1], x[2], x[3]};
+      if (c == 0) p.cached_lse[slot] = j.lse;
+    }
+  }
+}
+
+// The logit of a product, in base 2.
+DEVICE float softcapped(const Params& p, float dot) {
+  return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E;
+}
+DEVICE float logit(const Params& p, float dot) {
+  return p.softcap > 0.f ? softcapped(p, dot) : dot * p.scale * LOG2E;
+}
+
+// ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
+
+// Shape of a block: ROW_GROUPS warps take 8 rows each, TOKEN_GROUPS times over; those share the tiles of 16 tokens.
+template <int DP, int ROW_GROUPS> struct Shape {
+  static constexpr int ROWS = 8 * ROW_GROUPS;
+  static constexpr int TOKEN_GROUPS = (ROW_GROUPS == 4 ? 2 : 4) / (DP > 128 ? 2 : 1);
+  static constexpr int THREADS = 32 * ROW_GROUPS * TOKEN_GROUPS;
+  // Tokens of a stage: what one step of the pipeline brings into shared memory.
+  static constexpr int TOKENS = DP > 128 ? 32 : 64;
+  static constexpr int GROUPS = TOKENS / 8;
+  static constexpr int TILES = TOKENS / 16 / TOKEN_GROUPS;
+  static constexpr int CHUNKS = DP / 8;  // 16-byte chunks of a row
+  static constexpr int STAGE = 2 * TOKENS * DP * 2;  // bytes of keys and values
+  static_assert(TILES >= 1, "every warp has a tile");
+};
+constexpr int MAX_STAGES = 4;
+
+// Where a group of 8 tokens stands, and the least position of a query that may take its page.
+struct Placed {
+  int at, from;
+};
+
+DEVICE void copy_async(u32 target, const void* source, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void load_matrices(u32 (&x)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address));
+}
+DEVICE void load_transposed(u32 (&x)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address));
+}
+
+// Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs V^T P^T
+// (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against bank conflicts.
+template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& p) {
+  using S = Shape<DP, ROW_GROUPS>;
+  struct Shared {
+    Placed placed[MAX_STAGES + 1][S::GROUPS];
+    T query[S::ROWS][DP + 8];
+  };
+  extern __shared__ __align__(16) u8 raw[];
+  Shared& sh = *reinterpret_cast<Shared*>(raw + p.stages * S::STAGE);
+  using Joint = Block<DP, S::ROWS, S::TOKEN_GROUPS>;
+  Joint& block = *reinterpret_cast<Joint*>(raw);
+  static_assert(sizeof(Joint) <= 2 * S::STAGE, "the ring's memory becomes the block's");
+  const u32 ring = __cvta_generic_to_shared(raw);
+  let_next_start();
+  const int pair = blockIdx.z, kv_head = pair % p.kv_heads, b = pair / p.kv_heads, d = p.head_size;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int my_rows = warp % ROW_GROUPS * 8, my_tiles = warp / ROW_GROUPS;
+  const Sequence s = sequence(p, b);
+  const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, S::ROWS);
+  if (!s.valid || rb.start >= rb.rows) return;
+
+  for (int i = threadIdx.x; i < S::ROWS * DP; i += S::THREADS) {
+    const int n = i / DP, c = i % DP, r = rb.start + n, token = rb.token0 + r / p.group;
+    float x = 0.f;
+    if (r < rb.rows && c < d)
+      x = rotated(p, query_row<T>(p, b, s.skipped + token, kv_head * p.group + r % p.group), c, s.first + token);
+    narrow(x, sh.query[n][c]);
+  }
+  int position[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int r = rb.start + my_rows + 2 * quad + e;
+    position[e] = r < rb.rows ? s.first + rb.token0 + r / p.group : -1;
+  }
+  wait_for_previous();
+  const Groups groups = groups_of(p, s, rb, S::ROWS, pair);
+
+  // This block's share: neighbouring stages.
+  const int all = (groups.count + S::GROUPS - 1) / S::GROUPS;
+  const int first = int(u64(all) * blockIdx.y / gridDim.y), last = int(u64(all) * (blockIdx.y + 1) / gridDim.y);
+  auto place = [&](int stage) {
+    const int group = stage * S::GROUPS + threadIdx.x;
+    const Listed l = stage < last && group < groups.count ? groups.page(group) : Listed{-1, 0};
+    return Placed{l.page < 0 ? s.len : (l.page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8, l.from};
+  };
+  // The list is read ahead of the keys, so that its latency does not add to theirs.
+  if (threadIdx.x < S::GROUPS)
+    for (int i = 0; i < p.stages; i++) sh.placed[i][threadIdx.x] = place(first + i);
+  __syncthreads();
+
+  const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
+  const T* values = static_cast<const T*>(p.value_cache) + size_t(pair) * p.capacity * d;
+  // Rows beyond the end (the last page's tokens not yet written may hold anything, even a NaN, which a weight of 0 would not
+  // silence) repeat the last one: the mask takes them out.
+  // A thread copies one chunk of every so many-th row.
+  constexpr int STRIDE = S::THREADS / S::CHUNKS;
+  const int copy_row = threadIdx.x / S::CHUNKS, copy_chunk = threadIdx.x % S::CHUNKS;
+  const bool copies = 8 * copy_chunk < d;
+  const T* copy_key = keys + min(8 * copy_chunk, d - 8);
+  const long long to_value = values - keys;
+  auto fetch = [&](int stage, int slot, int list) {
+    if (stage < last) {
+      const Placed* placed = sh.placed[list];
+#pragma unroll
+      for (int i = 0; i < S::TOKENS / STRIDE; i++) {
+        const int row = i * STRIDE + copy_row;
+        const T* key = copy_key + size_t(u32(min(placed[row / 8].at + row % 8, s.len - 1))) * u32(d);
+        const u32 target = ring + slot * S::STAGE + (row * S::CHUNKS + (copy_chunk ^ (row % 8))) * 16;
+        copy_async(target, key, copies);
+        copy_async(target + S::TOKENS * DP * 2, key + to_value, copies);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  for (int i = 0; i < p.stages - 1; i++) fetch(first + i, i, i);
+
+  u32 query[DP / 16][2];
+#pragma unroll
+  for (int k = 0; k < DP / 16; k++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + octet][16 * k + 8 * half + 2 * quad]);
+  float top[2] = {NEG_INF, NEG_INF}, sum[2] = {}, out[DP / 16][4] = {};
+  const float to_base2 = p.softcap > 0.f ? 1.f : p.scale * LOG2E;
+  // Byte offsets in a stage of what this lane hands to ldmatrix: of its key row and its value row in the warp's first tile,
+  // and of the chunks in them.
+  const u32 key_row = (16 * my_tiles * S::TILES + lane % 16) * S::CHUNKS * 16;
+  const u32 value_row =
+      S::TOKENS * DP * 2 + (16 * my_tiles * S::TILES + lane % 8 + lane / 16 * 8) * S::CHUNKS * 16;
+  u32 key_chunk[DP / 16], value_chunk[DP / 16];
+#pragma unroll
+  for (int k = 0; k < DP / 16; k++) {
+    key_chunk[k] = ((2 * k + lane / 16) ^ (lane % 8)) * 16;
+    value_chunk[k] = ((2 * k + lane / 8 % 2) ^ (lane % 8)) * 16;
+  }
+
+  // Stages go round in the ring, lists in theirs, which is one longer.
+  int slot = 0, list = 0;
+  const int lists = p.stages + 1;
+  for (int stage = first; stage < last; stage++) {
+    if (p.stages == 4)
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+    else if (p.stages == 3)
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    // The slot before this one is free now; the list before this one is written at the end of this step.
+    const int free_slot = slot ? slot - 1 : p.stages - 1, free_list = list ? list - 1 : lists - 1;
+    Placed ahead;
+    if (threadIdx.x < S::GROUPS) ahead = place(stage + p.stages);
+    fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
+    const u32 base = ring + slot * S::STAGE;
+    const Placed* placed = sh.placed[list] + 2 * my_tiles * S::TILES;
+#pragma unroll
+    for (int i = 0; i < S::TILES; i++) {
+      // Two sums, so that one product need not wait for the one before.
+      float even[4] = {}, odd[4] = {};
+#pragma unroll
+      for (int k = 0; k < DP / 16; k++) {
+        u32 a[4];
+        load_matrices(a, base + key_row + i * 16 * S::CHUNKS * 16 + key_chunk[k]);
+        if (k % 2)
+          Mma<T>::add(odd, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
+        else
+          Mma<T>::add(even, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
+      }
+      const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
+      float logits[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) logits[e] = even[e] + odd[e];
+      if (p.softcap > 0.f) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) logits[e] = softcapped(p, logits[e]);
+      }
+      if (p.local_window) {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (two[e / 2].at + octet < seen_from(p, position[e % 2])) logits[e] = NEG_INF;
+      }
+      bool rescale = false;
+      float shrink[2];
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        logits[e] = position[e % 2] >= max(two[e / 2].at + octet, two[e / 2].from) ? logits[e] * to_base2 : NEG_INF;
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float m = fmaxf(logits[e], logits[e + 2]);
+#pragma unroll
+        for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
+        m = fmaxf(m, top[e]);
+        const float base = m == NEG_INF ? 0.f : m;
+        shrink[e] = exp2f(top[e] - base);
+        rescale |= m != top[e];
+        top[e] = m;
+        logits[e] = exp2f(logits[e] - base);
+        logits[e + 2] = exp2f(logits[e + 2] - base);
+        sum[e] = sum[e] * shrink[e] + logits[e] + logits[e + 2];
+      }
+      const u32 w0 = transpose8x8(Mma<T>::pack(logits[0], logits[1]));
+      const u32 w1 = transpose8x8(Mma<T>::pack(logits[2], logits[3]));
+      if (__any_sync(ALL_LANES, rescale)) {
+#pragma unroll
+        for (int j = 0; j < DP / 16; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+      }
+#pragma unroll
+      for (int j = 0; j < DP / 16; j++) {
+        u32 a[4];
+        load_transposed(a, base + value_row + i * 16 * S::CHUNKS * 16 + value_chunk[j]);
+        Mma<T>::add(out[j], a[0], a[1], a[2], a[3], w0, w1);
+      }
+    }
+    if (threadIdx.x < S::GROUPS) sh.placed[free_list][threadIdx.x] = ahead;
+    slot = slot + 1 == p.stages ? 0 : slot + 1;
+    list = list + 1 == lists ? 0 : list + 1;
+  }
+
+  __syncthreads();  // the ring's memory becomes the block's
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+#pragma unroll
+    for (int x = 4; x < 32; x <<= 1) sum[e] += __shfl_xor_sync(ALL_LANES, sum[e], x);
+    if (octet == 0) {
+      float* stats = block.stats[my_tiles][my_rows + 2 * quad + e];
+      stats[0] = top[e], stats[1] = sum[e];
+    }
+  }
+  __syncthreads();
+  float scale[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float m = NEG_INF;
+#pragma unroll
+    for (int w = 0; w < S::TOKEN_GROUPS; w++) m = fmaxf(m, block.stats[w][my_rows + 2 * quad + e][0]);
+    scale[e] = top[e] == NEG_INF ? 0.f : exp2f(top[e] - m);
+  }
+  // Two regions; with four token groups, two of them add to what the other two have stored.
+#pragma unroll
+  for (int turn = 0; turn < (S::TOKEN_GROUPS + 1) / 2; turn++) {
+    if (my_tiles / 2 == turn) {
+#pragma unroll
+      for (int j = 0; j < DP / 16; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float& o = block.outputs[my_tiles % 2][my_rows + 2 * quad + e % 2][16 * j + octet + e / 2 * 8];
+          const float x = out[j][e] * scale[e % 2];
+          o = turn ? o + x : x;
+        }
+    }
+    __syncthreads();
+  }
+  write_rows<T, DP, S::ROWS, S::TOKEN_GROUPS>(p, s, rb, b, kv_head, block);
+}
+
+// ---- float32: no tensor core is exact enough -------------------------------------------------------------------------
+
+template <int DP> DEVICE void attend_f32(const Params& p) {
+  constexpr int ROWS = 8, TOKENS = 16;
+  struct Shared {
+    float query[ROWS][DP];
+    float weights[F32_WARPS][TOKENS][ROWS];
+    Block<DP, ROWS, F32_WARPS> block;
+  };
+  extern __shared__ __align__(16) u8 raw[];
+  Shared& sh = *reinterpret_cast<Shared*>(raw);
+  let_next_start();
+  const int pair = blockIdx.z, kv_head = pair % p.kv_heads, b = pair / p.kv_heads, d = p.head_size;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Sequence s = sequence(p, b);
+  const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, ROWS);
+  if (!s.valid || rb.start >= rb.rows) return;
+  for (int i = threadIdx.x; i < ROWS * DP; i += 32 * F32_WARPS) {
+    const int n = i / DP, c = i % DP, r = rb.start + n, token = rb.token0 + r / p.group;
+    sh.query[n][c] = r < rb.rows && c < d
+                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r % p.group), c,
+                                   s.first + token)
+                         : 0.f;
+  }
+  __syncthreads();
+  wait_for_previous();
+  const Groups groups = groups_of(p, s, rb, ROWS, pair);
+  const int tiles = (groups.count + 1) / 2;
+  const float* keys = static_cast<const float*>(p.key_cache) + size_t(pair) * p.capacity * d;
+  const float* values = static_cast<const float*>(p.value_cache) + size_t(pair) * p.capacity * d;
+  int position[ROWS];
+  float top[ROWS], sum[ROWS], out[ROWS][DP / 32];
+#pragma unroll
+  for (int n = 0; n < ROWS; n++) {
+    const int r = rb.start + n;
+    position[n] = r < rb.rows ? s.first + rb.token0 + r / p.group : -1;
+    top[n] = NEG_INF, sum[n] = 0.f;
+#pragma unroll
+    for (int c = 0; c < DP / 32; c++) out[n][c] = 0.f;
+  }
+  for (int tile = blockIdx.y * F32_WARPS + warp; tile < tiles; tile += gridDim.y * F32_WARPS) {
+    int at[2], from[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int group = 2 * tile + half, inside = (group & ((1 << groups.shift) - 1)) * 8;
+      const Listed l = group < groups.count ? groups.page(group) : Listed{-1, 0};
+      at[half] = l.page < 0 ? s.len : (l.page << p.page_shift) + inside;
+      from[half] = l.from;
+    }
+    // Two lanes a token, each with every other float4 of the key.
+    const int token = lane / 2, mine = (token < 8 ? at[0] : at[1]) + token % 8, limit = token < 8 ? from[0] : from[1];
+    float dot[ROWS];
+#pragma unroll
+    for (int n = 0; n < ROWS; n++) dot[n] = 0.f;
+    if (mine < s.len) {
+      const float* key = keys + size_t(mine) * d;
+#pragma unroll 4
+      for (int c = lane % 2 * 4; c < d; c += 8) {
+        const float4 k = *reinterpret_cast<const float4*>(key + c);
+#pragma unroll
+        for (int n = 0; n < ROWS; n++) {
+          const float4 q = *reinterpret_cast<const float4*>(&sh.query[n][c]);
+          dot[n] = fmaf(k.x, q.x, fmaf(k.y, q.y, fmaf(k.z, q.z, fmaf(k.w, q.w, dot[n]))));
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < ROWS; n++) {
+      dot[n] += __shfl_xor_sync(ALL_LANES, dot[n], 1);
+      const bool seen =
+          position[n] >= max(mine, limit) && mine < s.len && (!p.local_window || mine >= seen_from(p, position[n]));
+      const float x = seen ? logit(p, dot[n]) : NEG_INF;
+      const float m = fmaxf(top[n], warp_max(x)), base = m == NEG_INF ? 0.f : m;
+      const float shrink = exp2f(top[n] - base), weight = exp2f(x - base);
+      top[n] = m;
+      sum[n] = sum[n] * shrink + (lane % 2 ? 0.f : weight);
+#pragma unroll
+      for (int c = 0; c < DP / 32; c++) out[n][c] *= shrink;
+      if (lane % 2 == 0) sh.weights[warp][token][n] = weight;
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int i = 0; i < TOKENS; i++) {
+      const int row = (i < 8 ? at[0] : at[1]) + i % 8;
+      if (row >= s.len) continue;
+      float weight[ROWS];
+#pragma unroll
+      for (int n = 0; n < ROWS; n++) weight[n] = sh.weights[warp][i][n];
+#pragma unroll
+      for (int c = 0; c < DP / 32; c++) {
+        const int element = lane + 32 * c;
+        const float v = element < d ? values[size_t(row) * d + element] : 0.f;
+#pragma unroll
+        for (int n = 0; n < ROWS; n++) out[n][c] = fmaf(weight[n], v, out[n][c]);
+      }
+    }
+    __syncwarp();
+  }
+#pragma unroll
+  for (int n = 0; n < ROWS; n++) {
+    sum[n] = warp_sum(sum[n]);
+    if (lane == 0) sh.block.stats[warp][n][0] = top[n], sh.block.stats[warp][n][1] = sum[n];
+  }
+  __syncthreads();
+  for (int turn = 0; turn < 2; turn++) {
+    if (warp / 2 == turn) {
+#pragma unroll
+      for (int n = 0; n < ROWS; n++) {
+        float m = NEG_INF;
+#pragma unroll
+        for (int x = 0; x < F32_WARPS; x++) m = fmaxf(m, sh.block.stats[x][n][0]);
+        const float scale = top[n] == NEG_INF ? 0.f : exp2f(top[n] - m);
+#pragma unroll
+        for (int c = 0; c < DP / 32; c++) {
+          float& o = sh.block.outputs[warp % 2][n][lane + 32 * c];
+          o = (turn ? o : 0.f) + out[n][c] * scale;
+        }
+      }
+    }
+    __syncthreads();
+  }
+  write_rows<F32, DP, ROWS, F32_WARPS>(p, s, rb, b, kv_head, sh.block);
+}

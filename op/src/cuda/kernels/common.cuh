@@ -1,0 +1,201 @@
+// What all kernels share: element types, the parameters of a call, one sequence's lengths, rotary embedding, warp helpers.
+//
+// No header of the toolkit is needed, so that NVRTC can compile the same text on a machine that has the driver only.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+// Element types of caches and activations; arithmetic is in f32.
+struct F32 {
+  float v;
+};
+struct F16 {
+  u16 v;
+};
+struct BF16 {
+  u16 v;
+};
+
+DEVICE float widen(F32 x) { return x.v; }
+DEVICE float widen(F16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.v));
+  return y;
+}
+DEVICE float widen(BF16 x) { return __uint_as_float(u32(x.v) << 16); }
+
+DEVICE void narrow(float x, F32& y) { y.v = x; }
+DEVICE void narrow(float x, F16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.v) : "f"(x)); }
+DEVICE void narrow(float x, BF16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.v) : "f"(x)); }
+
+// Eight neighbouring elements, 16-byte aligned, widened.
+DEVICE void load8(const F32* p, float* x) {
+  const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+template <class T> DEVICE void load8(const T* p, float* x) {
+  const uint4 a = *reinterpret_cast<const uint4*>(p);
+  const u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = widen(T{u16(w[i])});
+    x[2 * i + 1] = widen(T{u16(w[i] >> 16)});
+  }
+}
+
+// Sequences of a batch whose retro_length may differ.
+constexpr int MAX_RAGGED = 512;
+constexpr float NEG_INF = -__builtin_huge_valf();
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+enum Phase { DECODE = 0, PREFILL = 1 };
+enum Selector { BOUNDS = 0, MOMENTS = 1 };
+enum GroupScore { MAX = 0, SOFTMAX = 1 };
+enum Mode { RETRO = 0, DENSE = 1, STREAMING = 2 };
+
+// A page of a step's list: its index, and the least position of a query that may take it (A + 1; 0 for every query).
+struct Listed {
+  int page, from;
+};
+
+// One call. op/src/cuda/params.rs has the same struct; the order and the types must stay equal.
+struct Params {
+  // Inputs. Rows are (b, s): query [B, S, Hq, D], key and value [B, S, Hkv, D], each with a row stride in elements.
+  const void *query, *key, *value;
+  const int* seqlens_k;    // [B]
+  const int* page_budget;  // [B] or [1], or null
+  const void *cos, *sin;   // [M, rotary_half], or null
+  const void* head_sink;   // [Hq], or null
+  // State.
+  void *key_cache, *value_cache;  // [B, Hkv, C, D]
+  void* summary;                  // [B, Hkv, P, 2, D]
+  int* page_steps;                // [B, Hkv, P]
+  float *cached_outputs, *cached_lse;  // [B, R, Hq, D], [B, R, Hq]
+  void* output;                        // [B, S, Hq, D]
+  // Scratch of this call.
+  float* scores;        // [B, Hkv, max_pages], or [B, Hkv, g, max_pages] with the group score softmax
+  float2* score_stats;  // [B, Hkv, score_parts, g]: largest score and sum of e^(score - largest) of each scoring block
+  Listed* pages;        // [B, Hkv, max_pages]
+  int* page_count;      // [B, Hkv]
+  float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
+  float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
+  double budget_ratio;
+  long long query_stride, kv_stride;
+  int batch, tokens, heads, kv_heads, group, head_size, capacity, cache_pages, ring, page_shift;
+  int rotary_half, rotary_rows, rotary_interleaved, budget_stride, budget_min_pages, sink_pages;
+  int local_window;  // 0: none
+  int phase, selector, group_score, mode;
+  int total;      // largest valid length that the launch is sized for
+  int max_pages;  // pages of `total`
+  int splits, rows;  // of part_outputs; without it, outputs are written directly
+  int score_parts;   // of score_stats; 0: there are none
+  int score_blocks;  // blocks of the score kernel that score; the others append
+  int last_tokens;   // attention covers the last so many fed rows; 0: all
+  int stages;        // of the attention's pipeline, 2 to 4
+  int write_output;  // 0: the output is there already, only the output cache is filled
+  int window;
+  float scale, softcap, lambda;
+  int ragged;  // retro lengths are one a sequence
+  u8 retro[MAX_RAGGED];
+};
+
+static_assert(sizeof(Params) == 848, "params.rs has the same layout");
+
+// One sequence of a call.
+struct Sequence {
+  int len;      // valid tokens after the call
+  int fed;      // rows that count: the last `fed` of the S
+  int first;    // position of the first of them
+  int skipped;  // leading rows to ignore
+  bool valid;   // a sequence whose lengths break the contract gets NaN outputs and keeps its state
+};
+
+DEVICE Sequence sequence(const Params& p, int b) {
+  Sequence s;
+  const int last = p.seqlens_k[b];
+  s.len = last + 1;
+  const int retro = p.retro[p.ragged ? b : 0];
+  s.fed = p.phase == PREFILL ? min(p.tokens, max(s.len, 1)) : retro + 1;
+  s.first = s.len - s.fed;
+  s.skipped = p.tokens - s.fed;
+  s.valid = last >= 0 && last < p.capacity && s.len <= p.total && s.first >= 0;
+  if (p.cos) s.valid = s.valid && s.len <= p.rotary_rows;
+  if (p.page_budget) s.valid = s.valid && p.page_budget[b * p.budget_stride] >= 0;
+  return s;
+}
+
+DEVICE int pages_for(const Params& p, int tokens) { return (tokens + (1 << p.page_shift) - 1) >> p.page_shift; }
+
+// Pages per KV head that a step may load.
+DEVICE int budget_pages(const Params& p, int b, int len) {
+  const int all = pages_for(p, len);
+  const int asked = p.page_budget ? p.page_budget[b * p.budget_stride] : 0;
+  if (asked > 0) return min(asked, all);
+  const double relative = ceil(p.budget_ratio * len / double(1 << p.page_shift) - 1e-9);
+  return min(max(int(fmax(relative, 0.0)), p.budget_min_pages), all);
+}
+
+// The first fed row that attention covers.
+DEVICE int first_token(const Params& p, const Sequence& s) { return p.last_tokens ? max(s.fed - p.last_tokens, 0) : 0; }
+
+// The oldest position that a query sees.
+DEVICE int seen_from(const Params& p, int position) {
+  return p.local_window ? max(position + 1 - p.local_window, 0) : 0;
+}
+
+// The first page that a step may read; the last one holds the newest token.
+DEVICE int first_candidate(const Params& p, const Sequence& s) {
+  return seen_from(p, p.mode == DENSE ? s.first : s.len - 1) >> p.page_shift;
+}
+
+// Element d of a head's row after rotary embedding at `position`.
+template <class T> DEVICE float rotated(const Params& p, const T* row, int d, int position) {
+  const float x = widen(row[d]);
+  const int half = p.rotary_half;
+  if (!p.cos || d >= 2 * half) return x;
+  const bool low = p.rotary_interleaved ? !(d & 1) : d < half;
+  const int pair = p.rotary_interleaved ? d >> 1 : low ? d : d - half;
+  const float y = widen(row[p.rotary_interleaved ? d ^ 1 : low ? d + half : d - half]);
+  const float c = widen(static_cast<const T*>(p.cos)[size_t(position) * half + pair]);
+  const float s = widen(static_cast<const T*>(p.sin)[size_t(position) * half + pair]);
+  return low ? x * c - y * s : x * c + y * s;
+}
+
+template <class T> DEVICE const T* query_row(const Params& p, int b, int s, int head) {
+  return static_cast<const T*>(p.query) + (size_t(b) * p.tokens + s) * p.query_stride + size_t(head) * p.head_size;
+}
+template <class T> DEVICE const T* kv_row(const Params& p, const void* rows, int b, int s, int head) {
+  return static_cast<const T*>(rows) + (size_t(b) * p.tokens + s) * p.kv_stride + size_t(head) * p.head_size;
+}
+
+// Kernels of a step are launched so that one may start while the one before it drains (programmatic dependent launch).
+// Whatever it reads of the other's results comes after wait_for_previous; older targets run the kernels one by one.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int m = 16; m; m >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, m));
+  return x;
+}
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);
+  return x;
+}

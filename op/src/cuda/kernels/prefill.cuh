@@ -1,0 +1,22 @@
+// What a prefill writes beside its outputs: keys and values, page summaries, page steps.
+#pragma once
+#include "score.cuh"
+
+// Grid (tokens, Hkv, B): one fed row a block, where ONNX Runtime's own operator has not written it.
+template <class T> DEVICE void append_kernel(const Params& p) {
+  const int head = blockIdx.y, b = blockIdx.z;
+  const Sequence s = sequence(p, b);
+  const int position = s.first + int(blockIdx.x) - s.skipped;
+  if (s.valid && position >= s.first) append<T>(p, s, b, head, position, position + 1);
+}
+
+// Grid (pages, Hkv, B): the summary of a page that a fed row lies in; A of every page that holds a token becomes the newest
+// position: the queries so far have seen everything.
+template <class T> DEVICE void pages_kernel(const Params& p) {
+  const int page = blockIdx.x, head = blockIdx.y, b = blockIdx.z, pair = b * p.kv_heads + head;
+  const Sequence s = sequence(p, b);
+  if (!s.valid || page >= pages_for(p, s.len)) return;
+  if (threadIdx.x == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
+  if (page >= s.first >> p.page_shift)
+    summarize<T>(p, pair, page, min(s.len - (page << p.page_shift), 1 << p.page_shift), nullptr);
+}

@@ -1,0 +1,389 @@
+// Steps 1 and 2 of a decoding step: append keys and values, recompute the summaries of the pages they touch, score pages.
+//
+// Grid (score_blocks + touched pages, Hkv, B). The first blocks score the pages that the step does not touch; each of the
+// others owns one touched page: it writes the fed rows that lie in it, recomputes its summary from its rows and scores it.
+#pragma once
+#include "mma.cuh"
+
+constexpr int SCORE_THREADS = 256;
+// Groups of pages that a warp scores at once: enough loads in flight to hide the memory's latency.
+constexpr int SCORE_UNROLL = 4;
+
+template <class T> DEVICE float rounded(float x) {
+  T y;
+  narrow(x, y);
+  return widen(y);
+}
+
+// The two vectors of a head that turn its score into products with the page's two: bounds: min(q, 0) and max(q, 0), as
+// sum_d max(q kmin, q kmax) = min(q, 0) . kmin + max(q, 0) . kmax; moments: q and q^2.
+template <class T, int DP>
+DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head, float* prepared) {
+  for (int i = threadIdx.x; i < p.group * DP; i += blockDim.x) {
+    const int h = i / DP, d = i % DP;
+    float q = 0.f;
+    if (d < p.head_size) q = rounded<T>(rotated(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, s.len - 1));
+    prepared[2 * h * DP + d] = p.selector == BOUNDS ? fminf(q, 0.f) : q;
+    prepared[2 * h * DP + DP + d] = p.selector == BOUNDS ? fmaxf(q, 0.f) : q * q;
+  }
+}
+
+// A head's score from its two products.
+DEVICE float head_score(const Params& p, float first, float second, float log_count) {
+  if (p.selector == MOMENTS) return p.scale * (first + p.lambda * sqrtf(second)) + log_count;
+  return p.group_score == SOFTMAX ? p.scale * (first + second) : first + second;
+}
+
+// Whether a step has to choose.
+DEVICE bool step_is_scored(const Params& p, const Sequence& s, int b) {
+  return p.mode == RETRO && budget_pages(p, b, s.len) < pages_for(p, s.len) - first_candidate(p, s);
+}
+
+DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
+  return logf(float(min(s.len - (page << p.page_shift), 1 << p.page_shift)));
+}
+
+// Adding 0 turns -0 into 0, so that the two tie.
+DEVICE void store_score(const Params& p, int pair, int h, int page, float score) {
+  if (p.group_score == SOFTMAX)
+    p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] = score;
+  else if (h == p.group - 1)
+    p.scores[size_t(pair) * p.max_pages + page] = score + 0.f;
+}
+
+// Sums four values over groups of `LANES` lanes. Lane bits LANES/2 and LANES/4 say which of the four a lane ends up with.
+template <int LANES> DEVICE float sum_four(float (&v)[4], int lane) {
+  const bool upper = lane & (LANES / 2);
+  float a = upper ? v[2] : v[0], b = upper ? v[3] : v[1];
+  a += __shfl_xor_sync(ALL_LANES, upper ? v[0] : v[2], LANES / 2);
+  b += __shfl_xor_sync(ALL_LANES, upper ? v[1] : v[3], LANES / 2);
+  const bool odd = lane & (LANES / 4);
+  float x = odd ? b : a;
+  x += __shfl_xor_sync(ALL_LANES, odd ? a : b, LANES / 4);
+#pragma unroll
+  for (int m = LANES / 8; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);
+  return x;
+}
+
+// float32: sums in f32, eight elements a lane.
+template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, float* prepared) {
+  const Sequence s = sequence(p, b);
+  if (!s.valid || !step_is_scored(p, s, b)) return;
+  using T = F32;
+  constexpr int LANES = DP / 8, PAGES = 32 / LANES, GROUP = PAGES * SCORE_UNROLL;
+  const int pair = b * p.kv_heads + head, d = p.head_size;
+  const int lane = threadIdx.x % 32, in_page = lane % LANES, at = in_page * 8;
+  const int untouched = s.first >> p.page_shift;
+  const int warps = p.score_blocks * (SCORE_THREADS / 32), warp = blockIdx.x * (SCORE_THREADS / 32) + threadIdx.x / 32;
+  const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
+  bool ready = false;
+  for (int group = first_candidate(p, s) / GROUP + warp; !ready || group * GROUP < untouched; group += warps) {
+    float first[SCORE_UNROLL][8], second[SCORE_UNROLL][8];
+#pragma unroll
+    for (int u = 0; u < SCORE_UNROLL; u++) {
+      const int page = group * GROUP + u * PAGES + lane / LANES;
+      if (page < untouched && at < d) {
+        load8(summary + size_t(page) * 2 * d + at, first[u]);
+        load8(summary + size_t(page) * 2 * d + d + at, second[u]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) first[u][i] = second[u][i] = 0.f;
+      }
+    }
+    if (!ready) {
+      // The queries do not wait for the summaries: the first loads are under way.
+      prepare_queries<T, DP>(p, s, b, head, prepared);
+      __syncthreads();
+      ready = true;
+      if (group * GROUP >= untouched) return;
+    }
+    if (p.selector == MOMENTS) {
+#pragma unroll
+      for (int u = 0; u < SCORE_UNROLL; u++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) second[u][i] *= second[u][i];
+    }
+    // Which of the four pages this lane ends up with.
+    const int mine = ((in_page & (LANES / 2)) ? 2 : 0) + ((in_page & (LANES / 4)) ? 1 : 0);
+    const int page = group * GROUP + mine * PAGES + lane / LANES;
+    const bool writes = in_page % (LANES / 4) == 0 && page < untouched;
+    const float log_count = p.selector == MOMENTS ? logf(float(1 << p.page_shift)) : 0.f;
+    float best = NEG_INF;
+    for (int h = 0; h < p.group; h++) {
+      const float4* q = reinterpret_cast<const float4*>(prepared + 2 * h * DP + at);
+      const float4 a0 = q[0], a1 = q[1], b0 = q[DP / 4], b1 = q[DP / 4 + 1];
+      const float qa[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+      const float qb[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+      float x[4], y[4];
+#pragma unroll
+      for (int u = 0; u < SCORE_UNROLL; u++) {
+        x[u] = y[u] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          x[u] = fmaf(qa[i], first[u][i], x[u]);
+          y[u] = fmaf(qb[i], second[u][i], y[u]);
+        }
+      }
+      float score;
+      if (p.selector == MOMENTS) {
+        const float along = sum_four<LANES>(x, in_page);
+        score = head_score(p, along, sum_four<LANES>(y, in_page), log_count);
+      } else {
+#pragma unroll
+        for (int u = 0; u < SCORE_UNROLL; u++) x[u] += y[u];
+        score = head_score(p, sum_four<LANES>(x, in_page), 0.f, 0.f);
+      }
+      best = p.group_score == SOFTMAX ? score : fmaxf(best, score);
+      if (writes) store_score(p, pair, h, page, best);
+    }
+  }
+}
+
+// float16 and bfloat16: on tensor cores, 16 pages a warp, heads in the columns. Summaries go from memory to registers as keys do
+// in attend.cuh. Squares of standard deviations and of queries are bfloat16: they may lie far outside float16's range, and
+// their sums need no more than its 8 bits.
+template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
+  constexpr int PAGES = 16, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32;
+  struct Shared {
+    u16 first[HEADS][PITCH], second[HEADS][PITCH];
+  };
+  Shared& sh = *reinterpret_cast<Shared*>(raw);
+  const int pair = b * p.kv_heads + head, d = p.head_size;
+  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int warps = p.score_blocks * (SCORE_THREADS / 32), warp = threadIdx.x / 32 * p.score_blocks + blockIdx.x;
+  const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
+  uint4 first[CHUNKS][2], second[CHUNKS][2];
+  // Beyond the end the last page is read again, and not stored; past d the query is 0.
+  auto load = [&](int tile, int c) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const T* page = summary + size_t(min(tile * PAGES + octet + 8 * half, p.max_pages - 1)) * 2 * d;
+      const int col = min(32 * c + 8 * quad, d - 8);
+      first[c][half] = __ldcs(reinterpret_cast<const uint4*>(page + col));
+      second[c][half] = __ldcs(reinterpret_cast<const uint4*>(page + d + col));
+    }
+  };
+  // Neither the lengths nor the queries hold the first loads up.
+  int tile = warp;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) load(tile, c);
+
+  const Sequence s = sequence(p, b);
+  if (!s.valid || !step_is_scored(p, s, b)) return;
+  const int untouched = s.first >> p.page_shift, from = first_candidate(p, s);
+  const bool squares = p.selector == MOMENTS;
+  const int heads_padded = (p.group + 7) / 8 * 8;
+  for (int i = threadIdx.x; i < heads_padded * DP; i += SCORE_THREADS) {
+    const int h = i / DP, c = i % DP;
+    float q = 0.f;
+    if (h < p.group && c < d)
+      q = rounded<T>(rotated(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, s.len - 1));
+    T x, y;
+    narrow(squares ? q : fminf(q, 0.f), x);
+    narrow(fmaxf(q, 0.f), y);
+    BF16 square;
+    narrow(q * q, square);
+    sh.first[h][c] = x.v, sh.second[h][c] = squares ? square.v : y.v;
+  }
+  __syncthreads();
+  const float log_count = logf(float(1 << p.page_shift));
+  // Of this lane's two heads of each eight.
+  float top[2][2] = {{NEG_INF, NEG_INF}, {NEG_INF, NEG_INF}}, sum[2][2] = {};
+  for (; tile * PAGES < untouched; tile += warps) {
+    if (squares) {
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          u32* w = &second[c][half].x;
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const float low = widen(T{u16(w[i])}), high = widen(T{u16(w[i] >> 16)});
+            w[i] = Mma<BF16>::pack(low * low, high * high);
+          }
+        }
+    }
+    float best[2] = {NEG_INF, NEG_INF};
+#pragma unroll
+    for (int block = 0; block < 2; block++) {
+      if (8 * block >= p.group) break;
+      const bool last = 8 * block + 8 >= p.group;
+      float x[4] = {}, y[4] = {};
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        const uint4 q = *reinterpret_cast<const uint4*>(&sh.first[8 * block + octet][32 * c + 8 * quad]);
+        Mma<T>::add(x, first[c][0].x, first[c][1].x, first[c][0].y, first[c][1].y, q.x, q.y);
+        Mma<T>::add(x, first[c][0].z, first[c][1].z, first[c][0].w, first[c][1].w, q.z, q.w);
+        const uint4 r = *reinterpret_cast<const uint4*>(&sh.second[8 * block + octet][32 * c + 8 * quad]);
+        const uint4 v = second[c][0], w = second[c][1];
+        if (squares) {
+          Mma<BF16>::add(y, v.x, w.x, v.y, w.y, r.x, r.y);
+          Mma<BF16>::add(y, v.z, w.z, v.w, w.w, r.z, r.w);
+        } else {
+          Mma<T>::add(y, v.x, w.x, v.y, w.y, r.x, r.y);
+          Mma<T>::add(y, v.z, w.z, v.w, w.w, r.z, r.w);
+        }
+        // The next tile's part takes its place at once.
+        if (last) load(tile + warps, c);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int page = tile * PAGES + octet + 8 * (e / 2), h = 8 * block + 2 * quad + e % 2;
+        if (h >= p.group) continue;
+        const float score = head_score(p, x[e], y[e], log_count);
+        if (p.group_score == MAX) {
+          best[e / 2] = fmaxf(best[e / 2], score);
+        } else if (page < untouched) {
+          p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] = score;
+          if (page < from) continue;
+          const float n = fmaxf(top[block][e % 2], score);
+          if (n != NEG_INF) sum[block][e % 2] = sum[block][e % 2] * expf(top[block][e % 2] - n) + expf(score - n);
+          top[block][e % 2] = n;
+        }
+      }
+    }
+    if (p.group_score == MAX) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float m = best[half];
+        m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, 2));
+        const int page = tile * PAGES + octet + 8 * half;
+        if (quad == 0 && page < untouched) p.scores[size_t(pair) * p.max_pages + page] = m + 0.f;
+      }
+    }
+  }
+  if (p.group_score == MAX) return;
+
+  // The block's log-sum-exp of every head, as a largest score and a sum.
+  constexpr int WARPS = SCORE_THREADS / 32;
+  float2* stats = reinterpret_cast<float2*>(raw);
+  __syncthreads();  // the queries' memory becomes the statistics'
+#pragma unroll
+  for (int block = 0; block < 2; block++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      float m = top[block][e];
+#pragma unroll
+      for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
+      float total = m == NEG_INF ? 0.f : sum[block][e] * expf(top[block][e] - m);
+#pragma unroll
+      for (int i = 4; i < 32; i <<= 1) total += __shfl_xor_sync(ALL_LANES, total, i);
+      if (octet == 0) stats[threadIdx.x / 32 * 16 + 8 * block + 2 * quad + e] = {m, total};
+    }
+  __syncthreads();
+  if (threadIdx.x < p.group) {
+    float m = NEG_INF, total = 0.f;
+    for (int w = 0; w < WARPS; w++) m = fmaxf(m, stats[w * 16 + threadIdx.x].x);
+    for (int w = 0; w < WARPS; w++) {
+      const float2 part = stats[w * 16 + threadIdx.x];
+      if (part.x != NEG_INF) total += part.y * expf(part.x - m);
+    }
+    p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + threadIdx.x] = {m, total};
+  }
+}
+
+// Recomputes a page's summary from its valid rows; every thread takes whole columns.
+template <class T>
+DEVICE void summarize(const Params& p, int pair, int page, int rows, float* stored /* [2, D] or null */) {
+  const int d = p.head_size;
+  const T* keys = static_cast<const T*>(p.key_cache) + (size_t(pair) * p.capacity + (size_t(page) << p.page_shift)) * d;
+  T* summary = static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * d;
+  for (int c = threadIdx.x; c < d; c += blockDim.x) {
+    float a, b;
+    if (p.selector == BOUNDS) {
+      a = b = widen(keys[c]);
+#pragma unroll 8
+      for (int r = 1; r < rows; r++) {
+        const float x = widen(keys[size_t(r) * d + c]);
+        a = fminf(a, x), b = fmaxf(b, x);
+      }
+    } else {
+      float sum = 0.f, square = 0.f;
+#pragma unroll 8
+      for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
+      a = sum * (1.f / float(rows));
+#pragma unroll 8
+      for (int r = 0; r < rows; r++) {
+        const float x = widen(keys[size_t(r) * d + c]) - a;
+        square = fmaf(x, x, square);
+      }
+      b = sqrtf(square * (1.f / float(rows)));
+    }
+    T ra, rb;
+    narrow(a, ra), narrow(b, rb);
+    summary[c] = ra, summary[d + c] = rb;
+    if (stored) stored[c] = widen(ra), stored[d + c] = widen(rb);
+  }
+}
+
+// Writes the fed rows from..to (positions) of one KV head into the caches.
+template <class T> DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to) {
+  const int d = p.head_size, pair = b * p.kv_heads + head;
+  T* keys = static_cast<T*>(p.key_cache) + size_t(pair) * p.capacity * d;
+  T* values = static_cast<T*>(p.value_cache) + size_t(pair) * p.capacity * d;
+  for (int i = threadIdx.x; i < (to - from) * d; i += blockDim.x) {
+    const int position = from + i / d, c = i % d, row = s.skipped + position - s.first;
+    T key;
+    narrow(rotated(p, kv_row<T>(p, p.key, b, row, head), c, position), key);
+    keys[size_t(position) * d + c] = key;
+    values[size_t(position) * d + c] = kv_row<T>(p, p.value, b, row, head)[c];
+  }
+}
+
+template <class T, int DP>
+DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int page, bool scored, float* prepared) {
+  const int pair = b * p.kv_heads + head, d = p.head_size;
+  const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len);
+  append<T>(p, s, b, head, max(start, s.first), end);
+  float* stored = prepared + 2 * p.group * DP;
+  if (scored) prepare_queries<T, DP>(p, s, b, head, prepared);
+  __syncthreads();
+  summarize<T>(p, pair, page, end - start, stored);
+  if (!scored) return;
+  __syncthreads();
+  // One warp, so that the group's maximum is taken in one place.
+  if (threadIdx.x >= 32) return;
+  float best = NEG_INF;
+  for (int h = 0; h < p.group; h++) {
+    float x = 0.f, y = 0.f;
+    for (int c = threadIdx.x; c < d; c += 32) {
+      const float spread = p.selector == MOMENTS ? stored[d + c] * stored[d + c] : stored[d + c];
+      x = fmaf(prepared[2 * h * DP + c], stored[c], x);
+      y = fmaf(prepared[2 * h * DP + DP + c], spread, y);
+    }
+    const float score = head_score(p, warp_sum(x), warp_sum(y), page_log_count(p, s, page));
+    best = p.group_score == SOFTMAX ? score : fmaxf(best, score);
+    if (threadIdx.x == 0) store_score(p, pair, h, page, best);
+  }
+}
+
+template <class T, int DP> struct ScorePages {
+  static DEVICE void run(const Params& p, int b, int head, u8* raw) { score_pages_mma<T, DP>(p, b, head, raw); }
+};
+template <int DP> struct ScorePages<F32, DP> {
+  static DEVICE void run(const Params& p, int b, int head, u8* raw) {
+    score_pages_f32<DP>(p, b, head, reinterpret_cast<float*>(raw));
+  }
+};
+
+template <class T, int DP> DEVICE void score_kernel(const Params& p) {
+  extern __shared__ __align__(16) u8 raw[];
+  let_next_start();
+  const int head = blockIdx.y, b = blockIdx.z;
+  if (blockIdx.x < p.score_blocks) return ScorePages<T, DP>::run(p, b, head, raw);
+  const Sequence s = sequence(p, b);
+  if (!s.valid) return;
+  const bool scored = step_is_scored(p, s, b);
+  const int touched = blockIdx.x - p.score_blocks, page = (s.first >> p.page_shift) + touched;
+  const bool there = page <= (s.len - 1) >> p.page_shift;
+  if (there) touch_page<T, DP>(p, s, b, head, page, scored, reinterpret_cast<float*>(raw));
+  if (scored && p.score_parts && threadIdx.x == 0) {
+    const int pair = b * p.kv_heads + head;
+    const bool counts = there && page >= first_candidate(p, s);
+    for (int h = 0; h < p.group; h++) {
+      const float score = counts ? p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] : NEG_INF;
+      p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = {score, counts ? 1.f : 0.f};
+    }
+  }
+}

@@ -1,0 +1,95 @@
+//! Launching kernels that all take one [`Params`].
+
+use std::ffi::c_void;
+use std::ptr;
+
+use cudarc::driver::sys::{
+    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream,
+    cuLaunchKernelEx, cuMemcpyDtoDAsync_v2,
+};
+
+use super::check;
+use super::params::Params;
+use crate::host::{Result, Tensor};
+
+/// A kernel by name.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    pub name: &'static str,
+    pub function: CUfunction,
+    pub threads: u32,
+}
+
+// SAFETY: a function handle is an address that the driver accepts from any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+/// The stream of a call.
+#[derive(Clone, Copy)]
+pub struct Stream {
+    pub raw: CUstream,
+    /// Whether a kernel may start before the one launched before it, one of ours, has ended.
+    pub overlaps: bool,
+}
+
+/// Where a kernel stands in a call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// After everything before it.
+    Alone,
+    /// Right after another of our kernels, whose results it waits for by itself.
+    Chained,
+}
+
+impl Stream {
+    pub fn launch(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 3],
+        shared: usize,
+        order: Order,
+        params: &Params,
+    ) -> Result<()> {
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let chained = order == Order::Chained && self.overlaps;
+        let config = CUlaunchConfig {
+            gridDimX: grid[0] as u32,
+            gridDimY: grid[1] as u32,
+            gridDimZ: grid[2] as u32,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.raw,
+            attrs: &mut attribute,
+            numAttrs: u32::from(chained),
+        };
+        let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: the function takes one Params by value, which the driver copies before it returns; the pointers inside
+        // belong to the running call, which ORT keeps alive on this stream.
+        let result = unsafe { cuLaunchKernelEx(&config, kernel.function, arguments.as_mut_ptr(), ptr::null_mut()) };
+        match result {
+            cudarc::driver::sys::CUresult::CUDA_SUCCESS => Ok(()),
+            e => check(&format!("cuLaunchKernelEx({}, grid {grid:?})", kernel.name), e),
+        }
+    }
+
+    /// Copies a state tensor, unless past and present share their memory.
+    pub fn copy(&self, to: &Tensor, from: &Tensor) -> Result<()> {
+        let (target, source) = (to.address()?, from.address()?);
+        if target == source {
+            return Ok(());
+        }
+        // SAFETY: both are device tensors of one type and shape, alive for the call.
+        check("cuMemcpyDtoDAsync", unsafe {
+            cuMemcpyDtoDAsync_v2(target as u64, source as u64, from.bytes()?, self.raw)
+        })
+    }
+}

@@ -1,0 +1,29 @@
+//! The CUDA execution provider: [`CudaOperator`] launches the kernels of `kernels/` on the session's stream.
+//!
+//! A decoding step is four launches: append and score (`score.cuh`), select (`select.cuh`), attend (`attend.cuh`), merge
+//! (`merge.cuh`). No step waits for the device, copies to the host or allocates outside the provider's arena, so it can be
+//! captured in a CUDA graph. Lengths and budgets are read where the kernels run: a sequence whose `seqlens_k` or
+//! `page_budget` breaks the contract gets NaN outputs and keeps its state, because the host cannot see the numbers.
+//!
+//! Nothing of CUDA is linked: the driver is loaded when the first node is placed on a CUDA device.
+
+mod call;
+mod device;
+mod image;
+mod kernel;
+mod launch;
+mod params;
+mod scratch;
+
+pub use kernel::{CudaElement, CudaKernel, CudaOperator};
+
+use cudarc::driver::sys::CUresult;
+
+use crate::host::{Error, Result};
+
+/// `Ok` for CUDA_SUCCESS; otherwise an error that names the call.
+fn check(call: &str, result: CUresult) -> Result<()> {
+    result
+        .result()
+        .map_err(|e| Error::runtime(format!("{call} failed: {e}")))
+}
