@@ -112,7 +112,7 @@ pub(crate) fn scale_all(values: &mut [f32], by: f32) {
     }
 }
 
-/// e^x in f32 to 2 units in the last place for x <= 0, the range of softmax; 0 below -87.3 and at -inf.
+/// e^x in f32 to 2 units in the last place for x <= 0, the range of softmax; 0 below -87.3 and at -inf, NaN of NaN.
 /// Written without calls or branches so that loops over it vectorise (Cephes' polynomial).
 #[inline(always)]
 pub(crate) fn exp_nonpositive<const FMA: bool>(x: f32) -> f32 {
@@ -121,7 +121,8 @@ pub(crate) fn exp_nonpositive<const FMA: bool>(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
     const LOWEST: f32 = -87.3;
-    let clamped = x.max(LOWEST);
+    // Not `max`, which would turn the NaN of a broken model into a small weight.
+    let clamped = if x < LOWEST { LOWEST } else { x };
     let n = fma::<FMA>(clamped, LOG2_E, ROUND) - ROUND;
     let r = fma::<FMA>(n, -LN2_HIGH, clamped);
     let r = fma::<FMA>(n, -LN2_LOW, r);
@@ -151,6 +152,7 @@ mod tests {
         assert_eq!(exp_nonpositive::<false>(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp_nonpositive::<false>(-1000.0), 0.0);
         assert_eq!(exp_nonpositive::<false>(0.0), 1.0);
+        assert!(exp_nonpositive::<false>(f32::NAN).is_nan());
     }
 
     #[test]

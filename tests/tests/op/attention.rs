@@ -313,3 +313,29 @@ fn dense_nodes_follow_group_query_attention() {
         }
     }
 }
+
+/// A broken model shows, as with dense attention: what a NaN or an infinite key touches is NaN, not some finite number.
+#[test]
+fn broken_keys_are_not_hidden() {
+    for broken in [f32::NAN, f32::INFINITY] {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            let attrs = small();
+            let layer = Layer::new(&attrs, dtype);
+            let mut random = Random::new(5);
+            let mut state = State::new(&attrs, dtype, 1, 60);
+            let prompt = drive::rows(&mut random, &attrs, 40);
+            layer.run(&mut state, &drive::prefill_feed(&prompt, 40), Binding::InPlace);
+            let mut rows = drive::rows(&mut random, &attrs, 1);
+            rows.key.fill(broken);
+            let feed = drive::feed(&rows, 41, 0, None);
+            let owned = layer.inputs(&feed);
+            let inputs: Vec<_> = owned.iter().map(|(name, t)| (*name, t)).collect();
+            let mut result = layer.output(&feed);
+            layer
+                .call_in_place(&inputs, &mut result, &mut state)
+                .expect("the call succeeds");
+            let output = result.read();
+            assert!(output.iter().all(|x| x.is_nan()), "{dtype:?} {broken}: {output:?}");
+        }
+    }
+}

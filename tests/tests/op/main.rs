@@ -3,6 +3,7 @@
 mod attention;
 mod attributes;
 mod batch;
+mod bindings;
 mod drive;
 mod errors;
 mod golden;
