@@ -5,7 +5,9 @@
 
 pub mod batch;
 pub mod commands;
+pub mod device;
 pub mod generate;
+pub mod gpu;
 pub mod interface;
 pub mod measure;
 pub mod model;
@@ -19,6 +21,7 @@ pub mod state;
 pub mod stats;
 pub mod text;
 
+pub use device::Device;
 pub use model::ModelFolder;
 pub use runtime::Runtime;
 pub use session::{Feed, Logits, Model, OpenOptions};
