@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use ort::{
     AsPointer,
     ep::{self, ArenaExtendStrategy, ExecutionProvider},
@@ -18,7 +18,7 @@ use ort::{
     session::{Session, builder::SessionBuilder},
 };
 
-use crate::{gpu::Gpu, runtime::one_line};
+use crate::{arena::check, gpu::Gpu, runtime::one_line};
 
 /// Where to run: `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,20 +145,7 @@ pub struct Placed {
 /// When ONNX Runtime does not say.
 pub fn placement(session: &Session) -> Result<Vec<Placed>> {
     let api = ort::api();
-    let check = |status: ort_sys::OrtStatusPtr| -> Result<()> {
-        if status.0.is_null() {
-            return Ok(());
-        }
-        // SAFETY: a status that is not null is ours; its message lives until it is released, which is done once, here.
-        let message = unsafe {
-            let text = CStr::from_ptr((api.GetErrorMessage)(status.0))
-                .to_string_lossy()
-                .into_owned();
-            (api.ReleaseStatus)(status.0);
-            text
-        };
-        bail!("ONNX Runtime does not say where nodes run: {message}")
-    };
+    let check = |status| check(status).context("ONNX Runtime does not say where nodes run");
     let text = |p: *const c_char| {
         if p.is_null() {
             return String::new();

@@ -154,6 +154,21 @@ impl GpuMemory {
         region.read(offset, to)
     }
 
+    /// Copies inside the memory, between places that do not overlap.
+    pub fn copy_inside(&mut self, to: usize, from: usize, bytes: usize) -> Result<()> {
+        let source = Region {
+            gpu: &self.gpu,
+            address: self.address,
+            bytes: self.bytes,
+            _owner: std::marker::PhantomData,
+        };
+        let mut target = Region {
+            gpu: &self.gpu,
+            ..source
+        };
+        target.copy(to, &source, from, bytes)
+    }
+
     /// Where a byte lies, for ONNX Runtime to make a tensor there.
     pub fn address(&self, offset: usize) -> Result<*mut c_void> {
         ensure!(offset <= self.bytes, "byte {offset} of {}", self.bytes);

@@ -3,6 +3,7 @@
 //! [`Runtime`] finds and loads ONNX Runtime, [`Model`] opens a folder, [`generate`](generate::generate) makes text from a prompt,
 //! and [`Prefilled`](batch::Prefilled) decodes many documents at once. [`commands`] is the program around them.
 
+pub mod arena;
 pub mod batch;
 pub mod commands;
 pub mod device;
