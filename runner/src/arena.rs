@@ -261,6 +261,12 @@ impl Bindings {
     }
 }
 
+/// Runs a session whose outputs are all bound to tensors that the caller has.
+pub(crate) fn run(session: &mut Session, io: &IoBinding, options: &RunOptions<NoSelectedOutputs>) -> Result<()> {
+    // SAFETY: all three are alive; what is bound is alive as long as the state that owns the binding.
+    check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), options.ptr(), io.ptr()) })
+}
+
 /// Binds a tensor as an input of a binding that must not outlive the tensor's block.
 pub(crate) fn bind_input(io: &IoBinding, name: &str, view: &View) -> Result<()> {
     let name = CString::new(name)?;

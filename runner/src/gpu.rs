@@ -156,17 +156,7 @@ impl GpuMemory {
 
     /// Copies inside the memory, between places that do not overlap.
     pub fn copy_inside(&mut self, to: usize, from: usize, bytes: usize) -> Result<()> {
-        let source = Region {
-            gpu: &self.gpu,
-            address: self.address,
-            bytes: self.bytes,
-            _owner: std::marker::PhantomData,
-        };
-        let mut target = Region {
-            gpu: &self.gpu,
-            ..source
-        };
-        target.copy(to, &source, from, bytes)
+        self.region().copy_inside(to, from, bytes)
     }
 
     /// Where a byte lies, for ONNX Runtime to make a tensor there.
@@ -242,6 +232,29 @@ impl Region<'_> {
         // SAFETY: as in `write`.
         unsafe { memset_d8_sync(to, value, bytes) }.map_err(driver("cuMemsetD8"))?;
         self.gpu.synchronize()
+    }
+
+    /// Copies inside the region, between places that do not overlap.
+    pub fn copy_inside(&mut self, to: usize, from: usize, bytes: usize) -> Result<()> {
+        let source = Region {
+            gpu: self.gpu,
+            address: self.address,
+            bytes: self.bytes,
+            _owner: std::marker::PhantomData,
+        };
+        self.copy(to, &source, from, bytes)
+    }
+
+    /// Copies `bytes` of a tensor on the same GPU.
+    pub fn copy_tensor(&mut self, offset: usize, from: &DynTensor, from_offset: usize, bytes: usize) -> Result<()> {
+        self.gpu.check(from)?;
+        let source = Region {
+            gpu: self.gpu,
+            address: from.data_ptr() as u64,
+            bytes: tensor_bytes(from)?,
+            _owner: std::marker::PhantomData,
+        };
+        self.copy(offset, &source, from_offset, bytes)
     }
 
     /// Copies `bytes` from another place of the same GPU; the two must not overlap.

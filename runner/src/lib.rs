@@ -13,6 +13,7 @@ pub mod interface;
 pub mod measure;
 pub mod model;
 pub mod prepare;
+pub mod pretend;
 mod progress;
 pub mod runtime;
 pub mod sampling;
@@ -20,6 +21,7 @@ pub mod score;
 pub mod session;
 pub mod state;
 pub mod stats;
+mod steps;
 pub mod text;
 
 pub use device::Device;
