@@ -115,6 +115,7 @@ fn run(args: &Args) -> Result<()> {
         plugin: find_plugin(args.plugin.as_deref())?,
         device: args.device,
         cuda_graph: args.cuda_graph,
+        fixed_buffers: false,
     };
     // One session a folder: weights are large.
     let mut models: BTreeMap<&PathBuf, Model> = BTreeMap::new();

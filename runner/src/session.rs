@@ -51,6 +51,9 @@ pub struct OpenOptions {
     pub device: Device,
     /// Replay decoding steps of one shape as a CUDA graph.
     pub cuda_graph: bool,
+    /// Feed steps from buffers that stay where they are, as a CUDA graph wants it. On the CPU this gains nothing but the
+    /// knowledge that it works.
+    pub fixed_buffers: bool,
 }
 
 /// A model ready to run. State lives apart from it ([`State`]), so one model serves many sequences.
@@ -130,7 +133,7 @@ impl Model {
             device: options.device,
             gpu,
             left_to_cpu,
-            graphs: options.cuda_graph.then_some(0),
+            graphs: (options.cuda_graph || options.fixed_buffers).then_some(0),
         })
     }
 
@@ -149,6 +152,11 @@ impl Model {
 
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Whether states have buffers that steps are fed from.
+    pub(crate) fn feeds_from_buffers(&self) -> bool {
+        self.gpu.is_some() || self.graphs.is_some()
     }
 
     pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
@@ -260,10 +268,14 @@ impl Model {
             graphs,
             ..
         } = self;
-        if let (Some(gpu), Store::Bound(bound)) = (gpu, state.store_mut()) {
-            let Bound { binding, steps, .. } = &mut **bound;
-            let steps = steps.as_mut().context("a state that was made for the CPU")?;
-            return steps.run(gpu, session, interface, binding, feed, graphs);
+        if let Store::Bound(bound) = state.store_mut()
+            && let Bound {
+                binding,
+                steps: Some(steps),
+                ..
+            } = &mut **bound
+        {
+            return steps.run(gpu.as_ref(), session, interface, binding, feed, graphs);
         }
         let inputs = inputs(interface, batch, longest, feed, true)?;
         match state.store_mut() {
@@ -337,9 +349,11 @@ pub(crate) fn inputs<'a>(
     if interface.retro_length {
         inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
     }
-    if let Some((takes, budgets)) = interface.page_budget.zip(feed.budgets.as_ref()) {
+    if let Some(takes) = interface.page_budget {
+        // Always bound, since a binding remembers: 0 is what the model was converted with.
+        let budgets = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
         let (shape, data) = match takes {
-            Budgets::EachSequence => (budgets.len(), budgets.clone()),
+            Budgets::EachSequence => (budgets.len(), budgets),
             // The longest sequence's: the others of a batch read at most the few pages more that it has.
             Budgets::One => (1, vec![budgets.iter().copied().max().unwrap_or(0)]),
         };
@@ -361,7 +375,7 @@ fn int32<const N: usize>(shape: [usize; N], data: Vec<i32>) -> Result<DynValue> 
 }
 
 /// The last of each sequence's rows of logits `[B, S, V]` (S may be 1 whatever was fed), as f32.
-fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
+pub(crate) fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
     let ValueShape { rows, vocab } = logits_shape(logits, batch)?;
     let mut values = Vec::with_capacity(batch * vocab);
     let newest = |b: usize| {

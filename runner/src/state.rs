@@ -110,8 +110,8 @@ impl State {
                 binding,
                 buffers,
                 steps: model
-                    .gpu()
-                    .map(|gpu| Steps::new(gpu, &model.interface, batch, capacity))
+                    .feeds_from_buffers()
+                    .then(|| Steps::new(model.gpu(), &model.interface, batch, capacity))
                     .transpose()?,
             })),
         })

@@ -1,4 +1,4 @@
-//! What a model on a GPU is fed from: buffers that stay where they are, so that little crosses to the device and a step can be
+//! What a model on a GPU (in tests: on the CPU) is fed from: buffers that stay where they are, so that little crosses to the device and a step can be
 //! captured in a CUDA graph.
 //!
 //! B sequences, S tokens fed, C capacity. In: token ids and, where the graph wants them, positions and budgets. The mask is
@@ -20,7 +20,7 @@ use crate::{
     gpu::Gpu,
     interface::{Budgets, Interface},
     runtime::one_line,
-    session::{Feed, Logits, ValueShape, inputs, logits_shape},
+    session::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
 };
 
 /// Of one state; bound to its binding.
@@ -49,10 +49,10 @@ struct Captured {
 }
 
 impl Steps {
-    pub(crate) fn new(gpu: &Arc<Gpu>, interface: &Interface, batch: usize, capacity: usize) -> Result<Self> {
+    pub(crate) fn new(gpu: Option<&Arc<Gpu>>, interface: &Interface, batch: usize, capacity: usize) -> Result<Self> {
         let ones = (batch == 1 && interface.attention_mask.is_some())
             .then(|| -> Result<Arena> {
-                let arena = Arena::new(Some(gpu), capacity * 8)?;
+                let arena = Arena::new(gpu, capacity * 8)?;
                 arena.write(0, &1i64.to_le_bytes().repeat(capacity))?;
                 Ok(arena)
             })
@@ -68,7 +68,7 @@ impl Steps {
     /// Runs a step or a chunk of a prompt.
     pub(crate) fn run(
         &mut self,
-        gpu: &Arc<Gpu>,
+        gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
         interface: &Interface,
         binding: &mut IoBinding,
@@ -109,7 +109,7 @@ impl Steps {
 
     fn run_once(
         &self,
-        gpu: &Arc<Gpu>,
+        gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
         interface: &Interface,
         binding: &mut IoBinding,
@@ -123,7 +123,7 @@ impl Steps {
     /// Not captured: the logits stay on the GPU but for the newest tokens'.
     fn run_shaped(
         &self,
-        gpu: &Arc<Gpu>,
+        gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
         interface: &Interface,
         binding: &mut IoBinding,
@@ -131,6 +131,7 @@ impl Steps {
         graph_id: Option<&str>,
     ) -> Result<(Logits, ValueShape)> {
         let error = |e: ort::Error| anyhow!("{}", one_line(&e));
+        let device = gpu.map_or(Device::Cpu, |gpu| Device::Cuda(gpu.id()));
         let longest = feed.lengths.iter().copied().max().unwrap_or(0);
         let mask = match (&self.ones, &interface.attention_mask) {
             (Some(ones), Some(name)) => Some((name, ones.tensor(0, TensorElementType::Int64, &[1, longest])?)),
@@ -145,12 +146,15 @@ impl Steps {
         }
         // Bound anew each time: its shape changes with S, and a binding remembers the last output.
         binding
-            .bind_output_to_device(&interface.logits, &Device::Cuda(gpu.id()).memory()?)
+            .bind_output_to_device(&interface.logits, &device.memory()?)
             .map_err(error)?;
         let options = options(graph_id)?;
         let mut outputs = session.run_binding_with_options(binding, &options).map_err(error)?;
         let logits = outputs.remove(&interface.logits).context("the graph gave no logits")?;
         let shape = logits_shape(&logits, self.batch)?;
+        let Some(gpu) = gpu else {
+            return Ok((last_rows(&logits, interface.logits_type, self.batch)?, shape));
+        };
         let tensor = logits.downcast::<DynTensorValueType>().map_err(error)?;
         let size = interface.logits_type.byte_size(1).context("logits of no size")?;
         let mut bytes = vec![0; self.batch * shape.vocab * size];
@@ -196,7 +200,7 @@ fn longs(numbers: impl Iterator<Item = i64>) -> Vec<u8> {
 
 impl Captured {
     fn new(
-        gpu: &Arc<Gpu>,
+        gpu: Option<&Arc<Gpu>>,
         interface: &Interface,
         batch: usize,
         capacity: usize,
@@ -218,7 +222,7 @@ impl Captured {
         let positions_at = take(8 * batch * fed);
         let mask_at = take(8 * batch * capacity);
         let budgets_at = take(4 * batch);
-        let arena = Arena::new(Some(gpu), next)?;
+        let arena = Arena::new(gpu, next)?;
         arena.fill(0, next, 0)?;
         let long = TensorElementType::Int64;
         let mask = interface.attention_mask.is_some();
@@ -249,10 +253,16 @@ impl Captured {
         })
     }
 
-    fn take_shape(&mut self, gpu: &Arc<Gpu>, interface: &Interface, batch: usize, shape: ValueShape) -> Result<()> {
+    fn take_shape(
+        &mut self,
+        gpu: Option<&Arc<Gpu>>,
+        interface: &Interface,
+        batch: usize,
+        shape: ValueShape,
+    ) -> Result<()> {
         let dims = [batch, shape.rows, shape.vocab];
         let size = interface.logits_type.byte_size(dims.iter().product());
-        let arena = Arena::new(Some(gpu), size.context("logits of no size")?)?;
+        let arena = Arena::new(gpu, size.context("logits of no size")?)?;
         self.logits = Some((arena.tensor(0, interface.logits_type, &dims)?, shape));
         Ok(())
     }
@@ -291,7 +301,7 @@ impl Captured {
         }
         if let Some(view) = &self.budgets {
             // 0: as the operator's attributes say.
-            let asked = feed.budgets.clone().unwrap_or_default();
+            let asked = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
             let one = asked.iter().copied().max().unwrap_or(0);
             let numbers = if view.bytes() == 4 { vec![one] } else { asked };
             view.write(0, &numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>())?;

@@ -58,6 +58,7 @@ impl LibraryArgs {
                 plugin,
                 device: self.device,
                 cuda_graph: self.cuda_graph,
+                fixed_buffers: false,
             },
         ))
     }
