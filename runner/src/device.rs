@@ -91,6 +91,9 @@ impl Device {
     /// # Errors
     /// When the provider does not load.
     pub fn provide(self, builder: SessionBuilder, cuda_graph: bool) -> Result<SessionBuilder, String> {
+        let builder = builder
+            .with_config_entry("session.record_ep_graph_assignment_info", "1")
+            .map_err(|e| one_line(&e))?;
         let Self::Cuda(id) = self else { return Ok(builder) };
         let id = i32::try_from(id).map_err(|e| e.to_string())?;
         let provider = ep::CUDA::default()
@@ -100,12 +103,9 @@ impl Device {
             .with_cuda_graph(cuda_graph)
             .build()
             .error_on_failure();
-        let builder = builder
-            .with_execution_providers([provider])
-            .map_err(|e| format!("the CUDA execution provider does not load: {}", one_line(&e)))?;
         builder
-            .with_config_entry("session.record_ep_graph_assignment_info", "1")
-            .map_err(|e| one_line(&e))
+            .with_execution_providers([provider])
+            .map_err(|e| format!("the CUDA execution provider does not load: {}", one_line(&e)))
     }
 }
 

@@ -14,7 +14,7 @@ use cudarc::driver::{
     result::{free_sync, malloc_sync, memcpy_dtod_sync, memcpy_dtoh_sync, memcpy_htod_sync, memset_d8_sync},
     sys::is_culib_present,
 };
-use ort::{memory::AllocationDevice, value::DynTensor};
+use ort::{memory::DeviceType, value::DynTensor};
 
 /// A GPU whose primary context (the one that ONNX Runtime uses) is held.
 #[derive(Debug)]
@@ -108,7 +108,7 @@ impl Gpu {
     fn check(&self, tensor: &DynTensor) -> Result<()> {
         let info = tensor.memory_info();
         ensure!(
-            info.allocation_device() == AllocationDevice::CUDA && info.device_id() as usize == self.id,
+            info.device_type() == DeviceType::GPU && info.device_id() as usize == self.id,
             "the tensor lies on {} {}, not on GPU {}",
             info.allocation_device().as_str(),
             info.device_id(),

@@ -17,7 +17,7 @@ use retro_contract::{graph, limits, metadata};
 
 use crate::{
     Device,
-    device::left_to_cpu,
+    device::{Placed, left_to_cpu, placement},
     gpu::Gpu,
     interface::{Budgets, Interface, Kind},
     model::ModelFolder,
@@ -150,6 +150,14 @@ impl Model {
         Some(format!("{} ({name}): {left}{graphs}", self.device))
     }
 
+    /// Which execution provider runs which node.
+    ///
+    /// # Errors
+    /// When ONNX Runtime does not say.
+    pub fn placement(&self) -> Result<Vec<Placed>> {
+        placement(&self.session)
+    }
+
     pub fn device(&self) -> Device {
         self.device
     }
@@ -272,10 +280,10 @@ impl Model {
             && let Bound {
                 binding,
                 steps: Some(steps),
-                ..
+                buffers,
             } = &mut **bound
         {
-            return steps.run(gpu.as_ref(), session, interface, binding, feed, graphs);
+            return steps.run(gpu.as_ref(), session, interface, binding, buffers, feed, graphs);
         }
         let inputs = inputs(interface, batch, longest, feed, true)?;
         match state.store_mut() {

@@ -31,7 +31,7 @@ pub(crate) enum Store {
 /// Buffers of fixed capacity, each bound as past and as present: updated in place.
 pub(crate) struct Bound {
     pub(crate) binding: IoBinding,
-    buffers: Vec<Buffer>,
+    pub(crate) buffers: Vec<Buffer>,
     /// What steps on a GPU are fed from.
     pub(crate) steps: Option<Steps>,
 }
@@ -261,10 +261,7 @@ impl State {
         );
         for (buffer, bytes) in bound.buffers.iter_mut().zip(&snapshot.0) {
             ensure!(buffer.bytes == bytes.len(), "the snapshot is of another capacity");
-            match buffer.gpu.clone() {
-                Some(gpu) => gpu.tensor(&mut buffer.tensor)?.write(0, bytes)?,
-                None => buffer.bytes_mut().copy_from_slice(bytes),
-            }
+            buffer.load(bytes)?;
         }
         Ok(())
     }
@@ -345,7 +342,27 @@ impl Buffer {
         Ok(())
     }
 
-    fn to_vec(&self) -> Result<Vec<u8>> {
+    /// Part of what a step reads and replaces, so that doing it twice is not doing it once. (Keys, values and page summaries
+    /// of the tokens fed are written from scratch.)
+    pub(crate) fn is_memory_of_steps(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::Retro(graph::State::PageSteps | graph::State::Outputs | graph::State::Lse)
+        )
+    }
+
+    /// Replaces the contents by as many bytes.
+    pub(crate) fn load(&mut self, bytes: &[u8]) -> Result<()> {
+        match self.gpu.clone() {
+            Some(gpu) => gpu.tensor(&mut self.tensor)?.write(0, bytes),
+            None => {
+                self.bytes_mut().copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn to_vec(&self) -> Result<Vec<u8>> {
         let Some(gpu) = &self.gpu else {
             return Ok(self.bytes().to_vec());
         };

@@ -27,7 +27,7 @@ fn fixed_buffers_change_nothing() {
     let prompt = |length: u32, seed: u32| (0..length).map(|i| 3 + (i * seed) % 90).collect::<Vec<u32>>();
     for (folder, windows) in [(&source, &[1][..]), (&target, &[1, 2, 4])] {
         for prompts in [
-            vec![prompt(90, 7)],
+            vec![prompt(900, 7)],
             vec![prompt(70, 11), prompt(33, 5), prompt(120, 13)],
         ] {
             let texts = [false, true].map(|fixed_buffers| {
@@ -39,7 +39,18 @@ fn fixed_buffers_change_nothing() {
                 };
                 let mut model = Model::open(&runtime, folder, &options).unwrap();
                 model.folder.eos.clear();
-                let mut ready = Prefilled::new(&mut model, prompts.clone(), 160, 64, |_| ()).unwrap();
+                let layers = model.interface.layers();
+                let op = if model.retro.is_some() {
+                    "RetroAttention"
+                } else {
+                    "GroupQueryAttention"
+                };
+                let placed = model.placement().unwrap();
+                let attention = placed
+                    .iter()
+                    .filter(|n| n.op_type == op && n.provider == "CPUExecutionProvider");
+                assert_eq!(attention.count(), layers, "{placed:?}");
+                let mut ready = Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| ()).unwrap();
                 // The second time from the same prompts: what the mask shows must shrink again.
                 let mut decode = |window: usize, budget| {
                     let policy = Policy::new(&model, Some(window), budget).unwrap();
