@@ -47,7 +47,7 @@ impl Prefilled {
         } else {
             let mut single = model.new_state(1, capacity)?;
             for (row, prompt) in prompts.iter().enumerate() {
-                single.clear();
+                single.clear()?;
                 let start = Instant::now();
                 let logits = prefill(model, &mut single, prompt, chunk, &mut progress)?;
                 time += start.elapsed();
@@ -56,7 +56,7 @@ impl Prefilled {
                 first.values.extend(logits.values);
             }
         }
-        let snapshot = model.fixed_capacity.then(|| state.snapshot());
+        let snapshot = model.fixed_capacity.then(|| state.snapshot()).transpose()?;
         Ok(Self {
             prompts,
             state,

@@ -129,7 +129,7 @@ pub fn prefill(
                 ids,
                 lengths: vec![done],
                 retro_length: -1,
-                budgets: None,
+                ..Feed::default()
             },
         )?;
         progress(part.len());
@@ -191,6 +191,11 @@ impl<'a> Decoder<'a> {
             measured,
             time: Duration::ZERO,
         })
+    }
+
+    /// Does not look at which pages steps read.
+    pub fn measure_nothing(&mut self) {
+        self.measured.clear();
     }
 
     /// Appends the token chosen for a sequence.
@@ -259,6 +264,7 @@ impl<'a> Decoder<'a> {
                 lengths,
                 retro_length: r as i32,
                 budgets,
+                steady: r + 1 == self.policy.window,
             },
         )?;
         self.time += start.elapsed();
@@ -359,7 +365,12 @@ pub fn generate(
     })?;
     let prompt_time = start.elapsed();
     let mut sampler = Sampler::new(options.sampling);
+    // On a GPU, looking at which pages were read would cost as much as reading them.
+    let measure = model.gpu().is_none();
     let mut decoder = Decoder::new(model, &mut state, &[prompt], options.policy)?;
+    if !measure {
+        decoder.measure_nothing();
+    }
     let mut detokenizer = Detokenizer::after(prompt);
     let mut filter = StopFilter::new(&options.stops);
     let mut out = String::new();

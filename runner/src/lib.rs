@@ -3,13 +3,17 @@
 //! [`Runtime`] finds and loads ONNX Runtime, [`Model`] opens a folder, [`generate`](generate::generate) makes text from a prompt,
 //! and [`Prefilled`](batch::Prefilled) decodes many documents at once. [`commands`] is the program around them.
 
+pub mod arena;
 pub mod batch;
 pub mod commands;
+pub mod device;
 pub mod generate;
+pub mod gpu;
 pub mod interface;
 pub mod measure;
 pub mod model;
 pub mod prepare;
+pub mod pretend;
 mod progress;
 pub mod runtime;
 pub mod sampling;
@@ -17,8 +21,10 @@ pub mod score;
 pub mod session;
 pub mod state;
 pub mod stats;
+mod steps;
 pub mod text;
 
+pub use device::Device;
 pub use model::ModelFolder;
 pub use runtime::Runtime;
 pub use session::{Feed, Logits, Model, OpenOptions};

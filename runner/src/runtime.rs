@@ -8,6 +8,8 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ort::{environment::Environment, logging::LogLevel};
 
+use crate::device::{self, Device};
+
 /// File name of the plugin.
 pub const PLUGIN: &str = "libretro_attention.so";
 /// Names a library for the whole shell session.
@@ -29,7 +31,18 @@ impl Runtime {
     /// # Errors
     /// When none is found, the file is no ONNX Runtime, it is older than 1.24, or one was loaded already.
     pub fn load(explicit: Option<&Path>) -> Result<Self> {
+        Self::load_for(Device::Cpu, explicit)
+    }
+
+    /// As [`Self::load`], with the libraries that a device needs.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_for(device: Device, explicit: Option<&Path>) -> Result<Self> {
         let path = find_runtime(explicit)?;
+        if device != Device::Cpu {
+            device::preload_libraries(&path);
+        }
         let builder = ort::init_from(&path).map_err(|e| {
             let hint = "give --ort PATH/libonnxruntime.so or set ORT_DYLIB_PATH (`make demo` fetches one into .cache/onnxruntime)";
             anyhow!("cannot use ONNX Runtime {}: {}; {hint}", path.display(), one_line(&e))
@@ -44,7 +57,7 @@ impl Runtime {
         Ok(Self { environment, path })
     }
 
-    pub(crate) fn environment(&self) -> &Environment {
+    pub fn environment(&self) -> &Environment {
         &self.environment
     }
 }

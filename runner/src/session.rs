@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -15,6 +16,9 @@ use ort::{
 use retro_contract::{graph, limits, metadata};
 
 use crate::{
+    Device,
+    device::{Placed, left_to_cpu, placement},
+    gpu::Gpu,
     interface::{Budgets, Interface, Kind},
     model::ModelFolder,
     runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
@@ -44,6 +48,12 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// The plugin's file. Only models that were converted load it.
     pub plugin: Option<PathBuf>,
+    pub device: Device,
+    /// Replay decoding steps of one shape as a CUDA graph.
+    pub cuda_graph: bool,
+    /// Feed steps from buffers that stay where they are, as a CUDA graph wants it. On the CPU this gains nothing but the
+    /// knowledge that it works.
+    pub fixed_buffers: bool,
 }
 
 /// A model ready to run. State lives apart from it ([`State`]), so one model serves many sequences.
@@ -54,6 +64,12 @@ pub struct Model {
     pub retro: Option<Retro>,
     /// Caches have a fixed capacity and are updated in place; otherwise every step's outputs are the next one's inputs.
     pub fixed_capacity: bool,
+    device: Device,
+    gpu: Option<Arc<Gpu>>,
+    /// What a GPU leaves to the CPU, in words.
+    left_to_cpu: Option<String>,
+    /// Number of the last CUDA graph; `None`: none are made.
+    graphs: Option<usize>,
 }
 
 /// The tokens of one step.
@@ -67,6 +83,8 @@ pub struct Feed {
     pub retro_length: i32,
     /// Pages per KV head of each sequence; `None`: as converted.
     pub budgets: Option<Vec<i32>>,
+    /// A decoding step like those to come: as many tokens, as many of them retrospective. Such steps share a CUDA graph.
+    pub steady: bool,
 }
 
 /// Scores of the next token: B rows of `vocab`.
@@ -90,8 +108,18 @@ impl Model {
     /// When the folder is incomplete, ONNX Runtime refuses the graph, or the plugin is needed and missing.
     pub fn open(runtime: &Runtime, path: &Path, options: &OpenOptions) -> Result<Self> {
         let folder = ModelFolder::open(path)?;
+        let gpu = options.device.gpu()?;
+        ensure!(
+            gpu.is_some() || !options.cuda_graph,
+            "--cuda-graph needs a GPU: give --device cuda"
+        );
         let session =
             open_session(runtime, &folder.graph, options).map_err(|text| load_error(&folder.graph, options, &text))?;
+        let left_to_cpu = match &gpu {
+            Some(_) => left_to_cpu(&session)
+                .with_context(|| format!("cannot run {} on {}", folder.graph.display(), options.device))?,
+            None => None,
+        };
         let retro = retro_metadata(&session)?;
         let interface =
             Interface::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
@@ -102,7 +130,45 @@ impl Model {
             interface,
             retro,
             fixed_capacity,
+            device: options.device,
+            gpu,
+            left_to_cpu,
+            graphs: (options.cuda_graph || options.fixed_buffers).then_some(0),
         })
+    }
+
+    /// One line for people: the GPU, and what does not run there. `None` on the CPU.
+    pub fn device_line(&self) -> Option<String> {
+        let gpu = self.gpu.as_ref()?;
+        let name = gpu.describe().map_or_else(|_| "unknown".to_owned(), |(name, _)| name);
+        let left = self.left_to_cpu.as_deref().unwrap_or("all nodes run there");
+        let graphs = if self.graphs.is_some() {
+            "; decoding steps as a CUDA graph"
+        } else {
+            ""
+        };
+        Some(format!("{} ({name}): {left}{graphs}", self.device))
+    }
+
+    /// Which execution provider runs which node.
+    ///
+    /// # Errors
+    /// When ONNX Runtime does not say.
+    pub fn placement(&self) -> Result<Vec<Placed>> {
+        placement(&self.session)
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Whether states have buffers that steps are fed from.
+    pub(crate) fn feeds_from_buffers(&self) -> bool {
+        self.gpu.is_some() || self.graphs.is_some()
+    }
+
+    pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.gpu.as_ref()
     }
 
     /// One line for people: whether and how the plugin works in this model.
@@ -203,8 +269,23 @@ impl Model {
             state.capacity()
         );
 
-        let Self { session, interface, .. } = self;
-        let inputs = inputs(interface, batch, longest, feed)?;
+        let Self {
+            session,
+            interface,
+            gpu,
+            graphs,
+            ..
+        } = self;
+        if let Store::Bound(bound) = state.store_mut()
+            && let Bound {
+                binding,
+                steps: Some(steps),
+                buffers,
+            } = &mut **bound
+        {
+            return steps.run(gpu.as_ref(), session, interface, binding, buffers, feed, graphs);
+        }
+        let inputs = inputs(interface, batch, longest, feed, true)?;
         match state.store_mut() {
             Store::Bound(bound) => {
                 let Bound { binding, .. } = &mut **bound;
@@ -252,11 +333,17 @@ impl Model {
     }
 }
 
-/// The inputs other than caches and state.
-fn inputs<'a>(interface: &'a Interface, batch: usize, longest: usize, feed: &Feed) -> Result<Vec<(&'a str, DynValue)>> {
+/// The inputs other than caches and state, with the mask or without.
+pub(crate) fn inputs<'a>(
+    interface: &'a Interface,
+    batch: usize,
+    longest: usize,
+    feed: &Feed,
+    mask: bool,
+) -> Result<Vec<(&'a str, DynValue)>> {
     let fed = feed.ids.len() / batch;
     let mut inputs = vec![(interface.input_ids.as_str(), int64([batch, fed], feed.ids.clone())?)];
-    if let Some(name) = &interface.attention_mask {
+    if let Some(name) = interface.attention_mask.as_ref().filter(|_| mask) {
         let row = |&n: &usize| (0..longest).map(move |i| i64::from(i < n));
         inputs.push((
             name,
@@ -270,9 +357,11 @@ fn inputs<'a>(interface: &'a Interface, batch: usize, longest: usize, feed: &Fee
     if interface.retro_length {
         inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
     }
-    if let Some((takes, budgets)) = interface.page_budget.zip(feed.budgets.as_ref()) {
+    if let Some(takes) = interface.page_budget {
+        // Always bound, since a binding remembers: 0 is what the model was converted with.
+        let budgets = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
         let (shape, data) = match takes {
-            Budgets::EachSequence => (budgets.len(), budgets.clone()),
+            Budgets::EachSequence => (budgets.len(), budgets),
             // The longest sequence's: the others of a batch read at most the few pages more that it has.
             Budgets::One => (1, vec![budgets.iter().copied().max().unwrap_or(0)]),
         };
@@ -294,7 +383,7 @@ fn int32<const N: usize>(shape: [usize; N], data: Vec<i32>) -> Result<DynValue> 
 }
 
 /// The last of each sequence's rows of logits `[B, S, V]` (S may be 1 whatever was fed), as f32.
-fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
+pub(crate) fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
     let ValueShape { rows, vocab } = logits_shape(logits, batch)?;
     let mut values = Vec::with_capacity(batch * vocab);
     let newest = |b: usize| {
@@ -326,12 +415,12 @@ fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Res
     Ok(Logits { values, vocab })
 }
 
-struct ValueShape {
-    rows: usize,
-    vocab: usize,
+pub(crate) struct ValueShape {
+    pub(crate) rows: usize,
+    pub(crate) vocab: usize,
 }
 
-fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape> {
+pub(crate) fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape> {
     let shape: Vec<usize> = logits
         .dtype()
         .tensor_shape()
@@ -359,6 +448,7 @@ fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> std::
     }
     // Every step has another shape: remembering memory patterns for each would only cost.
     let mut builder: SessionBuilder = builder.with_memory_pattern(false).map_err(|e| text(&e))?;
+    builder = options.device.provide(builder, options.cuda_graph)?;
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(|e| text(&e))?;
     }
@@ -382,6 +472,11 @@ fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> anyhow::Error 
     if wants_plugin && options.plugin.is_none() {
         anyhow!(
             "{} was converted and needs the plugin {PLUGIN}, which is not beside this program: build it with `cargo build --release`, or name it with --plugin or {PLUGIN_VARIABLE}",
+            graph.display()
+        )
+    } else if options.cuda_graph && text.contains("graph capture") {
+        anyhow!(
+            "--cuda-graph: the graph {} has nodes that only the CPU runs between nodes of the GPU, so its steps cannot be captured; leave --cuda-graph out ({text})",
             graph.display()
         )
     } else {

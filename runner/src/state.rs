@@ -2,15 +2,16 @@
 //!
 //! B batch, C capacity in tokens, P pages. Every buffer's first dimension is B, so a sequence is one contiguous run of each.
 
+use std::{borrow::Cow, sync::Arc};
+
 use anyhow::{Context, Result, anyhow, ensure};
 use ort::{
-    memory::Allocator,
     session::IoBinding,
     value::{DynTensor, DynValue},
 };
 use retro_contract::graph;
 
-use crate::{interface::Kind, runtime::one_line, session::Model};
+use crate::{gpu::Gpu, interface::Kind, pretend, runtime::one_line, session::Model, steps::Steps};
 
 /// State of a batch. It belongs to the model that made it.
 pub struct State {
@@ -30,13 +31,17 @@ pub(crate) enum Store {
 /// Buffers of fixed capacity, each bound as past and as present: updated in place.
 pub(crate) struct Bound {
     pub(crate) binding: IoBinding,
-    buffers: Vec<Buffer>,
+    pub(crate) buffers: Vec<Buffer>,
+    /// What steps on a GPU are fed from.
+    pub(crate) steps: Option<Steps>,
 }
 
 pub(crate) struct Buffer {
     tensor: DynTensor,
     kind: Kind,
     bytes: usize,
+    /// Where the tensor lies, if not on the host.
+    gpu: Option<Arc<Gpu>>,
 }
 
 /// A copy of a state's contents, to go back to.
@@ -45,9 +50,13 @@ pub struct Snapshot(Vec<Vec<u8>>);
 impl State {
     pub(crate) fn new(model: &Model, batch: usize, capacity: usize) -> Result<Self> {
         let slots = &model.interface.slots;
-        let allocator = Allocator::default();
+        let allocator = model.device().allocator(model.session())?;
         let pages = model.pages(capacity);
         if !model.fixed_capacity {
+            ensure!(
+                model.gpu().is_none(),
+                "this model's caches grow with every step, which on a GPU would copy them every time: set past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or use --device cpu"
+            );
             let empty = |slot: &crate::interface::Slot| -> Result<DynValue> {
                 let tensor = DynTensor::new(&allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
                 Ok(tensor.map_err(|e| anyhow!("{}", one_line(&e)))?.into_dyn())
@@ -69,7 +78,7 @@ impl State {
             let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
             let bytes = elements.and_then(|n| slot.element.byte_size(n));
             let bytes = bytes.with_context(|| format!("the buffer {} of shape {shape:?} is too large", slot.past))?;
-            // `new` zeroes the memory.
+            // `new` zeroes the memory of the host, and only that.
             let mut tensor = DynTensor::new(&allocator, slot.element, dims(&shape)).map_err(|e| {
                 anyhow!(
                     "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
@@ -87,16 +96,24 @@ impl State {
                 tensor,
                 kind: slot.kind,
                 bytes,
+                gpu: model.gpu().cloned(),
             };
-            if buffer.counts_from_minus_one() {
-                buffer.clear();
+            if buffer.counts_from_minus_one() || buffer.gpu.is_some() {
+                buffer.clear()?;
             }
             buffers.push(buffer);
         }
         Ok(Self {
             batch,
             capacity,
-            store: Store::Bound(Box::new(Bound { binding, buffers })),
+            store: Store::Bound(Box::new(Bound {
+                binding,
+                buffers,
+                steps: model
+                    .feeds_from_buffers()
+                    .then(|| Steps::new(model.gpu(), &model.interface, batch, capacity))
+                    .transpose()?,
+            })),
         })
     }
 
@@ -121,11 +138,14 @@ impl State {
     }
 
     /// Forgets everything: zeros, and no page ever loaded.
-    pub fn clear(&mut self) {
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn clear(&mut self) -> Result<()> {
         match &mut self.store {
-            Store::Bound(bound) => bound.buffers.iter_mut().for_each(Buffer::clear),
+            Store::Bound(bound) => bound.buffers.iter_mut().try_for_each(Buffer::clear),
             // A growing cache is emptied by dropping the state and making another.
-            Store::Growing { .. } => {}
+            Store::Growing { .. } => Ok(()),
         }
     }
 
@@ -170,6 +190,11 @@ impl State {
         for (to, from) in bound.buffers.iter_mut().zip(from.buffers()) {
             let size = to.bytes / batch;
             ensure!(size == from.bytes / from_batch, "the states differ in capacity");
+            if let Some(gpu) = to.gpu.clone() {
+                gpu.tensor(&mut to.tensor)?
+                    .copy_tensor(row * size, &from.tensor, from_row * size, size)?;
+                continue;
+            }
             let source = from.bytes().get(from_row * size..(from_row + 1) * size);
             let target = to.bytes_mut().get_mut(row * size..(row + 1) * size);
             let (target, source) = target.zip(source).context("a state buffer is too short")?;
@@ -179,8 +204,47 @@ impl State {
     }
 
     /// A copy of everything, for [`Self::restore`].
-    pub fn snapshot(&self) -> Snapshot {
-        Snapshot(self.buffers().iter().map(|b| b.bytes().to_vec()).collect())
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let copies = self.buffers().iter().map(Buffer::to_vec);
+        copies.collect::<Result<_>>().map(Snapshot)
+    }
+
+    /// Pretends that every sequence has read `depth` tokens: random keys, values and page summaries like those of such keys,
+    /// no page loaded since. For measuring: what is generated from it means nothing.
+    ///
+    /// # Errors
+    /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
+    pub fn pretend(&mut self, depth: usize, moments: bool) -> Result<()> {
+        ensure!(
+            (1..=self.capacity).contains(&depth),
+            "{depth} tokens do not fit a cache of {}",
+            self.capacity
+        );
+        let Store::Bound(bound) = &mut self.store else {
+            return Err(anyhow!("growing caches cannot be filled"));
+        };
+        for buffer in &mut bound.buffers {
+            let element = *buffer.tensor.data_type();
+            let width = buffer
+                .tensor
+                .shape()
+                .last()
+                .map_or(1, |&d| usize::try_from(d).unwrap_or(1));
+            match buffer.kind {
+                Kind::Cache => buffer.tile(&pretend::keys(element)?)?,
+                Kind::Retro(graph::State::PageSummary) => buffer.tile(&pretend::summaries(element, width, moments)?)?,
+                Kind::Retro(graph::State::PageSteps) => {
+                    let newest = i32::try_from(depth)? - 1;
+                    buffer.tile(&newest.to_le_bytes().repeat(1024))?;
+                }
+                // Outputs and log-sum-exps of 0 are as good as any.
+                Kind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
+            }
+        }
+        Ok(())
     }
 
     /// Goes back to a snapshot of this state.
@@ -197,19 +261,28 @@ impl State {
         );
         for (buffer, bytes) in bound.buffers.iter_mut().zip(&snapshot.0) {
             ensure!(buffer.bytes == bytes.len(), "the snapshot is of another capacity");
-            buffer.bytes_mut().copy_from_slice(bytes);
+            buffer.load(bytes)?;
         }
         Ok(())
     }
 
     /// Page steps `[B, Hkv, P]` of a slot, with their shape; `None` if the slot holds something else.
-    pub(crate) fn page_steps(&self, slot: usize) -> Option<(&[i32], [usize; 3])> {
+    pub(crate) fn page_steps(&self, slot: usize) -> Option<(Cow<'_, [i32]>, [usize; 3])> {
         let buffer = self
             .buffers()
             .get(slot)
             .filter(|b| b.kind == Kind::Retro(graph::State::PageSteps))?;
-        let (shape, data) = buffer.tensor.try_extract_tensor::<i32>().ok()?;
-        let &[b, heads, pages] = &shape[..] else { return None };
+        let &[b, heads, pages] = &buffer.tensor.shape()[..] else {
+            return None;
+        };
+        let data = match &buffer.gpu {
+            Some(_) => {
+                let bytes = buffer.to_vec().ok()?;
+                let steps = bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b));
+                Cow::Owned(steps.collect())
+            }
+            None => Cow::Borrowed(buffer.tensor.try_extract_tensor::<i32>().ok()?.1),
+        };
         Some((
             data,
             [
@@ -231,14 +304,76 @@ impl Buffer {
         self.kind == Kind::Retro(graph::State::PageSteps)
     }
 
-    fn clear(&mut self) {
+    fn clear(&mut self) -> Result<()> {
         // All bits set is the int32 -1.
         let value = if self.counts_from_minus_one() { 0xff } else { 0 };
-        self.bytes_mut().fill(value);
+        match self.gpu.clone() {
+            Some(gpu) => gpu.tensor(&mut self.tensor)?.fill(0, self.bytes, value),
+            None => {
+                self.bytes_mut().fill(value);
+                Ok(())
+            }
+        }
     }
 
+    /// Repeats a pattern over the whole buffer.
+    fn tile(&mut self, pattern: &[u8]) -> Result<()> {
+        let total = self.bytes;
+        let first = pattern.get(..total.min(pattern.len())).unwrap_or(&[]);
+        ensure!(total == 0 || !first.is_empty(), "a pattern of nothing");
+        match self.gpu.clone() {
+            Some(gpu) => {
+                let mut region = gpu.tensor(&mut self.tensor)?;
+                region.write(0, first)?;
+                let mut done = first.len();
+                while done < total {
+                    // A whole number of patterns, more of them each time.
+                    let count = done.min(total - done);
+                    region.copy_inside(done, 0, count)?;
+                    done += count;
+                }
+            }
+            None => {
+                for part in self.bytes_mut().chunks_mut(first.len().max(1)) {
+                    part.copy_from_slice(first.get(..part.len()).unwrap_or(&[]));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Part of what a step reads and replaces, so that doing it twice is not doing it once. (Keys, values and page summaries
+    /// of the tokens fed are written from scratch.)
+    pub(crate) fn is_memory_of_steps(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::Retro(graph::State::PageSteps | graph::State::Outputs | graph::State::Lse)
+        )
+    }
+
+    /// Replaces the contents by as many bytes.
+    pub(crate) fn load(&mut self, bytes: &[u8]) -> Result<()> {
+        match self.gpu.clone() {
+            Some(gpu) => gpu.tensor(&mut self.tensor)?.write(0, bytes),
+            None => {
+                self.bytes_mut().copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn to_vec(&self) -> Result<Vec<u8>> {
+        let Some(gpu) = &self.gpu else {
+            return Ok(self.bytes().to_vec());
+        };
+        let mut bytes = vec![0; self.bytes];
+        gpu.read_tensor(&self.tensor, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Of a buffer on the host.
     fn bytes(&self) -> &[u8] {
-        if self.bytes == 0 {
+        if self.bytes == 0 || self.gpu.is_some() {
             return &[];
         }
         // SAFETY: the tensor owns `bytes` initialised bytes of CPU memory for as long as it lives, and nothing writes them
@@ -246,8 +381,9 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast::<u8>(), self.bytes) }
     }
 
+    /// Of a buffer on the host.
     fn bytes_mut(&mut self) -> &mut [u8] {
-        if self.bytes == 0 {
+        if self.bytes == 0 || self.gpu.is_some() {
             return &mut [];
         }
         // SAFETY: as in `bytes`; the borrow is exclusive, and the binding's own handle on the tensor only reads or writes

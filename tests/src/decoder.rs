@@ -2,10 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use ort::{
-    session::Session,
-    value::{TensorElementType, ValueType},
-};
+use ort::value::{TensorElementType, ValueType};
 use retro_contract::{graph, pages_for};
 use serde_json::Value;
 
@@ -15,7 +12,7 @@ use crate::{
 };
 
 pub struct Decoder {
-    session: Session,
+    session: host::Opened,
     /// Past and present names with their one buffer.
     state: Vec<(String, String, Tens)>,
     has_position_ids: bool,
@@ -35,6 +32,10 @@ fn dtype(value: &ValueType) -> Dtype {
             ty: TensorElementType::Float16,
             ..
         } => Dtype::F16,
+        ValueType::Tensor {
+            ty: TensorElementType::Bfloat16,
+            ..
+        } => Dtype::Bf16,
         ValueType::Tensor {
             ty: TensorElementType::Int32,
             ..

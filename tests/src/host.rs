@@ -1,20 +1,37 @@
-//! A real ONNX Runtime: sessions with the plugin loaded, runs through bound buffers.
+//! A real ONNX Runtime: sessions with the plugin loaded, runs through bound buffers, on the CPU or on a GPU.
+//!
+//! `RETRO_TEST_DEVICE=cuda` (or `cuda:N`) runs the tests on the CUDA execution provider. Tests keep their tensors on the host;
+//! a run on a GPU copies them there, runs, and copies back what may have been written ([`crate::mirror`]).
 
-use std::{ffi::CStr, path::Path, ptr, sync::OnceLock};
+use std::{
+    env,
+    ffi::CStr,
+    ops::Deref,
+    path::Path,
+    ptr,
+    sync::{Arc, OnceLock},
+};
 
 use ort::{
     AsPointer,
     environment::Environment,
     session::{IoBinding, Session, builder::SessionBuilder},
 };
+use retro_run::{Device, device, gpu::Gpu};
 
-use crate::{paths, tensor::Tens};
+use crate::{
+    mirror, paths,
+    tensor::{Dtype, Tens},
+};
 
 /// The process's environment; the first call loads ONNX Runtime.
 pub fn environment() -> &'static Environment {
     static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
     ENVIRONMENT.get_or_init(|| {
         let library = paths::onnxruntime();
+        if device() != Device::Cpu {
+            device::preload_libraries(&library);
+        }
         ort::init_from(&library)
             .map(|builder| builder.with_name("retro-tests").build())
             .unwrap_or_else(|e| panic!("{} does not load: {e}", library.display()))
@@ -22,9 +39,57 @@ pub fn environment() -> &'static Environment {
     })
 }
 
-fn builder(plugin: bool) -> Result<SessionBuilder, String> {
+/// Where the tests run: `$RETRO_TEST_DEVICE`, else the CPU.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    *DEVICE.get_or_init(|| match env::var("RETRO_TEST_DEVICE") {
+        Ok(text) => text.parse().unwrap_or_else(|e| panic!("RETRO_TEST_DEVICE: {e}")),
+        Err(_) => Device::Cpu,
+    })
+}
+
+pub fn on_gpu() -> bool {
+    device() != Device::Cpu
+}
+
+fn gpu() -> &'static Arc<Gpu> {
+    static GPU: OnceLock<Arc<Gpu>> = OnceLock::new();
+    GPU.get_or_init(|| {
+        environment();
+        let gpu = device()
+            .gpu()
+            .unwrap_or_else(|e| panic!("RETRO_TEST_DEVICE={}: {e}", device()));
+        gpu.expect("a GPU was asked for")
+    })
+}
+
+/// The element types that the operator has on the device under test.
+pub fn dtypes() -> &'static [Dtype] {
+    if on_gpu() {
+        &[Dtype::F32, Dtype::F16, Dtype::Bf16]
+    } else {
+        &[Dtype::F32, Dtype::F16]
+    }
+}
+
+/// A session and where it runs.
+pub struct Opened {
+    session: Session,
+    gpu: Option<&'static Arc<Gpu>>,
+}
+
+impl Deref for Opened {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        &self.session
+    }
+}
+
+fn builder(plugin: bool, device: Device) -> Result<SessionBuilder, String> {
     let builder = Session::builder(environment()).map_err(|e| e.to_string())?;
     let builder = builder.with_intra_threads(2).map_err(|e| e.to_string())?;
+    let builder = device.provide(builder, false)?;
     if plugin {
         builder
             .with_operator_library(paths::plugin())
@@ -34,28 +99,59 @@ fn builder(plugin: bool) -> Result<SessionBuilder, String> {
     }
 }
 
-/// A session on a model in memory, with the plugin.
-pub fn open(model: &[u8]) -> Result<Session, String> {
-    let _one = one_at_a_time();
-    builder(true)?.commit_from_memory(model).map_err(|e| e.to_string())
+fn on(device: Device) -> Option<&'static Arc<Gpu>> {
+    (device != Device::Cpu).then(gpu)
 }
 
-/// A session on a model file, with the plugin or without.
-pub fn open_file(model: &Path, plugin: bool) -> Result<Session, String> {
+/// A session on a model in memory, with the plugin. On a GPU no node may fall back to the CPU.
+pub fn open(model: &[u8]) -> Result<Opened, String> {
+    let gpu = on(device());
     let _one = one_at_a_time();
-    builder(plugin)?.commit_from_file(model).map_err(|e| e.to_string())
+    let mut builder = builder(true, device())?;
+    if gpu.is_some() {
+        builder = builder.with_disable_cpu_fallback().map_err(|e| e.to_string())?;
+    }
+    let session = builder.commit_from_memory(model).map_err(|e| e.to_string())?;
+    Ok(Opened { session, gpu })
+}
+
+/// A session on the CPU, whatever the device under test: ONNX Runtime's own operators to compare with.
+pub fn open_on_cpu(model: &[u8]) -> Result<Opened, String> {
+    let _one = one_at_a_time();
+    let session = builder(true, Device::Cpu)?
+        .commit_from_memory(model)
+        .map_err(|e| e.to_string())?;
+    Ok(Opened { session, gpu: None })
+}
+
+/// A session on a model file. A converted one has the plugin and runs on the device under test, where attention and matrix
+/// products must not fall back to the CPU; an original, there to compare with, runs on the CPU.
+pub fn open_file(model: &Path, converted: bool) -> Result<Opened, String> {
+    let device = if converted { device() } else { Device::Cpu };
+    let gpu = on(device);
+    let _one = one_at_a_time();
+    let session = builder(converted, device)?
+        .commit_from_file(model)
+        .map_err(|e| e.to_string())?;
+    if gpu.is_some() {
+        device::left_to_cpu(&session).map_err(|e| format!("{}: {e}", model.display()))?;
+    }
+    Ok(Opened { session, gpu })
 }
 
 /// Runs with inputs and outputs bound to the caller's buffers. A buffer of `in_place` is bound as both.
 ///
 /// `ort` runs a session through `&mut`; ONNX Runtime itself lets many threads run one, and so must the plugin.
 pub fn run(
-    session: &Session,
+    opened: &Opened,
     inputs: &[(&str, &Tens)],
     outputs: &mut [(&str, &mut Tens)],
     in_place: &mut [(&str, &str, &mut Tens)],
 ) -> Result<(), String> {
-    let mut binding = session.create_binding().map_err(|e| e.to_string())?;
+    if let Some(gpu) = opened.gpu {
+        return mirror::run(opened, gpu, inputs, outputs, in_place);
+    }
+    let mut binding = opened.create_binding().map_err(|e| e.to_string())?;
     for (name, tensor) in inputs {
         binding.bind_input(*name, tensor.value()).map_err(|e| e.to_string())?;
     }
@@ -70,17 +166,21 @@ pub fn run(
             .bind_output(*present, tensor.value_mut())
             .map_err(|e| e.to_string())?;
     }
-    run_binding(session, &binding)
+    run_binding(opened, &binding)
 }
 
-fn run_binding(session: &Session, binding: &IoBinding) -> Result<(), String> {
-    let api = ort::api();
+pub(crate) fn run_binding(session: &Session, binding: &IoBinding) -> Result<(), String> {
     // SAFETY: both objects are alive and belong together; OrtApi::RunWithBinding may be called from several threads on one
     // session as long as each has its own binding, and this one is borrowed here alone.
-    let status = unsafe { (api.RunWithBinding)(session.ptr().cast_mut(), ptr::null(), binding.ptr()) };
+    check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), ptr::null(), binding.ptr()) })
+}
+
+/// A status of ONNX Runtime as a result.
+pub(crate) fn check(status: ort_sys::OrtStatusPtr) -> Result<(), String> {
     if status.0.is_null() {
         return Ok(());
     }
+    let api = ort::api();
     // SAFETY: a status that is not null is ours until released; its message lives as long as it does.
     let message = unsafe { CStr::from_ptr((api.GetErrorMessage)(status.0)) }
         .to_string_lossy()

@@ -1,8 +1,7 @@
 //! One RetroAttention node in a session, its state, and calls with everything around them checked: what a call must not touch
 //! stays as it was, bit for bit.
 
-use ort::session::Session;
-use retro_contract::{graph::State as Slot, output};
+use retro_contract::{Mode, graph::State as Slot, output};
 
 use crate::{
     attrs::Attrs,
@@ -54,7 +53,7 @@ pub struct Constants {
 pub struct Layer {
     pub attrs: Attrs,
     pub dtype: Dtype,
-    pub session: Session,
+    pub session: host::Opened,
     slots: Slots,
     constants: Vec<(&'static str, Tens)>,
 }
@@ -324,6 +323,7 @@ impl Layer {
             }
         }
         self.check_untouched(&before, state, feed, binding);
+        self.check_written(state, feed);
         let output = result.read();
         assert!(
             output.iter().all(|x| x.is_finite()),
@@ -363,6 +363,50 @@ impl Layer {
                 {
                     same(OUTPUTS, slot, "output cache slot");
                     same(LSE, slot, "log-sum-exp slot");
+                }
+            }
+        }
+    }
+}
+
+/// What a later call reads of the state, and so must hold no poison.
+impl Layer {
+    fn check_written(&self, state: &State, feed: &Feed) {
+        let Attrs {
+            heads,
+            kv_heads,
+            head_size,
+            window,
+            ..
+        } = self.attrs;
+        let (pages, ring) = (self.attrs.pages(state.capacity), self.attrs.ring());
+        let whole = |slot: usize, start: usize, width: usize| {
+            let poisoned = (start..start + width).find(|&at| state.tensors[slot].is_poison(at));
+            if let Some(at) = poisoned {
+                panic!("{}: element {at} was not written", STATE[slot].1);
+            }
+        };
+        for (sequence, &len) in feed.lengths.iter().enumerate() {
+            for head in (0..kv_heads).map(|head| sequence * kv_heads + head) {
+                for slot in [KEY, VALUE] {
+                    whole(slot, head * state.capacity * head_size, len * head_size);
+                }
+                if self.attrs.mode == Mode::Retro {
+                    whole(
+                        SUMMARY,
+                        head * pages * 2 * head_size,
+                        self.attrs.pages(len) * 2 * head_size,
+                    );
+                    whole(STEPS, head * pages, self.attrs.pages(len));
+                }
+            }
+            if self.attrs.mode != Mode::Dense && window > 1 {
+                // Of a prompt whose tokens were fed one by one: as far as the ring reaches.
+                let fed = feed.fed(sequence).min(window - 1);
+                for position in len - fed..len {
+                    let row = sequence * ring + position % ring;
+                    whole(OUTPUTS, row * heads * head_size, heads * head_size);
+                    whole(LSE, row * heads, heads);
                 }
             }
         }

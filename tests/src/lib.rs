@@ -7,6 +7,7 @@ pub mod decoder;
 pub mod golden;
 pub mod host;
 pub mod layer;
+pub mod mirror;
 pub mod node;
 pub mod oracle;
 pub mod paths;

@@ -34,6 +34,7 @@ pub fn data_type(dtype: Dtype) -> DataType {
     match dtype {
         Dtype::F32 => DataType::Float,
         Dtype::F16 => DataType::Float16,
+        Dtype::Bf16 => DataType::Bfloat16,
         Dtype::I32 => DataType::Int32,
         Dtype::I64 => DataType::Int64,
     }

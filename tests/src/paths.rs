@@ -5,11 +5,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The repository.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("tests/ lies in the repository")
+/// The repository: `$RETRO_TEST_ROOT`, else where this test was built, else, for a test that was carried to another machine, the
+/// current folder.
+pub fn root() -> PathBuf {
+    if let Some(path) = env::var_os("RETRO_TEST_ROOT") {
+        return path.into();
+    }
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    let here = || env::current_dir().expect("there is a current folder");
+    built
+        .filter(|p| p.join("tests/data").is_dir())
+        .map_or_else(here, Path::to_owned)
 }
 
 /// A file or folder in tests/data.

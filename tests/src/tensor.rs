@@ -2,7 +2,7 @@
 
 use std::slice;
 
-use half::f16;
+use half::{bf16, f16};
 use ort::{
     memory::Allocator,
     value::{DynTensor, TensorElementType},
@@ -14,6 +14,8 @@ use crate::host::environment;
 pub enum Dtype {
     F32,
     F16,
+    /// On CUDA only.
+    Bf16,
     I32,
     I64,
 }
@@ -22,8 +24,36 @@ impl Dtype {
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 | Self::I32 => 4,
-            Self::F16 => 2,
+            Self::F16 | Self::Bf16 => 2,
             Self::I64 => 8,
+        }
+    }
+
+    pub fn element(self) -> TensorElementType {
+        match self {
+            Self::F32 => TensorElementType::Float32,
+            Self::F16 => TensorElementType::Float16,
+            Self::Bf16 => TensorElementType::Bfloat16,
+            Self::I32 => TensorElementType::Int32,
+            Self::I64 => TensorElementType::Int64,
+        }
+    }
+
+    /// How far outputs may be off, as a share of the largest: the contract's for 16 bits.
+    pub fn tolerance(self) -> f32 {
+        match self {
+            Self::F16 => 2e-3,
+            Self::Bf16 => 1.5e-2,
+            _ => 0.0,
+        }
+    }
+
+    /// The number a tensor of this type holds for `x`.
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Self::F16 => f16::from_f32(x).to_f32(),
+            Self::Bf16 => bf16::from_f32(x).to_f32(),
+            _ => x,
         }
     }
 }
@@ -41,15 +71,10 @@ pub const POISON_STEP: i32 = -0x5a5a5a;
 impl Tens {
     /// Filled with what nobody may read: NaN or [`POISON_STEP`].
     pub fn poisoned(dtype: Dtype, shape: &[usize]) -> Self {
-        let element = match dtype {
-            Dtype::F32 => TensorElementType::Float32,
-            Dtype::F16 => TensorElementType::Float16,
-            Dtype::I32 => TensorElementType::Int32,
-            Dtype::I64 => TensorElementType::Int64,
-        };
         let dims: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
         environment(); // loads ONNX Runtime, whose allocator follows
-        let value = DynTensor::new(&Allocator::default(), element, dims).expect("ONNX Runtime allocates a tensor");
+        let value =
+            DynTensor::new(&Allocator::default(), dtype.element(), dims).expect("ONNX Runtime allocates a tensor");
         let mut tensor = Self {
             value,
             dtype,
@@ -107,6 +132,7 @@ impl Tens {
         match self.dtype {
             Dtype::F32 => self.slice_mut::<f32>().fill(f32::NAN),
             Dtype::F16 => self.slice_mut::<f16>().fill(f16::NAN),
+            Dtype::Bf16 => self.slice_mut::<bf16>().fill(bf16::NAN),
             Dtype::I32 => self.slice_mut::<i32>().fill(POISON_STEP),
             Dtype::I64 => self.slice_mut::<i64>().fill(i64::MIN),
         }
@@ -121,6 +147,11 @@ impl Tens {
                     *to = f16::from_f32(from);
                 }
             }
+            Dtype::Bf16 => {
+                for (to, &from) in self.slice_mut::<bf16>()[at..].iter_mut().zip(data) {
+                    *to = bf16::from_f32(from);
+                }
+            }
             other => panic!("floats written to an {other:?} tensor"),
         }
     }
@@ -130,6 +161,7 @@ impl Tens {
         match self.dtype {
             Dtype::F32 => self.slice::<f32>().to_vec(),
             Dtype::F16 => self.slice::<f16>().iter().map(|x| x.to_f32()).collect(),
+            Dtype::Bf16 => self.slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
             other => panic!("floats read from an {other:?} tensor"),
         }
     }
@@ -151,12 +183,29 @@ impl Tens {
         unsafe { slice::from_raw_parts(data, self.len() * self.dtype.bytes()) }
     }
 
+    /// For a device's copy to be written back.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        if self.is_empty() {
+            return &mut [];
+        }
+        let len = self.len() * self.dtype.bytes();
+        // SAFETY: as in `bytes`, any bits are valid for every dtype, and `self` is borrowed mutably.
+        unsafe { slice::from_raw_parts_mut(self.value.data_ptr_mut().cast::<u8>(), len) }
+    }
+
     pub fn copy_from(&mut self, other: &Tens) {
         assert_eq!((self.dtype, &self.shape), (other.dtype, &other.shape));
+        self.bytes_mut().copy_from_slice(other.bytes());
+    }
+
+    /// Whether an element is what [`Self::poison`] wrote, or another NaN.
+    pub fn is_poison(&self, at: usize) -> bool {
         match self.dtype {
-            Dtype::F32 | Dtype::I32 => self.slice_mut::<i32>().copy_from_slice(other.slice::<i32>()),
-            Dtype::F16 => self.slice_mut::<u16>().copy_from_slice(other.slice::<u16>()),
-            Dtype::I64 => self.slice_mut::<i64>().copy_from_slice(other.slice::<i64>()),
+            Dtype::F32 => self.slice::<f32>()[at].is_nan(),
+            Dtype::F16 => self.slice::<f16>()[at].is_nan(),
+            Dtype::Bf16 => self.slice::<bf16>()[at].is_nan(),
+            Dtype::I32 => self.slice::<i32>()[at] == POISON_STEP,
+            Dtype::I64 => self.slice::<i64>()[at] == i64::MIN,
         }
     }
 
@@ -166,7 +215,7 @@ impl Tens {
             return &[]; // the pointer may be null
         }
         // SAFETY: the tensor owns `len` elements of that size, aligned by the allocator and initialised by `poisoned`;
-        // every T used here (f32, f16, i32, i64, u16) is valid for any bits.
+        // every T used here (f32, f16, bf16, i32, i64) is valid for any bits.
         unsafe { slice::from_raw_parts(self.value.data_ptr().cast::<T>(), self.len()) }
     }
 

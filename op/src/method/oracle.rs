@@ -46,6 +46,8 @@ pub struct Oracle {
     page_steps: Vec<Vec<i64>>,
     /// Per position: output and log-sum-exp of all query heads.
     cache: BTreeMap<usize, (Row, Row)>,
+    /// To the element type that page summaries are stored in.
+    stored: fn(f64) -> f64,
 }
 
 /// What a decoding step gave.
@@ -85,7 +87,14 @@ impl Oracle {
             values: Vec::new(),
             page_steps: vec![Vec::new(); attrs.kv_heads],
             cache: BTreeMap::new(),
+            stored: |x| x,
         }
+    }
+
+    /// Page summaries are rounded like this before they are used: moments, unlike bounds, are no numbers of the keys' type.
+    pub fn storing(mut self, round: fn(f64) -> f64) -> Self {
+        self.stored = round;
+        self
     }
 
     fn group(&self) -> usize {
@@ -201,8 +210,9 @@ impl Oracle {
                     let (mut along, mut spread) = (0.0, 0.0);
                     for (d, q) in query.iter().enumerate() {
                         let mean = element(d).sum::<f64>() / count;
-                        along += q * mean;
-                        spread += q * q * element(d).map(|k| (k - mean).powi(2)).sum::<f64>() / count;
+                        let variance = element(d).map(|k| (k - mean).powi(2)).sum::<f64>() / count;
+                        along += q * (self.stored)(mean);
+                        spread += q * q * (self.stored)(variance.sqrt()).powi(2);
                     }
                     self.scale() * (along + f64::from(attrs.selector_lambda) * spread.sqrt()) + count.ln()
                 }

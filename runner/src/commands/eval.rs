@@ -140,6 +140,9 @@ fn evaluate(
     let mut model = Model::open(runtime, folder, open)?;
     let text = Text::open(&model.folder)?;
     eprintln!("{}: {}", folder.display(), model.plugin_line());
+    if let Some(line) = model.device_line() {
+        eprintln!("{line}");
+    }
     let policies = group
         .iter()
         .map(|spec| {

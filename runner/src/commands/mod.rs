@@ -8,7 +8,7 @@ use std::{io, path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{OpenOptions, Runtime, runtime};
+use crate::{Device, OpenOptions, Runtime, runtime};
 
 /// Generates text with ONNX language models, with retrospective sparse attention where they were converted for it.
 #[derive(Parser)]
@@ -29,6 +29,12 @@ enum Command {
 /// Where the libraries are and how many threads they get.
 #[derive(Args, Clone, Debug)]
 struct LibraryArgs {
+    /// Where to run: cpu, cuda or cuda:N, the GPU of that number. The models' element type is best float16 there.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: Device,
+    /// Replay decoding steps as a CUDA graph: less work for the host, where the graph allows it.
+    #[arg(long)]
+    cuda_graph: bool,
     /// Threads [default: one per core].
     #[arg(short, long, value_name = "N")]
     threads: Option<usize>,
@@ -44,12 +50,15 @@ impl LibraryArgs {
     fn load(&self) -> Result<(Runtime, OpenOptions)> {
         runtime::check_threads(self.threads)?;
         let plugin = runtime::find_plugin(self.plugin.as_deref())?;
-        let runtime = Runtime::load(self.ort.as_deref())?;
+        let runtime = Runtime::load_for(self.device, self.ort.as_deref())?;
         Ok((
             runtime,
             OpenOptions {
                 threads: self.threads,
                 plugin,
+                device: self.device,
+                cuda_graph: self.cuda_graph,
+                fixed_buffers: false,
             },
         ))
     }

@@ -173,6 +173,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         ignore_eos: args.ignore_eos,
     };
     eprintln!("{}", model.plugin_line());
+    if let Some(line) = model.device_line() {
+        eprintln!("{line}");
+    }
 
     let stream = !args.no_stream && !args.json;
     let mut stdout = io::stdout().lock();

@@ -41,6 +41,26 @@ fn options_out_of_range_are_named() {
     assert_eq!(run(&["run", model]).status.code(), Some(2));
 }
 
+/// Never the CPU instead of what was asked for.
+#[test]
+fn a_device_that_is_not_there_is_an_error() {
+    let model = ledger();
+    let model = model.to_str().unwrap();
+    if !on_gpu() {
+        let line = error(&["run", model, "-p", "facts", "-n", "1", "--device", "cuda"]);
+        assert!(
+            line.contains("CUDA execution provider") || line.contains("NVIDIA driver") || line.contains("no GPU 0"),
+            "{line}"
+        );
+        assert!(line.contains("--device cpu"), "{line}");
+    }
+    assert!(error(&["run", model, "-p", "facts", "-n", "1", "--cuda-graph"]).contains("--device cuda"));
+    assert_eq!(
+        run(&["run", model, "-p", "facts", "--device", "gpu"]).status.code(),
+        Some(2)
+    );
+}
+
 #[test]
 fn missing_and_damaged_files_are_named() {
     let dir = tempfile::tempdir().unwrap();

@@ -8,9 +8,10 @@ use std::{
 
 use serde_json::Value;
 
-/// The repository.
+/// The repository: `$RETRO_TEST_ROOT` for tests that were carried to another machine.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned();
+    std::env::var_os("RETRO_TEST_ROOT").map_or_else(built, PathBuf::from)
 }
 
 /// The program, with a user's cache folder of the tests' own.
@@ -19,7 +20,8 @@ pub fn retro_run() -> Command {
         std::env::var_os("ORT_DYLIB_PATH").is_some() || root().join(".cache/onnxruntime").is_dir(),
         "these tests need ONNX Runtime: set ORT_DYLIB_PATH, or run scripts/onnxruntime once, or use `make test`"
     );
-    let mut command = Command::new(env!("CARGO_BIN_EXE_retro-run"));
+    let built = || env!("CARGO_BIN_EXE_retro-run").into();
+    let mut command = Command::new(std::env::var_os("RETRO_COMMAND_RETRO_RUN").unwrap_or_else(built));
     command.env("XDG_CACHE_HOME", models().join("cache"));
     command
 }
@@ -59,7 +61,13 @@ pub fn error(arguments: &[&str]) -> String {
 fn models() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("retro-run-cli");
+        let built = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let folder = if built.is_dir() {
+            built.to_owned()
+        } else {
+            std::env::temp_dir()
+        }
+        .join("retro-run-cli");
         if folder.exists() {
             std::fs::remove_dir_all(&folder).unwrap();
         }
@@ -105,6 +113,11 @@ pub fn ledger_retro() -> PathBuf {
         folder
     };
     CONVERTED.get_or_init(convert).clone()
+}
+
+/// Whether `RETRO_TEST_DEVICE` asks for a GPU, as it does for the tests of `tests/`.
+pub fn on_gpu() -> bool {
+    std::env::var("RETRO_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda"))
 }
 
 pub fn documents() -> String {

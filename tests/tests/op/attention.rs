@@ -1,7 +1,6 @@
 //! What no golden vector covers, against the oracle: selectors, modes, softcap, sliding windows, head sinks. And dense nodes
 //! against ONNX Runtime's own GroupQueryAttention, whose conventions they follow.
 
-use ort::session::Session;
 use retro_contract::{GroupScore, Mode, Selector};
 use retro_tests::{
     attrs::Attrs,
@@ -15,7 +14,7 @@ use retro_tests::{
 use crate::drive::{self, Duel};
 
 fn everywhere(duel: Duel) {
-    for dtype in [Dtype::F32, Dtype::F16] {
+    for &dtype in host::dtypes() {
         for binding in Binding::BOTH {
             Duel {
                 dtype,
@@ -70,7 +69,20 @@ fn page_sizes_and_windows_to_the_limits() {
 
 #[test]
 fn odd_shapes() {
-    for (heads, kv_heads, head_size) in [(1, 1, 8), (3, 1, 40), (6, 6, 24), (7, 1, 80), (5, 5, 256)] {
+    // The CUDA kernels have the head sizes that models have.
+    let shapes = if host::on_gpu() {
+        [
+            (1, 1, 32),
+            (3, 1, 96),
+            (6, 6, 64),
+            (7, 1, 80),
+            (5, 5, 256),
+            (16, 1, 128),
+        ]
+    } else {
+        [(1, 1, 8), (3, 1, 40), (6, 6, 24), (7, 1, 80), (5, 5, 256), (16, 1, 128)]
+    };
+    for (heads, kv_heads, head_size) in shapes {
         let attrs = Attrs {
             heads,
             kv_heads,
@@ -201,7 +213,7 @@ fn the_whole_budget_is_dense_attention_whatever_the_window() {
 }
 
 /// Runs the GroupQueryAttention node in place.
-fn run_gqa(session: &Session, inputs: &[(&str, &Tens)], result: &mut Tens, kv: &mut [Tens; 2]) {
+fn run_gqa(session: &host::Opened, inputs: &[(&str, &Tens)], result: &mut Tens, kv: &mut [Tens; 2]) {
     let known = |name: &str| node::GQA_INPUTS.contains(&name);
     let inputs: Vec<_> = inputs.iter().copied().filter(|(name, _)| known(name)).collect();
     let [key, value] = kv;
@@ -272,6 +284,7 @@ fn dense_nodes_follow_group_query_attention() {
             false,
         ),
     ];
+    // On the CPU, where GroupQueryAttention has these two types.
     for dtype in [Dtype::F32, Dtype::F16] {
         for (what, attrs, sink) in &variants {
             let mut random = Random::new(5);
@@ -287,7 +300,7 @@ fn dense_nodes_follow_group_query_attention() {
                 head_sink: *sink,
                 ..Slots::default()
             };
-            let gqa = host::open(&node::gqa(attrs, slots, dtype)).expect("a GroupQueryAttention session");
+            let gqa = host::open_on_cpu(&node::gqa(attrs, slots, dtype)).expect("a GroupQueryAttention session");
             let capacity = 140;
             let mut state = State::new(attrs, dtype, 1, capacity);
             let mut kv = [0, 1].map(|_| {

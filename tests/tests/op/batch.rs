@@ -3,6 +3,7 @@
 use retro_tests::{
     compare,
     golden::{self, Case},
+    host,
     layer::{Binding, Feed, Layer, State},
     tensor::Dtype,
 };
@@ -69,10 +70,9 @@ fn decode_together(dtype: Dtype, binding: Binding) {
             ignored += padding.len();
             assert!(padding.iter().all(|&x| x == 0.0), "{at}: ignored rows are 0");
             let largest = step.output.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-            let tolerance = if dtype == Dtype::F16 {
-                2e-3 * largest
-            } else {
-                case.output_tolerance
+            let tolerance = match dtype {
+                Dtype::F32 => case.output_tolerance,
+                _ => dtype.tolerance() * largest,
             };
             compare::assert_close(&at, rows, &step.output, tolerance);
             let page_steps = state.page_steps(sequence, attrs.pages(step.t + 1));
@@ -83,17 +83,12 @@ fn decode_together(dtype: Dtype, binding: Binding) {
 }
 
 #[test]
-fn golden_cases_decode_together_in_f32() {
-    Binding::BOTH
-        .into_iter()
-        .for_each(|binding| decode_together(Dtype::F32, binding));
-}
-
-#[test]
-fn golden_cases_decode_together_in_f16() {
-    Binding::BOTH
-        .into_iter()
-        .for_each(|binding| decode_together(Dtype::F16, binding));
+fn golden_cases_decode_together() {
+    for &dtype in host::dtypes() {
+        Binding::BOTH
+            .into_iter()
+            .for_each(|binding| decode_together(dtype, binding));
+    }
 }
 
 /// Prompts of different lengths whose last chunks are prefilled together.

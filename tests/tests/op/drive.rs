@@ -89,12 +89,12 @@ impl Duel {
             ..Constants::default()
         };
         let layer = Layer::with(attrs, self.dtype, Default::default(), &constants);
-        let mut reference = oracle(attrs, self.head_sink.as_deref());
+        let mut reference = oracle(attrs, self.head_sink.as_deref()).storing(stored(self.dtype));
         let mut random = Random::new(self.seed);
         let mut state = State::new(attrs, self.dtype, 1, self.prompt + self.steps + 3);
         let tolerance = |expected: &[f32]| match self.dtype {
             Dtype::F32 => 2e-5,
-            _ => 2e-3 * expected.iter().fold(0.0f32, |m, x| m.max(x.abs())).max(0.5),
+            _ => self.dtype.tolerance() * expected.iter().fold(0.0f32, |m, x| m.max(x.abs())).max(0.5),
         };
         let close =
             |at: &str, got: &[f32], expected: &[f32]| compare::assert_close(at, got, expected, tolerance(expected));
@@ -136,6 +136,15 @@ impl Duel {
             }
             close(&at, &got, &expected.output);
         }
+    }
+}
+
+/// How page summaries are rounded when they are stored.
+fn stored(dtype: Dtype) -> fn(f64) -> f64 {
+    match dtype {
+        Dtype::F16 => |x| f64::from(Dtype::F16.round(x as f32)),
+        Dtype::Bf16 => |x| f64::from(Dtype::Bf16.round(x as f32)),
+        _ => |x| f64::from(x as f32),
     }
 }
 

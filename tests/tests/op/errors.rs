@@ -1,4 +1,7 @@
 //! Every violated shape or range is an error that names the input, what it got and what was expected; nothing is written.
+//!
+//! On CUDA the numbers of seqlens_k and page_budget lie on the device, and the host never waits to look at them: a sequence
+//! whose numbers are wrong gets an output of NaN, and its state is left alone.
 
 use retro_tests::{
     attrs::Attrs,
@@ -48,6 +51,27 @@ fn bench(dtype: Dtype) -> Bench {
 impl Bench {
     /// The step with one input replaced: the error it gives, after the check that nothing was written.
     fn refuse(&mut self, name: &str, wrong: Tens) -> String {
+        let shape = wrong.shape().to_vec();
+        let (result, output) = self.call_wrong(name, wrong);
+        let error = result.expect_err(&format!("{name} of shape {shape:?} is refused"));
+        assert!(output.is_none(), "{name}: the output was written");
+        error
+    }
+
+    /// On CUDA: the step with a wrong number that only the device knows.
+    fn poison(&mut self, name: &str, number: i32) {
+        let (result, output) = self.call_wrong(name, Tens::ints(&[1], &[number]));
+        result.unwrap_or_else(|e| panic!("{name} = {number}: the host cannot know this: {e}"));
+        let output = output.unwrap_or_else(|| vec![f32::NAN]);
+        assert!(
+            output.iter().all(|x| x.is_nan()),
+            "{name} = {number}: the output is not all NaN"
+        );
+    }
+
+    /// The step with one input replaced: its result, and the output if that was written (a poisoned one is NaN, too). The
+    /// state is not written.
+    fn call_wrong(&mut self, name: &str, wrong: Tens) -> (Result<(), String>, Option<Vec<f32>>) {
         let owned = self.layer.inputs(&self.feed);
         let mut inputs: Vec<(&str, &Tens)> = owned.iter().map(|(name, t)| (*name, t)).collect();
         inputs.extend(self.layer.constants());
@@ -75,15 +99,14 @@ impl Bench {
                 in_place.push((past, present, tensor));
             }
         }
-        let error = host::run(&self.layer.session, &inputs, &mut outputs, &mut in_place);
-        let error = error.expect_err(&format!("{name} of shape {:?} is refused", wrong.shape()));
-        assert!(untouched == result.bytes(), "{name}: the output was written");
+        let outcome = host::run(&self.layer.session, &inputs, &mut outputs, &mut in_place);
+        let output = (untouched != result.bytes()).then(|| result.read());
         let after = (
             self.state.bytes(),
             spare.iter().map(|t| t.bytes().to_vec()).collect::<Vec<_>>(),
         );
         assert!(before == after, "{name}: the state was written");
-        error
+        (outcome, output)
     }
 
     fn refuse_saying(&mut self, name: &str, wrong: Tens, says: &[&str]) {
@@ -101,7 +124,7 @@ fn zeros(dtype: Dtype, shape: &[usize]) -> Tens {
 
 #[test]
 fn wrong_shapes() {
-    for dtype in [Dtype::F32, Dtype::F16] {
+    for &dtype in host::dtypes() {
         let mut bench = bench(dtype);
         let wrong: &[(&str, &[usize], &[&str])] = &[
             ("query", &[1, 3, 129], &["129", "128"]),
@@ -150,12 +173,12 @@ fn wrong_shapes() {
 #[test]
 fn wrong_numbers() {
     let mut bench = bench(Dtype::F32);
+    let on_device = ["seqlens_k", "page_budget"];
     let wrong: &[(&str, i32, &[&str])] = &[
         ("seqlens_k", 96, &["96"]), // one past the capacity
         ("seqlens_k", -1, &["-1"]), // nothing valid
         ("seqlens_k", i32::MAX, &["2147483647"]),
         ("seqlens_k", i32::MIN, &["-2147483648"]),
-        ("total_sequence_length", 10, &["10", "41"]),
         ("total_sequence_length", -1, &["-1"]),
         ("retro_length", -2, &["-2"]),
         ("retro_length", 4, &["4", "3"]), // the window is 4
@@ -164,12 +187,24 @@ fn wrong_numbers() {
         ("page_budget", -1, &["-1"]),
     ];
     for (name, number, says) in wrong {
-        bench.refuse_saying(name, Tens::ints(&[1], &[*number]), says);
+        if host::on_gpu() && on_device.contains(name) {
+            bench.poison(name, *number);
+        } else {
+            bench.refuse_saying(name, Tens::ints(&[1], &[*number]), says);
+        }
     }
-    // Two retrospective tokens, and one token before the new one: which of the two numbers is wrong, nobody knows.
-    let error = bench.refuse("seqlens_k", Tens::ints(&[1], &[1]));
-    let named = error.contains("seqlens_k") || error.contains("retro_length");
-    assert!(named && error.contains('2') && error.contains('1'), "{error}");
+    if host::on_gpu() {
+        // Fewer than the tokens that seqlens_k says: what sizes the launch is too small, and only the device sees it.
+        bench.poison("total_sequence_length", 10);
+        // Two retrospective tokens, and one token before the new one.
+        bench.poison("seqlens_k", 1);
+    } else {
+        bench.refuse_saying("total_sequence_length", Tens::ints(&[1], &[10]), &["10", "41"]);
+        // Which of the two numbers is wrong, nobody knows.
+        let error = bench.refuse("seqlens_k", Tens::ints(&[1], &[1]));
+        let named = error.contains("seqlens_k") || error.contains("retro_length");
+        assert!(named && error.contains('2') && error.contains('1'), "{error}");
+    }
     // After all these refusals the step itself still runs.
     let Bench { layer, mut state, feed } = bench;
     layer.run(&mut state, &feed, Binding::InPlace);
@@ -190,11 +225,71 @@ fn a_prompt_longer_than_the_cache() {
         .zip(&mut state.tensors)
         .map(|(names, t)| (names.0, names.1, t))
         .collect();
-    let error =
-        host::run(&layer.session, &inputs, &mut [("output", &mut result)], &mut in_place).expect_err("too long");
-    assert!(
-        error.contains("seqlens_k") && error.contains("99") && error.contains("96"),
-        "{error}"
-    );
+    let outcome = host::run(&layer.session, &inputs, &mut [("output", &mut result)], &mut in_place);
+    if host::on_gpu() && outcome.is_ok() {
+        assert!(
+            result.read().iter().all(|x| x.is_nan()),
+            "an output of a prompt that is too long"
+        );
+    } else {
+        let error = outcome.expect_err("too long");
+        assert!(error.contains("99") && error.contains("96"), "{error}");
+        assert!(host::on_gpu() || error.contains("seqlens_k"), "{error}");
+    }
     assert!(before == state.bytes());
+}
+
+/// On CUDA: one sequence of a batch with a length that cannot be gets NaN, and the others get what they would alone.
+#[test]
+fn a_wrong_sequence_leaves_the_rest_of_its_batch_alone() {
+    if !host::on_gpu() {
+        return println!("not tested: on the CPU a wrong number is an error for the whole batch");
+    }
+    for &dtype in host::dtypes() {
+        let Bench { layer, state, feed } = bench(dtype);
+        let (mut alone, mut pair) = (state.duplicate(), State::stack(&[state.duplicate(), state.duplicate()]));
+        let expected = layer.run(&mut alone, &feed, Binding::InPlace);
+        let twice = |data: &[f32]| [data, data].concat();
+        let wrong = Feed {
+            tokens: feed.tokens,
+            query: twice(&feed.query),
+            key: twice(&feed.key),
+            value: twice(&feed.value),
+            lengths: vec![CAPACITY + 5, LENGTH + 1],
+            retro: vec![2, 2],
+            budget: None,
+            total: Some(CAPACITY as i32),
+        };
+        let owned = layer.inputs(&wrong);
+        let inputs: Vec<(&str, &Tens)> = owned.iter().map(|(name, t)| (*name, t)).collect();
+        let mut result = layer.output(&wrong);
+        layer
+            .call_in_place(&inputs, &mut result, &mut pair)
+            .expect("the call succeeds");
+        let output = result.read();
+        let (first, second) = output.split_at(output.len() / 2);
+        assert!(
+            first.iter().all(|x| x.is_nan()),
+            "{dtype:?}: the wrong sequence's output"
+        );
+        retro_tests::compare::assert_close("the other sequence", second, &expected, 0.0);
+        for (slot, (whole, (before, after))) in pair
+            .bytes()
+            .iter()
+            .zip(state.bytes().iter().zip(&alone.bytes()))
+            .enumerate()
+        {
+            let (first, second) = whole.split_at(whole.len() / 2);
+            assert!(
+                first == before,
+                "{dtype:?}: {} of the wrong sequence was written",
+                STATE[slot].0
+            );
+            assert!(
+                second == after,
+                "{dtype:?}: {} of the other sequence differs",
+                STATE[slot].0
+            );
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Optional inputs and the ways to say the same thing with others.
 
 use retro_tests::{
-    compare, golden,
+    compare, golden, host,
     layer::{Binding, Constants, Layer, State},
     node::Slots,
     random::Random,
@@ -13,7 +13,7 @@ use crate::drive;
 #[test]
 fn packed_query_key_value_equal_separate_ones() {
     for case in golden::exact_named(&["b_w4", "tiny_chunks_w8", "d_w2"]) {
-        for dtype in [Dtype::F32, Dtype::F16] {
+        for &dtype in host::dtypes() {
             let separate = Layer::new(&case.attrs, dtype);
             let slots = Slots {
                 packed: true,
@@ -116,7 +116,7 @@ fn a_budget_ratio_means_its_decimal_number() {
         (0.2, 400, 5),
         (0.15, 321, 4),
     ] {
-        let mut attrs = retro_tests::attrs::Attrs::new(2, 1, 8).budget(ratio, 1);
+        let mut attrs = retro_tests::attrs::Attrs::new(2, 1, 32).budget(ratio, 1);
         (attrs.window, attrs.sink_pages) = (1, 0);
         let layer = Layer::new(&attrs, Dtype::F32);
         let mut random = Random::new(3);

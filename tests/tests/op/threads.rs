@@ -4,8 +4,8 @@ use std::thread;
 
 use retro_tests::{
     golden::{self, Case},
+    host,
     layer::{Binding, Layer, State},
-    tensor::Dtype,
 };
 
 use crate::drive;
@@ -41,7 +41,7 @@ fn decode(layer: &Layer, case: &Case, seed: usize) -> (Vec<f32>, Vec<Vec<u8>>) {
 
 #[test]
 fn many_threads_give_what_one_gives() {
-    for dtype in [Dtype::F32, Dtype::F16] {
+    for &dtype in host::dtypes() {
         let case = &golden::exact_named(&["b_w4"])[0];
         let layer = &Layer::new(&case.attrs, dtype);
         let alone: Vec<_> = (0..THREADS).map(|seed| decode(layer, case, seed)).collect();

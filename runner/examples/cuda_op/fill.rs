@@ -1,0 +1,95 @@
+//! Random contents for buffers of many gigabytes: one chunk made on the host, laid out over and over on the device.
+
+use anyhow::{Context, Result};
+use half::{bf16, f16};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use retro_contract::Selector;
+use retro_export::onnx::DataType;
+use retro_run::arena::Arena;
+
+/// A prime, so that repeated chunks start at other places of rows and pages, and no two pages are alike.
+const CHUNK: usize = 8_388_593;
+
+pub fn bytes_of(dtype: DataType) -> usize {
+    if dtype == DataType::Float { 4 } else { 2 }
+}
+
+fn encode(dtype: DataType, numbers: &[f32]) -> Vec<u8> {
+    match dtype {
+        DataType::Float => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DataType::Bfloat16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        _ => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+    }
+}
+
+/// About N(0, 1): twelve uniform numbers would be better, three are enough here.
+fn normal(random: &mut StdRng) -> f32 {
+    2.0 * (random.random_range(-1.0f32..1.0) + random.random_range(-1.0f32..1.0) + random.random_range(-1.0f32..1.0))
+        / 2.0
+}
+
+fn chunk(seed: u64, count: usize, make: impl Fn(&mut StdRng, usize) -> f32 + Sync) -> Vec<f32> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut numbers = vec![0.0f32; count];
+    let part = count.div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        for (i, numbers) in numbers.chunks_mut(part).enumerate() {
+            let make = &make;
+            scope.spawn(move || {
+                let mut random = StdRng::seed_from_u64(seed ^ (i as u64) << 32);
+                for (j, x) in numbers.iter_mut().enumerate() {
+                    *x = make(&mut random, i * part + j);
+                }
+            });
+        }
+    });
+    numbers
+}
+
+/// Lays `bytes` out from `offset` on as often as `length` wants it.
+fn tile(arena: &Arena, offset: usize, length: usize, bytes: &[u8]) -> Result<()> {
+    let first = bytes.get(..length.min(bytes.len())).context("a chunk")?;
+    arena.write(offset, first)?;
+    let mut at = first.len();
+    while at < length {
+        let count = bytes.len().min(length - at);
+        arena.copy(offset + at, offset, count)?;
+        at += count;
+    }
+    Ok(())
+}
+
+/// Random keys, values and queries.
+pub fn normals(arena: &Arena, offset: usize, length: usize, dtype: DataType) -> Result<()> {
+    let count = CHUNK.min(length / bytes_of(dtype));
+    tile(
+        arena,
+        offset,
+        length,
+        &encode(dtype, &chunk(1, count, |r, _| normal(r))),
+    )
+}
+
+/// Page summaries `[..., 2, size]` as pages of 16 such keys have them: extremes about 1.8 away from 0, or means of deviation
+/// 1/4 and standard deviations about 1.
+pub fn summaries(
+    arena: &Arena,
+    offset: usize,
+    length: usize,
+    dtype: DataType,
+    selector: Selector,
+    size: usize,
+) -> Result<()> {
+    let vectors = (CHUNK / (2 * size)) | 1;
+    let count = (vectors * 2 * size).min(length / bytes_of(dtype));
+    let make = |random: &mut StdRng, i: usize| {
+        let (noise, second) = (normal(random), (i / size) % 2 == 1);
+        match (selector, second) {
+            (Selector::Bounds, false) => (-1.77 + 0.5 * noise).min(-0.1),
+            (Selector::Bounds, true) => (1.77 + 0.5 * noise).max(0.1),
+            (Selector::Moments, false) => 0.25 * noise,
+            (Selector::Moments, true) => (0.97 + 0.17 * noise).max(0.05),
+        }
+    };
+    tile(arena, offset, length, &encode(dtype, &chunk(2, count, make)))
+}

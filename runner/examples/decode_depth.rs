@@ -1,0 +1,179 @@
+//! Decoding speed of models behind contexts of given depths, without reading such contexts: caches and state are filled with
+//! random numbers. Models and policies take turns in one process.
+//!
+//!     cargo run --release -p retro-run --example decode_depth -- --device cuda --depth 8k,32k,128k \\
+//!       --run "dense=MODEL" --run "retro=CONVERTED,window=2,budget=0.15"
+
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, str::FromStr};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use retro_contract::Budget;
+use retro_run::{
+    Device, Model, OpenOptions, Runtime,
+    generate::Policy,
+    pretend::decode_at,
+    runtime::{check_threads, find_plugin},
+};
+
+#[derive(Parser)]
+#[command(about = "Decoding speed at depth")]
+struct Args {
+    /// A policy: NAME=DIR[,window=W][,budget=B]; may be given several times. The first is what the others are compared with.
+    #[arg(long = "run", value_name = "NAME=DIR", required = true)]
+    runs: Vec<Spec>,
+    /// Tokens before the first step, like 4096 or 128k.
+    #[arg(long, value_delimiter = ',', default_value = "8k,32k,128k")]
+    depth: Vec<Tokens>,
+    /// Steps that are timed together.
+    #[arg(short, long, default_value_t = 32)]
+    steps: usize,
+    /// Steps before them, once the window is full.
+    #[arg(long, default_value_t = 8)]
+    warm_up: usize,
+    /// Times that every policy is measured, by turns; the median counts.
+    #[arg(short, long, default_value_t = 3)]
+    repetitions: usize,
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    #[arg(long)]
+    cuda_graph: bool,
+    #[arg(short, long)]
+    threads: Option<usize>,
+    #[arg(long)]
+    plugin: Option<PathBuf>,
+    #[arg(long)]
+    ort: Option<PathBuf>,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Tokens(usize);
+
+impl FromStr for Tokens {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (digits, unit) = s.strip_suffix(['k', 'K']).map_or((s, 1), |d| (d, 1024));
+        match digits.parse::<usize>().ok().and_then(|n| n.checked_mul(unit)) {
+            Some(n @ 1..=0x100_0000) => Ok(Self(n)),
+            _ => Err(format!("{s:?}: expected a number of tokens like 4096 or 128k")),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Spec {
+    name: String,
+    folder: PathBuf,
+    window: Option<usize>,
+    budget: Option<Budget>,
+}
+
+impl FromStr for Spec {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B]";
+        let (head, options) = s.split_once(',').unwrap_or((s, ""));
+        let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
+        let mut spec = Self {
+            name: name.into(),
+            folder: folder.into(),
+            window: None,
+            budget: None,
+        };
+        for option in options.split(',').filter(|o| !o.is_empty()) {
+            match option.split_once('=') {
+                Some(("window", w)) => spec.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
+                Some(("budget", b)) => spec.budget = Some(b.parse()?),
+                _ => return Err(format!("{option:?}: {FORM}")),
+            }
+        }
+        Ok(spec)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    ensure!(args.steps >= 1 && args.repetitions >= 1, "nothing to measure");
+    check_threads(args.threads)?;
+    let runtime = Runtime::load_for(args.device, args.ort.as_deref())?;
+    let options = OpenOptions {
+        threads: args.threads,
+        plugin: find_plugin(args.plugin.as_deref())?,
+        device: args.device,
+        cuda_graph: args.cuda_graph,
+        fixed_buffers: false,
+    };
+    // One session a folder: weights are large.
+    let mut models: BTreeMap<&PathBuf, Model> = BTreeMap::new();
+    for spec in &args.runs {
+        if !models.contains_key(&spec.folder) {
+            let model = Model::open(&runtime, &spec.folder, &options)?;
+            eprintln!("{}: {}", spec.folder.display(), model.plugin_line());
+            if let Some(line) = model.device_line() {
+                eprintln!("{line}");
+            }
+            models.insert(&spec.folder, model);
+        }
+    }
+    let mut rows = Vec::new();
+    for depth in &args.depth {
+        let mut millis: Vec<Vec<f64>> = vec![Vec::new(); args.runs.len()];
+        for _ in 0..args.repetitions {
+            for (spec, millis) in args.runs.iter().zip(&mut millis) {
+                let model = models.get_mut(&spec.folder).context("opened above")?;
+                let policy = Policy::new(model, spec.window, spec.budget).with_context(|| spec.name.clone())?;
+                let time = decode_at(model, depth.0, policy, args.warm_up, args.steps)
+                    .with_context(|| format!("{} at {}", spec.name, depth.0))?;
+                millis.push(1e3 * time.as_secs_f64() / args.steps as f64);
+            }
+        }
+        let mut first = None;
+        for (spec, mut millis) in args.runs.iter().zip(millis) {
+            millis.sort_by(f64::total_cmp);
+            let (least, median, most) = (millis[0], millis[millis.len() / 2], millis[millis.len() - 1]);
+            let reference = *first.get_or_insert(median);
+            eprintln!("done: {} at {}", spec.name, depth.0);
+            rows.push((spec.name.clone(), depth.0, median, least, most, reference / median));
+        }
+    }
+    if args.json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(name, depth, median, least, most, faster)| {
+                serde_json::json!({"policy": name, "depth": depth, "milliseconds_per_token": median, "least": least, "most": most,
+                    "tokens_per_second": 1e3 / median, "times_faster_than_first": faster})
+            })
+            .collect();
+        println!(
+            "{}",
+            serde_json::json!({ "device": args.device.to_string(), "cuda_graph": args.cuda_graph, "rows": rows })
+        );
+        return Ok(());
+    }
+    println!(
+        "| depth | policy | tokens/s | ms/token | min..max | faster than {} |",
+        args.runs[0].name
+    );
+    println!("|---:|---|---:|---:|---:|---:|");
+    for (name, depth, median, least, most, faster) in rows {
+        println!(
+            "| {depth} | {name} | {:.1} | {median:.3} | {least:.3}..{most:.3} | {faster:.2} |",
+            1e3 / median
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,299 @@
+//! One block of memory on a device, tensors that lie in it, and bindings of such tensors to a session.
+//!
+//! ONNX Runtime's own allocators give every tensor a place of its own. Where several sessions share buffers, or a buffer is
+//! looked at in several shapes, the memory must be ours.
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
+    cell::RefCell,
+    ffi::{CStr, CString, c_void},
+    ptr,
+    rc::Rc,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use ort::{
+    AsPointer,
+    session::{IoBinding, NoSelectedOutputs, RunOptions, Session},
+    value::TensorElementType,
+};
+
+use crate::{
+    Device,
+    gpu::{Gpu, GpuMemory},
+    runtime::one_line,
+};
+
+/// Where tensors start: what any element type and any kernel's vector loads are content with.
+pub const ALIGNMENT: usize = 256;
+
+/// A block of memory. It lives as long as a tensor in it does.
+#[derive(Clone)]
+pub struct Arena(Rc<Block>);
+
+struct Block {
+    device: Device,
+    bytes: usize,
+    memory: Memory,
+}
+
+enum Memory {
+    Host(*mut u8, Layout),
+    Gpu(RefCell<GpuMemory>),
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Self::Host(data, layout) = self {
+            // SAFETY: allocated with this layout by `Arena::new`, freed once.
+            unsafe { dealloc(*data, *layout) };
+        }
+    }
+}
+
+impl Arena {
+    /// A block on the host (zeroed) or on the GPU (undefined).
+    ///
+    /// # Errors
+    /// When there is not that much memory.
+    pub fn new(gpu: Option<&Arc<Gpu>>, bytes: usize) -> Result<Self> {
+        let (device, memory) = match gpu {
+            Some(gpu) => (Device::Cuda(gpu.id()), Memory::Gpu(RefCell::new(gpu.allocate(bytes)?))),
+            None => {
+                let layout = Layout::from_size_align(bytes.max(1), ALIGNMENT)?;
+                // SAFETY: the layout's size is not 0.
+                let data = unsafe { alloc_zeroed(layout) };
+                ensure!(!data.is_null(), "no {bytes} bytes of memory");
+                (Device::Cpu, Memory::Host(data, layout))
+            }
+        };
+        Ok(Self(Rc::new(Block { device, bytes, memory })))
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.0.bytes
+    }
+
+    fn host(&self, offset: usize, bytes: usize) -> Result<Option<*mut u8>> {
+        ensure!(
+            offset.checked_add(bytes).is_some_and(|end| end <= self.0.bytes),
+            "{bytes} bytes from {offset} on exceed a block of {}",
+            self.0.bytes
+        );
+        Ok(match &self.0.memory {
+            // SAFETY: inside the block, as checked.
+            Memory::Host(data, _) => Some(unsafe { data.add(offset) }),
+            Memory::Gpu(_) => None,
+        })
+    }
+
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
+        match (self.host(offset, from.len())?, &self.0.memory) {
+            // SAFETY: the block holds the range; nothing runs on it meanwhile, as runs happen in this thread (`Rc`) and are
+            // complete on the host when they return.
+            (Some(to), _) => unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) },
+            (None, Memory::Gpu(memory)) => memory.borrow_mut().region().write(offset, from)?,
+            (None, Memory::Host(..)) => bail!("host memory without an address"),
+        }
+        Ok(())
+    }
+
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        match (self.host(offset, to.len())?, &self.0.memory) {
+            // SAFETY: as in `write`; the memory was zeroed when it was allocated.
+            (Some(from), _) => unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) },
+            (None, Memory::Gpu(memory)) => memory.borrow().read(offset, to)?,
+            (None, Memory::Host(..)) => bail!("host memory without an address"),
+        }
+        Ok(())
+    }
+
+    pub fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<()> {
+        match (self.host(offset, bytes)?, &self.0.memory) {
+            // SAFETY: as in `write`.
+            (Some(to), _) => unsafe { ptr::write_bytes(to, value, bytes) },
+            (None, Memory::Gpu(memory)) => memory.borrow_mut().region().fill(offset, bytes, value)?,
+            (None, Memory::Host(..)) => bail!("host memory without an address"),
+        }
+        Ok(())
+    }
+
+    /// Copies inside the block, between places that do not overlap.
+    pub fn copy(&self, to: usize, from: usize, bytes: usize) -> Result<()> {
+        ensure!(to.abs_diff(from) >= bytes, "a copy between places that overlap");
+        match (self.host(to, bytes)?, self.host(from, bytes)?, &self.0.memory) {
+            // SAFETY: as in `write`, and the places do not overlap.
+            (Some(to), Some(from), _) => unsafe { ptr::copy_nonoverlapping(from, to, bytes) },
+            (_, _, Memory::Gpu(memory)) => memory.borrow_mut().copy_inside(to, from, bytes)?,
+            _ => bail!("host memory without an address"),
+        }
+        Ok(())
+    }
+
+    /// A tensor at a place of the block.
+    ///
+    /// # Errors
+    /// When it would not fit or is not aligned.
+    pub fn tensor(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<View> {
+        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        let bytes = elements.and_then(|n| element.byte_size(n));
+        let bytes = bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))?;
+        ensure!(
+            offset.is_multiple_of(ALIGNMENT),
+            "a tensor at {offset}, which is not aligned"
+        );
+        let data: *mut c_void = match (self.host(offset, bytes)?, &self.0.memory) {
+            (Some(data), _) => data.cast(),
+            (None, Memory::Gpu(memory)) => memory.borrow().address(offset)?,
+            (None, Memory::Host(..)) => bail!("host memory without an address"),
+        };
+        let memory = self.0.device.memory()?;
+        let dims: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
+        let mut value = ptr::null_mut();
+        // SAFETY: the bytes lie in the block, which the view keeps alive; shape and description are read during the call.
+        check(unsafe {
+            (ort::api().CreateTensorWithDataAsOrtValue)(
+                memory.ptr(),
+                data,
+                bytes,
+                dims.as_ptr(),
+                dims.len(),
+                element.into(),
+                &mut value,
+            )
+        })?;
+        Ok(View {
+            value,
+            offset,
+            bytes,
+            arena: self.clone(),
+        })
+    }
+}
+
+/// A tensor in an [`Arena`].
+pub struct View {
+    value: *mut ort_sys::OrtValue,
+    offset: usize,
+    bytes: usize,
+    arena: Arena,
+}
+
+impl View {
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Replaces the contents from byte `at` on.
+    pub fn write(&self, at: usize, from: &[u8]) -> Result<()> {
+        ensure!(
+            at + from.len() <= self.bytes,
+            "{} bytes for a tensor of {}",
+            from.len(),
+            self.bytes
+        );
+        self.arena.write(self.offset + at, from)
+    }
+
+    pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        ensure!(
+            at + to.len() <= self.bytes,
+            "{} bytes of a tensor of {}",
+            to.len(),
+            self.bytes
+        );
+        self.arena.read(self.offset + at, to)
+    }
+
+    pub fn fill(&self, value: u8) -> Result<()> {
+        self.arena.fill(self.offset, self.bytes, value)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: made by `Arena::tensor`, released once; a binding that holds the value shares its ownership.
+        unsafe { (ort::api().ReleaseValue)(self.value) };
+    }
+}
+
+/// Tensors bound to a session's inputs and outputs, one of them to both where it is updated in place.
+pub struct Bindings {
+    io: IoBinding,
+    kept: Vec<(String, Arena)>,
+}
+
+impl Bindings {
+    pub fn new(session: &Session) -> Result<Self> {
+        let io = session.create_binding().map_err(|e| anyhow!("{}", one_line(&e)))?;
+        Ok(Self { io, kept: Vec::new() })
+    }
+
+    pub fn input(&mut self, name: &str, view: &View) -> Result<()> {
+        bind_input(&self.io, name, view)?;
+        self.keep(name, view);
+        Ok(())
+    }
+
+    pub fn output(&mut self, name: &str, view: &View) -> Result<()> {
+        bind_output(&self.io, name, view)?;
+        self.keep(name, view);
+        Ok(())
+    }
+
+    /// Past and present in one buffer.
+    pub fn in_place(&mut self, past: &str, present: &str, view: &View) -> Result<()> {
+        self.input(past, view)?;
+        self.output(present, view)
+    }
+
+    fn keep(&mut self, name: &str, view: &View) {
+        self.kept.retain(|(other, _)| other != name);
+        self.kept.push((name.to_owned(), view.arena.clone()));
+    }
+
+    /// Runs the session that the bindings were made for.
+    pub fn run(&self, session: &Session, options: Option<&RunOptions<NoSelectedOutputs>>) -> Result<()> {
+        let options = options.map_or(ptr::null(), AsPointer::ptr);
+        // SAFETY: session, binding and options are alive, and the blocks of all bound tensors are kept.
+        check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), options, self.io.ptr()) })
+    }
+}
+
+/// Runs a session whose outputs are all bound to tensors that the caller has.
+pub(crate) fn run(session: &mut Session, io: &IoBinding, options: &RunOptions<NoSelectedOutputs>) -> Result<()> {
+    // SAFETY: all three are alive; what is bound is alive as long as the state that owns the binding.
+    check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), options.ptr(), io.ptr()) })
+}
+
+/// Binds a tensor as an input of a binding that must not outlive the tensor's block.
+pub(crate) fn bind_input(io: &IoBinding, name: &str, view: &View) -> Result<()> {
+    let name = CString::new(name)?;
+    // SAFETY: both objects are alive; the name is read during the call; the binding takes a share of the value.
+    check(unsafe { (ort::api().BindInput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })
+}
+
+/// As [`bind_input`], for an output.
+pub(crate) fn bind_output(io: &IoBinding, name: &str, view: &View) -> Result<()> {
+    let name = CString::new(name)?;
+    // SAFETY: as in `bind_input`.
+    check(unsafe { (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })
+}
+
+/// A status of ONNX Runtime as a result.
+pub(crate) fn check(status: ort_sys::OrtStatusPtr) -> Result<()> {
+    if status.0.is_null() {
+        return Ok(());
+    }
+    let api = ort::api();
+    // SAFETY: a status that is not null is ours; its message lives until it is released, which is done once, here.
+    let message = unsafe {
+        let text = CStr::from_ptr((api.GetErrorMessage)(status.0))
+            .to_string_lossy()
+            .into_owned();
+        (api.ReleaseStatus)(status.0);
+        text
+    };
+    Err(anyhow!("{}", one_line(&message)))
+}

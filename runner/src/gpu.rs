@@ -1,0 +1,305 @@
+//! Memory of an NVIDIA GPU, through the driver: what ONNX Runtime does not copy for its users.
+//!
+//! All copies here are complete when they return, on both sides. ONNX Runtime works on streams of its own, so every operation
+//! first waits for the device.
+
+use std::{
+    ffi::c_void,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use cudarc::driver::{
+    CudaContext, DriverError,
+    result::{free_sync, malloc_sync, memcpy_dtod_sync, memcpy_dtoh_sync, memcpy_htod_sync, memset_d8_sync},
+    sys::is_culib_present,
+};
+use ort::{memory::DeviceType, value::DynTensor};
+
+/// A GPU whose primary context (the one that ONNX Runtime uses) is held.
+#[derive(Debug)]
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    id: usize,
+}
+
+impl Gpu {
+    /// The GPU of that number.
+    ///
+    /// # Errors
+    /// When there is no driver or no such GPU.
+    pub fn open(id: usize) -> Result<Arc<Self>> {
+        // SAFETY: only tries to load the library, whose initialisers are the driver's own.
+        let present = unsafe { is_culib_present() };
+        ensure!(
+            present,
+            "there is no NVIDIA driver on this machine (libcuda.so.1 is not found); use --device cpu"
+        );
+        let count = CudaContext::device_count();
+        // Before the first call the driver wants cuInit, which CudaContext::new makes.
+        let context = CudaContext::new(id).map_err(|e| match count {
+            Ok(count) if count > 0 => anyhow!("no GPU {id}: the driver knows {count}; {}", text(e)),
+            _ => anyhow!("the NVIDIA driver gives no GPU {id} ({}); use --device cpu", text(e)),
+        })?;
+        Ok(Arc::new(Self { context, id }))
+    }
+
+    pub fn id(&self) -> usize {
+        self.id
+    }
+
+    /// The GPU's name and its memory in bytes.
+    pub fn describe(&self) -> Result<(String, usize)> {
+        let name = self.context.name().map_err(driver("cuDeviceGetName"))?;
+        let memory = self.context.total_mem().map_err(driver("cuDeviceTotalMem"))?;
+        Ok((name, memory))
+    }
+
+    /// Free bytes.
+    pub fn free_memory(&self) -> Result<usize> {
+        self.context
+            .mem_get_info()
+            .map(|(free, _)| free)
+            .map_err(driver("cuMemGetInfo"))
+    }
+
+    /// Waits for everything that was given to the device.
+    pub fn synchronize(&self) -> Result<()> {
+        self.context.synchronize().map_err(driver("cuCtxSynchronize"))
+    }
+
+    /// Memory with undefined contents, at an address that every element type is aligned at.
+    pub fn allocate(self: &Arc<Self>, bytes: usize) -> Result<GpuMemory> {
+        self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
+        // SAFETY: a context is current; what comes back is read only after it was written.
+        let address = unsafe { malloc_sync(bytes.max(1)) }
+            .map_err(driver("cuMemAlloc"))
+            .with_context(|| format!("no {bytes} bytes on GPU {}", self.id))?;
+        Ok(GpuMemory {
+            gpu: Arc::clone(self),
+            address,
+            bytes,
+        })
+    }
+
+    /// The memory of a tensor that ONNX Runtime allocated on this GPU.
+    pub fn tensor<'a>(&'a self, tensor: &'a mut DynTensor) -> Result<Region<'a>> {
+        self.check(tensor)?;
+        Ok(Region {
+            gpu: self,
+            address: tensor.data_ptr_mut() as u64,
+            bytes: tensor_bytes(tensor)?,
+            _owner: std::marker::PhantomData,
+        })
+    }
+
+    /// Copies part of a tensor on this GPU to the host.
+    pub fn read_tensor(&self, tensor: &DynTensor, offset: usize, to: &mut [u8]) -> Result<()> {
+        self.check(tensor)?;
+        let region = Region {
+            gpu: self,
+            address: tensor.data_ptr() as u64,
+            bytes: tensor_bytes(tensor)?,
+            _owner: std::marker::PhantomData,
+        };
+        region.read(offset, to)
+    }
+
+    fn check(&self, tensor: &DynTensor) -> Result<()> {
+        let info = tensor.memory_info();
+        ensure!(
+            info.device_type() == DeviceType::GPU && info.device_id() as usize == self.id,
+            "the tensor lies on {} {}, not on GPU {}",
+            info.allocation_device().as_str(),
+            info.device_id(),
+            self.id
+        );
+        Ok(())
+    }
+}
+
+fn tensor_bytes(tensor: &DynTensor) -> Result<usize> {
+    let elements = tensor.shape().num_elements();
+    tensor
+        .data_type()
+        .byte_size(elements)
+        .context("a tensor of strings has no memory on a GPU")
+}
+
+/// Memory on a GPU that is ours.
+#[derive(Debug)]
+pub struct GpuMemory {
+    gpu: Arc<Gpu>,
+    address: u64,
+    bytes: usize,
+}
+
+impl GpuMemory {
+    pub fn region(&mut self) -> Region<'_> {
+        Region {
+            gpu: &self.gpu,
+            address: self.address,
+            bytes: self.bytes,
+            _owner: std::marker::PhantomData,
+        }
+    }
+
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        let region = Region {
+            gpu: &self.gpu,
+            address: self.address,
+            bytes: self.bytes,
+            _owner: std::marker::PhantomData,
+        };
+        region.read(offset, to)
+    }
+
+    /// Copies inside the memory, between places that do not overlap.
+    pub fn copy_inside(&mut self, to: usize, from: usize, bytes: usize) -> Result<()> {
+        self.region().copy_inside(to, from, bytes)
+    }
+
+    /// Where a byte lies, for ONNX Runtime to make a tensor there.
+    pub fn address(&self, offset: usize) -> Result<*mut c_void> {
+        ensure!(offset <= self.bytes, "byte {offset} of {}", self.bytes);
+        Ok((self.address + offset as u64) as *mut c_void)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+}
+
+impl Drop for GpuMemory {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here; the next call of the driver reports it.
+        if self.gpu.synchronize().is_ok() {
+            // SAFETY: `allocate` got the address in this context, nobody else frees it, and the device is idle.
+            let _ = unsafe { free_sync(self.address) };
+        }
+    }
+}
+
+/// Bytes on a GPU that are borrowed for writing.
+pub struct Region<'a> {
+    gpu: &'a Gpu,
+    address: u64,
+    bytes: usize,
+    _owner: std::marker::PhantomData<&'a mut [u8]>,
+}
+
+impl Region<'_> {
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        let from = self.at(offset, to.len())?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        let _one = self.idle()?;
+        // SAFETY: `at` checked that the bytes lie inside memory that is borrowed; the device is idle and the copy synchronous.
+        unsafe { memcpy_dtoh_sync(to, from) }.map_err(driver("cuMemcpyDtoH"))
+    }
+
+    pub fn write(&mut self, offset: usize, from: &[u8]) -> Result<()> {
+        let to = self.at(offset, from.len())?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        let _one = self.idle()?;
+        // SAFETY: as in `read`, and the memory is borrowed mutably.
+        unsafe { memcpy_htod_sync(to, from) }.map_err(driver("cuMemcpyHtoD"))?;
+        // The driver may return while the last bytes are on their way from its own buffer.
+        self.gpu.synchronize()
+    }
+
+    pub fn fill(&mut self, offset: usize, bytes: usize, value: u8) -> Result<()> {
+        let to = self.at(offset, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _one = self.idle()?;
+        // SAFETY: as in `write`.
+        unsafe { memset_d8_sync(to, value, bytes) }.map_err(driver("cuMemsetD8"))?;
+        self.gpu.synchronize()
+    }
+
+    /// Copies inside the region, between places that do not overlap.
+    pub fn copy_inside(&mut self, to: usize, from: usize, bytes: usize) -> Result<()> {
+        let source = Region {
+            gpu: self.gpu,
+            address: self.address,
+            bytes: self.bytes,
+            _owner: std::marker::PhantomData,
+        };
+        self.copy(to, &source, from, bytes)
+    }
+
+    /// Copies `bytes` of a tensor on the same GPU.
+    pub fn copy_tensor(&mut self, offset: usize, from: &DynTensor, from_offset: usize, bytes: usize) -> Result<()> {
+        self.gpu.check(from)?;
+        let source = Region {
+            gpu: self.gpu,
+            address: from.data_ptr() as u64,
+            bytes: tensor_bytes(from)?,
+            _owner: std::marker::PhantomData,
+        };
+        self.copy(offset, &source, from_offset, bytes)
+    }
+
+    /// Copies `bytes` from another place of the same GPU; the two must not overlap.
+    pub fn copy(&mut self, offset: usize, from: &Region<'_>, from_offset: usize, bytes: usize) -> Result<()> {
+        let (to, source) = (self.at(offset, bytes)?, from.at(from_offset, bytes)?);
+        ensure!(self.gpu.id == from.gpu.id, "a copy between GPUs");
+        ensure!(
+            to.abs_diff(source) >= bytes as u64,
+            "a copy between places that overlap"
+        );
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _one = self.idle()?;
+        // SAFETY: both ranges were checked, are borrowed and do not overlap.
+        unsafe { memcpy_dtod_sync(to, source, bytes) }.map_err(driver("cuMemcpyDtoD"))?;
+        self.gpu.synchronize()
+    }
+
+    fn at(&self, offset: usize, bytes: usize) -> Result<u64> {
+        let end = offset.checked_add(bytes);
+        ensure!(
+            end.is_some_and(|end| end <= self.bytes),
+            "{bytes} bytes from {offset} on exceed a buffer of {}",
+            self.bytes
+        );
+        Ok(self.address + offset as u64)
+    }
+
+    /// The context current in this thread, and nothing running.
+    fn idle(&self) -> Result<std::sync::MutexGuard<'static, ()>> {
+        static COPYING: Mutex<()> = Mutex::new(());
+        let one = COPYING.lock().unwrap_or_else(PoisonError::into_inner);
+        self.gpu.synchronize()?;
+        Ok(one)
+    }
+}
+
+fn driver(call: &'static str) -> impl Fn(DriverError) -> anyhow::Error {
+    move |e| anyhow!("{call} failed: {}", text(e))
+}
+
+fn text(error: DriverError) -> String {
+    let part = |s: Result<&std::ffi::CStr, DriverError>| {
+        s.map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned())
+    };
+    format!("{}: {}", part(error.error_name()), part(error.error_string()))
+}

@@ -1,0 +1,352 @@
+//! What a model on a GPU (in tests: on the CPU) is fed from: buffers that stay where they are, so that little crosses to the device and a step can be
+//! captured in a CUDA graph.
+//!
+//! B sequences, S tokens fed, C capacity. In: token ids and, where the graph wants them, positions and budgets. The mask is
+//! ones that lie there already. Out: the scores of the newest tokens.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use half::{bf16, f16};
+use ort::{
+    session::{IoBinding, NoSelectedOutputs, RunOptions, Session},
+    value::{DynTensorValueType, TensorElementType},
+};
+use retro_contract::graph;
+
+use crate::{
+    Device,
+    arena::{ALIGNMENT, Arena, View, bind_input, bind_output},
+    gpu::Gpu,
+    interface::{Budgets, Interface},
+    runtime::one_line,
+    session::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
+    state::Buffer,
+};
+
+/// Of one state; bound to its binding.
+pub(crate) struct Steps {
+    batch: usize,
+    capacity: usize,
+    /// For sequences of one length: ones `[C]`, of which a step is shown as many as tokens are valid.
+    ones: Option<Arena>,
+    captured: Option<Captured>,
+}
+
+/// Buffers whose addresses a CUDA graph knows.
+struct Captured {
+    id: usize,
+    /// Tokens fed and how many of them are retrospective: another step needs another graph.
+    fed: usize,
+    retro_length: i32,
+    ids: View,
+    /// The mask `[B, C]`, and how many ones each row has.
+    mask: Option<(View, Vec<usize>)>,
+    positions: Option<View>,
+    budgets: Option<View>,
+    /// Rows are known after a run that was not captured.
+    logits: Option<(View, ValueShape)>,
+    retro: View,
+    /// The graph exists.
+    ready: bool,
+}
+
+impl Steps {
+    pub(crate) fn new(gpu: Option<&Arc<Gpu>>, interface: &Interface, batch: usize, capacity: usize) -> Result<Self> {
+        let ones = (batch == 1 && interface.attention_mask.is_some())
+            .then(|| -> Result<Arena> {
+                let arena = Arena::new(gpu, capacity * 8)?;
+                arena.write(0, &1i64.to_le_bytes().repeat(capacity))?;
+                Ok(arena)
+            })
+            .transpose()?;
+        Ok(Self {
+            batch,
+            capacity,
+            ones,
+            captured: None,
+        })
+    }
+
+    /// Runs a step or a chunk of a prompt.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the parts of a model and of a state, which borrow apart"
+    )]
+    pub(crate) fn run(
+        &mut self,
+        gpu: Option<&Arc<Gpu>>,
+        session: &mut Session,
+        interface: &Interface,
+        binding: &mut IoBinding,
+        buffers: &mut [Buffer],
+        feed: &Feed,
+        graphs: &mut Option<usize>,
+    ) -> Result<Logits> {
+        let fed = feed.ids.len() / self.batch;
+        let Some(number) = graphs else {
+            return self.run_once(gpu, session, interface, binding, feed, None);
+        };
+        if !feed.steady {
+            return self.run_once(gpu, session, interface, binding, feed, Some("-1"));
+        }
+        let known = self.captured.as_ref();
+        if known.is_none_or(|c| c.fed != fed || c.retro_length != feed.retro_length) {
+            *number += 1;
+            self.captured = Some(Captured::new(
+                gpu,
+                interface,
+                self.batch,
+                self.capacity,
+                fed,
+                feed,
+                *number,
+            )?);
+        }
+        // The shape of the logits is the graph's to say: the first steady step is an ordinary one.
+        if self.captured.as_ref().is_some_and(|c| c.logits.is_none()) {
+            let (logits, shape) = self.run_shaped(gpu, session, interface, binding, feed, Some("-1"))?;
+            if let Some(captured) = &mut self.captured {
+                captured.take_shape(gpu, interface, self.batch, shape)?;
+            }
+            return Ok(logits);
+        }
+        let captured = self.captured.as_mut().context("set above")?;
+        if !captured.ready {
+            // To capture a graph ONNX Runtime runs it once as it is and once more as what was captured. The second time the
+            // oldest token's place in the output cache is the newest one's already: go back, and do the step itself after.
+            let memory = buffers.iter().filter(|b| b.is_memory_of_steps()).map(Buffer::to_vec);
+            let memory = memory.collect::<Result<Vec<_>>>()?;
+            // Where nothing is captured (in tests on the CPU) a second run makes up for it.
+            for _ in 0..if gpu.is_some() { 1 } else { 2 } {
+                captured.run(session, interface, binding, feed, self.batch)?;
+            }
+            let buffers = buffers.iter_mut().filter(|b| b.is_memory_of_steps());
+            buffers
+                .zip(&memory)
+                .try_for_each(|(buffer, bytes)| buffer.load(bytes))?;
+            captured.ready = true;
+        }
+        captured.run(session, interface, binding, feed, self.batch)
+    }
+
+    fn run_once(
+        &self,
+        gpu: Option<&Arc<Gpu>>,
+        session: &mut Session,
+        interface: &Interface,
+        binding: &mut IoBinding,
+        feed: &Feed,
+        graph_id: Option<&str>,
+    ) -> Result<Logits> {
+        self.run_shaped(gpu, session, interface, binding, feed, graph_id)
+            .map(|(logits, _)| logits)
+    }
+
+    /// Not captured: the logits stay on the GPU but for the newest tokens'.
+    fn run_shaped(
+        &self,
+        gpu: Option<&Arc<Gpu>>,
+        session: &mut Session,
+        interface: &Interface,
+        binding: &mut IoBinding,
+        feed: &Feed,
+        graph_id: Option<&str>,
+    ) -> Result<(Logits, ValueShape)> {
+        let error = |e: ort::Error| anyhow!("{}", one_line(&e));
+        let device = gpu.map_or(Device::Cpu, |gpu| Device::Cuda(gpu.id()));
+        let longest = feed.lengths.iter().copied().max().unwrap_or(0);
+        let mask = match (&self.ones, &interface.attention_mask) {
+            (Some(ones), Some(name)) => Some((name, ones.tensor(0, TensorElementType::Int64, &[1, longest])?)),
+            _ => None,
+        };
+        let inputs = inputs(interface, self.batch, longest, feed, mask.is_none())?;
+        for (name, value) in &inputs {
+            binding.bind_input(*name, value).map_err(error)?;
+        }
+        if let Some((name, view)) = &mask {
+            bind_input(binding, name, view)?;
+        }
+        // Bound anew each time: its shape changes with S, and a binding remembers the last output.
+        binding
+            .bind_output_to_device(&interface.logits, &device.memory()?)
+            .map_err(error)?;
+        let options = options(graph_id)?;
+        let mut outputs = session.run_binding_with_options(binding, &options).map_err(error)?;
+        let logits = outputs.remove(&interface.logits).context("the graph gave no logits")?;
+        let shape = logits_shape(&logits, self.batch)?;
+        let Some(gpu) = gpu else {
+            return Ok((last_rows(&logits, interface.logits_type, self.batch)?, shape));
+        };
+        let tensor = logits.downcast::<DynTensorValueType>().map_err(error)?;
+        let size = interface.logits_type.byte_size(1).context("logits of no size")?;
+        let mut bytes = vec![0; self.batch * shape.vocab * size];
+        for (b, row) in bytes.chunks_mut(shape.vocab * size).enumerate() {
+            let newest = (b + 1) * shape.rows - 1;
+            gpu.read_tensor(&tensor, newest * shape.vocab * size, row)?;
+        }
+        let values = floats(interface.logits_type, &bytes)?;
+        let vocab = shape.vocab;
+        Ok((Logits { values, vocab }, shape))
+    }
+}
+
+fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
+    let mut options = RunOptions::new().map_err(|e| anyhow!("{}", one_line(&e)))?;
+    if let Some(id) = graph_id {
+        options
+            .set("gpu_graph_id", id)
+            .map_err(|e| anyhow!("{}", one_line(&e)))?;
+    }
+    Ok(options)
+}
+
+/// Numbers of a tensor as f32.
+fn floats(element: TensorElementType, bytes: &[u8]) -> Result<Vec<f32>> {
+    let halves = || bytes.as_chunks::<2>().0.iter();
+    match element {
+        TensorElementType::Float32 => Ok(bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect()),
+        TensorElementType::Float16 => Ok(halves().map(|b| f16::from_le_bytes(*b).to_f32()).collect()),
+        TensorElementType::Bfloat16 => Ok(halves().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()),
+        other => Err(anyhow!("the logits are {other}, expected float32, float16 or bfloat16")),
+    }
+}
+
+fn longs(numbers: impl Iterator<Item = i64>) -> Vec<u8> {
+    numbers.flat_map(i64::to_le_bytes).collect()
+}
+
+impl Captured {
+    fn new(
+        gpu: Option<&Arc<Gpu>>,
+        interface: &Interface,
+        batch: usize,
+        capacity: usize,
+        fed: usize,
+        feed: &Feed,
+        id: usize,
+    ) -> Result<Self> {
+        let mut next = 0usize;
+        let mut take = |bytes: usize| {
+            let at = next;
+            next = (next + bytes).next_multiple_of(ALIGNMENT);
+            at
+        };
+        let budgets = interface.page_budget.map(|b| match b {
+            Budgets::One => 1,
+            Budgets::EachSequence => batch,
+        });
+        let ids_at = take(8 * batch * fed);
+        let positions_at = take(8 * batch * fed);
+        let mask_at = take(8 * batch * capacity);
+        let budgets_at = take(4 * batch);
+        let arena = Arena::new(gpu, next)?;
+        arena.fill(0, next, 0)?;
+        let long = TensorElementType::Int64;
+        let mask = interface.attention_mask.is_some();
+        let positions = interface.position_ids.is_some();
+        let host = Arena::new(None, 4)?;
+        let retro = host.tensor(0, TensorElementType::Int32, &[1])?;
+        retro.write(0, &feed.retro_length.to_le_bytes())?;
+        Ok(Self {
+            id,
+            fed,
+            retro_length: feed.retro_length,
+            ids: arena.tensor(ids_at, long, &[batch, fed])?,
+            mask: mask
+                .then(|| {
+                    arena
+                        .tensor(mask_at, long, &[batch, capacity])
+                        .map(|v| (v, vec![0; batch]))
+                })
+                .transpose()?,
+            positions: positions
+                .then(|| arena.tensor(positions_at, long, &[batch, fed]))
+                .transpose()?,
+            budgets: budgets
+                .map(|n| arena.tensor(budgets_at, TensorElementType::Int32, &[n]))
+                .transpose()?,
+            logits: None,
+            retro,
+            ready: false,
+        })
+    }
+
+    fn take_shape(
+        &mut self,
+        gpu: Option<&Arc<Gpu>>,
+        interface: &Interface,
+        batch: usize,
+        shape: ValueShape,
+    ) -> Result<()> {
+        let dims = [batch, shape.rows, shape.vocab];
+        let size = interface.logits_type.byte_size(dims.iter().product());
+        let arena = Arena::new(gpu, size.context("logits of no size")?)?;
+        self.logits = Some((arena.tensor(0, interface.logits_type, &dims)?, shape));
+        Ok(())
+    }
+
+    /// Feeds the buffers and replays the graph, which the first time is captured.
+    fn run(
+        &mut self,
+        session: &mut Session,
+        interface: &Interface,
+        binding: &mut IoBinding,
+        feed: &Feed,
+        batch: usize,
+    ) -> Result<Logits> {
+        self.ids.write(0, &longs(feed.ids.iter().copied()))?;
+        bind_input(binding, &interface.input_ids, &self.ids)?;
+        if let Some((name, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_mut()) {
+            let capacity = mask.bytes() / 8 / batch;
+            for (b, (have, &want)) in ones.iter_mut().zip(&feed.lengths).enumerate() {
+                ensure!(want <= capacity, "{want} tokens do not fit a cache of {capacity}");
+                // Usually one more.
+                let (from, to) = ((*have).min(want), (*have).max(want));
+                let value = i64::from(want > *have);
+                mask.write(8 * (b * capacity + from), &longs((from..to).map(|_| value)))?;
+                *have = want;
+            }
+            bind_input(binding, name, mask)?;
+        }
+        if let Some((name, positions)) = interface.position_ids.as_ref().zip(self.positions.as_ref()) {
+            let row = |&n: &usize| (0..self.fed).map(move |i| (n + i) as i64);
+            let fed = self.fed as i64;
+            positions.write(0, &longs(feed.lengths.iter().flat_map(row).map(|p| p - fed)))?;
+            bind_input(binding, name, positions)?;
+        }
+        if interface.retro_length {
+            bind_input(binding, graph::RETRO_LENGTH, &self.retro)?;
+        }
+        if let Some(view) = &self.budgets {
+            // 0: as the operator's attributes say.
+            let asked = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
+            let one = asked.iter().copied().max().unwrap_or(0);
+            let numbers = if view.bytes() == 4 { vec![one] } else { asked };
+            view.write(0, &numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>())?;
+            bind_input(binding, graph::PAGE_BUDGET, view)?;
+        }
+        let (view, shape) = self.logits.as_ref().context("logits without a place")?;
+        bind_output(binding, &interface.logits, view)?;
+        let options = options(Some(&self.id.to_string()))?;
+        crate::arena::run(session, binding, &options)?;
+        let size = interface
+            .logits_type
+            .byte_size(shape.vocab)
+            .context("logits of no size")?;
+        let mut bytes = vec![0; batch * size];
+        for (b, row) in bytes.chunks_mut(size).enumerate() {
+            view.read(((b + 1) * shape.rows - 1) * size, row)?;
+        }
+        let values = floats(interface.logits_type, &bytes)?;
+        Ok(Logits {
+            values,
+            vocab: shape.vocab,
+        })
+    }
+}

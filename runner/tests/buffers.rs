@@ -1,0 +1,72 @@
+//! Steps that are fed from fixed buffers, as a CUDA graph wants them, make the same text as others. On the CPU, so that everything
+//! but the capture itself is tested without a GPU.
+
+use std::path::Path;
+
+use retro_run::{Model, OpenOptions, Runtime, batch::Prefilled, generate::Policy, runtime::find_plugin};
+
+#[test]
+fn fixed_buffers_change_nothing() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("ledger"), folder.path().join("retro"));
+    retro_models::build(&root.join("models/ledger"), &source, &retro_models::Options::default()).unwrap();
+    let settings = retro_export::Settings {
+        window: 4,
+        ..Default::default()
+    };
+    retro_export::convert(&retro_export::Options {
+        source: source.clone(),
+        target: Some(target.clone()),
+        settings,
+        ..Default::default()
+    })
+    .unwrap();
+    let runtime = Runtime::load(None).unwrap();
+    let plugin = find_plugin(None).unwrap();
+    let prompt = |length: u32, seed: u32| (0..length).map(|i| 3 + (i * seed) % 90).collect::<Vec<u32>>();
+    for (folder, windows) in [(&source, &[1][..]), (&target, &[1, 2, 4])] {
+        for prompts in [
+            vec![prompt(900, 7)],
+            vec![prompt(70, 11), prompt(33, 5), prompt(120, 13)],
+        ] {
+            let texts = [false, true].map(|fixed_buffers| {
+                let options = OpenOptions {
+                    threads: Some(2),
+                    plugin: plugin.clone(),
+                    fixed_buffers,
+                    ..OpenOptions::default()
+                };
+                let mut model = Model::open(&runtime, folder, &options).unwrap();
+                model.folder.eos.clear();
+                let layers = model.interface.layers();
+                let op = if model.retro.is_some() {
+                    "RetroAttention"
+                } else {
+                    "GroupQueryAttention"
+                };
+                let placed = model.placement().unwrap();
+                let attention = placed
+                    .iter()
+                    .filter(|n| n.op_type == op && n.provider == "CPUExecutionProvider");
+                assert_eq!(attention.count(), layers, "{placed:?}");
+                let mut ready = Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| ()).unwrap();
+                // The second time from the same prompts: what the mask shows must shrink again.
+                let mut decode = |window: usize, budget| {
+                    let policy = Policy::new(&model, Some(window), budget).unwrap();
+                    ready.decode(&mut model, policy, 30, |_| ()).unwrap().0
+                };
+                let mut texts: Vec<Vec<Vec<u32>>> = windows.iter().map(|&w| decode(w, None)).collect();
+                if windows.len() > 1 {
+                    texts.push(decode(2, Some("1.0".parse().unwrap())));
+                    // A budget is forgotten when it is not asked for again.
+                    texts.push(decode(2, None));
+                    assert!(texts[4] == texts[1] && texts[3] != texts[1]);
+                }
+                texts
+            });
+            assert!(texts[0] == texts[1], "{}: {} prompts", folder.display(), prompts.len());
+            assert!(texts[0].iter().flatten().all(|text| text.len() == 30));
+        }
+    }
+}
