@@ -48,6 +48,7 @@ pub struct Kernels {
     pub merge: Kernel,
     pub append: Kernel,
     pub pages: Kernel,
+    pub clear: Kernel,
     /// In ascending order of `rows`.
     pub attend: Vec<Attend>,
     /// float16 or bfloat16.
@@ -192,6 +193,12 @@ impl Call<'_> {
             Order::Chained,
             params,
         )
+    }
+
+    /// What must be so before the host's own operator does a prefill.
+    pub fn before_delegate(&self, params: &Params) -> Result<()> {
+        let grid = [1, self.attributes.kv_heads, self.dims.batch];
+        self.stream.launch(&self.kernels.clear, grid, 0, Order::Alone, params)
     }
 
     /// What a prefill writes beside what the host's own operator wrote, if that ran (`delegated`).

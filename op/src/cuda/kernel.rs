@@ -127,6 +127,7 @@ fn kernels<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         merge: find(of("merge"), 512)?,
         append: find(of("append"), 128)?,
         pages: find(of("pages"), 128)?,
+        clear: find(of("clear"), 128)?,
         attend: attend.collect::<Result<_>>()?,
         half: E::HALF,
         padded,
@@ -318,6 +319,7 @@ impl CudaKernel {
             .as_ref()
             .filter(|_| delegate_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
         if let Some(delegate) = delegate {
+            call.before_delegate(&p)?;
             // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
             let rotary = |slot: usize| tensors[slot].filter(|_| attributes.do_rotary);
             delegate.run(

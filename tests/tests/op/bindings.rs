@@ -13,7 +13,7 @@ fn attrs() -> impl Strategy<Value = Attrs> {
     let sizes = (
         1usize..=3,
         1usize..=4,
-        prop_oneof![Just(8usize), Just(20), Just(64)],
+        prop_oneof![Just(8usize), Just(24), Just(64)],
         3u32..=6,
         1usize..=8,
     );

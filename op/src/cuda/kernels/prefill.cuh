@@ -10,6 +10,18 @@ template <class T> DEVICE void append_kernel(const Params& p) {
   if (s.valid && position >= s.first) append<T>(p, s, b, head, position, position + 1);
 }
 
+// Grid (1, Hkv, B), before ONNX Runtime's own operator appends: the value rows that follow the sequence's tokens in its blocks
+// of keys become 0. Its kernels multiply them by weights of 0, and memory that was never written may hold a NaN.
+template <class T> DEVICE void clear_kernel(const Params& p) {
+  constexpr int BLOCK = 256;
+  const int head = blockIdx.y, b = blockIdx.z, d = p.head_size;
+  const Sequence s = sequence(p, b);
+  if (!s.valid) return;
+  const int end = min((s.len + BLOCK - 1) / BLOCK * BLOCK, p.capacity);
+  T* values = static_cast<T*>(p.value_cache) + size_t(b * p.kv_heads + head) * p.capacity * d;
+  for (size_t i = size_t(s.len) * d + threadIdx.x; i < size_t(end) * d; i += blockDim.x) narrow(0.f, values[i]);
+}
+
 // Grid (pages, Hkv, B): the summary of a page that a fed row lies in; A of every page that holds a token becomes the newest
 // position: the queries so far have seen everything.
 template <class T> DEVICE void pages_kernel(const Params& p) {
