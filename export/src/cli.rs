@@ -2,7 +2,7 @@
 
 use crate::{ExternalMode, Options, Settings, SlidingCache};
 use clap::Parser;
-use retro_contract::{Budget, GroupScore, Selector};
+use retro_contract::{Budget, GroupScore, Mode, Selector};
 use std::path::PathBuf;
 
 /// Converts the attention of an ONNX language model to retrospective sparse attention.
@@ -55,6 +55,10 @@ pub struct Cli {
     #[arg(long, default_value_t = Settings::default().selector_lambda, value_name = "NUMBER")]
     pub selector_lambda: f32,
 
+    /// Which pages a step reads: retro (the best ones), dense (all), or streaming (the first and the newest: StreamingLLM)
+    #[arg(long, default_value_t = Settings::default().mode)]
+    pub mode: Mode,
+
     /// Return the logits of all tokens fed, not the newest one's alone
     #[arg(long)]
     pub all_logits: bool,
@@ -101,6 +105,7 @@ impl Cli {
                 selector: self.selector,
                 group_score: self.group_score,
                 selector_lambda: self.selector_lambda,
+                mode: self.mode,
                 dense_layers: self.dense_layers.iter().copied().collect(),
             },
             all_logits: self.all_logits,

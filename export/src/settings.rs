@@ -1,7 +1,7 @@
 //! What a converted model's attention is set to.
 
 use anyhow::{Result, ensure};
-use retro_contract::{Budget, GroupScore, Selector, limits};
+use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
 use std::collections::BTreeSet;
 
 /// Settings of the operator; they become attributes and metadata.
@@ -19,6 +19,8 @@ pub struct Settings {
     pub group_score: GroupScore,
     /// Standard deviations added to the mean by the selector `moments`.
     pub selector_lambda: f32,
+    /// Which pages the layers read that are not named in `dense_layers`.
+    pub mode: Mode,
     /// Layers that attend to everything.
     pub dense_layers: BTreeSet<usize>,
 }
@@ -35,12 +37,22 @@ impl Default for Settings {
             selector: Selector::Moments,
             group_score: GroupScore::Softmax,
             selector_lambda: limits::SELECTOR_LAMBDA,
+            mode: Mode::Retro,
             dense_layers: BTreeSet::new(),
         }
     }
 }
 
 impl Settings {
+    /// The paper's own settings: Quest's page selection, and w = 2 at 15 % of the context.
+    pub fn paper() -> Self {
+        Self {
+            selector: Selector::Bounds,
+            group_score: GroupScore::Max,
+            ..Self::default()
+        }
+    }
+
     /// # Errors
     /// A setting that the operator would refuse.
     pub fn check(&self) -> Result<()> {
