@@ -17,8 +17,10 @@ pub struct Settings {
     pub sink_pages: usize,
     pub selector: Selector,
     pub group_score: GroupScore,
-    /// Standard deviations added to the mean by the selector `moments`.
+    /// Standard deviations added to the mean by the selectors `moments` and `signed_moments`.
     pub selector_lambda: f32,
+    /// Share of the spread that the selector `signed_moments` takes from the principal direction, 0 to 1.
+    pub selector_correlation: f32,
     /// Which pages the layers read that are not named in `dense_layers`.
     pub mode: Mode,
     /// Layers that attend to everything.
@@ -34,9 +36,10 @@ impl Default for Settings {
             min_pages: limits::BUDGET_MIN_PAGES,
             page_size: limits::PAGE_SIZE,
             sink_pages: limits::SINK_PAGES,
-            selector: Selector::Moments,
+            selector: Selector::SignedMoments,
             group_score: GroupScore::Softmax,
-            selector_lambda: limits::SELECTOR_LAMBDA,
+            selector_lambda: 2.0,
+            selector_correlation: limits::SELECTOR_CORRELATION,
             mode: Mode::Retro,
             dense_layers: BTreeSet::new(),
         }
@@ -49,6 +52,7 @@ impl Settings {
         Self {
             selector: Selector::Bounds,
             group_score: GroupScore::Max,
+            selector_lambda: limits::SELECTOR_LAMBDA,
             ..Self::default()
         }
     }
@@ -62,6 +66,7 @@ impl Settings {
             min_pages,
             sink_pages,
             selector_lambda: lambda,
+            selector_correlation: correlation,
             ..
         } = *self;
         let max = limits::WINDOW_MAX;
@@ -85,6 +90,10 @@ impl Settings {
         ensure!(
             lambda.is_finite() && lambda >= 0.0,
             "the selector's lambda is {lambda}; it must be at least 0"
+        );
+        ensure!(
+            (0.0..=1.0).contains(&correlation),
+            "the selector's correlation is {correlation}; it must be 0 to 1"
         );
         if let Budget::Tokens(tokens) = self.budget {
             ensure!(
@@ -115,6 +124,7 @@ mod tests {
         refused(|s| s.page_size = 256, "page size is 256");
         refused(|s| s.min_pages = 0, "pages is 0");
         refused(|s| s.selector_lambda = f32::NAN, "lambda is NaN");
+        refused(|s| s.selector_correlation = 1.5, "correlation is 1.5");
         refused(|s| s.budget = Budget::Tokens(usize::MAX), "budget is");
     }
 }

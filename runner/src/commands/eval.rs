@@ -51,7 +51,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N")]
     docs: Option<usize>,
     /// A policy: dense, streaming (StreamingLLM), quest, retro (the paper's selection) or recommended (retro-export's
-    /// defaults), with options: retro,window=4,selector=moments,group-score=softmax,lambda=2.5,page-size=16,sink-pages=1,
+    /// defaults), with options: retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,page-size=16,sink-pages=1,
     /// dense-layers=0+1. May be given several times [default: all five].
     #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
     policies: Vec<PolicySpec>,

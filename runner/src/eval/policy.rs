@@ -32,7 +32,7 @@ pub struct PolicySpec {
 }
 
 const NAMES: &str = "dense, streaming, quest, retro or recommended";
-const OPTIONS: &str = "window, selector, group-score, lambda, page-size, sink-pages or dense-layers";
+const OPTIONS: &str = "window, selector, group-score, lambda, correlation, page-size, sink-pages or dense-layers";
 
 impl FromStr for PolicySpec {
     type Err = String;
@@ -84,6 +84,7 @@ impl PolicySpec {
             "selector" => s.selector = value.parse().map_err(|e| format!("{e}"))?,
             "group-score" => s.group_score = value.parse().map_err(|e| format!("{e}"))?,
             "lambda" => s.selector_lambda = number(key, value)?,
+            "correlation" => s.selector_correlation = number(key, value)?,
             "page-size" => s.page_size = number(key, value)?,
             "sink-pages" => s.sink_pages = number(key, value)?,
             "dense-layers" => {
@@ -108,6 +109,9 @@ impl PolicySpec {
         }
         if s.selector_lambda != u.selector_lambda {
             out.push(format!("lambda {}", s.selector_lambda));
+        }
+        if s.selector_correlation != u.selector_correlation {
+            out.push(format!("correlation {}", s.selector_correlation));
         }
         if s.page_size != u.page_size {
             out.push(format!("pages of {}", s.page_size));
