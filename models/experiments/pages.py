@@ -172,6 +172,7 @@ VARIANTS = {
     "signed, last 3 queries take part": dict(SIGNED, earlier=3, decay=0.5),
     "signed, KV heads share a budget": dict(SIGNED, joint=True),
     "signed, one selection a query head": dict(SIGNED, group="heads", floor=2, scale=lambda m: m.c.n_kv / m.c.n_heads),
+    "signed, budget by mass 0.7": dict(SIGNED, mass=0.7),
     "signed, budget by mass 0.8": dict(SIGNED, mass=0.8),
     "signed, budget by mass 0.9": dict(SIGNED, mass=0.9),
     "signed, more pages in early layers": dict(SIGNED, shares=[1.5, 1.3, 1.1, 0.9, 0.7, 0.5]),
