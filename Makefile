@@ -29,25 +29,21 @@ BUDGET := 0.15
 DOCUMENTS := 8
 LEDGER := $(OUT)/ledger
 
-# One converted model per page selection; how many tokens a step feeds is chosen when it runs, up to the window.
 demo: build
 	@$(ORT)
 	say() { printf '\n== %s\n' "$$*" >&2; }
 	say "The trained model 'ledger' as an ONNX graph in onnxruntime-genai's form"
 	$(RELEASE)/retro-models build --weights models/ledger -o $(LEDGER)
-	say "Converted: the paper's page selection (Quest's), and this project's"
-	rm -rf $(LEDGER)-bounds $(LEDGER)-moments
-	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-bounds --window 8 --budget $(BUDGET) --selector bounds --group-score max
-	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-moments --window 2 --budget $(BUDGET) --selector moments --group-score softmax
+	say "Converted with retro-export's defaults"
+	rm -rf $(LEDGER)-retro
+	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-retro --budget $(BUDGET)
 	say "One document, reading $(BUDGET) of the cache a step"
-	$(RELEASE)/retro-run run $(LEDGER)-moments --document models/ledger/documents.jsonl:0
+	$(RELEASE)/retro-run run $(LEDGER)-retro --document models/ledger/documents.jsonl:0
 	say "$(DOCUMENTS) documents under each policy"
-	$(RELEASE)/retro-run eval --data models/ledger/documents.jsonl --docs $(DOCUMENTS) \
-	  --run "dense=$(LEDGER)" \
-	  --run "Quest (w = 1)=$(LEDGER)-bounds,window=1" \
-	  --run "Retro (w = 2)=$(LEDGER)-bounds,window=2" \
-	  --run "Retro (w = 8)=$(LEDGER)-bounds,window=8" \
-	  --run "Retro (w = 2) moments + softmax=$(LEDGER)-moments,window=2"
+	$(RELEASE)/retro-run eval $(LEDGER) --data models/ledger/documents.jsonl --docs $(DOCUMENTS) --budgets $(BUDGET) \
+	  --policy dense --policy quest --policy retro,window=2 --policy retro,window=8 \
+	  --policy recommended,window=1 --policy recommended,window=2 --html $(OUT)/eval.html
+	say "The same with figures: $(OUT)/eval.html"
 
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ choice!(
         Bounds = "bounds",
         /// Mean and standard deviation of the page's keys.
         Moments = "moments",
+        /// As moments, each element of the standard deviation signed by the page's principal direction.
+        SignedMoments = "signed_moments",
     }
 );
 

@@ -114,6 +114,7 @@ pub mod attribute {
     pub const SELECTOR: &str = "selector";
     pub const GROUP_SCORE: &str = "group_score";
     pub const SELECTOR_LAMBDA: &str = "selector_lambda";
+    pub const SELECTOR_CORRELATION: &str = "selector_correlation";
     pub const MODE: &str = "mode";
 }
 
@@ -128,6 +129,7 @@ pub mod limits {
     pub const BUDGET_MIN_PAGES: usize = 4;
     pub const SINK_PAGES: usize = 1;
     pub const SELECTOR_LAMBDA: f32 = 2.5;
+    pub const SELECTOR_CORRELATION: f32 = 0.2;
 }
 
 /// Slots of the output cache for a window: the last w-1 positions, and at least one so that the tensor is never empty.

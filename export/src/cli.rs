@@ -2,7 +2,7 @@
 
 use crate::{ExternalMode, Options, Settings, SlidingCache};
 use clap::Parser;
-use retro_contract::{Budget, GroupScore, Selector};
+use retro_contract::{Budget, GroupScore, Mode, Selector};
 use std::path::PathBuf;
 
 /// Converts the attention of an ONNX language model to retrospective sparse attention.
@@ -43,7 +43,7 @@ pub struct Cli {
     #[arg(long, value_delimiter = ',', value_name = "LAYERS")]
     pub dense_layers: Vec<usize>,
 
-    /// What stands for a page when the best ones are chosen: bounds (the paper's) or moments
+    /// What stands for a page when the best ones are chosen: bounds (the paper's), moments or signed_moments
     #[arg(long, default_value_t = Settings::default().selector)]
     pub selector: Selector,
 
@@ -51,9 +51,17 @@ pub struct Cli {
     #[arg(long, default_value_t = Settings::default().group_score)]
     pub group_score: GroupScore,
 
-    /// Standard deviations that the selector moments adds to the mean
+    /// Standard deviations that the selectors moments and signed_moments add to the mean
     #[arg(long, default_value_t = Settings::default().selector_lambda, value_name = "NUMBER")]
     pub selector_lambda: f32,
+
+    /// Share of the spread that the selector signed_moments takes from a page's principal direction, 0 to 1
+    #[arg(long, default_value_t = Settings::default().selector_correlation, value_name = "NUMBER")]
+    pub selector_correlation: f32,
+
+    /// Which pages a step reads: retro (the best ones), dense (all), or streaming (the first and the newest: StreamingLLM)
+    #[arg(long, default_value_t = Settings::default().mode)]
+    pub mode: Mode,
 
     /// Return the logits of all tokens fed, not the newest one's alone
     #[arg(long)]
@@ -101,6 +109,8 @@ impl Cli {
                 selector: self.selector,
                 group_score: self.group_score,
                 selector_lambda: self.selector_lambda,
+                selector_correlation: self.selector_correlation,
+                mode: self.mode,
                 dense_layers: self.dense_layers.iter().copied().collect(),
             },
             all_logits: self.all_logits,

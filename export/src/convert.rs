@@ -138,7 +138,7 @@ fn decide<'a>(found: &'a [Attention], options: &Options) -> Result<Vec<Conversio
                     continue;
                 }
                 let dense = site.sliding_cache || settings.dense_layers.contains(&attention.layer);
-                let mode = if dense { Mode::Dense } else { Mode::Retro };
+                let mode = if dense { Mode::Dense } else { settings.mode };
                 conversions.push(Conversion {
                     attention,
                     site,

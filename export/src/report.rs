@@ -56,6 +56,7 @@ pub struct SettingsReport {
     pub selector: &'static str,
     pub group_score: &'static str,
     pub selector_lambda: f32,
+    pub selector_correlation: f32,
     pub dense_layers: Vec<usize>,
 }
 
@@ -190,6 +191,7 @@ impl SettingsReport {
             selector: settings.selector.as_str(),
             group_score: settings.group_score.as_str(),
             selector_lambda: settings.selector_lambda,
+            selector_correlation: settings.selector_correlation,
             dense_layers: dense.map(|l| l.layer).collect(),
         }
     }
@@ -274,10 +276,13 @@ impl fmt::Display for Report {
             m.ir_version,
             m.opsets.join(", ")
         )?;
-        let lambda = if s.selector == "moments" {
-            format!(" (lambda {})", s.selector_lambda)
-        } else {
-            String::new()
+        let lambda = match s.selector {
+            "moments" => format!(" (lambda {})", s.selector_lambda),
+            "signed_moments" => format!(
+                " (lambda {}, correlation {})",
+                s.selector_lambda, s.selector_correlation
+            ),
+            _ => String::new(),
         };
         let plural = |n: usize| if n == 1 { "" } else { "s" };
         writeln!(

@@ -280,6 +280,7 @@ fn attributes(site: &Site, mode: Mode, settings: &Settings) -> Vec<AttributeProt
         AttributeProto::string(attribute::SELECTOR, settings.selector.as_str()),
         AttributeProto::string(attribute::GROUP_SCORE, settings.group_score.as_str()),
         AttributeProto::float(attribute::SELECTOR_LAMBDA, settings.selector_lambda),
+        AttributeProto::float(attribute::SELECTOR_CORRELATION, settings.selector_correlation),
         AttributeProto::string(attribute::MODE, mode.as_str()),
     ]
 }

@@ -1,7 +1,7 @@
 //! What a converted model's attention is set to.
 
 use anyhow::{Result, ensure};
-use retro_contract::{Budget, GroupScore, Selector, limits};
+use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
 use std::collections::BTreeSet;
 
 /// Settings of the operator; they become attributes and metadata.
@@ -17,8 +17,12 @@ pub struct Settings {
     pub sink_pages: usize,
     pub selector: Selector,
     pub group_score: GroupScore,
-    /// Standard deviations added to the mean by the selector `moments`.
+    /// Standard deviations added to the mean by the selectors `moments` and `signed_moments`.
     pub selector_lambda: f32,
+    /// Share of the spread that the selector `signed_moments` takes from the principal direction, 0 to 1.
+    pub selector_correlation: f32,
+    /// Which pages the layers read that are not named in `dense_layers`.
+    pub mode: Mode,
     /// Layers that attend to everything.
     pub dense_layers: BTreeSet<usize>,
 }
@@ -32,15 +36,27 @@ impl Default for Settings {
             min_pages: limits::BUDGET_MIN_PAGES,
             page_size: limits::PAGE_SIZE,
             sink_pages: limits::SINK_PAGES,
-            selector: Selector::Moments,
+            selector: Selector::SignedMoments,
             group_score: GroupScore::Softmax,
-            selector_lambda: limits::SELECTOR_LAMBDA,
+            selector_lambda: 2.0,
+            selector_correlation: limits::SELECTOR_CORRELATION,
+            mode: Mode::Retro,
             dense_layers: BTreeSet::new(),
         }
     }
 }
 
 impl Settings {
+    /// The paper's own settings: Quest's page selection, and w = 2 at 15 % of the context.
+    pub fn paper() -> Self {
+        Self {
+            selector: Selector::Bounds,
+            group_score: GroupScore::Max,
+            selector_lambda: limits::SELECTOR_LAMBDA,
+            ..Self::default()
+        }
+    }
+
     /// # Errors
     /// A setting that the operator would refuse.
     pub fn check(&self) -> Result<()> {
@@ -50,6 +66,7 @@ impl Settings {
             min_pages,
             sink_pages,
             selector_lambda: lambda,
+            selector_correlation: correlation,
             ..
         } = *self;
         let max = limits::WINDOW_MAX;
@@ -73,6 +90,10 @@ impl Settings {
         ensure!(
             lambda.is_finite() && lambda >= 0.0,
             "the selector's lambda is {lambda}; it must be at least 0"
+        );
+        ensure!(
+            (0.0..=1.0).contains(&correlation),
+            "the selector's correlation is {correlation}; it must be 0 to 1"
         );
         if let Budget::Tokens(tokens) = self.budget {
             ensure!(
@@ -103,6 +124,7 @@ mod tests {
         refused(|s| s.page_size = 256, "page size is 256");
         refused(|s| s.min_pages = 0, "pages is 0");
         refused(|s| s.selector_lambda = f32::NAN, "lambda is NaN");
+        refused(|s| s.selector_correlation = 1.5, "correlation is 1.5");
         refused(|s| s.budget = Budget::Tokens(usize::MAX), "budget is");
     }
 }

@@ -9,6 +9,7 @@ mod dtype;
 mod genai;
 pub mod graph;
 mod initializer;
+pub mod ledger;
 mod proto;
 mod random;
 mod safetensors;

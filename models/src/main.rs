@@ -18,6 +18,42 @@ struct Cli {
 enum Command {
     /// Build a model folder: model.onnx, its weights, genai_config.json, config.json and the tokenizer's files.
     Build(Box<Build>),
+    /// Write documents of the task `ledger`: facts and problems, and their answers. Seed 4242 makes models/ledger/documents.jsonl.
+    Ledger(Ledger),
+}
+
+#[derive(Args)]
+struct Ledger {
+    /// The same documents as the recipe's for a seed.
+    #[arg(long, default_value_t = 4242, value_name = "N")]
+    seed: u64,
+    /// How many.
+    #[arg(long, default_value_t = 96, value_name = "N")]
+    docs: usize,
+    /// How long: xxs, xs, s, m, l or eval.
+    #[arg(long, default_value = "eval", value_name = "SIZE")]
+    size: retro_models::ledger::Size,
+    /// File to write.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+fn ledger(args: &Ledger) -> Result<()> {
+    let mut text = String::new();
+    for document in retro_models::ledger::documents(args.seed, args.docs, &args.size)? {
+        text += &document.to_string();
+        text.push('\n');
+    }
+    // Beside and renamed: a failure leaves what was there.
+    let part = args.output.with_extension(format!("part-{}", std::process::id()));
+    let write = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, &args.output));
+    if write.is_err() {
+        // What is left of a failure is of no use; that it could not be removed changes nothing.
+        let _ = std::fs::remove_file(&part);
+    }
+    write.with_context(|| format!("cannot write {}", args.output.display()))?;
+    eprintln!("{}: {} documents", args.output.display(), args.docs);
+    Ok(())
 }
 
 #[derive(Args)]
@@ -130,8 +166,11 @@ fn build(args: &Build) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    let Command::Build(args) = Cli::parse().command;
-    match build(&args) {
+    let result = match Cli::parse().command {
+        Command::Build(args) => build(&args),
+        Command::Ledger(args) => ledger(&args),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {e:#}");

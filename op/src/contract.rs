@@ -40,6 +40,8 @@ pub struct Attributes {
     pub selector: Selector,
     pub group_score: GroupScore,
     pub selector_lambda: f32,
+    /// Share of a key's spread along the query that the page's principal direction stands for (`signed_moments`), 0 to 1.
+    pub selector_correlation: f32,
     pub mode: Mode,
 }
 
@@ -110,6 +112,11 @@ impl Attributes {
         );
         let ratio = not_negative(name::BUDGET_RATIO, limits::BUDGET_RATIO)?;
         require!(ratio <= 1.0, "attribute budget_ratio is {ratio}, expected 0..1");
+        let correlation = not_negative(name::SELECTOR_CORRELATION, limits::SELECTOR_CORRELATION)?;
+        require!(
+            correlation <= 1.0,
+            "attribute selector_correlation is {correlation}, expected 0..1"
+        );
         Ok(Self {
             heads,
             kv_heads,
@@ -126,6 +133,7 @@ impl Attributes {
             selector: choice(source, name::SELECTOR)?,
             group_score: choice(source, name::GROUP_SCORE)?,
             selector_lambda: not_negative(name::SELECTOR_LAMBDA, limits::SELECTOR_LAMBDA)?,
+            selector_correlation: correlation,
             mode: choice(source, name::MODE)?,
         })
     }

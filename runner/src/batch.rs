@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::{
     generate::{Decoder, Policy, prefill},
+    measure::Reading,
     sampling::argmax,
     session::{Logits, Model},
     state::{Snapshot, State},
@@ -21,6 +22,17 @@ pub struct Prefilled {
     /// Scores of each sequence's first token.
     first: Logits,
     time: Duration,
+}
+
+/// Takes a row of the batch, a position in its text, and the scores of the token there.
+pub type Observer<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+
+/// What came of decoding a batch.
+pub struct Decoded {
+    pub outputs: Vec<Vec<u32>>,
+    /// What each sequence read.
+    pub readings: Vec<Reading>,
+    pub stats: Stats,
 }
 
 impl Prefilled {
@@ -71,7 +83,7 @@ impl Prefilled {
         self.snapshot.is_some()
     }
 
-    /// Decodes every document greedily until `eos` or `max_new` tokens; returns the outputs without the end token.
+    /// Decodes every document greedily until `eos` or `max_new` tokens; gives the outputs without the end token.
     ///
     /// # Errors
     /// When the model fails.
@@ -81,7 +93,7 @@ impl Prefilled {
         policy: Policy,
         max_new: usize,
         mut progress: impl FnMut(usize),
-    ) -> Result<(Vec<Vec<u32>>, Stats)> {
+    ) -> Result<Decoded> {
         if let Some(snapshot) = &self.snapshot {
             self.state.restore(snapshot)?;
         }
@@ -124,6 +136,7 @@ impl Prefilled {
             })
             .collect();
         let (reading, decode_time) = (decoder.reading(), decoder.time);
+        let readings = decoder.readings().copied().collect();
         let (kv_bytes, state_bytes) = self.state.sizes();
         let stats = Stats {
             prompt_tokens: self.prompts.iter().map(Vec::len).sum(),
@@ -136,6 +149,45 @@ impl Prefilled {
             kv_bytes,
             state_bytes,
         };
-        Ok((outputs, stats))
+        Ok(Decoded {
+            outputs,
+            readings,
+            stats,
+        })
+    }
+
+    /// Feeds given tokens, `texts` after each prompt, and hands every distribution over to `observe`: row, position in the
+    /// text, and the scores of the token at that position. The first one comes from the prompt alone.
+    ///
+    /// # Errors
+    /// When the model or `observe` fails.
+    pub fn force(
+        &mut self,
+        model: &mut Model,
+        policy: Policy,
+        texts: &[&[u32]],
+        observe: &mut Observer<'_>,
+    ) -> Result<(Vec<Reading>, Duration)> {
+        if let Some(snapshot) = &self.snapshot {
+            self.state.restore(snapshot)?;
+        }
+        let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
+        let mut decoder = Decoder::new(model, &mut self.state, &prompts, policy)?;
+        let mut logits = std::borrow::Cow::Borrowed(&self.first);
+        let longest = texts.iter().map(|t| t.len()).max().unwrap_or(0);
+        for at in 0..longest {
+            for (row, text) in texts.iter().enumerate() {
+                let Some(&token) = text.get(at) else { continue };
+                observe(row, at, logits.row(row))?;
+                decoder.push(row, token);
+                if at + 1 == text.len() {
+                    decoder.finish(row);
+                }
+            }
+            if at + 1 < longest {
+                logits = std::borrow::Cow::Owned(decoder.step()?);
+            }
+        }
+        Ok((decoder.readings().copied().collect(), decoder.time))
     }
 }

@@ -274,6 +274,9 @@ impl<'a> Decoder<'a> {
     }
 
     fn measure(&mut self) {
+        for s in self.sequences.iter_mut().filter(|s| !s.finished) {
+            s.meter.reading.step(s.tokens.len());
+        }
         let mut head0 = 0;
         for &slot in &self.measured {
             let Some((steps, [_, heads, pages])) = self.state.page_steps(slot) else {
@@ -293,8 +296,13 @@ impl<'a> Decoder<'a> {
     /// What all sequences read so far.
     pub fn reading(&self) -> Reading {
         let mut sum = Reading::default();
-        self.sequences.iter().for_each(|s| sum.add(&s.meter.reading));
+        self.readings().for_each(|r| sum.add(r));
         sum
+    }
+
+    /// What each sequence read so far.
+    pub fn readings(&self) -> impl Iterator<Item = &Reading> {
+        self.sequences.iter().map(|s| &s.meter.reading)
     }
 }
 

@@ -7,6 +7,7 @@ pub mod arena;
 pub mod batch;
 pub mod commands;
 pub mod device;
+pub mod eval;
 pub mod generate;
 pub mod gpu;
 pub mod interface;

@@ -5,17 +5,25 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 /// Pages of one selection, one bit each.
 type Pages = Vec<u64>;
 
 /// Sums over the steps, layers, sequences and KV heads measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Reading {
     pages: f64,
     shares: f64,
+    /// Tokens of the pages loaded, and valid pages, each a sample a layer and KV head.
+    tokens: f64,
+    valid: f64,
     samples: f64,
     exposure: f64,
     exposed: f64,
+    /// Steps of one sequence, and the valid tokens in them.
+    steps: f64,
+    lengths: f64,
 }
 
 impl Reading {
@@ -35,9 +43,34 @@ impl Reading {
         (self.exposed > 0.0).then(|| self.exposure / self.exposed)
     }
 
+    /// Mean tokens loaded per KV head and step.
+    pub fn tokens(&self) -> Option<f64> {
+        (self.samples > 0.0).then(|| self.tokens / self.samples)
+    }
+
+    /// Mean valid pages of a step.
+    pub fn valid_pages(&self) -> Option<f64> {
+        (self.samples > 0.0).then(|| self.valid / self.samples)
+    }
+
+    /// Mean valid tokens of a step: what dense attention reads.
+    pub fn length(&self) -> Option<f64> {
+        (self.steps > 0.0).then(|| self.lengths / self.steps)
+    }
+
+    /// Counts a step of one sequence with `length` valid tokens.
+    pub fn step(&mut self, length: usize) {
+        self.steps += 1.0;
+        self.lengths += length as f64;
+    }
+
     pub fn add(&mut self, other: &Reading) {
         self.pages += other.pages;
         self.shares += other.shares;
+        self.tokens += other.tokens;
+        self.valid += other.valid;
+        self.steps += other.steps;
+        self.lengths += other.lengths;
         self.samples += other.samples;
         self.exposure += other.exposure;
         self.exposed += other.exposed;
@@ -79,6 +112,8 @@ impl Meter {
         }
         self.reading.pages += count as f64;
         self.reading.shares += count as f64 / valid as f64;
+        self.reading.tokens += visible(&selected, t, self.page_size) as f64;
+        self.reading.valid += valid as f64;
         self.reading.samples += 1.0;
         if self.history.len() <= head {
             self.history.resize_with(head + 1, VecDeque::new);
@@ -133,6 +168,8 @@ mod tests {
         m.take(0, &[70, 69, 70, -1, 70, 70], 70);
         assert_eq!(m.reading.pages(), Some(3.0));
         assert_eq!(m.reading.share(), Some(0.6));
+        assert_eq!(m.reading.tokens(), Some(16.0 + 16.0 + 7.0));
+        assert_eq!(m.reading.valid_pages(), Some(5.0));
         assert_eq!(m.reading.exposure(), Some(1.0));
     }
 

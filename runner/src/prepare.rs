@@ -111,7 +111,7 @@ fn cache_folder() -> Result<PathBuf> {
 }
 
 /// The folder's name and a number that changes with its place, its files' sizes and times, and this program's version.
-fn key(folder: &Path) -> Result<String> {
+pub(crate) fn key(folder: &Path) -> Result<String> {
     let place = folder
         .canonicalize()
         .with_context(|| format!("cannot open {}", folder.display()))?;

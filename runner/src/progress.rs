@@ -16,3 +16,16 @@ pub fn bar(total: usize, what: &str, show: bool) -> ProgressBar {
     }
     bar.with_prefix(what.to_owned())
 }
+
+/// A bar of `total` items, the remaining time beside it, moved on a little by every step on the way.
+pub fn items(total: usize, what: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
+    let template = format!("{{prefix}} [{{bar:30}}] {{pos}}/{{len}} {what}, {{elapsed}}, {{eta}} left");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}

@@ -20,6 +20,7 @@ use crate::{
     device::{Placed, left_to_cpu, placement},
     gpu::Gpu,
     interface::{Budgets, Interface, Kind},
+    measure::Reading,
     model::ModelFolder,
     runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
     state::{Bound, State, Store},
@@ -232,6 +233,29 @@ impl Model {
         self.retro
             .as_ref()
             .map_or(0, |r| retro_contract::pages_for(capacity, r.page_size))
+    }
+
+    /// Bytes of keys, values and, if pages are `scored`, page summaries that a decoding step of one sequence reads in all
+    /// layers. A layer that selects no pages reads every valid token.
+    pub fn bytes_per_step(&self, reading: &Reading, scored: bool) -> f64 {
+        let length = reading.length().unwrap_or(0.0);
+        let sparse = sparse_layers(self);
+        let selects = |layer: usize| {
+            let mut slots = sparse.iter().filter_map(|&i| self.interface.slots.get(i));
+            slots.any(|s| s.layer == layer)
+        };
+        let caches = self.interface.slots.iter().filter(|s| s.kind == Kind::Cache);
+        let bytes = caches.map(|slot| {
+            // One token of a cache, all its heads: as many bytes as one of a page summary's two vectors.
+            let elements: usize = slot.shape(1, 1, 1).iter().product();
+            let vector = slot.element.byte_size(elements).unwrap_or(0) as f64;
+            let read = match (reading.tokens(), reading.valid_pages()) {
+                (Some(tokens), Some(pages)) if selects(slot.layer) => tokens + if scored { pages } else { 0.0 },
+                _ => length,
+            };
+            vector * read
+        });
+        bytes.sum()
     }
 
     /// Fresh state for `batch` sequences of up to `capacity` tokens.

@@ -54,7 +54,7 @@ fn fixed_buffers_change_nothing() {
                 // The second time from the same prompts: what the mask shows must shrink again.
                 let mut decode = |window: usize, budget| {
                     let policy = Policy::new(&model, Some(window), budget).unwrap();
-                    ready.decode(&mut model, policy, 30, |_| ()).unwrap().0
+                    ready.decode(&mut model, policy, 30, |_| ()).unwrap().outputs
                 };
                 let mut texts: Vec<Vec<Vec<u32>>> = windows.iter().map(|&w| decode(w, None)).collect();
                 if windows.len() > 1 {

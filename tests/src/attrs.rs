@@ -22,6 +22,7 @@ pub struct Attrs {
     pub selector: Selector,
     pub group_score: GroupScore,
     pub lambda: f32,
+    pub correlation: f32,
     pub mode: Mode,
 }
 
@@ -44,6 +45,7 @@ impl Attrs {
             selector: Selector::default(),
             group_score: GroupScore::default(),
             lambda: limits::SELECTOR_LAMBDA,
+            correlation: limits::SELECTOR_CORRELATION,
             mode: Mode::default(),
         }
     }

@@ -79,6 +79,7 @@ pub fn attributes(a: &Attrs) -> Vec<AttributeProto> {
         AttributeProto::string(attribute::SELECTOR, a.selector.as_str()),
         AttributeProto::string(attribute::GROUP_SCORE, a.group_score.as_str()),
         AttributeProto::float(attribute::SELECTOR_LAMBDA, a.lambda),
+        AttributeProto::float(attribute::SELECTOR_CORRELATION, a.correlation),
         AttributeProto::string(attribute::MODE, a.mode.as_str()),
     ]
 }

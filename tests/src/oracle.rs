@@ -27,6 +27,7 @@ pub fn oracle(attrs: &Attrs, head_sink: Option<&[f32]>) -> Oracle {
         selector: attrs.selector,
         group_score: attrs.group_score,
         selector_lambda: attrs.lambda,
+        selector_correlation: attrs.correlation,
         mode: attrs.mode,
     };
     Oracle::new(&attributes, attrs.head_size, head_sink)

@@ -63,7 +63,7 @@ fn each_bad_attribute_is_named() {
     n.strings.insert("selector", "median");
     assert_eq!(
         message(Attributes::read(&n)),
-        "attribute selector is \"median\", expected one of: bounds, moments"
+        "attribute selector is \"median\", expected one of: bounds, moments, signed_moments"
     );
     let mut n = node(&[]);
     n.floats.insert("budget_ratio", f32::NAN);

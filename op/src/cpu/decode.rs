@@ -186,6 +186,7 @@ fn prepare<E: Element>(
                 group_score: attributes.group_score,
                 scale: page_scale,
                 lambda: attributes.selector_lambda,
+                correlation: attributes.selector_correlation,
                 page_size,
                 head_size: d,
             };

@@ -302,7 +302,8 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         },
         selector: match a.selector {
             Selector::Bounds => 0,
-            Selector::Moments => 1,
+            // Moments; signed ones are refused when the node is made.
+            Selector::Moments | Selector::SignedMoments => 1,
         },
         group_score: match a.group_score {
             GroupScore::Max => 0,

@@ -190,6 +190,40 @@ impl Oracle {
         outputs
     }
 
+    /// Signs of the elements of the direction that two rounds of the power iteration find from the row farthest from the
+    /// mean of `range`.
+    fn signs(&self, kv: usize, range: std::ops::Range<usize>) -> Row {
+        let size = self.head_size;
+        let count = range.len() as f64;
+        let rows: Vec<Row> = range.map(|row| self.keys[row][kv * size..][..size].to_vec()).collect();
+        let mean: Row = (0..size)
+            .map(|d| rows.iter().map(|r| r[d]).sum::<f64>() / count)
+            .collect();
+        let apart: Vec<Row> = rows
+            .iter()
+            .map(|r| r.iter().zip(&mean).map(|(x, m)| x - m).collect())
+            .collect();
+        let mut far = 0;
+        for (i, row) in apart.iter().enumerate() {
+            // The first of those that are as far but for rounding.
+            if dot(row, row) > dot(&apart[far], &apart[far]) * 1.00001 {
+                far = i;
+            }
+        }
+        let mut direction = apart[far].clone();
+        for _ in 0..2 {
+            let weights: Row = apart.iter().map(|r| dot(&direction, r)).collect();
+            direction = (0..size)
+                .map(|d| apart.iter().zip(&weights).map(|(r, w)| w * r[d]).sum())
+                .collect();
+        }
+        let largest = direction.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        direction
+            .iter()
+            .map(|&x| if x < -1e-5 * largest { -1.0 } else { 1.0 })
+            .collect()
+    }
+
     /// A page's score for every head of a group.
     fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize) -> Vec<f64> {
         let (attrs, size) = (&self.attrs, self.head_size);
@@ -206,14 +240,28 @@ impl Oracle {
                     let bound: f64 = query.iter().enumerate().map(bound).sum();
                     if softmax { self.scale() * bound } else { bound }
                 }
-                Selector::Moments => {
-                    let (mut along, mut spread) = (0.0, 0.0);
+                Selector::Moments | Selector::SignedMoments => {
+                    let signed = attrs.selector == Selector::SignedMoments;
+                    let signs = if signed {
+                        self.signs(kv, range.clone())
+                    } else {
+                        vec![1.0; size]
+                    };
+                    let (mut along, mut spread, mut line) = (0.0, 0.0, 0.0);
                     for (d, q) in query.iter().enumerate() {
                         let mean = element(d).sum::<f64>() / count;
                         let variance = element(d).map(|k| (k - mean).powi(2)).sum::<f64>() / count;
+                        let sd = (self.stored)(variance.sqrt());
                         along += q * (self.stored)(mean);
-                        spread += q * q * (self.stored)(variance.sqrt()).powi(2);
+                        spread += q * q * sd.powi(2);
+                        line += q * signs[d] * sd;
                     }
+                    let rho = if signed {
+                        f64::from(attrs.selector_correlation)
+                    } else {
+                        0.0
+                    };
+                    let spread = rho * line * line + (1.0 - rho) * spread;
                     self.scale() * (along + f64::from(attrs.selector_lambda) * spread.sqrt()) + count.ln()
                 }
             }

@@ -14,8 +14,10 @@ pub struct Scoring {
     pub group_score: GroupScore,
     /// Softmax scale of the attention.
     pub scale: f32,
-    /// Weight of the standard deviation (selector `moments`).
+    /// Weight of the standard deviation (selectors `moments` and `signed_moments`).
     pub lambda: f32,
+    /// Share of the spread along the query that the signed deviations add up to (selector `signed_moments`).
+    pub correlation: f32,
     pub page_size: usize,
     /// D.
     pub head_size: usize,
@@ -61,6 +63,15 @@ fn score_heads_body<const FMA: bool, E: Element>(
                     }
                     dot::<FMA>(a, first) + scoring.lambda * variance.sqrt()
                 }
+                Selector::SignedMoments => {
+                    let mut variance = 0.0;
+                    for (&q2, &sd) in b.iter().zip(second) {
+                        variance = fma::<FMA>(q2 * sd, sd, variance);
+                    }
+                    let along = dot::<FMA>(a, second);
+                    let rho = scoring.correlation;
+                    dot::<FMA>(a, first) + scoring.lambda * (rho * along * along + (1.0 - rho) * variance).sqrt()
+                }
             };
         }
     }
@@ -92,7 +103,7 @@ fn score_pages<E: Element>(
                 scratch.prepared.extend(head.iter().map(|q| q.min(0.0)));
                 scratch.prepared.extend(head.iter().map(|q| q.max(0.0)));
             }
-            Selector::Moments => {
+            Selector::Moments | Selector::SignedMoments => {
                 scratch.prepared.extend_from_slice(head);
                 scratch.prepared.extend(head.iter().map(|q| q * q));
             }
@@ -110,7 +121,7 @@ fn score_pages<E: Element>(
         &mut scratch.widened,
         &mut scratch.heads,
     );
-    if scoring.selector == Selector::Moments {
+    if scoring.selector != Selector::Bounds {
         // The page's log mass: its scaled logit plus the logarithm of how many tokens it holds.
         for head in scratch.heads.chunks_exact_mut(count) {
             for (s, page) in head.iter_mut().zip(candidates.clone()) {
@@ -229,6 +240,7 @@ mod tests {
             group_score,
             scale: 0.5,
             lambda: 2.0,
+            correlation: 0.5,
             page_size: 8,
             head_size: D,
         }
@@ -303,6 +315,26 @@ mod tests {
                 pick(&scoring(Selector::Moments, g), &[1.0, 0.0], &summary, 1, 3),
                 [0, 2, 3]
             );
+        }
+    }
+
+    #[test]
+    fn signed_deviations_add_up_or_cancel_along_the_query() {
+        // Two pages of equal means and deviations; in page 1 the elements move together, in page 2 against each other.
+        let summary = [0., 0., 0., 0., 1., 1., 0.5, 0.5, 1., 1., 0.5, -0.5, 0., 0., 0., 0.];
+        let s = scoring(Selector::SignedMoments, GroupScore::Max);
+        assert_eq!(pick(&s, &[1.0, 1.0], &summary, 1, 3), [0, 1, 3]);
+        assert_eq!(pick(&s, &[1.0, -1.0], &summary, 1, 3), [0, 2, 3]);
+        // Without correlation they tie, and the lower index wins.
+        let s = Scoring { correlation: 0.0, ..s };
+        assert_eq!(pick(&s, &[1.0, -1.0], &summary, 1, 3), [0, 1, 3]);
+        // The whole formula, by hand: mean 1, deviation 0.5, correlation 0.5, lambda 2, scale 0.5, 8 tokens.
+        let s = scoring(Selector::SignedMoments, GroupScore::Max);
+        let mut scratch = SelectScratch::default();
+        score_pages(Isa::detect(), &s, &[1.0, 1.0], &summary, 1..3, 32, &mut scratch);
+        let score = |along: f32| 0.5 * (2.0 + 2.0 * (0.5 * along * along + 0.5 * 0.5f32).sqrt()) + 8f32.ln();
+        for (got, along) in scratch.scores.iter().zip([1.0, 0.0]) {
+            assert!((got - score(along)).abs() < 1e-6, "{got}");
         }
     }
 

@@ -11,9 +11,10 @@ pub fn summarize<E: Element>(selector: Selector, rows: &[E], summary: &mut [E], 
     let d = summary.len() / 2;
     let n = rows.len() / d;
     scratch.clear();
-    scratch.resize(rows.len() + 2 * d, 0.0);
+    scratch.resize(rows.len() + 4 * d, 0.0);
     let (a, rest) = scratch.split_at_mut(d);
-    let (b, buffer) = rest.split_at_mut(d);
+    let (b, rest) = rest.split_at_mut(d);
+    let (direction, buffer) = rest.split_at_mut(2 * d);
     let rows = E::widen(rows, buffer);
     let (first, others) = rows.split_at(d);
     match selector {
@@ -27,7 +28,7 @@ pub fn summarize<E: Element>(selector: Selector, rows: &[E], summary: &mut [E], 
                 }
             }
         }
-        Selector::Moments => {
+        Selector::Moments | Selector::SignedMoments => {
             let inverse = 1.0 / n as f32;
             for row in rows.chunks_exact(d) {
                 for (mean, &x) in a.iter_mut().zip(row) {
@@ -45,11 +46,62 @@ pub fn summarize<E: Element>(selector: Selector, rows: &[E], summary: &mut [E], 
             for var in b.iter_mut() {
                 *var = (*var * inverse).sqrt();
             }
+            if selector == Selector::SignedMoments {
+                let (from, to) = direction.split_at_mut(d);
+                principal_direction(rows, a, from, to);
+                for (sd, &x) in b.iter_mut().zip(from.iter()) {
+                    // Elements of 0 but for rounding count as positive.
+                    if x < -1e-5 {
+                        *sd = -*sd;
+                    }
+                }
+            }
         }
     }
     let (out_a, out_b) = summary.split_at_mut(d);
     E::narrow(a, out_a);
     E::narrow(b, out_b);
+}
+
+/// Rounds of the power iteration in [`principal_direction`].
+const ROUNDS: usize = 2;
+
+/// About the first principal direction of the rows, up to its length and sign, into `direction`: two rounds of the power
+/// iteration from the row farthest from the mean. `next` is scratch. The largest element is 1 or -1; all are 0 when the rows are equal.
+///
+/// Only the signs of its elements are used, and two rounds settle those that matter (docs/accuracy.md).
+fn principal_direction(rows: &[f32], mean: &[f32], direction: &mut [f32], next: &mut [f32]) {
+    let d = mean.len();
+    let (mut farthest, mut most) = (0, 0.0f32);
+    for (i, row) in rows.chunks_exact(d).enumerate() {
+        let distance: f32 = row.iter().zip(mean).map(|(&x, &m)| (x - m) * (x - m)).sum();
+        // The first of those that are as far but for rounding, so that every execution provider starts from the same row.
+        if distance > most * 1.00001 {
+            (farthest, most) = (i, distance);
+        }
+    }
+    let start = &rows[farthest * d..][..d];
+    for ((f, &x), &m) in direction.iter_mut().zip(start).zip(mean) {
+        *f = x - m;
+    }
+    for _ in 0..ROUNDS {
+        next.fill(0.0);
+        for row in rows.chunks_exact(d) {
+            let mut along = 0.0;
+            for ((&f, &x), &m) in direction.iter().zip(row).zip(mean) {
+                along += f * (x - m);
+            }
+            for ((n, &x), &m) in next.iter_mut().zip(row).zip(mean) {
+                *n += along * (x - m);
+            }
+        }
+        // Kept in range: each round multiplies by a variance.
+        let largest = next.iter().fold(0.0f32, |top, x| top.max(x.abs()));
+        let inverse = if largest > 0.0 { 1.0 / largest } else { 0.0 };
+        for (f, n) in direction.iter_mut().zip(next.iter()) {
+            *f = n * inverse;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -71,5 +123,31 @@ mod tests {
         );
         summarize(Selector::Moments, &rows[..2], &mut s, &mut scratch);
         assert_eq!(s, [1.0, -2.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn deviations_are_signed_by_the_principal_direction() {
+        let mut s = [0.0f32; 6];
+        let mut scratch = Vec::new();
+        // Elements 0 and 1 move against each other, element 2 hardly, with element 0.
+        let rows = [2.0f32, -1.0, 0.1, -2.0, 1.0, -0.1, 1.0, -0.5, 0.0, -1.0, 0.5, 0.0];
+        summarize(Selector::SignedMoments, &rows, &mut s, &mut scratch);
+        let mut plain = [0.0f32; 6];
+        summarize(Selector::Moments, &rows, &mut plain, &mut scratch);
+        assert_eq!(s.map(f32::abs), plain.map(f32::abs));
+        assert!(s[3] * s[4] < 0.0 && s[3] * s[5] > 0.0, "{s:?}");
+        // Equal rows, and one row: no spread, no direction, no NaN.
+        for rows in [&[1.0f32, -2.0, 3.0, 1.0, -2.0, 3.0][..], &[1.0, -2.0, 3.0]] {
+            summarize(Selector::SignedMoments, rows, &mut s, &mut scratch);
+            assert_eq!(s, [1.0, -2.0, 3.0, 0.0, 0.0, 0.0]);
+        }
+        // Spreads beyond what a power of five would hold.
+        summarize(
+            Selector::SignedMoments,
+            &[6e4f32, -6e4, 0.0, -6e4, 6e4, 0.0],
+            &mut s,
+            &mut scratch,
+        );
+        assert!(s.iter().all(|x| x.is_finite()) && s[3] * s[4] < 0.0, "{s:?}");
     }
 }

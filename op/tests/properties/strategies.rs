@@ -46,9 +46,14 @@ pub fn shape() -> impl Strategy<Value = Shape> {
     );
     let budget = (0usize..=30, 0usize..=3, 0usize..=2);
     let scores = (
-        prop_oneof![Just(Selector::Bounds), Just(Selector::Moments)],
+        prop_oneof![
+            Just(Selector::Bounds),
+            Just(Selector::Moments),
+            Just(Selector::SignedMoments)
+        ],
         prop_oneof![Just(GroupScore::Max), Just(GroupScore::Softmax)],
         prop_oneof![Just(2.5f32), 0.0f32..4.0],
+        prop_oneof![Just(0.2f32), 0.0f32..1.0],
     );
     let softmax = (
         prop_oneof![2 => Just(None), 1 => (0.05f32..1.0).prop_map(Some)],
@@ -83,6 +88,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
                     selector: scores.0,
                     group_score: scores.1,
                     selector_lambda: scores.2,
+                    selector_correlation: scores.3,
                     mode: Mode::Retro,
                 },
                 head_size,

@@ -87,8 +87,11 @@ pub fn summaries(
         match (selector, second) {
             (Selector::Bounds, false) => (-1.77 + 0.5 * noise).min(-0.1),
             (Selector::Bounds, true) => (1.77 + 0.5 * noise).max(0.1),
-            (Selector::Moments, false) => 0.25 * noise,
+            (Selector::Moments | Selector::SignedMoments, false) => 0.25 * noise,
             (Selector::Moments, true) => (0.97 + 0.17 * noise).max(0.05),
+            (Selector::SignedMoments, true) => {
+                (0.97 + 0.17 * noise).max(0.05) * if i.is_multiple_of(2) { 1.0 } else { -1.0 }
+            }
         }
     };
     tile(arena, offset, length, &encode(dtype, &chunk(2, count, make)))

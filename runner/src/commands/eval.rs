@@ -1,8 +1,11 @@
-//! `retro-run eval`: documents with known answers under several policies, as a table.
+//! `retro-run eval`: policies compared over documents with known answers, or by how far they are from dense attention.
 
 use std::{
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
     io::{self, Write},
-    path::PathBuf,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
     str::FromStr,
 };
 
@@ -13,40 +16,87 @@ use serde::Serialize;
 
 use super::LibraryArgs;
 use crate::{
-    Model, OpenOptions, Runtime, Text,
-    batch::Prefilled,
-    generate::{CHUNK, Policy},
+    OpenOptions, Runtime,
+    eval::{
+        documents, html,
+        journal::{Header, Journal},
+        perplexity,
+        policy::{Kind, PolicySpec, Row, Source, rows},
+        summary::{documents as summarize_documents, documents_table, fidelities, fidelity_table, markdown},
+        workshop::Workshop,
+    },
+    generate::CHUNK,
+    prepare::key,
     progress,
-    score::{Document, Scorer, mean_and_error, read_documents},
-    stats::{Stats, StatsJson},
+    score::{Scorer, read_documents},
 };
 
 #[derive(Args)]
 pub struct EvalArgs {
-    /// Documents: JSON lines with prompt, answers and reference.
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
-    /// How many of them.
-    #[arg(long, default_value_t = 8, value_name = "N")]
-    docs: usize,
-    /// What a step reads, where a run does not say otherwise [default: as converted].
-    #[arg(short, long, value_name = "B")]
-    budget: Option<Budget>,
-    /// Documents decoded at a time.
+    /// The model, as its exporter made it: a folder, an ONNX file, or a folder of Llama weights. It is converted as the
+    /// policies need, in a temporary folder.
+    #[arg(value_name = "MODEL", required_unless_present = "runs")]
+    model: Option<PathBuf>,
+    /// Documents to generate over: JSON lines with prompt, answers and reference.
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "perplexity",
+        conflicts_with = "perplexity"
+    )]
+    data: Option<PathBuf>,
+    /// Compare next-token distributions over these texts instead; may be given several times.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    perplexity: Vec<PathBuf>,
+    /// How many documents [default: all].
+    #[arg(long, value_name = "N")]
+    docs: Option<usize>,
+    /// A policy: dense, streaming (StreamingLLM), quest, retro (the paper's selection) or recommended (retro-export's
+    /// defaults), with options: retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,page-size=16,sink-pages=1,
+    /// dense-layers=0+1. May be given several times [default: all five].
+    #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
+    policies: Vec<PolicySpec>,
+    /// Windows of the policies retro and recommended.
+    #[arg(short, long = "windows", value_delimiter = ',', default_values_t = [2, 4, 8], value_name = "W,W")]
+    windows: Vec<usize>,
+    /// What a step reads: shares of the context like 0.15, or numbers of tokens like 2048.
+    #[arg(
+        short,
+        long = "budgets",
+        alias = "budget",
+        value_delimiter = ',',
+        default_value = "0.15",
+        value_name = "B,B"
+    )]
+    budgets: Vec<Budget>,
+    /// A model as it is, converted or not: NAME=DIR[,window=W][,budget=B]; may be given several times.
+    #[arg(long = "run", value_name = "NAME=DIR")]
+    runs: Vec<RunSpec>,
+    /// Documents (or texts) decoded at a time.
     #[arg(long, default_value_t = 8, value_name = "N")]
     batch: usize,
-    /// A policy: NAME=DIR[,window=W][,budget=B]; may be given several times. Runs of one DIR one after another share its prompts.
-    #[arg(long = "run", value_name = "NAME=DIR", required = true)]
-    runs: Vec<RunSpec>,
     /// How outputs are judged.
     #[arg(long, default_value = "ledger", value_name = "NAME")]
     score: Scorer,
-    /// Tokens to generate at most a document [default: a little more than the references have, else until the context is full].
+    /// Tokens to generate at most a document [default: a little more than the references have, else until the context is
+    /// full]; with --perplexity, tokens to predict at most a text [default: 1024].
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
+    /// With --perplexity: tokens of a text that are read densely before.
+    #[arg(long, default_value_t = 1024, value_name = "TOKENS")]
+    prompt_tokens: usize,
     /// Prompt tokens fed at a time.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     chunk: usize,
+    /// Keep results in this file as they come, and go on from those that it holds.
+    #[arg(long, value_name = "FILE")]
+    resume: Option<PathBuf>,
+    /// Write a page with the table and figures, which stands alone.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the figures into this folder as SVG files.
+    #[arg(long, value_name = "DIR")]
+    figures: Option<PathBuf>,
     /// Print one JSON object instead of the table.
     #[arg(long)]
     json: bool,
@@ -54,7 +104,7 @@ pub struct EvalArgs {
     libraries: LibraryArgs,
 }
 
-/// A policy to compare.
+/// A model to compare as it is.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunSpec {
     name: String,
@@ -91,17 +141,16 @@ impl FromStr for RunSpec {
     }
 }
 
-/// One line of the table.
-#[derive(Serialize)]
-struct Row {
-    policy: String,
-    window: usize,
-    /// Percent over all documents.
-    right: f64,
-    /// Standard error over documents; none for a single one.
-    right_error: Option<f64>,
-    documents: usize,
-    stats: StatsJson,
+impl RunSpec {
+    fn row(&self) -> Row {
+        Row {
+            kind: Kind::Folder,
+            label: self.name.clone(),
+            source: Source::Graph(self.folder.clone()),
+            window: self.window,
+            budget: self.budget,
+        }
+    }
 }
 
 /// Runs the verb.
@@ -109,184 +158,248 @@ struct Row {
 /// # Errors
 /// Whatever keeps a policy from being measured, in one line.
 pub fn eval(args: &EvalArgs) -> Result<()> {
-    ensure!(args.docs >= 1, "--docs 0: ask for at least one document");
+    ensure!(args.docs != Some(0), "--docs 0: ask for at least one document");
     ensure!(args.batch >= 1, "--batch 0: decode at least one document at a time");
     ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
-    let documents = read_documents(&args.data, args.docs)?;
-    let (runtime, open) = args.libraries.load()?;
-    let mut rows = Vec::new();
-    // Neighbours of one folder share its session and its prompts' state.
-    for group in args.runs.chunk_by(|a, b| a.folder == b.folder) {
-        rows.extend(evaluate(args, &runtime, &open, &documents, group)?);
+    ensure!(
+        args.prompt_tokens >= 1,
+        "--prompt-tokens 0: a prompt has at least one token"
+    );
+    ensure!(args.n_predict != Some(0), "-n 0: ask for at least one token");
+    ensure!(
+        !args.windows.contains(&0),
+        "--windows 0: the smallest window is 1 (Quest, without correction)"
+    );
+    match &args.data {
+        Some(data) => eval_documents(args, data),
+        None => eval_texts(args),
+    }
+}
+
+/// What both kinds of comparison share: the libraries, the source model, the rows.
+struct Bench {
+    runtime: Runtime,
+    open: OpenOptions,
+    workshop: Workshop,
+    rows: Vec<Row>,
+    /// Name and key of the model for the file of results.
+    model: String,
+}
+
+impl Bench {
+    fn new(args: &EvalArgs) -> Result<Self> {
+        // Whatever is wrong with a model or a policy is said before ONNX Runtime is looked for.
+        let named = args
+            .model
+            .as_deref()
+            .or_else(|| args.runs.first().map(|r| r.folder.as_path()));
+        let named = named.context("name a model, or one with --run")?;
+        let mut workshop = match &args.model {
+            Some(model) => Workshop::new(model)?,
+            None => Workshop::of_nothing(named)?,
+        };
+        let mut all = Vec::new();
+        if args.model.is_some() {
+            let every = ["dense", "streaming", "quest", "retro", "recommended"];
+            let default = every.iter().map(|name| name.parse().map_err(anyhow::Error::msg));
+            let specs = if args.policies.is_empty() {
+                default.collect::<Result<Vec<PolicySpec>>>()?
+            } else {
+                args.policies.clone()
+            };
+            all = rows(&specs, workshop.graph(), &args.windows, &args.budgets);
+        }
+        for row in args.runs.iter().map(RunSpec::row) {
+            all.push(row);
+        }
+        for row in &all {
+            if let Source::Converted(settings) = &row.source {
+                settings.check().with_context(|| row.label.clone())?;
+            }
+        }
+        let (runtime, open) = args.libraries.load()?;
+        for row in &all {
+            workshop.open(&row.source).with_context(|| row.label.clone())?;
+        }
+        let folder = if named.is_file() {
+            named.parent().unwrap_or(Path::new("."))
+        } else {
+            named
+        };
+        Ok(Self {
+            runtime,
+            open,
+            workshop,
+            rows: all,
+            model: key(folder)?,
+        })
+    }
+
+    fn header(&self, data: String) -> Header {
+        Header {
+            retro_run: env!("CARGO_PKG_VERSION").to_owned(),
+            model: self.model.clone(),
+            data,
+        }
+    }
+}
+
+fn journal<T: Clone + Serialize + serde::de::DeserializeOwned>(args: &EvalArgs, header: &Header) -> Result<Journal<T>> {
+    match &args.resume {
+        Some(path) => Journal::open(path, header),
+        None => Ok(Journal::in_memory()),
+    }
+}
+
+fn fingerprint(parts: &[&dyn AsRef<[u8]>]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    parts.iter().for_each(|p| p.as_ref().hash(&mut hasher));
+    hasher.finish()
+}
+
+fn eval_documents(args: &EvalArgs, data: &Path) -> Result<()> {
+    let documents = read_documents(data, args.docs.unwrap_or(usize::MAX))?;
+    let mut bench = Bench::new(args)?;
+    let text = fs::read(data).with_context(|| format!("cannot read {}", data.display()))?;
+    // Documents that are not asked for change the length that outputs may have.
+    let print = fingerprint(&[&text]);
+    let what = format!("{} documents {print:016x}, -n {:?}", documents.len(), args.n_predict);
+    let mut results = journal(args, &bench.header(what))?;
+    let bar = progress::items(bench.rows.len() * documents.len(), "documents");
+    let job = documents::Job {
+        runtime: &bench.runtime,
+        open: &bench.open,
+        documents: &documents,
+        rows: &bench.rows,
+        batch: args.batch,
+        chunk: args.chunk,
+        n_predict: args.n_predict,
+        scorer: args.score,
+    };
+    job.run(&mut bench.workshop, &mut results, &bar)?;
+    bar.finish_and_clear();
+    let rows = summarize_documents(&bench.rows, &results, documents.len());
+    let facts = [
+        format!("model {}, {} documents of {}", named(args), documents.len(), data.display()),
+        "Standard errors are over documents. Right answers by quarter of the output; the first wrong answer after so many percent of \
+         them; what a step of one sequence reads of keys, values and page summaries in all layers."
+            .to_owned(),
+    ];
+    let figures = if args.html.is_some() || args.figures.is_some() {
+        html::documents_figures(&rows)?
+    } else {
+        Vec::new()
+    };
+    finish(args, "Right answers", &facts, &documents_table(&rows), &figures, &rows)
+}
+
+fn eval_texts(args: &EvalArgs) -> Result<()> {
+    let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let texts = args.perplexity.iter().map(read).collect::<Result<Vec<String>>>()?;
+    let names: Vec<String> = args.perplexity.iter().map(|p| p.display().to_string()).collect();
+    let mut bench = Bench::new(args)?;
+    let predict = args.n_predict.unwrap_or(1024);
+    let print = fingerprint(&texts.iter().map(|t| t as &dyn AsRef<[u8]>).collect::<Vec<_>>());
+    let what = format!(
+        "{} texts {print:016x}, {} + {predict} tokens",
+        texts.len(),
+        args.prompt_tokens
+    );
+    let mut results = journal(args, &bench.header(what))?;
+    let bar = progress::items(bench.rows.len() * texts.len(), "texts");
+    ensure!(
+        args.model.is_some(),
+        "--perplexity compares with dense attention: name the MODEL as its exporter made it"
+    );
+    let job = perplexity::Job {
+        runtime: &bench.runtime,
+        open: &bench.open,
+        texts: &texts,
+        names: &names,
+        rows: &bench.rows,
+        batch: args.batch,
+        chunk: args.chunk,
+        prompt: args.prompt_tokens,
+        predict,
+    };
+    job.run(&mut bench.workshop, &mut results, &bar)?;
+    bar.finish_and_clear();
+    let rows = fidelities(&bench.rows, &results, texts.len());
+    let facts = [
+        format!(
+            "model {}, {} texts: {} tokens read densely, then {predict} at most, each given",
+            named(args),
+            texts.len(),
+            args.prompt_tokens
+        ),
+        "KL: mean divergence of a policy's next-token distribution from dense attention's, in nats a token; over Quest's, text by \
+         text. Standard errors are over texts."
+            .to_owned(),
+    ];
+    let figures = if args.html.is_some() || args.figures.is_some() {
+        html::fidelity_figures(&rows)?
+    } else {
+        Vec::new()
+    };
+    finish(
+        args,
+        "Fidelity to dense attention",
+        &facts,
+        &fidelity_table(&rows),
+        &figures,
+        &rows,
+    )
+}
+
+fn named(args: &EvalArgs) -> String {
+    args.model
+        .as_ref()
+        .map_or_else(|| "as named".to_owned(), |m| m.display().to_string())
+}
+
+/// Prints and writes what was found.
+fn finish(
+    args: &EvalArgs,
+    title: &str,
+    facts: &[String],
+    table: &[Vec<String>],
+    figures: &[(String, String)],
+    rows: &impl Serialize,
+) -> Result<()> {
+    if let Some(path) = &args.html {
+        write_whole(path, &html::page(title, facts, table, figures))?;
+    }
+    if let Some(folder) = &args.figures {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        for (name, svg) in figures {
+            write_whole(&folder.join(format!("{name}.svg")), svg)?;
+        }
     }
     let mut stdout = io::stdout().lock();
     if args.json {
-        writeln!(stdout, "{}", serde_json::json!({ "rows": rows }))?;
+        writeln!(stdout, "{}", serde_json::json!({ "facts": facts, "rows": rows }))?;
     } else {
-        write!(stdout, "{}", table(&rows))?;
+        write!(stdout, "{}", markdown(table))?;
     }
     stdout.flush()?;
     Ok(())
 }
 
-fn evaluate(
-    args: &EvalArgs,
-    runtime: &Runtime,
-    open: &OpenOptions,
-    documents: &[Document],
-    group: &[RunSpec],
-) -> Result<Vec<Row>> {
-    let folder = group.first().map(|spec| spec.folder.as_path()).context("no run")?;
-    let mut model = Model::open(runtime, folder, open)?;
-    let text = Text::open(&model.folder)?;
-    eprintln!("{}: {}", folder.display(), model.plugin_line());
-    if let Some(line) = model.device_line() {
-        eprintln!("{line}");
-    }
-    let policies = group
-        .iter()
-        .map(|spec| {
-            // One budget for all: models that were not converted have none to set.
-            let budget = spec.budget.or(args.budget.filter(|_| model.retro.is_some()));
-            Policy::new(&model, spec.window, budget).with_context(|| spec.name.clone())
-        })
-        .collect::<Result<Vec<Policy>>>()?;
-    let batch = if model.fixed_capacity { args.batch } else { 1 };
-    let mut shares: Vec<Vec<f64>> = vec![Vec::new(); group.len()];
-    let mut stats = vec![Stats::default(); group.len()];
-    for part in documents.chunks(batch) {
-        let prompts = part
-            .iter()
-            .map(|d| text.encode(&d.prompt))
-            .collect::<Result<Vec<_>>>()?;
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let max_new = max_new(args, &model, &text, part, longest)?;
-        let total: usize = prompts.iter().map(Vec::len).sum();
-        let count = prompts.len();
-        let mut prefilled: Option<Prefilled> = None;
-        for (i, (spec, policy)) in group.iter().zip(&policies).enumerate() {
-            let reusable = prefilled.take().filter(Prefilled::reusable);
-            let mut ready = match reusable {
-                Some(p) => p,
-                None => {
-                    let bar = progress::bar(total, &format!("{} prompts", folder.display()), true);
-                    let p = Prefilled::new(&mut model, prompts.clone(), longest + max_new, args.chunk, |n| {
-                        bar.inc(n as u64)
-                    })?;
-                    bar.finish_and_clear();
-                    p
-                }
-            };
-            let bar = progress::bar(count * max_new, &spec.name, true);
-            let (outputs, figures) = ready.decode(&mut model, *policy, max_new, |n| bar.inc(n as u64))?;
-            bar.finish_and_clear();
-            for (document, output) in part.iter().zip(&outputs) {
-                let right = args.score.judge(&text.decode(output)?, &document.answers);
-                let share = right.iter().filter(|&&r| r).count() as f64 / right.len().max(1) as f64;
-                if let Some(list) = shares.get_mut(i) {
-                    list.push(100.0 * share);
-                }
-            }
-            if let Some(sum) = stats.get_mut(i) {
-                add(sum, &figures);
-            }
-            prefilled = Some(ready);
-        }
-    }
-    let rows = group
-        .iter()
-        .zip(&policies)
-        .zip(shares.iter().zip(&stats))
-        .map(|((spec, policy), (shares, stats))| {
-            let (right, error) = mean_and_error(shares);
-            Row {
-                policy: spec.name.clone(),
-                window: policy.window,
-                right,
-                right_error: error.is_finite().then_some(error),
-                documents: shares.len(),
-                stats: stats.json(),
-            }
-        });
-    Ok(rows.collect())
-}
-
-/// Tokens that a free-running output may have: those of the longest reference and a few more, within the context.
-fn max_new(args: &EvalArgs, model: &Model, text: &Text, documents: &[Document], longest: usize) -> Result<usize> {
-    let room = model.context_length().map(|c| c.saturating_sub(longest));
-    let references = documents
-        .iter()
-        .map(|d| d.reference.as_deref().map(|r| text.encode(r)).transpose());
-    let references = references.collect::<Result<Option<Vec<_>>>>();
-    let of_references = references?.map(|list| list.iter().map(Vec::len).max().unwrap_or(0) + 4);
-    let wanted = args.n_predict.or(of_references).or(room);
-    let wanted = wanted.context("neither the documents nor the model say how long outputs are: give -n")?;
-    let most = room.map_or(wanted, |room| wanted.min(room));
-    ensure!(
-        most >= 1,
-        "a prompt of {longest} tokens leaves no room in the model's context"
-    );
-    Ok(most)
-}
-
-fn add(sum: &mut Stats, part: &Stats) {
-    sum.prompt_tokens += part.prompt_tokens;
-    sum.prompt_time += part.prompt_time;
-    sum.first_token += part.first_token;
-    sum.generated_tokens += part.generated_tokens;
-    sum.decoded_tokens += part.decoded_tokens;
-    sum.decode_time += part.decode_time;
-    sum.reading.add(&part.reading);
-    sum.kv_bytes = sum.kv_bytes.max(part.kv_bytes);
-    sum.state_bytes = sum.state_bytes.max(part.state_bytes);
-}
-
-/// Markdown, with columns wide enough to be read as they are.
-fn table(rows: &[Row]) -> String {
-    let mut lines = vec![["policy", "right answers %", "KV pages read", "exposure", "tokens/s"].map(str::to_owned)];
-    for row in rows {
-        let error = row.right_error.map_or_else(String::new, |e| format!(" ± {e:.1}"));
-        let pages = match (row.stats.share_of_valid_pages, row.stats.pages_per_kv_head_and_step) {
-            (Some(share), Some(pages)) => format!("{:.1} % ({pages:.1})", 100.0 * share),
-            _ => "100 %".to_owned(),
-        };
-        let exposure = row
-            .stats
-            .effective_exposure
-            .map_or_else(|| "-".to_owned(), |e| format!("{e:.2}"));
-        let speed = row
-            .stats
-            .decode_tokens_per_second
-            .map_or_else(|| "-".to_owned(), |r| format!("{r:.0}"));
-        lines.push([
-            row.policy.clone(),
-            format!("{:.1}{error}", row.right),
-            pages,
-            exposure,
-            speed,
-        ]);
-    }
-    let width = |column: usize| {
-        lines
-            .iter()
-            .filter_map(|l| l.get(column))
-            .map(|c| c.chars().count())
-            .max()
-            .unwrap_or(0)
+/// Writes beside and renames, so that a failure leaves what was there.
+fn write_whole(path: &Path, text: &str) -> Result<()> {
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let write = || -> Result<()> {
+        // As readable as any file that the user makes: temporary files are the owner's alone otherwise.
+        let open_to_all = fs::Permissions::from_mode(0o666);
+        let mut file = tempfile::Builder::new().permissions(open_to_all).tempfile_in(folder)?;
+        file.write_all(text.as_bytes())?;
+        file.persist(path)?;
+        Ok(())
     };
-    let widths: [usize; 5] = std::array::from_fn(width);
-    let mut out = String::new();
-    for (i, line) in lines.iter().enumerate() {
-        for (cell, width) in line.iter().zip(widths) {
-            out += &format!("| {cell}{} ", " ".repeat(width - cell.chars().count().min(width)));
-        }
-        out += "|\n";
-        if i == 0 {
-            widths.iter().for_each(|w| out += &format!("|{}", "-".repeat(w + 2)));
-            out += "|\n";
-        }
-    }
-    out
+    write().with_context(|| format!("cannot write {}", path.display()))
 }
 
 #[cfg(test)]
@@ -306,25 +419,5 @@ mod tests {
         for bad in ["dense", "=out", "a=", "a=b,window=x", "a=b,pages=3", "a=b,budget=2.5"] {
             assert!(bad.parse::<RunSpec>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn the_table_is_aligned_markdown() {
-        let row = Row {
-            policy: "dense".into(),
-            window: 1,
-            right: 100.0,
-            right_error: Some(0.0),
-            documents: 8,
-            stats: Stats::default().json(),
-        };
-        let text = table(&[row]);
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 3);
-        assert!(lines[2].starts_with("| dense  | 100.0 ± 0.0"), "{text}");
-        assert!(
-            lines.iter().all(|l| l.chars().count() == lines[0].chars().count()),
-            "{text}"
-        );
     }
 }

@@ -78,7 +78,7 @@ fn a_batch_of_different_lengths_decodes_as_each_alone() {
     for key in ["right", "window", "documents"] {
         assert_eq!(together["rows"][0][key], alone["rows"][0][key], "{key}");
     }
-    let exposure = |v: &Value| v["rows"][0]["stats"]["effective_exposure"].as_f64().unwrap();
+    let exposure = |v: &Value| v["rows"][0]["effective_exposure"].as_f64().unwrap();
     assert!(
         (exposure(&together) - exposure(&alone)).abs() < 1e-3,
         "{together} {alone}"

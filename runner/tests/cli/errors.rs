@@ -113,6 +113,23 @@ fn eval_checks_before_it_works() {
     assert!(error(&["eval", "--data", "/no/such", "--run", &spec]).contains("/no/such"));
     assert!(error(&["eval", "--data", &data, "--docs", "0", "--run", &spec]).contains("--docs 0"));
     let window = format!("{spec},window=2");
+    let (source, converted) = (ledger(), ledger_retro());
+    let (source, converted) = (source.to_str().unwrap(), converted.to_str().unwrap());
+    assert!(error(&["eval", converted, "--data", &data]).contains("converted already"));
+    assert!(error(&["eval", source, "--data", &data, "--windows", "65"]).contains("the window is 65"));
+    assert!(error(&["eval", source, "--data", &data, "--windows", "0"]).contains("--windows 0"));
+    assert!(error(&["eval", "/no/such", "--data", &data]).contains("no model at"));
+    assert!(error(&["eval", source, "--perplexity", "/no/such"]).contains("/no/such"));
+    let layers = ["eval", source, "--data", &data, "--policy", "retro,dense-layers=9"];
+    assert!(error(&layers).contains("names layer 9"));
+    let short = root().join("models/ledger/config.json");
+    let short = ["eval", source, "--perplexity", short.to_str().unwrap()];
+    assert!(error(&short).contains("--prompt-tokens"));
+    assert_eq!(
+        run(&["eval", source, "--data", &data, "--policy", "x"]).status.code(),
+        Some(2)
+    );
+    assert_eq!(run(&["eval", source]).status.code(), Some(2));
     assert!(error(&["eval", "--data", &data, "--run", &window]).contains("retro-export --window 2"));
     assert_eq!(
         run(&["eval", "--data", &data, "--run", "nonsense"]).status.code(),

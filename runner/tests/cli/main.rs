@@ -6,4 +6,5 @@ mod converted;
 mod cuda;
 mod dense;
 mod errors;
+mod eval;
 mod support;

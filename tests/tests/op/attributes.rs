@@ -66,13 +66,15 @@ fn numbers_out_of_range() {
     refuse_value(AttributeProto::float("budget_ratio", -0.5), &["-0.5"]);
     refuse_value(AttributeProto::float("budget_ratio", f32::NAN), &["NaN"]);
     refuse_value(AttributeProto::float("budget_ratio", 1.5), &["1.5"]);
+    refuse_value(AttributeProto::float("selector_correlation", 1.5), &["1.5"]);
+    refuse_value(AttributeProto::float("selector_correlation", -0.5), &["-0.5"]);
 }
 
 #[test]
 fn unknown_choices() {
     refuse_value(
         AttributeProto::string("selector", "best"),
-        &["best", "bounds", "moments"],
+        &["best", "bounds", "moments", "signed_moments"],
     );
     refuse_value(AttributeProto::string("group_score", "sum"), &["sum", "max", "softmax"]);
     refuse_value(AttributeProto::string("mode", ""), &["retro", "dense", "streaming"]);

@@ -1,0 +1,196 @@
+//! Free generation over documents with known answers.
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use serde::{Deserialize, Serialize};
+
+use super::{journal::Journal, policy::Row, workshop::Workshop};
+use crate::{
+    Model, OpenOptions, Runtime, Text,
+    batch::Prefilled,
+    generate::Policy,
+    measure::Reading,
+    score::{Document, Scorer},
+};
+
+/// What one document gave under one policy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Which answers were right, in order.
+    pub right: Vec<bool>,
+    pub reading: Reading,
+    pub generated: usize,
+    /// This document's share of the batch's decoding time, in seconds.
+    pub seconds: f64,
+    /// Bytes of keys, values and summaries read per step, all layers.
+    pub bytes: f64,
+}
+
+impl Outcome {
+    /// Share of right answers, 0 to 1.
+    pub fn share(&self) -> f64 {
+        share(&self.right)
+    }
+
+    /// Number of the first wrong answer over how many there are; 1 when all are right.
+    pub fn first_wrong(&self) -> f64 {
+        let first = self.right.iter().position(|r| !r);
+        first.map_or(1.0, |i| i as f64 / self.right.len() as f64)
+    }
+
+    /// Right answers by quarter of the output; a quarter without answers is NaN.
+    pub fn quarters(&self) -> [f64; 4] {
+        let n = self.right.len();
+        std::array::from_fn(|q| {
+            let part = self.right.get(q * n / 4..(q + 1) * n / 4).unwrap_or(&[]);
+            if part.is_empty() { f64::NAN } else { share(part) }
+        })
+    }
+}
+
+fn share(right: &[bool]) -> f64 {
+    right.iter().filter(|&&r| r).count() as f64 / right.len().max(1) as f64
+}
+
+/// What is to be measured.
+pub struct Job<'a> {
+    pub runtime: &'a Runtime,
+    pub open: &'a OpenOptions,
+    pub documents: &'a [Document],
+    pub rows: &'a [Row],
+    pub batch: usize,
+    pub chunk: usize,
+    pub n_predict: Option<usize>,
+    pub scorer: Scorer,
+}
+
+impl Job<'_> {
+    fn pending(&self, journal: &Journal<Outcome>, row: &Row, first: usize, count: usize) -> bool {
+        (first..first + count).any(|i| journal.get(&row.key(), i).is_none())
+    }
+
+    /// Measures what `journal` does not have yet.
+    ///
+    /// # Errors
+    /// Whatever keeps a policy from being measured.
+    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Outcome>, bar: &ProgressBar) -> Result<()> {
+        let mut groups: Vec<Vec<&Row>> = Vec::new();
+        for row in self.rows {
+            match groups.iter_mut().find(|g| g.iter().any(|r| r.source == row.source)) {
+                Some(group) => group.push(row),
+                None => groups.push(vec![row]),
+            }
+        }
+        for group in groups {
+            let open = group
+                .iter()
+                .any(|row| self.pending(journal, row, 0, self.documents.len()));
+            if open {
+                self.run_group(workshop, journal, bar, &group)?;
+            } else {
+                bar.inc((group.len() * self.documents.len()) as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows of one model, which share its session and the state of its prompts.
+    fn run_group(
+        &self,
+        workshop: &mut Workshop,
+        journal: &mut Journal<Outcome>,
+        bar: &ProgressBar,
+        group: &[&Row],
+    ) -> Result<()> {
+        let first = group.first().context("no row")?;
+        let folder = workshop.open(&first.source)?;
+        let mut model = Model::open(self.runtime, &folder, self.open)?;
+        let text = Text::open(&model.folder)?;
+        let policies = group
+            .iter()
+            .map(|row| Policy::new(&model, row.window, row.budget).with_context(|| row.label.clone()))
+            .collect::<Result<Vec<Policy>>>()?;
+        let prompts = self
+            .documents
+            .iter()
+            .map(|d| text.encode(&d.prompt))
+            .collect::<Result<Vec<_>>>()?;
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let max_new = self.max_new(&model, &text, longest)?;
+        let batch = if model.fixed_capacity { self.batch } else { 1 };
+        let mut start = 0;
+        for part in prompts.chunks(batch) {
+            let documents = self.documents.get(start..start + part.len()).unwrap_or(&[]);
+            let mut prefilled: Option<Prefilled> = None;
+            for (row, policy) in group.iter().zip(&policies) {
+                if !self.pending(journal, row, start, part.len()) {
+                    bar.inc(part.len() as u64);
+                    continue;
+                }
+                bar.set_prefix(row.label.clone());
+                let mut ready = match prefilled.take().filter(Prefilled::reusable) {
+                    Some(ready) => ready,
+                    None => Prefilled::new(&mut model, part.to_vec(), longest + max_new, self.chunk, |_| bar.tick())?,
+                };
+                let decoded = ready.decode(&mut model, *policy, max_new, |_| bar.tick())?;
+                let seconds = decoded.stats.decode_time.as_secs_f64() / part.len() as f64;
+                for (i, (document, output)) in documents.iter().zip(&decoded.outputs).enumerate() {
+                    let reading = decoded.readings.get(i).copied().unwrap_or_default();
+                    let outcome = Outcome {
+                        right: self.scorer.judge(&text.decode(output)?, &document.answers),
+                        reading,
+                        generated: output.len(),
+                        seconds,
+                        bytes: model.bytes_per_step(&reading, row.scores()),
+                    };
+                    journal.put(&row.key(), start + i, outcome)?;
+                }
+                bar.inc(part.len() as u64);
+                prefilled = Some(ready);
+            }
+            start += part.len();
+        }
+        Ok(())
+    }
+
+    /// Tokens that an output may have: those of the longest reference and a few more, within the context.
+    fn max_new(&self, model: &Model, text: &Text, longest: usize) -> Result<usize> {
+        let room = model.context_length().map(|c| c.saturating_sub(longest));
+        let references = self
+            .documents
+            .iter()
+            .map(|d| d.reference.as_deref().map(|r| text.encode(r)).transpose());
+        let references = references.collect::<Result<Option<Vec<_>>>>();
+        let of_references = references?.map(|list| list.iter().map(Vec::len).max().unwrap_or(0) + 4);
+        let wanted = self.n_predict.or(of_references).or(room);
+        let wanted = wanted.context("neither the documents nor the model say how long outputs are: give -n")?;
+        let most = room.map_or(wanted, |room| wanted.min(room));
+        ensure!(
+            most >= 1,
+            "a prompt of {longest} tokens leaves no room in the model's context"
+        );
+        Ok(most)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_counted_by_place() {
+        let outcome = |right: &[u8]| Outcome {
+            right: right.iter().map(|&r| r == 1).collect(),
+            reading: Reading::default(),
+            generated: 0,
+            seconds: 0.0,
+            bytes: 0.0,
+        };
+        let o = outcome(&[1, 1, 1, 0, 0, 1, 0, 0]);
+        assert_eq!((o.share(), o.first_wrong()), (0.5, 3.0 / 8.0));
+        assert_eq!(o.quarters(), [1.0, 0.5, 0.5, 0.0]);
+        assert_eq!(outcome(&[1, 1]).first_wrong(), 1.0);
+        let short = outcome(&[1, 0]).quarters();
+        assert!(short[0].is_nan() && short[1] == 1.0 && short[3] == 0.0, "{short:?}");
+    }
+}

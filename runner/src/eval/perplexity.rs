@@ -1,0 +1,271 @@
+//! Teacher-forced fidelity: a short prompt, then the rest of a text token by token, each policy beside dense attention.
+//!
+//! Every policy reads the same tokens, so nothing runs away: the divergence moves where right and wrong answers do not yet.
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    journal::Journal,
+    policy::{Kind, Row},
+    workshop::Workshop,
+};
+use crate::{
+    Model, OpenOptions, Runtime, Text,
+    batch::{Observer, Prefilled},
+    generate::Policy,
+    measure::Reading,
+};
+
+/// Parts of a text whose figures are kept apart.
+pub const PARTS: usize = 8;
+
+/// What one text gave under one policy. Sums are over tokens, by part of the text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fidelity {
+    pub tokens: [usize; PARTS],
+    /// Kullback-Leibler divergence of this policy's next-token distribution from dense attention's, in nats.
+    pub divergence: [f64; PARTS],
+    /// Negative log-likelihood of the text, in nats.
+    pub surprise: [f64; PARTS],
+    /// Tokens for which policy and dense attention have one best guess.
+    pub agreed: usize,
+    pub reading: Reading,
+    pub seconds: f64,
+    pub bytes: f64,
+}
+
+impl Fidelity {
+    fn total(of: &[f64; PARTS]) -> f64 {
+        of.iter().sum()
+    }
+
+    pub fn count(&self) -> usize {
+        self.tokens.iter().sum()
+    }
+
+    /// Mean divergence of a token.
+    pub fn mean_divergence(&self) -> f64 {
+        Self::total(&self.divergence) / self.count().max(1) as f64
+    }
+
+    /// Mean negative log-likelihood of a token.
+    pub fn mean_surprise(&self) -> f64 {
+        Self::total(&self.surprise) / self.count().max(1) as f64
+    }
+}
+
+/// What is to be measured.
+pub struct Job<'a> {
+    pub runtime: &'a Runtime,
+    pub open: &'a OpenOptions,
+    /// Texts in full.
+    pub texts: &'a [String],
+    /// Names of the texts, for messages.
+    pub names: &'a [String],
+    pub rows: &'a [Row],
+    pub batch: usize,
+    pub chunk: usize,
+    /// Tokens of a text that are read densely.
+    pub prompt: usize,
+    /// Tokens of a text that are predicted at most.
+    pub predict: usize,
+}
+
+/// Log-probabilities of every next token of a text, `[tokens, vocabulary]`.
+type Distributions = Vec<f32>;
+
+impl Job<'_> {
+    /// Measures what `journal` does not have yet; rows without dense attention among them are compared with it all the same.
+    ///
+    /// # Errors
+    /// Whatever keeps a policy from being measured.
+    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Fidelity>, bar: &ProgressBar) -> Result<()> {
+        let source = workshop.graph().to_owned();
+        let mut dense = Model::open(self.runtime, &source, self.open)?;
+        let text = Text::open(&dense.folder)?;
+        let tokens = self.tokens(&dense, &text)?;
+        let batch = if dense.fixed_capacity { self.batch } else { 1 };
+        let mut models: Vec<(usize, Model)> = Vec::new();
+        let mut start = 0;
+        for part in tokens.chunks(batch) {
+            let pending = |row: &Row| (start..start + part.len()).any(|i| journal.get(&row.key(), i).is_none());
+            if !self.rows.iter().any(pending) {
+                bar.inc((part.len() * self.rows.len()) as u64);
+                start += part.len();
+                continue;
+            }
+            let pending: Vec<bool> = self.rows.iter().map(pending).collect();
+            bar.set_prefix("dense");
+            let plain = Policy::new(&dense, None, None)?;
+            let mut reference: Vec<Distributions> = vec![Vec::new(); part.len()];
+            let mut all = self.prefill(&mut dense, part, bar)?;
+            self.force(&mut all, &mut dense, plain, part, bar, &mut |row, _, scores| {
+                let list = reference.get_mut(row).context("no such text")?;
+                list.extend(log_softmax(scores));
+                Ok(())
+            })?;
+            drop(all);
+            let mut prefilled: Option<(usize, Prefilled)> = None;
+            for (row, pending) in self.rows.iter().zip(pending) {
+                if !pending {
+                    bar.inc(part.len() as u64);
+                    continue;
+                }
+                bar.set_prefix(row.label.clone());
+                let place = self.rows.iter().position(|r| r.source == row.source).unwrap_or(0);
+                if row.kind != Kind::Dense && !models.iter().any(|(p, _)| *p == place) {
+                    let folder = workshop.open(&row.source)?;
+                    models.push((place, Model::open(self.runtime, &folder, self.open)?));
+                }
+                let model = match models.iter_mut().find(|(p, _)| *p == place) {
+                    Some((_, model)) => model,
+                    None => &mut dense,
+                };
+                let policy = Policy::new(model, row.window, row.budget).with_context(|| row.label.clone())?;
+                let reusable = prefilled.take().filter(|(p, ready)| *p == place && ready.reusable());
+                let mut ready = match reusable {
+                    Some((_, ready)) => ready,
+                    None => self.prefill(model, part, bar)?,
+                };
+                let mut sums = vec![Sums::default(); part.len()];
+                let (readings, seconds) = self.force(&mut ready, model, policy, part, bar, &mut |i, at, scores| {
+                    let (sum, texts) = sums.get_mut(i).zip(part.get(i)).context("no such text")?;
+                    let predicted = texts.len() - self.prompt;
+                    let dense = reference
+                        .get(i)
+                        .and_then(|d| d.get(at * scores.len()..(at + 1) * scores.len()));
+                    let target = texts.get(self.prompt + at).copied().context("no such token")?;
+                    sum.add(
+                        at * PARTS / predicted,
+                        dense.context("no such token")?,
+                        scores,
+                        target as usize,
+                    );
+                    Ok(())
+                })?;
+                for (i, sum) in sums.into_iter().enumerate() {
+                    let reading = readings.get(i).copied().unwrap_or_default();
+                    let bytes = model.bytes_per_step(&reading, row.scores());
+                    journal.put(
+                        &row.key(),
+                        start + i,
+                        sum.fidelity(reading, seconds / part.len() as f64, bytes),
+                    )?;
+                }
+                bar.inc(part.len() as u64);
+                prefilled = Some((place, ready));
+            }
+            start += part.len();
+        }
+        Ok(())
+    }
+
+    /// The texts' tokens, cut to what is read of them.
+    fn tokens(&self, model: &Model, text: &Text) -> Result<Vec<Vec<u32>>> {
+        let most = model.context_length().unwrap_or(usize::MAX);
+        let most = most.min(self.prompt.saturating_add(self.predict));
+        let tokens = self.texts.iter().zip(self.names).map(|(full, name)| {
+            let mut ids = text.encode(full)?;
+            ids.truncate(most);
+            ensure!(
+                ids.len() >= self.prompt + PARTS,
+                "{name} has {} tokens, which leaves fewer than {PARTS} behind a prompt of {}: give a longer text or a smaller --prompt-tokens",
+                ids.len(),
+                self.prompt
+            );
+            Ok(ids)
+        });
+        tokens.collect()
+    }
+
+    fn prefill(&self, model: &mut Model, part: &[Vec<u32>], bar: &ProgressBar) -> Result<Prefilled> {
+        let prompts = part.iter().map(|t| t.iter().copied().take(self.prompt).collect());
+        let longest = part.iter().map(Vec::len).max().unwrap_or(0);
+        Prefilled::new(model, prompts.collect(), longest, self.chunk, |_| bar.tick())
+    }
+
+    fn force(
+        &self,
+        ready: &mut Prefilled,
+        model: &mut Model,
+        policy: Policy,
+        part: &[Vec<u32>],
+        bar: &ProgressBar,
+        observe: &mut Observer<'_>,
+    ) -> Result<(Vec<Reading>, f64)> {
+        let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
+        let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {
+            bar.tick();
+            observe(row, at, scores)
+        })?;
+        Ok((readings, time.as_secs_f64()))
+    }
+}
+
+#[derive(Clone, Default)]
+struct Sums {
+    tokens: [usize; PARTS],
+    divergence: [f64; PARTS],
+    surprise: [f64; PARTS],
+    agreed: usize,
+}
+
+impl Sums {
+    fn add(&mut self, part: usize, dense: &[f32], scores: &[f32], target: usize) {
+        let own: Vec<f32> = log_softmax(scores).collect();
+        let terms = dense.iter().zip(&own);
+        let divergence: f64 = terms
+            .filter(|(d, _)| d.is_finite())
+            .map(|(&d, &o)| f64::from(d).exp() * (f64::from(d) - f64::from(o)))
+            .sum();
+        let best = |of: &[f32]| crate::sampling::argmax(of);
+        let slots = self.divergence.get_mut(part).zip(self.surprise.get_mut(part));
+        if let Some(((d, s), n)) = slots.zip(self.tokens.get_mut(part)) {
+            *d += divergence;
+            *s -= own.get(target).copied().map_or(0.0, f64::from);
+            *n += 1;
+        }
+        self.agreed += usize::from(best(dense) == best(&own));
+    }
+
+    fn fidelity(self, reading: Reading, seconds: f64, bytes: f64) -> Fidelity {
+        Fidelity {
+            tokens: self.tokens,
+            divergence: self.divergence,
+            surprise: self.surprise,
+            agreed: self.agreed,
+            reading,
+            seconds,
+            bytes,
+        }
+    }
+}
+
+fn log_softmax(scores: &[f32]) -> impl Iterator<Item = f32> + '_ {
+    let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = scores.iter().map(|&s| f64::from(s - top).exp()).sum();
+    let norm = top + sum.ln() as f32;
+    scores.iter().map(move |&s| s - norm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_and_surprise_by_hand() {
+        let mut sums = Sums::default();
+        // Dense: 1/2, 1/2; the policy: 1/4, 3/4; the text goes on with token 0.
+        let dense: Vec<f32> = log_softmax(&[1.0, 1.0]).collect();
+        sums.add(2, &dense, &[0.0, 3f32.ln()], 0);
+        let expected = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
+        assert!((sums.divergence[2] - expected).abs() < 1e-6, "{}", sums.divergence[2]);
+        assert!((sums.surprise[2] - 4f64.ln()).abs() < 1e-6);
+        assert_eq!((sums.tokens[2], sums.agreed), (1, 0));
+        sums.add(0, &dense, &[7.0, 7.0], 1);
+        assert!(sums.divergence[0].abs() < 1e-6);
+        assert_eq!(sums.agreed, 1);
+    }
+}

@@ -1,0 +1,287 @@
+//! What is compared: policies as users name them, and the rows of a comparison that they become.
+
+use std::{path::PathBuf, str::FromStr};
+
+use retro_contract::{Budget, Mode};
+use retro_export::Settings;
+
+/// How a policy reads the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The model as its exporter made it.
+    Dense,
+    /// Sink pages and the newest ones.
+    Streaming,
+    /// The paper's selection without correction: what others are compared with.
+    Quest,
+    /// Selection with correction; the paper's selection unless options say otherwise.
+    Retro,
+    /// A converted model as it is.
+    Folder,
+}
+
+/// A policy as it was asked for: `NAME[,option=value]...`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicySpec {
+    kind: Kind,
+    name: &'static str,
+    /// Of a retro policy; none: every window asked for.
+    window: Option<usize>,
+    settings: Settings,
+}
+
+const NAMES: &str = "dense, streaming, quest, retro or recommended";
+const OPTIONS: &str = "window, selector, group-score, lambda, correlation, page-size, sink-pages or dense-layers";
+
+impl FromStr for PolicySpec {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (name, options) = s.split_once(',').unwrap_or((s, ""));
+        let paper = Settings::paper();
+        let (kind, name, settings) = match name {
+            "dense" => (Kind::Dense, "dense", paper),
+            "streaming" => {
+                let mode = Mode::Streaming;
+                (Kind::Streaming, "StreamingLLM", Settings { mode, ..paper })
+            }
+            "quest" => (Kind::Quest, "Quest", paper),
+            "retro" => (Kind::Retro, "Retro", paper),
+            "recommended" => (Kind::Retro, "recommended", Settings::default()),
+            other => return Err(format!("policy {other:?}: expected {NAMES}")),
+        };
+        let mut spec = Self {
+            kind,
+            name,
+            window: None,
+            settings,
+        };
+        for option in options.split(',').filter(|o| !o.is_empty()) {
+            spec.set(option)?;
+        }
+        if spec.kind == Kind::Dense && !options.is_empty() {
+            return Err("policy dense has no options: it is the model as its exporter made it".into());
+        }
+        let mut check = spec.settings.clone();
+        check.window = spec.window.unwrap_or(1);
+        check.check().map_err(|e| e.to_string())?;
+        Ok(spec)
+    }
+}
+
+impl PolicySpec {
+    fn set(&mut self, option: &str) -> Result<(), String> {
+        fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
+            value.parse().map_err(|_| format!("{key} {value:?} is no number"))
+        }
+        let (key, value) = option
+            .split_once('=')
+            .ok_or_else(|| format!("{option:?}: expected NAME[,option=value]... with an option of {OPTIONS}"))?;
+        let s = &mut self.settings;
+        match key {
+            "window" | "w" if self.kind == Kind::Retro => self.window = Some(number(key, value)?),
+            "selector" => s.selector = value.parse().map_err(|e| format!("{e}"))?,
+            "group-score" => s.group_score = value.parse().map_err(|e| format!("{e}"))?,
+            "lambda" => s.selector_lambda = number(key, value)?,
+            "correlation" => s.selector_correlation = number(key, value)?,
+            "page-size" => s.page_size = number(key, value)?,
+            "sink-pages" => s.sink_pages = number(key, value)?,
+            "dense-layers" => {
+                let layers = value.split('+').map(|n| number(key, n));
+                s.dense_layers = layers.collect::<Result<_, _>>()?;
+            }
+            _ => return Err(format!("option {key:?} of policy {}: expected {OPTIONS}", self.name)),
+        }
+        Ok(())
+    }
+
+    /// What the options change, for the label.
+    fn changes(&self) -> String {
+        let usual = match self.name {
+            "recommended" => Settings::default(),
+            _ => Settings::paper(),
+        };
+        let (s, u) = (&self.settings, &usual);
+        let mut out = Vec::new();
+        if (s.selector, s.group_score) != (u.selector, u.group_score) {
+            out.push(format!("{} + {}", s.selector, s.group_score));
+        }
+        if s.selector_lambda != u.selector_lambda {
+            out.push(format!("lambda {}", s.selector_lambda));
+        }
+        if s.selector_correlation != u.selector_correlation {
+            out.push(format!("correlation {}", s.selector_correlation));
+        }
+        if s.page_size != u.page_size {
+            out.push(format!("pages of {}", s.page_size));
+        }
+        if s.sink_pages != u.sink_pages {
+            out.push(format!("sinks {}", s.sink_pages));
+        }
+        if s.dense_layers != u.dense_layers {
+            let layers: Vec<String> = s.dense_layers.iter().map(usize::to_string).collect();
+            out.push(format!("dense layers {}", layers.join("+")));
+        }
+        out.iter().map(|c| format!(", {c}")).collect()
+    }
+}
+
+/// Which model a row runs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Source {
+    /// A graph as it is.
+    Graph(PathBuf),
+    /// The source model converted with these settings; their window is the largest of the rows that share them.
+    Converted(Box<Settings>),
+}
+
+/// One policy at one budget and window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    pub kind: Kind,
+    pub label: String,
+    pub source: Source,
+    /// `None`: as converted.
+    pub window: Option<usize>,
+    /// `None`: as converted, or dense.
+    pub budget: Option<Budget>,
+}
+
+impl Row {
+    /// Whether a step reads page summaries.
+    pub fn scores(&self) -> bool {
+        !matches!(self.kind, Kind::Dense | Kind::Streaming)
+    }
+
+    /// Names the row in a file of results: everything that its figures depend on beside the model and the documents.
+    pub fn key(&self) -> String {
+        let settings = match &self.source {
+            Source::Graph(path) => format!("graph {}", path.display()),
+            Source::Converted(s) => {
+                let mut s = (**s).clone();
+                // The window that the model has room for changes nothing.
+                s.window = 1;
+                format!("{s:?}")
+            }
+        };
+        let budget = self.budget.map_or_else(String::new, |b| b.to_string());
+        format!("{:?} w={:?} b={budget} {settings}", self.kind, self.window)
+    }
+}
+
+/// The rows that `specs` stand for, those of one model together.
+pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], budgets: &[Budget]) -> Vec<Row> {
+    let mut rows: Vec<Row> = Vec::new();
+    for spec in specs {
+        if spec.kind == Kind::Dense {
+            rows.push(Row {
+                kind: Kind::Dense,
+                label: spec.name.into(),
+                source: Source::Graph(graph.to_owned()),
+                window: None,
+                budget: None,
+            });
+            continue;
+        }
+        let wanted = match (spec.kind, spec.window) {
+            (Kind::Retro, Some(w)) => vec![w],
+            (Kind::Retro, None) => windows.to_vec(),
+            _ => vec![1],
+        };
+        for &budget in budgets {
+            for &window in &wanted {
+                let label = match spec.kind {
+                    Kind::Streaming => format!("{}{}", spec.name, spec.changes()),
+                    _ => format!("{} (w = {window}){}", spec.name, spec.changes()),
+                };
+                rows.push(Row {
+                    kind: spec.kind,
+                    label,
+                    source: Source::Converted(Box::new(Settings {
+                        window,
+                        ..spec.settings.clone()
+                    })),
+                    window: Some(window),
+                    budget: Some(budget),
+                });
+            }
+        }
+    }
+    share_models(&mut rows);
+    let mut unique: Vec<Row> = Vec::new();
+    for row in rows {
+        if !unique.iter().any(|u| u.key() == row.key()) {
+            unique.push(row);
+        }
+    }
+    unique
+}
+
+/// Gives rows that differ in window alone one model, with room for the largest of their windows.
+fn share_models(rows: &mut [Row]) {
+    let alike = |a: &Settings, b: &Settings| {
+        let window = a.window;
+        Settings { window, ..b.clone() } == *a
+    };
+    let all: Vec<Settings> = rows
+        .iter()
+        .filter_map(|r| match &r.source {
+            Source::Converted(s) => Some((**s).clone()),
+            Source::Graph(_) => None,
+        })
+        .collect();
+    for row in rows {
+        if let Source::Converted(s) = &mut row.source {
+            let largest = all.iter().filter(|other| alike(s, other)).map(|o| o.window).max();
+            s.window = largest.unwrap_or(s.window);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn spec(s: &str) -> PolicySpec {
+        s.parse().unwrap()
+    }
+
+    #[test]
+    fn policies_become_rows_that_share_models() {
+        let specs = ["dense", "streaming", "quest", "retro", "retro,w=3,page-size=8"].map(spec);
+        let budgets = [Budget::Ratio(0.1), Budget::Tokens(256)];
+        let rows = rows(&specs, Path::new("m"), &[2, 8], &budgets);
+        let labels: Vec<&str> = rows.iter().map(|r| r.label.as_str()).collect();
+        assert_eq!(rows.len(), 1 + 2 * (1 + 1 + 2 + 1));
+        assert_eq!(labels[0], "dense");
+        assert_eq!(labels[3], "Quest (w = 1)");
+        assert_eq!(labels[9], "Retro (w = 3), pages of 8");
+        // Quest and Retro are one model with room for w = 8.
+        assert_eq!(rows[3].source, rows[5].source);
+        assert!(matches!(&rows[3].source, Source::Converted(s) if s.window == 8));
+        assert_ne!(rows[1].source, rows[3].source);
+        assert_ne!(rows[3].key(), rows[4].key());
+    }
+
+    #[test]
+    fn the_same_policy_asked_for_twice_is_one_row() {
+        let specs = ["quest", "quest", "retro,w=2", "retro"].map(spec);
+        let rows = rows(&specs, Path::new("m"), &[2], &[Budget::Ratio(0.1)]);
+        assert_eq!(rows.len(), 2);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_policy_is_said() {
+        let error = |s: &str| s.parse::<PolicySpec>().unwrap_err();
+        assert!(error("nonsense").contains("expected dense"));
+        assert!(error("retro,w").contains("option=value"));
+        assert!(error("retro,colour=red").contains("colour"));
+        assert!(error("retro,window=65").contains("window is 65"));
+        assert!(error("quest,window=2").contains("window"));
+        assert!(error("dense,page-size=8").contains("no options"));
+        assert!(error("retro,selector=x").contains("bounds"));
+    }
+}

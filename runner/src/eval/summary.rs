@@ -1,0 +1,386 @@
+//! From results to the rows of a table. Errors are standard errors over documents (or texts): answers of one output depend on
+//! each other, documents do not.
+
+use serde::Serialize;
+
+use super::{
+    documents::Outcome,
+    journal::Journal,
+    perplexity::{Fidelity, PARTS},
+    policy::{Kind, Row},
+};
+use crate::{measure::Reading, score::mean_and_error};
+
+/// A mean and its standard error; none for a single document.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    pub mean: f64,
+    pub error: Option<f64>,
+}
+
+impl Estimate {
+    /// Of one number a document; NaN is left out.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
+        let (mean, error) = mean_and_error(&values);
+        (!values.is_empty()).then(|| Self {
+            mean,
+            error: error.is_finite().then_some(error),
+        })
+    }
+
+    /// `mean ± error` with `digits` behind the point.
+    pub fn text(self, digits: usize) -> String {
+        let error = self.error.map_or_else(String::new, |e| format!(" ± {e:.digits$}"));
+        format!("{:.digits$}{error}", self.mean)
+    }
+}
+
+/// What a policy read and how fast it was.
+#[derive(Clone, Debug, Serialize)]
+pub struct Cost {
+    /// Pages loaded per KV head and step; none for dense attention.
+    pub pages_per_step: Option<f64>,
+    /// The same as a share of the valid pages, 0 to 1.
+    pub share_of_valid_pages: Option<f64>,
+    /// Keys, values and page summaries that a step of one sequence reads in all layers.
+    pub kib_per_step: f64,
+    /// The same over what dense attention reads.
+    pub share_of_dense_bytes: Option<f64>,
+    pub effective_exposure: Option<f64>,
+    /// Of decoding, all sequences together.
+    pub tokens_per_second: Option<f64>,
+}
+
+impl Cost {
+    fn new<'a>(parts: impl Iterator<Item = (&'a Reading, f64, f64, f64)> + Clone, dense: Option<f64>) -> Self {
+        let mut reading = Reading::default();
+        let (mut tokens, mut seconds, mut bytes, mut count) = (0.0, 0.0, 0.0, 0.0);
+        for (r, t, s, b) in parts {
+            reading.add(r);
+            tokens += t;
+            seconds += s;
+            bytes += b;
+            count += 1.0;
+        }
+        let bytes = if count > 0.0 { bytes / count } else { 0.0 };
+        Self {
+            pages_per_step: reading.pages(),
+            share_of_valid_pages: reading.share(),
+            kib_per_step: bytes / 1024.0,
+            share_of_dense_bytes: dense.filter(|d| *d > 0.0).map(|d| bytes / d),
+            effective_exposure: reading.exposure(),
+            tokens_per_second: (seconds > 0.0).then(|| tokens / seconds),
+        }
+    }
+}
+
+/// A policy over documents.
+#[derive(Clone, Debug, Serialize)]
+pub struct DocumentsRow {
+    pub policy: String,
+    pub kind: Kind,
+    pub window: Option<usize>,
+    pub budget: Option<String>,
+    pub documents: usize,
+    pub generated_tokens: usize,
+    /// Right answers in percent.
+    pub right: Estimate,
+    /// Difference to Quest at the same budget, document by document, in percent points.
+    pub difference_to_quest: Option<Estimate>,
+    /// How many of the answers are right before the first wrong one, in percent.
+    pub first_wrong: Option<Estimate>,
+    /// Right answers in percent by quarter of the output.
+    pub quarters: [Option<Estimate>; 4],
+    #[serde(flatten)]
+    pub cost: Cost,
+}
+
+/// A policy over texts.
+#[derive(Clone, Debug, Serialize)]
+pub struct FidelityRow {
+    pub policy: String,
+    pub kind: Kind,
+    pub window: Option<usize>,
+    pub budget: Option<String>,
+    pub texts: usize,
+    pub tokens: usize,
+    pub perplexity: f64,
+    /// Mean divergence from dense attention's next-token distribution, in nats a token.
+    pub divergence: Estimate,
+    /// Divergence over Quest's at the same budget, text by text.
+    pub share_of_quest: Option<Estimate>,
+    /// Divergence by eighth of the text behind the prompt.
+    pub by_position: [Option<f64>; PARTS],
+    /// Share of tokens for which dense attention has the same best guess.
+    pub agreement: f64,
+    #[serde(flatten)]
+    pub cost: Cost,
+}
+
+/// The Quest row that a row is compared with: the one of its budget.
+fn quest<'a>(rows: &'a [Row], row: &Row) -> Option<&'a Row> {
+    let budget = |r: &&Row| r.budget == row.budget;
+    rows.iter().filter(|r| r.kind == Kind::Quest).find(budget)
+}
+
+fn results<'a, T: Clone + Serialize + serde::de::DeserializeOwned>(
+    journal: &'a Journal<T>,
+    row: &Row,
+    count: usize,
+) -> Vec<&'a T> {
+    (0..count).filter_map(|i| journal.get(&row.key(), i)).collect()
+}
+
+/// What dense attention reads on the same lengths.
+fn dense_bytes(bytes: f64, reading: &Reading, scored: bool) -> Option<f64> {
+    match (reading.tokens(), reading.valid_pages(), reading.length()) {
+        // Every layer is sparse or its bytes are those of dense attention: exact when all are sparse.
+        (Some(tokens), Some(pages), Some(length)) => Some(bytes * length / (tokens + if scored { pages } else { 0.0 })),
+        _ => Some(bytes),
+    }
+}
+
+/// Rows of documents.
+pub fn documents(rows: &[Row], journal: &Journal<Outcome>, count: usize) -> Vec<DocumentsRow> {
+    let summarize = |row: &Row| {
+        let own = results(journal, row, count);
+        let base = quest(rows, row).filter(|q| q.key() != row.key() && row.kind != Kind::Dense);
+        let difference = base.and_then(|q| {
+            let pairs = own.iter().zip(results(journal, q, count));
+            Estimate::of(pairs.map(|(o, q)| 100.0 * (o.share() - q.share())))
+        });
+        let right = Estimate::of(own.iter().map(|o| 100.0 * o.share()))?;
+        let quarters = std::array::from_fn(|q| {
+            Estimate::of(
+                own.iter()
+                    .map(|o| 100.0 * o.quarters().get(q).copied().unwrap_or(f64::NAN)),
+            )
+        });
+        let parts = own
+            .iter()
+            .map(|o| (&o.reading, o.generated.saturating_sub(1) as f64, o.seconds, o.bytes));
+        let dense = row_dense_bytes(row, journal, count, |o| (o.bytes, o.reading));
+        Some(DocumentsRow {
+            policy: row.label.clone(),
+            kind: row.kind,
+            window: row.window,
+            budget: row.budget.map(|b| b.to_string()),
+            documents: own.len(),
+            generated_tokens: own.iter().map(|o| o.generated).sum(),
+            right,
+            difference_to_quest: difference,
+            first_wrong: Estimate::of(own.iter().map(|o| 100.0 * o.first_wrong())),
+            quarters,
+            cost: Cost::new(parts, dense),
+        })
+    };
+    rows.iter().filter_map(summarize).collect()
+}
+
+/// Rows of texts.
+pub fn fidelities(rows: &[Row], journal: &Journal<Fidelity>, count: usize) -> Vec<FidelityRow> {
+    let summarize = |row: &Row| {
+        let own = results(journal, row, count);
+        let base = quest(rows, row).filter(|q| q.key() != row.key() && row.kind != Kind::Dense);
+        let share = base.and_then(|q| {
+            let pairs = own.iter().zip(results(journal, q, count));
+            Estimate::of(pairs.map(|(o, q)| o.mean_divergence() / q.mean_divergence()))
+        });
+        let divergence = Estimate::of(own.iter().map(|o| o.mean_divergence()))?;
+        let tokens: usize = own.iter().map(|o| o.count()).sum();
+        let sum = |of: &dyn Fn(&Fidelity) -> f64| own.iter().map(|o| of(o)).sum::<f64>();
+        let by_position = std::array::from_fn(|part| {
+            let n = sum(&|o| o.tokens.get(part).map_or(0.0, |&n| n as f64));
+            let total = sum(&|o| o.divergence.get(part).copied().unwrap_or(0.0));
+            (n > 0.0).then(|| total / n)
+        });
+        let parts = own.iter().map(|o| (&o.reading, o.count() as f64, o.seconds, o.bytes));
+        let dense = row_dense_bytes(row, journal, count, |o| (o.bytes, o.reading));
+        Some(FidelityRow {
+            policy: row.label.clone(),
+            kind: row.kind,
+            window: row.window,
+            budget: row.budget.map(|b| b.to_string()),
+            texts: own.len(),
+            tokens,
+            perplexity: (sum(&|o| o.mean_surprise() * o.count() as f64) / tokens.max(1) as f64).exp(),
+            divergence,
+            share_of_quest: share,
+            by_position,
+            agreement: sum(&|o| o.agreed as f64) / tokens.max(1) as f64,
+            cost: Cost::new(parts, dense),
+        })
+    };
+    rows.iter().filter_map(summarize).collect()
+}
+
+/// Mean bytes of dense attention on a row's own lengths (outputs of two policies differ in length).
+fn row_dense_bytes<T: Clone + Serialize + serde::de::DeserializeOwned>(
+    row: &Row,
+    journal: &Journal<T>,
+    count: usize,
+    of: impl Fn(&T) -> (f64, Reading),
+) -> Option<f64> {
+    let own = results(journal, row, count);
+    let each = own.iter().filter_map(|o| {
+        let (bytes, reading) = of(o);
+        dense_bytes(bytes, &reading, row.scores())
+    });
+    Estimate::of(each).map(|e| e.mean)
+}
+
+fn number(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
+}
+
+fn estimate(value: Option<Estimate>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |v| v.text(digits))
+}
+
+fn signed(value: Option<Estimate>) -> String {
+    value.map_or_else(
+        || "-".to_owned(),
+        |v| {
+            if v.mean >= 0.0 {
+                format!("+{}", v.text(1))
+            } else {
+                v.text(1)
+            }
+        },
+    )
+}
+
+fn read(cost: &Cost) -> [String; 3] {
+    [
+        cost.pages_per_step.map_or_else(
+            || "all".to_owned(),
+            |p| format!("{p:.1} ({:.1} %)", 100.0 * cost.share_of_valid_pages.unwrap_or(1.0)),
+        ),
+        format!("{:.0} KiB", cost.kib_per_step),
+        number(cost.effective_exposure, 2),
+    ]
+}
+
+/// The table of documents: header and lines.
+pub fn documents_table(rows: &[DocumentsRow]) -> Vec<Vec<String>> {
+    let header = [
+        "policy",
+        "budget",
+        "right answers %",
+        "- Quest",
+        "first wrong at %",
+        "by quarter of the output %",
+        "pages a step",
+        "read a step",
+        "exposure",
+        "tokens/s",
+    ];
+    let mut lines = vec![header.map(str::to_owned).to_vec()];
+    for row in rows {
+        let quarters: Vec<String> = row.quarters.iter().map(|q| number(q.map(|q| q.mean), 0)).collect();
+        let [pages, bytes, exposure] = read(&row.cost);
+        lines.push(vec![
+            row.policy.clone(),
+            row.budget.clone().unwrap_or_else(|| "-".into()),
+            row.right.text(1),
+            signed(row.difference_to_quest),
+            estimate(row.first_wrong, 0),
+            quarters.join(" / "),
+            pages,
+            bytes,
+            exposure,
+            number(row.cost.tokens_per_second, 0),
+        ]);
+    }
+    lines
+}
+
+/// The table of texts: header and lines.
+pub fn fidelity_table(rows: &[FidelityRow]) -> Vec<Vec<String>> {
+    let header = [
+        "policy",
+        "budget",
+        "perplexity",
+        "KL to dense",
+        "/ Quest's",
+        "by eighth of the text",
+        "same best %",
+        "pages a step",
+        "read a step",
+        "exposure",
+        "tokens/s",
+    ];
+    let mut lines = vec![header.map(str::to_owned).to_vec()];
+    for row in rows {
+        let parts: Vec<String> = row.by_position.iter().map(|&p| number(p, 2)).collect();
+        let [pages, bytes, exposure] = read(&row.cost);
+        lines.push(vec![
+            row.policy.clone(),
+            row.budget.clone().unwrap_or_else(|| "-".into()),
+            format!("{:.3}", row.perplexity),
+            row.divergence.text(4),
+            estimate(row.share_of_quest, 3),
+            parts.join(" "),
+            format!("{:.1}", 100.0 * row.agreement),
+            pages,
+            bytes,
+            exposure,
+            number(row.cost.tokens_per_second, 0),
+        ]);
+    }
+    lines
+}
+
+/// Markdown, with columns wide enough to be read as they are.
+pub fn markdown(lines: &[Vec<String>]) -> String {
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        lines
+            .iter()
+            .filter_map(|l| l.get(column))
+            .map(|c| c.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut out = String::new();
+    for (i, line) in lines.iter().enumerate() {
+        for (cell, &width) in line.iter().zip(&widths) {
+            out += &format!("| {cell}{} ", " ".repeat(width - cell.chars().count().min(width)));
+        }
+        out += "|\n";
+        if i == 0 {
+            widths.iter().for_each(|w| out += &format!("|{}", "-".repeat(w + 2)));
+            out += "|\n";
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn estimates_leave_out_what_is_not_there() {
+        assert_eq!(Estimate::of([]), None);
+        assert_eq!(Estimate::of([f64::NAN]), None);
+        assert_eq!(Estimate::of([2.0]), Some(Estimate { mean: 2.0, error: None }));
+        let e = Estimate::of([1.0, f64::NAN, 3.0]).unwrap();
+        assert_eq!((e.mean, e.error), (2.0, Some(1.0)));
+        assert_eq!(e.text(1), "2.0 ± 1.0");
+    }
+
+    #[test]
+    fn the_table_is_aligned_markdown() {
+        let cells = |line: [&str; 2]| line.map(str::to_owned).to_vec();
+        let text = markdown(&[cells(["policy", "right"]), cells(["dense", "100.0 ± 0.0"])]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[2], "| dense  | 100.0 ± 0.0 |");
+        assert!(
+            lines.iter().all(|l| l.chars().count() == lines[0].chars().count()),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! The models that a comparison runs: the source as it is, and conversions of it in a folder that goes when the comparison ends.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use retro_contract::metadata;
+use retro_export::{ExternalMode, Options, Settings, onnx::read_model};
+
+use super::policy::Source;
+use crate::model::{ModelFolder, is_weights_folder};
+
+/// Makes models.
+pub struct Workshop {
+    folder: tempfile::TempDir,
+    /// The source model's graph: a folder or a file.
+    graph: PathBuf,
+    made: Vec<(Settings, PathBuf)>,
+}
+
+impl Workshop {
+    /// A workshop for the source model at `path`: a model folder, an ONNX file, or a folder of Llama weights, built first.
+    ///
+    /// # Errors
+    /// When there is no model, it is converted already, or there is no place for temporary files.
+    pub fn new(path: &Path) -> Result<Self> {
+        ensure!(path.exists(), "there is no model at {}", path.display());
+        let folder = tempfile::tempdir().context("no place for temporary files: set TMPDIR to a folder with room")?;
+        let graph = if is_weights_folder(path) {
+            let built = folder.path().join("source");
+            retro_models::build(path, &built, &retro_models::Options::default())?;
+            built
+        } else {
+            path.to_owned()
+        };
+        let file = ModelFolder::open(&graph)?.graph;
+        let converted = read_model(&file).is_ok_and(|loaded| loaded.model.metadata(metadata::VERSION).is_some());
+        ensure!(
+            !converted,
+            "{} was converted already: give the model it was made from, or compare it as it is with --run NAME=DIR",
+            path.display()
+        );
+        Ok(Self {
+            folder,
+            graph,
+            made: Vec::new(),
+        })
+    }
+
+    /// A workshop that makes nothing: every model is run as it is.
+    ///
+    /// # Errors
+    /// When there is no place for temporary files.
+    pub fn of_nothing(graph: &Path) -> Result<Self> {
+        Ok(Self {
+            folder: tempfile::tempdir().context("no place for temporary files: set TMPDIR to a folder with room")?,
+            graph: graph.to_owned(),
+            made: Vec::new(),
+        })
+    }
+
+    /// The source model's graph.
+    pub fn graph(&self) -> &Path {
+        &self.graph
+    }
+
+    /// The model of a source, converted now if it was not yet.
+    ///
+    /// # Errors
+    /// When it cannot be converted.
+    pub fn open(&mut self, source: &Source) -> Result<PathBuf> {
+        let settings = match source {
+            Source::Graph(path) => return Ok(path.clone()),
+            Source::Converted(settings) => &**settings,
+        };
+        if let Some((_, path)) = self.made.iter().find(|(s, _)| s == settings) {
+            return Ok(path.clone());
+        }
+        let mut target = self.folder.path().join(format!("converted-{}", self.made.len()));
+        if self.graph.is_file() {
+            target.set_extension("onnx");
+        }
+        let convert = |external_data| {
+            retro_export::convert(&Options {
+                source: self.graph.clone(),
+                target: Some(target.clone()),
+                settings: settings.clone(),
+                external_data: Some(external_data),
+                force: true,
+                ..Default::default()
+            })
+        };
+        // Weights are linked where the file system can, else copied.
+        convert(ExternalMode::Link).or_else(|_| convert(ExternalMode::Copy))?;
+        if self.graph.is_file() {
+            // A file's companions lie beside it; the converted one has a folder of its own.
+            bring_companions(&self.graph, self.folder.path())?;
+        }
+        self.made.push((settings.clone(), target.clone()));
+        Ok(target)
+    }
+}
+
+/// Configuration and tokenizer of a model that is named by its file.
+fn bring_companions(graph: &Path, folder: &Path) -> Result<()> {
+    let beside = graph.parent().unwrap_or(Path::new("."));
+    for name in [
+        "config.json",
+        "genai_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        let from = beside.join(name);
+        if from.is_file() {
+            std::fs::copy(&from, folder.join(name)).with_context(|| format!("cannot copy {}", from.display()))?;
+        }
+    }
+    Ok(())
+}
