@@ -125,6 +125,8 @@ pub mod limits {
     pub const PAGE_SIZE_MAX: usize = 128;
     pub const WINDOW: usize = 2;
     pub const WINDOW_MAX: usize = 64;
+    /// In `seqlens_k`: the graph found an attention mask that isn't padding followed by valid tokens.
+    pub const MASK_NOT_UNDERSTOOD: i32 = i32::MIN;
     pub const BUDGET_RATIO: f32 = 0.15;
     pub const BUDGET_MIN_PAGES: usize = 4;
     pub const SINK_PAGES: usize = 1;

@@ -1,23 +1,51 @@
 //! The command line of `retro-export`.
 
-use crate::{ExternalMode, Options, Settings, SlidingCache};
-use clap::Parser;
+use crate::{ExternalMode, Options, Settings, SlidingCache, Verify};
+use clap::{Parser, Subcommand};
 use retro_contract::{Budget, GroupScore, Mode, Selector};
 use std::path::PathBuf;
 
 /// Converts the attention of an ONNX language model to retrospective sparse attention.
 ///
-/// Every GroupQueryAttention node becomes an ai.retro::RetroAttention node. All else stays byte for byte as it is. The
-/// result needs the operator's plugin, libretro_attention.so.
+/// Every attention that is understood becomes an ai.retro::RetroAttention node, however it was written. All else stays as it
+/// is. The result needs the operator's plugin, libretro_attention.so. Models of less than 1 GB are compared with their
+/// original afterwards, if ONNX Runtime is found.
 #[derive(Debug, Parser)]
-#[command(name = "retro-export", version, max_term_width = 120)]
+#[command(
+    name = "retro-export",
+    version,
+    max_term_width = 120,
+    args_conflicts_with_subcommands = true
+)]
+#[command(subcommand_negates_reqs = true)]
 pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// The model to convert: a file, or a folder with its configuration and tokenizer
-    pub model: PathBuf,
+    #[arg(required = true)]
+    pub model: Option<PathBuf>,
 
     /// Where to write: a file for a file, a folder for a folder
     #[arg(short, long, value_name = "PATH", required_unless_present = "dry_run")]
     pub output: Option<PathBuf>,
+
+    /// Restore the original of a converted model, byte for byte, instead of converting
+    #[arg(long, conflicts_with_all = ["window", "budget", "dry_run", "verify", "partial", "all_logits"])]
+    pub revert: bool,
+
+    /// Compare the result with the original in ONNX Runtime, whatever the model's size
+    #[arg(long, conflicts_with = "no_verify")]
+    pub verify: bool,
+
+    /// Don't compare
+    #[arg(long)]
+    pub no_verify: bool,
+
+    /// Largest logit difference that counts as equal, per unit of the largest logit
+    /// [default: 1e-4 for float32, 2e-2 for float16 and quantised models]
+    #[arg(long, value_name = "NUMBER")]
+    pub tolerance: Option<f32>,
 
     /// Tokens that a decoding step feeds at most: the new one and window - 1 corrected ones; 1 is Quest
     #[arg(short, long, default_value_t = Settings::default().window, value_name = "TOKENS")]
@@ -94,11 +122,23 @@ pub struct Cli {
     pub json: bool,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what a model is: inputs, outputs, sizes, attention, whether and how it is converted
+    Inspect {
+        /// A file, or a folder with a model
+        model: PathBuf,
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 impl Cli {
     /// The conversion that was asked for.
     pub fn options(&self) -> Options {
         Options {
-            source: self.model.clone(),
+            source: self.model.clone().unwrap_or_default(),
             target: self.output.clone(),
             settings: Settings {
                 window: self.window,
@@ -119,6 +159,12 @@ impl Cli {
             external_data: self.external_data,
             force: self.force,
             dry_run: self.dry_run,
+            verify: match (self.verify, self.no_verify) {
+                (true, _) => Verify::Always,
+                (false, true) => Verify::Never,
+                (false, false) => Verify::IfPossible,
+            },
+            tolerance: self.tolerance,
         }
     }
 }

@@ -1,19 +1,29 @@
 //! A conversion from beginning to end: read, check, find, decide, rewrite, write.
 
 use crate::{
-    files::{self, ExternalMode, Output},
+    files::{self, ExternalMode, Output, Source},
     graph::GraphView,
     logits::{self, Logits},
-    onnx::{LoadedModel, ModelProto, external_files, read_model},
+    merged::unfold,
+    onnx::{
+        Bytes, Content, DataType, LoadedModel, ModelProto, external_files, new_file_beside, read_bytes, read_model,
+    },
     report::{Action, LayerReport, Report},
+    revert,
     rewrite::rewrite,
-    rules::{Attention, Conversion, survey},
+    rules::{Attention, Conversion, Lengths, Probes, Site, survey},
     settings::Settings,
+    spill::spill,
     validate::validate,
+    verify::{CacheFacts, Plan, Runtime, Verification, compare},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use prost::Message;
 use retro_contract::{self as contract, Mode, metadata};
-use std::{path::PathBuf, str::FromStr};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 /// What to convert, how, and where to.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +45,9 @@ pub struct Options {
     pub force: bool,
     /// Find and decide, but write nothing.
     pub dry_run: bool,
+    pub verify: Verify,
+    /// Largest logit difference that is rounding, for logits of up to 1; none: by the model's types.
+    pub tolerance: Option<f32>,
 }
 
 /// What becomes of a layer whose cache holds about its sliding window and shifts. Such a cache can't take tokens that it
@@ -72,11 +85,27 @@ impl Options {
     }
 }
 
+/// Whether and how the result is compared with the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    #[default]
+    Never,
+    /// If the model is small and ONNX Runtime is found; else the report says why not.
+    IfPossible,
+    Always,
+}
+
+/// Models of less than this are compared without being asked.
+const SMALL_MODEL: u64 = 1 << 30;
+/// Windows that a comparison tries.
+const WINDOWS: [usize; 3] = [1, 2, 4];
+
 /// Converts a model and says what was done.
 ///
 /// # Errors
 /// The settings are out of range; the source can't be read, is no sound ONNX model or is converted already; none of its
 /// attention can be converted, or not all and `partial` is not set; the output can't be written. Nothing is written then.
+/// Or a comparison that was asked for can't be made; its result is in the report, not an error.
 pub fn convert(options: &Options) -> Result<Report> {
     options.settings.check()?;
     let source = files::find_source(&options.source)?;
@@ -85,31 +114,211 @@ pub fn convert(options: &Options) -> Result<Report> {
         None if options.dry_run => None,
         None => bail!("no output is named; give one with -o"),
     };
-    let LoadedModel { mut model, .. } = read_model(&source.model)?;
-    let shown = source.model.display();
-    is_unconverted(&model).with_context(|| format!("{shown}"))?;
-    let graph = model.graph.as_ref().context("the model has no graph")?;
-    validate(graph).map_err(|why| anyhow!("{shown} is not a sound model as its exporter wrote it: {why}"))?;
-    let view = GraphView::new(graph, model.opset_version("").unwrap_or(0));
-    let found = survey(&model, &view);
-    let conversions = decide(&found, options).with_context(|| format!("{shown} can't be converted"))?;
-    let logits = decide_logits(&view, options);
-    let layers = layers(&found, &conversions);
-    let mut report = Report::new(&source.model, &model, &options.settings, layers, &logits);
-    rewrite(&mut model, &conversions, &logits, &options.settings).with_context(|| format!("{shown}"))?;
+    // Whatever is missing for a comparison that was asked for is said before anything is written.
+    let runtime = match options.verify {
+        Verify::Always if !options.dry_run => Some(Runtime::find().context("--verify")?),
+        _ => None,
+    };
+    let Prepared {
+        mut model,
+        mut report,
+        facts,
+        bytes,
+    } = prepare(read_model(&source.model)?, source.folder(), options)?;
     let external = external_files(&model, source.folder())?;
-    report.dry_run = options.dry_run;
-    if let Some(output) = output {
-        report.target = Some(output.model_path());
-        if !options.dry_run {
-            let written = output.write(&model, &external)?;
-            report.bytes = Some(written.bytes);
-            report.external_data = written.external;
-            report.files = written.files;
-            report.skipped = written.skipped;
+    let Some(output) = output else { return Ok(report) };
+    report.target = Some(output.model_path());
+    if options.dry_run {
+        return Ok(report);
+    }
+    let shown = source.model.display();
+    revert::record(&mut model, &bytes).with_context(|| format!("{shown}"))?;
+    let spilled = spill(&mut model, &output.spill_name(), 0);
+    let written = output.write(&Content::Model(&model), &external, &spilled)?;
+    report.bytes = Some(written.bytes);
+    report.external_data = written.external;
+    report.files = written.files;
+    report.skipped = written.skipped;
+    let weights: u64 = external.iter().map(|e| e.len).sum();
+    let size = bytes.len() as u64 + weights;
+    match options.verify {
+        Verify::Never => {}
+        Verify::IfPossible if size >= SMALL_MODEL => {
+            report.unverified = Some(format!("the model has {size} bytes; --verify compares it all the same"));
+        }
+        Verify::IfPossible => {
+            match Runtime::find().and_then(|runtime| verify(&runtime, &source, &output, options, &facts)) {
+                Ok(verification) => report.verification = Some(verification),
+                Err(why) => report.unverified = Some(format!("{why:#}")),
+            }
+        }
+        Verify::Always => {
+            let runtime = runtime.context("no ONNX Runtime")?;
+            let verification = verify(&runtime, &source, &output, options, &facts);
+            report.verification = Some(verification.context("the comparison can't be made")?);
         }
     }
     Ok(report)
+}
+
+/// A model as it will be written, but for its record and its weights' place.
+struct Prepared {
+    model: ModelProto,
+    report: Report,
+    facts: Facts,
+    /// The source's bytes.
+    bytes: Bytes,
+}
+
+/// What a comparison needs to know of a model.
+struct Facts {
+    caches: Vec<CacheFacts>,
+    vocabulary: usize,
+    padding: bool,
+    /// All attention is converted, so that tokens may be fed again.
+    whole: bool,
+    quantized: bool,
+    together: bool,
+    single_precision: bool,
+}
+
+/// Converts a model in memory, all but files of weights beside it, which `folder` may hold.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_bytes(bytes: Bytes, folder: &Path, options: &Options) -> Result<Vec<u8>> {
+    options.settings.check()?;
+    let loaded = read_bytes(bytes, Path::new("the model"))?;
+    let mut prepared = prepare(loaded, folder, options)?;
+    external_files(&prepared.model, folder)?;
+    revert::record(&mut prepared.model, &prepared.bytes)?;
+    Ok(prepared.model.encode_to_vec())
+}
+
+fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prepared> {
+    let LoadedModel {
+        mut model, bytes, path, ..
+    } = loaded;
+    let shown = path.display();
+    is_unconverted(&model).with_context(|| format!("{shown}"))?;
+    let graph = model.graph.as_ref().context("the model has no graph")?;
+    validate(graph).map_err(|why| anyhow!("{shown} is not a sound model as its exporter wrote it: {why}"))?;
+    let merged = unfold(&mut model);
+    let graph = model.graph.as_ref().context("the model has no graph")?;
+    let view = GraphView::new(graph, model.opset_version("").unwrap_or(0));
+    let probes = Probes::new(&view, Some(folder.to_owned()));
+    let found = survey(&model, &probes);
+    let conversions = decide(&found, options).with_context(|| format!("{shown} can't be converted"))?;
+    let logits = decide_logits(&view, options);
+    let layers = layers(&found, &conversions);
+    let facts = facts(&view, &found, &conversions);
+    let mut report = Report::new(&path, &model, &options.settings, layers, &logits);
+    rewrite(&mut model, &conversions, &logits, &options.settings)
+        .with_context(|| format!("{shown} can't be converted"))?;
+    let result = model.graph.as_ref().context("the model has no graph")?;
+    validate(result).map_err(|why| anyhow!("{shown} can't be converted: the result would not be sound: {why}"))?;
+    report.dry_run = options.dry_run;
+    report.merged = merged;
+    Ok(Prepared {
+        model,
+        report,
+        facts,
+        bytes,
+    })
+}
+
+fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> Facts {
+    let sites = || found.iter().filter_map(|a| a.found.as_ref().ok());
+    let cache = |site: &Site, past: &str, present: &str| {
+        let declared = |axis: usize| view.declared_from_end(past, axis).and_then(|d| usize::try_from(d).ok());
+        CacheFacts {
+            past: past.to_owned(),
+            present: present.to_owned(),
+            heads: usize::try_from(site.kv_heads).unwrap_or(1),
+            head_size: site
+                .head_size
+                .and_then(|d| usize::try_from(d).ok())
+                .or_else(|| declared(1))
+                .unwrap_or(1),
+            sliding: site.sliding_cache,
+        }
+    };
+    let both = |site: &Site| {
+        [
+            cache(site, &site.past_key, &site.present_key),
+            cache(site, &site.past_value, &site.present_value),
+        ]
+    };
+    let uses = |ops: &[&str]| view.graph.node.iter().any(|n| ops.contains(&n.op_type()));
+    Facts {
+        caches: sites().flat_map(|site| both(site)).collect(),
+        vocabulary: view
+            .declared_from_end("logits", 1)
+            .and_then(|v| usize::try_from(v).ok())
+            .unwrap_or(32),
+        padding: sites().all(|s| s.lengths == Lengths::FromMask { padding: true }),
+        whole: conversions.len() == found.len(),
+        quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
+        together: uses(&["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]),
+        single_precision: sites().all(|s| s.data_type == DataType::Float),
+    }
+}
+
+/// Compares the output with the source for the windows that it takes, and a like model with a wider window for the others.
+fn verify(
+    runtime: &Runtime,
+    source: &Source,
+    output: &Output,
+    options: &Options,
+    facts: &Facts,
+) -> Result<Verification> {
+    let settings = &options.settings;
+    let (own, wider): (Vec<usize>, Vec<usize>) = WINDOWS.iter().partition(|w| **w <= settings.window);
+    let usual = if facts.single_precision && !facts.quantized {
+        1e-4
+    } else {
+        2e-2
+    };
+    let path = output.model_path();
+    let plan = Plan {
+        original: &source.model,
+        converted: &path,
+        windows: &own,
+        caches: &facts.caches,
+        page_size: settings.page_size,
+        vocabulary: facts.vocabulary,
+        padding: facts.padding,
+        together: facts.together,
+        tolerance: options.tolerance.unwrap_or(usual),
+        seed: 1,
+    };
+    let mut verification = compare(runtime, &plan)?;
+    if !wider.is_empty() && facts.whole {
+        let wide = Options {
+            settings: Settings {
+                window: 4,
+                ..settings.clone()
+            },
+            sliding_cache: Some(SlidingCache::Full),
+            ..options.clone()
+        };
+        let mut prepared = prepare(read_model(&source.model)?, source.folder(), &wide)?;
+        let name = output.spill_name();
+        // Weights that were moved out of the output lie there for this one too.
+        drop(spill(&mut prepared.model, &name, 0));
+        let mut file = new_file_beside(&path)?;
+        Content::Model(&prepared.model).write_to(file.as_file_mut())?;
+        let more = compare(
+            runtime,
+            &Plan {
+                converted: file.path(),
+                windows: &wider,
+                ..plan
+            },
+        )?;
+        verification.join(more);
+    }
+    Ok(verification)
 }
 
 fn is_unconverted(model: &ModelProto) -> Result<()> {

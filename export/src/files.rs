@@ -1,13 +1,13 @@
 //! Where a model comes from and where it goes: single files, and folders with all that lies beside the model.
 
 use crate::{
-    onnx::{ExternalFile, ModelProto, encode_to, encoded_len, folder_of, new_file_beside, persist, sync_folder},
+    onnx::{Bytes, Content, ExternalFile, folder_of, new_file_beside, persist, sync_folder},
     report::ExternalReport,
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::{
     fs::{self, File, Metadata},
-    io,
+    io::{self, Seek, Write},
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -171,18 +171,38 @@ impl<'a> Output<'a> {
         }
     }
 
+    /// The file for weights that don't fit in the model's own.
+    pub fn spill_name(&self) -> String {
+        let path = self.model_path();
+        format!("{}.data", path.file_name().unwrap_or_default().to_string_lossy())
+    }
+
+    fn spill_report(&self, spilled: &[(u64, Bytes)]) -> ExternalReport {
+        ExternalReport {
+            location: self.spill_name().into(),
+            bytes: spilled.last().map_or(0, |(at, bytes)| at + bytes.len() as u64),
+            how: "moved out of the model",
+        }
+    }
+
     /// Writes the model and what belongs to it, whole or not at all.
-    pub fn write(&self, model: &ModelProto, external: &[ExternalFile]) -> Result<Written> {
-        let bytes = encoded_len(model)?;
+    /// `spilled`: weights that go to a file of their own, [`Self::spill_name`], and where in it.
+    pub(crate) fn write(
+        &self,
+        model: &Content,
+        external: &[ExternalFile],
+        spilled: &[(u64, Bytes)],
+    ) -> Result<Written> {
+        let bytes = model.len()?;
         let written = match &self.source.named_folder {
-            Some(folder) => self.write_folder(folder, model, external)?,
-            None => self.write_file(model, external)?,
+            Some(folder) => self.write_folder(folder, model, external, spilled)?,
+            None => self.write_file(model, external, spilled)?,
         };
         Ok(Written { bytes, ..written })
     }
 
     /// Everything goes to temporary files first; then the weights are put in place, and the model last.
-    fn write_file(&self, model: &ModelProto, external: &[ExternalFile]) -> Result<Written> {
+    fn write_file(&self, model: &Content, external: &[ExternalFile], spilled: &[(u64, Bytes)]) -> Result<Written> {
         let folder = folder_of(&self.target);
         let mut written = Written::default();
         let mut staged = Vec::new();
@@ -220,8 +240,23 @@ impl<'a> Output<'a> {
             written.external.push(report(how));
         }
         let shown = self.target.display();
+        if !spilled.is_empty() {
+            let place = folder.join(self.spill_name());
+            let exists = fs::symlink_metadata(&place).is_ok();
+            ensure!(
+                self.force || !exists,
+                "{} exists already; use --force to replace it",
+                place.display()
+            );
+            let mut temp = new_file_beside(&place).with_context(|| format!("cannot write {}", place.display()))?;
+            write_spilled(temp.as_file_mut(), spilled).with_context(|| format!("cannot write {}", place.display()))?;
+            written.external.push(self.spill_report(spilled));
+            staged.push((temp.into_temp_path(), place, exists));
+        }
         let mut temp = new_file_beside(&self.target).with_context(|| format!("cannot write {shown}"))?;
-        encode_to(model, temp.as_file_mut()).with_context(|| format!("cannot write {shown}"))?;
+        model
+            .write_to(temp.as_file_mut())
+            .with_context(|| format!("cannot write {shown}"))?;
         temp.as_file()
             .sync_all()
             .with_context(|| format!("cannot write {shown}"))?;
@@ -243,7 +278,13 @@ impl<'a> Output<'a> {
     }
 
     /// A whole folder is made beside the target and renamed.
-    fn write_folder(&self, folder: &Path, model: &ModelProto, external: &[ExternalFile]) -> Result<Written> {
+    fn write_folder(
+        &self,
+        folder: &Path,
+        model: &Content,
+        external: &[ExternalFile],
+        spilled: &[(u64, Bytes)],
+    ) -> Result<Written> {
         let shown = self.target.display();
         let target = absolute(&self.target)?;
         let parent = folder_of(&target);
@@ -261,9 +302,17 @@ impl<'a> Output<'a> {
             written: &mut written,
         };
         brought.folder(folder, temp.path(), Path::new(""), 0)?;
+        if !spilled.is_empty() {
+            let place = temp.path().join(self.spill_name());
+            let file = File::create_new(&place);
+            file.and_then(|mut file| write_spilled(&mut file, spilled))
+                .with_context(|| format!("cannot write {shown}"))?;
+            written.external.push(self.spill_report(spilled));
+        }
         let name = self.source.model.file_name().context("the model has no file name")?;
         let mut file = File::create_new(temp.path().join(name)).with_context(|| format!("cannot write {shown}"))?;
-        encode_to(model, &mut file)
+        model
+            .write_to(&mut file)
             .and_then(|()| file.sync_all())
             .with_context(|| format!("cannot write {shown}"))?;
         sync_folder(temp.path());
@@ -283,6 +332,14 @@ impl<'a> Output<'a> {
         written.external.sort_by(|a, b| a.location.cmp(&b.location));
         Ok(written)
     }
+}
+
+fn write_spilled(file: &mut File, spilled: &[(u64, Bytes)]) -> io::Result<()> {
+    for (at, bytes) in spilled {
+        file.seek(io::SeekFrom::Start(*at))?;
+        file.write_all(bytes)?;
+    }
+    file.sync_all()
 }
 
 trait OpenToOthers {

@@ -74,6 +74,11 @@ impl<'a> GraphView<'a> {
         indices.iter().filter_map(|&i| self.graph.node.get(i))
     }
 
+    /// Their indices.
+    pub fn reader_indices(&self, name: &str) -> &[usize] {
+        self.readers.get(name).map_or(&[][..], Vec::as_slice)
+    }
+
     pub fn initializer(&self, name: &str) -> Option<&'a TensorProto> {
         self.initializers.get(name).copied()
     }

@@ -4,19 +4,27 @@
 
 pub mod cli;
 mod convert;
+mod eval;
 mod files;
 pub mod graph;
+mod inspect;
 mod logits;
+mod merged;
 pub mod onnx;
 mod report;
+mod revert;
 mod rewrite;
 pub mod rules;
 mod settings;
+mod spill;
 mod validate;
+pub mod verify;
 
-pub use convert::{Options, SlidingCache, convert};
+pub use convert::{Options, SlidingCache, Verify, convert, convert_bytes};
 pub use files::ExternalMode;
+pub use inspect::inspect;
 pub use report::*;
+pub use revert::revert;
 pub use settings::Settings;
 
 #[cfg(test)]

@@ -1,6 +1,12 @@
+use anyhow::{Context, Result, bail};
 use clap::Parser;
-use retro_export::{cli::Cli, convert};
+use retro_export::{
+    cli::{Cli, Command},
+    convert, inspect, revert,
+};
+use serde::Serialize;
 use std::{
+    fmt::Display,
     io::{self, Write},
     process::ExitCode,
 };
@@ -17,13 +23,50 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
+fn run(cli: &Cli) -> Result<()> {
+    if let Some(Command::Inspect { model, json }) = &cli.command {
+        return say(&inspect(model)?, *json);
+    }
+    if cli.revert {
+        let (source, target) = cli
+            .model
+            .as_ref()
+            .zip(cli.output.as_ref())
+            .context("name a model and an output")?;
+        let (written, bytes) = revert(source, target, cli.external_data, cli.force)?;
+        let report = serde_json::json!({ "source": source, "target": written, "bytes": bytes });
+        return if cli.json {
+            print(&format!("{report}\n"))
+        } else {
+            print(&format!(
+                "wrote    {} ({bytes} bytes): the original, byte for byte\n",
+                written.display()
+            ))
+        };
+    }
     let report = convert(&cli.options())?;
-    let text = if cli.json {
-        serde_json::to_string(&report)? + "\n"
+    say(&report, cli.json)?;
+    if let Some(failed) = report.verification.as_ref().filter(|v| !v.passed) {
+        let worst = failed.compared.iter().map(|c| c.largest_difference).fold(0.0, f32::max);
+        let target = report.target.unwrap_or_default();
+        bail!(
+            "the converted model {} differs from its original by {worst:.1e} in a logit, more than {:.1e}: do not use it",
+            target.display(),
+            failed.tolerance
+        );
+    }
+    Ok(())
+}
+
+fn say(report: &(impl Serialize + Display), json: bool) -> Result<()> {
+    print(&if json {
+        serde_json::to_string(report)? + "\n"
     } else {
         report.to_string()
-    };
+    })
+}
+
+fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         // Whoever read the report has seen enough.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -3,8 +3,9 @@
 use crate::{
     logits::Logits,
     onnx::{ModelProto, OperatorSetIdProto},
-    rules::{Attention, Rope, Site},
+    rules::{Attention, Lengths, Rope, Site},
     settings::Settings,
+    verify::Verification,
 };
 use retro_contract::{Budget, Mode};
 use serde::{Serialize, Serializer};
@@ -22,6 +23,8 @@ pub struct Report {
     pub dry_run: bool,
     pub model: ModelReport,
     pub settings: SettingsReport,
+    /// What became of the If of a merged decoder.
+    pub merged: Option<String>,
     /// Every attention found, in graph order.
     pub layers: Vec<LayerReport>,
     pub converted_layers: usize,
@@ -33,6 +36,10 @@ pub struct Report {
     pub files: Vec<PathBuf>,
     /// What did not come along, and why.
     pub skipped: Vec<String>,
+    /// The comparison with the source, if one was made.
+    pub verification: Option<Verification>,
+    /// Why none was made, when one was to be.
+    pub unverified: Option<String>,
 }
 
 /// The source model.
@@ -86,6 +93,8 @@ pub enum Action {
     Kept {
         why: String,
     },
+    /// Nothing yet: it was only looked at.
+    Convertible,
 }
 
 /// The facts of an attention.
@@ -147,6 +156,7 @@ impl Report {
             dry_run: false,
             model: ModelReport::new(model),
             settings: SettingsReport::new(settings, &layers),
+            merged: None,
             layers,
             converted_layers: converted,
             logits: LogitsReport::new(logits),
@@ -154,12 +164,14 @@ impl Report {
             external_data: Vec::new(),
             files: Vec::new(),
             skipped: Vec::new(),
+            verification: None,
+            unverified: None,
         }
     }
 }
 
 impl ModelReport {
-    fn new(model: &ModelProto) -> Self {
+    pub(crate) fn new(model: &ModelProto) -> Self {
         let opset = |o: &OperatorSetIdProto| {
             let domain = if o.domain().is_empty() { "ai.onnx" } else { o.domain() };
             format!("{domain} {}", o.version())
@@ -213,18 +225,24 @@ impl LayerReport {
 impl FoundReport {
     fn new(site: &Site) -> Self {
         let rope = match site.rope {
-            Rope::None => "none in the node".to_owned(),
-            Rope::Before => "in a node before".to_owned(),
+            Rope::None => "none".to_owned(),
+            Rope::Before => "before".to_owned(),
             Rope::Inside { interleaved, dims } => {
                 let style = if interleaved { "interleaved" } else { "half" };
                 let dims = dims.map_or_else(String::new, |d| format!(", {d} elements"));
                 format!("in the node, {style}{dims}")
             }
         };
-        let mask = match site.local_window_size {
-            -1 => "causal".to_owned(),
-            tokens => format!("causal, sliding window of {tokens}"),
+        let window = match site.local_window_size {
+            -1 => String::new(),
+            tokens => format!(", sliding window of {tokens}"),
         };
+        let padding = match site.lengths {
+            Lengths::Given => "",
+            Lengths::FromMask { padding: true } => ", padding on the left",
+            Lengths::FromMask { padding: false } => ", no padding",
+        };
+        let mask = format!("causal{window}{padding}");
         Self {
             heads: site.q_heads,
             kv_heads: site.kv_heads,
@@ -236,7 +254,7 @@ impl FoundReport {
             scale: site.scale,
             softcap: site.softcap,
             sliding_cache: site.sliding_cache,
-            head_sink: !site.head_sink.is_empty(),
+            head_sink: !site.head_sink.is_empty() || site.sinks.is_some(),
             past: [site.past_key.clone(), site.past_value.clone()],
         }
     }
@@ -299,6 +317,9 @@ impl fmt::Display for Report {
             s.selector,
             s.group_score
         )?;
+        if let Some(merged) = &self.merged {
+            writeln!(f, "merged   {merged}")?;
+        }
         for layer in &self.layers {
             writeln!(f, "layer {:<3}{layer}", layer.layer)?;
         }
@@ -311,6 +332,12 @@ impl fmt::Display for Report {
         }
         for skipped in &self.skipped {
             writeln!(f, "skipped  {skipped}")?;
+        }
+        if let Some(verification) = &self.verification {
+            write!(f, "{verification}")?;
+        }
+        if let Some(why) = &self.unverified {
+            writeln!(f, "verify   NOT VERIFIED: {why}")?;
         }
         let total = self.layers.len();
         let share = format!(
@@ -330,6 +357,7 @@ impl fmt::Display for LayerReport {
         let mut line = match &self.action {
             Action::Converted { mode } => format!("{} -> RetroAttention, mode {mode}", self.op_type),
             Action::Kept { why } => format!("{} kept: {why}", self.op_type),
+            Action::Convertible => format!("{} can be converted", self.op_type),
         };
         if let Some(found) = &self.found {
             let size = found.head_size.map_or_else(|| "?".to_owned(), |d| d.to_string());

@@ -8,6 +8,8 @@ use std::collections::{HashMap, HashSet};
 
 /// Faults listed before "and N more".
 const SHOWN: usize = 3;
+/// Faults after which a graph is not looked at further.
+const MANY: usize = 1000;
 
 /// Input slots and what they hold.
 type Slots = &'static [(usize, &'static str)];
@@ -39,7 +41,7 @@ const REQUIRED: [(&str, &str, Slots); 3] = [
 /// The first faults, as one line.
 pub fn validate(graph: &GraphProto) -> Result<(), String> {
     let mut faults = Vec::new();
-    check(graph, &HashSet::new(), &mut faults);
+    check(graph, None, &mut faults);
     match faults.len() {
         0 => Ok(()),
         n => {
@@ -54,9 +56,23 @@ pub fn validate(graph: &GraphProto) -> Result<(), String> {
     }
 }
 
-/// `outer`: values that a subgraph may take from the graphs around it. Recursion is as deep as the file's nesting, which
-/// decoding bounds.
-fn check<'a>(graph: &'a GraphProto, outer: &HashSet<&'a str>, faults: &mut Vec<String>) {
+/// Values of a graph, and of the graphs around it, which it may take values from too.
+struct Scope<'s, 'a> {
+    names: &'s HashSet<&'a str>,
+    outer: Option<&'s Scope<'s, 'a>>,
+}
+
+impl Scope<'_, '_> {
+    fn has(&self, name: &str) -> bool {
+        self.names.contains(name) || self.outer.is_some_and(|outer| outer.has(name))
+    }
+}
+
+/// Recursion is as deep as the file's nesting, which decoding bounds.
+fn check<'a>(graph: &'a GraphProto, outer: Option<&Scope<'_, 'a>>, faults: &mut Vec<String>) {
+    if faults.len() > MANY {
+        return;
+    }
     let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
     let mut known = inputs.clone();
     known.extend(graph.initializer.iter().map(TensorProto::name));
@@ -84,6 +100,7 @@ fn check<'a>(graph: &'a GraphProto, outer: &HashSet<&'a str>, faults: &mut Vec<S
         }
     }
     known.extend(makers.keys());
+    let scope = Scope { names: &known, outer };
     for node in &graph.node {
         for (domain, op_type, slots) in REQUIRED {
             if node.is(domain, op_type) {
@@ -96,12 +113,12 @@ fn check<'a>(graph: &'a GraphProto, outer: &HashSet<&'a str>, faults: &mut Vec<S
             }
         }
         for input in node.input.iter().map(String::as_str).filter(|i| !i.is_empty()) {
-            if !known.contains(input) && !outer.contains(input) {
+            if !scope.has(input) {
                 faults.push(format!("node {} reads {input}, which doesn't exist", node.label()));
             }
         }
         for subgraph in subgraphs(node) {
-            check(subgraph, &outer.union(&known).copied().collect(), faults);
+            check(subgraph, Some(&scope), faults);
         }
     }
     if let Some(node) = in_a_circle(graph) {
@@ -111,7 +128,7 @@ fn check<'a>(graph: &'a GraphProto, outer: &HashSet<&'a str>, faults: &mut Vec<S
         ));
     }
     for output in graph.output.iter().map(ValueInfoProto::name) {
-        if !known.contains(output) && !outer.contains(output) {
+        if !scope.has(output) {
             faults.push(format!("nothing makes the graph's output {output}"));
         }
     }

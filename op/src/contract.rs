@@ -417,6 +417,11 @@ impl Plan {
         let mut longest = 0;
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             require!(
+                last != limits::MASK_NOT_UNDERSTOOD,
+                "the attention mask of sequence {b} is not padding on the left followed by valid tokens only (or this model \
+                 takes no padding): zeros after or between valid tokens are not supported"
+            );
+            require!(
                 (0..dims.capacity as i32).contains(&last),
                 "input seqlens_k[{b}] is {last}, expected 0..{} (valid tokens after this call minus 1, capacity {})",
                 dims.capacity - 1,

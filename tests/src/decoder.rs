@@ -99,12 +99,24 @@ impl Decoder {
 
     /// Feeds tokens that end at position `length` - 1; their logits, or those of the newest. `retro`: for converted models.
     pub fn feed(&mut self, tokens: &[i64], length: usize, retro: Option<i32>, budget: Option<usize>) -> Vec<f32> {
-        let count = tokens.len();
+        self.feed_masked(tokens, &vec![1; length], retro, budget)
+            .unwrap_or_else(|e| panic!("{} tokens to {length}, retro {retro:?}: {e}", tokens.len()))
+    }
+
+    /// As [`Self::feed`] with an attention mask as long as what is known afterwards; the error is ONNX Runtime's.
+    pub fn feed_masked(
+        &mut self,
+        tokens: &[i64],
+        mask: &[i64],
+        retro: Option<i32>,
+        budget: Option<usize>,
+    ) -> Result<Vec<f32>, String> {
+        let (count, length) = (tokens.len(), mask.len());
         let first = (length - count) as i64;
         let positions: Vec<i64> = (first..length as i64).collect();
         let mut owned = vec![
             ("input_ids", Tens::longs(&[1, count], tokens)),
-            ("attention_mask", Tens::longs(&[1, length], &vec![1; length])),
+            ("attention_mask", Tens::longs(&[1, length], mask)),
         ];
         if self.has_position_ids {
             owned.push(("position_ids", Tens::longs(&[1, count], &positions)));
@@ -123,9 +135,8 @@ impl Decoder {
             .iter_mut()
             .map(|(past, present, t)| (past.as_str(), present.as_str(), t));
         let mut in_place: Vec<_> = in_place.collect();
-        host::run(&self.session, &inputs, &mut [("logits", &mut logits)], &mut in_place)
-            .unwrap_or_else(|e| panic!("{count} tokens to {length}, retro {retro:?}: {e}"));
-        logits.read()
+        host::run(&self.session, &inputs, &mut [("logits", &mut logits)], &mut in_place)?;
+        Ok(logits.read())
     }
 
     pub fn vocabulary(&self) -> usize {

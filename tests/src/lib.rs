@@ -13,3 +13,4 @@ pub mod oracle;
 pub mod paths;
 pub mod random;
 pub mod tensor;
+pub mod zoo;

@@ -120,7 +120,7 @@ fn fits(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>, file_l
 }
 
 /// Calls `visit` with every tensor of a model, wherever it is.
-fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+pub(crate) fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
     let training = model
         .training_info
         .iter()

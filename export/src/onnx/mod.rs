@@ -10,8 +10,11 @@ mod read;
 mod stream;
 mod write;
 
+pub use bytes::Bytes;
+pub(crate) use external::for_each_tensor;
 pub use external::{ExternalFile, external_files};
 pub use messages::*;
-pub use read::{LoadedModel, folder_of, read_model};
+pub(crate) use read::map_file;
+pub use read::{LoadedModel, folder_of, read_bytes, read_model};
+pub(crate) use write::{Content, new_file_beside, persist, sync_folder};
 pub use write::{MAX_MODEL_BYTES, write_model};
-pub(crate) use write::{encode_to, encoded_len, new_file_beside, persist, sync_folder};

@@ -20,6 +20,8 @@ pub struct LoadedModel {
     pub path: PathBuf,
     /// Length of the file in bytes.
     pub len: u64,
+    /// The file, mapped.
+    pub bytes: Bytes,
 }
 
 impl LoadedModel {
@@ -43,7 +45,14 @@ pub fn folder_of(path: &Path) -> &Path {
 /// The file is absent, not a regular file, empty, not an ONNX model, or holds something these messages can't represent
 /// (it would be lost on writing).
 pub fn read_model(path: &Path) -> Result<LoadedModel> {
-    let bytes = map(path)?;
+    read_bytes(map_file(path)?, path)
+}
+
+/// As [`read_model`] for bytes that are in memory already; `path` is for messages.
+///
+/// # Errors
+/// As [`read_model`].
+pub fn read_bytes(bytes: Bytes, path: &Path) -> Result<LoadedModel> {
     let model = ModelProto::decode(bytes.clone())
         .map_err(|e| anyhow::anyhow!("{} is not an ONNX model, or is cut short: {e}", path.display()))?;
     if model.graph.is_none() {
@@ -60,10 +69,11 @@ pub fn read_model(path: &Path) -> Result<LoadedModel> {
         model,
         path: path.to_owned(),
         len: bytes.len() as u64,
+        bytes,
     })
 }
 
-fn map(path: &Path) -> Result<Bytes> {
+pub(crate) fn map_file(path: &Path) -> Result<Bytes> {
     let shown = path.display();
     let file = File::open(path).with_context(|| format!("cannot open {shown}"))?;
     let meta = file.metadata().with_context(|| format!("cannot read {shown}"))?;

@@ -6,6 +6,7 @@ use super::{
     stream::{Sink, Stream},
 };
 use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 use prost::Message;
 use std::{
     fs::File,
@@ -40,6 +41,33 @@ pub(crate) fn encoded_len(model: &ModelProto) -> Result<u64> {
         );
     }
     Ok(len as u64)
+}
+
+/// What a model's file will hold.
+pub(crate) enum Content<'c> {
+    Model(&'c ModelProto),
+    /// Bytes as they are, one after the other.
+    Pieces(&'c [Bytes]),
+}
+
+impl Content<'_> {
+    /// Bytes of the file.
+    ///
+    /// # Errors
+    /// More than an ONNX file may have.
+    pub(crate) fn len(&self) -> Result<u64> {
+        match self {
+            Self::Model(model) => encoded_len(model),
+            Self::Pieces(pieces) => Ok(pieces.iter().map(|p| p.len() as u64).sum()),
+        }
+    }
+
+    pub(crate) fn write_to(&self, file: &mut File) -> io::Result<()> {
+        match self {
+            Self::Model(model) => encode_to(model, file),
+            Self::Pieces(pieces) => pieces.iter().try_for_each(|p| file.write_all(p)),
+        }
+    }
 }
 
 /// Streams a model into a file.

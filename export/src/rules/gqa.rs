@@ -1,7 +1,7 @@
 //! `com.microsoft::GroupQueryAttention`: the operator's own model, so the node converts by adding state.
 //! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
 
-use super::{Rope, Rule, Site, Verdict};
+use super::{Rope, Rule, Site, Verdict, probe::Probes};
 use crate::{
     graph::GraphView,
     onnx::{AttributeType, DataType, NodeProto},
@@ -52,7 +52,7 @@ impl Rule for GroupQueryAttention {
         "gqa"
     }
 
-    fn look(&self, view: &GraphView, node: &NodeProto) -> Verdict {
+    fn look<'a>(&self, view: &GraphView<'a>, _: &Probes<'a>, node: &'a NodeProto) -> Verdict {
         if !is_one(node) {
             return Verdict::NotMine;
         }
@@ -383,7 +383,8 @@ mod tests {
 
     fn look(graph: &GraphProto) -> Result<Site, String> {
         let view = GraphView::new(graph, 21);
-        let mut verdicts = graph.node.iter().map(|n| GroupQueryAttention.look(&view, n));
+        let probes = Probes::new(&view, None);
+        let mut verdicts = graph.node.iter().map(|n| GroupQueryAttention.look(&view, &probes, n));
         verdicts
             .find_map(|v| match v {
                 Verdict::NotMine => None,

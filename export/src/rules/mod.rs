@@ -1,8 +1,16 @@
 //! Source patterns: one rule a file. A rule looks at one node and says that it is not its business, or what it found, or
 //! why it can't be converted, with the value that failed. To add one: write the file, name it in [`RULES`].
 
+mod core;
+mod decomposed;
 mod gqa;
+mod mask;
+mod mha;
+mod onnx_attention;
 mod other;
+mod probe;
+
+pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
 
 use crate::{
     graph::{GraphView, subgraphs},
@@ -16,11 +24,16 @@ pub trait Rule: Sync {
     /// How reports call it.
     fn name(&self) -> &'static str;
     /// What this node is to the rule.
-    fn look(&self, view: &GraphView, node: &NodeProto) -> Verdict;
+    fn look<'a>(&self, view: &GraphView<'a>, probes: &Probes<'a>, node: &'a NodeProto) -> Verdict;
 }
 
 /// All rules; the first that has something to say about a node decides.
-pub const RULES: &[&dyn Rule] = &[&gqa::GroupQueryAttention];
+pub const RULES: &[&dyn Rule] = &[
+    &gqa::GroupQueryAttention,
+    &mha::MultiHeadAttention,
+    &onnx_attention::OnnxAttention,
+    &decomposed::Decomposed,
+];
 
 /// What a rule says about a node.
 pub enum Verdict {
@@ -72,6 +85,49 @@ pub struct Site {
     pub local_window_size: i64,
     /// The source layer keeps a cache of about its window's size and shifts it. The operator's cache holds everything.
     pub sliding_cache: bool,
+
+    // What follows is for attention of several nodes; the defaults are those of a single one.
+    /// How the values named above are laid out.
+    pub query_layout: Layout,
+    pub key_layout: Layout,
+    pub value_layout: Layout,
+    pub output_layout: Layout,
+    /// Their element types; undefined: that of the cache.
+    pub query_type: DataType,
+    pub kv_type: DataType,
+    pub output_type: DataType,
+    /// Past and new keys or values together, as the source makes them; "" where only the graph's output has them.
+    pub total_key: String,
+    pub total_value: String,
+    /// Index of the node that makes `output` and gives way; none: the attention node itself.
+    pub replaces: Option<usize>,
+    pub lengths: Lengths,
+    /// Added to queries, keys and values: `[(Hq+2*Hkv)*D]`.
+    pub bias: String,
+    /// Head sinks that are no tensor of their own in the source.
+    pub sinks: Option<Vec<f32>>,
+}
+
+/// How heads are laid out in a value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// `[B, S, H*D]`, as the operator takes and gives it.
+    #[default]
+    Flat,
+    /// `[B, S, H, D]`.
+    TokenHeads,
+    /// `[B, H, S, D]`.
+    Heads,
+}
+
+/// Where the lengths of sequences come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lengths {
+    /// `seqlens_k` and `total_sequence_length` are values of the source.
+    #[default]
+    Given,
+    /// From the width of the attention mask, and its zeros where the source masks padding.
+    FromMask { padding: bool },
 }
 
 /// Where rotary position embedding happens.
@@ -115,10 +171,11 @@ pub struct Conversion<'a> {
 }
 
 /// Finds every attention of a model, in graph order, those in subgraphs and functions last.
-pub fn survey(model: &ModelProto, view: &GraphView) -> Vec<Attention> {
+pub fn survey<'a>(model: &ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
+    let view = probes.view;
     let mut found = Vec::new();
     for (index, node) in view.graph.node.iter().enumerate() {
-        let spoke = RULES.iter().find_map(|rule| match rule.look(view, node) {
+        let spoke = RULES.iter().find_map(|rule| match rule.look(view, probes, node) {
             Verdict::NotMine => None,
             Verdict::Site(site) => Some((Some(rule.name()), Ok(site))),
             Verdict::Refused(why) => Some((Some(rule.name()), Err(why))),
@@ -239,7 +296,7 @@ mod tests {
         };
         model.functions.push(function);
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
-        let found = survey(&model, &view);
+        let found = survey(&model, &Probes::new(&view, None));
         let reasons: Vec<_> = found.iter().map(|a| a.found.clone().unwrap_err()).collect();
         assert!(reasons[0].contains("branch of node if (If)"), "{reasons:?}");
         assert!(reasons[1].contains("function Block"), "{reasons:?}");

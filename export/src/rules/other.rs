@@ -1,6 +1,7 @@
 //! Attention that no rule converts, so that a report can name it.
 
 use crate::{graph::GraphView, onnx::NodeProto};
+use std::collections::HashSet;
 
 const FUSED: [(&str, &str); 13] = [
     ("", "Attention"),
@@ -28,18 +29,19 @@ pub(super) fn attention(view: &GraphView, node: &NodeProto) -> Option<String> {
         };
         return Some(format!("{domain}::{} is not supported by this version", node.op_type()));
     }
-    (node.is("", "Softmax") && weighs_values(view, node)).then(|| {
-        "attention spelled out as MatMul, Softmax, MatMul is not supported by this version; export the model with \
-         GroupQueryAttention (onnxruntime-genai's model builder writes it)"
-            .to_owned()
-    })
+    (node.is("", "Softmax") && weighs_values(view, node))
+        .then(|| "attention spelled out as MatMul, Softmax, MatMul".to_owned())
 }
 
 /// Whether a Softmax's output, perhaps cast or guarded on the way, is multiplied with something that depends on the input.
-fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
+pub(super) fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
     let mut open = vec![softmax.output(0)];
-    for _ in 0..16 {
+    let mut seen = HashSet::new();
+    for _ in 0..32 {
         let Some(name) = open.pop() else { return false };
+        if !seen.insert(name) {
+            continue;
+        }
         for reader in view.readers(name) {
             let mixed = || {
                 reader
@@ -49,7 +51,8 @@ fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
             };
             match reader.op_type() {
                 "MatMul" | "FusedMatMul" | "Einsum" if mixed() => return true,
-                "Cast" | "Dropout" | "Where" | "Identity" | "Mul" => open.push(reader.output(0)),
+                "Cast" | "Dropout" | "Where" | "Identity" | "Mul" | "Reshape" | "Slice" | "Transpose" | "Unsqueeze"
+                | "Squeeze" => open.push(reader.output(0)),
                 _ => {}
             }
         }

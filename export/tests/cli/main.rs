@@ -1,6 +1,9 @@
 //! The `retro-export` command as a user calls it, on real exports (tests/data/zoo) in temporary folders.
 
 mod bad_input;
+mod hostile;
+mod interrupted;
 mod output;
+mod proof;
 mod support;
 mod zoo;

@@ -41,6 +41,19 @@ impl ShapeContext {
                 c"".as_ptr()
             };
         }
+        // A dimension that is neither known nor named would be written as the number -1, which shape inference of a later
+        // Reshape takes for a second "whatever is left". Batch and tokens are the same for every node of a model.
+        for (axis, name) in [c"RetroAttention_batch", c"RetroAttention_tokens"]
+            .into_iter()
+            .enumerate()
+            .take(rank.saturating_sub(1))
+        {
+            // SAFETY: the host gave a null pointer or a string of its own that lives as long as `info`.
+            let named = !symbols[axis].is_null() && unsafe { *symbols[axis] } != 0;
+            if dims[axis] < 0 && !named {
+                symbols[axis] = name.as_ptr();
+            }
+        }
         let mut made = ptr::null_mut();
         ort!(CreateTensorTypeAndShapeInfo(&mut made))?;
         let result = ort!(SetTensorElementType(made, element))

@@ -11,6 +11,7 @@ pub fn convert(from: &Path, to: &Path, options: &[&str]) -> Result<(), String> {
         .arg(from)
         .arg("-o")
         .arg(to)
+        .arg("--no-verify")
         .args(options)
         .output()
         .expect("retro-export starts");

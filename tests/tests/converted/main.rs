@@ -1,5 +1,6 @@
 //! Whole models, converted by `retro-export`, in a real ONNX Runtime session.
 
 mod convert;
+mod exports;
 mod model;
 mod zoo;

@@ -161,6 +161,6 @@ cases! {
     qwen3_f32: "genai-qwen3-fp32-cpu" check(1e-4, false);
     old_llama_f16_dml: "genai040-old_llama-fp16-dml" check(2e-2, false);
     old_llama_f32: "genai040-old_llama-fp32-cpu" check(1e-4, false);
-    old_llama_f32_cuda_has_mha: "genai040-old_llama-fp32-cuda" refuse(&["MultiHeadAttention"]);
+    old_llama_f32_cuda_has_mha: "genai040-old_llama-fp32-cuda" check(1e-4, false);
     old_phi_f32: "genai040-old_phi-fp32-cpu" check(1e-4, false);
 }

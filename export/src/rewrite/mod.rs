@@ -1,5 +1,10 @@
 //! From sites to `ai.retro::RetroAttention` nodes: the nodes, the state that the graph takes and returns, the metadata.
 
+mod lengths;
+mod names;
+mod prune;
+mod spelled;
+
 use crate::{
     graph::GraphView,
     logits::{self, Logits},
@@ -59,12 +64,18 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
                 .push(ValueInfoProto::tensor(&present(layer, kind), data_type, dims));
         }
         keep_capacity(graph, conversion.site);
+        if conversion.site.replaces.is_some() {
+            continue;
+        }
         let node = graph.node.get_mut(conversion.node).context("a site's node is gone")?;
         replace(node, conversion, settings);
     }
-    // Last, because it moves the nodes after it.
-    if let Logits::Newest { lm_head, after, .. } = logits {
-        logits::keep_newest(graph, *lm_head, after, (&names.rows, &names.index));
+    spelled::rewrite(graph, conversions, settings, opset)?;
+    // Nodes have moved: the lm_head is the one that makes the first of the values after it.
+    if let Logits::Newest { after, .. } = logits {
+        let makes = |n: &NodeProto| after.last().is_some_and(|v| n.output.contains(v));
+        let lm_head = graph.node.iter().position(makes).context("the lm_head is gone")?;
+        logits::keep_newest(graph, lm_head, after, (&names.rows, &names.index));
     }
     model
         .opset_import
@@ -314,12 +325,16 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{rules::survey, testing::gqa_model, validate::validate};
+    use crate::{
+        rules::{Probes, survey},
+        testing::gqa_model,
+        validate::validate,
+    };
 
     fn rewritten(model: &ModelProto, settings: &Settings, keep_all: bool) -> Result<ModelProto> {
         let graph = model.graph.as_ref().unwrap();
         let view = GraphView::new(graph, 21);
-        let found = survey(model, &view);
+        let found = survey(model, &Probes::new(&view, None));
         let conversions = found.iter().map(|attention| Conversion {
             attention,
             site: attention.found.as_ref().unwrap(),

@@ -1,0 +1,374 @@
+//! Runs the parts of a graph that decide what an attention does: shapes, masks, positions, scales, layouts. Weights and
+//! activations have shapes only, so a run costs next to nothing whatever the model's size; where numbers are known
+//! (constants, masks, positions, or values that a rule plants) they are computed, in f64.
+
+mod attention;
+mod ops;
+mod tensor;
+
+pub use attention::fused_scores;
+pub use tensor::Tensor;
+
+use crate::{
+    graph::{GraphView, subgraphs},
+    onnx::{GraphProto, NodeProto, TensorProto},
+};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    path::PathBuf,
+    rc::Rc,
+};
+
+/// Constants up to this many elements are read; larger ones only where no weight can be meant.
+const SMALL: usize = 4096;
+const LARGE: usize = 1 << 22;
+/// Numbers that one run computes: far more than masks and positions of any model need.
+const MAX_SPENT: usize = 1 << 25;
+/// Graphs inside graphs.
+const MAX_DEPTH: usize = 16;
+
+/// Values by name, and why others are not known.
+#[derive(Clone, Default)]
+pub struct Env<'a> {
+    values: HashMap<&'a str, Rc<Tensor>>,
+    unknown: HashMap<&'a str, String>,
+    /// Numbers computed so far.
+    spent: usize,
+}
+
+impl<'a> Env<'a> {
+    pub fn get(&self, name: &str) -> Option<&Rc<Tensor>> {
+        self.values.get(name)
+    }
+
+    pub fn set(&mut self, name: &'a str, value: Tensor) {
+        self.values.insert(name, Rc::new(value));
+    }
+
+    /// # Errors
+    /// Why the value is not known.
+    pub fn need(&self, name: &str) -> Result<&Rc<Tensor>, String> {
+        self.get(name).ok_or_else(|| match self.unknown.get(name) {
+            Some(why) => why.clone(),
+            None => format!("{name} is not known"),
+        })
+    }
+
+    /// Its shape.
+    ///
+    /// # Errors
+    /// Why the value is not known.
+    pub fn shape(&self, name: &str) -> Result<&[usize], String> {
+        self.need(name).map(|t| t.shape.as_slice())
+    }
+}
+
+/// A graph made ready to run.
+pub struct Program<'a> {
+    pub view: &'a GraphView<'a>,
+    order: Vec<usize>,
+    /// Where a node stands in `order`.
+    place: Vec<usize>,
+    constants: HashMap<&'a str, Rc<Tensor>>,
+    /// Values that depend on tokens or on what the model remembers, not only on their shapes: never computed unless planted.
+    data: HashSet<&'a str>,
+    /// Those of them that depend on a cache.
+    remembered: HashSet<&'a str>,
+}
+
+impl<'a> Program<'a> {
+    /// `tokens` and `caches`: the graph inputs whose numbers are not to be known. `folder`: where external data lies.
+    pub fn new(
+        view: &'a GraphView<'a>,
+        folder: Option<PathBuf>,
+        tokens: &HashSet<&'a str>,
+        caches: &HashSet<&'a str>,
+    ) -> Self {
+        let order = order(view);
+        let constants = constants(view, folder);
+        let mut place = vec![usize::MAX; view.graph.node.len()];
+        for (at, index) in order.iter().enumerate() {
+            if let Some(place) = place.get_mut(*index) {
+                *place = at;
+            }
+        }
+        let both: HashSet<&str> = tokens.union(caches).copied().collect();
+        Self {
+            data: dependents(view, &order, &both),
+            remembered: dependents(view, &order, caches),
+            view,
+            order,
+            place,
+            constants,
+        }
+    }
+
+    /// Whether a value depends on tokens or caches other than through shapes.
+    pub fn is_data(&self, name: &str) -> bool {
+        self.data.contains(name)
+    }
+
+    /// Whether a value depends on what a cache holds.
+    pub fn is_remembered(&self, name: &str) -> bool {
+        self.remembered.contains(name)
+    }
+
+    pub fn constant(&self, name: &str) -> Option<&Rc<Tensor>> {
+        self.constants.get(name)
+    }
+
+    /// Runs the whole graph on these inputs.
+    pub fn run(&self, inputs: Env<'a>) -> Env<'a> {
+        let mut env = inputs;
+        for (name, value) in &self.constants {
+            env.values.entry(name).or_insert_with(|| value.clone());
+        }
+        for node in self.order.iter().filter_map(|i| self.view.graph.node.get(*i)) {
+            self.step(node, &mut env, None);
+        }
+        env
+    }
+
+    /// Computes what `targets` become when values of `base` are replaced: the nodes between them only, numbers and all.
+    pub fn plant(&self, base: &Env<'a>, seeds: Vec<(&'a str, Tensor)>, targets: &[&str]) -> Env<'a> {
+        let planted: HashSet<&str> = seeds.iter().map(|(name, _)| *name).collect();
+        let place = |index: usize| self.place.get(index).copied().unwrap_or(usize::MAX);
+        // What stands before every reader of a seed can't depend on one.
+        let readers = planted.iter().flat_map(|name| self.view.reader_indices(name));
+        let first = readers.map(|i| place(*i)).min().unwrap_or(usize::MAX);
+        let mut above: BTreeSet<usize> = BTreeSet::new();
+        let mut open: Vec<&str> = targets.to_vec();
+        while let Some(name) = open.pop() {
+            if planted.contains(name) {
+                continue;
+            }
+            if let Some(index) = self.view.producer_index(name)
+                && place(index) >= first
+                && above.insert(place(index))
+                && let Some(node) = self.view.graph.node.get(index)
+            {
+                open.extend(reads(node));
+            }
+        }
+        let mut env = Env::default();
+        let mut touched: HashSet<&str> = planted.clone();
+        for (name, value) in seeds {
+            env.set(name, value);
+        }
+        for index in above.iter().filter_map(|at| self.order.get(*at)) {
+            let Some(node) = self.view.graph.node.get(*index) else {
+                continue;
+            };
+            if reads(node).any(|i| touched.contains(i)) {
+                touched.extend(node.output.iter().map(String::as_str).filter(|o| !planted.contains(o)));
+                self.step(node, &mut env, Some(base));
+            }
+        }
+        env
+    }
+
+    fn step(&self, node: &'a NodeProto, env: &mut Env<'a>, base: Option<&Env<'a>>) {
+        let outcome = {
+            let look = |name: &str| -> Option<Rc<Tensor>> {
+                let own = env.values.get(name).or_else(|| {
+                    if env.unknown.contains_key(name) {
+                        return None;
+                    }
+                    base.and_then(|b| b.values.get(name))
+                });
+                own.cloned()
+            };
+            if env.spent > MAX_SPENT {
+                Err("the model computes more than is looked at".to_owned())
+            } else {
+                evaluate(node, &look, self.view.opset, 0)
+            }
+        };
+        match outcome {
+            Ok(outputs) => {
+                for (name, value) in node.output.iter().map(String::as_str).zip(outputs) {
+                    match value {
+                        _ if name.is_empty() => {}
+                        // A planted value stays as planted.
+                        _ if base.is_some() && env.values.contains_key(name) => {}
+                        Some(mut value) => {
+                            if base.is_none() && self.data.contains(name) {
+                                value.data = None;
+                            }
+                            env.spent += value.data.as_ref().map_or(0, Vec::len);
+                            if env.spent > MAX_SPENT {
+                                value.data = None;
+                            }
+                            env.set(name, value);
+                        }
+                        None => {
+                            let why = format!("node {} ({}): output {name} is not known", node.label(), node.op_type());
+                            env.unknown.insert(name, why);
+                        }
+                    }
+                }
+            }
+            Err(why) => {
+                for name in node.output.iter().map(String::as_str).filter(|o| !o.is_empty()) {
+                    // The first reason along the way is the one that explains.
+                    let first = reads(node).find_map(|i| env.unknown.get(i).cloned());
+                    let why = first.unwrap_or_else(|| format!("node {} ({}): {why}", node.label(), node.op_type()));
+                    env.unknown.insert(name, why);
+                }
+            }
+        }
+    }
+}
+
+/// Values by name, as a node sees them.
+type Look<'l> = &'l dyn Fn(&str) -> Option<Rc<Tensor>>;
+
+fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, String> {
+    if node.is("", "If") {
+        return branch(node, look, opset, depth);
+    }
+    let inputs: Vec<Option<Rc<Tensor>>> = node
+        .input
+        .iter()
+        .map(|name| (!name.is_empty()).then(|| look(name)).flatten())
+        .collect();
+    if node.is("", "Add")
+        && let ([Some(known), None] | [None, Some(known)], true) = (inputs.as_slice(), depth == 0)
+        && known.shape.len() == 3
+    {
+        // A residual connection around something of unknown shape (experts chosen by the data): it keeps the shape. Were it
+        // otherwise, the attention behind it would not come out as expected.
+        return Ok(vec![Some(Tensor::unknown(known.shape.clone(), known.data_type))]);
+    }
+    for (name, value) in node.input.iter().zip(&inputs) {
+        if !name.is_empty() && value.is_none() {
+            return Err(format!("its input {name} is not known"));
+        }
+    }
+    ops::evaluate(node, &inputs, opset)
+}
+
+/// An If whose condition is known: what its branch gives. Else its shapes, when both branches agree.
+fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, String> {
+    if depth >= MAX_DEPTH {
+        return Err(format!("more than {MAX_DEPTH} graphs inside one another"));
+    }
+    let graph_of = |name: &str| node.attribute(name).and_then(|a| a.g.as_deref());
+    let (Some(yes), Some(no)) = (graph_of("then_branch"), graph_of("else_branch")) else {
+        return Err("a branch is missing".to_owned());
+    };
+    let condition = look(node.input(0)).and_then(|c| c.data.as_ref()?.first().copied());
+    match condition {
+        Some(c) => Ok(inside(if c != 0.0 { yes } else { no }, look, opset, depth)),
+        None => {
+            let (a, b) = (inside(yes, look, opset, depth), inside(no, look, opset, depth));
+            let agree = |(a, b): (Option<Tensor>, Option<Tensor>)| {
+                let (a, b) = (a?, b?);
+                (a.shape == b.shape).then(|| Tensor::unknown(a.shape, a.data_type))
+            };
+            Ok(a.into_iter().zip(b).map(agree).collect())
+        }
+    }
+}
+
+fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Option<Tensor>> {
+    let mut own: HashMap<&str, Option<Rc<Tensor>>> = HashMap::new();
+    for tensor in &graph.initializer {
+        own.insert(tensor.name(), Tensor::constant(tensor, SMALL, None).map(Rc::new));
+    }
+    for node in &graph.node {
+        let outputs = {
+            let look = |name: &str| match own.get(name) {
+                Some(known) => known.clone(),
+                None => look(name),
+            };
+            evaluate(node, &look, opset, depth + 1).unwrap_or_default()
+        };
+        let mut outputs = outputs.into_iter();
+        for name in &node.output {
+            own.insert(name, outputs.next().flatten().map(Rc::new));
+        }
+    }
+    let outputs = graph.output.iter().map(|o| match own.get(o.name()) {
+        Some(known) => known.as_deref().cloned(),
+        None => look(o.name()).as_deref().cloned(),
+    });
+    outputs.collect()
+}
+
+/// Nodes so that each comes after those it reads from.
+fn order(view: &GraphView) -> Vec<usize> {
+    let nodes = &view.graph.node;
+    let mut done = vec![false; nodes.len()];
+    let mut order = Vec::with_capacity(nodes.len());
+    for start in 0..nodes.len() {
+        let mut open = vec![(start, false)];
+        while let Some((index, expanded)) = open.pop() {
+            let Some(node) = nodes.get(index) else { continue };
+            match done.get_mut(index) {
+                Some(true) | None => continue,
+                Some(done) if expanded => {
+                    *done = true;
+                    order.push(index);
+                    continue;
+                }
+                Some(_) => open.push((index, true)),
+            }
+            let before = reads(node).filter_map(|name| view.producer_index(name));
+            open.extend(before.filter(|i| done.get(*i) == Some(&false)).map(|i| (i, false)));
+            // A circle, which validation has refused, would grow this without end.
+            if open.len() > 4 * nodes.len() + 64 * 1024 {
+                return order;
+            }
+        }
+    }
+    order
+}
+
+/// What a node reads, itself and in its subgraphs.
+pub fn reads(node: &NodeProto) -> impl Iterator<Item = &str> {
+    let mut names: Vec<&str> = node.input.iter().map(String::as_str).collect();
+    let mut open: Vec<&GraphProto> = subgraphs(node).collect();
+    while let Some(graph) = open.pop() {
+        for inner in &graph.node {
+            names.extend(inner.input.iter().map(String::as_str));
+            open.extend(subgraphs(inner));
+        }
+        names.extend(graph.output.iter().map(|o| o.name()));
+    }
+    names.into_iter().filter(|n| !n.is_empty())
+}
+
+/// All values that depend on `roots` other than through their shapes.
+fn dependents<'a>(view: &GraphView<'a>, order: &[usize], roots: &HashSet<&'a str>) -> HashSet<&'a str> {
+    let mut found = roots.clone();
+    for node in order.iter().filter_map(|i| view.graph.node.get(*i)) {
+        let shape_only = node.is("", "Shape") || node.is("", "Size");
+        if !shape_only && reads(node).any(|i| found.contains(i)) {
+            found.extend(node.output.iter().map(String::as_str).filter(|o| !o.is_empty()));
+        }
+    }
+    found
+}
+
+fn constants<'a>(view: &GraphView<'a>, folder: Option<PathBuf>) -> HashMap<&'a str, Rc<Tensor>> {
+    const WEIGHED: [&str; 8] = [
+        "MatMul",
+        "Gemm",
+        "Gather",
+        "MatMulNBits",
+        "Conv",
+        "DequantizeLinear",
+        "MatMulInteger",
+        "GatherBlockQuantized",
+    ];
+    let limit = |tensor: &TensorProto| {
+        let weight = view.readers(tensor.name()).any(|n| WEIGHED.contains(&n.op_type()));
+        if weight { SMALL } else { LARGE }
+    };
+    let read = |t: &'a TensorProto| {
+        let tensor = Tensor::constant(t, limit(t), folder.as_deref())?;
+        Some((t.name(), Rc::new(tensor)))
+    };
+    view.graph.initializer.iter().filter_map(read).collect()
+}

@@ -1,0 +1,1169 @@
+//! One operator after the other: shapes always, numbers where they are known. What is not listed gives the shape of its
+//! first input (norms, activations and the like); a wrong guess shows, because shapes then no longer go together.
+
+use super::{
+    attention,
+    tensor::{Tensor, broadcast, numbers, numel, strided, strides},
+};
+use crate::onnx::{DataType, NodeProto};
+use std::rc::Rc;
+
+type Inputs<'i> = &'i [Option<Rc<Tensor>>];
+type Outputs = Vec<Option<Tensor>>;
+
+/// Multiplications that are worth doing.
+const MAX_WORK: usize = 1 << 25;
+
+/// A node's inputs and attributes in short.
+struct Call<'c> {
+    node: &'c NodeProto,
+    inputs: Inputs<'c>,
+    opset: i64,
+}
+
+impl<'c> Call<'c> {
+    fn get(&self, slot: usize) -> Option<&'c Tensor> {
+        self.inputs.get(slot)?.as_deref()
+    }
+
+    fn need(&self, slot: usize) -> Result<&'c Tensor, String> {
+        self.get(slot).ok_or_else(|| format!("input {slot} is absent"))
+    }
+
+    fn int(&self, name: &str, default: i64) -> i64 {
+        self.node.attribute(name).map_or(default, |a| a.i())
+    }
+
+    fn ints_attribute(&self, name: &str) -> Option<Vec<i64>> {
+        self.node.attribute(name).map(|a| a.ints.clone())
+    }
+
+    /// Integers that are an input in new opsets and an attribute in old ones.
+    fn ints(&self, slot: usize, name: &str) -> Result<Option<Vec<i64>>, String> {
+        match self.get(slot) {
+            Some(t) => t.as_ints().map(Some),
+            None => Ok(self.ints_attribute(name)),
+        }
+    }
+}
+
+fn axis_of(axis: i64, rank: usize) -> Result<usize, String> {
+    let r = rank as i64;
+    let at = if axis < 0 {
+        axis.checked_add(r).unwrap_or(-1)
+    } else {
+        axis
+    };
+    usize::try_from(at)
+        .ok()
+        .filter(|a| *a < rank)
+        .ok_or_else(|| format!("axis {axis} of {rank}"))
+}
+
+fn size(value: i64) -> Result<usize, String> {
+    usize::try_from(value).map_err(|_| format!("a size is {value}"))
+}
+
+pub(super) fn evaluate(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, String> {
+    let call = Call { node, inputs, opset };
+    let one = |t: Tensor| Ok(vec![Some(t)]);
+    match (node.op_domain(), node.op_type()) {
+        ("", "Constant") => one(constant(node)?),
+        ("", "Identity" | "Dropout") => one(call.need(0)?.clone()),
+        ("", "Cast") => one(cast(call.need(0)?, call.int("to", 1))?),
+        ("", "CastLike") => one(cast(call.need(0)?, i64::from(i32::from(call.need(1)?.data_type)))?),
+        ("", "Shape") => one(shape(&call)?),
+        ("", "Size") => one(Tensor::new(
+            vec![],
+            DataType::Int64,
+            vec![numel(&call.need(0)?.shape)? as f64],
+        )),
+        ("", "Reshape") => one(reshape(&call)?),
+        ("", "Flatten") => one(flatten(&call)?),
+        ("", "Unsqueeze") => one(unsqueeze(&call)?),
+        ("", "Squeeze") => one(squeeze(&call)?),
+        ("", "Transpose") => one(transpose(&call)?),
+        ("", "Expand") => one(expand(&call)?),
+        ("", "Tile") => one(tile(&call)?),
+        ("", "Concat") => one(concat(&call)?),
+        ("", "Slice") => one(slice(&call)?),
+        ("", "Split") => split(&call),
+        ("", "Gather") => one(gather(&call)?),
+        ("", "GatherND") => one(gather_nd(&call)?),
+        ("", "GatherElements") => one(gather_elements(&call)?),
+        ("", "ScatterND") => one(scatter_nd(&call)?),
+        ("", "Range") => one(range(&call)?),
+        ("", "ConstantOfShape") => one(constant_of_shape(&call)?),
+        ("", "Where") => one(choose(&call)?),
+        ("", "Trilu") => one(trilu(&call)?),
+        ("", "CumSum") => one(cumsum(&call)?),
+        ("", "NonZero") => one(non_zero(&call)?),
+        ("", "Softmax") => one(softmax(&call)?),
+        (
+            "",
+            "ReduceSum" | "ReduceMean" | "ReduceMax" | "ReduceMin" | "ReduceProd" | "ReduceSumSquare" | "ReduceL2",
+        ) => one(reduce(&call)?),
+        ("", "ArgMax" | "ArgMin") => one(arg_extreme(&call)?),
+        ("", "MatMul" | "MatMulInteger") => one(matmul(call.need(0)?, call.need(1)?, 1.0)?),
+        ("com.microsoft", "FusedMatMul") => one(fused_matmul(&call)?),
+        ("", "Gemm") => one(gemm(&call)?),
+        ("", "Einsum") => one(einsum(&call)?),
+        ("com.microsoft", "MatMulNBits" | "MatMulBnb4" | "MatMulFpQ4") => {
+            let x = call.need(0)?;
+            let mut shape = x.shape.clone();
+            if let (Some(last), Some(n)) = (shape.last_mut(), node.attribute("N")) {
+                *last = size(n.i())?;
+            }
+            one(Tensor::unknown(shape, x.data_type))
+        }
+        ("com.microsoft", "GatherBlockQuantized") => {
+            let (table, ids) = (call.need(0)?, call.need(1)?);
+            let packed = table.data_type == DataType::Uint8 && call.int("bits", 4) == 4;
+            let mut shape = ids.shape.clone();
+            shape.extend(table.shape.iter().skip(1));
+            if let Some(last) = shape.last_mut().filter(|_| packed) {
+                *last = last.saturating_mul(2);
+            }
+            let of = call.need(2)?.data_type;
+            one(Tensor::unknown(shape, of))
+        }
+        ("", "DequantizeLinear") => one(Tensor::unknown(call.need(0)?.shape.clone(), call.need(1)?.data_type)),
+        ("", "QuantizeLinear") => one(Tensor::unknown(call.need(0)?.shape.clone(), DataType::Uint8)),
+        ("", "DynamicQuantizeLinear") => Ok(vec![
+            Some(Tensor::unknown(call.need(0)?.shape.clone(), DataType::Uint8)),
+            Some(Tensor::unknown(vec![], DataType::Float)),
+            Some(Tensor::unknown(vec![], DataType::Uint8)),
+        ]),
+        ("com.microsoft", "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization") => {
+            let same = || {
+                Some(Tensor::unknown(
+                    call.inputs.first()?.as_ref()?.shape.clone(),
+                    call.get(0)?.data_type,
+                ))
+            };
+            Ok(vec![same(), None, None, same()])
+        }
+        ("com.microsoft", "GroupQueryAttention") => grouped(&call),
+        ("com.microsoft", "MultiHeadAttention") | ("", "Attention") => attention::fused(node, inputs),
+        ("", op) if UNARY.contains(&op) => one(unary(&call, op)?),
+        ("", op) if BINARY.contains(&op) => one(binary(&call, op)?),
+        ("", "TopK") => {
+            let t = call.need(0)?;
+            let k = call
+                .ints(1, "k")?
+                .and_then(|k| k.first().copied())
+                .ok_or("how many is not known")?;
+            let axis = axis_of(call.int("axis", -1), t.shape.len())?;
+            let mut shape = t.shape.clone();
+            shape[axis] = size(k)?;
+            Ok(vec![
+                Some(Tensor::unknown(shape.clone(), t.data_type)),
+                Some(Tensor::unknown(shape, DataType::Int64)),
+            ])
+        }
+        ("", "Loop" | "Scan" | "Unique" | "NonMaxSuppression" | "OneHot" | "Resize") => {
+            Err("the operator is not understood".to_owned())
+        }
+        _ => {
+            let first = call.need(0)?;
+            one(Tensor::unknown(first.shape.clone(), first.data_type))
+        }
+    }
+}
+
+fn constant(node: &NodeProto) -> Result<Tensor, String> {
+    let a = node.attribute.first().ok_or("a Constant without a value")?;
+    let scalar = |t, x: f64| Tensor::new(vec![], t, vec![x]);
+    Ok(match a.name() {
+        "value" => {
+            let t = a.t.as_deref().ok_or("a Constant without a value")?;
+            Tensor::constant(t, 1 << 22, None).ok_or("a Constant of a strange shape")?
+        }
+        "value_int" => scalar(DataType::Int64, a.i() as f64),
+        "value_float" => scalar(DataType::Float, f64::from(a.f())),
+        "value_ints" => Tensor::ints(a.ints.iter().map(|x| *x as f64).collect()),
+        "value_floats" => {
+            let data: Vec<f64> = a.floats.iter().map(|x| f64::from(*x)).collect();
+            Tensor::new(vec![data.len()], DataType::Float, data)
+        }
+        other => return Err(format!("a Constant with {other}")),
+    })
+}
+
+/// A number as its type holds it.
+fn held(x: f64, t: DataType) -> f64 {
+    let most = match t {
+        DataType::Float => f64::from(f32::MAX),
+        DataType::Float16 => 65504.0,
+        DataType::Bool => return f64::from(u8::from(x != 0.0)),
+        DataType::Double | DataType::Bfloat16 => return x,
+        _ => return if x.is_nan() { 0.0 } else { x.trunc() },
+    };
+    if x.abs() > most { x.signum() * f64::INFINITY } else { x }
+}
+
+fn cast(t: &Tensor, to: i64) -> Result<Tensor, String> {
+    let to = i32::try_from(to).ok().and_then(|to| DataType::try_from(to).ok());
+    let to = to.ok_or("a cast to an unknown type")?;
+    let data = t.data.as_ref().map(|d| d.iter().map(|x| held(*x, to)).collect());
+    Ok(Tensor {
+        shape: t.shape.clone(),
+        data_type: to,
+        data,
+    })
+}
+
+fn shape(call: &Call) -> Result<Tensor, String> {
+    let dims = &call.need(0)?.shape;
+    let rank = dims.len() as i64;
+    let bound = |x: i64| (if x < 0 { x.saturating_add(rank) } else { x }).clamp(0, rank) as usize;
+    let (from, to) = (bound(call.int("start", 0)), bound(call.int("end", rank)));
+    let part = dims.get(from..to.max(from)).unwrap_or_default();
+    Ok(Tensor::ints(part.iter().map(|d| *d as f64).collect()))
+}
+
+fn with_shape(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, String> {
+    if numel(&shape)? != numel(&t.shape)? {
+        return Err(format!("{:?} does not become {shape:?}", t.shape));
+    }
+    Ok(Tensor { shape, ..t.clone() })
+}
+
+fn reshape(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let wanted = call.ints(1, "shape")?.ok_or("no shape")?;
+    let keep_zero = call.int("allowzero", 0) != 0;
+    let mut shape = Vec::with_capacity(wanted.len());
+    let mut free = None;
+    for (axis, d) in wanted.iter().enumerate() {
+        shape.push(match *d {
+            0 if !keep_zero => *t.shape.get(axis).ok_or("a 0 without a dimension")?,
+            -1 if free.is_none() => {
+                free = Some(axis);
+                1
+            }
+            d => size(d)?,
+        });
+    }
+    if let Some(axis) = free {
+        let known = numel(&shape)?;
+        let all = numel(&t.shape)?;
+        if known == 0 || !all.is_multiple_of(known) {
+            return Err(format!("{:?} does not become {wanted:?}", t.shape));
+        }
+        shape[axis] = all / known;
+    }
+    with_shape(t, shape)
+}
+
+fn flatten(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let axis = call.int("axis", 1);
+    let rank = t.shape.len();
+    let axis = if axis == rank as i64 {
+        rank
+    } else {
+        axis_of(axis, rank.max(1))?
+    };
+    let (a, b) = t.shape.split_at(axis.min(rank));
+    with_shape(t, vec![numel(a)?, numel(b)?])
+}
+
+fn unsqueeze(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let axes = call.ints(1, "axes")?.ok_or("no axes")?;
+    let rank = t.shape.len() + axes.len();
+    if rank > 64 {
+        return Err(format!("{rank} dimensions"));
+    }
+    let axes: Vec<usize> = axes.iter().map(|a| axis_of(*a, rank)).collect::<Result<_, _>>()?;
+    let mut old = t.shape.iter();
+    let shape: Vec<usize> = (0..rank)
+        .map(|i| {
+            if axes.contains(&i) {
+                1
+            } else {
+                old.next().copied().unwrap_or(1)
+            }
+        })
+        .collect();
+    with_shape(t, shape)
+}
+
+fn squeeze(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let axes: Option<Vec<usize>> = call
+        .ints(1, "axes")?
+        .map(|axes| {
+            axes.iter()
+                .map(|a| axis_of(*a, t.shape.len()))
+                .collect::<Result<_, _>>()
+        })
+        .transpose()?;
+    let keep = |i: usize, d: usize| axes.as_ref().map_or(d != 1, |axes| !axes.contains(&i));
+    let shape = t
+        .shape
+        .iter()
+        .enumerate()
+        .filter(|(i, d)| keep(*i, **d))
+        .map(|(_, d)| *d);
+    with_shape(t, shape.collect())
+}
+
+fn transpose(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let rank = t.shape.len();
+    let order: Vec<usize> = match call.ints_attribute("perm") {
+        Some(perm) => perm.iter().map(|a| axis_of(*a, rank)).collect::<Result<_, _>>()?,
+        None => (0..rank).rev().collect(),
+    };
+    if order.len() != rank {
+        return Err("a permutation of another rank".to_owned());
+    }
+    let shape: Vec<usize> = order.iter().map(|a| t.shape[*a]).collect();
+    let own = strides(&t.shape);
+    let by: Vec<isize> = order.iter().map(|a| own[*a] as isize).collect();
+    let data = t.data.as_ref().map(|d| strided(d, 0, &shape, &by)).transpose()?;
+    Ok(Tensor {
+        shape,
+        data_type: t.data_type,
+        data,
+    })
+}
+
+fn spread_to(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, String> {
+    let data = if t.data.is_some() && numbers(&shape).is_ok() {
+        Some(t.spread(&shape)?)
+    } else {
+        None
+    };
+    Ok(Tensor {
+        shape,
+        data_type: t.data_type,
+        data,
+    })
+}
+
+fn expand(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let wanted: Vec<usize> = call
+        .need(1)?
+        .as_ints()?
+        .iter()
+        .map(|d| size(*d))
+        .collect::<Result<_, _>>()?;
+    let shape = broadcast(&t.shape, &wanted)?;
+    numel(&shape)?;
+    spread_to(t, shape)
+}
+
+fn tile(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let times: Vec<usize> = call
+        .need(1)?
+        .as_ints()?
+        .iter()
+        .map(|d| size(*d))
+        .collect::<Result<_, _>>()?;
+    if times.len() != t.shape.len() {
+        return Err("as many repeats as dimensions are needed".to_owned());
+    }
+    let shape: Vec<usize> = t.shape.iter().zip(&times).map(|(d, n)| d.saturating_mul(*n)).collect();
+    numel(&shape)?;
+    let Some(data) = &t.data else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    // Each axis twice: the repeat, which does not move, and the element.
+    let own = strides(&t.shape);
+    let (mut pairs, mut by) = (Vec::new(), Vec::new());
+    for ((d, n), stride) in t.shape.iter().zip(&times).zip(&own) {
+        pairs.extend([*n, *d]);
+        by.extend([0, *stride as isize]);
+    }
+    Ok(Tensor::new(shape, t.data_type, strided(data, 0, &pairs, &by)?))
+}
+
+fn concat(call: &Call) -> Result<Tensor, String> {
+    let parts: Vec<&Tensor> = call.inputs.iter().filter_map(|t| t.as_deref()).collect();
+    let first = *parts.first().ok_or("nothing to put together")?;
+    let axis = axis_of(call.int("axis", 0), first.shape.len())?;
+    let mut shape = first.shape.clone();
+    shape[axis] = 0;
+    for part in &parts {
+        let fits = part.shape.len() == shape.len()
+            && part
+                .shape
+                .iter()
+                .zip(&shape)
+                .enumerate()
+                .all(|(i, (a, b))| i == axis || a == b);
+        if !fits {
+            return Err(format!(
+                "{:?} and {:?} are put together along axis {axis}",
+                first.shape, part.shape
+            ));
+        }
+        shape[axis] = shape[axis].saturating_add(part.shape[axis]);
+    }
+    numel(&shape)?;
+    let known: Option<Vec<&Vec<f64>>> = parts.iter().map(|p| p.data.as_ref()).collect();
+    let Some(known) = known.filter(|_| numbers(&shape).is_ok()) else {
+        return Ok(Tensor::unknown(shape, first.data_type));
+    };
+    let outer = numel(&shape[..axis])?;
+    let mut data = Vec::with_capacity(numel(&shape)?);
+    for row in 0..outer {
+        for (part, values) in parts.iter().zip(&known) {
+            let inner = numel(&part.shape[axis..])?;
+            data.extend(values.iter().skip(row * inner).take(inner));
+        }
+    }
+    Ok(Tensor::new(shape, first.data_type, data))
+}
+
+fn slice(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let starts = call.ints(1, "starts")?.ok_or("no starts")?;
+    let ends = call.ints(2, "ends")?.ok_or("no ends")?;
+    let axes = call
+        .ints(3, "axes")?
+        .unwrap_or_else(|| (0..starts.len() as i64).collect());
+    let steps = call
+        .get(4)
+        .map(Tensor::as_ints)
+        .transpose()?
+        .unwrap_or_else(|| vec![1; starts.len()]);
+    if ends.len() != starts.len() || axes.len() != starts.len() || steps.len() != starts.len() {
+        return Err("starts, ends, axes and steps differ in number".to_owned());
+    }
+    let own = strides(&t.shape);
+    let mut shape = t.shape.clone();
+    let mut by: Vec<isize> = own.iter().map(|s| *s as isize).collect();
+    let mut offset = 0isize;
+    for (((start, end), axis), step) in starts.iter().zip(&ends).zip(&axes).zip(&steps) {
+        let axis = axis_of(*axis, t.shape.len())?;
+        let d = t.shape[axis] as i64;
+        let wrap = |x: i64| if x < 0 { x.saturating_add(d) } else { x };
+        let (from, count) = match *step {
+            1.. => {
+                let (from, to) = (wrap(*start).clamp(0, d), wrap(*end).clamp(0, d));
+                (
+                    from,
+                    (to - from).max(0).div_euclid(*step) + i64::from((to - from).max(0) % step != 0),
+                )
+            }
+            0 => return Err("a step of 0".to_owned()),
+            _ => {
+                let (from, to) = (wrap(*start).clamp(-1, d - 1), wrap(*end).clamp(-1, d - 1));
+                let back = step.checked_neg().ok_or("an absurd step")?;
+                (
+                    from.max(0),
+                    (from - to).max(0).div_euclid(back) + i64::from((from - to).max(0) % back != 0),
+                )
+            }
+        };
+        shape[axis] = size(count)?;
+        offset += (from as isize).saturating_mul(own[axis] as isize);
+        by[axis] = (own[axis] as isize).saturating_mul(*step as isize);
+    }
+    let data = t.data.as_ref().map(|d| strided(d, offset, &shape, &by)).transpose()?;
+    Ok(Tensor {
+        shape,
+        data_type: t.data_type,
+        data,
+    })
+}
+
+fn split(call: &Call) -> Result<Outputs, String> {
+    let t = call.need(0)?;
+    let axis = axis_of(call.int("axis", 0), t.shape.len())?;
+    let count = call.node.output.len();
+    let sizes: Vec<usize> = match call.ints(1, "split")? {
+        Some(sizes) => sizes.iter().map(|d| size(*d)).collect::<Result<_, _>>()?,
+        None => {
+            let each = t.shape[axis].div_ceil(count.max(1));
+            (0..count)
+                .map(|i| each.min(t.shape[axis].saturating_sub(i * each)))
+                .collect()
+        }
+    };
+    if sizes.iter().try_fold(0usize, |n, d| n.checked_add(*d)) != Some(t.shape[axis]) {
+        return Err(format!("{sizes:?} is not a split of {}", t.shape[axis]));
+    }
+    let own = strides(&t.shape);
+    let by: Vec<isize> = own.iter().map(|s| *s as isize).collect();
+    let mut from = 0;
+    let mut parts = Vec::new();
+    for d in sizes {
+        let mut shape = t.shape.clone();
+        shape[axis] = d;
+        let at = (from * own[axis]) as isize;
+        let data = t.data.as_ref().map(|data| strided(data, at, &shape, &by)).transpose()?;
+        parts.push(Some(Tensor {
+            shape,
+            data_type: t.data_type,
+            data,
+        }));
+        from += d;
+    }
+    Ok(parts)
+}
+
+fn gather(call: &Call) -> Result<Tensor, String> {
+    let (t, ids) = (call.need(0)?, call.need(1)?);
+    let axis = axis_of(call.int("axis", 0), t.shape.len())?;
+    let mut shape = t.shape[..axis].to_vec();
+    shape.extend(&ids.shape);
+    shape.extend(&t.shape[axis + 1..]);
+    numel(&shape)?;
+    let (Some(data), Some(_)) = (&t.data, &ids.data) else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    let inner = numel(&t.shape[axis + 1..])?;
+    let d = t.shape[axis] as i64;
+    let ids = ids.as_ints()?;
+    let mut out = Vec::with_capacity(numbers(&shape)?);
+    for outer in 0..numel(&t.shape[..axis])? {
+        for id in &ids {
+            let id = if *id < 0 { id + d } else { *id };
+            let id = usize::try_from(id)
+                .ok()
+                .filter(|i| (*i as i64) < d)
+                .ok_or_else(|| format!("index {id} of {d}"))?;
+            let from = (outer * t.shape[axis] + id) * inner;
+            out.extend_from_slice(data.get(from..from + inner).ok_or("an index is out of range")?);
+        }
+    }
+    Ok(Tensor::new(shape, t.data_type, out))
+}
+
+fn gather_nd(call: &Call) -> Result<Tensor, String> {
+    let (t, ids) = (call.need(0)?, call.need(1)?);
+    let batch = size(call.int("batch_dims", 0))?;
+    let depth = *ids.shape.last().ok_or("indices without dimensions")?;
+    if batch + depth > t.shape.len() || batch >= ids.shape.len() || ids.shape.get(..batch) != t.shape.get(..batch) {
+        return Err("indices that do not fit".to_owned());
+    }
+    let mut shape = ids.shape[..ids.shape.len() - 1].to_vec();
+    shape.extend(&t.shape[batch + depth..]);
+    numel(&shape)?;
+    let (Some(data), Some(_)) = (&t.data, &ids.data) else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    let own = strides(&t.shape);
+    let inner = numel(&t.shape[batch + depth..])?;
+    let per_batch = numel(&ids.shape[batch..ids.shape.len() - 1])?.max(1);
+    let block = numel(&t.shape[batch..])?;
+    let mut out = Vec::with_capacity(numbers(&shape)?);
+    for (n, index) in ids.as_ints()?.chunks(depth.max(1)).enumerate() {
+        let mut from = n / per_batch * block;
+        for (axis, id) in index.iter().enumerate().take(depth) {
+            let d = t.shape[batch + axis] as i64;
+            let id = if *id < 0 { id + d } else { *id };
+            if !(0..d).contains(&id) {
+                return Err(format!("index {id} of {d}"));
+            }
+            from += id as usize * own[batch + axis];
+        }
+        out.extend_from_slice(data.get(from..from + inner).ok_or("an index is out of range")?);
+    }
+    Ok(Tensor::new(shape, t.data_type, out))
+}
+
+fn gather_elements(call: &Call) -> Result<Tensor, String> {
+    let (t, ids) = (call.need(0)?, call.need(1)?);
+    let axis = axis_of(call.int("axis", 0), t.shape.len())?;
+    if ids.shape.len() != t.shape.len() {
+        return Err("indices of another rank".to_owned());
+    }
+    let (Some(data), Some(_)) = (&t.data, &ids.data) else {
+        return Ok(Tensor::unknown(ids.shape.clone(), t.data_type));
+    };
+    let (own, theirs) = (strides(&t.shape), strides(&ids.shape));
+    let mut out = Vec::with_capacity(numbers(&ids.shape)?);
+    for (at, id) in ids.as_ints()?.into_iter().enumerate() {
+        let d = t.shape[axis] as i64;
+        let id = if id < 0 { id + d } else { id };
+        let mut from = 0usize;
+        for i in 0..own.len() {
+            let place = if i == axis {
+                size(id)?
+            } else {
+                at / theirs[i] % ids.shape[i].max(1)
+            };
+            from = from.saturating_add(place.saturating_mul(own[i]));
+        }
+        out.push(*data.get(from).ok_or("an index is out of range")?);
+    }
+    Ok(Tensor::new(ids.shape.clone(), t.data_type, out))
+}
+
+fn scatter_nd(call: &Call) -> Result<Tensor, String> {
+    let (t, ids, updates) = (call.need(0)?, call.need(1)?, call.need(2)?);
+    let (Some(data), Some(_), Some(new)) = (&t.data, &ids.data, &updates.data) else {
+        return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
+    };
+    let depth = *ids.shape.last().ok_or("indices without dimensions")?;
+    if depth == 0
+        || depth > t.shape.len()
+        || call
+            .node
+            .attribute("reduction")
+            .is_some_and(|r| r.s() != b"none".as_slice())
+    {
+        return Err("a scatter that is not understood".to_owned());
+    }
+    let own = strides(&t.shape);
+    let inner = numel(&t.shape[depth..])?;
+    let mut out = data.clone();
+    for (n, index) in ids.as_ints()?.chunks(depth).enumerate() {
+        let mut to = 0;
+        for (axis, id) in index.iter().enumerate() {
+            let d = t.shape[axis] as i64;
+            let id = if *id < 0 { id + d } else { *id };
+            if !(0..d).contains(&id) {
+                return Err(format!("index {id} of {d}"));
+            }
+            to += id as usize * own[axis];
+        }
+        let values = new.get(n * inner..(n + 1) * inner).ok_or("too few updates")?;
+        out.get_mut(to..to + inner)
+            .ok_or("an index is out of range")?
+            .copy_from_slice(values);
+    }
+    Ok(Tensor::new(t.shape.clone(), t.data_type, out))
+}
+
+fn range(call: &Call) -> Result<Tensor, String> {
+    let number = |slot| -> Result<f64, String> {
+        let data = call.need(slot)?.data.as_ref().ok_or("its bounds are not known")?;
+        data.first().copied().ok_or_else(|| "an empty bound".to_owned())
+    };
+    let (start, limit, step) = (number(0)?, number(1)?, number(2)?);
+    let count = ((limit - start) / step).ceil();
+    if !count.is_finite() {
+        return Err("an endless range".to_owned());
+    }
+    let count = count.max(0.0) as usize;
+    numbers(&[count])?;
+    let data = (0..count).map(|i| start + i as f64 * step).collect();
+    Ok(Tensor::new(vec![count], call.need(0)?.data_type, data))
+}
+
+fn constant_of_shape(call: &Call) -> Result<Tensor, String> {
+    let shape: Vec<usize> = call
+        .need(0)?
+        .as_ints()?
+        .iter()
+        .map(|d| size(*d))
+        .collect::<Result<_, _>>()?;
+    let value = call.node.attribute("value").and_then(|a| a.t.as_deref());
+    let value = value.and_then(|t| Tensor::constant(t, 1, None));
+    let data_type = value.as_ref().map_or(DataType::Float, |v| v.data_type);
+    let fill = value
+        .map_or(Some(0.0), |v| v.data?.first().copied())
+        .ok_or("a value that is not known")?;
+    let data = vec![fill; numbers(&shape)?];
+    Ok(Tensor::new(shape, data_type, data))
+}
+
+fn choose(call: &Call) -> Result<Tensor, String> {
+    let (c, a, b) = (call.need(0)?, call.need(1)?, call.need(2)?);
+    let shape = broadcast(&broadcast(&c.shape, &a.shape)?, &b.shape)?;
+    numel(&shape)?;
+    if c.data.is_none() || a.data.is_none() || b.data.is_none() || numbers(&shape).is_err() {
+        return Ok(Tensor::unknown(shape, a.data_type));
+    }
+    let (c, x, y) = (c.spread(&shape)?, a.spread(&shape)?, b.spread(&shape)?);
+    let data = c
+        .iter()
+        .zip(x.iter().zip(y))
+        .map(|(c, (x, y))| if *c != 0.0 { *x } else { y });
+    Ok(Tensor::new(shape, a.data_type, data.collect()))
+}
+
+fn trilu(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let Some(data) = &t.data else { return Ok(t.clone()) };
+    let k = match call.get(1) {
+        Some(k) => k.as_ints()?.first().copied().unwrap_or(0),
+        None => 0,
+    };
+    let upper = call.int("upper", 1) != 0;
+    let &[.., rows, columns] = t.shape.as_slice() else {
+        return Err("no matrix".to_owned());
+    };
+    let keep = |at: usize| {
+        let (i, j) = ((at / columns.max(1) % rows.max(1)) as i64, (at % columns.max(1)) as i64);
+        let d = j - i;
+        if upper { d >= k } else { d <= k }
+    };
+    let data = data
+        .iter()
+        .enumerate()
+        .map(|(at, x)| if keep(at) { *x } else { 0.0 })
+        .collect();
+    Ok(Tensor::new(t.shape.clone(), t.data_type, data))
+}
+
+fn cumsum(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let Some(data) = &t.data else { return Ok(t.clone()) };
+    let axis = call.need(1)?.as_ints()?.first().copied().unwrap_or(0);
+    let axis = axis_of(axis, t.shape.len())?;
+    let (exclusive, reverse) = (call.int("exclusive", 0) != 0, call.int("reverse", 0) != 0);
+    let (inner, d) = (numel(&t.shape[axis + 1..])?, t.shape[axis]);
+    let mut out = data.clone();
+    for outer in 0..numel(&t.shape[..axis])? {
+        for i in 0..inner {
+            let mut sum = 0.0;
+            for step in 0..d {
+                let row = if reverse { d - 1 - step } else { step };
+                let at = (outer * d + row) * inner + i;
+                let x = *data.get(at).ok_or("an index is out of range")?;
+                out[at] = if exclusive { sum } else { sum + x };
+                sum += x;
+            }
+        }
+    }
+    Ok(Tensor::new(t.shape.clone(), t.data_type, out))
+}
+
+fn non_zero(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let data = t.data.as_ref().ok_or("its size depends on data")?;
+    let own = strides(&t.shape);
+    let places: Vec<usize> = data
+        .iter()
+        .enumerate()
+        .filter(|(_, x)| **x != 0.0)
+        .map(|(i, _)| i)
+        .collect();
+    let mut out = Vec::new();
+    for (axis, stride) in own.iter().enumerate() {
+        out.extend(
+            places
+                .iter()
+                .map(|at| (at / stride.max(&1) % t.shape[axis].max(1)) as f64),
+        );
+    }
+    Ok(Tensor::new(vec![own.len(), places.len()], DataType::Int64, out))
+}
+
+fn softmax(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let Some(data) = &t.data else { return Ok(t.clone()) };
+    let rank = t.shape.len();
+    let axis = axis_of(call.int("axis", if call.opset >= 13 { -1 } else { 1 }), rank)?;
+    if call.opset >= 13 && axis + 1 != rank {
+        return Err(format!("a Softmax along axis {axis} of {rank}"));
+    }
+    let mut out = data.clone();
+    attention::softmax(&mut out, numel(&t.shape[axis..])?);
+    Ok(Tensor::new(t.shape.clone(), t.data_type, out))
+}
+
+fn reduce(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let rank = t.shape.len();
+    let axes: Vec<usize> = match call.ints(1, "axes")? {
+        Some(axes) if !axes.is_empty() => axes.iter().map(|a| axis_of(*a, rank)).collect::<Result<_, _>>()?,
+        _ if call.int("noop_with_empty_axes", 0) != 0 => return Ok(t.clone()),
+        _ => (0..rank).collect(),
+    };
+    let keep = call.int("keepdims", 1) != 0;
+    let kept: Vec<usize> = t
+        .shape
+        .iter()
+        .enumerate()
+        .map(|(i, d)| if axes.contains(&i) { 1 } else { *d })
+        .collect();
+    let shape = if keep {
+        kept.clone()
+    } else {
+        kept.iter()
+            .enumerate()
+            .filter(|(i, _)| !axes.contains(i))
+            .map(|(_, d)| *d)
+            .collect()
+    };
+    let Some(data) = &t.data else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    let n = numbers(&kept)?;
+    let count = data.len().checked_div(n).unwrap_or(0);
+    let (start, mean, op): (f64, bool, fn(f64, f64) -> f64) = match call.node.op_type() {
+        "ReduceSum" => (0.0, false, |a, b| a + b),
+        "ReduceMean" => (0.0, true, |a, b| a + b),
+        "ReduceMax" => (f64::NEG_INFINITY, false, f64::max),
+        "ReduceMin" => (f64::INFINITY, false, f64::min),
+        "ReduceProd" => (1.0, false, |a, b| a * b),
+        _ => return Ok(Tensor::unknown(shape, t.data_type)),
+    };
+    let (own, theirs) = (strides(&t.shape), strides(&kept));
+    let mut out = vec![start; n];
+    for (at, x) in data.iter().enumerate() {
+        let to: usize = (0..rank)
+            .filter(|i| !axes.contains(i))
+            .map(|i| at / own[i] % t.shape[i] * theirs[i])
+            .sum();
+        out[to] = op(out[to], *x);
+    }
+    if mean {
+        out.iter_mut().for_each(|x| *x /= count as f64);
+    }
+    Ok(Tensor::new(shape, t.data_type, out))
+}
+
+fn arg_extreme(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let axis = axis_of(call.int("axis", 0), t.shape.len())?;
+    let mut shape = t.shape.clone();
+    shape[axis] = 1;
+    let (d, inner) = (t.shape[axis], numel(&t.shape[axis + 1..])?);
+    let data = match &t.data {
+        None => None,
+        Some(data) => {
+            let sign = if call.node.op_type() == "ArgMax" { 1.0 } else { -1.0 };
+            let mut out = Vec::with_capacity(numbers(&shape)?);
+            for outer in 0..numel(&shape[..axis])? {
+                for i in 0..inner {
+                    let at = |row: usize| {
+                        data.get((outer * d + row) * inner + i)
+                            .map_or(f64::NEG_INFINITY, |x| sign * x)
+                    };
+                    let best = (0..d).fold(0, |best, row| if at(row) > at(best) { row } else { best });
+                    out.push(best as f64);
+                }
+            }
+            Some(out)
+        }
+    };
+    if call.int("keepdims", 1) == 0 {
+        shape.remove(axis);
+    }
+    Ok(Tensor {
+        shape,
+        data_type: DataType::Int64,
+        data,
+    })
+}
+
+fn matmul(a: &Tensor, b: &Tensor, alpha: f64) -> Result<Tensor, String> {
+    let (sa, sb) = (&a.shape, &b.shape);
+    if sa.is_empty() || sb.is_empty() {
+        return Err("a product of scalars".to_owned());
+    }
+    let row = |s: &Vec<usize>| if s.len() == 1 { vec![1, s[0]] } else { s.clone() };
+    let column = |s: &Vec<usize>| if s.len() == 1 { vec![s[0], 1] } else { s.clone() };
+    let (fa, fb) = (row(sa), column(sb));
+    let (&[.., m, k], &[.., k2, n]) = (fa.as_slice(), fb.as_slice()) else {
+        return Err("no matrices".to_owned());
+    };
+    if k != k2 {
+        return Err(format!("{sa:?} times {sb:?}"));
+    }
+    let batch = broadcast(&fa[..fa.len() - 2], &fb[..fb.len() - 2])?;
+    let mut full = batch.clone();
+    full.extend([m, n]);
+    let mut shape = batch.clone();
+    if sa.len() > 1 {
+        shape.push(m);
+    }
+    if sb.len() > 1 {
+        shape.push(n);
+    }
+    let work = numel(&full)?.saturating_mul(k);
+    if a.data.is_none() || b.data.is_none() || work > MAX_WORK || numbers(&full).is_err() {
+        return Ok(Tensor::unknown(shape, a.data_type));
+    }
+    let stretch = |t: &Tensor, f: &[usize]| {
+        let mut to = batch.clone();
+        to.extend(&f[f.len() - 2..]);
+        Tensor {
+            shape: f.to_vec(),
+            ..t.clone()
+        }
+        .spread(&to)
+    };
+    let (x, y) = (stretch(a, &fa)?, stretch(b, &fb)?);
+    let mut out = vec![0.0; numel(&full)?];
+    for block in 0..numel(&batch)? {
+        for i in 0..m {
+            for p in 0..k {
+                let left = alpha * x[(block * m + i) * k + p];
+                let to = (block * m + i) * n;
+                for j in 0..n {
+                    out[to + j] += left * y[(block * k + p) * n + j];
+                }
+            }
+        }
+    }
+    Ok(Tensor::new(shape, a.data_type, out))
+}
+
+fn swapped(t: &Tensor) -> Result<Tensor, String> {
+    let rank = t.shape.len();
+    if rank < 2 {
+        return Err("no matrix".to_owned());
+    }
+    let mut shape = t.shape.clone();
+    shape.swap(rank - 1, rank - 2);
+    let mut by: Vec<isize> = strides(&t.shape).iter().map(|s| *s as isize).collect();
+    by.swap(rank - 1, rank - 2);
+    let data = t.data.as_ref().map(|d| strided(d, 0, &shape, &by)).transpose()?;
+    Ok(Tensor {
+        shape,
+        data_type: t.data_type,
+        data,
+    })
+}
+
+fn fused_matmul(call: &Call) -> Result<Tensor, String> {
+    if call.int("transBatchA", 0) != 0 || call.int("transBatchB", 0) != 0 {
+        return Err("a product with batches moved".to_owned());
+    }
+    let side = |slot, name| -> Result<Tensor, String> {
+        let t = call.need(slot)?;
+        if call.int(name, 0) != 0 {
+            swapped(t)
+        } else {
+            Ok(t.clone())
+        }
+    };
+    let alpha = call.node.attribute("alpha").map_or(1.0, |a| f64::from(a.f()));
+    matmul(&side(0, "transA")?, &side(1, "transB")?, alpha)
+}
+
+fn gemm(call: &Call) -> Result<Tensor, String> {
+    let side = |slot, name| -> Result<Tensor, String> {
+        let t = call.need(slot)?;
+        if call.int(name, 0) != 0 {
+            swapped(t)
+        } else {
+            Ok(t.clone())
+        }
+    };
+    let product = matmul(&side(0, "transA")?, &side(1, "transB")?, 1.0)?;
+    Ok(Tensor::unknown(product.shape, product.data_type))
+}
+
+fn einsum(call: &Call) -> Result<Tensor, String> {
+    let equation = call
+        .node
+        .attribute("equation")
+        .map(|a| String::from_utf8_lossy(a.s()).replace(' ', ""));
+    let equation = equation.ok_or("no equation")?;
+    let (left, right) = equation.split_once("->").ok_or("an equation without an arrow")?;
+    let terms: Vec<Vec<u8>> = left.split(',').map(|t| t.bytes().collect()).collect();
+    let wanted: Vec<u8> = right.bytes().collect();
+    let mut labels: Vec<(u8, usize)> = Vec::new();
+    for (slot, term) in terms.iter().enumerate() {
+        let t = call.need(slot)?;
+        if term.len() != t.shape.len() || term.contains(&b'.') {
+            return Err(format!("the equation {equation} is not understood"));
+        }
+        for (label, d) in term.iter().zip(&t.shape) {
+            match labels.iter().find(|(l, _)| l == label) {
+                Some((_, known)) if known != d => return Err(format!("{equation} has two sizes for a label")),
+                Some(_) => {}
+                None => labels.push((*label, *d)),
+            }
+        }
+    }
+    let size_of = |label: &u8| labels.iter().find(|(l, _)| l == label).map(|(_, d)| *d);
+    let shape: Option<Vec<usize>> = wanted.iter().map(size_of).collect();
+    let shape = shape.ok_or("an output label without an input")?;
+    let first = call.need(0)?;
+    let mut order = wanted.clone();
+    order.extend(labels.iter().map(|(l, _)| *l).filter(|l| !wanted.contains(l)));
+    let full: Vec<usize> = order.iter().filter_map(size_of).collect();
+    let known = (0..terms.len()).all(|slot| call.get(slot).is_some_and(|t| t.data.is_some()));
+    if !known || numel(&full)? > 1 << 23 {
+        return Ok(Tensor::unknown(shape, first.data_type));
+    }
+    let mut product = vec![1.0; numel(&full)?];
+    for (slot, term) in terms.iter().enumerate() {
+        let t = call.need(slot)?;
+        let own = strides(&t.shape);
+        let by: Vec<isize> = order
+            .iter()
+            .map(|l| {
+                term.iter()
+                    .zip(&own)
+                    .filter(|(x, _)| *x == l)
+                    .map(|(_, s)| *s as isize)
+                    .sum()
+            })
+            .collect();
+        let values = strided(t.data.as_deref().unwrap_or_default(), 0, &full, &by)?;
+        product.iter_mut().zip(values).for_each(|(p, x)| *p *= x);
+    }
+    let inner = numel(&full[wanted.len()..])?;
+    let data = product.chunks(inner.max(1)).map(|c| c.iter().sum()).collect();
+    Ok(Tensor::new(shape, first.data_type, data))
+}
+
+/// Shapes of a GroupQueryAttention's outputs.
+fn grouped(call: &Call) -> Result<Outputs, String> {
+    let q = call.need(0)?;
+    let (hq, hkv) = (size(call.int("num_heads", 0))?, size(call.int("kv_num_heads", 0))?);
+    let &[b, s, width] = q.shape.as_slice() else {
+        return Err(format!("a query of shape {:?}", q.shape));
+    };
+    let packed = call.get(1).is_none();
+    let heads = if packed {
+        hq.saturating_add(hkv.saturating_mul(2))
+    } else {
+        hq
+    };
+    if heads == 0 {
+        return Err("no heads".to_owned());
+    }
+    let out = Tensor::unknown(vec![b, s, (width / heads).saturating_mul(hq)], q.data_type);
+    let cache = |slot: usize| call.get(slot).map(|t| Tensor::unknown(t.shape.clone(), t.data_type));
+    Ok(vec![Some(out), cache(3), cache(4)])
+}
+
+const UNARY: [&str; 24] = [
+    "Neg",
+    "Abs",
+    "Sqrt",
+    "Exp",
+    "Log",
+    "Cos",
+    "Sin",
+    "Tanh",
+    "Reciprocal",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Sigmoid",
+    "Erf",
+    "IsNaN",
+    "IsInf",
+    "Sign",
+    "Not",
+    "Relu",
+    "Clip",
+    "Softplus",
+    "Tan",
+    "LeakyRelu",
+    "Elu",
+];
+
+fn unary(call: &Call, op: &str) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let data_type = if matches!(op, "IsNaN" | "IsInf" | "Not") {
+        DataType::Bool
+    } else {
+        t.data_type
+    };
+    let bound = |slot: usize, name: &str| -> Option<f64> {
+        let given = call.get(slot).and_then(|b| b.data.as_ref()?.first().copied());
+        given.or_else(|| call.node.attribute(name).map(|a| f64::from(a.f())))
+    };
+    let truth = |x: bool| f64::from(u8::from(x));
+    let f: Box<dyn Fn(f64) -> f64> = match op {
+        "Neg" => Box::new(|x| -x),
+        "Abs" => Box::new(f64::abs),
+        "Sqrt" => Box::new(f64::sqrt),
+        "Exp" => Box::new(f64::exp),
+        "Log" => Box::new(f64::ln),
+        "Cos" => Box::new(f64::cos),
+        "Sin" => Box::new(f64::sin),
+        "Tanh" => Box::new(f64::tanh),
+        "Reciprocal" => Box::new(f64::recip),
+        "Floor" => Box::new(f64::floor),
+        "Ceil" => Box::new(f64::ceil),
+        "Round" => Box::new(f64::round_ties_even),
+        "Sigmoid" => Box::new(|x| 1.0 / (1.0 + (-x).exp())),
+        "IsNaN" => Box::new(move |x| truth(x.is_nan())),
+        "IsInf" => Box::new(move |x| truth(x.is_infinite())),
+        "Sign" => Box::new(|x| if x == 0.0 { 0.0 } else { x.signum() }),
+        "Not" => Box::new(move |x| truth(x == 0.0)),
+        "Relu" => Box::new(|x| x.max(0.0)),
+        "Clip" => {
+            let (low, high) = (bound(1, "min"), bound(2, "max"));
+            Box::new(move |x| {
+                x.max(low.unwrap_or(f64::NEG_INFINITY))
+                    .min(high.unwrap_or(f64::INFINITY))
+            })
+        }
+        _ => return Ok(Tensor::unknown(t.shape.clone(), data_type)),
+    };
+    let data = t.data.as_ref().map(|d| d.iter().map(|x| f(*x)).collect());
+    Ok(Tensor {
+        shape: t.shape.clone(),
+        data_type,
+        data,
+    })
+}
+
+const BINARY: [&str; 18] = [
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Mod",
+    "Pow",
+    "Max",
+    "Min",
+    "And",
+    "Or",
+    "Xor",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Sum",
+    "PRelu",
+];
+
+fn binary(call: &Call, op: &str) -> Result<Tensor, String> {
+    let mut result = call.need(0)?.clone();
+    for slot in 1..call.inputs.len() {
+        let other = call.need(slot)?;
+        let shape = broadcast(&result.shape, &other.shape)?;
+        numel(&shape)?;
+        let compares = matches!(
+            op,
+            "And" | "Or" | "Xor" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual"
+        );
+        let data_type = if compares { DataType::Bool } else { result.data_type };
+        if result.data.is_none() || other.data.is_none() || numbers(&shape).is_err() {
+            result = Tensor::unknown(shape, data_type);
+            continue;
+        }
+        let whole = result.is_int();
+        let truth = |x: bool| f64::from(u8::from(x));
+        let f: Box<dyn Fn(f64, f64) -> f64> = match op {
+            "Add" | "Sum" => Box::new(|a, b| a + b),
+            "Sub" => Box::new(|a, b| a - b),
+            "Mul" => Box::new(|a, b| a * b),
+            "Div" if whole => Box::new(|a, b| if b == 0.0 { 0.0 } else { (a / b).trunc() }),
+            "Div" => Box::new(|a, b| a / b),
+            "Mod" => Box::new(|a, b| if b == 0.0 { 0.0 } else { a - b * (a / b).floor() }),
+            "Pow" => Box::new(f64::powf),
+            "Max" => Box::new(f64::max),
+            "Min" => Box::new(f64::min),
+            "And" => Box::new(move |a, b| truth(a != 0.0 && b != 0.0)),
+            "Or" => Box::new(move |a, b| truth(a != 0.0 || b != 0.0)),
+            "Xor" => Box::new(move |a, b| truth((a != 0.0) != (b != 0.0))),
+            "Equal" => Box::new(move |a, b| truth(a == b)),
+            "Less" => Box::new(move |a, b| truth(a < b)),
+            "LessOrEqual" => Box::new(move |a, b| truth(a <= b)),
+            "Greater" => Box::new(move |a, b| truth(a > b)),
+            "GreaterOrEqual" => Box::new(move |a, b| truth(a >= b)),
+            _ => {
+                result = Tensor::unknown(shape, data_type);
+                continue;
+            }
+        };
+        let (x, y) = (result.spread(&shape)?, other.spread(&shape)?);
+        let data = x.iter().zip(y).map(|(a, b)| held(f(*a, b), data_type)).collect();
+        result = Tensor::new(shape, data_type, data);
+    }
+    Ok(result)
+}

@@ -1,0 +1,202 @@
+//! What a model is, without changing anything: what it takes and gives, its attention, its sizes, whether it is converted.
+
+use crate::{
+    files,
+    graph::GraphView,
+    merged::unfold,
+    onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model},
+    report::{Action, LayerReport, ModelReport},
+    rules::{Probes, survey},
+    validate::validate,
+};
+use anyhow::{Context, Result};
+use retro_contract as contract;
+use serde::Serialize;
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+};
+
+/// A model as it is.
+#[derive(Debug, Serialize)]
+pub struct Inspection {
+    pub path: PathBuf,
+    pub model: ModelReport,
+    /// Bytes of the model's file, and of its files of weights.
+    pub bytes: u64,
+    pub external_data: BTreeMap<String, u64>,
+    pub nodes: usize,
+    pub initializers: usize,
+    pub functions: usize,
+    pub inputs: Vec<ValueReport>,
+    pub outputs: Vec<ValueReport>,
+    /// Why a runtime could not load it.
+    pub unsound: Option<String>,
+    /// Metadata of a converted model, without the record of its original; none: it is not converted.
+    pub converted: Option<BTreeMap<String, String>>,
+    /// Whether the original can be restored.
+    pub revertible: bool,
+    /// RetroAttention nodes of a converted model.
+    pub retro_nodes: usize,
+    /// Attention that a conversion would find.
+    pub attention: Vec<LayerReport>,
+    pub merged: Option<String>,
+}
+
+/// An input or output.
+#[derive(Debug, Serialize)]
+pub struct ValueReport {
+    pub name: String,
+    pub data_type: Option<&'static str>,
+    /// Numbers, names, or "?"; none: of unknown rank.
+    pub shape: Option<Vec<String>>,
+}
+
+impl ValueReport {
+    fn new(value: &ValueInfoProto) -> Self {
+        let dim = |d: &Dimension| {
+            d.fixed()
+                .map_or_else(|| d.symbol().unwrap_or("?").to_owned(), |n| n.to_string())
+        };
+        Self {
+            name: value.name().to_owned(),
+            data_type: value.data_type().map(DataType::label),
+            shape: value.dims().map(|dims| dims.iter().map(dim).collect()),
+        }
+    }
+}
+
+/// Looks at a model, a file or a folder.
+///
+/// # Errors
+/// It can't be read, or its files of weights are not there.
+pub fn inspect(path: &Path) -> Result<Inspection> {
+    let source = files::find_source(path)?;
+    let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
+    let external = external_files(&model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
+    let report = ModelReport::new(&model);
+    let functions = model.functions.len();
+    let graph = model.graph.as_ref().context("the model has no graph")?;
+    let unsound = validate(graph).err();
+    let (nodes, initializers) = (graph.node.len(), graph.initializer.len());
+    let values = |values: &[ValueInfoProto]| values.iter().map(ValueReport::new).collect();
+    let (inputs, outputs) = (values(&graph.input), values(&graph.output));
+    let retro_nodes = graph
+        .node
+        .iter()
+        .filter(|n| n.is(contract::DOMAIN, contract::OP_TYPE))
+        .count();
+    let settings: BTreeMap<String, String> = model
+        .metadata_props
+        .iter()
+        .filter(|e| e.key().starts_with("retro.") && e.key() != crate::revert::RECORD)
+        .map(|e| (e.key().to_owned(), e.value().to_owned()))
+        .collect();
+    let revertible = model.metadata(crate::revert::RECORD).is_some();
+    let mut merged = None;
+    let mut attention = Vec::new();
+    if unsound.is_none() && retro_nodes == 0 {
+        merged = unfold(&mut model);
+        let graph = model.graph.as_ref().context("the model has no graph")?;
+        let view = GraphView::new(graph, model.opset_version("").unwrap_or(0));
+        let found = survey(&model, &Probes::new(&view, Some(source.folder().to_owned())));
+        let action = |a: &crate::rules::Attention| match &a.found {
+            Ok(_) => Action::Convertible,
+            Err(why) => Action::Kept { why: why.clone() },
+        };
+        attention = found.iter().map(|a| LayerReport::new(a, action(a))).collect();
+    }
+    Ok(Inspection {
+        path: source.model.clone(),
+        model: report,
+        bytes: len,
+        external_data: external
+            .iter()
+            .map(|e| (e.location.display().to_string(), e.len))
+            .collect(),
+        nodes,
+        initializers,
+        functions,
+        inputs,
+        outputs,
+        unsound,
+        converted: (retro_nodes > 0 || !settings.is_empty()).then_some(settings),
+        revertible,
+        retro_nodes,
+        attention,
+        merged,
+    })
+}
+
+impl fmt::Display for Inspection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let m = &self.model;
+        writeln!(f, "model    {} ({} bytes)", self.path.display(), self.bytes)?;
+        let producer = if m.producer.is_empty() {
+            "an unnamed producer"
+        } else {
+            &m.producer
+        };
+        writeln!(
+            f,
+            "         by {producer}, IR {}, {}",
+            m.ir_version,
+            m.opsets.join(", ")
+        )?;
+        writeln!(
+            f,
+            "graph    {} nodes, {} initializers, {} functions",
+            self.nodes, self.initializers, self.functions
+        )?;
+        for (location, bytes) in &self.external_data {
+            writeln!(f, "weights  {location}, {bytes} bytes")?;
+        }
+        for (what, values) in [("input ", &self.inputs), ("output", &self.outputs)] {
+            for v in values {
+                let shape = v
+                    .shape
+                    .as_ref()
+                    .map_or_else(|| "of unknown rank".to_owned(), |s| format!("[{}]", s.join(", ")));
+                writeln!(f, "{what}   {}: {} {shape}", v.name, v.data_type.unwrap_or("?"))?;
+            }
+        }
+        if let Some(why) = &self.unsound {
+            writeln!(f, "unsound  {why}")?;
+        }
+        if let Some(settings) = &self.converted {
+            let back = if self.revertible {
+                "--revert gives the original back"
+            } else {
+                "without a record of its original"
+            };
+            writeln!(
+                f,
+                "retro    converted: {} RetroAttention nodes; {back}",
+                self.retro_nodes
+            )?;
+            for (key, value) in settings {
+                writeln!(f, "         {key} = {value}")?;
+            }
+        }
+        if let Some(merged) = &self.merged {
+            writeln!(f, "merged   {merged}")?;
+        }
+        for layer in &self.attention {
+            writeln!(f, "layer {:<3}{layer}", layer.layer)?;
+        }
+        if self.converted.is_none() && self.unsound.is_none() {
+            let good = self
+                .attention
+                .iter()
+                .filter(|l| matches!(l.action, Action::Convertible))
+                .count();
+            writeln!(
+                f,
+                "retro    not converted: {good} of {} attention layers can be",
+                self.attention.len()
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,202 @@
+//! How long sequences are, when the source tells it by the shape of its cache: that shape is the capacity now, so the length
+//! comes from the attention mask instead. P = T - S: past tokens, all tokens, tokens fed.
+
+use super::names::Fresh;
+use crate::{
+    onnx::{AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto},
+    rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS},
+};
+use anyhow::{Result, bail};
+use retro_contract::limits::MASK_NOT_UNDERSTOOD;
+use std::collections::HashMap;
+
+/// Values that tell lengths, and the nodes that make them.
+pub struct Lengths {
+    pub seqlens_k: String,
+    pub total_sequence_length: String,
+    /// int64 `[1]`.
+    total: String,
+    past: String,
+    pub nodes: Vec<NodeProto>,
+}
+
+fn cast(from: &str, to: DataType, name: &str) -> NodeProto {
+    NodeProto::new("", "Cast", name, &[from], &[name]).with(AttributeProto::int("to", i64::from(i32::from(to))))
+}
+
+impl Lengths {
+    /// `padding`: zeros at the mask's beginning are padding; else every zero is an error.
+    pub fn new(graph: &mut GraphProto, fresh: &mut Fresh, opset: i64, padding: bool) -> Result<Self> {
+        let tokens = [INPUT_IDS, INPUTS_EMBEDS]
+            .into_iter()
+            .find(|n| graph.input.iter().any(|i| i.name() == *n));
+        let Some(tokens) = tokens else {
+            bail!("the graph has no input {INPUT_IDS} or {INPUTS_EMBEDS} that tells how many tokens are fed")
+        };
+        if !graph.input.iter().any(|i| i.name() == ATTENTION_MASK) {
+            let dims: [Dimension; 2] = ["batch_size".into(), "total_sequence_length".into()];
+            graph
+                .input
+                .push(ValueInfoProto::tensor(ATTENTION_MASK, DataType::Int64, dims));
+        }
+        let mut nodes = Vec::new();
+        let mut constant = |fresh: &mut Fresh, base: &str, tensor: &dyn Fn(&str) -> TensorProto| {
+            let name = fresh.name(base);
+            graph.initializer.push(tensor(&name));
+            name
+        };
+        let one = constant(fresh, "retro/one", &|n| TensorProto::int64s(n, &[1], &[1]));
+        let axis = constant(fresh, "retro/axis", &|n| TensorProto::int64s(n, &[], &[1]));
+        let minus = constant(fresh, "retro/minus_one", &|n| TensorProto::int32s(n, &[], &[-1]));
+        let bad = constant(fresh, "retro/mask_not_understood", &|n| {
+            TensorProto::int32s(n, &[], &[MASK_NOT_UNDERSTOOD])
+        });
+        let mut add = |fresh: &mut Fresh, base: &str, op: &str, inputs: &[&str], attributes: Vec<AttributeProto>| {
+            let name = fresh.name(base);
+            let mut node = NodeProto::new("", op, &name, inputs, &[&name]);
+            node.attribute = attributes;
+            nodes.push(node);
+            name
+        };
+        let to = |t: DataType| vec![AttributeProto::int("to", i64::from(i32::from(t)))];
+        let along = || vec![AttributeProto::int("axis", 1), AttributeProto::int("keepdims", 0)];
+        let shape = add(fresh, "retro/mask_shape", "Shape", &[ATTENTION_MASK], vec![]);
+        let total = add(fresh, "retro/total", "Gather", &[&shape, &one], vec![]);
+        let total_scalar = add(fresh, "retro/total_scalar", "Gather", &[&shape, &axis], vec![]);
+        let total32 = add(
+            fresh,
+            "retro/total_sequence_length",
+            "Cast",
+            &[&total_scalar],
+            to(DataType::Int32),
+        );
+        let fed_shape = add(fresh, "retro/fed_shape", "Shape", &[tokens], vec![]);
+        let fed = add(fresh, "retro/fed", "Gather", &[&fed_shape, &one], vec![]);
+        let past = add(fresh, "retro/past", "Sub", &[&total, &fed], vec![]);
+        let mask = add(fresh, "retro/mask", "Cast", &[ATTENTION_MASK], to(DataType::Int32));
+        let valid = if opset >= 13 {
+            let keep = vec![AttributeProto::int("keepdims", 0)];
+            add(fresh, "retro/valid", "ReduceSum", &[&mask, &one], keep)
+        } else {
+            let attributes = vec![AttributeProto::ints("axes", &[1]), AttributeProto::int("keepdims", 0)];
+            add(fresh, "retro/valid", "ReduceSum", &[&mask], attributes)
+        };
+        // Ones up to the end, and nothing but padding before them.
+        let end = if padding {
+            let first = add(fresh, "retro/first", "ArgMax", &[&mask], along());
+            let first = add(fresh, "retro/first32", "Cast", &[&first], to(DataType::Int32));
+            add(fresh, "retro/end", "Add", &[&first, &valid], vec![])
+        } else {
+            valid.clone()
+        };
+        let sound = add(fresh, "retro/mask_is_sound", "Equal", &[&end, &total32], vec![]);
+        let last = add(fresh, "retro/last", "Add", &[&valid, &minus], vec![]);
+        let seqlens_k = add(fresh, "retro/seqlens_k", "Where", &[&sound, &last, &bad], vec![]);
+        Ok(Self {
+            seqlens_k,
+            total_sequence_length: total32,
+            total,
+            past,
+            nodes,
+        })
+    }
+
+    /// Lets what reads the shape of a converted cache read the shape it would have had. `past` and `present`: names of
+    /// caches. Gives the places left that read a cache otherwise.
+    pub fn rewire(
+        &mut self,
+        graph: &mut GraphProto,
+        fresh: &mut Fresh,
+        past: &[String],
+        present: &[String],
+    ) -> Vec<(String, String)> {
+        let mut made: HashMap<(String, bool), String> = HashMap::new();
+        let mut indices: HashMap<Vec<i64>, String> = HashMap::new();
+        let mut others = Vec::new();
+        let mut nodes = std::mem::take(&mut graph.node);
+        let mut constants = Vec::new();
+        let mut open: Vec<&mut NodeProto> = nodes.iter_mut().collect();
+        while let Some(node) = open.pop() {
+            let which = |name: &String| {
+                let is_past = past.contains(name);
+                (is_past || present.contains(name)).then(|| (name.clone(), is_past))
+            };
+            let touched: Vec<(String, bool)> = node.input.iter().filter_map(which).collect();
+            if let (Some(key), true) = (touched.first(), node.is("", "Shape")) {
+                let dims = made
+                    .entry(key.clone())
+                    .or_insert_with(|| self.true_shape(fresh, &mut constants, &mut indices, key))
+                    .clone();
+                let (start, end) = (
+                    node.attribute("start").map(|a| a.i()),
+                    node.attribute("end").map(|a| a.i()),
+                );
+                let bound = |x: i64| (if x < 0 { x + 4 } else { x }).clamp(0, 4);
+                let places: Vec<i64> = (bound(start.unwrap_or(0))..bound(end.unwrap_or(4))).collect();
+                node.attribute.clear();
+                if places.len() == 4 {
+                    node.op_type = Some("Identity".to_owned());
+                    node.input = vec![dims];
+                } else {
+                    node.op_type = Some("Gather".to_owned());
+                    node.input = vec![dims, index(fresh, &mut constants, &mut indices, &places)];
+                }
+            } else if !node.is(retro_contract::DOMAIN, retro_contract::OP_TYPE) {
+                others.extend(touched.into_iter().map(|(name, _)| (node.label(), name)));
+            }
+            let inner = node
+                .attribute
+                .iter_mut()
+                .flat_map(|a| a.g.as_deref_mut().into_iter().chain(&mut a.graphs));
+            open.extend(inner.flat_map(|g| &mut g.node));
+        }
+        graph.node = nodes;
+        graph.initializer.append(&mut constants);
+        others
+    }
+
+    /// Batch, heads, true length, head size.
+    fn true_shape(
+        &mut self,
+        fresh: &mut Fresh,
+        constants: &mut Vec<TensorProto>,
+        indices: &mut HashMap<Vec<i64>, String>,
+        (cache, is_past): &(String, bool),
+    ) -> String {
+        let [shape, front, back, dims] =
+            ["shape", "front", "back", "true_shape"].map(|n| fresh.name(&format!("retro/{cache}/{n}")));
+        let (first, last) = (
+            index(fresh, constants, indices, &[0, 1]),
+            index(fresh, constants, indices, &[3]),
+        );
+        let length = if *is_past { &self.past } else { &self.total };
+        let joined = NodeProto::new("", "Concat", &dims, &[&front, length, &back], &[&dims]);
+        let nodes = [
+            NodeProto::new("", "Shape", &shape, &[cache], &[&shape]),
+            NodeProto::new("", "Gather", &front, &[&shape, &first], &[&front]),
+            NodeProto::new("", "Gather", &back, &[&shape, &last], &[&back]),
+            joined.with(AttributeProto::int("axis", 0)),
+        ];
+        self.nodes.extend(nodes);
+        dims
+    }
+}
+
+fn index(
+    fresh: &mut Fresh,
+    constants: &mut Vec<TensorProto>,
+    indices: &mut HashMap<Vec<i64>, String>,
+    places: &[i64],
+) -> String {
+    let known = indices.entry(places.to_vec()).or_insert_with(|| {
+        let name = fresh.name("retro/index");
+        constants.push(TensorProto::int64s(&name, &[places.len() as i64], places));
+        name
+    });
+    known.clone()
+}
+
+/// A Cast node, where types differ.
+pub fn cast_to(from: &str, to: DataType, name: &str) -> NodeProto {
+    cast(from, to, name)
+}

@@ -1,0 +1,68 @@
+//! Nodes that nothing needs any more.
+
+use crate::{
+    eval::reads,
+    onnx::{GraphProto, NodeProto, ValueInfoProto},
+};
+use std::collections::{HashMap, HashSet};
+
+/// The nodes that the graph's outputs depend on, by place.
+pub fn living(graph: &GraphProto) -> Vec<bool> {
+    let mut makers: HashMap<&str, usize> = HashMap::new();
+    for (index, node) in graph.node.iter().enumerate() {
+        for output in &node.output {
+            makers.insert(output, index);
+        }
+    }
+    let mut alive = vec![false; graph.node.len()];
+    let mut open: Vec<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
+    while let Some(name) = open.pop() {
+        let Some(index) = makers.get(name).copied() else {
+            continue;
+        };
+        if let (Some(alive), Some(node)) = (alive.get_mut(index), graph.node.get(index))
+            && !*alive
+        {
+            *alive = true;
+            open.extend(reads(node));
+        }
+    }
+    alive
+}
+
+/// Removes nodes that were needed once and no longer are, what was declared about their values, and constants of at most
+/// `small` bytes that only they read. What the source had without need stays. `was`: names of values needed before.
+pub fn prune(graph: &mut GraphProto, was: &HashSet<String>, small: usize) {
+    let alive = living(graph);
+    let needless = |node: &NodeProto| node.output.iter().any(|o| was.contains(o));
+    let mut gone: HashSet<String> = HashSet::new();
+    let mut freed: HashSet<String> = HashSet::new();
+    let nodes = std::mem::take(&mut graph.node);
+    for (node, alive) in nodes.into_iter().zip(alive) {
+        if alive || !needless(&node) {
+            graph.node.push(node);
+        } else {
+            freed.extend(reads(&node).map(str::to_owned));
+            gone.extend(node.output);
+        }
+    }
+    let made: HashSet<&str> = graph.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
+    let read: HashSet<&str> = graph.node.iter().flat_map(reads).collect();
+    let outputs: HashSet<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
+    graph
+        .value_info
+        .retain(|v| !gone.contains(v.name()) || made.contains(v.name()));
+    let idle = |name: &str| freed.contains(name) && !read.contains(name) && !outputs.contains(name);
+    let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
+    graph.initializer.retain(|t| {
+        let bytes = t.raw_data.as_ref().map_or(0, bytes::Bytes::len);
+        !idle(t.name()) || bytes > small || t.is_external() || inputs.contains(t.name())
+    });
+}
+
+/// Names of all values that are needed.
+pub fn needed(graph: &GraphProto) -> HashSet<String> {
+    let alive = living(graph);
+    let nodes = graph.node.iter().zip(alive).filter(|(_, alive)| *alive);
+    nodes.flat_map(|(n, _)| n.output.iter().cloned()).collect()
+}

@@ -1,0 +1,288 @@
+//! Attention of several nodes: what comes before the operator's node and after it, and what gives way.
+
+use super::{
+    lengths::{Lengths, cast_to},
+    names::Fresh,
+    prune::{needed, prune},
+    replace,
+};
+use crate::{
+    onnx::{AttributeProto, Bytes, DataType, GraphProto, NodeProto, TensorProto},
+    rules::{self, Conversion, Layout, Site},
+    settings::Settings,
+};
+use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
+use std::collections::{HashMap, HashSet};
+
+/// Constants up to this many bytes go when nothing reads them any more.
+const SMALL: usize = 4096;
+
+/// Replaces the sites that are several nodes, and rebuilds what read the length of their caches.
+///
+/// # Errors
+/// Something else needs what gives way.
+pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings, opset: i64) -> Result<()> {
+    let spelled: Vec<&Conversion> = conversions.iter().filter(|c| c.site.replaces.is_some()).collect();
+    if spelled.is_empty() {
+        return Ok(());
+    }
+    ensure!(
+        opset >= 11,
+        "opset {opset} is too old to convert attention of several nodes; export with 11 or newer"
+    );
+    let was = needed(graph);
+    let mut fresh = Fresh::of(graph);
+    let padding = spelled
+        .iter()
+        .all(|c| c.site.lengths == rules::Lengths::FromMask { padding: true });
+    let agree = padding
+        || spelled
+            .iter()
+            .all(|c| c.site.lengths == rules::Lengths::FromMask { padding: false });
+    ensure!(agree, "some layers mask padding and others don't");
+    let mut lengths = Lengths::new(graph, &mut fresh, opset, padding)?;
+    let mut instead: HashMap<usize, Vec<NodeProto>> = HashMap::new();
+    let mut gone: HashSet<&str> = HashSet::new();
+    let mut constants = Vec::new();
+    for conversion in &spelled {
+        let site = conversion.site;
+        let place = site.replaces.context("a site without a place")?;
+        let replaced = graph.node.get(place).context("a site's node is gone")?;
+        let nodes = node_with_company(replaced, conversion, settings, &lengths, &mut fresh, &mut constants);
+        instead.insert(place, nodes);
+        // The source's own appending, and copies of its result.
+        gone.extend(
+            [
+                &site.total_key,
+                &site.total_value,
+                &site.present_key,
+                &site.present_value,
+            ]
+            .map(String::as_str),
+        );
+    }
+    let old = std::mem::take(&mut graph.node);
+    for (index, node) in old.into_iter().enumerate() {
+        match instead.remove(&index) {
+            Some(nodes) => graph.node.extend(nodes),
+            None if node.output.iter().any(|o| gone.contains(o.as_str())) => {}
+            None => graph.node.push(node),
+        }
+    }
+    graph.initializer.append(&mut constants);
+    let sites: Vec<&Site> = spelled.iter().map(|c| c.site).collect();
+    let past: Vec<String> = sites
+        .iter()
+        .flat_map(|s| [s.past_key.clone(), s.past_value.clone()])
+        .collect();
+    let present: Vec<String> = sites
+        .iter()
+        .flat_map(|s| [&s.total_key, &s.total_value, &s.present_key, &s.present_value].map(String::clone))
+        .collect();
+    // Once without what is only the old attention's, so that it is not in the way.
+    prune(graph, &was, SMALL);
+    // The total by the name that the operator's node gives it.
+    let renamed: HashMap<&str, &str> = sites
+        .iter()
+        .flat_map(|s| {
+            [
+                (s.total_key.as_str(), s.present_key.as_str()),
+                (s.total_value.as_str(), s.present_value.as_str()),
+            ]
+        })
+        .filter(|(a, b)| a != b)
+        .collect();
+    for node in &mut graph.node {
+        for input in &mut node.input {
+            if let Some(name) = renamed.get(input.as_str()) {
+                *input = (*name).to_owned();
+            }
+        }
+    }
+    let others = lengths.rewire(graph, &mut fresh, &past, &present);
+    if let Some((node, cache)) = others.first() {
+        bail!("node {node} reads the cache {cache} too, beside the attention: what it needs isn't understood");
+    }
+    let mut nodes = lengths.nodes;
+    nodes.append(&mut graph.node);
+    graph.node = nodes;
+    let was: HashSet<String> = was.into_iter().chain(needless_lengths(graph)).collect();
+    prune(graph, &was, SMALL);
+    Ok(())
+}
+
+/// Values of this program that nothing turned out to need.
+fn needless_lengths(graph: &GraphProto) -> HashSet<String> {
+    let own = graph
+        .node
+        .iter()
+        .flat_map(|n| &n.output)
+        .filter(|o| o.starts_with("retro/"));
+    own.cloned().collect()
+}
+
+/// The operator's node with the nodes around it that bring values into its layout and type.
+fn node_with_company(
+    replaced: &NodeProto,
+    conversion: &Conversion,
+    settings: &Settings,
+    lengths: &Lengths,
+    fresh: &mut Fresh,
+    constants: &mut Vec<TensorProto>,
+) -> Vec<NodeProto> {
+    let site = conversion.site;
+    let layer = conversion.attention.layer;
+    let mut nodes = Vec::new();
+    let mut company = Company {
+        layer,
+        fresh,
+        constants,
+        nodes: &mut nodes,
+    };
+    let (hq, hkv, d) = (site.q_heads, site.kv_heads, site.head_size.unwrap_or(0));
+    let typed = |t: DataType| if t == DataType::Undefined { site.data_type } else { t };
+    let mut own = site.clone();
+    let operands = [
+        (&site.query, site.query_layout, site.query_type, 0, hq, "query"),
+        (&site.key, site.key_layout, site.kv_type, hq * d, hkv, "key"),
+        (
+            &site.value,
+            site.value_layout,
+            site.kv_type,
+            (hq + hkv) * d,
+            hkv,
+            "value",
+        ),
+    ];
+    let brought = operands.map(|(name, layout, data_type, start, heads, what)| {
+        let mut name = company.flat(name, layout, heads * d, what);
+        if !site.bias.is_empty() {
+            name = company.biased(&name, &site.bias, start, start + heads * d, what);
+        }
+        if typed(data_type) != site.data_type {
+            name = company.cast(&name, site.data_type, what);
+        }
+        name
+    });
+    [own.query, own.key, own.value] = brought;
+    own.seqlens_k = lengths.seqlens_k.clone();
+    own.total_sequence_length = lengths.total_sequence_length.clone();
+    if let Some(sinks) = &site.sinks {
+        own.head_sink = company.numbers(sinks, site.data_type, "head_sink");
+    }
+    let cast_back = typed(site.output_type) != site.data_type;
+    let direct = site.output_layout == Layout::Flat && !cast_back;
+    if !direct {
+        own.output = company.name("output");
+    }
+    let mut node = NodeProto {
+        name: Some(company.name("attention")),
+        ..Default::default()
+    };
+    node.doc_string.clone_from(&replaced.doc_string);
+    let of_it = Conversion {
+        attention: conversion.attention,
+        site: &own,
+        node: conversion.node,
+        mode: conversion.mode,
+    };
+    replace(&mut node, &of_it, settings);
+    company.nodes.push(node);
+    if !direct {
+        company.restore(&own.output, site, d, cast_back.then(|| typed(site.output_type)));
+    }
+    nodes
+}
+
+/// Makes the nodes around one attention.
+struct Company<'c> {
+    layer: usize,
+    fresh: &'c mut Fresh,
+    constants: &'c mut Vec<TensorProto>,
+    nodes: &'c mut Vec<NodeProto>,
+}
+
+impl Company<'_> {
+    fn name(&mut self, what: &str) -> String {
+        self.fresh.name(&format!("retro/layer.{}/{what}", self.layer))
+    }
+
+    fn ints(&mut self, values: &[i64], what: &str) -> String {
+        let name = self.name(what);
+        self.constants
+            .push(TensorProto::int64s(&name, &[values.len() as i64], values));
+        name
+    }
+
+    fn numbers(&mut self, values: &[f32], data_type: DataType, what: &str) -> String {
+        let name = self.name(what);
+        let raw: Bytes = match data_type {
+            DataType::Float16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+            DataType::Bfloat16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        };
+        self.constants
+            .push(TensorProto::raw(&name, data_type, &[values.len() as i64], raw));
+        name
+    }
+
+    fn add(&mut self, op: &str, inputs: &[&str], what: &str) -> String {
+        let name = self.name(what);
+        self.nodes.push(NodeProto::new("", op, &name, inputs, &[&name]));
+        name
+    }
+
+    fn attribute(&mut self, attribute: AttributeProto) {
+        if let Some(node) = self.nodes.last_mut() {
+            node.attribute.push(attribute);
+        }
+    }
+
+    fn cast(&mut self, from: &str, to: DataType, what: &str) -> String {
+        let name = self.name(&format!("{what}_cast"));
+        self.nodes.push(cast_to(from, to, &name));
+        name
+    }
+
+    /// A value as `[B, S, width]`.
+    fn flat(&mut self, from: &str, layout: Layout, width: i64, what: &str) -> String {
+        let from = match layout {
+            Layout::Flat => return from.to_owned(),
+            Layout::TokenHeads => from.to_owned(),
+            Layout::Heads => {
+                let moved = self.add("Transpose", &[from], &format!("{what}_by_token"));
+                self.attribute(AttributeProto::ints("perm", &[0, 2, 1, 3]));
+                moved
+            }
+        };
+        let shape = self.ints(&[0, 0, width], &format!("{what}_shape"));
+        self.add("Reshape", &[&from, &shape], what)
+    }
+
+    fn biased(&mut self, from: &str, bias: &str, start: i64, end: i64, what: &str) -> String {
+        let starts = self.ints(&[start], &format!("{what}_bias_start"));
+        let ends = self.ints(&[end], &format!("{what}_bias_end"));
+        let part = self.add("Slice", &[bias, &starts, &ends], &format!("{what}_bias"));
+        self.add("Add", &[from, &part], &format!("{what}_biased"))
+    }
+
+    /// The operator's output in the source's layout and type, by the source's name.
+    fn restore(&mut self, from: &str, site: &Site, d: i64, to: Option<DataType>) {
+        let mut from = from.to_owned();
+        if let Some(to) = to {
+            from = self.cast(&from, to, "output");
+        }
+        if site.output_layout != Layout::Flat {
+            let shape = self.ints(&[0, 0, site.q_heads, d], "output_shape");
+            from = self.add("Reshape", &[&from, &shape], "output_by_head");
+            if site.output_layout == Layout::Heads {
+                from = self.add("Transpose", &[&from], "output_moved");
+                self.attribute(AttributeProto::ints("perm", &[0, 2, 1, 3]));
+            }
+        }
+        if let Some(last) = self.nodes.last_mut().filter(|n| n.output(0) == from) {
+            last.output = vec![site.output.clone()];
+        }
+    }
+}

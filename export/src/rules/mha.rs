@@ -1,0 +1,77 @@
+//! com.microsoft::MultiHeadAttention: with the cache as its own inputs or put together before it, repeated heads, a bias on
+//! queries, keys and values, a mask as padding, as scores, or causal.
+
+use super::{
+    Rule, Verdict,
+    core::{Core, InnerCache, Scores, site},
+    probe::Probes,
+};
+use crate::{graph::GraphView, onnx::NodeProto};
+
+/// The rule.
+pub struct MultiHeadAttention;
+
+mod slot {
+    pub const BIAS: usize = 3;
+    pub const PAST_KEY: usize = 6;
+    pub const PAST_VALUE: usize = 7;
+    /// Later ones (cache_indirection, past_sequence_length) are of beam search and shared buffers.
+    pub const COUNT: usize = 8;
+}
+
+const KNOWN: [&str; 4] = ["num_heads", "mask_filter_value", "scale", "unidirectional"];
+
+impl Rule for MultiHeadAttention {
+    fn name(&self) -> &'static str {
+        "mha"
+    }
+
+    fn look<'a>(&self, _: &GraphView<'a>, probes: &Probes<'a>, node: &'a NodeProto) -> Verdict {
+        if !node.is("com.microsoft", "MultiHeadAttention") {
+            return Verdict::NotMine;
+        }
+        match core(node).and_then(|core| site(probes, core)) {
+            Ok(site) => Verdict::Site(Box::new(site)),
+            Err(why) => Verdict::Refused(why),
+        }
+    }
+}
+
+fn core(node: &NodeProto) -> Result<Core<'_>, String> {
+    if node.input(1).is_empty() || node.input(2).is_empty() {
+        return Err("its queries, keys and values come packed in one input, which is not understood".to_owned());
+    }
+    if let Some(extra) = node.input.iter().skip(slot::COUNT).find(|i| !i.is_empty()) {
+        return Err(format!("it takes {extra}, which is for beam search or shared buffers"));
+    }
+    if let Some(extra) = node.output.iter().skip(3).find(|o| !o.is_empty()) {
+        return Err(format!(
+            "it returns its scores ({extra}), which page selection doesn't compute"
+        ));
+    }
+    if let Some(other) = node.attribute.iter().find(|a| !KNOWN.contains(&a.name())) {
+        return Err(format!("its attribute {} is not understood", other.name()));
+    }
+    let cache = match (node.input(slot::PAST_KEY), node.input(slot::PAST_VALUE)) {
+        ("", "") => None,
+        (key, value)
+            if node.output(1).is_empty() || node.output(2).is_empty() || key.is_empty() || value.is_empty() =>
+        {
+            return Err("its cache is not complete (past_key, past_value, present_key, present_value)".to_owned());
+        }
+        (key, value) => Some(InnerCache {
+            past: [key, value],
+            present: [node.output(1), node.output(2)],
+        }),
+    };
+    Ok(Core {
+        query: node.input(0),
+        key: node.input(1),
+        value: node.input(2),
+        output: node.output(0),
+        scores: Scores::Fused(node),
+        cache,
+        bias: node.input(slot::BIAS),
+        sink: None,
+    })
+}

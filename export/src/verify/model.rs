@@ -1,0 +1,207 @@
+//! One model as a caller sees it: fed tokens, it keeps its caches and gives logits.
+
+use super::{
+    runtime::{Runtime, one_line},
+    value::Value,
+};
+use crate::rules::{ATTENTION_MASK, INPUT_IDS, POSITION_IDS};
+use anyhow::{Context, Result, anyhow, bail};
+use ort::{
+    session::{Session, SessionInputValue},
+    value::{TensorElementType, ValueType},
+};
+use retro_contract::{
+    graph::{PAGE_BUDGET, RETRO_LENGTH},
+    pages_for,
+};
+use std::{borrow::Cow, collections::HashMap, path::Path};
+
+/// A cache of the source: its names, its sizes, and how it is kept.
+#[derive(Clone, Debug)]
+pub struct CacheFacts {
+    pub past: String,
+    pub present: String,
+    pub heads: usize,
+    pub head_size: usize,
+    /// A sliding-window cache, which has its size from the beginning; others grow.
+    pub sliding: bool,
+}
+
+/// What is fed at once: `count` tokens of each sequence, the last at `total` - 1.
+pub struct Feed<'f> {
+    /// `[B][total]`.
+    pub ids: &'f [Vec<i64>],
+    pub count: usize,
+    pub total: usize,
+    /// Padding at the beginning of the last sequence.
+    pub pad: usize,
+    pub retro: i32,
+}
+
+pub struct Model {
+    session: Session,
+    caches: Vec<CacheFacts>,
+    state: HashMap<String, Value>,
+    /// Rows of converted caches; none: an original, whose caches grow.
+    capacity: Option<usize>,
+    page_size: usize,
+}
+
+impl Model {
+    pub fn open(
+        runtime: &Runtime,
+        path: &Path,
+        caches: &[CacheFacts],
+        converted: Option<(usize, usize)>,
+    ) -> Result<Self> {
+        Ok(Self {
+            session: runtime.open(path, converted.is_some())?,
+            caches: caches.to_vec(),
+            state: HashMap::new(),
+            capacity: converted.map(|(capacity, _)| capacity),
+            page_size: converted.map_or(1, |(_, page)| page),
+        })
+    }
+
+    /// Forgets everything and prepares for `batch` sequences.
+    pub fn start(&mut self, batch: usize) -> Result<()> {
+        self.state.clear();
+        for input in self.session.inputs() {
+            let (name, ValueType::Tensor { ty, shape, .. }) = (input.name(), input.dtype()) else {
+                continue;
+            };
+            if let Some(cache) = self.caches.iter().find(|c| c.past == name) {
+                let rows = match self.capacity {
+                    Some(capacity) => capacity,
+                    None if cache.sliding => super::CAPACITY,
+                    None => 0,
+                };
+                let shape = [batch, cache.heads, rows, cache.head_size];
+                self.state.insert(name.to_owned(), Value::zeros(*ty, &shape)?);
+            } else if name.starts_with("past_retro.") {
+                let pages = pages_for(self.capacity.unwrap_or(0), self.page_size);
+                let size = self.caches.first().map_or(1, |c| c.head_size);
+                let fill = |(axis, d): (usize, &i64)| match (axis, usize::try_from(*d)) {
+                    (0, _) => batch,
+                    (_, Ok(d)) => d,
+                    (2, _) if name.contains(".page_") => pages,
+                    _ => size,
+                };
+                let shape: Vec<usize> = shape.iter().enumerate().map(fill).collect();
+                self.state.insert(name.to_owned(), Value::zeros(*ty, &shape)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps only the first `tokens` rows of caches that grow. Whether it can.
+    pub fn rewind(&mut self, tokens: usize) -> Result<bool> {
+        if self.caches.iter().any(|c| c.sliding) {
+            return Ok(false);
+        }
+        for cache in &self.caches {
+            if let Some(value) = self.state.get_mut(&cache.past) {
+                *value = value.first_tokens(tokens)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Feeds tokens; the newest token's logits of each sequence.
+    pub fn feed(&mut self, feed: &Feed) -> Result<Vec<Vec<f32>>> {
+        let (batch, first) = (feed.ids.len(), feed.total - feed.count);
+        let start = |b: usize| if b + 1 == batch { feed.pad } else { 0 };
+        let mut inputs: Vec<(Cow<str>, SessionInputValue)> = Vec::new();
+        for input in self.session.inputs() {
+            let name = input.name();
+            let ValueType::Tensor { ty, shape, .. } = input.dtype() else {
+                bail!("the input {name} is no tensor")
+            };
+            let rows = |f: &dyn Fn(usize, usize) -> i64, from: usize| -> Vec<i64> {
+                (0..batch)
+                    .flat_map(|b| (from..feed.total).map(move |j| (b, j)))
+                    .map(|(b, j)| f(b, j))
+                    .collect()
+            };
+            let value = match name {
+                INPUT_IDS => {
+                    let ids = rows(
+                        &|b, j| feed.ids.get(b).and_then(|r| r.get(j)).copied().unwrap_or(0),
+                        first,
+                    );
+                    Value::numbers(*ty, &[batch, feed.count], &ids)?
+                }
+                ATTENTION_MASK => {
+                    Value::numbers(*ty, &[batch, feed.total], &rows(&|b, j| i64::from(j >= start(b)), 0))?
+                }
+                POSITION_IDS => {
+                    let positions = rows(&|b, j| j.saturating_sub(start(b)) as i64, first);
+                    if shape.len() == 3 {
+                        let n = shape.first().and_then(|d| usize::try_from(*d).ok()).unwrap_or(3);
+                        Value::numbers(*ty, &[n, batch, feed.count], &positions.repeat(n))?
+                    } else {
+                        Value::numbers(*ty, &[batch, feed.count], &positions)?
+                    }
+                }
+                RETRO_LENGTH => Value::numbers(*ty, &[1], &[i64::from(feed.retro)])?,
+                PAGE_BUDGET => {
+                    let all = pages_for(self.capacity.unwrap_or(0), self.page_size);
+                    Value::numbers(*ty, &[1], &[all as i64])?
+                }
+                _ if *ty == TensorElementType::Bool => Value::numbers(*ty, &[1], &[i64::from(first > 0)])?,
+                _ => match self.state.get(name) {
+                    Some(value) => value.clone(),
+                    None => bail!("the model takes {name}, which this comparison can't make"),
+                },
+            };
+            inputs.push((Cow::Owned(name.to_owned()), value.to_ort()?.into()));
+        }
+        // Overridable initializers are no inputs that a session lists.
+        if self.capacity.is_some() {
+            let set: Vec<&str> = inputs.iter().map(|(name, _)| name.as_ref()).collect();
+            let missing: Vec<&str> = [RETRO_LENGTH, PAGE_BUDGET]
+                .into_iter()
+                .filter(|n| !set.contains(n))
+                .collect();
+            for name in missing {
+                let all = pages_for(self.capacity.unwrap_or(0), self.page_size) as i64;
+                let number = if name == RETRO_LENGTH {
+                    i64::from(feed.retro)
+                } else {
+                    all
+                };
+                let value = Value::numbers(TensorElementType::Int32, &[1], &[number])?;
+                inputs.push((Cow::Borrowed(name), value.to_ort()?.into()));
+            }
+        }
+        let names: Vec<String> = self.session.outputs().iter().map(|o| o.name().to_owned()).collect();
+        let outputs = self.session.run(inputs).map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let mut logits = None;
+        for name in &names {
+            let value = outputs
+                .get(name.as_str())
+                .with_context(|| format!("the output {name} is missing"))?;
+            let past = match self.caches.iter().find(|c| c.present == *name) {
+                Some(cache) => cache.past.clone(),
+                None if name.starts_with("present_retro.") => name.replacen("present_", "past_", 1),
+                None if name == "logits" => {
+                    logits = Some(Value::from_ort(value)?);
+                    continue;
+                }
+                None => continue,
+            };
+            self.state.insert(past, Value::from_ort(value)?);
+        }
+        let logits = logits.context("no output is named logits")?;
+        let &[b, rows, vocabulary] = logits.shape.as_slice() else {
+            bail!("logits of shape {:?}", logits.shape)
+        };
+        let data = logits.floats()?;
+        (0..b)
+            .map(|b| {
+                let end = (b + 1) * rows * vocabulary;
+                Ok(data.get(end - vocabulary..end).context("too few logits")?.to_vec())
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,145 @@
+//! Attention of several nodes, as exporters write it (tests/data/zoo-graphs): each graph, with noise for weights, converts and
+//! gives the logits of its original for w = 1, 2 and 4, prompts whole, in chunks, in batches and padded, and the original comes
+//! back byte for byte; or it is refused with its reason.
+
+use std::{fs, path::Path, process::Command};
+
+use retro_tests::{compare, decoder::Decoder, paths, zoo};
+use serde_json::Value;
+
+use crate::convert::convert;
+
+fn export(args: &[&str], from: &Path, to: &Path) -> (Value, String) {
+    let mut command = Command::new(paths::command("retro-export"));
+    // Comparing needs what the other tests of this file use too.
+    command
+        .env("ORT_DYLIB_PATH", paths::onnxruntime())
+        .env("RETRO_ATTENTION_PLUGIN", paths::plugin());
+    let output = command
+        .arg(from)
+        .arg("-o")
+        .arg(to)
+        .arg("--json")
+        .args(args)
+        .output()
+        .expect("retro-export starts");
+    let report = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    (report, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// `limit`: the largest difference of a logit that is rounding; above a window of 1 another one, where quantisation depends on
+/// what is fed together.
+fn converts(case: &str, rule: &str, masks: [&str; 2], limit: f64, together: f64) {
+    let folder = tempfile::tempdir().unwrap();
+    let [source, target, back] = ["source.onnx", "converted.onnx", "back.onnx"].map(|n| folder.path().join(n));
+    zoo::restore(&paths::data("zoo-graphs").join(format!("{case}.onnx.xz")), &source);
+    let (report, error) = export(&["--verify"], &source, &target);
+    assert_eq!(error, "", "{case}");
+    assert_eq!(report["converted_layers"], 2, "{case}: {report}");
+    for (layer, mask) in report["layers"].as_array().expect("layers").iter().zip(masks) {
+        assert_eq!(layer["rule"], rule, "{case}");
+        assert_eq!(layer["mask"], format!("causal{mask}, padding on the left"), "{case}");
+    }
+    let compared = report["verification"]["compared"].as_array().expect("a comparison");
+    let mut windows: Vec<u64> = compared.iter().map(|c| c["window"].as_u64().unwrap()).collect();
+    windows.dedup();
+    assert_eq!(windows, [1, 2, 4], "{case}");
+    for c in compared {
+        let (difference, window) = (c["largest_difference"].as_f64().unwrap(), c["window"].as_u64().unwrap());
+        let limit = if window == 1 { limit } else { together };
+        assert!(difference <= limit, "{case}: {c} is more than {limit}");
+    }
+    let (_, error) = export(&["--revert"], &target, &back);
+    assert_eq!(error, "", "{case}");
+    assert!(
+        fs::read(&back).unwrap() == fs::read(&source).unwrap(),
+        "{case}: the original does not come back"
+    );
+}
+
+fn refused(case: &str, says: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let [source, target] = ["source.onnx", "converted.onnx"].map(|n| folder.path().join(n));
+    zoo::restore(&paths::data("zoo-graphs").join(format!("{case}.onnx.xz")), &source);
+    let (report, error) = export(&["--no-verify"], &source, &target);
+    assert_eq!(report, Value::Null, "{case}");
+    assert!(says.iter().all(|word| error.contains(word)), "{case}: {error}");
+    assert!(!target.exists(), "{case}: something was written");
+}
+
+const FULL: [&str; 2] = ["", ""];
+const SLIDING: [&str; 2] = [", sliding window of 8", ""];
+
+macro_rules! cases {
+    ($($name:ident: $case:literal $check:ident($($argument:expr),*);)*) => {
+        $(#[test] fn $name() { $check($case, $($argument),*) })*
+
+        /// No graph of the folder is forgotten.
+        #[test]
+        fn every_graph_has_a_test() {
+            let mut known = vec![$($case),*];
+            known.sort();
+            let folder = fs::read_dir(paths::data("zoo-graphs")).expect("tests/data/zoo-graphs").flatten();
+            let mut found: Vec<String> = folder.map(|e| e.file_name().to_string_lossy().replace(".onnx.xz", "")).collect();
+            found.sort();
+            assert_eq!(known, found);
+        }
+    };
+}
+
+cases! {
+    dynamo_gpt2: "dynamo-gpt2-sdpa-op18" converts("decomposed", FULL, 1e-4, 1e-4);
+    dynamo_llama_eager: "dynamo-llama-eager-op18" converts("decomposed", FULL, 1e-4, 1e-4);
+    dynamo_llama_sdpa: "dynamo-llama-sdpa-op18" converts("decomposed", FULL, 1e-4, 1e-4);
+    dynamo_llama_opset_23: "dynamo-llama-sdpa-op23" converts("attention", FULL, 1e-4, 1e-4);
+    f16_conversion: "fp16conv-llama-fp16io" converts("decomposed", FULL, 4e-2, 4e-2);
+    onnxscript_fusions: "ofuse-llama-sdpa-op18" converts("mha", FULL, 1e-4, 1e-4);
+    optimum_bloom_has_alibi: "optimum-bloom" refused(&["ALiBi"]);
+    optimum_codegen: "optimum-codegen" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_gemma2: "optimum-gemma2-fp32" converts("decomposed", SLIDING, 1e-4, 1e-4);
+    optimum_gemma3: "optimum-gemma3_text" converts("decomposed", SLIDING, 1e-4, 1e-4);
+    optimum_gpt2: "optimum-gpt2-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_gpt_bigcode: "optimum-gpt_bigcode" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_gpt_neox: "optimum-gpt_neox-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_gpt_oss: "optimum-gpt_oss" converts("decomposed", SLIDING, 1e-4, 1e-4);
+    optimum_gptj: "optimum-gptj" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_granite: "optimum-granite" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_llama: "optimum-llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_mistral: "optimum-mistral" converts("decomposed", [SLIDING[0], SLIDING[0]], 1e-4, 1e-4);
+    optimum_mpt_has_alibi: "optimum-mpt" refused(&["ALiBi"]);
+    optimum_phi3: "optimum-phi3-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_qwen2: "optimum-qwen2-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_stablelm: "optimum-stablelm" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_1_20_llama: "optimum120-old_llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_1_20_merged: "optimum120-old_llama-merged" converts("decomposed", FULL, 1e-4, 1e-4);
+    optimum_1_20_opt: "optimum120-old_opt-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    ort_optimizer_llama: "ortopt-llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    ort_optimizer_phi: "ortopt-old_phi-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    // The original differs from itself by as much when it is fed several tokens together: their ranges are quantised as one.
+    dynamic_int8: "quant-llama-dynint8" converts("decomposed", FULL, 2e-2, 2.0);
+    four_bit: "quant-llama-q4" converts("decomposed", FULL, 1e-1, 1e-1);
+    transformers_llama: "tfexp-llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
+    transformers_llama_fused: "tfexp-llama-ortfusions_cuda" converts("mha", FULL, 1e-4, 1e-4);
+    transformers_qwen3: "tfexp-qwen3-ortfusions_cpu" converts("decomposed", FULL, 1e-4, 1e-4);
+}
+
+#[test]
+fn padding_anywhere_but_on_the_left_is_an_error_when_it_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("mha");
+    convert(&paths::data("zoo/genai040-old_llama-fp32-cuda"), &target, &[]).expect("it converts");
+    let mut model = Decoder::open(&target, true, 24, 16, false);
+    let tokens = [5, 6, 7, 8, 9, 10];
+    let plain = model.feed(&tokens, 6, Some(-1), None);
+    for mask in [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]] {
+        let error = model
+            .feed_masked(&tokens, &mask, Some(-1), None)
+            .expect_err("a mask with holes");
+        assert!(error.contains("attention mask of sequence 0"), "{mask:?}: {error}");
+    }
+    // On the left it is right: as if the tokens weren't there. Relative positions are all that counts.
+    let padded = model
+        .feed_masked(&[99, 98, 5, 6, 7, 8, 9, 10], &[0, 0, 1, 1, 1, 1, 1, 1], Some(-1), None)
+        .unwrap();
+    compare::assert_close("padded on the left", &padded, &plain, 1e-4);
+}
