@@ -418,7 +418,7 @@ impl Plan {
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             require!(
                 last != limits::MASK_NOT_UNDERSTOOD,
-                "the attention mask of sequence {b} is not padding on the left followed by valid tokens only (or this model \
+                "input seqlens_k[{b}] is {last}: the attention mask of sequence {b} is not padding on the left followed by valid tokens only (or this model \
                  takes no padding): zeros after or between valid tokens are not supported"
             );
             require!(
