@@ -319,7 +319,10 @@ fn set(args: &BenchArgs, model: &mut Model, state: &mut State, depth: usize, fre
     if depth > 0 && !args.prefill_depth {
         let moments = model.retro.as_ref().is_some_and(|r| r.selector == "moments");
         return state.pretend(depth, moments).with_context(|| {
-            format!("{}: give --prefill-depth to feed a prompt instead", model.folder.graph.display())
+            format!(
+                "{}: give --prefill-depth to feed a prompt instead",
+                model.folder.graph.display()
+            )
         });
     }
     *state = model.new_state(1, state.capacity())?;
