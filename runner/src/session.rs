@@ -52,6 +52,9 @@ pub struct OpenOptions {
     pub device: Device,
     /// Replay decoding steps of one shape as a CUDA graph.
     pub cuda_graph: bool,
+    /// Threads of the pool do not go on looking for work after a run: where several sessions take turns, those of one would
+    /// take the cores of the next.
+    pub idle_between_runs: bool,
     /// Feed steps from buffers that stay where they are, as a CUDA graph wants it. On the CPU this gains nothing but the
     /// knowledge that it works.
     pub fixed_buffers: bool,
@@ -485,6 +488,11 @@ pub(crate) fn session_builder(
     builder = options.device.provide(builder, options.cuda_graph)?;
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(|e| text(&e))?;
+    }
+    if options.idle_between_runs {
+        builder = builder
+            .with_config_entry("session.force_spinning_stop", "1")
+            .map_err(|e| text(&e))?;
     }
     if let Some(plugin) = options.plugin.as_ref().filter(|_| plugin) {
         builder = builder

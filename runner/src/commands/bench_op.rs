@@ -267,6 +267,7 @@ fn measure(
     };
     let options = OpenOptions {
         threads: Some(threads),
+        idle_between_runs: true,
         ..open.clone()
     };
     let rows = Rows::new(&shape, steps, args.drift);
