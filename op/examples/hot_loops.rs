@@ -186,10 +186,12 @@ fn loops() -> Vec<Named> {
         ("attend-f16-w1", || attend::<f16>(1)),
         ("score-f32-bounds-max", || score::<f32>(Bounds, Max)),
         ("score-f32-moments-softmax", || score::<f32>(Moments, Softmax)),
+        ("score-f32-signed-softmax", || score::<f32>(SignedMoments, Softmax)),
         ("score-f16-bounds-max", || score::<f16>(Bounds, Max)),
         ("choose", choose),
         ("summarize-bounds", || summary(Bounds)),
         ("summarize-moments", || summary(Moments)),
+        ("summarize-signed", || summary(SignedMoments)),
     ]
 }
 

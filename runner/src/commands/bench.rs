@@ -317,7 +317,7 @@ fn set(args: &BenchArgs, model: &mut Model, state: &mut State, depth: usize, fre
         return state.rewind(depth);
     }
     if depth > 0 && !args.prefill_depth {
-        let moments = model.retro.as_ref().is_some_and(|r| r.selector == "moments");
+        let moments = model.retro.as_ref().is_some_and(|r| r.selector != "bounds");
         return state.pretend(depth, moments).with_context(|| {
             format!(
                 "{}: give --prefill-depth to feed a prompt instead",

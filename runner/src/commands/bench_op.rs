@@ -47,7 +47,7 @@ pub struct BenchOpArgs {
     /// retro, dense, streaming.
     #[arg(long, value_delimiter = ',', default_value = "retro", value_name = "LIST")]
     mode: Vec<Mode>,
-    /// Page selections: bounds+max, bounds+softmax, moments+max, moments+softmax.
+    /// Page selections, each a selector and a group score: bounds, moments or signed_moments, + max or softmax.
     #[arg(long, value_delimiter = ',', default_value = "bounds+max", value_name = "LIST")]
     select: Vec<Select>,
     /// Element types of caches and rows: f32, f16.

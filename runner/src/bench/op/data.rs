@@ -130,10 +130,12 @@ fn summarize(selector: Selector, rows: &[f32], d: usize, out: &mut [f32]) {
                 column().fold(f32::INFINITY, f32::min),
                 column().fold(f32::NEG_INFINITY, f32::max),
             ),
-            Selector::Moments => {
+            Selector::Moments | Selector::SignedMoments => {
                 let mean = column().sum::<f32>() / count;
                 let variance = column().map(|x| (x - mean) * (x - mean)).sum::<f32>() / count;
-                (mean, variance.sqrt())
+                // Random keys have no principal direction: any of their deviations will do for the signs.
+                let below = selector == Selector::SignedMoments && column().next().is_some_and(|x| x < mean);
+                (mean, if below { -variance.sqrt() } else { variance.sqrt() })
             }
         };
     }
@@ -226,6 +228,8 @@ mod tests {
         summarize(Selector::Moments, &rows, 2, &mut out);
         assert_eq!(out[..2], [2.0, 1.0]);
         assert!((out[2] - 2f32.sqrt()).abs() < 1e-6 && (out[3] - (26.0f32 / 3.0).sqrt()).abs() < 1e-6);
+        summarize(Selector::SignedMoments, &rows, 2, &mut out);
+        assert!((out[2] + 2f32.sqrt()).abs() < 1e-6 && (out[3] + (26.0f32 / 3.0).sqrt()).abs() < 1e-6);
     }
 
     #[test]
