@@ -5,7 +5,6 @@
 
 pub mod arena;
 pub mod batch;
-pub mod bench;
 pub mod commands;
 pub mod device;
 pub mod eval;

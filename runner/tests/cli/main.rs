@@ -2,7 +2,6 @@
 //!
 //! It needs ONNX Runtime and, for converted models, the plugin beside the program; `make test` provides both.
 
-mod bench;
 mod converted;
 mod cuda;
 mod dense;
