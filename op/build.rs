@@ -27,13 +27,13 @@ fn main() {
             println!("cargo:rustc-cfg=retro_fatbin");
         }
         None => println!(
-            "cargo:warning=no nvcc: the plugin's CUDA kernels will be compiled by NVRTC when first used (set RETRO_NVCC, or \
-             `make cuda` fetches nvcc)"
+            "cargo:warning=no nvcc: the plugin's CUDA kernels will be compiled by NVRTC when first used (RETRO_NVCC names an nvcc; \
+             docs/cuda.md)"
         ),
     }
 }
 
-/// `$RETRO_NVCC` ("" means none), the one on the path, `$CUDA_HOME`'s, the usual place, or the one that `make cuda` fetched.
+/// `$RETRO_NVCC` ("" means none), the one on the path, `$CUDA_HOME`'s, the usual place, or one fetched into .cache/cuda.
 fn nvcc() -> Option<PathBuf> {
     if let Some(given) = env::var_os("RETRO_NVCC") {
         if given.is_empty() {
@@ -46,7 +46,6 @@ fn nvcc() -> Option<PathBuf> {
     let on_path = env::var_os("PATH").map(|p| env::split_paths(&p).map(|d| d.join("nvcc")).collect::<Vec<_>>());
     let home = env::var_os("CUDA_HOME").map(|h| Path::new(&h).join("bin/nvcc"));
     let fetched = Path::new("../.cache/cuda/nvidia/cu13/bin/nvcc");
-    println!("cargo:rerun-if-changed={}", fetched.display());
     let usual = PathBuf::from("/usr/local/cuda/bin/nvcc");
     let mut all = on_path
         .unwrap_or_default()

@@ -3,18 +3,38 @@
 //! Each execution provider decides where it applies ([`crate::cpu`], [`crate::cuda`]); everything else is computed by our
 //! own kernels.
 
+use retro_contract::input;
+
 use crate::contract::Attributes;
 use crate::host::{Attribute, Context, DataType, Info, Result, Standalone, Tensor};
+use crate::ports::Operands;
 
 /// The host's GroupQueryAttention with a node's attributes.
-pub struct Delegate(Standalone);
+pub struct Delegate {
+    operator: Standalone,
+    do_rotary: bool,
+}
 
 /// Inputs of GroupQueryAttention that we declare, up to sin_cache.
 const INPUTS: usize = 9;
 
 impl Delegate {
-    /// Creates the operator for element type `data_type`.
-    pub fn new(info: &Info, attributes: &Attributes, data_type: DataType) -> Result<Self> {
+    /// Creates the operator for element type `data_type`; `None`, and a line in the host's log, where the host has none for it.
+    pub fn new(info: &Info, attributes: &Attributes, data_type: DataType) -> Result<Option<Self>> {
+        match Self::create(info, attributes, data_type) {
+            Ok(delegate) => Ok(Some(delegate)),
+            Err(e) => {
+                let node = info.node_name()?;
+                info.warn(&format!(
+                    "RetroAttention node {node:?} computes its prefill itself: this ONNX Runtime gives no \
+                     GroupQueryAttention for it ({e})"
+                ))?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn create(info: &Info, attributes: &Attributes, data_type: DataType) -> Result<Self> {
         let window = attributes.local_window.map_or(-1, |w| w as i64);
         let list = [
             Attribute::Int(c"num_heads", attributes.heads as i64),
@@ -39,38 +59,38 @@ impl Delegate {
         // T_CACHE exists since ORT has quantised caches; an unknown name is an error on older hosts.
         create(&[(c"T", data_type), (c"T_CACHE", data_type)])
             .or_else(|_| create(&[(c"T", data_type)]))
-            .map(Self)
+            .map(|operator| Self {
+                operator,
+                do_rotary: attributes.do_rotary,
+            })
     }
 
-    /// Appends keys and values to the present caches (which already hold the past) and writes the output.
-    pub fn run(&self, context: &Context, operands: &DelegateOperands) -> Result<()> {
-        let o = operands;
+    /// Appends keys and values to `present` (key and value caches, which already hold the past) and writes `output`.
+    ///
+    /// `total_sequence_length` stands in for the caller's, which may be an upper bound.
+    pub fn run(
+        &self,
+        context: &Context,
+        operands: &Operands,
+        total_sequence_length: Tensor,
+        output: Tensor,
+        present: [Tensor; 2],
+    ) -> Result<()> {
+        let [key_cache, value_cache] = present;
+        // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
+        let rotary = |slot: usize| operands.tensors[slot].filter(|_| self.do_rotary);
         let inputs = [
-            Some(o.query),
-            o.key,
-            o.value,
-            Some(o.present_key),
-            Some(o.present_value),
-            Some(o.seqlens_k),
-            Some(o.total_sequence_length),
-            o.cos,
-            o.sin,
+            Some(operands.required(input::QUERY)?),
+            operands.tensors[input::KEY],
+            operands.tensors[input::VALUE],
+            Some(key_cache),
+            Some(value_cache),
+            Some(operands.required(input::SEQLENS_K)?),
+            Some(total_sequence_length),
+            rotary(input::COS_CACHE),
+            rotary(input::SIN_CACHE),
         ];
-        self.0
-            .invoke(context, &inputs, &[o.output, o.present_key, o.present_value])
+        self.operator
+            .invoke(context, &inputs, &[output, key_cache, value_cache])
     }
-}
-
-/// The tensors that the host's operator reads and writes.
-pub struct DelegateOperands {
-    pub query: Tensor,
-    pub key: Option<Tensor>,
-    pub value: Option<Tensor>,
-    pub seqlens_k: Tensor,
-    pub total_sequence_length: Tensor,
-    pub cos: Option<Tensor>,
-    pub sin: Option<Tensor>,
-    pub output: Tensor,
-    pub present_key: Tensor,
-    pub present_value: Tensor,
 }

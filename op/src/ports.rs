@@ -2,7 +2,8 @@
 
 use retro_contract::{input, output};
 
-use crate::host::{DataType, Plain, Port, Result, ShapeContext};
+use crate::contract::InputShapes;
+use crate::host::{Context, DataType, Error, Plain, Port, Result, ShapeContext, Tensor};
 
 /// Pairs (past, present) of the state.
 pub const STATE: [(usize, usize); 6] = [
@@ -47,6 +48,28 @@ pub const fn outputs(t: DataType) -> [Port; output::COUNT] {
         Port::required(f32::DATA_TYPE),
         Port::required(f32::DATA_TYPE),
     ]
+}
+
+/// The inputs of one call, in slot order, with their shapes.
+pub struct Operands {
+    pub tensors: [Option<Tensor>; input::COUNT],
+    pub shapes: InputShapes,
+}
+
+impl Operands {
+    pub fn read(context: &Context) -> Result<Self> {
+        let mut tensors: [Option<Tensor>; input::COUNT] = [None; input::COUNT];
+        let mut shapes: InputShapes = Default::default();
+        for (slot, (tensor, shape)) in tensors.iter_mut().zip(&mut shapes).enumerate() {
+            *tensor = context.input(slot)?;
+            *shape = tensor.as_ref().map(Tensor::shape).transpose()?;
+        }
+        Ok(Self { tensors, shapes })
+    }
+
+    pub fn required(&self, slot: usize) -> Result<Tensor> {
+        self.tensors[slot].ok_or_else(|| Error::invalid(format!("input {} is missing", input::NAMES[slot])))
+    }
 }
 
 /// Shapes of the outputs: the state's are those of the past, the output's width is Hq * D where the model says both.

@@ -6,11 +6,11 @@ use std::marker::PhantomData;
 use retro_contract::{input, output};
 
 use super::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
-use crate::contract::{Attributes, Dims, InputShapes, Lengths, Phase, Plan};
-use crate::delegate::{Delegate, DelegateOperands};
-use crate::host::{Context, Error, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
+use crate::contract::{Attributes, Dims, Lengths, Phase, Plan};
+use crate::delegate::Delegate;
+use crate::host::{Context, Info, Operator, OwnedScalar, Port, Result, ShapeContext};
 use crate::method::element::Element;
-use crate::ports::{self, STATE};
+use crate::ports::{self, Operands, STATE};
 
 /// `ai.retro::RetroAttention` on the CPU for element type `E`.
 pub struct CpuOperator<E>(PhantomData<E>);
@@ -47,17 +47,7 @@ impl<E: Element> Operator for CpuOperator<E> {
 
     fn create(info: &Info) -> Result<CpuKernel> {
         let attributes = Attributes::read(info)?;
-        let delegate = match Delegate::new(info, &attributes, E::DATA_TYPE) {
-            Ok(d) => Some(d),
-            Err(e) => {
-                let node = info.node_name()?;
-                info.warn(&format!(
-                    "RetroAttention node {node:?} computes its prefill itself: this ONNX Runtime gives no \
-                     GroupQueryAttention for it ({e})"
-                ))?;
-                None
-            }
-        };
+        let delegate = Delegate::new(info, &attributes, E::DATA_TYPE)?;
         let width = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(CpuKernel {
             attributes,
@@ -88,16 +78,10 @@ fn delegate_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
 impl CpuKernel {
     fn compute<E: Element>(&self, context: &Context) -> Result<()> {
         let attributes = &self.attributes;
-        let mut tensors: [Option<Tensor>; input::COUNT] = [None; input::COUNT];
-        let mut shapes: InputShapes = Default::default();
-        for (slot, (tensor, shape)) in tensors.iter_mut().zip(&mut shapes).enumerate() {
-            *tensor = context.input(slot)?;
-            *shape = tensor.as_ref().map(Tensor::shape).transpose()?;
-        }
-        let dims = Dims::read(attributes, &shapes)?;
-        let required = |slot: usize| {
-            tensors[slot].ok_or_else(|| Error::invalid(format!("input {} is missing", input::NAMES[slot])))
-        };
+        let operands = Operands::read(context)?;
+        let Operands { tensors, shapes } = &operands;
+        let dims = Dims::read(attributes, shapes)?;
+        let required = |slot: usize| operands.required(slot);
         // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
         let plan = unsafe {
             let lengths = Lengths {
@@ -125,24 +109,10 @@ impl CpuKernel {
             && let Some(delegate) = &self.delegate
             && delegate_applies(&dims, &plan, has_sink)
         {
-            // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
-            let rotary = |slot: usize| tensors[slot].filter(|_| attributes.do_rotary);
             // The caller's number may be an upper bound; GroupQueryAttention tells a prompt by the exact one.
             let longest = plan.sequences.iter().map(|s| s.len).max().unwrap_or(0);
             let total = OwnedScalar::new(longest as i32)?;
-            let operands = DelegateOperands {
-                query: required(input::QUERY)?,
-                key: tensors[input::KEY],
-                value: tensors[input::VALUE],
-                seqlens_k: required(input::SEQLENS_K)?,
-                total_sequence_length: total.tensor(),
-                cos: rotary(input::COS_CACHE),
-                sin: rotary(input::SIN_CACHE),
-                output: result,
-                present_key: presents[0],
-                present_value: presents[1],
-            };
-            delegate.run(context, &operands)?;
+            delegate.run(context, &operands, total.tensor(), result, [presents[0], presents[1]])?;
             dense = Dense::Done;
         }
 

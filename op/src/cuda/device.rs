@@ -11,6 +11,7 @@ use cudarc::driver::sys::{
     cuModuleLoadData, is_culib_present,
 };
 
+use super::call::Kernels;
 use super::check;
 use super::image::image;
 use super::launch::Kernel;
@@ -26,6 +27,8 @@ pub struct Device {
     /// Compute capability 9.0 and up: kernels of a step may overlap (programmatic dependent launch).
     pub overlaps: bool,
     pub scratch: Scratch,
+    /// By element type and head size.
+    kernels: Mutex<BTreeMap<(&'static str, usize), Arc<Kernels>>>,
 }
 
 // SAFETY: a module belongs to a context, and the driver's calls on both may come from any thread.
@@ -78,7 +81,24 @@ impl Device {
             shared_a_sm: usize::try_from(shared).unwrap_or(0),
             overlaps: capability >= (9, 0),
             scratch: Scratch::default(),
+            kernels: Mutex::default(),
         })
+    }
+
+    /// The kernels for an element type and head size, found by `find` for the first node that asks.
+    pub fn kernels(
+        &self,
+        element: &'static str,
+        head_size: usize,
+        find: impl FnOnce() -> Result<Kernels>,
+    ) -> Result<Arc<Kernels>> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = kernels.get(&(element, head_size)) {
+            return Ok(found.clone());
+        }
+        let found = Arc::new(find()?);
+        kernels.insert((element, head_size), found.clone());
+        Ok(found)
     }
 
     /// The kernel of this name.

@@ -12,10 +12,10 @@ use super::device::Device;
 use super::launch::{Kernel, Stream};
 use super::params::MAX_RAGGED;
 use super::scratch::lock;
-use crate::contract::{Attributes, Dims, InputShapes, Phase};
-use crate::delegate::{Delegate, DelegateOperands};
+use crate::contract::{Attributes, Dims, Phase};
+use crate::delegate::Delegate;
 use crate::host::{Context, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
-use crate::ports::{self, STATE};
+use crate::ports::{self, Operands, STATE};
 
 /// Element types that have kernels.
 pub trait CudaElement: Plain + Send + Sync {
@@ -47,7 +47,7 @@ pub struct CudaKernel {
     delegate: Option<Delegate>,
     device: Arc<Device>,
     /// For head sizes up to 64, 128 and 256.
-    kernels: [Kernels; 3],
+    kernels: [Arc<Kernels>; 3],
 }
 
 /// Query heads a KV head that the kernels take.
@@ -55,8 +55,8 @@ const MAX_GROUP: usize = 16;
 /// Head sizes that the kernels are unrolled for.
 const HEAD_SIZES: [usize; 3] = [64, 128, 256];
 
-/// Finds the kernels of `kernels/retro.cu` for a head size.
-fn kernels<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
+/// Finds the kernels of `kernels/retro.cu` for a head size: once a device, so that their names may stay for good.
+fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
     let find = |name: String, threads: u32| -> Result<Kernel> {
         let function = device.function(&name)?;
         Ok(Kernel {
@@ -156,29 +156,18 @@ impl<E: CudaElement> Operator for CudaOperator<E> {
         );
         let device = Device::get(info.device()?)?;
         let delegate = if E::HALF {
-            Some(Delegate::new(info, &attributes, E::DATA_TYPE))
+            Delegate::new(info, &attributes, E::DATA_TYPE)?
         } else {
             None
-        };
-        let delegate = match delegate.transpose() {
-            Ok(delegate) => delegate,
-            Err(e) => {
-                let node = info.node_name()?;
-                info.warn(&format!(
-                    "RetroAttention node {node:?} computes its prefill itself: this ONNX Runtime gives no \
-                     GroupQueryAttention for it ({e})"
-                ))?;
-                None
-            }
         };
         let [small, middle, large] = HEAD_SIZES;
         Ok(CudaKernel {
             attributes,
             delegate,
             kernels: [
-                kernels::<E>(&device, small)?,
-                kernels::<E>(&device, middle)?,
-                kernels::<E>(&device, large)?,
+                device.kernels(E::NAME, small, || find::<E>(&device, small))?,
+                device.kernels(E::NAME, middle, || find::<E>(&device, middle))?,
+                device.kernels(E::NAME, large, || find::<E>(&device, large))?,
             ],
             device,
         })
@@ -206,13 +195,9 @@ fn aligned(tensor: &Tensor, name: &str) -> Result<*mut c_void> {
 impl CudaKernel {
     fn compute<E: CudaElement>(&self, context: &Context) -> Result<()> {
         let attributes = &self.attributes;
-        let mut tensors: [Option<Tensor>; input::COUNT] = [None; input::COUNT];
-        let mut shapes: InputShapes = Default::default();
-        for (slot, (tensor, shape)) in tensors.iter_mut().zip(&mut shapes).enumerate() {
-            *tensor = context.input(slot)?;
-            *shape = tensor.as_ref().map(Tensor::shape).transpose()?;
-        }
-        let dims = Dims::read(attributes, &shapes)?;
+        let operands = Operands::read(context)?;
+        let Operands { tensors, shapes } = &operands;
+        let dims = Dims::read(attributes, shapes)?;
         let d = dims.head_size;
         let [_, _, largest] = HEAD_SIZES;
         require!(
@@ -224,9 +209,7 @@ impl CudaKernel {
             .position(|&size| d <= size)
             .and_then(|i| self.kernels.get(i))
             .ok_or_else(|| Error::runtime("no kernel for this head size"))?;
-        let required = |slot: usize| {
-            tensors[slot].ok_or_else(|| Error::invalid(format!("input {} is missing", input::NAMES[slot])))
-        };
+        let required = |slot: usize| operands.required(slot);
 
         // SAFETY: these two inputs are declared to lie in host memory, and ORT does not write them while the kernel runs.
         let (retro, total) = unsafe {
@@ -325,23 +308,8 @@ impl CudaKernel {
             .filter(|_| delegate_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
         if let Some(delegate) = delegate {
             call.before_delegate(&p)?;
-            // Without do_rotary the caches may be there all the same; GroupQueryAttention must not see them.
-            let rotary = |slot: usize| tensors[slot].filter(|_| attributes.do_rotary);
-            delegate.run(
-                context,
-                &DelegateOperands {
-                    query: required(input::QUERY)?,
-                    key: tensors[input::KEY],
-                    value: tensors[input::VALUE],
-                    seqlens_k: required(input::SEQLENS_K)?,
-                    total_sequence_length: required(input::TOTAL_SEQUENCE_LENGTH)?,
-                    cos: rotary(input::COS_CACHE),
-                    sin: rotary(input::SIN_CACHE),
-                    output: result,
-                    present_key: presents[0],
-                    present_value: presents[1],
-                },
-            )?;
+            let total = required(input::TOTAL_SEQUENCE_LENGTH)?;
+            delegate.run(context, &operands, total, result, [presents[0], presents[1]])?;
         }
         call.prefill(&mut p, &mut lock(&buffer), delegate.is_some())
     }
