@@ -133,17 +133,7 @@ impl fmt::Display for Inspection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let m = &self.model;
         writeln!(f, "model    {} ({} bytes)", self.path.display(), self.bytes)?;
-        let producer = if m.producer.is_empty() {
-            "an unnamed producer"
-        } else {
-            &m.producer
-        };
-        writeln!(
-            f,
-            "         by {producer}, IR {}, {}",
-            m.ir_version,
-            m.opsets.join(", ")
-        )?;
+        writeln!(f, "         by {m}")?;
         writeln!(
             f,
             "graph    {} nodes, {} initializers, {} functions",

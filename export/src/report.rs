@@ -51,6 +51,17 @@ pub struct ModelReport {
     pub opsets: Vec<String>,
 }
 
+impl fmt::Display for ModelReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let producer = if self.producer.is_empty() {
+            "an unnamed producer"
+        } else {
+            &self.producer
+        };
+        write!(f, "{producer}, IR {}, {}", self.ir_version, self.opsets.join(", "))
+    }
+}
+
 /// The settings the model was given.
 #[derive(Debug, Serialize)]
 pub struct SettingsReport {
@@ -283,17 +294,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (m, s) = (&self.model, &self.settings);
         writeln!(f, "model    {}", self.source.display())?;
-        let producer = if m.producer.is_empty() {
-            "an unnamed producer"
-        } else {
-            &m.producer
-        };
-        writeln!(
-            f,
-            "         by {producer}, IR {}, {}",
-            m.ir_version,
-            m.opsets.join(", ")
-        )?;
+        writeln!(f, "         by {m}")?;
         let lambda = match s.selector {
             "moments" => format!(" (lambda {})", s.selector_lambda),
             "signed_moments" => format!(

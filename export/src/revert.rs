@@ -43,14 +43,7 @@ fn weights(model: &ModelProto) -> Result<Vec<Weights>> {
         if let Some(raw) = tensor.raw_data.as_ref().filter(|r| r.len() >= SHARED) {
             found.push(Weights::Here(raw.clone()));
         } else if tensor.is_external() {
-            let entry = |key: &str| {
-                tensor
-                    .external_data
-                    .iter()
-                    .rev()
-                    .find(|e| e.key() == key)
-                    .map(|e| e.value())
-            };
+            let entry = |key: &str| tensor.external_entry(key);
             let number = |key: &str| entry(key).and_then(|v| v.parse().ok());
             found.push(Weights::There {
                 location: entry("location").unwrap_or_default().to_owned(),

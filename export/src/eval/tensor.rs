@@ -209,14 +209,7 @@ fn decode(raw: &[u8], data_type: DataType, n: usize) -> Option<Vec<f64>> {
 
 /// A small tensor's bytes from a file inside the model's folder.
 fn external(tensor: &TensorProto, len: usize, folder: &Path) -> Option<Vec<u8>> {
-    let entry = |key: &str| {
-        tensor
-            .external_data
-            .iter()
-            .rev()
-            .find(|e| e.key() == key)
-            .map(|e| e.value())
-    };
+    let entry = |key: &str| tensor.external_entry(key);
     let location = Path::new(entry("location")?);
     let plain = location
         .components()

@@ -195,6 +195,12 @@ impl TensorProto {
     pub fn is_external(&self) -> bool {
         self.data_location == Some(DataLocation::External.into())
     }
+
+    /// What `external_data` says under `key`; of several, the last.
+    pub fn external_entry(&self, key: &str) -> Option<&str> {
+        let entry = self.external_data.iter().rev().find(|e| e.key() == key);
+        entry.map(|e| e.value())
+    }
 }
 
 impl ValueInfoProto {

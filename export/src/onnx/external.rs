@@ -30,14 +30,7 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
             return Ok(());
         }
         let name = tensor.name();
-        let entry = |key: &str| {
-            tensor
-                .external_data
-                .iter()
-                .rev()
-                .find(|e| e.key() == key)
-                .map(|e| e.value())
-        };
+        let entry = |key: &str| tensor.external_entry(key);
         let location = entry("location").with_context(|| format!("tensor {name} is external but names no file"))?;
         let relative = inside(location).with_context(|| {
             format!("tensor {name} is stored in {location:?}, which is not inside the model's folder: refused")

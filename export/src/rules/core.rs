@@ -45,6 +45,29 @@ pub struct InnerCache<'a> {
     pub present: [&'a str; 2],
 }
 
+impl<'a> InnerCache<'a> {
+    /// The cache of a node with these slots of past key and value, whose presents are its outputs 1 and 2: whole, or none.
+    pub fn read(node: &'a NodeProto, [key, value]: [usize; 2]) -> Result<Option<Self>, String> {
+        let past = [node.input(key), node.input(value)];
+        let present = [node.output(1), node.output(2)];
+        if past == ["", ""] {
+            return Ok(None);
+        }
+        if past.iter().chain(&present).any(|name| name.is_empty()) {
+            return Err("its cache is not complete (past_key, past_value, present_key, present_value)".to_owned());
+        }
+        Ok(Some(Self { past, present }))
+    }
+}
+
+/// Refuses a node with an attribute whose meaning is not known here.
+pub fn only_known_attributes(node: &NodeProto, known: &[&str]) -> Result<(), String> {
+    match node.attribute.iter().find(|a| !known.contains(&a.name())) {
+        Some(other) => Err(format!("its attribute {} is not understood", other.name())),
+        None => Ok(()),
+    }
+}
+
 /// An attention as a rule sees it.
 #[derive(Clone, Copy)]
 pub struct Core<'a> {

@@ -3,7 +3,7 @@
 
 use super::{
     Rule, Verdict,
-    core::{Core, InnerCache, Scores, site},
+    core::{Core, InnerCache, Scores, only_known_attributes, site},
     probe::Probes,
 };
 use crate::{graph::GraphView, onnx::NodeProto};
@@ -49,21 +49,8 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
             "it returns its scores ({extra}), which page selection doesn't compute"
         ));
     }
-    if let Some(other) = node.attribute.iter().find(|a| !KNOWN.contains(&a.name())) {
-        return Err(format!("its attribute {} is not understood", other.name()));
-    }
-    let cache = match (node.input(slot::PAST_KEY), node.input(slot::PAST_VALUE)) {
-        ("", "") => None,
-        (key, value)
-            if node.output(1).is_empty() || node.output(2).is_empty() || key.is_empty() || value.is_empty() =>
-        {
-            return Err("its cache is not complete (past_key, past_value, present_key, present_value)".to_owned());
-        }
-        (key, value) => Some(InnerCache {
-            past: [key, value],
-            present: [node.output(1), node.output(2)],
-        }),
-    };
+    only_known_attributes(node, &KNOWN)?;
+    let cache = InnerCache::read(node, [slot::PAST_KEY, slot::PAST_VALUE])?;
     Ok(Core {
         query: node.input(0),
         key: node.input(1),

@@ -2,7 +2,7 @@
 
 use super::{
     Rule, Verdict,
-    core::{Core, InnerCache, Scores, site},
+    core::{Core, InnerCache, Scores, only_known_attributes, site},
     probe::Probes,
 };
 use crate::{graph::GraphView, onnx::NodeProto};
@@ -49,21 +49,8 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
             node.output(3)
         ));
     }
-    if let Some(other) = node.attribute.iter().find(|a| !KNOWN.contains(&a.name())) {
-        return Err(format!("its attribute {} is not understood", other.name()));
-    }
-    let cache = match (node.input(4), node.input(5)) {
-        ("", "") => None,
-        (key, value)
-            if node.output(1).is_empty() || node.output(2).is_empty() || key.is_empty() || value.is_empty() =>
-        {
-            return Err("its cache is not complete (past_key, past_value, present_key, present_value)".to_owned());
-        }
-        (key, value) => Some(InnerCache {
-            past: [key, value],
-            present: [node.output(1), node.output(2)],
-        }),
-    };
+    only_known_attributes(node, &KNOWN)?;
+    let cache = InnerCache::read(node, [4, 5])?;
     Ok(Core {
         query: node.input(0),
         key: node.input(1),
