@@ -10,6 +10,7 @@ mod delegate;
 pub mod host;
 pub mod method;
 mod ports;
+pub mod simd;
 
 /// Entry point of the plugin: adds the operators to a session's options.
 ///

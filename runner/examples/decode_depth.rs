@@ -116,6 +116,7 @@ fn run(args: &Args) -> Result<()> {
         device: args.device,
         cuda_graph: args.cuda_graph,
         fixed_buffers: false,
+        ..Default::default()
     };
     // One session a folder: weights are large.
     let mut models: BTreeMap<&PathBuf, Model> = BTreeMap::new();

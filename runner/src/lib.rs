@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod batch;
+pub mod bench;
 pub mod commands;
 pub mod device;
 pub mod eval;

@@ -65,7 +65,7 @@ pub fn decode_at(model: &mut Model, depth: usize, policy: Policy, warm_up: usize
             before + steps
         );
     }
-    let moments = model.retro.as_ref().is_some_and(|r| r.selector == "moments");
+    let moments = model.retro.as_ref().is_some_and(|r| r.selector != "bounds");
     let mut state = model.new_state(1, capacity)?;
     state.pretend(depth, moments)?;
     let prompt: Vec<u32> = (0..depth as u32).map(|i| i % 251).collect();

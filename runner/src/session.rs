@@ -52,6 +52,9 @@ pub struct OpenOptions {
     pub device: Device,
     /// Replay decoding steps of one shape as a CUDA graph.
     pub cuda_graph: bool,
+    /// Threads of the pool do not go on looking for work after a run: where several sessions take turns, those of one would
+    /// take the cores of the next.
+    pub idle_between_runs: bool,
     /// Feed steps from buffers that stay where they are, as a CUDA graph wants it. On the CPU this gains nothing but the
     /// knowledge that it works.
     pub fixed_buffers: bool,
@@ -464,6 +467,16 @@ pub(crate) fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape
 
 /// Errors as text: `ort`'s builder errors carry the builder, which cannot leave the thread.
 fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> std::result::Result<Session, String> {
+    let mut builder = session_builder(runtime, options, options.plugin.is_some() && may_need_plugin(graph))?;
+    builder.commit_from_file(graph).map_err(|e| one_line(&e))
+}
+
+/// A session's options: log level, threads, and the plugin if it is wanted.
+pub(crate) fn session_builder(
+    runtime: &Runtime,
+    options: &OpenOptions,
+    plugin: bool,
+) -> std::result::Result<SessionBuilder, String> {
     let text = |e: &dyn std::fmt::Display| one_line(e);
     let mut builder = Session::builder(runtime.environment()).map_err(|e| text(&e))?;
     // Every error comes back as a value and is told once; $ORT_LOG asks for ONNX Runtime's own account.
@@ -476,12 +489,17 @@ fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> std::
     if let Some(threads) = options.threads {
         builder = builder.with_intra_threads(threads).map_err(|e| text(&e))?;
     }
-    if let Some(plugin) = options.plugin.as_ref().filter(|_| may_need_plugin(graph)) {
+    if options.idle_between_runs {
+        builder = builder
+            .with_config_entry("session.force_spinning_stop", "1")
+            .map_err(|e| text(&e))?;
+    }
+    if let Some(plugin) = options.plugin.as_ref().filter(|_| plugin) {
         builder = builder
             .with_operator_library(plugin)
             .map_err(|e| format!("the plugin {} does not load: {}", plugin.display(), text(&e)))?;
     }
-    builder.commit_from_file(graph).map_err(|e| text(&e))
+    Ok(builder)
 }
 
 /// Whether a graph imports the operator's domain; yes where only ONNX Runtime can tell.

@@ -247,6 +247,29 @@ impl State {
         Ok(())
     }
 
+    /// Goes back to the first `depth` tokens of a prompt, each of them read by every query so far. Rows behind them are stale:
+    /// each is written before it is read.
+    ///
+    /// # Errors
+    /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
+    pub fn rewind(&mut self, depth: usize) -> Result<()> {
+        ensure!(
+            depth <= self.capacity,
+            "{depth} tokens do not fit a cache of {}",
+            self.capacity
+        );
+        let Store::Bound(bound) = &mut self.store else {
+            return Err(anyhow!("growing caches cannot be rewound"));
+        };
+        let newest = (i32::try_from(depth)? - 1).to_le_bytes().repeat(1024);
+        let steps = Kind::Retro(graph::State::PageSteps);
+        bound
+            .buffers
+            .iter_mut()
+            .filter(|b| b.kind == steps)
+            .try_for_each(|b| b.tile(&newest))
+    }
+
     /// Goes back to a snapshot of this state.
     ///
     /// # Errors

@@ -7,15 +7,16 @@ use super::prefill::{
     append, cache_output, clear_ignored_rows, finish_row, query_rows, scale, stamp_pages, summarize_touched,
     write_output,
 };
-use super::scratch::{CallScratch, TaskScratch, fit};
+use super::scratch::{CallScratch, TaskScratch, fit, padded};
 use super::tensors::Rows;
 use super::{Call, Pool, Shared};
 use crate::host::Result;
-use crate::method::attend::{Block, Partial, attend_page};
+use crate::method::attend::{Block, PageRows, Partial, attend_pages};
 use crate::method::element::Element;
-use crate::method::math::Isa;
 use crate::method::merge;
-use crate::method::select::{Scoring, select_pages, streaming_pages};
+use crate::method::score::{group_scores, prepare, score_heads};
+use crate::method::select::{Scoring, choose_pages, select_pages, streaming_pages};
+use crate::simd::Isa;
 
 /// Pages below which a split costs more than it gains.
 const MIN_PAGES_A_SPLIT: usize = 8;
@@ -24,178 +25,277 @@ pub(super) fn decode<E: Element>(call: &Call<'_, E>, pool: &dyn Pool) -> Result<
     call.scratch.with_call(|scratch| decode_with(call, pool, scratch))
 }
 
+/// Parts of each task, a sequence's KV head, so that every thread has work and none has much more than the others.
+fn splits(tasks: usize, width: usize, pages: usize) -> usize {
+    if tasks.is_multiple_of(width) || tasks >= 4 * width {
+        return 1;
+    }
+    (2 * width).div_ceil(tasks).min(pages / MIN_PAGES_A_SPLIT).max(1)
+}
+
 fn decode_with<E: Element>(call: &Call<'_, E>, pool: &dyn Pool, scratch: &mut CallScratch) -> Result<()> {
     let (attributes, dims) = (call.attributes, call.dims);
     let (kv_heads, d) = (attributes.kv_heads, dims.head_size);
     let group = attributes.heads / kv_heads;
     let tasks = dims.batch * kv_heads;
+    let valid = call
+        .plan
+        .sequences
+        .iter()
+        .map(|s| s.len.div_ceil(attributes.page_size))
+        .max();
+    let valid = valid.unwrap_or(0);
+    let splits = splits(tasks, pool.width(), valid);
+    // Every float of scratch that is read below is written first.
     let block_rows = dims.tokens * group;
-    let rows = Rows::new(attributes, dims, call.inputs);
-
-    // Every row of scratch that is read below is written first.
-    fit(&mut scratch.pages, tasks);
-    fit(&mut scratch.selected, tasks);
-    let query = Shared::new(fit(&mut scratch.query, tasks * block_rows * d));
-    let pages = Shared::new(&mut scratch.pages[..tasks]);
-    let selected = Shared::new(&mut scratch.selected[..tasks]);
-    pool.run(tasks, &|task| {
-        let (b, head) = (task / kv_heads, task % kv_heads);
-        // SAFETY: each task takes its own part of each buffer.
-        let (query, pages, selected) = unsafe {
-            (
-                query.range_mut(task * block_rows * d, call.plan.sequences[b].fed * group * d),
-                &mut pages.range_mut(task, 1)[0],
-                &mut selected.range_mut(task, 1)[0],
-            )
-        };
-        call.scratch
-            .with_task(|scratch| prepare(call, &rows, b, head, query, pages, selected, scratch));
-    })?;
-
-    // SAFETY: the tasks that wrote the lists have ended.
-    let lists = unsafe { pages.range(0, tasks) };
-    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
-    let splits = pool.width().div_ceil(tasks).min(longest / MIN_PAGES_A_SPLIT).max(1);
-    let max = Shared::new(fit(&mut scratch.max, tasks * splits * block_rows));
-    let sum = Shared::new(fit(&mut scratch.sum, tasks * splits * block_rows));
-    let acc = Shared::new(fit(&mut scratch.acc, tasks * splits * block_rows * d));
-    // One split's share of the three buffers.
-    let partial = |slot: usize, count: usize| {
-        // SAFETY: each slot is taken by one task at a time, below.
-        unsafe {
-            Partial {
-                max: max.range_mut(slot * block_rows, count),
-                sum: sum.range_mut(slot * block_rows, count),
-                acc: acc.range_mut(slot * block_rows * d, count * d),
-            }
-        }
+    let (query, heads) = (
+        padded(block_rows * d),
+        if splits == 1 { 0 } else { padded(group * valid) },
+    );
+    let (sums, acc) = (padded(2 * block_rows), padded(block_rows * d));
+    let step = Step {
+        call,
+        rows: Rows::new(attributes, dims, call.inputs),
+        isa: Isa::detect(),
+        group,
+        splits,
+        query: Parts::new(scratch.query.fit(tasks * query), query),
+        heads: Parts::new(scratch.heads.fit(tasks * heads), heads),
+        pages: Parts::new(fit(&mut scratch.pages, tasks), 1),
+        selected: Parts::new(fit(&mut scratch.selected, tasks), 1),
+        sums: Parts::new(scratch.sums.fit(tasks * splits * sums), sums),
+        acc: Parts::new(scratch.acc.fit(tasks * splits * acc), acc),
     };
-    let isa = Isa::detect();
-    pool.run(tasks * splits, &|slot| {
-        let (task, split) = (slot / splits, slot % splits);
-        let (b, head) = (task / kv_heads, task % kv_heads);
-        let sequence = &call.plan.sequences[b];
-        let count = sequence.fed * group;
-        let list = &lists[task];
-        let share = list.len().div_ceil(splits);
-        let (from, to) = ((split * share).min(list.len()), ((split + 1) * share).min(list.len()));
-        let block = Block {
-            group,
-            head_size: d,
-            page_size: attributes.page_size,
-            first_position: sequence.first_position(),
-            softcap: attributes.softcap,
-            local_window: attributes.local_window,
-        };
-        let mut partial = partial(slot, count);
-        partial.clear();
-        // SAFETY: nobody writes queries, keys or values in this phase.
-        let (query, keys, values) = unsafe {
-            let at = (b * kv_heads + head) * dims.capacity * d;
-            (
-                query.range(task * block_rows * d, count * d),
-                call.state.key.range(at, dims.capacity * d),
-                call.state.value.range(at, dims.capacity * d),
-            )
-        };
-        call.scratch.with_task(|scratch| {
-            for &(page, first_row) in &list[from..to] {
-                attend_page(
-                    isa,
-                    &block,
-                    query,
-                    keys,
-                    values,
-                    page as usize,
-                    first_row as usize,
-                    &mut partial,
-                    &mut scratch.attend,
-                );
-            }
-        });
-    })?;
-
-    pool.run(tasks, &|task| {
-        let (b, head) = (task / kv_heads, task % kv_heads);
-        let count = call.plan.sequences[b].fed * group;
-        let mut joined = partial(task * splits, count);
-        for split in 1..splits {
-            join(&mut joined, &partial(task * splits + split, count), d);
+    if splits == 1 {
+        pool.run(tasks, &|task| {
+            call.scratch.with_task(|scratch| {
+                step.append(task, scratch);
+                step.select(task, scratch);
+                step.attend(task, 0);
+                step.finish(task);
+            });
+        })?;
+    } else {
+        pool.run(tasks, &|task| {
+            call.scratch.with_task(|scratch| step.append(task, scratch))
+        })?;
+        if attributes.mode == Mode::Retro {
+            pool.run(tasks * splits, &|slot| {
+                call.scratch
+                    .with_task(|scratch| step.score(slot / splits, slot % splits, scratch));
+            })?;
         }
-        finish(call, b, head, &mut joined);
-        if attributes.mode == Mode::Dense {
-            stamp_pages(call, b, head);
-        } else {
-            // SAFETY: the lists are complete, and each task owns its KV head's page steps.
-            let (selected, steps) = unsafe {
-                (
-                    &selected.range(task, 1)[0],
-                    call.state.steps.range_mut(task * dims.pages, dims.pages),
-                )
-            };
-            for &page in selected {
-                steps[page as usize] = (call.plan.sequences[b].len - 1) as i32;
-            }
-        }
-    })?;
+        pool.run(tasks, &|task| {
+            call.scratch.with_task(|scratch| step.select(task, scratch))
+        })?;
+        pool.run(tasks * splits, &|slot| step.attend(slot / splits, slot % splits))?;
+        pool.run(tasks, &|task| step.finish(task))?;
+    }
     clear_ignored_rows(call);
     Ok(())
 }
 
-/// Steps 1 and 2 for one KV head: append, rotate the queries, select, and find the first row that each page serves.
-#[expect(clippy::too_many_arguments, reason = "the task's own parts of the call's buffers")]
-fn prepare<E: Element>(
-    call: &Call<'_, E>,
-    rows: &Rows<'_, E>,
-    b: usize,
-    head: usize,
-    query: &mut [f32],
-    pages: &mut Vec<(u32, u32)>,
-    selected: &mut Vec<u32>,
-    scratch: &mut TaskScratch,
-) {
-    let (attributes, dims, sequence) = (call.attributes, call.dims, &call.plan.sequences[b]);
-    let (d, page_size) = (dims.head_size, attributes.page_size);
-    let group = attributes.heads / attributes.kv_heads;
-    append(call, rows, b, head, scratch);
-    summarize_touched(call, b, head, scratch);
-    query_rows(call, rows, b, head, 0..sequence.fed, query, &mut scratch.angles);
+/// A buffer in parts of equal length, one a task or a split.
+struct Parts<'a, T> {
+    buffer: Shared<'a, T>,
+    len: usize,
+}
 
-    let first = sequence.first_position();
-    let newest = sequence.len - 1;
-    // A retrospective query may look further back than the newest one, but only pages that the newest one's window
-    // touches are ever loaded; a dense layer reads whatever any of its queries sees.
-    let seen_from = |position: usize| attributes.local_window.map_or(0, |w| (position + 1).saturating_sub(w));
-    let oldest = if attributes.mode == Mode::Dense {
-        seen_from(first)
-    } else {
-        seen_from(newest)
-    };
-    let candidates = oldest / page_size..newest / page_size + 1;
-    let pair = b * attributes.kv_heads + head;
-    let page_scale = scale(call);
-    match attributes.mode {
-        Mode::Dense => {
-            selected.clear();
-            selected.extend(candidates.map(|p| p as u32));
+impl<'a, T> Parts<'a, T> {
+    fn new(buffer: &'a mut [T], len: usize) -> Self {
+        Self {
+            buffer: Shared::new(buffer),
+            len,
         }
-        Mode::Streaming => streaming_pages(candidates, attributes.sink_pages, sequence.budget, selected),
-        Mode::Retro => {
-            let scoring = Scoring {
-                selector: attributes.selector,
-                group_score: attributes.group_score,
-                scale: page_scale,
-                lambda: attributes.selector_lambda,
-                correlation: attributes.selector_correlation,
-                page_size,
-                head_size: d,
-            };
-            // SAFETY: this task owns its KV head's summaries, and they are complete.
-            let summary = unsafe { call.state.summary.range(pair * dims.pages * 2 * d, dims.pages * 2 * d) };
-            select_pages(
-                Isa::detect(),
-                &scoring,
-                &query[(sequence.fed - 1) * group * d..],
+    }
+
+    /// The first `len` of part `index`.
+    ///
+    /// # Safety
+    /// Nobody reads or writes the part while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    unsafe fn write(&self, index: usize, len: usize) -> &mut [T] {
+        assert!(len <= self.len, "a task left its part");
+        // SAFETY: passed on.
+        unsafe { self.buffer.range_mut(index * self.len, len) }
+    }
+
+    /// The first `len` of part `index`.
+    ///
+    /// # Safety
+    /// Nobody writes the part while the slice lives.
+    unsafe fn read(&self, index: usize, len: usize) -> &[T] {
+        assert!(len <= self.len, "a task left its part");
+        // SAFETY: passed on.
+        unsafe { self.buffer.range(index * self.len, len) }
+    }
+}
+
+/// One step, in phases that run one after another for a task, each by one thread or, where they say so, by several.
+struct Step<'a, E: Element> {
+    call: &'a Call<'a, E>,
+    rows: Rows<'a, E>,
+    isa: Isa,
+    /// Query heads a KV head.
+    group: usize,
+    splits: usize,
+    query: Parts<'a, f32>,
+    heads: Parts<'a, f32>,
+    pages: Parts<'a, Vec<PageRows>>,
+    selected: Parts<'a, Vec<u32>>,
+    sums: Parts<'a, f32>,
+    acc: Parts<'a, f32>,
+}
+
+impl<E: Element> Step<'_, E> {
+    /// Sequence and KV head of a task.
+    fn pair(&self, task: usize) -> (usize, usize) {
+        let kv_heads = self.call.attributes.kv_heads;
+        (task / kv_heads, task % kv_heads)
+    }
+
+    /// Floats of a task's query rows.
+    fn query_len(&self, b: usize) -> usize {
+        self.call.plan.sequences[b].fed * self.group * self.call.dims.head_size
+    }
+
+    /// The pages among which a step chooses: those that the newest query's sliding window touches. A retrospective query may
+    /// look further back, but only pages that the newest one's window touches are ever loaded; a dense layer reads
+    /// whatever any of its queries sees.
+    fn candidates(&self, b: usize) -> std::ops::Range<usize> {
+        let (attributes, sequence) = (self.call.attributes, &self.call.plan.sequences[b]);
+        let newest = sequence.len - 1;
+        let from = if attributes.mode == Mode::Dense {
+            sequence.first_position()
+        } else {
+            newest
+        };
+        let oldest = attributes.local_window.map_or(0, |w| (from + 1).saturating_sub(w));
+        oldest / attributes.page_size..newest / attributes.page_size + 1
+    }
+
+    fn scoring(&self) -> Scoring {
+        let attributes = self.call.attributes;
+        Scoring {
+            selector: attributes.selector,
+            group_score: attributes.group_score,
+            scale: scale(self.call),
+            lambda: attributes.selector_lambda,
+            correlation: attributes.selector_correlation,
+            page_size: attributes.page_size,
+            head_size: self.call.dims.head_size,
+        }
+    }
+
+    /// A KV head's page summaries, `[P, 2, D]`.
+    ///
+    /// # Safety
+    /// Nobody writes them while the slice lives.
+    unsafe fn summary(&self, task: usize) -> &[E] {
+        let len = self.call.dims.pages * 2 * self.call.dims.head_size;
+        // SAFETY: passed on.
+        unsafe { self.call.state.summary.range(task * len, len) }
+    }
+
+    /// Step 1: appends keys and values, recomputes the summaries they touch, rotates the queries (not yet scaled).
+    fn append(&self, task: usize, scratch: &mut TaskScratch) {
+        let (b, head) = self.pair(task);
+        append(self.call, &self.rows, b, head, scratch);
+        summarize_touched(self.call, b, head, scratch);
+        // SAFETY: this task's own part.
+        let query = unsafe { self.query.write(task, self.query_len(b)) };
+        let fed = self.call.plan.sequences[b].fed;
+        query_rows(self.call, &self.rows, b, head, 0..fed, query, &mut scratch.angles);
+    }
+
+    /// The newest query's rows.
+    ///
+    /// # Safety
+    /// They are complete, and nobody writes them while the slice lives.
+    unsafe fn newest_query(&self, task: usize, b: usize) -> &[f32] {
+        let len = self.query_len(b);
+        // SAFETY: passed on.
+        let query = unsafe { self.query.read(task, len) };
+        &query[len - self.group * self.call.dims.head_size..]
+    }
+
+    /// Whether a task has pages to choose from that do not all fit its budget.
+    fn chooses(&self, b: usize) -> bool {
+        self.call.attributes.mode == Mode::Retro && self.call.plan.sequences[b].budget < self.candidates(b).len()
+    }
+
+    /// Scores one split of a task's candidate pages for each of its heads.
+    fn score(&self, task: usize, split: usize, scratch: &mut TaskScratch) {
+        let (b, _) = self.pair(task);
+        if !self.chooses(b) {
+            return;
+        }
+        let candidates = self.candidates(b);
+        let count = candidates.len();
+        let (from, to) = share(count, self.splits, split);
+        // SAFETY: queries and summaries are complete.
+        let (query, summary) = unsafe { (self.newest_query(task, b), self.summary(task)) };
+        let scoring = self.scoring();
+        prepare(scoring.selector, query, scoring.head_size, &mut scratch.summary);
+        let own = scratch.rows.fit(self.group * (to - from));
+        let pages = candidates.start + from..candidates.start + to;
+        score_heads(self.isa, &scoring, &scratch.summary, summary, pages, own);
+        for (g, scores) in own.chunks_exact((to - from).max(1)).enumerate() {
+            let at = task * self.heads.len + g * count + from;
+            // SAFETY: this split's own pages of the head.
+            unsafe { self.heads.buffer.range_mut(at, to - from) }.copy_from_slice(scores);
+        }
+    }
+
+    /// Step 2: selects pages, finds the first row that each serves, and scales the queries.
+    fn select(&self, task: usize, scratch: &mut TaskScratch) {
+        let (call, attributes) = (self.call, self.call.attributes);
+        let (b, _) = self.pair(task);
+        let sequence = &call.plan.sequences[b];
+        let candidates = self.candidates(b);
+        // SAFETY: this task's own parts; queries, summaries and scores are complete.
+        let (selected, pages, summary) = unsafe {
+            (
+                &mut self.selected.write(task, 1)[0],
+                &mut self.pages.write(task, 1)[0],
+                self.summary(task),
+            )
+        };
+        match attributes.mode {
+            Mode::Dense => {
+                selected.clear();
+                selected.extend(candidates.map(|p| p as u32));
+            }
+            Mode::Streaming => streaming_pages(candidates, attributes.sink_pages, sequence.budget, selected),
+            Mode::Retro if self.splits > 1 && self.chooses(b) => {
+                let count = candidates.len();
+                // SAFETY: as above.
+                let heads = unsafe { self.heads.write(task, self.group * count) };
+                let scratch = &mut scratch.select;
+                scratch.scores.resize(count, 0.0);
+                let scoring = self.scoring();
+                group_scores(
+                    self.isa,
+                    &scoring,
+                    heads,
+                    candidates.clone(),
+                    sequence.len,
+                    &mut scratch.scores,
+                );
+                choose_pages(
+                    &scratch.scores,
+                    candidates,
+                    attributes.sink_pages,
+                    sequence.budget,
+                    &mut scratch.order,
+                    selected,
+                );
+            }
+            Mode::Retro => select_pages(
+                self.isa,
+                &self.scoring(),
+                // SAFETY: as above.
+                unsafe { self.newest_query(task, b) },
                 summary,
                 candidates,
                 sequence.len,
@@ -203,28 +303,108 @@ fn prepare<E: Element>(
                 sequence.budget,
                 &mut scratch.select,
                 selected,
+            ),
+        }
+
+        // Row i (position first + i) takes a page if no step since i loaded it (A < i) and it holds a token up to i. Both
+        // hold from some row on, so a page serves a suffix of the rows; the newest row always.
+        // SAFETY: this task owns its KV head's page steps; they are written after the attention.
+        let steps = unsafe { call.state.steps.range(task * call.dims.pages, call.dims.pages) };
+        let (first, last_row) = (sequence.first_position(), sequence.fed - 1);
+        pages.clear();
+        pages.extend(selected.iter().map(|&page| {
+            let visible_from = page as usize * attributes.page_size;
+            let from = if attributes.mode == Mode::Dense {
+                visible_from
+            } else {
+                let loaded = i64::from(steps[page as usize]) + 1;
+                visible_from.max(usize::try_from(loaded).unwrap_or(0))
+            };
+            let row = from.saturating_sub(first).min(last_row);
+            (page, (row * self.group) as u32)
+        }));
+        let page_scale = scale(call);
+        // SAFETY: this task's own part.
+        let query = unsafe { self.query.write(task, self.query_len(b)) };
+        query.iter_mut().for_each(|q| *q *= page_scale);
+    }
+
+    /// One split's sums over its pages.
+    ///
+    /// # Safety
+    /// Nobody else uses the split's sums while they live.
+    unsafe fn partial(&self, slot: usize, b: usize) -> Partial<'_> {
+        let count = self.call.plan.sequences[b].fed * self.group;
+        // SAFETY: passed on.
+        unsafe {
+            let (max, sum) = self.sums.write(slot, 2 * count).split_at_mut(count);
+            let acc = self.acc.write(slot, count * self.call.dims.head_size);
+            Partial { max, sum, acc }
+        }
+    }
+
+    /// Attends to one split of the selected pages.
+    fn attend(&self, task: usize, split: usize) {
+        let (call, attributes, dims) = (self.call, self.call.attributes, self.call.dims);
+        let (b, _) = self.pair(task);
+        let sequence = &call.plan.sequences[b];
+        let block = Block {
+            group: self.group,
+            head_size: dims.head_size,
+            page_size: attributes.page_size,
+            first_position: sequence.first_position(),
+            softcap: attributes.softcap,
+            local_window: attributes.local_window,
+        };
+        let cache = dims.capacity * dims.head_size;
+        // SAFETY: this split's own sums; queries, lists and caches are complete.
+        unsafe {
+            let mut partial = self.partial(task * self.splits + split, b);
+            partial.clear();
+            let list = &self.pages.read(task, 1)[0];
+            let (from, to) = share(list.len(), self.splits, split);
+            attend_pages(
+                self.isa,
+                &block,
+                self.query.read(task, self.query_len(b)),
+                call.state.key.range(task * cache, cache),
+                call.state.value.range(task * cache, cache),
+                &list[from..to],
+                &mut partial,
             );
         }
     }
 
-    // Row i (position first + i) takes a page if no step since i loaded it (A < i) and it holds a token up to i. Both
-    // hold from some row on, so a page serves a suffix of the rows; the newest row always.
-    // SAFETY: this task owns its KV head's page steps; they are written after the attention.
-    let steps = unsafe { call.state.steps.range(pair * dims.pages, dims.pages) };
-    let last_row = sequence.fed - 1;
-    pages.clear();
-    pages.extend(selected.iter().map(|&page| {
-        let visible_from = page as usize * page_size;
-        let from = if attributes.mode == Mode::Dense {
-            visible_from
-        } else {
-            let loaded = i64::from(steps[page as usize]) + 1;
-            visible_from.max(usize::try_from(loaded).unwrap_or(0))
-        };
-        let row = from.saturating_sub(first).min(last_row);
-        (page, (row * group) as u32)
-    }));
-    query.iter_mut().for_each(|q| *q *= page_scale);
+    /// Steps 3 to 5: joins the splits, merges, writes outputs and page steps.
+    fn finish(&self, task: usize) {
+        let (call, dims) = (self.call, self.call.dims);
+        let (b, head) = self.pair(task);
+        // SAFETY: the splits' tasks have ended; lists and page steps are this task's own.
+        unsafe {
+            let mut joined = self.partial(task * self.splits, b);
+            for split in 1..self.splits {
+                join(
+                    &mut joined,
+                    &self.partial(task * self.splits + split, b),
+                    dims.head_size,
+                );
+            }
+            finish(call, b, head, &mut joined);
+            if call.attributes.mode == Mode::Dense {
+                stamp_pages(call, b, head);
+            } else {
+                let steps = call.state.steps.range_mut(task * dims.pages, dims.pages);
+                for &page in &self.selected.read(task, 1)[0] {
+                    steps[page as usize] = (call.plan.sequences[b].len - 1) as i32;
+                }
+            }
+        }
+    }
+}
+
+/// Part `index` of `count` things in `parts`.
+fn share(count: usize, parts: usize, index: usize) -> (usize, usize) {
+    (count * index / parts, count * (index + 1) / parts)
 }
 
 /// Adds the partial attention `other` to `into`.

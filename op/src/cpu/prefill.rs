@@ -1,14 +1,14 @@
 //! Prefill: dense causal attention over a prompt or a chunk of it, and the state that decoding starts from.
 
-use super::scratch::{TaskScratch, fit};
-use super::tensors::Rows;
+use super::scratch::TaskScratch;
+use super::tensors::{AngleCache, Rows};
 use super::{Call, Dense, Pool};
 use crate::contract::Sequence;
 use crate::host::Result;
-use crate::method::attend::{Block, Partial, attend_page};
+use crate::method::attend::{Block, Partial, attend_pages};
 use crate::method::element::Element;
-use crate::method::math::Isa;
 use crate::method::summary::summarize;
+use crate::simd::Isa;
 
 /// Tokens of one block of query rows: enough that a page's keys serve many rows, few enough to spread a prompt.
 const BLOCK_TOKENS: usize = 16;
@@ -73,7 +73,8 @@ pub(super) fn append<E: Element>(
     let (dims, sequence) = (call.dims, &call.plan.sequences[b]);
     let d = dims.head_size;
     let skipped = dims.tokens - sequence.fed;
-    let buffer = fit(&mut scratch.rows, d);
+    let buffer = scratch.rows.fit(d);
+    scratch.angles.clear();
     let cache = (b * call.attributes.kv_heads + head) * dims.capacity;
     for i in 0..sequence.fed {
         let position = sequence.first_position() + i;
@@ -104,7 +105,7 @@ pub(super) fn summarize_touched<E: Element>(call: &Call<'_, E>, b: usize, head: 
                 call.state.summary.range_mut((pair * dims.pages + page) * 2 * d, 2 * d),
             )
         };
-        summarize(call.attributes.selector, keys, summary, &mut scratch.rows);
+        summarize(call.attributes.selector, keys, summary, &mut scratch.summary);
     }
 }
 
@@ -135,8 +136,9 @@ pub(super) fn query_rows<E: Element>(
     head: usize,
     tokens: std::ops::Range<usize>,
     target: &mut [f32],
-    angles: &mut Vec<f32>,
+    angles: &mut AngleCache,
 ) {
+    angles.clear();
     let sequence = &call.plan.sequences[b];
     let group = call.attributes.heads / call.attributes.kv_heads;
     let skipped = call.dims.tokens - sequence.fed;
@@ -170,13 +172,13 @@ fn attend_block<E: Element>(
     );
     let count = tokens.len() * group;
     let TaskScratch {
-        attend,
+        pages,
         rows: query,
         angles,
         partial,
         ..
     } = scratch;
-    let query = fit(query, count * d);
+    let query = query.fit(count * d);
     query_rows(call, rows, b, head, tokens.clone(), query, angles);
     let by = scale(call);
     query.iter_mut().for_each(|q| *q *= by);
@@ -189,8 +191,8 @@ fn attend_block<E: Element>(
         softcap: attributes.softcap,
         local_window: attributes.local_window,
     };
-    let (max, rest) = fit(partial, count * (d + 2)).split_at_mut(count);
-    let (sum, acc) = rest.split_at_mut(count);
+    let (acc, rest) = partial.fit(count * (d + 2)).split_at_mut(count * d);
+    let (max, sum) = rest.split_at_mut(count);
     let mut partial = Partial { max, sum, acc };
     partial.clear();
     // SAFETY: keys and values are complete; nobody writes them in this phase.
@@ -205,11 +207,12 @@ fn attend_block<E: Element>(
     let oldest = attributes
         .local_window
         .map_or(0, |w| (block.first_position + 1).saturating_sub(w));
-    let isa = Isa::detect();
-    for page in oldest / page_size..=newest / page_size {
+    pages.clear();
+    pages.extend((oldest / page_size..=newest / page_size).map(|page| {
         let first_row = (page * page_size).saturating_sub(block.first_position) * group;
-        attend_page(isa, &block, query, keys, values, page, first_row, &mut partial, attend);
-    }
+        (page as u32, first_row as u32)
+    }));
+    attend_pages(Isa::detect(), &block, query, keys, values, pages, &mut partial);
 
     let skipped = dims.tokens - sequence.fed;
     for row in 0..count {

@@ -2,31 +2,62 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::method::attend::AttendScratch;
+use super::tensors::AngleCache;
+use crate::method::attend::PageRows;
 use crate::method::select::SelectScratch;
 
 /// Scratch of one task.
 #[derive(Default)]
 pub struct TaskScratch {
     pub select: SelectScratch,
-    pub attend: AttendScratch,
-    pub rows: Vec<f32>,
-    pub angles: Vec<f32>,
-    pub partial: Vec<f32>,
+    pub rows: Lines,
+    pub summary: Vec<f32>,
+    pub angles: AngleCache,
+    pub partial: Lines,
+    pub pages: Vec<PageRows>,
 }
 
 /// Scratch of one call.
 #[derive(Default)]
 pub struct CallScratch {
     /// Rotated query rows of every task.
-    pub query: Vec<f32>,
-    /// Pages that each task reads, with the first row that reads each: `(page, row)`.
-    pub pages: Vec<Vec<(u32, u32)>>,
+    pub query: Lines,
+    /// Scores of every task's heads, where several tasks make them.
+    pub heads: Lines,
+    /// Pages that each task reads, with the first row that reads each.
+    pub pages: Vec<Vec<PageRows>>,
     pub selected: Vec<Vec<u32>>,
-    /// Maxima, sums and accumulators of every task and split.
-    pub max: Vec<f32>,
-    pub sum: Vec<f32>,
-    pub acc: Vec<f32>,
+    /// Maxima and sums of every task and split.
+    pub sums: Lines,
+    /// Accumulators of every task and split.
+    pub acc: Lines,
+}
+
+/// Floats that start at a cache line: vectors do not straddle two, and parts of [`padded`] length share none.
+#[derive(Default)]
+pub struct Lines(Vec<Line>);
+
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Line([f32; LINE]);
+
+const LINE: usize = 16;
+
+/// `len` floats in whole cache lines.
+pub const fn padded(len: usize) -> usize {
+    len.next_multiple_of(LINE)
+}
+
+impl Lines {
+    /// At least `len` floats; what they hold is left over from earlier.
+    pub fn fit(&mut self, len: usize) -> &mut [f32] {
+        let lines = len.div_ceil(LINE);
+        if self.0.len() < lines {
+            self.0.resize(lines, Line::default());
+        }
+        // SAFETY: a line is 16 floats without padding (repr(C), 64 bytes of alignment and size), and there are enough.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast::<f32>(), len) }
+    }
 }
 
 /// Scratch that waits for its next user. One kernel may run on many threads at once: each call takes its own.
@@ -57,10 +88,25 @@ fn lend<T: Default, R>(shelf: &Mutex<Vec<T>>, f: impl FnOnce(&mut T) -> R) -> R 
     result
 }
 
-/// Makes a buffer hold at least `len` elements; what they hold is left over from earlier.
-pub fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    if buffer.len() < len {
-        buffer.resize(len, T::default());
+/// Makes a list have at least `len` elements.
+pub fn fit<T: Clone + Default>(list: &mut Vec<T>, len: usize) -> &mut [T] {
+    if list.len() < len {
+        list.resize(len, T::default());
     }
-    &mut buffer[..len]
+    &mut list[..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_start_at_a_cache_line_and_keep_their_contents() {
+        let mut lines = Lines::default();
+        lines.fit(5).fill(1.0);
+        let more = lines.fit(40);
+        assert_eq!(more.as_ptr().addr() % 64, 0);
+        assert_eq!((more.len(), more[4]), (40, 1.0));
+        assert_eq!((padded(0), padded(1), padded(16), padded(17)), (0, 16, 16, 32));
+    }
 }

@@ -96,19 +96,21 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 
     /// Writes `source` in f32 to `target`, rotated for `position` where the node asks for it.
-    pub fn rotated(&self, source: &[E], position: usize, target: &mut [f32], angles: &mut Vec<f32>) {
-        for (t, s) in target.iter_mut().zip(source) {
-            *t = s.to_f32();
-        }
+    pub fn rotated(&self, source: &[E], position: usize, target: &mut [f32], angles: &mut AngleCache) {
+        E::widen_into(source, target);
         if !self.attributes.do_rotary {
             return;
         }
         let half = self.dims.rotary_half;
-        angles.clear();
-        for table in [self.inputs.cos, self.inputs.sin] {
-            angles.extend(table[position * half..][..half].iter().map(|v| v.to_f32()));
+        if angles.position != Some(position) {
+            angles.values.resize(2 * half, 0.0);
+            let tables = [self.inputs.cos, self.inputs.sin];
+            for (table, values) in tables.iter().zip(angles.values.chunks_exact_mut(half)) {
+                E::widen_into(&table[position * half..][..half], values);
+            }
+            angles.position = Some(position);
         }
-        let (cos, sin) = angles.split_at(half);
+        let (cos, sin) = angles.values.split_at(half);
         rotate(
             target,
             Angles {
@@ -117,5 +119,19 @@ impl<'a, E: Element> Rows<'a, E> {
                 interleaved: self.attributes.rotary_interleaved,
             },
         );
+    }
+}
+
+/// The angles of the position that was rotated last: a token's heads follow one another.
+#[derive(Default)]
+pub struct AngleCache {
+    position: Option<usize>,
+    values: Vec<f32>,
+}
+
+impl AngleCache {
+    /// Forgets them: another call may have other tables.
+    pub fn clear(&mut self) {
+        self.position = None;
     }
 }

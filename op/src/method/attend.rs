@@ -1,7 +1,8 @@
 //! Attention of a block of query rows over pages, with running maxima, so that partial results can be joined.
 
 use super::element::Element;
-use super::math::{Isa, add_weighted_rows, dispatched, dot, exp_nonpositive, scale_all};
+use super::tile::{ROWS, accumulate, keys_of_tile, products};
+use crate::simd::{Isa, Simd, dispatched, exp};
 
 /// Softmax attention over the tokens seen so far, for a block of rows. Row `i` is query head `i % group` of token
 /// `i / group`; tokens stand at consecutive positions.
@@ -48,125 +49,240 @@ pub struct Block {
     pub local_window: Option<usize>,
 }
 
-/// Scratch of [`attend_page`].
-#[derive(Default)]
-pub struct AttendScratch {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    logits: Vec<f32>,
-}
+/// A page to attend to, and the first of the block's rows that does.
+pub type PageRows = (u32, u32);
 
-impl AttendScratch {
-    fn fit(&mut self, block: &Block) {
-        let n = block.page_size * block.head_size;
-        self.keys.resize(n, 0.0);
-        self.values.resize(n, 0.0);
-        self.logits.resize(block.page_size, 0.0);
-    }
-}
+/// Longest page, and room for whole tiles and vectors behind it.
+const STRIDE: usize = retro_contract::limits::PAGE_SIZE_MAX + 16;
 
 dispatched! {
-    fn page_kernel<E: Element>(
-        block: &Block, query: &[f32], keys: &[E], values: &[E], page: usize, first_row: usize,
-        partial: &mut Partial<'_>, scratch: &mut AttendScratch,
-    ) = page_body
+    fn pages_kernel<E: Element>(
+        block: &Block, query: &[f32], keys: &[E], values: &[E], pages: &[PageRows], partial: &mut Partial<'_>,
+    ) = pages_body
 }
 
-/// Adds one page to the rows `first_row..` of a block. Each row sees the page's tokens up to its own position and within
-/// its sliding window; keys of the page are read once for all rows.
+/// Adds pages, each to the rows from its own first one on. A row sees a page's tokens up to its own position and within its
+/// sliding window; keys and values of a page are read from memory once for all rows.
 ///
-/// `query`: `rows * D`, after RoPE and scaled; `cache_keys`, `cache_values`: one KV head's cache, `[C, D]`.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the kernel's operands; a struct would only rename the list"
-)]
-pub fn attend_page<E: Element>(
+/// `query`: `rows * D`, after RoPE and scaled; `keys`, `values`: one KV head's cache, `[C, D]`. Panics when a page holds
+/// tokens of the block's that lie outside the cache.
+pub fn attend_pages<E: Element>(
     isa: Isa,
     block: &Block,
     query: &[f32],
-    cache_keys: &[E],
-    cache_values: &[E],
-    page: usize,
-    first_row: usize,
+    keys: &[E],
+    values: &[E],
+    pages: &[PageRows],
     partial: &mut Partial<'_>,
-    scratch: &mut AttendScratch,
 ) {
-    scratch.fit(block);
-    page_kernel(
-        isa,
-        block,
-        query,
-        cache_keys,
-        cache_values,
-        page,
-        first_row,
-        partial,
-        scratch,
+    let (d, rows) = (block.head_size, query.len() / block.head_size);
+    let tokens = block.first_position + rows / block.group;
+    assert!(
+        block.page_size <= retro_contract::limits::PAGE_SIZE_MAX
+            && tokens * d <= keys.len()
+            && tokens * d <= values.len()
+            && partial.max.len() == rows
+            && partial.sum.len() == rows
+            && partial.acc.len() == rows * d,
+        "attention outside its buffers"
     );
+    pages_kernel(isa.for_rows(d), block, query, keys, values, pages, partial);
 }
 
+/// # Safety
+/// [`attend_pages`] has checked the lengths; the machine has the instruction set.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "as attend_page")]
-fn page_body<const FMA: bool, E: Element>(
+unsafe fn pages_body<S: Simd, E: Element>(
     block: &Block,
     query: &[f32],
-    cache_keys: &[E],
-    cache_values: &[E],
-    page: usize,
-    first_row: usize,
+    keys: &[E],
+    values: &[E],
+    pages: &[PageRows],
     partial: &mut Partial<'_>,
-    scratch: &mut AttendScratch,
 ) {
-    let d = block.head_size;
-    let rows = query.len() / d;
-    let start = page * block.page_size;
-    let newest = block.first_position + rows / block.group - 1;
-    let end = (start + block.page_size).min(newest + 1);
-    if start >= end || first_row >= rows {
-        return;
+    let rows = query.len() / block.head_size;
+    let mut logits = [0.0; ROWS * STRIDE];
+    for (i, &(page, first_row)) in pages.iter().enumerate() {
+        let next = pages.get(i + 1).map(|&(next, _)| next as usize);
+        let mut tile = Tile {
+            block,
+            query,
+            keys,
+            values,
+            page: page as usize,
+            next,
+        };
+        let mut row = first_row as usize;
+        while row < rows {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match rows - row {
+                    1 => tile.add::<S, 1>(row, partial, &mut logits),
+                    2 => tile.add::<S, 2>(row, partial, &mut logits),
+                    3 => tile.add::<S, 3>(row, partial, &mut logits),
+                    _ => tile.add::<S, ROWS>(row, partial, &mut logits),
+                }
+            }
+            row += ROWS;
+            // The first rows have asked for it.
+            tile.next = None;
+        }
     }
-    let AttendScratch { keys, values, logits } = scratch;
-    let keys = E::widen(&cache_keys[start * d..end * d], keys);
-    let values = E::widen(&cache_values[start * d..end * d], values);
-    for row in first_row..rows {
-        let position = block.first_position + row / block.group;
-        let low = block
-            .local_window
-            .map_or(0, |w| (position + 1).saturating_sub(w))
-            .max(start);
-        let high = end.min(position + 1);
-        if low >= high {
-            continue;
-        }
-        let (low, high) = (low - start, high - start);
-        let q = &query[row * d..][..d];
-        let logits = &mut logits[..high - low];
-        for (l, key) in logits.iter_mut().zip(keys[low * d..].chunks_exact(d)) {
-            *l = dot::<FMA>(q, key);
-        }
-        if block.softcap > 0.0 {
-            for l in logits.iter_mut() {
-                *l = block.softcap * (*l / block.softcap).tanh();
+}
+
+/// One page, and where the next one is.
+struct Tile<'a, E> {
+    block: &'a Block,
+    query: &'a [f32],
+    keys: &'a [E],
+    values: &'a [E],
+    page: usize,
+    next: Option<usize>,
+}
+
+impl<E: Element> Tile<'_, E> {
+    /// Adds the page to R rows.
+    ///
+    /// # Safety
+    /// As [`pages_body`], and the rows are the block's.
+    #[inline(always)]
+    unsafe fn add<S: Simd, const R: usize>(
+        &self,
+        row: usize,
+        partial: &mut Partial<'_>,
+        logits: &mut [f32; ROWS * STRIDE],
+    ) {
+        let block = self.block;
+        let d = block.head_size;
+        // The tokens that each row sees, and those that any of them does.
+        let page_end = (self.page + 1) * block.page_size;
+        let (mut low, mut high) = ([0; R], [0; R]);
+        let (mut start, mut end) = (usize::MAX, 0);
+        for r in 0..R {
+            let position = block.first_position + (row + r) / block.group;
+            let oldest = block.local_window.map_or(0, |w| (position + 1).saturating_sub(w));
+            low[r] = oldest.max(self.page * block.page_size);
+            high[r] = page_end.min(position + 1);
+            if low[r] < high[r] {
+                start = start.min(low[r]);
+                end = end.max(high[r]);
             }
         }
-        let old = partial.max[row];
-        let new = logits.iter().fold(old, |m, &l| m.max(l));
-        if new == f32::NEG_INFINITY {
-            continue;
+        if start >= end {
+            return;
         }
-        let acc = &mut partial.acc[row * d..][..d];
-        if new > old {
-            let shrink = exp_nonpositive::<FMA>(old - new);
-            partial.max[row] = new;
-            partial.sum[row] *= shrink;
-            scale_all(acc, shrink);
+        let count = end - start;
+        // SAFETY: tokens `start..end` lie before the block's newest, which the cache holds; there are at most PAGE_SIZE_MAX of
+        // them, so that whole tiles and vectors of logits fit in STRIDE.
+        unsafe {
+            if keys_of_tile::<S>() == 4 {
+                self.logits::<S, R, 4>(row, start, count, logits);
+            } else {
+                self.logits::<S, R, 2>(row, start, count, logits);
+            }
+            if block.softcap > 0.0 {
+                for r in 0..R {
+                    for l in &mut logits[r * STRIDE..][..count] {
+                        *l = block.softcap * (*l / block.softcap).tanh();
+                    }
+                }
+            }
+            let padded = count.next_multiple_of(S::LANES);
+            let mut shrink = [1.0; R];
+            let mut sums = [S::splat(0.0); ROWS];
+            for r in 0..R {
+                let line = &mut logits[r * STRIDE..][..padded];
+                let seen = low[r].clamp(start, end) - start..high[r].clamp(start, end) - start;
+                line[..seen.start].fill(f32::NEG_INFINITY);
+                line[seen.end.max(seen.start)..].fill(f32::NEG_INFINITY);
+                // A NaN is never the largest; its weight is NaN, and so is the sum.
+                let mut top = S::splat(f32::NEG_INFINITY);
+                for at in (0..padded).step_by(S::LANES) {
+                    top = S::max(S::load(line.as_ptr().add(at)), top);
+                }
+                let (old, top) = (partial.max[row + r], S::largest(top));
+                let new = if top > old { top } else { old };
+                if new == f32::NEG_INFINITY {
+                    line.fill(0.0);
+                    continue;
+                }
+                if new > old {
+                    shrink[r] = (old - new).exp();
+                    partial.max[row + r] = new;
+                }
+                let new = S::splat(new);
+                for at in (0..padded).step_by(S::LANES) {
+                    let p = line.as_mut_ptr().add(at);
+                    let weights = exp::<S>(S::sub(S::load(p), new));
+                    S::store(p, weights);
+                    sums[r] = S::add(sums[r], weights);
+                }
+            }
+            let sums = S::sums(sums);
+            for r in 0..R {
+                partial.sum[row + r] = partial.sum[row + r] * shrink[r] + sums[r];
+            }
+            let acc = partial.acc[row * d..][..R * d].as_mut_ptr();
+            let values = self.values[start * d..end * d].as_ptr();
+            let page_bytes = block.page_size * d * size_of::<E>();
+            let next = self.next.map(|next| {
+                self.values
+                    .as_ptr()
+                    .wrapping_add(next * block.page_size * d)
+                    .cast::<u8>()
+            });
+            let step = keys_of_tile::<S>() * S::LANES;
+            accumulate::<S, E, R>(acc, shrink, logits.as_ptr(), STRIDE, values, count, d, |at| {
+                if let Some(next) = next {
+                    // A share of the next page at each group of columns.
+                    let (from, to) = (at * page_bytes / d, ((at + step).min(d)) * page_bytes / d);
+                    for line in (from..to).step_by(64) {
+                        S::prefetch(next.wrapping_add(line));
+                    }
+                }
+            });
         }
-        let mut sum = 0.0;
-        for l in logits.iter_mut() {
-            *l = exp_nonpositive::<FMA>(*l - new);
-            sum += *l;
+    }
+
+    /// Logits of R rows and `count` tokens from `start` on, K tokens at a time.
+    ///
+    /// # Safety
+    /// As [`Self::add`].
+    #[inline(always)]
+    unsafe fn logits<S: Simd, const R: usize, const K: usize>(
+        &self,
+        row: usize,
+        start: usize,
+        count: usize,
+        logits: &mut [f32; ROWS * STRIDE],
+    ) {
+        let d = self.block.head_size;
+        let query = self.query[row * d..][..R * d].as_ptr();
+        let keys = self.keys[start * d..(start + count) * d].as_ptr();
+        let next = self.next.map(|next| {
+            self.keys
+                .as_ptr()
+                .wrapping_add(next * self.block.page_size * d)
+                .cast::<u8>()
+        });
+        let row_bytes = d * size_of::<E>();
+        for t in (0..count).step_by(K) {
+            // SAFETY: the last tile repeats its last token; the rest as in `add`.
+            unsafe {
+                let mut k = [keys; K];
+                for (j, key) in k.iter_mut().enumerate() {
+                    *key = keys.add((t + j).min(count - 1) * d);
+                }
+                let tile = products::<S, E, R, K, false>(query, d, k, d);
+                for (r, line) in tile.iter().enumerate() {
+                    logits[r * STRIDE + t..][..K].copy_from_slice(line);
+                }
+                if let Some(next) = next {
+                    for line in (t * row_bytes..(t + K) * row_bytes).step_by(64) {
+                        S::prefetch(next.wrapping_add(line));
+                    }
+                }
+            }
         }
-        partial.sum[row] += sum;
-        add_weighted_rows::<FMA>(acc, logits, &values[low * d..high * d]);
     }
 }

@@ -5,7 +5,8 @@ use std::ops::Range;
 use retro_contract::{GroupScore, Selector};
 
 use super::element::Element;
-use super::math::{Isa, dispatched, dot, fma};
+use super::score::{group_scores, prepare, score_heads};
+use crate::simd::Isa;
 
 /// How a step scores its pages.
 #[derive(Clone, Copy, Debug)]
@@ -27,61 +28,14 @@ pub struct Scoring {
 #[derive(Default)]
 pub struct SelectScratch {
     prepared: Vec<f32>,
-    widened: Vec<f32>,
     heads: Vec<f32>,
-    scores: Vec<f32>,
-    order: Vec<u32>,
-}
-
-dispatched! {
-    /// Scores of every head for the pages `pages`, head-major, into `out` (`g * pages.len()`).
-    fn score_heads<E: Element>(scoring: &Scoring, prepared: &[f32], summary: &[E], pages: Range<usize>, widened: &mut [f32], out: &mut [f32]) = score_heads_body
-}
-
-#[inline(always)]
-fn score_heads_body<const FMA: bool, E: Element>(
-    scoring: &Scoring,
-    prepared: &[f32],
-    summary: &[E],
-    pages: Range<usize>,
-    widened: &mut [f32],
-    out: &mut [f32],
-) {
-    let d = scoring.head_size;
-    let count = pages.len();
-    for (p, page) in pages.enumerate() {
-        let stored = E::widen(&summary[page * 2 * d..][..2 * d], widened);
-        let (first, second) = stored.split_at(d);
-        for (h, query) in prepared.chunks_exact(2 * d).enumerate() {
-            let (a, b) = query.split_at(d);
-            out[h * count + p] = match scoring.selector {
-                Selector::Bounds => dot::<FMA>(a, first) + dot::<FMA>(b, second),
-                Selector::Moments => {
-                    let mut variance = 0.0;
-                    for (&q2, &sd) in b.iter().zip(second) {
-                        variance = fma::<FMA>(q2 * sd, sd, variance);
-                    }
-                    dot::<FMA>(a, first) + scoring.lambda * variance.sqrt()
-                }
-                Selector::SignedMoments => {
-                    let mut variance = 0.0;
-                    for (&q2, &sd) in b.iter().zip(second) {
-                        variance = fma::<FMA>(q2 * sd, sd, variance);
-                    }
-                    let along = dot::<FMA>(a, second);
-                    let rho = scoring.correlation;
-                    dot::<FMA>(a, first) + scoring.lambda * (rho * along * along + (1.0 - rho) * variance).sqrt()
-                }
-            };
-        }
-    }
+    pub scores: Vec<f32>,
+    pub order: Vec<u64>,
 }
 
 /// Scores the candidate pages of one KV head for one query group into `scratch.scores`.
 ///
 /// `query`: `g * D` after RoPE, not scaled; `summary`: `[P, 2, D]`; `len`: valid tokens.
-/// With `GroupScore::Softmax` the score is the logarithm of the sum over heads of each head's softmax: the same order,
-/// without pages far below the best all rounding to 0.
 fn score_pages<E: Element>(
     isa: Isa,
     scoring: &Scoring,
@@ -91,71 +45,19 @@ fn score_pages<E: Element>(
     len: usize,
     scratch: &mut SelectScratch,
 ) {
-    let d = scoring.head_size;
-    let group = query.len() / d;
     let count = candidates.len();
-    // Two vectors a head that turn its score into products with the page's two stored vectors:
-    // bounds: sum_d max(q kmin, q kmax) = min(q, 0) . kmin + max(q, 0) . kmax; moments: q . mean and q^2 . sd^2.
-    scratch.prepared.clear();
-    for head in query.chunks_exact(d) {
-        match scoring.selector {
-            Selector::Bounds => {
-                scratch.prepared.extend(head.iter().map(|q| q.min(0.0)));
-                scratch.prepared.extend(head.iter().map(|q| q.max(0.0)));
-            }
-            Selector::Moments | Selector::SignedMoments => {
-                scratch.prepared.extend_from_slice(head);
-                scratch.prepared.extend(head.iter().map(|q| q * q));
-            }
-        }
-    }
-    scratch.widened.resize(2 * d, 0.0);
-    scratch.heads.clear();
-    scratch.heads.resize(group * count, 0.0);
+    prepare(scoring.selector, query, scoring.head_size, &mut scratch.prepared);
+    scratch.heads.resize(query.len() / scoring.head_size * count, 0.0);
     score_heads(
         isa,
         scoring,
         &scratch.prepared,
         summary,
         candidates.clone(),
-        &mut scratch.widened,
         &mut scratch.heads,
     );
-    if scoring.selector != Selector::Bounds {
-        // The page's log mass: its scaled logit plus the logarithm of how many tokens it holds.
-        for head in scratch.heads.chunks_exact_mut(count) {
-            for (s, page) in head.iter_mut().zip(candidates.clone()) {
-                let tokens = (len - page * scoring.page_size).min(scoring.page_size);
-                *s = scoring.scale * *s + (tokens as f32).ln();
-            }
-        }
-    } else if scoring.group_score == GroupScore::Softmax {
-        for s in &mut scratch.heads {
-            *s *= scoring.scale;
-        }
-    }
-    if scoring.group_score == GroupScore::Softmax {
-        for head in scratch.heads.chunks_exact_mut(count) {
-            let m = head.iter().fold(f32::NEG_INFINITY, |m, &s| m.max(s));
-            let sum: f32 = head.iter().map(|s| (s - m).exp()).sum();
-            let lse = m + sum.ln();
-            for s in head {
-                *s -= lse;
-            }
-        }
-    }
-    scratch.scores.clear();
-    scratch.scores.extend((0..count).map(|p| {
-        let of_heads = || scratch.heads.iter().skip(p).step_by(count).copied();
-        let best = of_heads().fold(f32::NEG_INFINITY, f32::max);
-        let score = match scoring.group_score {
-            GroupScore::Max => best,
-            GroupScore::Softmax if best == f32::NEG_INFINITY => best,
-            GroupScore::Softmax => best + of_heads().map(|s| (s - best).exp()).sum::<f32>().ln(),
-        };
-        // A NaN (a broken model) ranks last; adding 0 turns -0 into 0, so that the two tie.
-        if score.is_nan() { f32::NEG_INFINITY } else { score + 0.0 }
-    }));
+    scratch.scores.resize(count, 0.0);
+    group_scores(isa, scoring, &mut scratch.heads, candidates, len, &mut scratch.scores);
 }
 
 /// Which pages a step must load whatever their score: the newest and the first `sink`, among the candidates.
@@ -188,32 +90,44 @@ pub fn select_pages<E: Element>(
         selected.extend(candidates.map(|p| p as u32));
         return;
     }
-    let newest = candidates.end - 1;
-    let first = candidates.start;
     score_pages(isa, scoring, query, summary, candidates.clone(), len, scratch);
-    selected.extend(
-        candidates
-            .clone()
-            .filter(|&p| is_forced(p, newest, sink))
-            .map(|p| p as u32),
-    );
-    let free = budget.saturating_sub(selected.len());
-    if free > 0 {
-        scratch.order.clear();
-        scratch
-            .order
-            .extend(candidates.filter(|&p| !is_forced(p, newest, sink)).map(|p| p as u32));
-        let scores = &scratch.scores;
-        let score = |p: u32| scores[p as usize - first];
-        if free < scratch.order.len() {
-            scratch
-                .order
-                .select_nth_unstable_by(free - 1, |&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
-            scratch.order.truncate(free);
+    choose_pages(&scratch.scores, candidates, sink, budget, &mut scratch.order, selected);
+}
+
+/// [`select_pages`] from the candidates' scores; `order` is scratch.
+pub fn choose_pages(
+    scores: &[f32],
+    candidates: Range<usize>,
+    sink: usize,
+    budget: usize,
+    order: &mut Vec<u64>,
+    selected: &mut Vec<u32>,
+) {
+    let newest = candidates.end - 1;
+    selected.clear();
+    order.clear();
+    for (page, &score) in candidates.zip(scores) {
+        if is_forced(page, newest, sink) {
+            selected.push(page as u32);
+        } else {
+            order.push(rank(score, page));
         }
-        selected.extend_from_slice(&scratch.order);
     }
+    let free = budget.saturating_sub(selected.len());
+    if free < order.len() && free > 0 {
+        order.select_nth_unstable(free - 1);
+    }
+    selected.extend(order.iter().take(free).map(|&rank| rank as u32));
     selected.sort_unstable();
+}
+
+/// A number that sorts pages: higher scores first, of equal ones the lower page.
+fn rank(score: f32, page: usize) -> u64 {
+    // The bits of a float as an integer of the same order (as in `f32::total_cmp`), then turned around.
+    let bits = score.to_bits() as i32;
+    let ordered = bits ^ (((bits >> 31) as u32) >> 1) as i32;
+    let descending = !(ordered as u32 ^ 0x8000_0000);
+    u64::from(descending) << 32 | page as u64
 }
 
 /// StreamingLLM's pages: the first `sink` and the most recent ones, `budget` in all.
@@ -290,6 +204,55 @@ mod tests {
         // A NaN ranks last instead of winning.
         let nan = flat(&[[0., 0.], [f32::NAN, 0.], [-9., 0.], [0., 0.]]);
         assert_eq!(pick(&s, &[1.0, 0.0], &nan, 1, 3), [0, 2, 3]);
+    }
+
+    #[test]
+    fn ranks_sort_by_score_then_page() {
+        let scores = [f32::INFINITY, 3.0, 1e-40, 0.0, -1e-40, -2.5, f32::NEG_INFINITY];
+        let ranks: Vec<u64> = scores.iter().flat_map(|&s| [rank(s, 3), rank(s, 70_000)]).collect();
+        assert!(ranks.is_sorted() && ranks.windows(2).all(|w| w[0] != w[1]), "{ranks:?}");
+    }
+
+    /// Vectors of every length, tiles that are not full, and equal pages anywhere among them.
+    #[test]
+    fn every_instruction_set_scores_alike_and_equal_pages_equally() {
+        use super::super::score::{group_scores, prepare, score_heads};
+        for d in [2, 8, 24, 40, 64, 128] {
+            for (heads, pages) in [(1, 1), (2, 7), (4, 33), (7, 18)] {
+                let number = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 500.0 - 1.0;
+                let mut summary: Vec<f32> = (0..pages * 2 * d).map(number).collect();
+                let first: Vec<f32> = summary[..2 * d].to_vec();
+                summary[(pages - 1) * 2 * d..].copy_from_slice(&first);
+                let query: Vec<f32> = (0..heads * d).map(|i| number(i + 5)).collect();
+                for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
+                    for group_score in [GroupScore::Max, GroupScore::Softmax] {
+                        let s = Scoring {
+                            head_size: d,
+                            ..scoring(selector, group_score)
+                        };
+                        let of = |isa: Isa| {
+                            let (mut prepared, mut of_heads) = (Vec::new(), vec![f32::NAN; heads * pages]);
+                            prepare(selector, &query, d, &mut prepared);
+                            score_heads(isa, &s, &prepared, &summary, 0..pages, &mut of_heads);
+                            let mut scores = vec![f32::NAN; pages];
+                            group_scores(isa, &s, &mut of_heads, 0..pages, pages * s.page_size, &mut scores);
+                            scores
+                        };
+                        let want = of(Isa::Portable);
+                        for &isa in Isa::all() {
+                            let got = of(isa);
+                            assert_eq!(got[0], got[pages - 1], "{isa:?} {selector} {group_score} {d}");
+                            for (g, w) in got.iter().zip(&want) {
+                                assert!(
+                                    (g - w).abs() <= 1e-4 * w.abs().max(1.0),
+                                    "{isa:?} {selector} {group_score} {d}: {g} {w}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
     }
 
     #[test]

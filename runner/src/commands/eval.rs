@@ -14,7 +14,7 @@ use clap::Args;
 use retro_contract::Budget;
 use serde::Serialize;
 
-use super::LibraryArgs;
+use super::SessionArgs;
 use crate::{
     OpenOptions, Runtime,
     eval::{
@@ -101,7 +101,7 @@ pub struct EvalArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    libraries: LibraryArgs,
+    session: SessionArgs,
 }
 
 /// A model to compare as it is.
@@ -217,7 +217,7 @@ impl Bench {
                 settings.check().with_context(|| row.label.clone())?;
             }
         }
-        let (runtime, open) = args.libraries.load()?;
+        let (runtime, open) = args.session.load()?;
         for row in &all {
             workshop.open(&row.source).with_context(|| row.label.clone())?;
         }

@@ -1,5 +1,7 @@
 //! The program: verbs, their options, and what the shell gets to see.
 
+mod bench;
+mod bench_op;
 mod eval;
 mod run;
 
@@ -24,11 +26,15 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Generate over documents with known answers under several policies, and compare.
     Eval(Box<eval::EvalArgs>),
+    /// Measure models, converted or not, side by side.
+    Bench(Box<bench::BenchArgs>),
+    /// Measure the operator alone against ONNX Runtime's GroupQueryAttention.
+    BenchOp(Box<bench_op::BenchOpArgs>),
 }
 
-/// Where the libraries are and how many threads they get.
+/// How many threads ONNX Runtime gets, and where the libraries are.
 #[derive(Args, Clone, Debug)]
-struct LibraryArgs {
+struct SessionArgs {
     /// Where to run: cpu, cuda or cuda:N, the GPU of that number. The models' element type is best float16 there.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: Device,
@@ -38,6 +44,26 @@ struct LibraryArgs {
     /// Threads [default: one per core].
     #[arg(short, long, value_name = "N")]
     threads: Option<usize>,
+    #[command(flatten)]
+    libraries: LibraryArgs,
+}
+
+impl SessionArgs {
+    fn load(&self) -> Result<(Runtime, OpenOptions)> {
+        runtime::check_threads(self.threads)?;
+        let (runtime, options) = self.libraries.load(self.device)?;
+        let options = OpenOptions {
+            threads: self.threads,
+            cuda_graph: self.cuda_graph,
+            ..options
+        };
+        Ok((runtime, options))
+    }
+}
+
+/// Where the libraries are.
+#[derive(Args, Clone, Debug)]
+struct LibraryArgs {
     /// The plugin libretro_attention.so [default: $RETRO_ATTENTION_PLUGIN, else beside this program].
     #[arg(long, value_name = "PATH")]
     plugin: Option<PathBuf>,
@@ -47,20 +73,15 @@ struct LibraryArgs {
 }
 
 impl LibraryArgs {
-    fn load(&self) -> Result<(Runtime, OpenOptions)> {
-        runtime::check_threads(self.threads)?;
+    fn load(&self, device: Device) -> Result<(Runtime, OpenOptions)> {
         let plugin = runtime::find_plugin(self.plugin.as_deref())?;
-        let runtime = Runtime::load_for(self.device, self.ort.as_deref())?;
-        Ok((
-            runtime,
-            OpenOptions {
-                threads: self.threads,
-                plugin,
-                device: self.device,
-                cuda_graph: self.cuda_graph,
-                fixed_buffers: false,
-            },
-        ))
+        let runtime = Runtime::load_for(device, self.ort.as_deref())?;
+        let options = OpenOptions {
+            plugin,
+            device,
+            ..Default::default()
+        };
+        Ok((runtime, options))
     }
 }
 
@@ -70,6 +91,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Eval(args) => eval::eval(&args),
+        Command::Bench(args) => bench::bench(&args),
+        Command::BenchOp(args) => bench_op::bench_op(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -11,7 +11,7 @@ use clap::Args;
 use retro_contract::{Budget, limits};
 use serde_json::json;
 
-use super::LibraryArgs;
+use super::SessionArgs;
 use crate::{
     Model, Text,
     generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
@@ -59,7 +59,7 @@ pub struct RunArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    libraries: LibraryArgs,
+    session: SessionArgs,
     // Last: its heading holds for whatever follows.
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -154,7 +154,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         .as_ref()
         .or(args.model.as_ref())
         .context("name a model folder")?;
-    let (runtime, open) = args.libraries.load()?;
+    let (runtime, open) = args.session.load()?;
     let folder = prepare(
         named,
         args.window.unwrap_or(limits::WINDOW),

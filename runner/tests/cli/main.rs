@@ -2,6 +2,7 @@
 //!
 //! It needs ONNX Runtime and, for converted models, the plugin beside the program; `make test` provides both.
 
+mod bench;
 mod converted;
 mod cuda;
 mod dense;

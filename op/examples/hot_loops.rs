@@ -1,0 +1,251 @@
+//! The loops in which a decoding step spends its time, alone, on one thread.
+//!
+//!     hot_loops              nanoseconds a repetition, for each instruction set
+//!     hot_loops memory       the same for caches far larger than the processor's
+//!     hot_loops NAME N       N repetitions of one loop, silently: what scripts/instructions counts
+//!     hot_loops names        the loops' names, and the instruction set in use
+
+use std::{
+    env,
+    hint::black_box,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use half::f16;
+use retro_attention::{
+    method::{
+        attend::{Block, PageRows, Partial, attend_pages},
+        element::Element,
+        score::{group_scores, prepare, score_heads},
+        select::{Scoring, choose_pages},
+        summary::summarize,
+    },
+    simd::Isa,
+};
+use retro_contract::{GroupScore, Selector};
+
+const D: usize = 128;
+const GROUP: usize = 4;
+const PAGE: usize = 16;
+/// Pages attended to: 2 MiB of f32 keys and values, so that a second-level cache holds them.
+const PAGES: usize = 64;
+/// Pages scored.
+const CANDIDATES: usize = 512;
+
+/// One loop: a repetition of it, and the bytes of cache or summaries that it reads.
+struct Loop {
+    run: Box<dyn FnMut(Isa)>,
+    bytes: usize,
+}
+
+fn numbers(count: usize) -> Vec<f32> {
+    (0..count)
+        .map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.0 - 1.0)
+        .collect()
+}
+
+/// From the start of a cache line on, as ONNX Runtime's buffers are.
+fn narrow<E: Element>(values: &[f32]) -> &'static [E] {
+    let mut all = vec![E::default(); values.len() + 64 / size_of::<E>()];
+    let start = all.as_ptr().align_offset(64);
+    for (to, &from) in all[start..].iter_mut().zip(values) {
+        *to = E::from_f32(from);
+    }
+    &all.leak()[start..][..values.len()]
+}
+
+/// Attention of one token to pages of a cache that no processor cache holds: every fourth page, or all.
+fn stream<E: Element>(every: usize) -> Loop {
+    let cached = 128 << 20 >> 10;
+    let (keys, values): (&[E], &[E]) = (narrow(&numbers(cached * D)), narrow(&numbers(cached * D)));
+    let query = numbers(GROUP * D);
+    let block = Block {
+        group: GROUP,
+        head_size: D,
+        page_size: PAGE,
+        first_position: cached - 1,
+        softcap: 0.0,
+        local_window: None,
+    };
+    let pages: Vec<PageRows> = (0..cached / PAGE).step_by(every).map(|page| (page as u32, 0)).collect();
+    let bytes = pages.len() * 2 * PAGE * D * size_of::<E>();
+    let (mut max, mut sum, mut acc) = (vec![0.0; GROUP], vec![0.0; GROUP], vec![0.0; GROUP * D]);
+    let run = move |isa| {
+        let mut partial = Partial {
+            max: &mut max,
+            sum: &mut sum,
+            acc: &mut acc,
+        };
+        partial.clear();
+        attend_pages(isa, &block, black_box(&query), keys, values, &pages, &mut partial);
+        black_box(&partial.acc);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes,
+    }
+}
+
+/// Attention of the newest token and `tokens - 1` before it, of which one in four pages is new to each.
+fn attend<E: Element>(tokens: usize) -> Loop {
+    let cached = PAGES * PAGE;
+    let (keys, values): (&[E], &[E]) = (narrow(&numbers(cached * D)), narrow(&numbers(cached * D)));
+    let rows = tokens * GROUP;
+    let query = numbers(rows * D);
+    let block = Block {
+        group: GROUP,
+        head_size: D,
+        page_size: PAGE,
+        first_position: cached - tokens,
+        softcap: 0.0,
+        local_window: None,
+    };
+    let pages: Vec<PageRows> = (0..PAGES)
+        .map(|page| {
+            let first = if page % 4 == 0 { page / 4 % tokens } else { tokens - 1 };
+            (page as u32, (first * GROUP) as u32)
+        })
+        .collect();
+    let (mut max, mut sum, mut acc) = (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows * D]);
+    let run = move |isa| {
+        let mut partial = Partial {
+            max: &mut max,
+            sum: &mut sum,
+            acc: &mut acc,
+        };
+        partial.clear();
+        attend_pages(isa, &block, black_box(&query), keys, values, &pages, &mut partial);
+        black_box(&partial.acc);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes: 2 * cached * D * size_of::<E>(),
+    }
+}
+
+fn score<E: Element>(selector: Selector, group_score: GroupScore) -> Loop {
+    let summary: &[E] = narrow(&numbers(CANDIDATES * 2 * D));
+    let query = numbers(GROUP * D);
+    let scoring = Scoring {
+        selector,
+        group_score,
+        scale: 0.09,
+        lambda: 2.5,
+        correlation: 0.2,
+        page_size: PAGE,
+        head_size: D,
+    };
+    let (mut prepared, mut heads, mut scores) = (Vec::new(), vec![0.0; GROUP * CANDIDATES], vec![0.0; CANDIDATES]);
+    let run = move |isa| {
+        prepare(selector, black_box(&query), D, &mut prepared);
+        score_heads(isa, &scoring, &prepared, summary, 0..CANDIDATES, &mut heads);
+        group_scores(isa, &scoring, &mut heads, 0..CANDIDATES, CANDIDATES * PAGE, &mut scores);
+        black_box(&scores);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes: CANDIDATES * 2 * D * size_of::<E>(),
+    }
+}
+
+fn choose() -> Loop {
+    let scores = numbers(CANDIDATES);
+    let (mut order, mut selected) = (Vec::new(), Vec::new());
+    let run = move |_| {
+        choose_pages(black_box(&scores), 0..CANDIDATES, 1, PAGES, &mut order, &mut selected);
+        black_box(&selected);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes: CANDIDATES * 4,
+    }
+}
+
+fn summary(selector: Selector) -> Loop {
+    let rows = numbers(PAGE * D);
+    let (mut out, mut scratch) = (vec![0.0; 2 * D], Vec::new());
+    let run = move |_| {
+        summarize(selector, black_box(&rows), &mut out, &mut scratch);
+        black_box(&out);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes: PAGE * D * 4,
+    }
+}
+
+/// A loop's name, and how to make it.
+type Named = (&'static str, fn() -> Loop);
+
+fn loops() -> Vec<Named> {
+    use {GroupScore::*, Selector::*};
+    vec![
+        ("attend-f32-w1", || attend::<f32>(1)),
+        ("attend-f32-w8", || attend::<f32>(8)),
+        ("attend-f16-w1", || attend::<f16>(1)),
+        ("score-f32-bounds-max", || score::<f32>(Bounds, Max)),
+        ("score-f32-moments-softmax", || score::<f32>(Moments, Softmax)),
+        ("score-f32-signed-softmax", || score::<f32>(SignedMoments, Softmax)),
+        ("score-f16-bounds-max", || score::<f16>(Bounds, Max)),
+        ("choose", choose),
+        ("summarize-bounds", || summary(Bounds)),
+        ("summarize-moments", || summary(Moments)),
+        ("summarize-signed", || summary(SignedMoments)),
+    ]
+}
+
+/// Loops whose caches no processor cache holds.
+fn memory_loops() -> Vec<Named> {
+    vec![
+        ("stream-f32", || stream::<f32>(1)),
+        ("stream-f32-quarter", || stream::<f32>(4)),
+        ("stream-f16", || stream::<f16>(1)),
+        ("stream-f16-quarter", || stream::<f16>(4)),
+    ]
+}
+
+/// The fastest of many repetitions, each far shorter than a scheduler's turn: a busy machine disturbs most, not all.
+fn time(loops: Vec<Named>) {
+    println!("{:28}{:>12}{:>12}{:>10}", "loop", "isa", "ns", "GB/s");
+    for (name, make) in loops {
+        let mut l = make();
+        for &isa in Isa::all() {
+            let mut best = Duration::MAX;
+            for _ in 0..if l.bytes > 1 << 24 { 15 } else { 300 } {
+                let start = Instant::now();
+                (l.run)(isa);
+                best = best.min(start.elapsed());
+            }
+            let (ns, isa) = (best.as_nanos(), format!("{isa:?}"));
+            println!("{name:28}{isa:>12}{ns:>12}{:>10.1}", l.bytes as f64 / ns.max(1) as f64);
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        [] => time(loops()),
+        ["memory"] => time(memory_loops()),
+        ["names"] => {
+            println!("{:?}", Isa::detect());
+            loops().iter().for_each(|(name, _)| println!("{name}"));
+        }
+        [name, count] => {
+            let (found, count) = (loops().into_iter().find(|l| l.0 == name), count.parse());
+            let (Some((_, make)), Ok(count)) = (found, count) else {
+                eprintln!("error: no loop {name:?}, or {:?} is no number", arguments[1]);
+                return ExitCode::FAILURE;
+            };
+            let mut found = make();
+            (0..count).for_each(|_: u32| (found.run)(Isa::detect()));
+        }
+        _ => {
+            eprintln!("error: expected nothing, \"names\", or a loop's name and a number of repetitions");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}

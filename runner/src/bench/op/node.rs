@@ -1,0 +1,207 @@
+//! A session of N nodes whose caches and state are bound in place, and one timed step of it.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use half::{f16, slice::HalfFloatSliceExt};
+use ort::{
+    memory::Allocator,
+    session::{IoBinding, Session},
+    value::{DynTensor, DynValue, Tensor},
+};
+use retro_contract::{Mode, input, output};
+use retro_models::Dtype;
+
+use super::{
+    Operator, Shape,
+    data::{Caches, Rows, element},
+    graph::{STATE, model, name_of},
+};
+use crate::{OpenOptions, Runtime, measure::Meter, runtime::one_line, session::session_builder};
+
+/// What is measured, ready to run.
+pub struct Node {
+    pub operator: Operator,
+    shape: Shape,
+    session: Session,
+    binding: IoBinding,
+    /// Per node: summaries, page steps, outputs, log-sum-exps.
+    state: Vec<[DynTensor; 4]>,
+    prompt: usize,
+    nodes: usize,
+    meter: Meter,
+    /// The newest token's output of node 0.
+    pub newest: Vec<f32>,
+}
+
+impl Node {
+    pub fn new(
+        runtime: &Runtime,
+        options: &OpenOptions,
+        shape: &Shape,
+        operator: Operator,
+        caches: &mut Caches,
+    ) -> Result<Self> {
+        let nodes = caches.nodes.len();
+        let retro = match operator {
+            Operator::Gqa => None,
+            Operator::Retro(retro) => Some(retro),
+        };
+        let plugin = retro.is_some();
+        ensure!(
+            !plugin || options.plugin.is_some(),
+            "the plugin is needed: build it with `cargo build --release`, or name it with --plugin"
+        );
+        let session = session_builder(runtime, options, plugin)
+            .map_err(|e| anyhow!("{e}"))?
+            .commit_from_memory(&model(shape, &operator, nodes))
+            .map_err(|e| anyhow!("cannot make a session: {}", one_line(&e)))?;
+        let mut binding = session.create_binding().map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let mut bind = |slot: usize, node: usize, tensor: &mut DynTensor| -> Result<()> {
+            let (past, present) = STATE[slot];
+            let past = name_of(input::NAMES[past], node);
+            binding
+                .bind_input(past, tensor)
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let present = name_of(output::NAMES[present], node);
+            binding
+                .bind_output(present, tensor)
+                .map_err(|e| anyhow!("{}", one_line(&e)))
+        };
+        let mut state = Vec::new();
+        for node in 0..nodes {
+            for (slot, tensor) in caches.nodes[node].iter_mut().enumerate() {
+                bind(slot, node, tensor)?;
+            }
+            if let Some(retro) = &retro {
+                let mut own = caches.state(shape, retro, node)?;
+                for (i, tensor) in own.iter_mut().enumerate() {
+                    bind(2 + i, node, tensor)?;
+                }
+                state.push(own);
+            }
+        }
+        Ok(Self {
+            operator,
+            shape: *shape,
+            session,
+            binding,
+            state,
+            prompt: caches.prompt,
+            nodes,
+            meter: Meter::new(operator.window(), shape.page_size),
+            newest: Vec::new(),
+        })
+    }
+
+    /// Feeds the token at `position` and as many before it as the window takes and the prompt leaves; returns the seconds
+    /// that the session took, per node. All else is off the clock.
+    pub fn step(&mut self, rows: &Rows, position: usize) -> Result<f64> {
+        let shape = self.shape;
+        let at = position - self.prompt;
+        let retro = at.min(self.operator.window() - 1);
+        let fed = retro + 1;
+        let part = |data: &[f32], width: usize| -> Result<DynValue> {
+            let rows = data
+                .get((at - retro) * width..(at + 1) * width)
+                .context("no row for this step")?;
+            floats(shape.dtype, [1, fed, width], rows)
+        };
+        let kv_width = shape.kv_heads * shape.head_size;
+        let mut inputs = vec![
+            ("query", part(&rows.query, shape.heads * shape.head_size)?),
+            ("key", part(&rows.key, kv_width)?),
+            ("value", part(&rows.value, kv_width)?),
+            ("seqlens_k", integer(position as i32)?),
+            ("total_sequence_length", integer(position as i32 + 1)?),
+        ];
+        if self.operator != Operator::Gqa {
+            inputs.push(("retro_length", integer(retro as i32)?));
+        }
+        for (name, value) in &inputs {
+            self.binding
+                .bind_input(*name, value)
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+        }
+        let memory = Allocator::default().memory_info().to_owned();
+        for node in 0..self.nodes {
+            let name = name_of(output::NAMES[output::OUTPUT], node);
+            self.binding
+                .bind_output_to_device(name, &memory)
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+        }
+        let start = Instant::now();
+        let outputs = self
+            .session
+            .run_binding(&self.binding)
+            .map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let seconds = start.elapsed().as_secs_f64() / self.nodes as f64;
+
+        let output = outputs
+            .get(name_of(output::NAMES[output::OUTPUT], 0))
+            .context("no output")?;
+        self.newest = newest_row(output, shape.dtype, shape.heads * shape.head_size)?;
+        if let Some([_, steps, ..]) = self.state.first() {
+            let (dims, data) = steps
+                .try_extract_tensor::<i32>()
+                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let pages = dims.last().map_or(1, |&p| p as usize);
+            for (head, own) in data.chunks(pages).enumerate() {
+                self.meter.take(head, own, position);
+            }
+        }
+        Ok(seconds)
+    }
+
+    /// Pages read per KV head and step, of node 0; none for GroupQueryAttention.
+    pub fn pages(&self) -> Option<f64> {
+        self.meter.reading.pages()
+    }
+
+    /// How many tokens a token has attended to when its window is over, in units of those it selected itself.
+    pub fn exposure(&self) -> Option<f64> {
+        self.meter.reading.exposure().filter(|_| self.operator.window() > 1)
+    }
+
+    /// Whether the newest token attends to everything: then its output must be GroupQueryAttention's.
+    pub fn is_dense(&self, len: usize) -> bool {
+        match self.operator {
+            Operator::Gqa => true,
+            Operator::Retro(r) => match r.mode {
+                Mode::Dense => true,
+                Mode::Streaming => false,
+                Mode::Retro => !self.operator.scores(&self.shape, len),
+            },
+        }
+    }
+}
+
+fn floats(dtype: Dtype, dims: [usize; 3], data: &[f32]) -> Result<DynValue> {
+    match dtype {
+        Dtype::F32 => Tensor::from_array((dims, data.to_vec())).map(Tensor::into_dyn),
+        Dtype::F16 => {
+            let mut narrow = vec![f16::ZERO; data.len()];
+            narrow.convert_from_f32_slice(data);
+            Tensor::from_array((dims, narrow)).map(Tensor::into_dyn)
+        }
+    }
+    .map_err(|e| anyhow!("{}", one_line(&e)))
+}
+
+fn integer(value: i32) -> Result<DynValue> {
+    let tensor = Tensor::from_array(([1usize], vec![value])).map_err(|e| anyhow!("{}", one_line(&e)))?;
+    Ok(tensor.into_dyn())
+}
+
+fn newest_row(output: &DynValue, dtype: Dtype, width: usize) -> Result<Vec<f32>> {
+    let error = |e: ort::Error| anyhow!("{}", one_line(&e));
+    let all: Vec<f32> = match element(dtype) {
+        ort::value::TensorElementType::Float16 => {
+            let (_, data) = output.try_extract_tensor::<f16>().map_err(error)?;
+            data.iter().map(|x| x.to_f32()).collect()
+        }
+        _ => output.try_extract_tensor::<f32>().map_err(error)?.1.to_vec(),
+    };
+    let start = all.len().checked_sub(width).context("the output is too short")?;
+    Ok(all[start..].to_vec())
+}

@@ -1,0 +1,353 @@
+//! `retro-run bench`: prompt and generation speed of whole models at several depths of context, side by side in one run.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    str::FromStr,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use retro_contract::Budget;
+use serde_json::Value;
+
+use super::SessionArgs;
+use crate::{
+    Feed, Model, OpenOptions, Runtime, State,
+    bench::{
+        Samples,
+        table::{Cell, Column, Format, Table},
+    },
+    generate::{CHUNK, Decoder, Policy},
+    progress,
+};
+
+#[derive(Args)]
+pub struct BenchArgs {
+    /// A model, converted or not: DIR[,window=W][,budget=B][,name=NAME]; may be given several times.
+    #[arg(short, long = "model", value_name = "DIR", required = true)]
+    models: Vec<Spec>,
+    /// Tokens of a prompt; 0: no such test.
+    #[arg(short = 'p', long, value_delimiter = ',', default_value = "512", value_name = "LIST")]
+    n_prompt: Vec<usize>,
+    /// Tokens to generate; 0: no such test.
+    #[arg(short, long, value_delimiter = ',', default_value = "32", value_name = "LIST")]
+    n_gen: Vec<usize>,
+    /// Tokens in the cache before a test begins.
+    #[arg(short = 'd', long, value_delimiter = ',', default_value = "0", value_name = "LIST")]
+    depth: Vec<usize>,
+    /// Feed a prompt of random tokens to reach the depth, instead of filling the caches with random keys and values.
+    #[arg(long)]
+    prefill_depth: bool,
+    /// Prompt tokens fed at a time.
+    #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
+    chunk: usize,
+    /// Repetitions of every test, one of each model in turn.
+    #[arg(short, long, default_value_t = 5, value_name = "N")]
+    repetitions: usize,
+    /// md, json or csv.
+    #[arg(short, long, default_value = "md", value_name = "FORMAT")]
+    output: Format,
+    #[command(flatten)]
+    session: SessionArgs,
+}
+
+/// A model and how to run it.
+#[derive(Clone, Debug, PartialEq)]
+struct Spec {
+    folder: PathBuf,
+    window: Option<usize>,
+    budget: Option<Budget>,
+    name: Option<String>,
+}
+
+impl FromStr for Spec {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut parts = s.split(',');
+        let mut spec = Self {
+            folder: parts.next().unwrap_or_default().into(),
+            window: None,
+            budget: None,
+            name: None,
+        };
+        for option in parts {
+            match option.split_once('=') {
+                Some(("window", w)) => spec.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
+                Some(("budget", b)) => spec.budget = Some(b.parse()?),
+                Some(("name", n)) => spec.name = Some(n.to_owned()),
+                _ => return Err(format!("{option:?}: expected DIR[,window=W][,budget=B][,name=NAME]")),
+            }
+        }
+        Ok(spec)
+    }
+}
+
+impl Spec {
+    fn label(&self) -> String {
+        let folder = self
+            .folder
+            .file_name()
+            .unwrap_or(self.folder.as_os_str())
+            .to_string_lossy();
+        self.name.clone().unwrap_or_else(|| folder.into_owned())
+    }
+}
+
+/// A test at a depth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Test {
+    Prompt(usize),
+    Generate(usize),
+}
+
+impl Test {
+    fn tokens(self) -> usize {
+        match self {
+            Self::Prompt(n) | Self::Generate(n) => n,
+        }
+    }
+
+    /// As llama-bench calls it.
+    fn name(self) -> String {
+        match self {
+            Self::Prompt(n) => format!("pp{n}"),
+            Self::Generate(n) => format!("tg{n}"),
+        }
+    }
+}
+
+/// Tokens decoded off the clock beyond those that fill the window.
+const WARM_UP: usize = 2;
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever keeps a model from being measured, in one line.
+pub fn bench(args: &BenchArgs) -> Result<()> {
+    ensure!(args.repetitions >= 1, "-r 0: ask for at least one repetition");
+    ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
+    let tests: Vec<Test> = args
+        .n_prompt
+        .iter()
+        .map(|&n| Test::Prompt(n))
+        .chain(args.n_gen.iter().map(|&n| Test::Generate(n)))
+        .filter(|t| t.tokens() > 0)
+        .collect();
+    ensure!(!tests.is_empty(), "nothing to measure: -p and -n are both 0");
+    for spec in &args.models {
+        ensure!(spec.folder.exists(), "there is no model at {}", spec.folder.display());
+    }
+    let (runtime, open) = args.session.load()?;
+    let mut contenders = Contenders::open(&runtime, &open, &args.models)?;
+    let mut table = Table::new(&COLUMNS);
+    for &depth in &args.depth {
+        contenders.reach(args, depth, &tests)?;
+        for &test in &tests {
+            if depth == 0 && matches!(test, Test::Generate(_)) {
+                // A decoding step needs a token before it.
+                contenders.reach(args, 1, &tests)?;
+                contenders.measure(args, 1, test, &mut table)?;
+                contenders.reach(args, 0, &tests)?;
+            } else {
+                contenders.measure(args, depth, test, &mut table)?;
+            }
+        }
+    }
+    let threads = args.session.threads.map_or(Value::Null, Value::from);
+    let facts = [
+        ("threads", threads),
+        ("repetitions", args.repetitions.into()),
+        ("onnxruntime", runtime.path.display().to_string().into()),
+    ];
+    let mut stdout = io::stdout().lock();
+    write!(stdout, "{}", table.print(args.output, &facts))?;
+    stdout.flush()?;
+    Ok(())
+}
+
+const COLUMNS: [Column; 11] = [
+    column("model", "model"),
+    column("test", "test"),
+    column("depth", "depth"),
+    column("window", "w"),
+    column("budget", "budget"),
+    column("tokens_per_second", "tokens/s"),
+    column("tokens_per_second_deviation", ""),
+    column("tokens_per_second_best", "best"),
+    column("ratio_to_first", "x first model"),
+    column("share_of_pages", "pages read"),
+    column("exposure", "exposure"),
+];
+
+const fn column(key: &'static str, heading: &'static str) -> Column {
+    Column { key, heading }
+}
+
+/// The models, each opened once however often it is named.
+struct Contenders {
+    opened: Vec<Opened>,
+    /// Name, which of the opened ones, and how it is run.
+    list: Vec<(String, usize, Policy)>,
+}
+
+struct Opened {
+    folder: PathBuf,
+    model: Model,
+    /// Longest window that this model is run with.
+    window: usize,
+    state: Option<State>,
+}
+
+impl Contenders {
+    fn open(runtime: &Runtime, options: &OpenOptions, specs: &[Spec]) -> Result<Self> {
+        let mut opened: Vec<Opened> = Vec::new();
+        let mut list = Vec::new();
+        for spec in specs {
+            let at = match opened.iter().position(|o| o.folder == spec.folder) {
+                Some(at) => at,
+                None => {
+                    let model = Model::open(runtime, &spec.folder, options)?;
+                    eprintln!("{}: {}", spec.folder.display(), model.plugin_line());
+                    opened.push(Opened {
+                        folder: spec.folder.clone(),
+                        model,
+                        window: 1,
+                        state: None,
+                    });
+                    opened.len() - 1
+                }
+            };
+            let one = opened.get_mut(at).context("no such model")?;
+            let policy = Policy::new(&one.model, spec.window, spec.budget).with_context(|| spec.label())?;
+            one.window = one.window.max(policy.window);
+            list.push((spec.label(), at, policy));
+        }
+        Ok(Self { opened, list })
+    }
+
+    /// Makes every model's state hold `depth` tokens and have room for every test.
+    fn reach(&mut self, args: &BenchArgs, depth: usize, tests: &[Test]) -> Result<()> {
+        let most = tests.iter().map(|t| t.tokens()).max().unwrap_or(0);
+        for one in &mut self.opened {
+            let capacity = depth + most + WARM_UP + one.window;
+            if let Some(context) = one.model.context_length() {
+                ensure!(
+                    capacity <= context,
+                    "{}: {capacity} tokens exceed the model's context of {context}",
+                    one.folder.display()
+                );
+            }
+            one.state = None;
+            let mut state = one.model.new_state(1, capacity)?;
+            set(args, &mut one.model, &mut state, depth, true)?;
+            one.state = Some(state);
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, args: &BenchArgs, depth: usize, test: Test, table: &mut Table) -> Result<()> {
+        let mut samples = vec![Samples::default(); self.list.len()];
+        let mut readings = vec![crate::measure::Reading::default(); self.list.len()];
+        let total = args.repetitions * self.list.len();
+        let bar = progress::bar(total, &format!("{} @ {depth}", test.name()), true);
+        for _ in 0..args.repetitions {
+            for ((_, at, policy), (samples, reading)) in self.list.iter().zip(samples.iter_mut().zip(&mut readings)) {
+                let one = self.opened.get_mut(*at).context("no such model")?;
+                let state = one.state.as_mut().context("no state")?;
+                set(args, &mut one.model, state, depth, false)?;
+                let seconds = match test {
+                    Test::Prompt(n) => {
+                        feed(&mut one.model, state, depth, WARM_UP.min(n), args.chunk)?;
+                        set(args, &mut one.model, state, depth, false)?;
+                        let start = Instant::now();
+                        feed(&mut one.model, state, depth, n, args.chunk)?;
+                        start.elapsed().as_secs_f64()
+                    }
+                    Test::Generate(n) => {
+                        let prompt = tokens(depth);
+                        let mut decoder = Decoder::new(&mut one.model, state, &[&prompt], *policy)?;
+                        for _ in 0..policy.window - 1 + WARM_UP {
+                            decoder.push(0, 1);
+                            decoder.step()?;
+                        }
+                        let before = decoder.time;
+                        for _ in 0..n {
+                            decoder.push(0, 1);
+                            decoder.step()?;
+                        }
+                        reading.add(&decoder.reading());
+                        (decoder.time - before).as_secs_f64()
+                    }
+                };
+                samples.0.push(test.tokens() as f64 / seconds);
+                bar.inc(1);
+            }
+        }
+        bar.finish_and_clear();
+        let first = samples.first().cloned().unwrap_or_default();
+        for (((label, at, policy), samples), reading) in self.list.iter().zip(&samples).zip(&readings) {
+            let retro = self.opened.get(*at).and_then(|o| o.model.retro.as_ref());
+            let ratios = Samples(samples.0.iter().zip(&first.0).map(|(a, b)| a / b).collect());
+            let budget = policy.budget.map(|b| b.to_string()).or(retro.map(|r| r.budget.clone()));
+            let generates = matches!(test, Test::Generate(_));
+            table.push(vec![
+                Cell::text(label.clone()),
+                Cell::text(test.name()),
+                Cell::count(depth),
+                Cell::count(policy.window),
+                Cell::text(budget.unwrap_or_default()),
+                Cell::number(samples.mean(), 2),
+                Cell::number(samples.deviation(), 2),
+                Cell::number(samples.0.iter().copied().fold(0.0, f64::max), 2),
+                Cell::number(ratios.median(), 2),
+                Cell::maybe(reading.share().filter(|_| generates), 3),
+                Cell::maybe(reading.exposure().filter(|_| generates && policy.window > 1), 2),
+            ]);
+        }
+        Ok(())
+    }
+}
+
+/// Brings a state to `depth` tokens. A fresh one is filled; a used one need only be rewound.
+fn set(args: &BenchArgs, model: &mut Model, state: &mut State, depth: usize, fresh: bool) -> Result<()> {
+    if !fresh && model.fixed_capacity {
+        return state.rewind(depth);
+    }
+    if depth > 0 && !args.prefill_depth {
+        let moments = model.retro.as_ref().is_some_and(|r| r.selector != "bounds");
+        return state.pretend(depth, moments).with_context(|| {
+            format!(
+                "{}: give --prefill-depth to feed a prompt instead",
+                model.folder.graph.display()
+            )
+        });
+    }
+    *state = model.new_state(1, state.capacity())?;
+    feed(model, state, 0, depth, args.chunk)
+}
+
+/// Tokens that any vocabulary has: which they are does not change what a step costs.
+fn tokens(count: usize) -> Vec<u32> {
+    let next = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
+    (0..count).map(|i| next(i) as u32).collect()
+}
+
+/// Feeds `count` tokens of a prompt after `depth` others.
+fn feed(model: &mut Model, state: &mut State, depth: usize, count: usize, chunk: usize) -> Result<()> {
+    let all = tokens(depth + count);
+    let mut done = depth;
+    for part in all.get(depth..).unwrap_or(&[]).chunks(chunk) {
+        done += part.len();
+        let feed = Feed {
+            ids: part.iter().map(|&id| i64::from(id)).collect(),
+            lengths: vec![done],
+            retro_length: -1,
+            ..Feed::default()
+        };
+        model.run(state, &feed)?;
+    }
+    Ok(())
+}

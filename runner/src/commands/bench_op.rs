@@ -1,0 +1,370 @@
+//! `retro-run bench-op`: the operator alone against ONNX Runtime's GroupQueryAttention, as a table.
+
+use std::{
+    io::{self, Write},
+    str::FromStr,
+};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
+use retro_models::Dtype;
+use serde_json::Value;
+
+use super::LibraryArgs;
+use crate::{
+    Device, OpenOptions, Runtime,
+    bench::{
+        Samples,
+        memory::Memory,
+        op::{
+            Operator, Retro, Shape,
+            data::{Caches, Rows},
+            node::Node,
+        },
+        table::{Cell, Column, Format, Table},
+    },
+    progress, runtime,
+};
+
+#[derive(Args)]
+pub struct BenchOpArgs {
+    /// Tokens in the cache.
+    #[arg(
+        short,
+        long,
+        value_delimiter = ',',
+        default_value = "1024,8192,32768",
+        value_name = "LIST"
+    )]
+    context: Vec<usize>,
+    /// Shares of the context (0.15) or tokens (2048); 1.0 is everything.
+    #[arg(short, long, value_delimiter = ',', default_value = "0.15", value_name = "LIST")]
+    budget: Vec<Budget>,
+    /// Tokens that a step feeds.
+    #[arg(short, long, value_delimiter = ',', default_value = "1,2,8", value_name = "LIST")]
+    window: Vec<usize>,
+    /// retro, dense, streaming.
+    #[arg(long, value_delimiter = ',', default_value = "retro", value_name = "LIST")]
+    mode: Vec<Mode>,
+    /// Page selections, each a selector and a group score: bounds, moments or signed_moments, + max or softmax.
+    #[arg(long, value_delimiter = ',', default_value = "bounds+max", value_name = "LIST")]
+    select: Vec<Select>,
+    /// Element types of caches and rows: f32, f16.
+    #[arg(long, value_delimiter = ',', default_value = "f32", value_name = "LIST")]
+    dtype: Vec<Dtype>,
+    /// Threads of ONNX Runtime's pool [default: one per core].
+    #[arg(short, long, value_delimiter = ',', value_name = "LIST")]
+    threads: Vec<usize>,
+    /// Query heads.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    heads: usize,
+    /// Key/value heads; they divide the query heads.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    kv_heads: usize,
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    head_size: usize,
+    #[arg(long, default_value_t = limits::PAGE_SIZE, value_name = "TOKENS")]
+    page_size: usize,
+    /// Nodes in a session, each with caches of its own; 0: as many as make 128 MiB of caches, at most 16.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    nodes: usize,
+    /// How far queries turn from token to token: 0 not at all, 1 into another random one. It decides how many of a step's
+    /// pages are new to the tokens fed again (column exposure).
+    #[arg(long, default_value_t = 0.15, value_name = "X")]
+    drift: f32,
+    /// Measured steps; two more and those that fill the window come before them, off the clock.
+    #[arg(short, long, default_value_t = 10, value_name = "N")]
+    repetitions: usize,
+    /// md, json or csv.
+    #[arg(short, long, default_value = "md", value_name = "FORMAT")]
+    output: Format,
+    #[command(flatten)]
+    libraries: LibraryArgs,
+}
+
+/// A selector and a group score: `moments+softmax`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Select(Selector, GroupScore);
+
+impl FromStr for Select {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (selector, score) = s
+            .split_once('+')
+            .ok_or(format!("{s:?}: expected SELECTOR+SCORE, as bounds+max"))?;
+        let selector = selector.parse().map_err(|e| format!("{e}"))?;
+        Ok(Self(selector, score.parse().map_err(|e| format!("{e}"))?))
+    }
+}
+
+/// Bytes of caches that the nodes of a session have together, unless told otherwise.
+const CACHES: usize = 128 << 20;
+const WARM_UP: usize = 2;
+
+impl BenchOpArgs {
+    /// GroupQueryAttention and every combination of the options that differs from the others.
+    fn operators(&self) -> Vec<Operator> {
+        let mut list = vec![Operator::Gqa];
+        for &mode in &self.mode {
+            for &budget in &self.budget {
+                for &Select(selector, group_score) in &self.select {
+                    for &window in &self.window {
+                        // What a mode does not look at is as its first value.
+                        let budget = if mode == Mode::Dense {
+                            Budget::Ratio(1.0)
+                        } else {
+                            budget
+                        };
+                        let (selector, group_score) = if mode == Mode::Retro {
+                            (selector, group_score)
+                        } else {
+                            Default::default()
+                        };
+                        let operator = Operator::Retro(Retro {
+                            window,
+                            budget,
+                            mode,
+                            selector,
+                            group_score,
+                        });
+                        if !list.contains(&operator) {
+                            list.push(operator);
+                        }
+                    }
+                }
+            }
+        }
+        list
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(self.repetitions >= 1, "-r 0: ask for at least one repetition");
+        for &n in &self.context {
+            ensure!((1..=1 << 24).contains(&n), "-c {n}: expected 1 to 16777216 tokens");
+        }
+        for &w in &self.window {
+            ensure!(
+                (1..=limits::WINDOW_MAX).contains(&w),
+                "--window {w}: expected 1 to {}",
+                limits::WINDOW_MAX
+            );
+        }
+        ensure!(
+            self.kv_heads >= 1 && self.heads >= 1 && self.heads.is_multiple_of(self.kv_heads),
+            "--heads {} is not a multiple of --kv-heads {}",
+            self.heads,
+            self.kv_heads
+        );
+        ensure!(self.head_size >= 1, "--head-size 0: a head has at least one element");
+        ensure!(
+            self.page_size.is_power_of_two()
+                && (limits::PAGE_SIZE_MIN..=limits::PAGE_SIZE_MAX).contains(&self.page_size),
+            "--page-size {}: expected a power of two in {}..{}",
+            self.page_size,
+            limits::PAGE_SIZE_MIN,
+            limits::PAGE_SIZE_MAX
+        );
+        ensure!(
+            (0.0..=1.0).contains(&self.drift),
+            "--drift {}: expected 0 to 1",
+            self.drift
+        );
+        self.threads.iter().try_for_each(|&t| runtime::check_threads(Some(t)))
+    }
+}
+
+const COLUMNS: [Column; 16] = [
+    column("dtype", "dtype"),
+    column("context", "context"),
+    column("threads", "threads"),
+    column("operator", "operator"),
+    column("budget", "budget"),
+    column("window", "w"),
+    column("select", "selection"),
+    column("exposure", "exposure"),
+    column("us", "us a node"),
+    column("us_deviation", ""),
+    column("us_best", "best"),
+    column("mbytes", "MB"),
+    column("gbytes_per_second", "GB/s"),
+    column("share_of_bandwidth", "% of memory's"),
+    column("gqa_ratio", "x GQA"),
+    column("gqa_ratio_of_best", "best"),
+];
+
+const fn column(key: &'static str, heading: &'static str) -> Column {
+    Column { key, heading }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever keeps an operator from being measured, in one line.
+pub fn bench_op(args: &BenchOpArgs) -> Result<()> {
+    args.check()?;
+    let (runtime, open) = args.libraries.load(Device::default())?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if args.threads.is_empty() {
+        vec![cores]
+    } else {
+        args.threads.clone()
+    };
+    let mut table = Table::new(&COLUMNS);
+    let mut ceilings = Vec::new();
+    for &dtype in &args.dtype {
+        for &context in &args.context {
+            for &threads in &threads {
+                let bandwidth = measure(args, &runtime, &open, dtype, context, threads, &mut table)?;
+                ceilings.push((threads, bandwidth));
+            }
+        }
+    }
+    let mut facts = vec![
+        ("heads", Value::from(args.heads)),
+        ("kv_heads", args.kv_heads.into()),
+        ("head_size", args.head_size.into()),
+        ("page_size", args.page_size.into()),
+        ("drift", args.drift.into()),
+        ("repetitions", args.repetitions.into()),
+    ];
+    let ceiling: Vec<Value> = ceilings
+        .iter()
+        .map(|&(threads, b)| serde_json::json!({"threads": threads, "read_gbytes_per_second": b / 1e9}))
+        .collect();
+    facts.push(("memory", ceiling.into()));
+    let mut stdout = io::stdout().lock();
+    write!(stdout, "{}", table.print(args.output, &facts))?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// Rows of one element type, context and number of threads; returns the machine's read bandwidth in bytes a second.
+fn measure(
+    args: &BenchOpArgs,
+    runtime: &Runtime,
+    open: &OpenOptions,
+    dtype: Dtype,
+    context: usize,
+    threads: usize,
+    table: &mut Table,
+) -> Result<f64> {
+    let shape = Shape {
+        heads: args.heads,
+        kv_heads: args.kv_heads,
+        head_size: args.head_size,
+        page_size: args.page_size,
+        dtype,
+    };
+    let operators = args.operators();
+    let fill = operators.iter().map(Operator::window).max().unwrap_or(1) - 1;
+    let before = fill + WARM_UP;
+    let steps = before + args.repetitions;
+    let nodes = match args.nodes {
+        0 => CACHES.div_ceil(context * shape.token_bytes()).clamp(1, 16),
+        n => n,
+    };
+    let options = OpenOptions {
+        threads: Some(threads),
+        idle_between_runs: true,
+        ..open.clone()
+    };
+    let rows = Rows::new(&shape, steps, args.drift);
+    let mut caches = Caches::new(&shape, nodes, context, steps)?;
+    let mut measured = operators
+        .iter()
+        .map(|&operator| Node::new(runtime, &options, &shape, operator, &mut caches))
+        .collect::<Result<Vec<_>>>()?;
+
+    let memory = Memory::new(threads);
+    memory.pass();
+    let mut bandwidth: f64 = 0.0;
+    let mut samples = vec![Samples::default(); measured.len()];
+    let bar = progress::bar(steps, &format!("{dtype:?} {context}"), true);
+    for step in 0..steps {
+        if step >= before {
+            bandwidth = bandwidth.max(memory.pass());
+        }
+        // Interleaved, so that all meet the same moods of the machine.
+        for (node, samples) in measured.iter_mut().zip(&mut samples) {
+            memory.flush();
+            let seconds = node.step(&rows, context + step)?;
+            if step >= before {
+                samples.0.push(seconds);
+            }
+        }
+        check_dense(&measured, context + step + 1, dtype)?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+
+    let gqa = samples.first().cloned().unwrap_or_default();
+    let len = context + before + args.repetitions.div_ceil(2);
+    for (node, samples) in measured.iter().zip(&samples) {
+        let ratios = Samples(gqa.0.iter().zip(&samples.0).map(|(g, s)| g / s).collect());
+        let bytes = node.operator.bytes(&shape, len, node.pages());
+        // The best against the best pass over memory: what a busy moment took from either is not the operator's.
+        let rate = bytes / samples.best();
+        let (budget, select) = match node.operator {
+            Operator::Gqa => (String::new(), String::new()),
+            Operator::Retro(r) => (
+                r.budget.to_string(),
+                if r.mode == Mode::Retro {
+                    format!("{}+{}", r.selector, r.group_score)
+                } else {
+                    String::new()
+                },
+            ),
+        };
+        let sparse = node.operator != Operator::Gqa;
+        table.push(vec![
+            Cell::text(if dtype == Dtype::F32 { "f32" } else { "f16" }),
+            Cell::count(context),
+            Cell::count(threads),
+            Cell::text(node.operator.to_string()),
+            Cell::text(budget),
+            Cell::count(node.operator.window()),
+            Cell::text(select),
+            Cell::maybe(node.exposure(), 2),
+            Cell::number(samples.mean() * 1e6, 0),
+            Cell::number(samples.deviation() * 1e6, 0),
+            Cell::number(samples.best() * 1e6, 0),
+            Cell::number(bytes / 1e6, 1),
+            Cell::number(rate / 1e9, 1),
+            Cell::number(100.0 * rate / bandwidth, 0),
+            Cell::maybe(sparse.then(|| ratios.median()), 2),
+            Cell::maybe(sparse.then(|| gqa.best() / samples.best()), 2),
+        ]);
+    }
+    eprintln!(
+        "{context} tokens, {threads} threads: {nodes} nodes of Hq {}, Hkv {}, D {}; memory reads {:.1} GB/s",
+        shape.heads,
+        shape.kv_heads,
+        shape.head_size,
+        bandwidth / 1e9
+    );
+    Ok(bandwidth)
+}
+
+/// Figures of an operator that computes something else are worth nothing: where the newest token attends to everything, it
+/// must get what GroupQueryAttention gives it.
+fn check_dense(measured: &[Node], len: usize, dtype: Dtype) -> Result<()> {
+    let tolerance = if dtype == Dtype::F32 { 1e-4 } else { 1e-2 };
+    let Some((gqa, others)) = measured.split_first() else {
+        return Ok(());
+    };
+    for node in others.iter().filter(|n| n.is_dense(len)) {
+        let worst = gqa
+            .newest
+            .iter()
+            .zip(&node.newest)
+            .fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+        ensure!(
+            worst <= tolerance,
+            "{:?} differs from GroupQueryAttention by {worst}: nothing was measured",
+            node.operator
+        );
+    }
+    Ok(())
+}
