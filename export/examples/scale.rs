@@ -3,10 +3,11 @@
 //! Makes three models in FOLDER (a temporary one; it needs about 9 GB): 16 GB of external data (a sparse file), 1.9 GB inline, and
 //! one so close to 2 GiB that its weights must move to a file of their own. Prints time, peak heap, and bytes written.
 
+use prost::Message;
 use retro_export::{
     ExternalMode, Options, convert,
     onnx::{
-        AttributeProto, Bytes, DataLocation, DataType, Dimension, GraphProto, ModelProto, NodeProto,
+        AttributeProto, Bytes, DataLocation, DataType, Dimension, GraphProto, MAX_MODEL_BYTES, ModelProto, NodeProto,
         OperatorSetIdProto, StringStringEntryProto, TensorProto, ValueInfoProto, write_model,
     },
     revert,
@@ -201,7 +202,8 @@ fn main() {
     let out = folder.join("out.onnx");
     measure("2 GiB inline less 0.4 MB", &source, &out, None);
     let mut larger = model(inline(&zeros, (1 << 31) - 300_000));
-    larger.doc_string = Some("x".repeat(250_000));
+    let room = MAX_MODEL_BYTES - larger.encoded_len() - 16;
+    larger.doc_string = Some("x".repeat(room));
     write_model(&larger, &source, true).expect("a model");
     measure("2 GiB inline less a few bytes", &source, &out, None);
     let back = folder.join("back.onnx");

@@ -72,7 +72,11 @@ impl Content<'_> {
 
 /// Streams a model into a file.
 pub(crate) fn encode_to(model: &ModelProto, file: &mut File) -> io::Result<()> {
-    let mut stream = Stream::new(ToFile(file));
+    let mut stream = Stream::new(ToFile {
+        file,
+        at: 0,
+        bounce: Vec::new(),
+    });
     model.encode(&mut stream).map_err(io::Error::other)?;
     stream.finish()?;
     Ok(())
@@ -130,11 +134,37 @@ pub(crate) fn sync_folder(folder: &Path) {
     }
 }
 
-struct ToFile<'a>(&'a mut File);
+struct ToFile<'a> {
+    file: &'a mut File,
+    at: usize,
+    bounce: Vec<u8>,
+}
 
 impl Sink for ToFile<'_> {
+    /// Through a buffer: the kernel's copy from a mapped file to a page of another is several times slower when their places
+    /// within a page are a little apart, and in a converted model they are, all along.
     fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all(bytes)
+        const PAGE: usize = 4096;
+        const BOUNCE: usize = 256 << 10;
+        if bytes.len() < BOUNCE {
+            self.at += bytes.len();
+            return self.file.write_all(bytes);
+        }
+        if self.bounce.is_empty() {
+            self.bounce = vec![0; BOUNCE + 2 * PAGE];
+        }
+        let base = self.bounce.as_ptr().align_offset(PAGE);
+        for chunk in bytes.chunks(BOUNCE) {
+            let from = base + self.at % PAGE;
+            let to = self
+                .bounce
+                .get_mut(from..from + chunk.len())
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            to.copy_from_slice(chunk);
+            self.file.write_all(to)?;
+            self.at += chunk.len();
+        }
+        Ok(())
     }
 }
 
