@@ -18,6 +18,7 @@ fn main() {
 
     println!("cargo:rerun-if-changed={KERNELS}");
     println!("cargo:rerun-if-env-changed=RETRO_NVCC");
+    println!("cargo:rerun-if-env-changed=RETRO_CUDA_ARCH");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rustc-check-cfg=cfg(retro_fatbin)");
     match nvcc() {
@@ -60,10 +61,15 @@ fn compile(nvcc: &Path, target: &Path) {
     command
         .args(["-fatbin", "-O3", "-std=c++17", "--threads", "0", "-o"])
         .arg(target);
-    for architecture in ARCHITECTURES {
-        command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+    // For developers, who build often for one device.
+    if let Some(only) = env::var_os("RETRO_CUDA_ARCH").and_then(|a| a.into_string().ok()) {
+        command.arg(format!("-gencode=arch=compute_{only},code=sm_{only}"));
+    } else {
+        for architecture in ARCHITECTURES {
+            command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+        }
+        command.arg("-gencode=arch=compute_90,code=compute_90");
     }
-    command.arg("-gencode=arch=compute_90,code=compute_90");
     command.arg(Path::new(KERNELS).join("retro.cu"));
     let done = command
         .output()

@@ -39,7 +39,7 @@ def converted(tmp_path_factory):
         source, target = folder / dtype, folder / f"{dtype}-retro"
         subprocess.run([models(), "build", "--weights", DATA / "golden" / "model", "--dtype", dtype, "-o", source], check=True)
         subprocess.run(
-            [exporter(), source, "-o", target, "--window", "4", "--budget", "0.3", "--selector", "moments"], check=True, stdout=subprocess.DEVNULL
+            [exporter(), source, "-o", target, "--window", "4", "--budget", "0.3"], check=True, stdout=subprocess.DEVNULL
         )
         return target / "model.onnx"
 

@@ -115,7 +115,7 @@ impl Call<'_> {
         (attend, blocks, wanted.min(most).max(1))
     }
 
-    /// A decoding step: four launches, each but the first started while the one before drains.
+    /// A decoding step: four launches, each started while the one before drains.
     pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
         let (a, d) = (self.attributes, self.dims.head_size);
         let (total, tokens, group) = (params.total as usize, self.dims.tokens, self.group());
@@ -150,14 +150,12 @@ impl Call<'_> {
             0
         });
         let pages = layout.take(pairs * max_pages * 8);
-        let count = layout.take(pairs * 4);
         let outputs = layout.take(pairs * splits * rows * d * 4);
         let stats = layout.take(pairs * splits * rows * 8);
         let scratch = buffer.get(layout.0)?;
         params.scores = at(scratch, scores);
         params.score_stats = at(scratch, score_stats);
         params.pages = at(scratch, pages);
-        params.page_count = at(scratch, count);
         params.part_outputs = at(scratch, outputs);
         params.part_stats = at(scratch, stats);
         params.splits = splits as i32;
@@ -166,7 +164,7 @@ impl Call<'_> {
 
         let padded = self.kernels.padded;
         // Queries of the blocks that append, or those of the blocks that score (score.cuh).
-        let shared = ((group * 2 * padded + 2 * d) * 4).max(2 * 16 * (padded + 32) * 2);
+        let shared = ((group * 2 * padded + 2 * d) * 4).max(3 * 16 * (padded + 32) * 2);
         let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
         let k = self.kernels;
         let select = &k.select[usize::from(max_pages > SELECT_PAGES)];
@@ -174,7 +172,7 @@ impl Call<'_> {
             &k.score,
             [score_blocks + touched, kv_heads, batch],
             shared,
-            Order::Alone,
+            Order::Chained,
             params,
         )?;
         self.stream
@@ -273,7 +271,6 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         scores: null,
         score_stats: null,
         pages: null,
-        page_count: null,
         part_outputs: null,
         part_stats: null,
         budget_ratio: a.budget_ratio,
@@ -302,8 +299,8 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         },
         selector: match a.selector {
             Selector::Bounds => 0,
-            // Moments; signed ones are refused when the node is made.
-            Selector::Moments | Selector::SignedMoments => 1,
+            Selector::Moments => 1,
+            Selector::SignedMoments => 2,
         },
         group_score: match a.group_score {
             GroupScore::Max => 0,
@@ -327,6 +324,11 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         scale: a.scale.unwrap_or(1.0 / (dims.head_size as f32).sqrt()),
         softcap: a.softcap,
         lambda: a.selector_lambda,
+        correlation: if a.selector == Selector::SignedMoments {
+            a.selector_correlation
+        } else {
+            0.0
+        },
         ragged: 0,
         retro: [0; super::params::MAX_RAGGED],
     }

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use retro_contract::{Selector, input, output};
+use retro_contract::{input, output};
 
 use super::call::{Attend, Call, Kernels, params};
 use super::device::Device;
@@ -148,11 +148,6 @@ impl<E: CudaElement> Operator for CudaOperator<E> {
         require!(
             group <= MAX_GROUP,
             "attributes num_heads and kv_num_heads give {group} query heads a KV head, on CUDA at most {MAX_GROUP}"
-        );
-        require!(
-            attributes.selector != Selector::SignedMoments,
-            "attribute selector is \"signed_moments\", which CUDA does not have yet: convert the model with retro-export \
-             --selector moments, or run it on the CPU"
         );
         let device = Device::get(info.device()?)?;
         let delegate = if E::HALF {

@@ -27,7 +27,6 @@ pub struct Params {
     pub scores: *mut c_void,
     pub score_stats: *mut c_void,
     pub pages: *mut c_void,
-    pub page_count: *mut c_void,
     pub part_outputs: *mut c_void,
     pub part_stats: *mut c_void,
     pub budget_ratio: f64,
@@ -67,9 +66,10 @@ pub struct Params {
     pub scale: f32,
     pub softcap: f32,
     pub lambda: f32,
+    pub correlation: f32,
     pub ragged: i32,
     pub retro: [u8; MAX_RAGGED],
 }
 
 // kernels/retro.cu asserts the same size.
-const _: () = assert!(size_of::<Params>() == 848);
+const _: () = assert!(size_of::<Params>() == 840);

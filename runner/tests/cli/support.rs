@@ -98,15 +98,8 @@ pub fn ledger_retro() -> PathBuf {
     static CONVERTED: OnceLock<PathBuf> = OnceLock::new();
     let convert = || {
         let folder = models().join("ledger-retro");
-        // CUDA does not have the default selector, signed_moments, yet.
-        let usual = retro_export::Settings::default();
         let settings = retro_export::Settings {
             window: 8,
-            selector: if on_gpu() {
-                "moments".parse().unwrap()
-            } else {
-                usual.selector
-            },
             ..Default::default()
         };
         let (source, target) = (ledger(), Some(folder.clone()));

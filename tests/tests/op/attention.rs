@@ -36,17 +36,6 @@ fn small() -> Attrs {
 #[test]
 fn every_selector_and_group_score() {
     for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
-        if selector == Selector::SignedMoments && host::on_gpu() {
-            // CUDA does not have it yet, and says so.
-            let attrs = Attrs { selector, ..small() };
-            let model = node::retro(node::attributes(&attrs), Slots::default(), Dtype::F32);
-            let error = host::open(&model).err().expect("a refusal");
-            assert!(
-                error.contains("signed_moments") && error.contains("--selector moments"),
-                "{error}"
-            );
-            continue;
-        }
         for group_score in [GroupScore::Max, GroupScore::Softmax] {
             for (window, lambda, page) in [(1, 2.5, 16), (4, 1.0, 8), (8, 3.0, 32)] {
                 let attrs = Attrs {

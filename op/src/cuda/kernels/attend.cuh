@@ -28,13 +28,13 @@ struct Groups {
     return list ? list[i] : Listed{first_page + i, 0};
   }
 };
-DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, int size, int pair) {
+DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, int size, int b, int pair) {
   Groups g;
   g.shift = p.page_shift - 3;
   if (p.phase == DECODE) {
     g.list = p.pages + size_t(pair) * p.max_pages;
     g.first_page = 0;
-    g.count = p.page_count[pair] << g.shift;
+    g.count = listed_pages(p, candidates(p, s, b)) << g.shift;
   } else {
     const int oldest = s.first + rb.token0 + rb.start / p.group;
     const int newest = s.first + rb.token0 + (min(rb.start + size, rb.rows) - 1) / p.group;
@@ -174,8 +174,8 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
     const int r = rb.start + my_rows + 2 * quad + e;
     position[e] = r < rb.rows ? s.first + rb.token0 + r / p.group : -1;
   }
+  const Groups groups = groups_of(p, s, rb, S::ROWS, b, pair);
   wait_for_previous();
-  const Groups groups = groups_of(p, s, rb, S::ROWS, pair);
 
   // This block's share: neighbouring stages.
   const int all = (groups.count + S::GROUPS - 1) / S::GROUPS;
@@ -381,8 +381,8 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
                          : 0.f;
   }
   __syncthreads();
+  const Groups groups = groups_of(p, s, rb, ROWS, b, pair);
   wait_for_previous();
-  const Groups groups = groups_of(p, s, rb, ROWS, pair);
   const int tiles = (groups.count + 1) / 2;
   const float* keys = static_cast<const float*>(p.key_cache) + size_t(pair) * p.capacity * d;
   const float* values = static_cast<const float*>(p.value_cache) + size_t(pair) * p.capacity * d;

@@ -50,12 +50,13 @@ template <class T> DEVICE void load8(const T* p, float* x) {
 
 // Sequences of a batch whose retro_length may differ.
 constexpr int MAX_RAGGED = 512;
+constexpr int MAX_HEAD_SIZE = 256, MAX_PAGE_SIZE = 128;
 constexpr float NEG_INF = -__builtin_huge_valf();
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
 enum Phase { DECODE = 0, PREFILL = 1 };
-enum Selector { BOUNDS = 0, MOMENTS = 1 };
+enum Selector { BOUNDS = 0, MOMENTS = 1, SIGNED_MOMENTS = 2 };
 enum GroupScore { MAX = 0, SOFTMAX = 1 };
 enum Mode { RETRO = 0, DENSE = 1, STREAMING = 2 };
 
@@ -82,7 +83,6 @@ struct Params {
   float* scores;        // [B, Hkv, max_pages], or [B, Hkv, g, max_pages] with the group score softmax
   float2* score_stats;  // [B, Hkv, score_parts, g]: largest score and sum of e^(score - largest) of each scoring block
   Listed* pages;        // [B, Hkv, max_pages]
-  int* page_count;      // [B, Hkv]
   float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
   float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
   double budget_ratio;
@@ -101,11 +101,12 @@ struct Params {
   int write_output;  // 0: the output is there already, only the output cache is filled
   int window;
   float scale, softcap, lambda;
+  float correlation;  // rho of signed_moments, 0 for moments
   int ragged;  // retro lengths are one a sequence
   u8 retro[MAX_RAGGED];
 };
 
-static_assert(sizeof(Params) == 848, "params.rs has the same layout");
+static_assert(sizeof(Params) == 840, "params.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -152,6 +153,34 @@ DEVICE int seen_from(const Params& p, int position) {
 // The first page that a step may read; the last one holds the newest token.
 DEVICE int first_candidate(const Params& p, const Sequence& s) {
   return seen_from(p, p.mode == DENSE ? s.first : s.len - 1) >> p.page_shift;
+}
+
+// What a step chooses from: pages from..pages.
+struct Candidates {
+  int from, pages, count, budget;
+  int sinks;   // of the candidates, forced ones at the start
+  int forced;  // the newest page included
+};
+
+DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
+  Candidates c;
+  c.from = first_candidate(p, s), c.pages = pages_for(p, s.len), c.count = c.pages - c.from;
+  c.budget = budget_pages(p, b, s.len);
+  c.sinks = min(max(p.sink_pages - c.from, 0), c.count);
+  c.forced = c.sinks + (c.pages - 1 >= p.sink_pages);
+  return c;
+}
+
+// The first page that mode "streaming" reads behind the forced ones at the start.
+DEVICE int recent_from(const Candidates& c) {
+  const int beside_newest = c.sinks - (c.sinks == c.forced);
+  return max(c.from + c.sinks, c.pages - max(c.budget - beside_newest, 1));
+}
+
+// Pages that a step lists for a KV head: known before they are chosen.
+DEVICE int listed_pages(const Params& p, const Candidates& c) {
+  if (p.mode == STREAMING) return c.sinks + c.pages - recent_from(c);
+  return p.mode == DENSE || c.budget >= c.count ? c.count : max(c.budget, c.forced);
 }
 
 // Element d of a head's row after rotary embedding at `position`.

@@ -19,7 +19,6 @@ template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head,
 template <class T> DEVICE void merge_kernel(const Params& p) {
   __shared__ float weights[MERGE_WARPS][MAX_SPLITS];
   __shared__ float parts[MERGE_WARPS][256];
-  let_next_start();
   const int head = blockIdx.x, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.head_size;
   const Sequence s = sequence(p, b);
   if (p.write_output) {
@@ -27,7 +26,8 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     for (int row = blockIdx.z * MERGE_WARPS + warp; row < dead; row += gridDim.z * MERGE_WARPS)
       fill_row<T>(p, b, row, head, s.valid ? 0.f : __uint_as_float(0x7fffffffu));
   }
-  if (!s.valid || !p.part_outputs) return;
+  // The end of this kernel is the end of the step.
+  if (!s.valid || !p.part_outputs) return wait_for_previous();
   const int kv_head = head / p.group, pair = b * p.kv_heads + kv_head;
   const int token0 = first_token(p, s), tokens = s.fed - token0;
   // Warps a row, a power of two; each takes every so many-th split.
@@ -63,6 +63,8 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     }
   }
   wait_for_previous();
+  // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its last.
+  let_next_start();
   float m = NEG_INF, sum = 0.f, x[8] = {};
   const int r = token * p.group + head % p.group;
   const size_t part = size_t(pair) * p.splits * p.rows + r;

@@ -18,7 +18,7 @@ KERNEL(retro_select_16, SELECT_THREADS, 1, select_kernel<16>(p))
   KERNEL(retro_clear_##TYPE, 128, 1, clear_kernel<T>(p))                                                               \
   KERNEL(retro_score_##TYPE##_64, SCORE_THREADS, 2, (score_kernel<T, 64>(p)))                                          \
   KERNEL(retro_score_##TYPE##_128, SCORE_THREADS, 2, (score_kernel<T, 128>(p)))                                        \
-  KERNEL(retro_score_##TYPE##_256, SCORE_THREADS, 2, (score_kernel<T, 256>(p)))
+  KERNEL(retro_score_##TYPE##_256, SCORE_THREADS, 1, (score_kernel<T, 256>(p)))
 
 OF_TYPE(f32, F32)
 OF_TYPE(f16, F16)

@@ -28,10 +28,19 @@ DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head,
   }
 }
 
-// A head's score from its two products.
-DEVICE float head_score(const Params& p, float first, float second, float log_count) {
-  if (p.selector == MOMENTS) return p.scale * (first + p.lambda * sqrtf(second)) + log_count;
+// A head's score from its two products and, with signed moments, that of the query with the signed deviations.
+DEVICE float head_score(const Params& p, float first, float second, float line, float log_count) {
+  if (p.selector != BOUNDS) {
+    if (p.selector == SIGNED_MOMENTS) second = p.correlation * line * line + (1.f - p.correlation) * second;
+    return p.scale * (first + p.lambda * sqrtf(second)) + log_count;
+  }
   return p.group_score == SOFTMAX ? p.scale * (first + second) : first + second;
+}
+
+// The inputs are there; the next kernels read them, and so may start no earlier.
+DEVICE void start_step() {
+  wait_for_previous();
+  let_next_start();
 }
 
 // Whether a step has to choose.
@@ -67,6 +76,7 @@ template <int LANES> DEVICE float sum_four(float (&v)[4], int lane) {
 
 // float32: sums in f32, eight elements a lane.
 template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, float* prepared) {
+  start_step();
   const Sequence s = sequence(p, b);
   if (!s.valid || !step_is_scored(p, s, b)) return;
   using T = F32;
@@ -97,41 +107,38 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
       ready = true;
       if (group * GROUP >= untouched) return;
     }
-    if (p.selector == MOMENTS) {
-#pragma unroll
-      for (int u = 0; u < SCORE_UNROLL; u++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) second[u][i] *= second[u][i];
-    }
     // Which of the four pages this lane ends up with.
     const int mine = ((in_page & (LANES / 2)) ? 2 : 0) + ((in_page & (LANES / 4)) ? 1 : 0);
     const int page = group * GROUP + mine * PAGES + lane / LANES;
     const bool writes = in_page % (LANES / 4) == 0 && page < untouched;
-    const float log_count = p.selector == MOMENTS ? logf(float(1 << p.page_shift)) : 0.f;
+    const float log_count = p.selector != BOUNDS ? logf(float(1 << p.page_shift)) : 0.f;
     float best = NEG_INF;
     for (int h = 0; h < p.group; h++) {
       const float4* q = reinterpret_cast<const float4*>(prepared + 2 * h * DP + at);
       const float4 a0 = q[0], a1 = q[1], b0 = q[DP / 4], b1 = q[DP / 4 + 1];
       const float qa[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
       const float qb[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
-      float x[4], y[4];
+      float x[4], y[4], z[4];
 #pragma unroll
       for (int u = 0; u < SCORE_UNROLL; u++) {
-        x[u] = y[u] = 0.f;
+        x[u] = y[u] = z[u] = 0.f;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
+          const float v = second[u][i];
           x[u] = fmaf(qa[i], first[u][i], x[u]);
-          y[u] = fmaf(qb[i], second[u][i], y[u]);
+          y[u] = fmaf(qb[i], p.selector == BOUNDS ? v : v * v, y[u]);
+          if (p.selector == SIGNED_MOMENTS) z[u] = fmaf(qa[i], v, z[u]);
         }
       }
       float score;
-      if (p.selector == MOMENTS) {
-        const float along = sum_four<LANES>(x, in_page);
-        score = head_score(p, along, sum_four<LANES>(y, in_page), log_count);
+      if (p.selector != BOUNDS) {
+        const float along = sum_four<LANES>(x, in_page), spread = sum_four<LANES>(y, in_page);
+        const float line = p.selector == SIGNED_MOMENTS ? sum_four<LANES>(z, in_page) : 0.f;
+        score = head_score(p, along, spread, line, log_count);
       } else {
 #pragma unroll
         for (int u = 0; u < SCORE_UNROLL; u++) x[u] += y[u];
-        score = head_score(p, sum_four<LANES>(x, in_page), 0.f, 0.f);
+        score = head_score(p, sum_four<LANES>(x, in_page), 0.f, 0.f, 0.f);
       }
       best = p.group_score == SOFTMAX ? score : fmaxf(best, score);
       if (writes) store_score(p, pair, h, page, best);
@@ -140,12 +147,22 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
 }
 
 // float16 and bfloat16: on tensor cores, 16 pages a warp, heads in the columns. Summaries go from memory to registers as keys do
-// in attend.cuh. Squares of standard deviations and of queries are bfloat16: they may lie far outside float16's range, and
-// their sums need no more than its 8 bits.
+// in attend.cuh. Squares of standard deviations and of queries may lie far outside float16's range: each is the sum of two
+// bfloat16, which keeps 16 bits of it, and a product of two squares three products.
+// The squares of two neighbouring elements, each as a bfloat16 and what that leaves out.
+template <class T> struct Squares {
+  u32 most, rest;
+  DEVICE explicit Squares(u32 two) {
+    const float low = widen(T{u16(two)}), high = widen(T{u16(two >> 16)}), a = low * low, b = high * high;
+    most = Mma<BF16>::pack(a, b);
+    rest = Mma<BF16>::pack(a - widen(BF16{u16(most)}), b - widen(BF16{u16(most >> 16)}));
+  }
+};
+
 template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
   constexpr int PAGES = 16, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32;
   struct Shared {
-    u16 first[HEADS][PITCH], second[HEADS][PITCH];
+    u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[HEADS][PITCH];
   };
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   const int pair = b * p.kv_heads + head, d = p.head_size;
@@ -168,10 +185,12 @@ template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, i
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) load(tile, c);
 
+  // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were perhaps not.
+  start_step();
   const Sequence s = sequence(p, b);
   if (!s.valid || !step_is_scored(p, s, b)) return;
   const int untouched = s.first >> p.page_shift, from = first_candidate(p, s);
-  const bool squares = p.selector == MOMENTS;
+  const bool squares = p.selector != BOUNDS, with_line = p.selector == SIGNED_MOMENTS;
   const int heads_padded = (p.group + 7) / 8 * 8;
   for (int i = threadIdx.x; i < heads_padded * DP; i += SCORE_THREADS) {
     const int h = i / DP, c = i % DP;
@@ -181,34 +200,22 @@ template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, i
     T x, y;
     narrow(squares ? q : fminf(q, 0.f), x);
     narrow(fmaxf(q, 0.f), y);
-    BF16 square;
+    BF16 square, rest;
     narrow(q * q, square);
-    sh.first[h][c] = x.v, sh.second[h][c] = squares ? square.v : y.v;
+    narrow(q * q - widen(square), rest);
+    sh.first[h][c] = x.v, sh.second[h][c] = squares ? square.v : y.v, sh.rest[h][c] = rest.v;
   }
   __syncthreads();
   const float log_count = logf(float(1 << p.page_shift));
   // Of this lane's two heads of each eight.
   float top[2][2] = {{NEG_INF, NEG_INF}, {NEG_INF, NEG_INF}}, sum[2][2] = {};
   for (; tile * PAGES < untouched; tile += warps) {
-    if (squares) {
-#pragma unroll
-      for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          u32* w = &second[c][half].x;
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const float low = widen(T{u16(w[i])}), high = widen(T{u16(w[i] >> 16)});
-            w[i] = Mma<BF16>::pack(low * low, high * high);
-          }
-        }
-    }
     float best[2] = {NEG_INF, NEG_INF};
 #pragma unroll
     for (int block = 0; block < 2; block++) {
       if (8 * block >= p.group) break;
       const bool last = 8 * block + 8 >= p.group;
-      float x[4] = {}, y[4] = {};
+      float x[4] = {}, y[4] = {}, z[4] = {};
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
         const uint4 q = *reinterpret_cast<const uint4*>(&sh.first[8 * block + octet][32 * c + 8 * quad]);
@@ -217,8 +224,19 @@ template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, i
         const uint4 r = *reinterpret_cast<const uint4*>(&sh.second[8 * block + octet][32 * c + 8 * quad]);
         const uint4 v = second[c][0], w = second[c][1];
         if (squares) {
-          Mma<BF16>::add(y, v.x, w.x, v.y, w.y, r.x, r.y);
-          Mma<BF16>::add(y, v.z, w.z, v.w, w.w, r.z, r.w);
+          if (with_line) {
+            Mma<T>::add(z, v.x, w.x, v.y, w.y, q.x, q.y);
+            Mma<T>::add(z, v.z, w.z, v.w, w.w, q.z, q.w);
+          }
+          const uint4 t = *reinterpret_cast<const uint4*>(&sh.rest[8 * block + octet][32 * c + 8 * quad]);
+          const Squares<T> a(v.x), b(w.x), e(v.y), f(w.y);
+          Mma<BF16>::add(y, a.most, b.most, e.most, f.most, r.x, r.y);
+          Mma<BF16>::add(y, a.rest, b.rest, e.rest, f.rest, r.x, r.y);
+          Mma<BF16>::add(y, a.most, b.most, e.most, f.most, t.x, t.y);
+          const Squares<T> g(v.z), i(w.z), j(v.w), k(w.w);
+          Mma<BF16>::add(y, g.most, i.most, j.most, k.most, r.z, r.w);
+          Mma<BF16>::add(y, g.rest, i.rest, j.rest, k.rest, r.z, r.w);
+          Mma<BF16>::add(y, g.most, i.most, j.most, k.most, t.z, t.w);
         } else {
           Mma<T>::add(y, v.x, w.x, v.y, w.y, r.x, r.y);
           Mma<T>::add(y, v.z, w.z, v.w, w.w, r.z, r.w);
@@ -230,7 +248,7 @@ template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, i
       for (int e = 0; e < 4; e++) {
         const int page = tile * PAGES + octet + 8 * (e / 2), h = 8 * block + 2 * quad + e % 2;
         if (h >= p.group) continue;
-        const float score = head_score(p, x[e], y[e], log_count);
+        const float score = head_score(p, x[e], y[e], z[e], log_count);
         if (p.group_score == MAX) {
           best[e / 2] = fmaxf(best[e / 2], score);
         } else if (page < untouched) {
@@ -283,12 +301,72 @@ template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, i
   }
 }
 
+// The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
+// method/summary.rs finds it.
+template <class T> DEVICE void principal_signs(const T* keys, int d, int rows, bool* negative /* [D] */) {
+  constexpr int ROUNDS = 2;
+  __shared__ float mean[MAX_HEAD_SIZE], direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int c = threadIdx.x; c < d; c += blockDim.x) {
+    float sum = 0.f;
+#pragma unroll 8
+    for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
+    mean[c] = sum * (1.f / float(rows));
+  }
+  __syncthreads();
+  for (int r = warp; r < rows; r += warps) {
+    float distance = 0.f;
+    for (int c = lane; c < d; c += 32) {
+      const float x = widen(keys[size_t(r) * d + c]) - mean[c];
+      distance = fmaf(x, x, distance);
+    }
+    distance = warp_sum(distance);
+    if (lane == 0) along[r] = distance;
+  }
+  __syncthreads();
+  // The first of those that are as far but for rounding, so that every execution provider starts from the same row.
+  int farthest = 0;
+  float most = 0.f;
+  for (int r = 0; r < rows; r++)
+    if (along[r] > most * 1.00001f) farthest = r, most = along[r];
+  for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] = widen(keys[size_t(farthest) * d + c]) - mean[c];
+  for (int round = 0; round < ROUNDS; round++) {
+    __syncthreads();
+    for (int r = warp; r < rows; r += warps) {
+      float dot = 0.f;
+      for (int c = lane; c < d; c += 32) dot = fmaf(direction[c], widen(keys[size_t(r) * d + c]) - mean[c], dot);
+      dot = warp_sum(dot);
+      if (lane == 0) along[r] = dot;
+    }
+    __syncthreads();
+    float top = 0.f;
+    for (int c = threadIdx.x; c < d; c += blockDim.x) {
+      float next = 0.f;
+#pragma unroll 8
+      for (int r = 0; r < rows; r++) next = fmaf(along[r], widen(keys[size_t(r) * d + c]) - mean[c], next);
+      direction[c] = next;
+      top = fmaxf(top, fabsf(next));
+    }
+    top = warp_max(top);
+    if (lane == 0) tops[warp] = top;
+    __syncthreads();
+    // Kept in range: each round multiplies by a variance.
+    top = warp_max(lane < warps ? tops[lane] : 0.f);
+    const float inverse = top > 0.f ? 1.f / top : 0.f;
+    for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] *= inverse;
+  }
+  // A thread asks for the columns that it wrote. Elements of 0 but for rounding count as positive.
+  for (int c = threadIdx.x; c < d; c += blockDim.x) negative[c] = direction[c] < -1e-5f;
+}
+
 // Recomputes a page's summary from its valid rows; every thread takes whole columns.
 template <class T>
 DEVICE void summarize(const Params& p, int pair, int page, int rows, float* stored /* [2, D] or null */) {
   const int d = p.head_size;
   const T* keys = static_cast<const T*>(p.key_cache) + (size_t(pair) * p.capacity + (size_t(page) << p.page_shift)) * d;
   T* summary = static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * d;
+  __shared__ bool negative[MAX_HEAD_SIZE];
+  if (p.selector == SIGNED_MOMENTS) principal_signs<T>(keys, d, rows, negative);
   for (int c = threadIdx.x; c < d; c += blockDim.x) {
     float a, b;
     if (p.selector == BOUNDS) {
@@ -309,6 +387,7 @@ DEVICE void summarize(const Params& p, int pair, int page, int rows, float* stor
         square = fmaf(x, x, square);
       }
       b = sqrtf(square * (1.f / float(rows)));
+      if (p.selector == SIGNED_MOMENTS && negative[c]) b = -b;
     }
     T ra, rb;
     narrow(a, ra), narrow(b, rb);
@@ -346,13 +425,14 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
   if (threadIdx.x >= 32) return;
   float best = NEG_INF;
   for (int h = 0; h < p.group; h++) {
-    float x = 0.f, y = 0.f;
+    float x = 0.f, y = 0.f, z = 0.f;
     for (int c = threadIdx.x; c < d; c += 32) {
-      const float spread = p.selector == MOMENTS ? stored[d + c] * stored[d + c] : stored[d + c];
+      const float spread = p.selector != BOUNDS ? stored[d + c] * stored[d + c] : stored[d + c];
+      z = fmaf(prepared[2 * h * DP + c], stored[d + c], z);
       x = fmaf(prepared[2 * h * DP + c], stored[c], x);
       y = fmaf(prepared[2 * h * DP + DP + c], spread, y);
     }
-    const float score = head_score(p, warp_sum(x), warp_sum(y), page_log_count(p, s, page));
+    const float score = head_score(p, warp_sum(x), warp_sum(y), warp_sum(z), page_log_count(p, s, page));
     best = p.group_score == SOFTMAX ? score : fmaxf(best, score);
     if (threadIdx.x == 0) store_score(p, pair, h, page, best);
   }
@@ -369,9 +449,9 @@ template <int DP> struct ScorePages<F32, DP> {
 
 template <class T, int DP> DEVICE void score_kernel(const Params& p) {
   extern __shared__ __align__(16) u8 raw[];
-  let_next_start();
   const int head = blockIdx.y, b = blockIdx.z;
   if (blockIdx.x < p.score_blocks) return ScorePages<T, DP>::run(p, b, head, raw);
+  start_step();
   const Sequence s = sequence(p, b);
   if (!s.valid) return;
   const bool scored = step_is_scored(p, s, b);

@@ -1,20 +1,24 @@
 // The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
 //
-// Grid (Hkv, B). The k-th largest score is found digit by digit, with keys in registers and a histogram in shared memory.
+// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that bin
+// are compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit.
 #pragma once
 #include "common.cuh"
 
 constexpr int SELECT_THREADS = 1024;
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
 
-// Bits of a digit of the search for the k-th largest score.
-constexpr int DIGIT = 11;
+// Bins of the histogram: also the values of a digit.
+constexpr int DIGIT = 11, BINS = 1 << DIGIT;
+// Scores of a bin that are compared with one another, each by FINALIST_LANES threads.
+constexpr int FINALISTS = 256, FINALIST_LANES = SELECT_THREADS / FINALISTS;
 
 struct SelectShared {
-  u32 histogram[1 << DIGIT];
+  u32 histogram[BINS];
   u32 counts[2][SELECT_WARPS];
-  u32 all_ones[SELECT_WARPS], any_one[SELECT_WARPS];
-  u32 digit, left;
+  u32 least[SELECT_WARPS], most[SELECT_WARPS];
+  u32 finalists[FINALISTS];
+  u32 bin, left, in_bin, finalist_count, threshold, ties;
   float largest[SELECT_WARPS][16], sum[SELECT_WARPS][16], lse[16];
 };
 
@@ -25,6 +29,25 @@ DEVICE u32 ordered(float score) {
   const u32 bits = __float_as_uint(score);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// The score again.
+DEVICE float score_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+// The bins of the histogram, equally wide between the least and the largest finite score. Larger scores never lie in a lower bin.
+struct Bins {
+  float least, scale;
+  DEVICE Bins(u32 least_key, u32 most_key) {
+    const float most = score_of(most_key);
+    least = score_of(least_key);
+    scale = float(BINS - 1) / (most - least);
+    // No range, or one that f32 does not hold: a single bin.
+    if (!(scale > 0.f) || scale == -NEG_INF) scale = 0.f;
+  }
+  DEVICE u32 of(u32 key) const {
+    const float at = (score_of(key) - least) * scale;
+    return at > 0.f ? min(u32(at), u32(BINS - 1)) : 0u;
+  }
+};
 
 DEVICE u32 reduce_add(u32 x) { return __reduce_add_sync(ALL_LANES, x); }
 
@@ -90,12 +113,9 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
   const int head = blockIdx.x, b = blockIdx.y, pair = b * p.kv_heads + head;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
-  if (!s.valid) {
-    if (threadIdx.x == 0) p.page_count[pair] = 0;
-    return;
-  }
-  const int from = first_candidate(p, s), pages = pages_for(p, s.len), count = pages - from;
-  const int newest = pages - 1, budget = budget_pages(p, b, s.len);
+  if (!s.valid) return;
+  const Candidates all = candidates(p, s, b);
+  const int from = all.from, count = all.count, newest = all.pages - 1;
   int* steps = p.page_steps + size_t(pair) * p.cache_pages;
   Listed* list = p.pages + size_t(pair) * p.max_pages;
   const int rounds = (count + SELECT_THREADS - 1) / SELECT_THREADS;
@@ -108,14 +128,8 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
     steps[page] = s.len - 1;
   };
   auto forced = [&](int page) { return page == newest || page < p.sink_pages; };
-  // Pages that a rule picks whatever the scores.
-  int recent_from = from;
-  if (p.mode == STREAMING) {
-    int sinks = min(max(p.sink_pages - from, 0), count);
-    if (newest < p.sink_pages) sinks -= 1;
-    recent_from = max(from, pages - max(budget - sinks, 1));
-  }
-  const bool scored = p.mode == RETRO && budget < count;
+  const int recent = recent_from(all);
+  const bool scored = p.mode == RETRO && all.budget < count;
   u32 keys[KEYS], threshold = 0xffffffffu, ties = 0;
   float* scores = p.scores + size_t(pair) * p.max_pages * (p.group_score == SOFTMAX ? p.group : 1);
   // The page steps are nobody's to write before this kernel: they are asked for while the scores are made.
@@ -124,11 +138,7 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
   for (int r = 0; r < KEYS; r++) before[r] = base + r * 32 < count && r < rounds ? steps[from + base + r * 32] : 0;
   wait_for_previous();
   if (scored) {
-    int wanted = budget;
-    {
-      const int sinks = min(max(p.sink_pages - from, 0), count);
-      wanted -= sinks + (newest >= p.sink_pages);
-    }
+    const int wanted = all.budget - all.forced;
     if (p.group_score == SOFTMAX) {
       if (p.score_parts)
         joined_lse(p, pair, sh);
@@ -138,7 +148,6 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
     auto fresh = [&](int i) {
       return i < count && !forced(from + i) ? ordered(group_score(p, scores, from + i, sh)) : 0u;
     };
-    u32 ones = 0xffffffffu, any = 0;
     if (p.group_score == MAX) {
       // All loads before the first use.
       float score[KEYS];
@@ -173,13 +182,6 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
         keys[r] = base + r * 32 < count && r < rounds && !forced(from + base + r * 32) ? ordered(score) : 0u;
       }
     }
-#pragma unroll
-    for (int r = 0; r < KEYS; r++)
-      if (keys[r]) ones &= keys[r], any |= keys[r];
-    for (int r = KEYS; r < rounds; r++) {
-      const u32 key = fresh(base + r * 32);
-      if (key) ones &= key, any |= key;
-    }
     auto for_keys = [&](auto&& visit) {
 #pragma unroll
       for (int r = 0; r < KEYS; r++)
@@ -187,25 +189,26 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
       for (int r = KEYS; r < rounds; r++) visit(fresh(base + r * 32));
     };
     if (wanted > 0) {
-      ones = __reduce_and_sync(ALL_LANES, ones), any = __reduce_or_sync(ALL_LANES, any);
-      if (lane == 0) sh.all_ones[warp] = ones, sh.any_one[warp] = any;
+      // -inf stays out of the range.
+      const u32 lowest = ordered(NEG_INF) + 1;
+      u32 least = 0xffffffffu, most = 0;
+      for_keys([&](u32 key) {
+        if (key >= lowest) least = min(least, key), most = max(most, key);
+      });
+      least = __reduce_min_sync(ALL_LANES, least), most = __reduce_max_sync(ALL_LANES, most);
+      if (lane == 0) sh.least[warp] = least, sh.most[warp] = most;
+      for (int i = threadIdx.x; i < BINS; i += SELECT_THREADS) sh.histogram[i] = 0;
+      if (threadIdx.x == 0) sh.finalist_count = 0;
       __syncthreads();
-      ones = __reduce_and_sync(ALL_LANES, sh.all_ones[lane]), any = __reduce_or_sync(ALL_LANES, sh.any_one[lane]);
-      // Bits from the highest one that differs downwards are open; those above are common to all keys.
-      int open = ones == any ? 0 : 32 - __clz(ones ^ any);
-      threshold = open == 32 ? 0 : (ones >> open) << open;
-      u32 left = wanted;
-      while (open > 0) {
-        const int bits = min(open, DIGIT), shift = open - bits;
-        for (int i = threadIdx.x; i < 1 << DIGIT; i += SELECT_THREADS) sh.histogram[i] = 0;
-        __syncthreads();
-        for_keys([&](u32 key) {
-          if (key && (open == 32 || (key ^ threshold) >> open == 0))
-            atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
-        });
+      const Bins bins(__reduce_min_sync(ALL_LANES, sh.least[lane]), __reduce_max_sync(ALL_LANES, sh.most[lane]));
+      for_keys([&](u32 key) {
+        if (key) atomicAdd(&sh.histogram[bins.of(key)], 1u);
+      });
+      // Finds the bin in which the `left`-th key from the top lies, and its rank there.
+      auto find_bin = [&](u32 left) {
         __syncthreads();
         // Bins from the top: each thread has two neighbours; whoever holds the wanted key's bin says so.
-        const int top = (1 << DIGIT) - 1 - 2 * int(threadIdx.x);
+        const int top = BINS - 1 - 2 * int(threadIdx.x);
         const u32 high = sh.histogram[top], low = sh.histogram[top - 1], mine = high + low;
         u32 upto = mine;
 #pragma unroll
@@ -218,15 +221,53 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
         const u32 before_mine = reduce_add(lane < warp ? sh.counts[0][lane] : 0u) + upto - mine;
         if (left > before_mine && left <= before_mine + mine) {
           const bool in_high = left <= before_mine + high;
-          sh.digit = in_high ? top : top - 1;
+          sh.bin = in_high ? top : top - 1;
           sh.left = left - before_mine - (in_high ? 0 : high);
+          sh.in_bin = in_high ? high : low;
         }
         __syncthreads();
-        threshold |= sh.digit << shift;
-        left = sh.left;
-        open = shift;
+      };
+      find_bin(wanted);
+      const u32 bin = sh.bin;
+      if (sh.in_bin <= FINALISTS) {
+        const u32 left = sh.left, count = sh.in_bin;
+        for_keys([&](u32 key) {
+          if (key && bins.of(key) == bin) sh.finalists[atomicAdd(&sh.finalist_count, 1u)] = key;
+        });
+        __syncthreads();
+        const u32 i = threadIdx.x / FINALIST_LANES, key = i < count ? sh.finalists[i] : 0u;
+        u32 larger = 0, equal = 0;
+        for (u32 j = threadIdx.x % FINALIST_LANES; j < count; j += FINALIST_LANES) {
+          const u32 other = sh.finalists[j];
+          larger += other > key, equal += other == key;
+        }
+#pragma unroll
+        for (int m = 1; m < FINALIST_LANES; m <<= 1) {
+          larger += __shfl_xor_sync(ALL_LANES, larger, m);
+          equal += __shfl_xor_sync(ALL_LANES, equal, m);
+        }
+        // Equal keys say the same.
+        if (i < count && larger < left && left <= larger + equal) sh.threshold = key, sh.ties = left - larger;
+        __syncthreads();
+        threshold = sh.threshold, ties = sh.ties;
+      } else {
+        threshold = 0;
+        for (int open = 32; open > 0;) {
+          const int bits = min(open, DIGIT), shift = open - bits;
+          const u32 left = sh.left;
+          __syncthreads();
+          for (int i = threadIdx.x; i < BINS; i += SELECT_THREADS) sh.histogram[i] = 0;
+          __syncthreads();
+          for_keys([&](u32 key) {
+            if (key && bins.of(key) == bin && (open == 32 || (key ^ threshold) >> open == 0))
+              atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
+          });
+          find_bin(left);
+          threshold |= sh.bin << shift;
+          open = shift;
+        }
+        ties = sh.left;
       }
-      ties = left;
     }
   }
 
@@ -234,7 +275,7 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
   auto verdict = [&](int r, u32 key) {
     const int i = base + r * 32, page = from + i;
     if (r >= rounds || i >= count) return 0;
-    if (!scored) return p.mode != STREAMING || page >= recent_from || page < p.sink_pages ? 2 : 0;
+    if (!scored) return p.mode != STREAMING || page >= recent || page < p.sink_pages ? 2 : 0;
     if (forced(page) || key > threshold) return 2;
     return key == threshold ? 1 : 0;
   };
@@ -274,7 +315,6 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
     if (r < rounds) place(r, scored ? keys[r] : 0u, before[r]);
   for (int r = KEYS; r < rounds; r++)
     place(r, key_of(r), base + r * 32 < count ? steps[from + base + r * 32] : 0);
-  if (warp == SELECT_WARPS - 1 && lane == 0) p.page_count[pair] = at;
   if (p.mode == DENSE)
     for (int page = threadIdx.x; page < from; page += SELECT_THREADS) steps[page] = s.len - 1;
 }
