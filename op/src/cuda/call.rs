@@ -22,8 +22,12 @@ const ATTEND_WARPS: usize = 4;
 const TILE: usize = 16;
 /// Splits that the merge kernel takes.
 const MAX_SPLITS: usize = 256;
-/// Pages that the first selection kernel keeps in registers.
-const SELECT_PAGES: usize = 8192;
+/// Blocks that choose the pages of one KV head together, at most: what every device takes as a cluster.
+const SELECT_BLOCKS: usize = 8;
+/// Pages from which on it takes more than one.
+const SELECT_ALONE: usize = 4096;
+/// Pages that a thread chooses from, if there are as many threads as that takes.
+const SELECT_THREAD_PAGES: usize = 4;
 /// Rows (tokens) that a block of the merge kernel ends at once.
 const MERGE_ROWS: usize = 16;
 
@@ -43,8 +47,7 @@ pub struct Attend {
 /// The kernels for one element type and head size.
 pub struct Kernels {
     pub score: Kernel,
-    /// For caches of up to [`SELECT_PAGES`] pages, and for larger ones.
-    pub select: [Kernel; 2],
+    pub select: Kernel,
     pub merge: Kernel,
     pub append: Kernel,
     pub pages: Kernel,
@@ -115,6 +118,16 @@ impl Call<'_> {
         (attend, blocks, wanted.min(most).max(1))
     }
 
+    /// The selection kernel with its threads, and its blocks for each KV head.
+    fn selection(&self, max_pages: usize) -> (Kernel, usize) {
+        let together = self.stream.overlaps && max_pages > SELECT_ALONE;
+        let blocks = if together { SELECT_BLOCKS } else { 1 };
+        // A little more than a power of two (the page of the newest tokens) does not double them.
+        let threads = (max_pages * 7 / 8).div_ceil(blocks * SELECT_THREAD_PAGES).next_power_of_two();
+        let threads = threads.clamp(256, self.kernels.select.threads as usize) as u32;
+        (Kernel { threads, ..self.kernels.select }, blocks)
+    }
+
     /// A decoding step: four launches, each started while the one before drains.
     pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
         let (a, d) = (self.attributes, self.dims.head_size);
@@ -167,7 +180,7 @@ impl Call<'_> {
         let shared = ((group * 2 * padded + 2 * d) * 4).max(3 * 16 * (padded + 32) * 2);
         let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
         let k = self.kernels;
-        let select = &k.select[usize::from(max_pages > SELECT_PAGES)];
+        let (select, choosing) = self.selection(max_pages);
         self.stream.launch(
             &k.score,
             [score_blocks + touched, kv_heads, batch],
@@ -176,7 +189,7 @@ impl Call<'_> {
             params,
         )?;
         self.stream
-            .launch(select, [kv_heads, batch, 1], 0, Order::Chained, params)?;
+            .launch_cluster(&select, [choosing, kv_heads, batch], choosing, Order::Chained, params)?;
         self.stream.launch(
             &attend.kernel,
             [blocks, splits, pairs],

@@ -32,6 +32,7 @@ const HEADERS: [(&str, &str); 8] = headers!(
     "common.cuh",
     "mma.cuh",
     "score.cuh",
+    "cluster.cuh",
     "select.cuh",
     "finish.cuh",
     "attend.cuh",

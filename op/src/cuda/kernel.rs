@@ -120,10 +120,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
     });
     Ok(Kernels {
         score: find(format!("{}_{padded}", of("score")), 256)?,
-        select: [
-            find("retro_select_8".to_owned(), 1024)?,
-            find("retro_select_16".to_owned(), 1024)?,
-        ],
+        select: find("retro_select".to_owned(), 1024)?,
         merge: find(of("merge"), 512)?,
         append: find(of("append"), 128)?,
         pages: find(of("pages"), 128)?,

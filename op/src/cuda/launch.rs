@@ -4,7 +4,8 @@ use std::ffi::c_void;
 use std::ptr;
 
 use cudarc::driver::sys::{
-    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream,
+    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUlaunchConfig, CUstream,
     cuLaunchKernelEx, cuMemcpyDtoDAsync_v2,
 };
 
@@ -51,14 +52,56 @@ impl Stream {
         order: Order,
         params: &Params,
     ) -> Result<()> {
-        let mut attribute = CUlaunchAttribute {
+        let chained = Self::chained();
+        let attributes: &[_] = if order == Order::Chained && self.overlaps { &[chained] } else { &[] };
+        self.launch_with(kernel, grid, shared, attributes, params)
+    }
+
+    /// A launch whose blocks work together by `blocks` neighbours in x.
+    pub fn launch_cluster(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 3],
+        blocks: usize,
+        order: Order,
+        params: &Params,
+    ) -> Result<()> {
+        if blocks == 1 {
+            return self.launch(kernel, grid, 0, order, params);
+        }
+        let cluster = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                clusterDim: ClusterDim {
+                    x: blocks as u32,
+                    y: 1,
+                    z: 1,
+                },
+            },
+        };
+        let attributes = [cluster, Self::chained()];
+        self.launch_with(kernel, grid, 0, &attributes[..1 + usize::from(order == Order::Chained)], params)
+    }
+
+    fn chained() -> CUlaunchAttribute {
+        CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: CUlaunchAttributeValue {
                 programmaticStreamSerializationAllowed: 1,
             },
-        };
-        let chained = order == Order::Chained && self.overlaps;
+        }
+    }
+
+    fn launch_with(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 3],
+        shared: usize,
+        attributes: &[CUlaunchAttribute],
+        params: &Params,
+    ) -> Result<()> {
         let config = CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
@@ -68,12 +111,12 @@ impl Stream {
             blockDimZ: 1,
             sharedMemBytes: shared as u32,
             hStream: self.raw,
-            attrs: &mut attribute,
-            numAttrs: u32::from(chained),
+            attrs: attributes.as_ptr().cast_mut(),
+            numAttrs: attributes.len() as u32,
         };
         let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the function takes one Params by value, which the driver copies before it returns; the pointers inside
-        // belong to the running call, which ORT keeps alive on this stream.
+        // SAFETY: the function takes one Params by value, which the driver copies before it returns, as it does the attributes,
+        // which it does not write; the pointers inside belong to the running call, which ORT keeps alive on this stream.
         let result = unsafe { cuLaunchKernelEx(&config, kernel.function, arguments.as_mut_ptr(), ptr::null_mut()) };
         match result {
             cudarc::driver::sys::CUresult::CUDA_SUCCESS => Ok(()),

@@ -177,17 +177,18 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
   const Groups groups = groups_of(p, s, rb, S::ROWS, b, pair);
   wait_for_previous();
 
-  // This block's share: neighbouring stages.
-  const int all = (groups.count + S::GROUPS - 1) / S::GROUPS;
-  const int first = int(u64(all) * blockIdx.y / gridDim.y), last = int(u64(all) * (blockIdx.y + 1) / gridDim.y);
+  // This block's share: neighbouring groups, in stages.
+  const int begin = int(u64(groups.count) * blockIdx.y / gridDim.y);
+  const int end = int(u64(groups.count) * (blockIdx.y + 1) / gridDim.y);
+  const int last = (end - begin + S::GROUPS - 1) / S::GROUPS;
   auto place = [&](int stage) {
-    const int group = stage * S::GROUPS + threadIdx.x;
-    const Listed l = stage < last && group < groups.count ? groups.page(group) : Listed{-1, 0};
+    const int group = begin + stage * S::GROUPS + threadIdx.x;
+    const Listed l = group < end ? groups.page(group) : Listed{-1, 0};
     return Placed{l.page < 0 ? s.len : (l.page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8, l.from};
   };
   // The list is read ahead of the keys, so that its latency does not add to theirs.
   if (threadIdx.x < S::GROUPS)
-    for (int i = 0; i < p.stages; i++) sh.placed[i][threadIdx.x] = place(first + i);
+    for (int i = 0; i < p.stages; i++) sh.placed[i][threadIdx.x] = place(i);
   __syncthreads();
 
   const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
@@ -214,7 +215,7 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  for (int i = 0; i < p.stages - 1; i++) fetch(first + i, i, i);
+  for (int i = 0; i < p.stages - 1; i++) fetch(i, i, i);
 
   u32 query[DP / 16][2];
 #pragma unroll
@@ -239,7 +240,7 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
   // Stages go round in the ring, lists in theirs, which is one longer.
   int slot = 0, list = 0;
   const int lists = p.stages + 1;
-  for (int stage = first; stage < last; stage++) {
+  for (int stage = 0; stage < last; stage++) {
     if (p.stages == 4)
       asm volatile("cp.async.wait_group 2;" ::: "memory");
     else if (p.stages == 3)

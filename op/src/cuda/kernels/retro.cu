@@ -8,8 +8,7 @@
 #define KERNEL(NAME, THREADS, BLOCKS, BODY)                                                                            \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Params p) { BODY; }
 
-KERNEL(retro_select_8, SELECT_THREADS, 1, select_kernel<8>(p))
-KERNEL(retro_select_16, SELECT_THREADS, 1, select_kernel<16>(p))
+KERNEL(retro_select, SELECT_THREADS, 1, select_kernel(p))
 
 #define OF_TYPE(TYPE, T)                                                                                               \
   KERNEL(retro_merge_##TYPE, MERGE_THREADS, 1, merge_kernel<T>(p))                                                     \

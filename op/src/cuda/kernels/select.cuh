@@ -1,25 +1,34 @@
 // The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
 //
-// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that bin
-// are compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit.
+// Grid (n, Hkv, B): the n blocks of a KV head are a thread block cluster (from compute capability 9.0 on; one block before),
+// and each has a slice of the pages. A histogram over the range of the scores says in which bin the k-th largest lies; the
+// few scores in that bin are compared with one another. A bin with too many (ties, outliers that stretch the range) is
+// searched digit by digit.
 #pragma once
-#include "common.cuh"
+#include "cluster.cuh"
 
-constexpr int SELECT_THREADS = 1024;
+constexpr int SELECT_THREADS = 1024;  // at most; at least 256
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
+// Keys that a thread keeps in registers; of more pages than that the others are read again.
+constexpr int KEYS = 8;
 
 // Bins of the histogram: also the values of a digit.
-constexpr int DIGIT = 11, BINS = 1 << DIGIT;
-// Scores of a bin that are compared with one another, each by FINALIST_LANES threads.
-constexpr int FINALISTS = 256, FINALIST_LANES = SELECT_THREADS / FINALISTS;
+constexpr int DIGIT = 9, BINS = 1 << DIGIT;
+// Scores of a bin that are compared with one another.
+constexpr int FINALISTS = 256;
 
 struct SelectShared {
-  u32 histogram[BINS];
-  u32 counts[2][SELECT_WARPS];
-  u32 least[SELECT_WARPS], most[SELECT_WARPS];
+  // What the other blocks of the cluster read.
+  u32 histogram[2][BINS];
   u32 finalists[FINALISTS];
-  u32 bin, left, in_bin, finalist_count, threshold, ties;
-  float largest[SELECT_WARPS][16], sum[SELECT_WARPS][16], lse[16];
+  u32 least, most, finalist_count, sure, tied;
+  float2 of_head[16];  // largest score of the slice, and the sum of e^(score - largest)
+  // The block's own.
+  u32 all_finalists[FINALISTS];
+  u32 counts[2][SELECT_WARPS];
+  float2 part[SELECT_WARPS][16];
+  float lse[16];
+  u32 bin, left, in_bin, threshold, ties;
 };
 
 // An order of unsigned numbers that is the order of the scores; 0 stands for "not a candidate". A NaN (a broken model) ranks
@@ -33,7 +42,7 @@ DEVICE u32 ordered(float score) {
 // The score again.
 DEVICE float score_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
-// The bins of the histogram, equally wide between the least and the largest finite score. Larger scores never lie in a lower bin.
+// The bins of the histogram, equally wide between the least and the largest score. Larger scores never lie in a lower bin.
 struct Bins {
   float least, scale;
   DEVICE Bins(u32 least_key, u32 most_key) {
@@ -51,76 +60,157 @@ struct Bins {
 
 DEVICE u32 reduce_add(u32 x) { return __reduce_add_sync(ALL_LANES, x); }
 
+// A largest value and the sum of e^(x - largest), joined with another such pair.
+DEVICE float2 joined_sums(float2 a, float2 b) {
+  const float top = fmaxf(a.x, b.x);
+  if (top == NEG_INF) return {top, 0.f};
+  return {top, a.y * expf(a.x - top) + b.y * expf(b.x - top)};
+}
+DEVICE float2 warp_sums(float2 a) {
+#pragma unroll
+  for (int m = 16; m; m >>= 1)
+    a = joined_sums(a, {__shfl_xor_sync(ALL_LANES, a.x, m), __shfl_xor_sync(ALL_LANES, a.y, m)});
+  return a;
+}
+
 // The log-sum-exp of every head over the candidate pages, from the parts that the scoring blocks left.
 DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int h = warp; h < p.group; h += SELECT_WARPS) {
-    float m = NEG_INF, sum = 0.f;
-    for (int i = lane; i < p.score_parts; i += 32) {
-      const float2 part = p.score_stats[(size_t(pair) * p.score_parts + i) * p.group + h];
-      const float top = fmaxf(m, part.x);
-      if (top != NEG_INF) sum = sum * expf(m - top) + part.y * expf(part.x - top);
-      m = top;
-    }
-    const float top = warp_max(m);
-    sum = warp_sum(m == NEG_INF ? 0.f : sum * expf(m - top));
-    if (lane == 0) sh.lse[h] = top + logf(sum);
+  for (int h = warp; h < p.group; h += blockDim.x / 32) {
+    float2 sums = {NEG_INF, 0.f};
+    for (int i = lane; i < p.score_parts; i += 32)
+      sums = joined_sums(sums, p.score_stats[(size_t(pair) * p.score_parts + i) * p.group + h]);
+    sums = warp_sums(sums);
+    if (lane == 0) sh.lse[h] = sums.x + logf(sums.y);
   }
   __syncthreads();
 }
 
-// The same from the scores themselves.
-DEVICE void page_lse(const Params& p, const float* scores, int from, int count, SelectShared& sh) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// The same from the scores themselves, of which this block takes `begin..end`.
+DEVICE void page_lse(const Params& p, const float* scores, int begin, int end, SelectShared& sh) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   for (int h = 0; h < p.group; h++) {
-    float m = NEG_INF, sum = 0.f;
-    const float* of_head = scores + size_t(h) * p.max_pages + from;
-    for (int i = threadIdx.x; i < count; i += SELECT_THREADS) {
-      const float x = of_head[i], n = fmaxf(m, x);
-      sum = sum * (m == n ? 1.f : expf(m - n)) + (x == n ? 1.f : expf(x - n));
-      m = n;
-    }
-    const float top = warp_max(m);
-    sum = warp_sum(m == NEG_INF ? 0.f : sum * expf(m - top));
-    if (lane == 0) sh.largest[warp][h] = top, sh.sum[warp][h] = sum;
+    float2 sums = {NEG_INF, 0.f};
+    for (int i = begin + threadIdx.x; i < end; i += blockDim.x)
+      sums = joined_sums(sums, {scores[size_t(h) * p.max_pages + i], 1.f});
+    sums = warp_sums(sums);
+    if (lane == 0) sh.part[warp][h] = sums;
   }
   __syncthreads();
-  for (int h = warp; h < p.group; h += SELECT_WARPS) {
-    const float m = sh.largest[lane][h], top = warp_max(m);
-    const float sum = warp_sum(m == NEG_INF ? 0.f : sh.sum[lane][h] * expf(m - top));
-    if (lane == 0) sh.lse[h] = top + logf(sum);
+  for (int h = warp; h < p.group; h += warps) {
+    const float2 sums = warp_sums(lane < warps ? sh.part[lane][h] : float2{NEG_INF, 0.f});
+    if (lane == 0) sh.of_head[h] = sums;
+  }
+  cluster_sync();
+  if (threadIdx.x < p.group) {
+    float2 sums = {NEG_INF, 0.f};
+    for (u32 rank = 0; rank < cluster_blocks(); rank++) {
+      const u64 two = of_block<u64>(&sh.of_head[threadIdx.x], rank);
+      sums = joined_sums(sums, {__uint_as_float(u32(two)), __uint_as_float(u32(two >> 32))});
+    }
+    sh.lse[threadIdx.x] = sums.x + logf(sums.y);
   }
   __syncthreads();
 }
 
-// The group's score of candidate i: the stored maximum, or the logarithm of the sum over heads of each head's softmax.
+// The group's score of a page: the stored maximum, or the logarithm of the sum over heads of each head's softmax.
 DEVICE float group_score(const Params& p, const float* scores, int page, const SelectShared& sh) {
   if (p.group_score == MAX) return scores[page];
-  float best = NEG_INF, sum = 0.f;
+  float2 sums = {NEG_INF, 0.f};
   for (int h = 0; h < p.group; h++) {
     const float x = scores[size_t(h) * p.max_pages + page] - sh.lse[h];
-    const float n = fmaxf(best, x);
-    if (n != NEG_INF) sum = sum * expf(best - n) + expf(x - n);
-    best = n;
+    // The larger of the two has weight 1.
+    const float n = fmaxf(sums.x, x), e = expf(fminf(sums.x, x) - n);
+    if (n != NEG_INF) sums.y = x > sums.x ? sums.y * e + 1.f : sums.y + e;
+    if (!(x == x)) sums.y = x;
+    sums.x = n;
   }
-  return best == NEG_INF ? best : best + logf(sum) + 0.f;
+  return sums.x == NEG_INF ? NEG_INF : sums.x + logf(sums.y) + 0.f;
 }
 
-// KEYS: those that a thread keeps in registers; of more pages than KEYS * 1024, the others are read again.
-template <int KEYS> DEVICE void select_kernel(const Params& p) {
+// Finds the bin in which the `left`-th key of the cluster lies, from the top, and its rank there, into `sh`.
+DEVICE void find_bin(SelectShared& sh, int buffer, u32 left) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Each of the first threads has two neighbouring bins; whoever holds the wanted key's bin says so.
+  const int top = BINS - 1 - 2 * int(threadIdx.x);
+  u32 high = 0, low = 0;
+  if (top > 0) {
+    // All loads before the first use.
+    u64 two[CLUSTER];
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; rank++)
+      two[rank] = rank < cluster_blocks() ? of_block<u64>(&sh.histogram[buffer][top - 1], rank) : 0;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; rank++) low += u32(two[rank]), high += u32(two[rank] >> 32);
+  }
+  const u32 mine = high + low;
+  u32 upto = mine;
+#pragma unroll
+  for (int i = 1; i < 32; i <<= 1) {
+    const u32 other = __shfl_up_sync(ALL_LANES, upto, i);
+    if (lane >= i) upto += other;
+  }
+  if (lane == 31) sh.counts[0][warp] = upto;
+  __syncthreads();
+  const u32 before_mine = reduce_add(lane < warp ? sh.counts[0][lane] : 0u) + upto - mine;
+  if (left > before_mine && left <= before_mine + mine) {
+    const bool in_high = left <= before_mine + high;
+    sh.bin = in_high ? top : top - 1;
+    sh.left = left - before_mine - (in_high ? 0 : high);
+    sh.in_bin = in_high ? high : low;
+  }
+  __syncthreads();
+}
+
+// Among the finalists of the whole cluster the `sh.left`-th largest, and how many equal ones count, into `sh`.
+DEVICE void compare_finalists(SelectShared& sh) {
+  const u32 left = sh.left, count = sh.in_bin, lane = threadIdx.x % 32;
+  // Finalists of the blocks up to the one that a lane stands for.
+  u32 upto = lane < cluster_blocks() ? of_block<u32>(&sh.finalist_count, lane) : 0u;
+#pragma unroll
+  for (int i = 1; i < CLUSTER; i <<= 1) {
+    const u32 other = __shfl_up_sync(ALL_LANES, upto, i);
+    if (lane >= i) upto += other;
+  }
+  u32 rank = 0, start = 0;
+#pragma unroll
+  for (int r = 0; r < CLUSTER - 1; r++) {
+    const u32 end = __shfl_sync(ALL_LANES, upto, r);
+    if (threadIdx.x >= end) rank = r + 1, start = end;
+  }
+  if (threadIdx.x < count) sh.all_finalists[threadIdx.x] = of_block<u32>(&sh.finalists[threadIdx.x - start], rank);
+  __syncthreads();
+  const u32 lanes = blockDim.x / FINALISTS, i = threadIdx.x / lanes, key = i < count ? sh.all_finalists[i] : 0u;
+  u32 larger = 0, equal = 0;
+  for (u32 j = threadIdx.x % lanes; j < count; j += lanes) {
+    const u32 other = sh.all_finalists[j];
+    larger += other > key, equal += other == key;
+  }
+  for (u32 m = 1; m < lanes; m <<= 1) {
+    larger += __shfl_xor_sync(ALL_LANES, larger, m);
+    equal += __shfl_xor_sync(ALL_LANES, equal, m);
+  }
+  // Equal keys say the same.
+  if (i < count && larger < left && left <= larger + equal) sh.threshold = key, sh.ties = left - larger;
+  __syncthreads();
+}
+
+DEVICE void select_kernel(const Params& p) {
   __shared__ SelectShared sh;
   let_next_start();
-  const int head = blockIdx.x, b = blockIdx.y, pair = b * p.kv_heads + head;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head = blockIdx.y, b = blockIdx.z, pair = b * p.kv_heads + head;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_block(), blocks = cluster_blocks();
   const Sequence s = sequence(p, b);
   if (!s.valid) return;
   const Candidates all = candidates(p, s, b);
   const int from = all.from, count = all.count, newest = all.pages - 1;
   int* steps = p.page_steps + size_t(pair) * p.cache_pages;
   Listed* list = p.pages + size_t(pair) * p.max_pages;
-  const int rounds = (count + SELECT_THREADS - 1) / SELECT_THREADS;
-  // Each warp owns neighbouring candidates, so that ballots count in page order.
-  const int base = warp * rounds * 32 + lane;
+  // The block's slice of the candidates; each warp owns neighbours, so that ballots count in page order.
+  const int slice = (count + 32 * blocks - 1) / (32 * blocks) * 32, begin = rank * slice, end = min(begin + slice, count);
+  const int rounds = (slice + int(blockDim.x) - 1) / int(blockDim.x);
+  const int base = begin + warp * rounds * 32 + lane;
+  auto there = [&](int r) { return r < rounds && base + r * 32 < end; };
 
   // A of every page that the step loads becomes its newest position; a dense layer has seen every page.
   auto take = [&](int at, int page, int step) {
@@ -131,63 +221,41 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
   const int recent = recent_from(all);
   const bool scored = p.mode == RETRO && all.budget < count;
   u32 keys[KEYS], threshold = 0xffffffffu, ties = 0;
-  float* scores = p.scores + size_t(pair) * p.max_pages * (p.group_score == SOFTMAX ? p.group : 1);
+  const float* scores = p.scores + size_t(pair) * p.max_pages * (p.group_score == SOFTMAX ? p.group : 1);
   // The page steps are nobody's to write before this kernel: they are asked for while the scores are made.
   int before[KEYS];
 #pragma unroll
-  for (int r = 0; r < KEYS; r++) before[r] = base + r * 32 < count && r < rounds ? steps[from + base + r * 32] : 0;
+  for (int r = 0; r < KEYS; r++) before[r] = there(r) ? steps[from + base + r * 32] : 0;
+  for (int i = threadIdx.x; i < 2 * BINS; i += blockDim.x) (&sh.histogram[0][0])[i] = 0;
+  if (threadIdx.x == 0) sh.finalist_count = 0;
   wait_for_previous();
+  auto fresh = [&](int r) {
+    const int page = from + base + r * 32;
+    return there(r) && !forced(page) ? ordered(group_score(p, scores, page, sh)) : 0u;
+  };
   if (scored) {
-    const int wanted = all.budget - all.forced;
-    if (p.group_score == SOFTMAX) {
-      if (p.score_parts)
-        joined_lse(p, pair, sh);
-      else
-        page_lse(p, scores, from, count, sh);
-    }
-    auto fresh = [&](int i) {
-      return i < count && !forced(from + i) ? ordered(group_score(p, scores, from + i, sh)) : 0u;
-    };
     if (p.group_score == MAX) {
       // All loads before the first use.
       float score[KEYS];
 #pragma unroll
-      for (int r = 0; r < KEYS; r++)
-        score[r] = base + r * 32 < count && r < rounds ? scores[from + base + r * 32] : 0.f;
+      for (int r = 0; r < KEYS; r++) score[r] = there(r) ? scores[from + base + r * 32] : 0.f;
 #pragma unroll
-      for (int r = 0; r < KEYS; r++)
-        keys[r] = base + r * 32 < count && r < rounds && !forced(from + base + r * 32) ? ordered(score[r]) : 0u;
+      for (int r = 0; r < KEYS; r++) keys[r] = there(r) && !forced(from + base + r * 32) ? ordered(score[r]) : 0u;
     } else {
-      // As group_score, a head at a time, so that each head's loads are under way together.
-      float best[KEYS], sum[KEYS];
+      if (p.score_parts)
+        joined_lse(p, pair, sh);
+      else
+        page_lse(p, scores, from + begin, from + end, sh);
 #pragma unroll
-      for (int r = 0; r < KEYS; r++) best[r] = NEG_INF, sum[r] = 0.f;
-      for (int h = 0; h < p.group; h++) {
-        const float* of_head = scores + size_t(h) * p.max_pages + from + base;
-        float x[KEYS];
-#pragma unroll
-        for (int r = 0; r < KEYS; r++) x[r] = base + r * 32 < count && r < rounds ? of_head[r * 32] : NEG_INF;
-#pragma unroll
-        for (int r = 0; r < KEYS; r++) {
-          // The larger of the two has weight 1.
-          const float y = x[r] - sh.lse[h], n = fmaxf(best[r], y), e = expf(fminf(best[r], y) - n);
-          if (n != NEG_INF) sum[r] = y > best[r] ? sum[r] * e + 1.f : sum[r] + e;
-          if (!(y == y)) sum[r] = y;
-          best[r] = n;
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < KEYS; r++) {
-        const float score = best[r] == NEG_INF ? NEG_INF : best[r] + logf(sum[r]) + 0.f;
-        keys[r] = base + r * 32 < count && r < rounds && !forced(from + base + r * 32) ? ordered(score) : 0u;
-      }
+      for (int r = 0; r < KEYS; r++) keys[r] = fresh(r);
     }
     auto for_keys = [&](auto&& visit) {
 #pragma unroll
       for (int r = 0; r < KEYS; r++)
         if (r < rounds) visit(keys[r]);
-      for (int r = KEYS; r < rounds; r++) visit(fresh(base + r * 32));
+      for (int r = KEYS; r < rounds; r++) visit(fresh(r));
     };
+    const int wanted = all.budget - all.forced;
     if (wanted > 0) {
       // -inf stays out of the range.
       const u32 lowest = ordered(NEG_INF) + 1;
@@ -196,73 +264,46 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
         if (key >= lowest) least = min(least, key), most = max(most, key);
       });
       least = __reduce_min_sync(ALL_LANES, least), most = __reduce_max_sync(ALL_LANES, most);
-      if (lane == 0) sh.least[warp] = least, sh.most[warp] = most;
-      for (int i = threadIdx.x; i < BINS; i += SELECT_THREADS) sh.histogram[i] = 0;
-      if (threadIdx.x == 0) sh.finalist_count = 0;
+      if (lane == 0) sh.counts[0][warp] = least, sh.counts[1][warp] = most;
       __syncthreads();
-      const Bins bins(__reduce_min_sync(ALL_LANES, sh.least[lane]), __reduce_max_sync(ALL_LANES, sh.most[lane]));
+      if (warp == 0) {
+        const bool counts = lane < int(blockDim.x) / 32;
+        least = __reduce_min_sync(ALL_LANES, counts ? sh.counts[0][lane] : 0xffffffffu);
+        most = __reduce_max_sync(ALL_LANES, counts ? sh.counts[1][lane] : 0u);
+        if (lane == 0) sh.least = least, sh.most = most;
+      }
+      cluster_sync();
+      least = lane < blocks ? of_block<u32>(&sh.least, lane) : 0xffffffffu;
+      most = lane < blocks ? of_block<u32>(&sh.most, lane) : 0u;
+      const Bins bins(__reduce_min_sync(ALL_LANES, least), __reduce_max_sync(ALL_LANES, most));
       for_keys([&](u32 key) {
-        if (key) atomicAdd(&sh.histogram[bins.of(key)], 1u);
+        if (key) atomicAdd(&sh.histogram[0][bins.of(key)], 1u);
       });
-      // Finds the bin in which the `left`-th key from the top lies, and its rank there.
-      auto find_bin = [&](u32 left) {
-        __syncthreads();
-        // Bins from the top: each thread has two neighbours; whoever holds the wanted key's bin says so.
-        const int top = BINS - 1 - 2 * int(threadIdx.x);
-        const u32 high = sh.histogram[top], low = sh.histogram[top - 1], mine = high + low;
-        u32 upto = mine;
-#pragma unroll
-        for (int i = 1; i < 32; i <<= 1) {
-          const u32 other = __shfl_up_sync(ALL_LANES, upto, i);
-          if (lane >= i) upto += other;
-        }
-        if (lane == 31) sh.counts[0][warp] = upto;
-        __syncthreads();
-        const u32 before_mine = reduce_add(lane < warp ? sh.counts[0][lane] : 0u) + upto - mine;
-        if (left > before_mine && left <= before_mine + mine) {
-          const bool in_high = left <= before_mine + high;
-          sh.bin = in_high ? top : top - 1;
-          sh.left = left - before_mine - (in_high ? 0 : high);
-          sh.in_bin = in_high ? high : low;
-        }
-        __syncthreads();
-      };
-      find_bin(wanted);
+      cluster_sync();
+      find_bin(sh, 0, wanted);
       const u32 bin = sh.bin;
       if (sh.in_bin <= FINALISTS) {
-        const u32 left = sh.left, count = sh.in_bin;
         for_keys([&](u32 key) {
           if (key && bins.of(key) == bin) sh.finalists[atomicAdd(&sh.finalist_count, 1u)] = key;
         });
-        __syncthreads();
-        const u32 i = threadIdx.x / FINALIST_LANES, key = i < count ? sh.finalists[i] : 0u;
-        u32 larger = 0, equal = 0;
-        for (u32 j = threadIdx.x % FINALIST_LANES; j < count; j += FINALIST_LANES) {
-          const u32 other = sh.finalists[j];
-          larger += other > key, equal += other == key;
-        }
-#pragma unroll
-        for (int m = 1; m < FINALIST_LANES; m <<= 1) {
-          larger += __shfl_xor_sync(ALL_LANES, larger, m);
-          equal += __shfl_xor_sync(ALL_LANES, equal, m);
-        }
-        // Equal keys say the same.
-        if (i < count && larger < left && left <= larger + equal) sh.threshold = key, sh.ties = left - larger;
-        __syncthreads();
+        cluster_sync();
+        compare_finalists(sh);
         threshold = sh.threshold, ties = sh.ties;
       } else {
         threshold = 0;
+        int buffer = 0;
         for (int open = 32; open > 0;) {
           const int bits = min(open, DIGIT), shift = open - bits;
           const u32 left = sh.left;
-          __syncthreads();
-          for (int i = threadIdx.x; i < BINS; i += SELECT_THREADS) sh.histogram[i] = 0;
-          __syncthreads();
+          buffer ^= 1;
           for_keys([&](u32 key) {
             if (key && bins.of(key) == bin && (open == 32 || (key ^ threshold) >> open == 0))
-              atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
+              atomicAdd(&sh.histogram[buffer][(key >> shift) & ((1u << bits) - 1)], 1u);
           });
-          find_bin(left);
+          cluster_sync();
+          // Everyone has read the other buffer.
+          for (int i = threadIdx.x; i < BINS; i += blockDim.x) sh.histogram[buffer ^ 1][i] = 0;
+          find_bin(sh, buffer, left);
           threshold |= sh.bin << shift;
           open = shift;
         }
@@ -273,15 +314,11 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
 
   // 2: taken, 1: taken while ties last, 0: not taken.
   auto verdict = [&](int r, u32 key) {
-    const int i = base + r * 32, page = from + i;
-    if (r >= rounds || i >= count) return 0;
+    if (!there(r)) return 0;
+    const int page = from + base + r * 32;
     if (!scored) return p.mode != STREAMING || page >= recent || page < p.sink_pages ? 2 : 0;
     if (forced(page) || key > threshold) return 2;
     return key == threshold ? 1 : 0;
-  };
-  auto key_of = [&](int r) {
-    const int i = base + r * 32;
-    return scored && i < count && !forced(from + i) ? ordered(group_score(p, scores, from + i, sh)) : 0u;
   };
   u32 sure = 0, tied = 0;
 #pragma unroll
@@ -290,15 +327,23 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
     sure += v == 2, tied += v == 1;
   }
   for (int r = KEYS; r < rounds; r++) {
-    const int v = verdict(r, key_of(r));
+    const int v = verdict(r, scored ? fresh(r) : 0u);
     sure += v == 2, tied += v == 1;
   }
   sure = reduce_add(sure), tied = reduce_add(tied);
   __syncthreads();
   if (lane == 0) sh.counts[0][warp] = sure, sh.counts[1][warp] = tied;
   __syncthreads();
-  const u32 sure_before = reduce_add(lane < warp ? sh.counts[0][lane] : 0u);
+  // Those of the warps before, and of the blocks before.
+  u32 sure_before = reduce_add(lane < warp ? sh.counts[0][lane] : 0u);
   u32 tied_before = reduce_add(lane < warp ? sh.counts[1][lane] : 0u);
+  if (blocks > 1) {
+    if (warp == int(blockDim.x) / 32 - 1 && lane == 0) sh.sure = sure_before + sure, sh.tied = tied_before + tied;
+    cluster_sync();
+    sure_before += reduce_add(lane < rank ? of_block<u32>(&sh.sure, lane) : 0u);
+    tied_before += reduce_add(lane < rank ? of_block<u32>(&sh.tied, lane) : 0u);
+    cluster_arrive();
+  }
   u32 at = sure_before + min(tied_before, ties);
   const u32 below = (1u << lane) - 1;
   auto place = [&](int r, u32 key, int step) {
@@ -313,8 +358,9 @@ template <int KEYS> DEVICE void select_kernel(const Params& p) {
 #pragma unroll
   for (int r = 0; r < KEYS; r++)
     if (r < rounds) place(r, scored ? keys[r] : 0u, before[r]);
-  for (int r = KEYS; r < rounds; r++)
-    place(r, key_of(r), base + r * 32 < count ? steps[from + base + r * 32] : 0);
+  for (int r = KEYS; r < rounds; r++) place(r, scored ? fresh(r) : 0u, there(r) ? steps[from + base + r * 32] : 0);
   if (p.mode == DENSE)
-    for (int page = threadIdx.x; page < from; page += SELECT_THREADS) steps[page] = s.len - 1;
+    for (int page = rank * blockDim.x + threadIdx.x; page < from; page += blocks * blockDim.x) steps[page] = s.len - 1;
+  // No block ends while another may still read its memory.
+  if (blocks > 1) cluster_wait();
 }
