@@ -27,7 +27,7 @@ const SELECT_BLOCKS: usize = 8;
 /// Pages from which on it takes more than one.
 const SELECT_ALONE: usize = 4096;
 /// Pages that a thread chooses from, if there are as many threads as that takes.
-const SELECT_THREAD_PAGES: usize = 4;
+const SELECT_THREAD_PAGES: usize = 1;
 /// Rows (tokens) that a block of the merge kernel ends at once.
 const MERGE_ROWS: usize = 16;
 

@@ -193,8 +193,8 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
 
   const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   const T* values = static_cast<const T*>(p.value_cache) + size_t(pair) * p.capacity * d;
-  // Rows beyond the end (the last page's tokens not yet written may hold anything, even a NaN, which a weight of 0 would not
-  // silence) repeat the last one: the mask takes them out.
+  // Rows beyond the end are 0 (the last page's tokens not yet written may hold anything, even a NaN, which a weight of 0 would
+  // not silence); the mask takes them out.
   // A thread copies one chunk of every so many-th row.
   constexpr int STRIDE = S::THREADS / S::CHUNKS;
   const int copy_row = threadIdx.x / S::CHUNKS, copy_chunk = threadIdx.x % S::CHUNKS;
@@ -206,11 +206,12 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
       const Placed* placed = sh.placed[list];
 #pragma unroll
       for (int i = 0; i < S::TOKENS / STRIDE; i++) {
-        const int row = i * STRIDE + copy_row;
-        const T* key = copy_key + size_t(u32(min(placed[row / 8].at + row % 8, s.len - 1))) * u32(d);
+        const int row = i * STRIDE + copy_row, at = placed[row / 8].at + row % 8;
+        const bool there = copies && at < s.len;
+        const T* key = copy_key + size_t(u32(there ? at : 0)) * u32(d);
         const u32 target = ring + slot * S::STAGE + (row * S::CHUNKS + (copy_chunk ^ (row % 8))) * 16;
-        copy_async(target, key, copies);
-        copy_async(target + S::TOKENS * DP * 2, key + to_value, copies);
+        copy_async(target, key, there);
+        copy_async(target + S::TOKENS * DP * 2, key + to_value, there);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");

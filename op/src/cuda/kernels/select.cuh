@@ -342,7 +342,7 @@ DEVICE void select_kernel(const Params& p) {
     cluster_sync();
     sure_before += reduce_add(lane < rank ? of_block<u32>(&sh.sure, lane) : 0u);
     tied_before += reduce_add(lane < rank ? of_block<u32>(&sh.tied, lane) : 0u);
-    cluster_arrive();
+    cluster_arrive_only();
   }
   u32 at = sure_before + min(tied_before, ties);
   const u32 below = (1u << lane) - 1;
