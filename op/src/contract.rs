@@ -418,8 +418,8 @@ impl Plan {
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             require!(
                 last != limits::MASK_NOT_UNDERSTOOD,
-                "input seqlens_k[{b}] is {last}: the attention mask of sequence {b} is not padding on the left followed by valid tokens only (or this model \
-                 takes no padding): zeros after or between valid tokens are not supported"
+                "input seqlens_k[{b}] is {last}: the attention mask of sequence {b} is not understood: it has zeros between valid tokens, or after the newest \
+                 token fed, or padding that this model doesn't mask. Pad on the left (zeros, then ones)"
             );
             require!(
                 (0..dims.capacity as i32).contains(&last),

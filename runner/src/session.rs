@@ -371,7 +371,8 @@ pub(crate) fn inputs<'a>(
     let fed = feed.ids.len() / batch;
     let mut inputs = vec![(interface.input_ids.as_str(), int64([batch, fed], feed.ids.clone())?)];
     if let Some(name) = interface.attention_mask.as_ref().filter(|_| mask) {
-        let row = |&n: &usize| (0..longest).map(move |i| i64::from(i < n));
+        // Shorter sequences are padded on the left.
+        let row = |&n: &usize| (0..longest).map(move |i| i64::from(i + n >= longest));
         inputs.push((
             name,
             int64([batch, longest], feed.lengths.iter().flat_map(row).collect())?,

@@ -1,5 +1,6 @@
 //! From sites to `ai.retro::RetroAttention` nodes: the nodes, the state that the graph takes and returns, the metadata.
 
+mod given;
 mod lengths;
 mod names;
 mod prune;
@@ -71,6 +72,7 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         replace(node, conversion, settings);
     }
     spelled::rewrite(graph, conversions, settings, opset)?;
+    given::check_masks(graph, conversions, opset);
     // Nodes have moved: the lm_head is the one that makes the first of the values after it.
     if let Logits::Newest { after, .. } = logits {
         let makes = |n: &NodeProto| after.last().is_some_and(|v| n.output.contains(v));

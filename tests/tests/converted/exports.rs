@@ -4,10 +4,8 @@
 
 use std::{fs, path::Path, process::Command};
 
-use retro_tests::{compare, decoder::Decoder, paths, zoo};
+use retro_tests::{paths, zoo};
 use serde_json::Value;
-
-use crate::convert::convert;
 
 fn export(args: &[&str], from: &Path, to: &Path) -> (Value, String) {
     let mut command = Command::new(paths::command("retro-export"));
@@ -121,25 +119,4 @@ cases! {
     transformers_llama: "tfexp-llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     transformers_llama_fused: "tfexp-llama-ortfusions_cuda" converts("mha", FULL, 1e-4, 1e-4);
     transformers_qwen3: "tfexp-qwen3-ortfusions_cpu" converts("decomposed", FULL, 1e-4, 1e-4);
-}
-
-#[test]
-fn padding_anywhere_but_on_the_left_is_an_error_when_it_runs() {
-    let folder = tempfile::tempdir().unwrap();
-    let target = folder.path().join("mha");
-    convert(&paths::data("zoo/genai040-old_llama-fp32-cuda"), &target, &[]).expect("it converts");
-    let mut model = Decoder::open(&target, true, 24, 16, false);
-    let tokens = [5, 6, 7, 8, 9, 10];
-    let plain = model.feed(&tokens, 6, Some(-1), None);
-    for mask in [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]] {
-        let error = model
-            .feed_masked(&tokens, &mask, Some(-1), None)
-            .expect_err("a mask with holes");
-        assert!(error.contains("attention mask of sequence 0"), "{mask:?}: {error}");
-    }
-    // On the left it is right: as if the tokens weren't there. Relative positions are all that counts.
-    let padded = model
-        .feed_masked(&[99, 98, 5, 6, 7, 8, 9, 10], &[0, 0, 1, 1, 1, 1, 1, 1], Some(-1), None)
-        .unwrap();
-    compare::assert_close("padded on the left", &padded, &plain, 1e-4);
 }

@@ -3,4 +3,5 @@
 mod convert;
 mod exports;
 mod model;
+mod padding;
 mod zoo;
