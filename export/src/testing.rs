@@ -1,7 +1,11 @@
 //! Small graphs for the tests of this crate.
 
-use crate::onnx::{
-    AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+use crate::{
+    graph::GraphView,
+    onnx::{
+        AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+    },
+    rules::{Probes, Rule, Site, Verdict},
 };
 
 /// A decoder as onnxruntime-genai writes it, attention only: Hq 4, Hkv 2, D 8, hidden 32, vocabulary 10.
@@ -117,4 +121,53 @@ pub fn gqa_model(layers: usize) -> ModelProto {
 pub fn gqa_node_mut(graph: &mut GraphProto, layer: usize) -> &mut NodeProto {
     let mut nodes = graph.node.iter_mut().filter(|n| n.op_type() == "GroupQueryAttention");
     nodes.nth(layer).unwrap()
+}
+
+/// What surrounds one attention: `q` `[B, S, Hq*4]`, `k` and `v` `[B, S, Hkv*4]` made from inputs_embeds, caches that come and go
+/// (past_key_values.0.key -> present.0.key), an attention_mask. The attention makes `y` and the presents.
+pub fn projected(q_heads: i64, kv_heads: i64) -> GraphProto {
+    let f = DataType::Float;
+    let mut graph = GraphProto::default();
+    let dims = ["batch".into(), "tokens".into(), 8.into()];
+    graph.input.push(ValueInfoProto::tensor("inputs_embeds", f, dims));
+    let mask = ["batch".into(), "total".into()];
+    graph
+        .input
+        .push(ValueInfoProto::tensor("attention_mask", DataType::Int64, mask));
+    for (name, heads) in [("q", q_heads), ("k", kv_heads), ("v", kv_heads)] {
+        let (weight, width) = (format!("w{name}"), 4 * heads);
+        let numbers = vec![0.1; 8 * width as usize];
+        graph
+            .initializer
+            .push(TensorProto::floats(&weight, &[8, width], &numbers));
+        let inputs = ["inputs_embeds", &weight];
+        graph
+            .node
+            .push(NodeProto::new("", "MatMul", &format!("{name}_proj"), &inputs, &[name]));
+    }
+    for kind in ["key", "value"] {
+        let dims = |tokens: &str| ["batch".into(), kv_heads.into(), tokens.into(), 4.into()];
+        let (past, present) = (format!("past_key_values.0.{kind}"), format!("present.0.{kind}"));
+        graph.input.push(ValueInfoProto::tensor(&past, f, dims("past")));
+        graph.output.push(ValueInfoProto::tensor(&present, f, dims("total")));
+    }
+    graph.output.push(ValueInfoProto::tensor(
+        "y",
+        f,
+        ["batch".into(), "tokens".into(), (4 * q_heads).into()],
+    ));
+    graph
+}
+
+/// What a rule says about the first node of a graph that is its business.
+pub fn looked(rule: &dyn Rule, graph: &GraphProto) -> Result<Site, String> {
+    let view = GraphView::new(graph, 23);
+    let probes = Probes::new(&view, None);
+    let mut verdicts = graph.node.iter().map(|n| rule.look(&view, &probes, n));
+    let first = verdicts.find_map(|v| match v {
+        Verdict::NotMine => None,
+        Verdict::Site(site) => Some(Ok(*site)),
+        Verdict::Refused(why) => Some(Err(why)),
+    });
+    first.expect("a node that is this rule's")
 }

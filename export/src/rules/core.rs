@@ -215,11 +215,31 @@ fn first_call(probes: &Probes, core: &Core) -> Result<Setting, String> {
             .map(|name| env.need(name));
         match known.find_map(Result::err) {
             None => return Ok(z),
-            Some(first) if why.is_empty() => why = first,
+            Some(first) if why.is_empty() => why = strange_input(probes, &env, core).unwrap_or(first),
             Some(_) => {}
         }
     }
     Err(why)
+}
+
+/// An input that a decoder's call doesn't have, where queries, keys or values come from one.
+fn strange_input(probes: &Probes, env: &Env, core: &Core) -> Option<String> {
+    for (what, from) in [("queries", core.query), ("keys", core.key), ("values", core.value)] {
+        let mut open = vec![from];
+        let mut seen = HashSet::new();
+        while let Some(name) = open.pop() {
+            if env.get(name).is_some() || !seen.insert(name) {
+                continue;
+            }
+            if probes.view.is_input(name) {
+                return Some(format!(
+                    "its {what} come from {name}, an input that is none of tokens, mask, positions and caches (cross-attention has such)"
+                ));
+            }
+            open.extend(probes.view.producer(name).into_iter().flat_map(reads));
+        }
+    }
+    None
 }
 
 /// A cache and what is appended to it. Keys, then values.

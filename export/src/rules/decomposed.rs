@@ -121,3 +121,225 @@ fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a NodeProto) -
         sink,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        onnx::{AttributeProto, GraphProto, TensorProto},
+        rules::{Layout, Lengths, Site},
+        testing::{looked, projected},
+    };
+
+    /// Two heads of 4. What stands between the products is up to the caller: nodes from `dots` to `weights`, [B, 2, S, T].
+    fn graph(between: &[(&str, &[&str], &str)]) -> GraphProto {
+        let mut graph = projected(2, 2);
+        for (name, value) in [
+            ("scale", 0.5),
+            ("twice", 2.0),
+            ("see", 0.0),
+            ("hide", f32::NEG_INFINITY),
+            ("cap", 20.0),
+        ] {
+            graph.initializer.push(TensorProto::floats(name, &[], &[value]));
+        }
+        for (name, value) in [("zero", 0), ("one", 1), ("three", 3)] {
+            graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
+        }
+        for (name, values) in [
+            ("heads", &[0, 0, 2, 4][..]),
+            ("flat", &[0, 0, 8]),
+            ("down", &[-1, 1]),
+            ("middle", &[1, 2]),
+        ] {
+            graph
+                .initializer
+                .push(TensorProto::int64s(name, &[values.len() as i64], values));
+        }
+        for (op, inputs, output) in [
+            ("Reshape", &["q", "heads"][..], "q_tokens"),
+            ("Transpose", &["q_tokens"], "q_heads"),
+            ("Reshape", &["k", "heads"], "k_tokens"),
+            ("Transpose", &["k_tokens"], "k_heads"),
+            ("Reshape", &["v", "heads"], "v_tokens"),
+            ("Transpose", &["v_tokens"], "v_heads"),
+            ("Concat", &["past_key_values.0.key", "k_heads"], "present.0.key"),
+            ("Concat", &["past_key_values.0.value", "v_heads"], "present.0.value"),
+            ("Transpose", &["present.0.key"], "k_turned"),
+            ("MatMul", &["q_heads", "k_turned"], "dots"),
+            // Tokens from the widths of the mask and of what is fed.
+            ("Shape", &["attention_mask"], "mask_shape"),
+            ("Gather", &["mask_shape", "one"], "total"),
+            ("Shape", &["inputs_embeds"], "embeds_shape"),
+            ("Gather", &["embeds_shape", "one"], "fed"),
+            ("Sub", &["total", "fed"], "past"),
+            ("Range", &["past", "total", "one"], "queries"),
+            ("Reshape", &["queries", "down"], "queries_down"),
+            ("Range", &["zero", "total", "one"], "keys"),
+        ]
+        .iter()
+        .chain(between)
+        .chain(&[
+            ("MatMul", &["weights", "present.0.value"][..], "mixed"),
+            ("Transpose", &["mixed"], "mixed_tokens"),
+            ("Reshape", &["mixed_tokens", "flat"], "y"),
+        ]) {
+            let mut node = NodeProto::new("", op, output, inputs, &[output]);
+            match *op {
+                "Transpose" if *output == "k_turned" => {
+                    node.attribute.push(AttributeProto::ints("perm", &[0, 1, 3, 2]))
+                }
+                "Transpose" => node.attribute.push(AttributeProto::ints("perm", &[0, 2, 1, 3])),
+                "Concat" if *output == "with_sink" => node.attribute.push(AttributeProto::int("axis", 3)),
+                "Concat" => node.attribute.push(AttributeProto::int("axis", 2)),
+                "Cast" => node.attribute.push(AttributeProto::int("to", 9)),
+                _ => {}
+            }
+            graph.node.push(node);
+        }
+        graph
+    }
+
+    const SCALED: (&str, &[&str], &str) = ("Mul", &["dots", "scale"], "scaled");
+    const CAUSAL: [(&str, &[&str], &str); 2] = [
+        ("LessOrEqual", &["keys", "queries_down"], "seen"),
+        ("Where", &["seen", "see", "hide"], "plane"),
+    ];
+    const SOFTMAX: (&str, &[&str], &str) = ("Softmax", &["masked"], "weights");
+
+    fn look(between: &[&[(&str, &[&str], &str)]]) -> Result<Site, String> {
+        looked(&Decomposed, &graph(&between.concat()))
+    }
+
+    fn refusal(between: &[&[(&str, &[&str], &str)]]) -> String {
+        look(between).expect_err("it should be refused")
+    }
+
+    #[test]
+    fn a_mask_that_is_added_matches() {
+        let site = look(&[&[SCALED], &CAUSAL, &[("Add", &["scaled", "plane"], "masked"), SOFTMAX]]).unwrap();
+        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (2, 2, Some(4)));
+        assert_eq!((site.scale, site.softcap, site.local_window_size), (0.5, 0.0, -1));
+        assert_eq!((site.query.as_str(), site.query_layout), ("q", Layout::Flat));
+        assert_eq!((site.key.as_str(), site.value.as_str()), ("k", "v"));
+        assert_eq!((site.output.as_str(), site.output_layout), ("y", Layout::Flat));
+        assert_eq!(site.lengths, Lengths::FromMask { padding: false });
+    }
+
+    #[test]
+    fn padding_a_window_a_softcap_and_scaled_queries_match() {
+        let site = look(&[
+            &[
+                ("Div", &["dots", "cap"], "small"),
+                ("Tanh", &["small"], "bent"),
+                ("Mul", &["bent", "cap"], "scaled"),
+            ],
+            &CAUSAL,
+            &[
+                ("Sub", &["queries_down", "keys"], "distance"),
+                ("Less", &["distance", "three"], "near"),
+                ("And", &["seen", "near"], "both"),
+                ("Cast", &["attention_mask"], "valid"),
+                ("Unsqueeze", &["valid", "middle"], "valid_4d"),
+                ("And", &["both", "valid_4d"], "all"),
+                ("Where", &["all", "scaled", "hide"], "masked"),
+                SOFTMAX,
+            ],
+        ])
+        .unwrap();
+        assert_eq!((site.softcap, site.local_window_size), (20.0, 3));
+        assert!((site.scale - 1.0).abs() < 1e-5, "{}", site.scale);
+        assert_eq!(site.lengths, Lengths::FromMask { padding: true });
+    }
+
+    #[test]
+    fn a_softmax_that_weighs_nothing_is_not_its_business() {
+        let softmax = NodeProto::new("", "Softmax", "s", &["q"], &["p"]);
+        let mut graph = projected(2, 2);
+        graph.node.push(softmax);
+        let view = GraphView::new(&graph, 23);
+        let probes = Probes::new(&view, None);
+        let verdicts = graph.node.iter().map(|n| Decomposed.look(&view, &probes, n));
+        assert!(verdicts.into_iter().all(|v| matches!(v, Verdict::NotMine)));
+    }
+
+    #[test]
+    fn masks_that_are_not_causal_are_refused_with_the_tokens() {
+        let why = refusal(&[&[SCALED, ("Softmax", &["scaled"], "weights")]]);
+        assert!(why.contains("token 0 sees token 1"), "{why}");
+        let why = refusal(&[
+            &[SCALED],
+            &CAUSAL,
+            &[
+                ("Mul", &["keys", "keys"], "squares"),
+                ("Cast", &["squares"], "not_first"),
+                ("And", &["seen", "not_first"], "odd"),
+                ("Where", &["odd", "scaled", "hide"], "masked"),
+                SOFTMAX,
+            ],
+        ]);
+        assert!(why.contains("does not see token 0"), "{why}");
+    }
+
+    #[test]
+    fn numbers_added_to_scores_are_refused_with_their_value() {
+        let why = refusal(&[
+            &[SCALED],
+            &CAUSAL,
+            &[
+                ("Add", &["plane", "scale"], "raised"),
+                ("Add", &["scaled", "raised"], "masked"),
+                SOFTMAX,
+            ],
+        ]);
+        assert!(why.contains("a bias of 0.5"), "{why}");
+    }
+
+    #[test]
+    fn what_is_no_softmax_attention_is_refused_with_the_value_that_differs() {
+        let masked = ("Add", &["scaled", "plane"][..], "masked");
+        let why = refusal(&[
+            &[SCALED],
+            &CAUSAL,
+            &[
+                masked,
+                ("Softmax", &["masked"], "likely"),
+                ("Mul", &["likely", "twice"], "weights"),
+            ],
+        ]);
+        assert!(
+            why.contains("is not that of softmax attention") && why.contains("is expected"),
+            "{why}"
+        );
+        let why = refusal(&[&[("Mul", &["dots", "k_turned"], "scaled")], &CAUSAL, &[masked, SOFTMAX]]);
+        assert!(why.contains("mixes its scores with k_turned"), "{why}");
+        let why = refusal(&[&CAUSAL, &[("Softmax", &["plane"], "weights")]]);
+        assert!(why.contains("its scores (plane) do not depend on the tokens"), "{why}");
+        let why = refusal(&[
+            &[SCALED],
+            &CAUSAL,
+            &[masked, SOFTMAX, ("MatMul", &["weights", "present.0.value"], "again")],
+        ]);
+        assert!(why.contains("go into 2 products"), "{why}");
+    }
+
+    #[test]
+    fn a_graph_without_a_cache_is_refused() {
+        let between = [
+            &[SCALED][..],
+            &CAUSAL,
+            &[("Add", &["scaled", "plane"], "masked"), SOFTMAX],
+        ]
+        .concat();
+        let mut graph = graph(&between);
+        graph.input.retain(|i| !i.name().starts_with("past"));
+        for node in graph.node.iter_mut().filter(|n| n.op_type() == "Concat") {
+            node.input.remove(0);
+        }
+        let why = looked(&Decomposed, &graph).expect_err("no cache");
+        assert!(
+            why.contains("keeps no cache") && why.contains("decoder_with_past"),
+            "{why}"
+        );
+    }
+}

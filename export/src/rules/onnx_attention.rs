@@ -62,3 +62,183 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
         sink: None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        onnx::{AttributeProto, DataType, GraphProto, TensorProto},
+        rules::{Layout, Lengths, Site},
+        testing::{looked, projected},
+    };
+
+    /// Four query heads of 4 for two key heads, causal, the cache inside.
+    fn graph() -> GraphProto {
+        let mut graph = projected(4, 2);
+        let inputs = ["q", "k", "v", "", "past_key_values.0.key", "past_key_values.0.value"];
+        let outputs = ["y", "present.0.key", "present.0.value"];
+        let node = NodeProto::new("", "Attention", "attention", &inputs, &outputs);
+        graph.node.push(
+            node.with(AttributeProto::int("q_num_heads", 4))
+                .with(AttributeProto::int("kv_num_heads", 2))
+                .with(AttributeProto::int("is_causal", 1)),
+        );
+        graph
+    }
+
+    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<Site, String> {
+        let mut graph = graph();
+        let mut node = graph.node.pop().unwrap();
+        change(&mut graph, &mut node);
+        graph.node.push(node);
+        looked(&OnnxAttention, &graph)
+    }
+
+    fn refusal(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> String {
+        look(change).expect_err("it should be refused")
+    }
+
+    fn set(node: &mut NodeProto, attribute: AttributeProto) {
+        node.attribute.retain(|a| a.name() != attribute.name());
+        node.attribute.push(attribute);
+    }
+
+    #[test]
+    fn a_cache_inside_matches() {
+        let site = look(|_, _| {}).unwrap();
+        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (4, 2, Some(4)));
+        assert_eq!((site.scale, site.softcap, site.local_window_size), (0.5, 0.0, -1));
+        assert_eq!(
+            (site.query.as_str(), site.output.as_str(), site.query_layout),
+            ("q", "y", Layout::Flat)
+        );
+        assert_eq!(site.lengths, Lengths::FromMask { padding: false });
+    }
+
+    #[test]
+    fn scale_softcap_and_a_boolean_mask_of_padding_match() {
+        let site = look(|graph, node| {
+            set(node, AttributeProto::float("scale", 0.25));
+            set(node, AttributeProto::float("softcap", 30.0));
+            graph.initializer.push(TensorProto::int64s("middle", &[2], &[1, 2]));
+            let to = AttributeProto::int("to", i64::from(i32::from(DataType::Bool)));
+            graph
+                .node
+                .push(NodeProto::new("", "Cast", "cast", &["attention_mask"], &["valid"]).with(to));
+            let inputs = ["valid", "middle"];
+            graph
+                .node
+                .push(NodeProto::new("", "Unsqueeze", "spread", &inputs, &["valid_4d"]));
+            node.input[3] = "valid_4d".into();
+        })
+        .unwrap();
+        assert_eq!((site.scale, site.softcap), (0.25, 30.0));
+        assert_eq!(site.lengths, Lengths::FromMask { padding: true });
+    }
+
+    #[test]
+    fn a_cache_put_together_before_it_matches() {
+        let site = look(|graph, node| {
+            graph
+                .initializer
+                .push(TensorProto::int64s("heads", &[4], &[0, 0, 2, 4]));
+            for (new, kind) in [("k", "key"), ("v", "value")] {
+                let [by_token, by_head] = ["tokens", "heads"].map(|n| format!("{new}_{n}"));
+                let reshape = NodeProto::new("", "Reshape", &by_token, &[new, "heads"], &[&by_token]);
+                let transpose = NodeProto::new("", "Transpose", &by_head, &[&by_token], &[&by_head]);
+                let (past, present) = (format!("past_key_values.0.{kind}"), format!("present.0.{kind}"));
+                let append = NodeProto::new("", "Concat", &present, &[&past, &by_head], &[&present]);
+                graph.node.extend([
+                    reshape,
+                    transpose.with(AttributeProto::ints("perm", &[0, 2, 1, 3])),
+                    append.with(AttributeProto::int("axis", 2)),
+                ]);
+            }
+            graph
+                .initializer
+                .push(TensorProto::int64s("q_heads", &[4], &[0, 0, 4, 4]));
+            let reshape = NodeProto::new("", "Reshape", "q_tokens", &["q", "q_heads"], &["q_tokens"]);
+            let transpose = NodeProto::new("", "Transpose", "q_by_head", &["q_tokens"], &["q_by_head"]);
+            graph
+                .node
+                .extend([reshape, transpose.with(AttributeProto::ints("perm", &[0, 2, 1, 3]))]);
+            node.input = ["q_by_head", "present.0.key", "present.0.value", "mask"]
+                .map(str::to_owned)
+                .to_vec();
+            node.output = vec!["y".into()];
+            // Without a past of its own the node takes the first query for token 0, so the mask is spelled out.
+            node.attribute.retain(|a| a.name() != "is_causal");
+            for (name, value) in [("one", 1), ("zero", 0)] {
+                graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
+            }
+            graph.initializer.push(TensorProto::int64s("rows", &[2], &[-1, 1]));
+            for (op, inputs, output) in [
+                ("Shape", &["attention_mask"][..], "mask_shape"),
+                ("Gather", &["mask_shape", "one"], "total"),
+                ("Shape", &["inputs_embeds"], "embeds_shape"),
+                ("Gather", &["embeds_shape", "one"], "fed"),
+                ("Sub", &["total", "fed"], "past"),
+                ("Range", &["past", "total", "one"], "queries"),
+                ("Reshape", &["queries", "rows"], "queries_down"),
+                ("Range", &["zero", "total", "one"], "keys"),
+                ("LessOrEqual", &["keys", "queries_down"], "mask"),
+            ] {
+                graph.node.push(NodeProto::new("", op, output, inputs, &[output]));
+            }
+        })
+        .unwrap();
+        assert_eq!(
+            (site.query.as_str(), site.key.as_str(), site.query_layout),
+            ("q", "k", Layout::Flat)
+        );
+        assert_eq!(
+            (site.output_layout, site.total_key.as_str()),
+            (Layout::Heads, "present.0.key")
+        );
+        assert_eq!((site.q_heads, site.kv_heads), (4, 2));
+    }
+
+    #[test]
+    fn inputs_outputs_and_attributes_without_a_counterpart_are_refused_by_name() {
+        let why = refusal(|_, node| node.input.push("lengths".into()));
+        assert!(why.contains("nonpad_kv_seqlen (lengths)"), "{why}");
+        let why = refusal(|_, node| node.output.push("scores".into()));
+        assert!(why.contains("returns its scores (scores)"), "{why}");
+        let why = refusal(|_, node| set(node, AttributeProto::int("brand_new", 1)));
+        assert!(why.contains("attribute brand_new is not understood"), "{why}");
+        let why = refusal(|_, node| node.input[5] = String::new());
+        assert!(why.contains("its cache is not complete"), "{why}");
+    }
+
+    #[test]
+    fn masks_and_heads_that_do_not_fit_are_refused_with_what_failed() {
+        let why = refusal(|_, node| set(node, AttributeProto::int("is_causal", 0)));
+        assert!(why.contains("token 0 sees token 1"), "bidirectional: {why}");
+        let why = refusal(|_, node| set(node, AttributeProto::int("q_num_heads", 3)));
+        assert!(why.contains("16 elements are not 3 heads"), "{why}");
+        let why = refusal(|_, node| {
+            node.input[4] = "past_key_values.0.value".into();
+            node.input[0] = "k".into();
+            node.attribute.retain(|a| a.name() != "q_num_heads");
+        });
+        assert!(why.contains("not 0 heads"), "{why}");
+        // Values wider than keys.
+        let why = refusal(|graph, node| {
+            graph
+                .initializer
+                .push(TensorProto::floats("wide", &[8, 16], &[0.1; 128]));
+            let wide = NodeProto::new("", "MatMul", "wide_proj", &["inputs_embeds", "wide"], &["v_wide"]);
+            graph.node.push(wide);
+            node.input[2] = "v_wide".into();
+            let past = graph.input.iter_mut().find(|i| i.name() == "past_key_values.0.value");
+            past.unwrap().dims_mut().unwrap()[3] = 8.into();
+        });
+        assert!(why.contains("keys are 2 heads of 4, its values 2 of 8"), "{why}");
+    }
+
+    #[test]
+    fn a_cache_that_does_not_leave_the_graph_is_refused() {
+        let why = refusal(|graph, _| graph.output.retain(|o| o.name() != "present.0.key"));
+        assert!(why.contains("present.0.key is not an output of the graph"), "{why}");
+    }
+}
