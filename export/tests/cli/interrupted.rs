@@ -1,6 +1,6 @@
 //! Killed at any moment, or with a full disk: the old output or the new one is there, never a broken one.
 
-use crate::support::{command, convert, copy_of, names};
+use crate::support::{command, convert, copy_of, names, zoo};
 use retro_export::onnx::read_model;
 use std::{
     fs,
@@ -70,4 +70,129 @@ fn a_file_that_can_not_be_written_in_full_leaves_the_old_output() {
     );
     assert_eq!(fs::read(&target).unwrap(), b"old");
     assert_eq!(names(source.parent().unwrap()), before, "nothing is left behind");
+}
+
+/// Converts on file systems of growing size, from one that only the source and an old output fit on to one where all fits. `sh`
+/// runs in a namespace of its own, where it may mount a tmpfs.
+const ON_FULL_DISKS: &str = r#"
+mount -t tmpfs -o size=64m none "$DISK" 2>/dev/null || exit 77
+umount "$DISK"
+# Pages of 4096 bytes, in steps of $STEP.
+pages=$FIRST
+while [ $pages -le $LAST ]; do
+    mount -t tmpfs -o size=$((pages * 4096)) none "$DISK" || exit 77
+    mkdir "$DISK/source" "$DISK/out"
+    cp "$CASE/model.onnx" "$CASE/model.onnx.data" "$CASE/genai_config.json" "$DISK/source" && cp "$OLD"/* "$DISK/out" || exit 78
+    "$EXPORT" "$DISK/source$INPUT" -o "$DISK/out$OUTPUT" --force --no-verify $OPTIONS >/dev/null 2>"$ERRORS"
+    echo "$pages|$?|$(cat "$ERRORS" | tr '\n' '~')|$(cd "$DISK/out" && cat * | cksum)|$(ls -A "$DISK" "$DISK/out" | tr '\n' ' ')"
+    umount "$DISK"
+    pages=$((pages + STEP))
+done
+"#;
+
+/// One line for each size: pages, exit code, what was on stderr, checksum of what is there afterwards, names.
+struct OnFullDisks {
+    folder: tempfile::TempDir,
+    /// Before the run: an older output's files.
+    old: std::path::PathBuf,
+}
+
+impl OnFullDisks {
+    /// `input`, `output`: what is appended to the source's and the target's folder to name them.
+    fn run(&self, [input, output]: [&str; 2], options: &str, sizes: [u64; 3]) -> Option<Vec<String>> {
+        let disk = self.folder.path().join("disk");
+        fs::create_dir_all(&disk).unwrap();
+        let run = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", ON_FULL_DISKS])
+            .env("DISK", &disk)
+            .env("CASE", zoo("genai-llama-fp32-cpu"))
+            .env("OLD", &self.old)
+            .env("EXPORT", env!("CARGO_BIN_EXE_retro-export"))
+            .env("ERRORS", self.folder.path().join("errors"))
+            .envs([("INPUT", input), ("OUTPUT", output), ("OPTIONS", options)])
+            .envs([("FIRST", sizes[0]), ("LAST", sizes[1]), ("STEP", sizes[2])].map(|(n, x)| (n, x.to_string())))
+            .output();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match run {
+            Ok(run) if run.status.success() => Some(text(&run.stdout).lines().map(str::to_owned).collect()),
+            Ok(run) if run.status.code() != Some(78) => {
+                println!("skipped: no tmpfs can be mounted here: {}", text(&run.stderr).trim());
+                None
+            }
+            Ok(run) => panic!("the first size is too small: {}", text(&run.stderr)),
+            Err(e) => {
+                println!("skipped: unshare doesn't start: {e}");
+                None
+            }
+        }
+    }
+
+    /// `old`, `new`: checksums of an untouched and of a finished output.
+    fn check(lines: &[String], names: &str) {
+        let fields: Vec<Vec<&str>> = lines.iter().map(|l| l.split('|').collect()).collect();
+        let (first, last) = (&fields[0], &fields[fields.len() - 1]);
+        assert_eq!(
+            (first[1], last[1]),
+            ("1", "0"),
+            "from a full disk to one with room: {lines:#?}"
+        );
+        for line in &fields {
+            let &[_, code, error, sum, there] = line.as_slice() else {
+                panic!("{line:?}")
+            };
+            assert_eq!(there.trim(), names, "nothing is left behind: {line:?}");
+            if code == "0" {
+                assert_eq!((error, sum), ("", last[3]), "a whole new output: {line:?}");
+            } else {
+                assert_eq!((code, sum), ("1", first[3]), "the old output: {line:?}");
+                assert!(
+                    error.starts_with("error: cannot ") && error.contains("No space left on device"),
+                    "{line:?}"
+                );
+                assert_eq!(error.matches('~').count(), 1, "one line: {line:?}");
+            }
+        }
+        println!(
+            "{} of {} disks were full",
+            fields.iter().filter(|l| l[1] == "1").count(),
+            fields.len()
+        );
+        assert_ne!(first[3], last[3]);
+    }
+}
+
+/// ENOSPC itself. Where no tmpfs can be mounted the test above, which always runs, stands in for it.
+#[test]
+fn a_full_disk_leaves_the_old_output_or_the_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = folder.path().join("old");
+    fs::create_dir(&old).unwrap();
+    for name in ["model.onnx", "model.onnx.data"] {
+        fs::write(old.join(name), b"old").unwrap();
+    }
+    let disks = OnFullDisks { folder, old };
+    // A file, with its weights copied beside it: about 340 pages for the source's, as many for the output's.
+    let modes = "--external-data copy";
+    let Some(lines) = disks.run(["/model.onnx", "/model.onnx"], modes, [345, 695, 7]) else {
+        return;
+    };
+    let disk = disks.folder.path().join("disk");
+    let disk = disk.display();
+    let names = |out: &str| format!("{disk}: out source  {disk}/out: {out}");
+    OnFullDisks::check(&lines, &names("model.onnx model.onnx.data"));
+    // A whole folder.
+    let Some(lines) = disks.run(["", ""], modes, [345, 695, 7]) else {
+        return;
+    };
+    let fields: Vec<Vec<&str>> = lines.iter().map(|l| l.split('|').collect()).collect();
+    for line in fields.iter().filter(|l| l[1] == "1") {
+        assert_eq!(
+            (line[3], line[4].trim()),
+            (fields[0][3], names("model.onnx model.onnx.data").as_str()),
+            "{line:?}"
+        );
+    }
+    let last = &fields[fields.len() - 1];
+    assert_eq!((fields[0][1], last[1]), ("1", "0"), "{lines:#?}");
+    assert_eq!(last[4].trim(), names("genai_config.json model.onnx model.onnx.data"));
 }
