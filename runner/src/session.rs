@@ -14,6 +14,7 @@ use ort::{
     value::{DynValue, Tensor, TensorElementType},
 };
 use retro_contract::{graph, limits, metadata};
+use retro_export::onnx::{external_files, folder_of, read_model};
 
 use crate::{
     Device,
@@ -522,9 +523,17 @@ fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> anyhow::Error 
             "--cuda-graph: the graph {} has nodes that only the CPU runs between nodes of the GPU, so its steps cannot be captured; leave --cuda-graph out ({text})",
             graph.display()
         )
+    } else if let Some(why) = weights_fault(graph).filter(|_| text.to_lowercase().contains("external")) {
+        anyhow!("cannot load {}: {why}", graph.display())
     } else {
         anyhow!("cannot load {}: {text}", graph.display())
     }
+}
+
+/// What is wrong with a model's weights in files of their own, in less than ONNX Runtime's words.
+fn weights_fault(graph: &Path) -> Option<String> {
+    let model = read_model(graph).ok()?.model;
+    external_files(&model, folder_of(graph)).err().map(|e| format!("{e:#}"))
 }
 
 fn retro_metadata(session: &Session) -> Result<Option<Retro>> {

@@ -25,6 +25,8 @@ pub struct ExternalFile {
 /// end of its file or has another length than its shape says.
 pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalFile>> {
     let mut files: BTreeMap<PathBuf, ExternalFile> = BTreeMap::new();
+    // How far into each file tensors reach, and the one that reaches farthest.
+    let mut reaches: BTreeMap<PathBuf, (u64, String)> = BTreeMap::new();
     for_each_tensor(model, &mut |tensor| {
         if !tensor.is_external() {
             return Ok(());
@@ -56,12 +58,25 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
                     source,
                     len: meta.len(),
                 };
-                files.entry(relative).or_insert(file)
+                files.entry(relative.clone()).or_insert(file)
             }
         };
-        fits(tensor, entry("offset"), entry("length"), file.len)
-            .with_context(|| format!("the weights of tensor {name} in {location}"))
+        let end = end_of(tensor, entry("offset"), entry("length"))
+            .with_context(|| format!("the weights of tensor {name} in {location}"))?;
+        let reach = reaches.entry(file.location.clone()).or_default();
+        if end > reach.0 {
+            *reach = (end, name.to_owned());
+        }
+        Ok(())
     })?;
+    for (location, (end, name)) in &reaches {
+        let len = files.get(location).map_or(0, |f| f.len);
+        ensure!(
+            *end <= len,
+            "{} has {len} bytes, but the model's weights in it need {end} (the last is tensor {name}): is the file complete?",
+            folder.join(location).display()
+        );
+    }
     Ok(files.into_values().collect())
 }
 
@@ -78,7 +93,8 @@ fn inside(location: &str) -> Option<PathBuf> {
     (!relative.as_os_str().is_empty() && !location.contains('\0')).then_some(relative)
 }
 
-fn fits(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>, file_len: u64) -> Result<()> {
+/// Where a tensor's weights end in their file.
+fn end_of(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>) -> Result<u64> {
     let number = |what: &str, text: Option<&str>| {
         text.map(|t| t.parse::<u64>().ok().with_context(|| format!("have {what} {t:?}")))
             .transpose()
@@ -104,12 +120,9 @@ fn fits(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>, file_l
             data_type.label()
         );
     }
-    let end = offset.checked_add(needed);
-    ensure!(
-        end.is_some_and(|end| end <= file_len),
-        "end past the file's {file_len} bytes (offset {offset}, length {needed}): is the file complete?"
-    );
-    Ok(())
+    offset
+        .checked_add(needed)
+        .with_context(|| format!("end past any file (offset {offset}, length {needed})"))
 }
 
 /// Calls `visit` with every tensor of a model, wherever it is.
@@ -218,8 +231,12 @@ mod tests {
     #[test]
     fn weights_that_do_not_fit_are_refused() {
         for (offset, length, what) in [
-            ("17", "48", "end past the file's 64 bytes"),
-            ("18446744073709551615", "48", "end past"),
+            (
+                "17",
+                "48",
+                "sub/data has 64 bytes, but the model's weights in it need 65 (the last is tensor w)",
+            ),
+            ("18446744073709551615", "48", "end past any file"),
             ("-1", "48", "have offset \"-1\""),
             ("0", "47", "are 47 bytes long, but [4, 3] float32 needs 48"),
             ("0", "-48", "have length \"-48\""),

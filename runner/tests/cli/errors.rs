@@ -79,7 +79,25 @@ fn missing_and_damaged_files_are_named() {
     assert!(error(&["run", &empty, "-p", "x"]).contains("cannot load"));
     fs::copy(model.join("model.onnx"), dir.path().join("model.onnx")).unwrap();
     assert!(error(&["run", &empty, "-p", "x"]).contains("model.onnx.data"));
-    fs::copy(model.join("model.onnx.data"), dir.path().join("model.onnx.data")).unwrap();
+    let (weights, whole) = (dir.path().join("model.onnx.data"), model.join("model.onnx.data"));
+    fs::copy(&whole, &weights).unwrap();
+    let len = fs::metadata(&whole).unwrap().len();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&weights)
+        .unwrap()
+        .set_len(len / 2)
+        .unwrap();
+    let truncated = error(&["run", &empty, "-p", "x"]);
+    let says = format!(
+        "model.onnx.data has {} bytes, but the model's weights in it need {len} (the last is tensor ",
+        len / 2
+    );
+    assert!(
+        truncated.contains(&says) && truncated.ends_with("is the file complete?"),
+        "{truncated}"
+    );
+    fs::copy(&whole, &weights).unwrap();
     fs::copy(model.join("genai_config.json"), dir.path().join("genai_config.json")).unwrap();
     assert!(error(&["run", &empty, "-p", "x"]).contains("tokenizer.json"));
     fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();

@@ -2,6 +2,7 @@
 
 mod convert;
 mod exports;
+mod generated;
 mod model;
 mod padding;
 mod zoo;
