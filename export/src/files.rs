@@ -1,13 +1,13 @@
 //! Where a model comes from and where it goes: single files, and folders with all that lies beside the model.
 
 use crate::{
-    onnx::{Bytes, Content, ExternalFile, folder_of, new_file_beside, persist, sync_folder},
+    onnx::{Bytes, Content, ExternalFile, folder_of, new_file_beside, persist, sync_folder, write_placed},
     report::ExternalReport,
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::{
     fs::{self, File, Metadata},
-    io::{self, Seek, Write},
+    io,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -335,10 +335,7 @@ impl<'a> Output<'a> {
 }
 
 fn write_spilled(file: &mut File, spilled: &[(u64, Bytes)]) -> io::Result<()> {
-    for (at, bytes) in spilled {
-        file.seek(io::SeekFrom::Start(*at))?;
-        file.write_all(bytes)?;
-    }
+    write_placed(file, spilled)?;
     file.sync_all()
 }
 

@@ -6,6 +6,7 @@
 mod build;
 mod external;
 mod messages;
+mod past_cache;
 mod read;
 mod stream;
 mod write;
@@ -16,5 +17,5 @@ pub use external::{ExternalFile, external_files};
 pub use messages::*;
 pub(crate) use read::map_file;
 pub use read::{LoadedModel, folder_of, read_bytes, read_model};
-pub(crate) use write::{Content, new_file_beside, persist, sync_folder};
+pub(crate) use write::{Content, new_file_beside, persist, sync_folder, write_placed};
 pub use write::{MAX_MODEL_BYTES, write_model};

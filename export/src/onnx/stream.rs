@@ -12,6 +12,12 @@ pub(super) trait Sink {
     fn take(&mut self, bytes: &[u8]) -> io::Result<()>;
 }
 
+impl<S: Sink + ?Sized> Sink for &mut S {
+    fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+        (**self).take(bytes)
+    }
+}
+
 /// A sink as the `BufMut` that prost writes to. The first error stops all writing and is returned by [`Self::finish`].
 pub(super) struct Stream<S> {
     sink: S,

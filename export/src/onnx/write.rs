@@ -2,6 +2,7 @@
 
 use super::{
     messages::ModelProto,
+    past_cache::{self, LARGE_FILE},
     read::folder_of,
     stream::{Sink, Stream},
 };
@@ -65,21 +66,21 @@ impl Content<'_> {
     pub(crate) fn write_to(&self, file: &mut File) -> io::Result<()> {
         match self {
             Self::Model(model) => encode_to(model, file),
-            Self::Pieces(pieces) => pieces.iter().try_for_each(|p| file.write_all(p)),
+            Self::Pieces(pieces) => {
+                let len = pieces.iter().map(|p| p.len() as u64).sum();
+                into_file(file, len, |sink| pieces.iter().try_for_each(|p| sink.take(p)))
+            }
         }
     }
 }
 
 /// Streams a model into a file.
 pub(crate) fn encode_to(model: &ModelProto, file: &mut File) -> io::Result<()> {
-    let mut stream = Stream::new(ToFile {
-        file,
-        at: 0,
-        bounce: Vec::new(),
-    });
-    model.encode(&mut stream).map_err(io::Error::other)?;
-    stream.finish()?;
-    Ok(())
+    into_file(file, model.encoded_len() as u64, |sink| {
+        let mut stream = Stream::new(sink);
+        model.encode(&mut stream).map_err(io::Error::other)?;
+        stream.finish().map(drop)
+    })
 }
 
 /// Writes a file whole or not at all, as [`write_model`] does.
@@ -134,38 +135,36 @@ pub(crate) fn sync_folder(folder: &Path) {
     }
 }
 
-struct ToFile<'a> {
-    file: &'a mut File,
-    at: usize,
-    bounce: Vec<u8>,
-}
+struct ToFile<'a>(&'a mut File);
 
 impl Sink for ToFile<'_> {
-    /// Through a buffer: the kernel's copy from a mapped file to a page of another is several times slower when their places
-    /// within a page are a little apart, and in a converted model they are, all along.
     fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
-        const PAGE: usize = 4096;
-        const BOUNCE: usize = 256 << 10;
-        if bytes.len() < BOUNCE {
-            self.at += bytes.len();
-            return self.file.write_all(bytes);
-        }
-        if self.bounce.is_empty() {
-            self.bounce = vec![0; BOUNCE + 2 * PAGE];
-        }
-        let base = self.bounce.as_ptr().align_offset(PAGE);
-        for chunk in bytes.chunks(BOUNCE) {
-            let from = base + self.at % PAGE;
-            let to = self
-                .bounce
-                .get_mut(from..from + chunk.len())
-                .ok_or(io::ErrorKind::InvalidInput)?;
-            to.copy_from_slice(chunk);
-            self.file.write_all(to)?;
-            self.at += chunk.len();
+        self.0.write_all(bytes)
+    }
+}
+
+/// Gives a new, empty file the `len` bytes that `fill` makes.
+fn into_file(file: &mut File, len: u64, fill: impl FnOnce(&mut dyn Sink) -> io::Result<()>) -> io::Result<()> {
+    if len < LARGE_FILE {
+        fill(&mut ToFile(file))
+    } else {
+        past_cache::write(file, len, fill)
+    }
+}
+
+/// Writes bytes to their places in a new, empty file, zeros between them.
+pub(crate) fn write_placed(file: &mut File, placed: &[(u64, Bytes)]) -> io::Result<()> {
+    let end = placed.last().map_or(0, |(at, bytes)| at + bytes.len() as u64);
+    into_file(file, end, |sink| {
+        let mut done = 0;
+        for (at, bytes) in placed {
+            let gap = at.checked_sub(done).ok_or(io::ErrorKind::InvalidInput)?;
+            (0..gap).try_for_each(|_| sink.take(&[0]))?;
+            sink.take(bytes)?;
+            done = at + bytes.len() as u64;
         }
         Ok(())
-    }
+    })
 }
 
 #[cfg(test)]
