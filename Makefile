@@ -1,5 +1,6 @@
 # make demo   a trained model, converted and decoded on one document, and a table of what it costs and how right it stays
 # make test   everything that needs no GPU
+# make cuda   the plugin with its CUDA kernels compiled (fetches nvcc if there is none; needs no GPU)
 # make lint   formatting and clippy, as CI has them
 
 SHELL := /bin/bash
@@ -15,12 +16,16 @@ RELEASE := target/release
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build demo test test-rust test-python lint fmt clean
+.PHONY: help build cuda demo test test-rust test-python lint fmt clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 build:
 	@cargo build --release
+
+cuda:
+	@RETRO_NVCC="$$(scripts/nvcc)"; export RETRO_NVCC
+	cargo build --release
 
 # ---- demo ----------------------------------------------------------------------------------------------------------------
 

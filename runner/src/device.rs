@@ -100,6 +100,8 @@ impl Device {
             .with_device_id(id)
             // Caches are large: an arena that doubles would take twice the memory.
             .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
+            // float32 means float32: ONNX Runtime would round the factors of matrix products to 10 bits.
+            .with_tf32(false)
             .with_cuda_graph(cuda_graph)
             .build()
             .error_on_failure();

@@ -123,9 +123,17 @@ impl Call<'_> {
         let together = self.stream.overlaps && max_pages > SELECT_ALONE;
         let blocks = if together { SELECT_BLOCKS } else { 1 };
         // A little more than a power of two (the page of the newest tokens) does not double them.
-        let threads = (max_pages * 7 / 8).div_ceil(blocks * SELECT_THREAD_PAGES).next_power_of_two();
+        let threads = (max_pages * 7 / 8)
+            .div_ceil(blocks * SELECT_THREAD_PAGES)
+            .next_power_of_two();
         let threads = threads.clamp(256, self.kernels.select.threads as usize) as u32;
-        (Kernel { threads, ..self.kernels.select }, blocks)
+        (
+            Kernel {
+                threads,
+                ..self.kernels.select
+            },
+            blocks,
+        )
     }
 
     /// A decoding step: four launches, each started while the one before drains.

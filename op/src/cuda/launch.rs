@@ -5,8 +5,8 @@ use std::ptr;
 
 use cudarc::driver::sys::{
     CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
-    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUlaunchConfig, CUstream,
-    cuLaunchKernelEx, cuMemcpyDtoDAsync_v2,
+    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUlaunchConfig, CUstream, cuLaunchKernelEx,
+    cuMemcpyDtoDAsync_v2,
 };
 
 use super::check;
@@ -53,7 +53,11 @@ impl Stream {
         params: &Params,
     ) -> Result<()> {
         let chained = Self::chained();
-        let attributes: &[_] = if order == Order::Chained && self.overlaps { &[chained] } else { &[] };
+        let attributes: &[_] = if order == Order::Chained && self.overlaps {
+            &[chained]
+        } else {
+            &[]
+        };
         self.launch_with(kernel, grid, shared, attributes, params)
     }
 
@@ -81,7 +85,13 @@ impl Stream {
             },
         };
         let attributes = [cluster, Self::chained()];
-        self.launch_with(kernel, grid, 0, &attributes[..1 + usize::from(order == Order::Chained)], params)
+        self.launch_with(
+            kernel,
+            grid,
+            0,
+            &attributes[..1 + usize::from(order == Order::Chained)],
+            params,
+        )
     }
 
     fn chained() -> CUlaunchAttribute {

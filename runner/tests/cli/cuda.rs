@@ -59,7 +59,12 @@ fn cpu_and_gpu_answer_documents_alike() {
         }
         for key in ["pages_per_step", "effective_exposure"] {
             let number = |v: &serde_json::Value| v["rows"][0][key].as_f64().unwrap();
-            assert!((number(&on_cpu) - number(&on_gpu)).abs() < 1e-9, "{extra:?}: {key}");
+            // Where two pages score alike but for rounding, either may be read.
+            let (cpu, gpu) = (number(&on_cpu), number(&on_gpu));
+            assert!(
+                (cpu - gpu).abs() < 2e-3 * cpu,
+                "{extra:?}: {key} is {gpu} on the GPU, {cpu} on the CPU"
+            );
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{fs::File, path::Path};
 
 use ndarray::{Array1, Array2, ArrayD};
 use ndarray_npy::NpzReader;
-use retro_tests::{compare, decoder::Decoder, paths};
+use retro_tests::{compare, decoder::Decoder, host, paths};
 
 use crate::convert::convert;
 
@@ -68,6 +68,11 @@ fn difference(folder: &Path, window: usize, all_logits: bool, expected: &Expecte
 }
 
 fn check(case: &str, tolerance: f32, against_itself: bool) {
+    if against_itself && host::on_gpu() {
+        return println!(
+            "{case}: not tested: ONNX Runtime's CPU kernels round activations to 8 bits, its CUDA kernels do not"
+        );
+    }
     let source = paths::data("zoo").join(case);
     let mut expected = recorded(&source);
     if against_itself {
