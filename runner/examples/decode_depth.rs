@@ -8,10 +8,10 @@ use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, str::FromStr}
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use retro_contract::Budget;
 use retro_run::{
     Device, Model, OpenOptions, Runtime,
     generate::Policy,
+    named::NamedModel,
     pretend::decode_at,
     runtime::{check_threads, find_plugin},
 };
@@ -21,7 +21,7 @@ use retro_run::{
 struct Args {
     /// A policy: NAME=DIR[,window=W][,budget=B]; may be given several times. The first is what the others are compared with.
     #[arg(long = "run", value_name = "NAME=DIR", required = true)]
-    runs: Vec<Spec>,
+    runs: Vec<NamedModel>,
     /// Tokens before the first step, like 4096 or 128k.
     #[arg(long, value_delimiter = ',', default_value = "8k,32k,128k")]
     depth: Vec<Tokens>,
@@ -61,38 +61,6 @@ impl FromStr for Tokens {
             Some(n @ 1..=0x100_0000) => Ok(Self(n)),
             _ => Err(format!("{s:?}: expected a number of tokens like 4096 or 128k")),
         }
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Spec {
-    name: String,
-    folder: PathBuf,
-    window: Option<usize>,
-    budget: Option<Budget>,
-}
-
-impl FromStr for Spec {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B]";
-        let (head, options) = s.split_once(',').unwrap_or((s, ""));
-        let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
-        let mut spec = Self {
-            name: name.into(),
-            folder: folder.into(),
-            window: None,
-            budget: None,
-        };
-        for option in options.split(',').filter(|o| !o.is_empty()) {
-            match option.split_once('=') {
-                Some(("window", w)) => spec.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
-                Some(("budget", b)) => spec.budget = Some(b.parse()?),
-                _ => return Err(format!("{option:?}: {FORM}")),
-            }
-        }
-        Ok(spec)
     }
 }
 
@@ -136,7 +104,8 @@ fn run(args: &Args) -> Result<()> {
         for _ in 0..args.repetitions {
             for (spec, millis) in args.runs.iter().zip(&mut millis) {
                 let model = models.get_mut(&spec.folder).context("opened above")?;
-                let policy = Policy::new(model, spec.window, spec.budget).with_context(|| spec.name.clone())?;
+                let policy =
+                    Policy::new(model, spec.knobs.window, spec.knobs.budget).with_context(|| spec.name.clone())?;
                 let time = decode_at(model, depth.0, policy, args.warm_up, args.steps)
                     .with_context(|| format!("{} at {}", spec.name, depth.0))?;
                 millis.push(1e3 * time.as_secs_f64() / args.steps as f64);

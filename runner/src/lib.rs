@@ -14,6 +14,7 @@ pub mod gpu;
 pub mod interface;
 pub mod measure;
 pub mod model;
+pub mod named;
 pub mod prepare;
 pub mod pretend;
 mod progress;

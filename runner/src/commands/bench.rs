@@ -9,7 +9,6 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use retro_contract::Budget;
 use serde_json::Value;
 
 use super::SessionArgs;
@@ -20,6 +19,7 @@ use crate::{
         table::{Cell, Column, Format, Table},
     },
     generate::{CHUNK, Decoder, Policy},
+    named::Knobs,
     progress,
 };
 
@@ -57,8 +57,7 @@ pub struct BenchArgs {
 #[derive(Clone, Debug, PartialEq)]
 struct Spec {
     folder: PathBuf,
-    window: Option<usize>,
-    budget: Option<Budget>,
+    knobs: Knobs,
     name: Option<String>,
 }
 
@@ -69,16 +68,14 @@ impl FromStr for Spec {
         let mut parts = s.split(',');
         let mut spec = Self {
             folder: parts.next().unwrap_or_default().into(),
-            window: None,
-            budget: None,
+            knobs: Knobs::default(),
             name: None,
         };
         for option in parts {
-            match option.split_once('=') {
-                Some(("window", w)) => spec.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
-                Some(("budget", b)) => spec.budget = Some(b.parse()?),
-                Some(("name", n)) => spec.name = Some(n.to_owned()),
-                _ => return Err(format!("{option:?}: expected DIR[,window=W][,budget=B][,name=NAME]")),
+            if let Some(name) = option.strip_prefix("name=") {
+                spec.name = Some(name.to_owned());
+            } else if !spec.knobs.set(option)? {
+                return Err(format!("{option:?}: expected DIR[,window=W][,budget=B][,name=NAME]"));
             }
         }
         Ok(spec)
@@ -221,7 +218,7 @@ impl Contenders {
                 }
             };
             let one = opened.get_mut(at).context("no such model")?;
-            let policy = Policy::new(&one.model, spec.window, spec.budget).with_context(|| spec.label())?;
+            let policy = Policy::new(&one.model, spec.knobs.window, spec.knobs.budget).with_context(|| spec.label())?;
             one.window = one.window.max(policy.window);
             list.push((spec.label(), at, policy));
         }

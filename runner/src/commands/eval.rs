@@ -6,7 +6,6 @@ use std::{
     io::{self, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    str::FromStr,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -26,6 +25,7 @@ use crate::{
         workshop::Workshop,
     },
     generate::CHUNK,
+    named::NamedModel,
     prepare::key,
     progress,
     score::{Scorer, read_documents},
@@ -71,7 +71,7 @@ pub struct EvalArgs {
     budgets: Vec<Budget>,
     /// A model as it is, converted or not: NAME=DIR[,window=W][,budget=B]; may be given several times.
     #[arg(long = "run", value_name = "NAME=DIR")]
-    runs: Vec<RunSpec>,
+    runs: Vec<NamedModel>,
     /// Documents (or texts) decoded at a time.
     #[arg(long, default_value_t = 8, value_name = "N")]
     batch: usize,
@@ -104,52 +104,14 @@ pub struct EvalArgs {
     session: SessionArgs,
 }
 
-/// A model to compare as it is.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunSpec {
-    name: String,
-    folder: PathBuf,
-    window: Option<usize>,
-    budget: Option<Budget>,
-}
-
-impl FromStr for RunSpec {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B]";
-        // A name may hold "=" ("Retro w=2"): the folder starts after the last one before the first comma.
-        let (head, options) = s.split_once(',').unwrap_or((s, ""));
-        let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
-        if name.is_empty() || folder.is_empty() {
-            return Err(FORM.into());
-        }
-        let mut spec = Self {
-            name: name.into(),
-            folder: folder.into(),
-            window: None,
-            budget: None,
-        };
-        for option in options.split(',').filter(|o| !o.is_empty()) {
-            match option.split_once('=') {
-                Some(("window", w)) => spec.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
-                Some(("budget", b)) => spec.budget = Some(b.parse()?),
-                _ => return Err(format!("{option:?}: {FORM}")),
-            }
-        }
-        Ok(spec)
-    }
-}
-
-impl RunSpec {
-    fn row(&self) -> Row {
-        Row {
-            kind: Kind::Folder,
-            label: self.name.clone(),
-            source: Source::Graph(self.folder.clone()),
-            window: self.window,
-            budget: self.budget,
-        }
+/// The row of a model that is compared as it is.
+fn row(run: &NamedModel) -> Row {
+    Row {
+        kind: Kind::Folder,
+        label: run.name.clone(),
+        source: Source::Graph(run.folder.clone()),
+        window: run.knobs.window,
+        budget: run.knobs.budget,
     }
 }
 
@@ -209,7 +171,7 @@ impl Bench {
             };
             all = rows(&specs, workshop.graph(), &args.windows, &args.budgets);
         }
-        for row in args.runs.iter().map(RunSpec::row) {
+        for row in args.runs.iter().map(row) {
             all.push(row);
         }
         for row in &all {
@@ -400,24 +362,4 @@ fn write_whole(path: &Path, text: &str) -> Result<()> {
         Ok(())
     };
     write().with_context(|| format!("cannot write {}", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_parse_with_equals_signs_in_their_names() {
-        let spec: RunSpec = "Retro w=2=out/ledger-retro,window=2,budget=0.25".parse().unwrap();
-        assert_eq!(
-            (spec.name.as_str(), spec.folder.to_str()),
-            ("Retro w=2", Some("out/ledger-retro"))
-        );
-        assert_eq!((spec.window, spec.budget), (Some(2), Some(Budget::Ratio(0.25))));
-        let plain: RunSpec = "dense=out/ledger".parse().unwrap();
-        assert_eq!((plain.window, plain.budget), (None, None));
-        for bad in ["dense", "=out", "a=", "a=b,window=x", "a=b,pages=3", "a=b,budget=2.5"] {
-            assert!(bad.parse::<RunSpec>().is_err(), "{bad}");
-        }
-    }
 }

@@ -8,7 +8,7 @@ use plotters::prelude::*;
 use super::{
     perplexity::PARTS,
     policy::Kind,
-    summary::{DocumentsRow, Estimate, FidelityRow},
+    summary::{Cost, DocumentsRow, Estimate, FidelityRow, Subject},
 };
 
 /// A line of a figure: a name, and x, y, the standard error of y.
@@ -123,22 +123,16 @@ fn number(budget: Option<&str>) -> Option<f64> {
 }
 
 /// Lines of one policy each over its budgets.
-fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&str, Option<&str>, Estimate)) -> Vec<Line> {
-    let budgets: Vec<f64> = rows.iter().filter_map(|r| number(of(r).1)).collect();
+fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&Subject, Estimate)) -> Vec<Line> {
+    let budgets: Vec<f64> = rows.iter().filter_map(|r| number(of(r).0.budget.as_deref())).collect();
     let mut lines: Vec<Line> = Vec::new();
     for row in rows {
-        let (name, budget, value) = of(row);
+        let (subject, value) = of(row);
         let point = |b| (b, value.mean, value.error.unwrap_or(0.0));
         // A policy without a budget is a level line.
-        let points: Vec<_> =
-            number(budget).map_or_else(|| budgets.iter().copied().map(point).collect(), |b| vec![point(b)]);
-        match lines.iter_mut().find(|l| l.name == name) {
-            Some(line) => line.points.extend(points),
-            None => lines.push(Line {
-                name: name.to_owned(),
-                points,
-            }),
-        }
+        let points: Vec<_> = number(subject.budget.as_deref())
+            .map_or_else(|| budgets.iter().copied().map(point).collect(), |b| vec![point(b)]);
+        push(&mut lines, &subject.policy, points);
     }
     for line in &mut lines {
         line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -147,48 +141,78 @@ fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&str, Option<&str>, Estimate)
     lines
 }
 
-/// Exposure against the window, a line for each selection and budget.
-fn exposures<'a>(
-    rows: impl Iterator<Item = (&'a str, Option<&'a str>, Kind, Option<usize>, Option<f64>)>,
-) -> Vec<Line> {
+/// Exposure against the window, a line for each selection and budget; none with one window alone.
+fn exposures<'a>(rows: impl Iterator<Item = (&'a Subject, &'a Cost)>) -> Result<Option<(String, String)>> {
     let mut lines: Vec<Line> = Vec::new();
-    for (policy, budget, kind, window, exposure) in rows {
-        let (Some(budget), Some(window), Some(exposure)) = (budget, window, exposure) else {
+    for (subject, cost) in rows {
+        let (Some(budget), Some(window), Some(exposure)) = (&subject.budget, subject.window, cost.effective_exposure)
+        else {
             continue;
         };
-        if !matches!(kind, Kind::Retro | Kind::Quest) {
+        if !matches!(subject.kind, Kind::Retro | Kind::Quest) {
             continue;
         }
         // The name without its window; Quest is Retro with w = 1.
-        let name = policy
+        let name = subject
+            .policy
             .replace(&format!(" (w = {window})"), "")
             .replace("Quest", "Retro");
-        let name = format!("{name}, budget {budget}");
-        let point = (window as f64, exposure, 0.0);
-        match lines.iter_mut().find(|l| l.name == name) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line {
-                name,
-                points: vec![point],
-            }),
-        }
+        push(
+            &mut lines,
+            &format!("{name}, budget {budget}"),
+            [(window as f64, exposure, 0.0)],
+        );
     }
     lines
         .iter_mut()
         .for_each(|l| l.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
     lines.retain(|l| l.points.len() > 1);
-    lines
+    let draw = || figure("Effective exposure by window", "window w", "effective exposure", &lines);
+    let drawn = (!lines.is_empty()).then(draw).transpose()?;
+    Ok(drawn.map(|svg| ("exposure-window".to_owned(), svg)))
 }
 
-/// The budgets of some rows, in their order, each once.
-fn budgets<'a>(of: impl Iterator<Item = Option<&'a str>>) -> Vec<&'a str> {
-    let mut list: Vec<&str> = Vec::new();
-    for budget in of.flatten() {
-        if !list.contains(&budget) {
-            list.push(budget);
+/// Adds points to the line of a name.
+fn push(lines: &mut Vec<Line>, name: &str, points: impl IntoIterator<Item = (f64, f64, f64)>) {
+    match lines.iter_mut().find(|l| l.name == name) {
+        Some(line) => line.points.extend(points),
+        None => lines.push(Line {
+            name: name.to_owned(),
+            points: points.into_iter().collect(),
+        }),
+    }
+}
+
+/// One line a policy over the parts of an output, a figure for each budget.
+fn by_place<T>(
+    rows: &[T],
+    (file, title, x, y): (&str, &str, &str, &str),
+    subject: impl Fn(&T) -> &Subject,
+    points: impl Fn(&T) -> Vec<Option<(f64, f64)>>,
+) -> Result<Vec<(String, String)>> {
+    let mut budgets: Vec<&str> = Vec::new();
+    for budget in rows.iter().filter_map(|r| subject(r).budget.as_deref()) {
+        if !budgets.contains(&budget) {
+            budgets.push(budget);
         }
     }
-    list
+    let mut figures = Vec::new();
+    for budget in budgets {
+        let of_budget = rows
+            .iter()
+            .filter(|r| subject(r).budget.as_deref().is_none_or(|b| b == budget));
+        let lines: Vec<Line> = of_budget
+            .map(|r| Line {
+                name: subject(r).policy.clone(),
+                points: (points(r).into_iter().zip(1..))
+                    .filter_map(|(p, i)| p.map(|(value, error)| (f64::from(i), value, error)))
+                    .collect(),
+            })
+            .collect();
+        let svg = figure(&format!("{title}, budget {budget}"), x, y, &lines)?;
+        figures.push((format!("{file}-{budget}"), svg));
+    }
+    Ok(figures)
 }
 
 /// The figures of a comparison over documents, with their file names.
@@ -197,42 +221,21 @@ fn budgets<'a>(of: impl Iterator<Item = Option<&'a str>>) -> Vec<&'a str> {
 /// When drawing fails.
 pub fn documents_figures(rows: &[DocumentsRow]) -> Result<Vec<(String, String)>> {
     let mut figures = Vec::new();
-    let lines = over_budgets(rows, |r| (&r.policy, r.budget.as_deref(), r.right));
+    let lines = over_budgets(rows, |r| (&r.subject, r.right));
     if lines.iter().any(|l| !l.points.is_empty()) {
-        figures.push((
-            "accuracy-budget".to_owned(),
-            figure("Right answers by budget", "budget", "right answers, %", &lines)?,
-        ));
+        let svg = figure("Right answers by budget", "budget", "right answers, %", &lines)?;
+        figures.push(("accuracy-budget".to_owned(), svg));
     }
-    for budget in budgets(rows.iter().map(|r| r.budget.as_deref())) {
-        let of_budget = rows
-            .iter()
-            .filter(|r| r.budget.is_none() || r.budget.as_deref() == Some(budget));
-        let lines: Vec<Line> = of_budget
-            .map(|r| Line {
-                name: r.policy.clone(),
-                points: (r.quarters.iter().zip(1..))
-                    .filter_map(|(q, i)| q.map(|q| (f64::from(i), q.mean, q.error.unwrap_or(0.0))))
-                    .collect(),
-            })
-            .collect();
-        let title = format!("Right answers by place in the output, budget {budget}");
-        figures.push((
-            format!("accuracy-position-{budget}"),
-            figure(&title, "quarter of the output", "right answers, %", &lines)?,
-        ));
-    }
-    let cost = |r: &DocumentsRow| r.cost.effective_exposure;
-    let lines = exposures(
-        rows.iter()
-            .map(|r| (r.policy.as_str(), r.budget.as_deref(), r.kind, r.window, cost(r))),
+    let texts = (
+        "accuracy-position",
+        "Right answers by place in the output",
+        "quarter of the output",
+        "right answers, %",
     );
-    if !lines.is_empty() {
-        figures.push((
-            "exposure-window".to_owned(),
-            figure("Effective exposure by window", "window w", "effective exposure", &lines)?,
-        ));
-    }
+    let value = |e: Estimate| (e.mean, e.error.unwrap_or(0.0));
+    let quarters = |r: &DocumentsRow| r.quarters.iter().map(|q| q.map(value)).collect();
+    figures.extend(by_place(rows, texts, |r| &r.subject, quarters)?);
+    figures.extend(exposures(rows.iter().map(|r| (&r.subject, &r.cost)))?);
     Ok(figures)
 }
 
@@ -241,54 +244,31 @@ pub fn documents_figures(rows: &[DocumentsRow]) -> Result<Vec<(String, String)>>
 /// # Errors
 /// When drawing fails.
 pub fn fidelity_figures(rows: &[FidelityRow]) -> Result<Vec<(String, String)>> {
-    let sparse: Vec<FidelityRow> = rows.iter().filter(|r| r.kind != Kind::Dense).cloned().collect();
+    let sparse: Vec<FidelityRow> = rows.iter().filter(|r| r.subject.kind != Kind::Dense).cloned().collect();
     let mut figures = Vec::new();
-    let lines = over_budgets(&sparse, |r| (&r.policy, r.budget.as_deref(), r.divergence));
+    let kl = "KL, nats a token";
+    let lines = over_budgets(&sparse, |r| (&r.subject, r.divergence));
     if lines.iter().any(|l| !l.points.is_empty()) {
-        let name = "divergence-budget".to_owned();
-        figures.push((
-            name,
-            figure(
-                "Divergence from dense attention by budget",
-                "budget",
-                "KL, nats a token",
-                &lines,
-            )?,
-        ));
+        let svg = figure("Divergence from dense attention by budget", "budget", kl, &lines)?;
+        figures.push(("divergence-budget".to_owned(), svg));
     }
-    for budget in budgets(sparse.iter().map(|r| r.budget.as_deref())) {
-        let lines: Vec<Line> = sparse
-            .iter()
-            .filter(|r| r.budget.as_deref() == Some(budget))
-            .map(|r| Line {
-                name: r.policy.clone(),
-                points: (r.by_position.iter().zip(1..))
-                    .filter_map(|(p, i)| p.map(|p| (f64::from(i), p, 0.0)))
-                    .collect(),
-            })
-            .collect();
-        let title = format!("Divergence by place in the text, budget {budget}");
-        let x = format!("part of the text behind the prompt, of {PARTS}");
-        figures.push((
-            format!("divergence-position-{budget}"),
-            figure(&title, &x, "KL, nats a token", &lines)?,
-        ));
-    }
-    let lines = exposures(sparse.iter().map(|r| {
-        (
-            r.policy.as_str(),
-            r.budget.as_deref(),
-            r.kind,
-            r.window,
-            r.cost.effective_exposure,
-        )
-    }));
-    if !lines.is_empty() {
-        figures.push((
-            "exposure-window".to_owned(),
-            figure("Effective exposure by window", "window w", "effective exposure", &lines)?,
-        ));
-    }
+    let x = format!("part of the text behind the prompt, of {PARTS}");
+    let exact = |values: &[Option<f64>; PARTS]| values.iter().map(|v| v.map(|v| (v, 0.0))).collect();
+    let texts = ("divergence-position", "Divergence by place in the text", x.as_str(), kl);
+    figures.extend(by_place(&sparse, texts, |r| &r.subject, |r| exact(&r.by_position))?);
+    let texts = (
+        "perplexity-position",
+        "Perplexity by place in the text",
+        x.as_str(),
+        "perplexity",
+    );
+    figures.extend(by_place(
+        rows,
+        texts,
+        |r| &r.subject,
+        |r| exact(&r.perplexity_by_position),
+    )?);
+    figures.extend(exposures(sparse.iter().map(|r| (&r.subject, &r.cost)))?);
     Ok(figures)
 }
 
@@ -343,8 +323,16 @@ mod tests {
     #[test]
     fn a_policy_without_budget_is_a_level_line() {
         let rows = [("dense", None, 100.0), ("a", Some("0.2"), 2.0), ("a", Some("0.1"), 1.0)];
-        let value = |mean| Estimate { mean, error: None };
-        let lines = over_budgets(&rows, |&(n, b, m)| (n, b, value(m)));
+        let rows = rows.map(|(policy, budget, mean)| {
+            let subject = Subject {
+                policy: policy.to_owned(),
+                kind: Kind::Retro,
+                window: None,
+                budget: budget.map(str::to_owned),
+            };
+            (subject, Estimate { mean, error: None })
+        });
+        let lines = over_budgets(&rows, |(subject, value)| (subject, *value));
         assert_eq!(lines[0].points, [(0.1, 100.0, 0.0), (0.2, 100.0, 0.0)]);
         assert_eq!(lines[1].points, [(0.1, 1.0, 0.0), (0.2, 2.0, 0.0)]);
     }

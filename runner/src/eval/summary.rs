@@ -1,7 +1,7 @@
 //! From results to the rows of a table. Errors are standard errors over documents (or texts): answers of one output depend on
 //! each other, documents do not.
 
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     documents::Outcome,
@@ -52,25 +52,88 @@ pub struct Cost {
     pub tokens_per_second: Option<f64>,
 }
 
+/// What one document or text gave, whatever was measured on it.
+trait Measured: Clone + Serialize + DeserializeOwned {
+    fn reading(&self) -> &Reading;
+    /// Tokens that were decoded in `seconds`.
+    fn decoded(&self) -> usize;
+    fn seconds(&self) -> f64;
+    /// Bytes that a step read.
+    fn bytes(&self) -> f64;
+}
+
+impl Measured for Outcome {
+    fn reading(&self) -> &Reading {
+        &self.reading
+    }
+
+    fn decoded(&self) -> usize {
+        self.generated.saturating_sub(1)
+    }
+
+    fn seconds(&self) -> f64 {
+        self.seconds
+    }
+
+    fn bytes(&self) -> f64 {
+        self.bytes
+    }
+}
+
+impl Measured for Fidelity {
+    fn reading(&self) -> &Reading {
+        &self.reading
+    }
+
+    fn decoded(&self) -> usize {
+        self.count()
+    }
+
+    fn seconds(&self) -> f64 {
+        self.seconds
+    }
+
+    fn bytes(&self) -> f64 {
+        self.bytes
+    }
+}
+
 impl Cost {
-    fn new<'a>(parts: impl Iterator<Item = (&'a Reading, f64, f64, f64)> + Clone, dense: Option<f64>) -> Self {
+    fn new<T: Measured>(row: &Row, parts: &[&T]) -> Self {
         let mut reading = Reading::default();
-        let (mut tokens, mut seconds, mut bytes, mut count) = (0.0, 0.0, 0.0, 0.0);
-        for (r, t, s, b) in parts {
-            reading.add(r);
-            tokens += t;
-            seconds += s;
-            bytes += b;
-            count += 1.0;
-        }
-        let bytes = if count > 0.0 { bytes / count } else { 0.0 };
+        parts.iter().for_each(|p| reading.add(p.reading()));
+        let sum = |of: &dyn Fn(&T) -> f64| parts.iter().map(|p| of(p)).sum::<f64>();
+        let bytes = sum(&|p| p.bytes()) / parts.len().max(1) as f64;
+        // Dense attention on the row's own lengths: outputs of two policies differ in length.
+        let dense = sum(&|p| dense_bytes(p.bytes(), p.reading(), row.scores())) / parts.len().max(1) as f64;
+        let seconds = sum(&|p| p.seconds());
         Self {
             pages_per_step: reading.pages(),
             share_of_valid_pages: reading.share(),
             kib_per_step: bytes / 1024.0,
-            share_of_dense_bytes: dense.filter(|d| *d > 0.0).map(|d| bytes / d),
+            share_of_dense_bytes: (dense > 0.0).then(|| bytes / dense),
             effective_exposure: reading.exposure(),
-            tokens_per_second: (seconds > 0.0).then(|| tokens / seconds),
+            tokens_per_second: (seconds > 0.0).then(|| sum(&|p| p.decoded() as f64) / seconds),
+        }
+    }
+}
+
+/// What a row is of.
+#[derive(Clone, Debug, Serialize)]
+pub struct Subject {
+    pub policy: String,
+    pub kind: Kind,
+    pub window: Option<usize>,
+    pub budget: Option<String>,
+}
+
+impl Subject {
+    fn new(row: &Row) -> Self {
+        Self {
+            policy: row.label.clone(),
+            kind: row.kind,
+            window: row.window,
+            budget: row.budget.map(|b| b.to_string()),
         }
     }
 }
@@ -78,10 +141,8 @@ impl Cost {
 /// A policy over documents.
 #[derive(Clone, Debug, Serialize)]
 pub struct DocumentsRow {
-    pub policy: String,
-    pub kind: Kind,
-    pub window: Option<usize>,
-    pub budget: Option<String>,
+    #[serde(flatten)]
+    pub subject: Subject,
     pub documents: usize,
     pub generated_tokens: usize,
     /// Right answers in percent.
@@ -99,10 +160,8 @@ pub struct DocumentsRow {
 /// A policy over texts.
 #[derive(Clone, Debug, Serialize)]
 pub struct FidelityRow {
-    pub policy: String,
-    pub kind: Kind,
-    pub window: Option<usize>,
-    pub budget: Option<String>,
+    #[serde(flatten)]
+    pub subject: Subject,
     pub texts: usize,
     pub tokens: usize,
     pub perplexity: f64,
@@ -112,32 +171,40 @@ pub struct FidelityRow {
     pub share_of_quest: Option<Estimate>,
     /// Divergence by eighth of the text behind the prompt.
     pub by_position: [Option<f64>; PARTS],
+    /// Perplexity by eighth of the text behind the prompt.
+    pub perplexity_by_position: [Option<f64>; PARTS],
     /// Share of tokens for which dense attention has the same best guess.
     pub agreement: f64,
     #[serde(flatten)]
     pub cost: Cost,
 }
 
-/// The Quest row that a row is compared with: the one of its budget.
-fn quest<'a>(rows: &'a [Row], row: &Row) -> Option<&'a Row> {
-    let budget = |r: &&Row| r.budget == row.budget;
-    rows.iter().filter(|r| r.kind == Kind::Quest).find(budget)
-}
-
-fn results<'a, T: Clone + Serialize + serde::de::DeserializeOwned>(
-    journal: &'a Journal<T>,
-    row: &Row,
-    count: usize,
-) -> Vec<&'a T> {
+fn results<'a, T: Measured>(journal: &'a Journal<T>, row: &Row, count: usize) -> Vec<&'a T> {
     (0..count).filter_map(|i| journal.get(&row.key(), i)).collect()
 }
 
+/// A row against Quest at its budget, item by item; none for dense attention, Quest itself, and without such a Quest.
+fn against_quest<T: Measured>(
+    rows: &[Row],
+    row: &Row,
+    journal: &Journal<T>,
+    count: usize,
+    compare: impl Fn(&T, &T) -> f64,
+) -> Option<Estimate> {
+    let quest = rows
+        .iter()
+        .find(|r| r.kind == Kind::Quest && r.budget == row.budget)
+        .filter(|q| row.kind != Kind::Dense && q.key() != row.key())?;
+    let pair = |i| Some(compare(journal.get(&row.key(), i)?, journal.get(&quest.key(), i)?));
+    Estimate::of((0..count).filter_map(pair))
+}
+
 /// What dense attention reads on the same lengths.
-fn dense_bytes(bytes: f64, reading: &Reading, scored: bool) -> Option<f64> {
+fn dense_bytes(bytes: f64, reading: &Reading, scored: bool) -> f64 {
     match (reading.tokens(), reading.valid_pages(), reading.length()) {
         // Every layer is sparse or its bytes are those of dense attention: exact when all are sparse.
-        (Some(tokens), Some(pages), Some(length)) => Some(bytes * length / (tokens + if scored { pages } else { 0.0 })),
-        _ => Some(bytes),
+        (Some(tokens), Some(pages), Some(length)) => bytes * length / (tokens + if scored { pages } else { 0.0 }),
+        _ => bytes,
     }
 }
 
@@ -145,34 +212,19 @@ fn dense_bytes(bytes: f64, reading: &Reading, scored: bool) -> Option<f64> {
 pub fn documents(rows: &[Row], journal: &Journal<Outcome>, count: usize) -> Vec<DocumentsRow> {
     let summarize = |row: &Row| {
         let own = results(journal, row, count);
-        let base = quest(rows, row).filter(|q| q.key() != row.key() && row.kind != Kind::Dense);
-        let difference = base.and_then(|q| {
-            let pairs = own.iter().zip(results(journal, q, count));
-            Estimate::of(pairs.map(|(o, q)| 100.0 * (o.share() - q.share())))
-        });
-        let right = Estimate::of(own.iter().map(|o| 100.0 * o.share()))?;
-        let quarters = std::array::from_fn(|q| {
-            Estimate::of(
-                own.iter()
-                    .map(|o| 100.0 * o.quarters().get(q).copied().unwrap_or(f64::NAN)),
-            )
-        });
-        let parts = own
-            .iter()
-            .map(|o| (&o.reading, o.generated.saturating_sub(1) as f64, o.seconds, o.bytes));
-        let dense = row_dense_bytes(row, journal, count, |o| (o.bytes, o.reading));
+        let quarter = |q: usize| {
+            let of = |o: &&Outcome| 100.0 * o.quarters().get(q).copied().unwrap_or(f64::NAN);
+            Estimate::of(own.iter().map(of))
+        };
         Some(DocumentsRow {
-            policy: row.label.clone(),
-            kind: row.kind,
-            window: row.window,
-            budget: row.budget.map(|b| b.to_string()),
+            subject: Subject::new(row),
             documents: own.len(),
             generated_tokens: own.iter().map(|o| o.generated).sum(),
-            right,
-            difference_to_quest: difference,
+            right: Estimate::of(own.iter().map(|o| 100.0 * o.share()))?,
+            difference_to_quest: against_quest(rows, row, journal, count, |o, q| 100.0 * (o.share() - q.share())),
             first_wrong: Estimate::of(own.iter().map(|o| 100.0 * o.first_wrong())),
-            quarters,
-            cost: Cost::new(parts, dense),
+            quarters: std::array::from_fn(quarter),
+            cost: Cost::new(row, &own),
         })
     };
     rows.iter().filter_map(summarize).collect()
@@ -182,52 +234,29 @@ pub fn documents(rows: &[Row], journal: &Journal<Outcome>, count: usize) -> Vec<
 pub fn fidelities(rows: &[Row], journal: &Journal<Fidelity>, count: usize) -> Vec<FidelityRow> {
     let summarize = |row: &Row| {
         let own = results(journal, row, count);
-        let base = quest(rows, row).filter(|q| q.key() != row.key() && row.kind != Kind::Dense);
-        let share = base.and_then(|q| {
-            let pairs = own.iter().zip(results(journal, q, count));
-            Estimate::of(pairs.map(|(o, q)| o.mean_divergence() / q.mean_divergence()))
-        });
-        let divergence = Estimate::of(own.iter().map(|o| o.mean_divergence()))?;
         let tokens: usize = own.iter().map(|o| o.count()).sum();
         let sum = |of: &dyn Fn(&Fidelity) -> f64| own.iter().map(|o| of(o)).sum::<f64>();
-        let by_position = std::array::from_fn(|part| {
+        let at = |of: fn(&Fidelity) -> &[f64; PARTS], part: usize| {
             let n = sum(&|o| o.tokens.get(part).map_or(0.0, |&n| n as f64));
-            let total = sum(&|o| o.divergence.get(part).copied().unwrap_or(0.0));
+            let total = sum(&|o| of(o).get(part).copied().unwrap_or(0.0));
             (n > 0.0).then(|| total / n)
-        });
-        let parts = own.iter().map(|o| (&o.reading, o.count() as f64, o.seconds, o.bytes));
-        let dense = row_dense_bytes(row, journal, count, |o| (o.bytes, o.reading));
+        };
         Some(FidelityRow {
-            policy: row.label.clone(),
-            kind: row.kind,
-            window: row.window,
-            budget: row.budget.map(|b| b.to_string()),
+            subject: Subject::new(row),
             texts: own.len(),
             tokens,
             perplexity: (sum(&|o| o.mean_surprise() * o.count() as f64) / tokens.max(1) as f64).exp(),
-            divergence,
-            share_of_quest: share,
-            by_position,
+            divergence: Estimate::of(own.iter().map(|o| o.mean_divergence()))?,
+            share_of_quest: against_quest(rows, row, journal, count, |o, q| {
+                o.mean_divergence() / q.mean_divergence()
+            }),
+            by_position: std::array::from_fn(|part| at(|o| &o.divergence, part)),
+            perplexity_by_position: std::array::from_fn(|part| at(|o| &o.surprise, part).map(f64::exp)),
             agreement: sum(&|o| o.agreed as f64) / tokens.max(1) as f64,
-            cost: Cost::new(parts, dense),
+            cost: Cost::new(row, &own),
         })
     };
     rows.iter().filter_map(summarize).collect()
-}
-
-/// Mean bytes of dense attention on a row's own lengths (outputs of two policies differ in length).
-fn row_dense_bytes<T: Clone + Serialize + serde::de::DeserializeOwned>(
-    row: &Row,
-    journal: &Journal<T>,
-    count: usize,
-    of: impl Fn(&T) -> (f64, Reading),
-) -> Option<f64> {
-    let own = results(journal, row, count);
-    let each = own.iter().filter_map(|o| {
-        let (bytes, reading) = of(o);
-        dense_bytes(bytes, &reading, row.scores())
-    });
-    Estimate::of(each).map(|e| e.mean)
 }
 
 fn number(value: Option<f64>, digits: usize) -> String {
@@ -281,8 +310,8 @@ pub fn documents_table(rows: &[DocumentsRow]) -> Vec<Vec<String>> {
         let quarters: Vec<String> = row.quarters.iter().map(|q| number(q.map(|q| q.mean), 0)).collect();
         let [pages, bytes, exposure] = read(&row.cost);
         lines.push(vec![
-            row.policy.clone(),
-            row.budget.clone().unwrap_or_else(|| "-".into()),
+            row.subject.policy.clone(),
+            row.subject.budget.clone().unwrap_or_else(|| "-".into()),
             row.right.text(1),
             signed(row.difference_to_quest),
             estimate(row.first_wrong, 0),
@@ -316,8 +345,8 @@ pub fn fidelity_table(rows: &[FidelityRow]) -> Vec<Vec<String>> {
         let parts: Vec<String> = row.by_position.iter().map(|&p| number(p, 2)).collect();
         let [pages, bytes, exposure] = read(&row.cost);
         lines.push(vec![
-            row.policy.clone(),
-            row.budget.clone().unwrap_or_else(|| "-".into()),
+            row.subject.policy.clone(),
+            row.subject.budget.clone().unwrap_or_else(|| "-".into()),
             format!("{:.3}", row.perplexity),
             row.divergence.text(4),
             estimate(row.share_of_quest, 3),

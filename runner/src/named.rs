@@ -1,0 +1,83 @@
+//! A model and how to run it, as commands take it: `NAME=DIR[,window=W][,budget=B]`.
+
+use std::{path::PathBuf, str::FromStr};
+
+use retro_contract::Budget;
+
+/// Window and budget of a run; none: as converted.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Knobs {
+    pub window: Option<usize>,
+    pub budget: Option<Budget>,
+}
+
+impl Knobs {
+    /// Takes `window=W` or `budget=B`; false for any other option.
+    ///
+    /// # Errors
+    /// When the value is none.
+    pub fn set(&mut self, option: &str) -> Result<bool, String> {
+        match option.split_once('=') {
+            Some(("window", w)) => self.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
+            Some(("budget", b)) => self.budget = Some(b.parse()?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// A named model and its knobs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedModel {
+    pub name: String,
+    pub folder: PathBuf,
+    pub knobs: Knobs,
+}
+
+impl FromStr for NamedModel {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B]";
+        // A name may hold "=" ("Retro w=2"): the folder starts after the last one before the first comma.
+        let (head, options) = s.split_once(',').unwrap_or((s, ""));
+        let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
+        if name.is_empty() || folder.is_empty() {
+            return Err(FORM.into());
+        }
+        let mut knobs = Knobs::default();
+        for option in options.split(',').filter(|o| !o.is_empty()) {
+            if !knobs.set(option)? {
+                return Err(format!("{option:?}: {FORM}"));
+            }
+        }
+        Ok(Self {
+            name: name.into(),
+            folder: folder.into(),
+            knobs,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_parse_with_equals_signs_in_their_names() {
+        let spec: NamedModel = "Retro w=2=out/ledger-retro,window=2,budget=0.25".parse().unwrap();
+        assert_eq!(
+            (spec.name.as_str(), spec.folder.to_str()),
+            ("Retro w=2", Some("out/ledger-retro"))
+        );
+        assert_eq!(
+            (spec.knobs.window, spec.knobs.budget),
+            (Some(2), Some(Budget::Ratio(0.25)))
+        );
+        let plain: NamedModel = "dense=out/ledger".parse().unwrap();
+        assert_eq!(plain.knobs, Knobs::default());
+        for bad in ["dense", "=out", "a=", "a=b,window=x", "a=b,pages=3", "a=b,budget=2.5"] {
+            assert!(bad.parse::<NamedModel>().is_err(), "{bad}");
+        }
+    }
+}
