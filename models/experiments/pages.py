@@ -38,15 +38,20 @@ class Pages:
     def apart(self):
         return self.k - self.mean[:, :, None]
 
+    def directions(self, n):
+        """The n principal directions, each scaled to its spread, [Hkv, NP, n, D]: what they say of the covariance, the mean and the deviations do not."""
+        d = self.apart()
+        values, vectors = torch.linalg.eigh(torch.einsum("hpid,hpjd->hpij", d, d))
+        e = torch.einsum("hpin,hpid->hpnd", vectors[..., -n:], d)
+        e = e / e.norm(dim=-1, keepdim=True).clamp_min(1e-9)
+        return e * (values[..., -n:].clamp_min(0) / self.P).sqrt()[..., None]
+
     def direction(self, rounds):
         """Power iteration from the key farthest from the mean; rounds None: the exact principal direction, scaled to its spread."""
         d = self.apart()
         gram = torch.einsum("hpid,hpjd->hpij", d, d)
         if rounds is None:
-            values, vectors = torch.linalg.eigh(gram)
-            e = torch.einsum("hpi,hpid->hpd", vectors[..., -1], d)
-            e = e / e.norm(dim=-1, keepdim=True).clamp_min(1e-9)
-            return e * (values[..., -1:].clamp_min(0) / self.P).sqrt()
+            return self.directions(1)[:, :, 0]
         far = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)
         e = d.gather(2, far[..., None, None].expand(-1, -1, 1, d.shape[-1]))[:, :, 0]
         for _ in range(rounds):
@@ -57,7 +62,9 @@ class Pages:
 
 def estimate(pages, q, how, scale, logits):
     """Log masses that a summary tells, [Hkv, g, T, NP], for queries [Hkv, g, T, D]."""
-    kind, lam, P = how["kind"], how.get("lam", 2.0), pages.P
+    # lambda and rho: numbers, or [Hkv, 1] or [Hkv, g], by head
+    wide = lambda x: torch.as_tensor(x)[..., None, None]
+    kind, lam, rho, P = how["kind"], wide(how.get("lam", 2.0)), wide(how.get("rho", 0.2)), pages.P
     along = lambda a, b: torch.einsum("hgtd,hpd->hgtp", a, b)
     now = lambda a, b: (a * b[:, None]).sum(-1)
     q2 = q * q
@@ -66,14 +73,18 @@ def estimate(pages, q, how, scale, logits):
         s = scale * (along(q.clamp_min(0), pages.high) + along(q.clamp_max(0), pages.low))
         newest = scale * (now(q.clamp_min(0), pages.high_t) + now(q.clamp_max(0), pages.low_t))
     else:
-        newest = scale * (now(q, pages.mean_t) + lam * now(q2, pages.sd_t ** 2).sqrt()) + pages.count_t.log()
+        newest = scale * (now(q, pages.mean_t) + lam[..., 0] * now(q2, pages.sd_t ** 2).sqrt()) + pages.count_t.log()
     if kind == "moments":
         s = mean + lam * scale * along(q2, pages.sd ** 2).sqrt()
     elif kind == "signed":
-        v, rho = torch.where(pages.direction(how.get("rounds", 2)) < 0, -1.0, 1.0) * pages.sd, how.get("rho", 0.2)
+        v = torch.where(pages.direction(how.get("rounds", 2)) < 0, -1.0, 1.0) * pages.sd
         s = mean + lam * scale * (rho * along(q, v) ** 2 + (1 - rho) * along(q2, v * v)).sqrt()
     elif kind == "principal":         # the direction in place of the deviations
         s = mean + lam * scale * along(q, pages.direction(None)).abs()
+    elif kind == "directions":        # some principal directions, and deviations of what they leave
+        e = pages.directions(how["extra"])
+        rest = (pages.sd ** 2 - (e * e).sum(2)).clamp_min(0)
+        s = mean + lam * scale * (along(q2, rest) + sum(along(q, x) ** 2 for x in e.unbind(2))).sqrt()
     elif kind == "covariance":        # the whole covariance: no two vectors hold it
         var = sum(along(q, d) ** 2 for d in pages.apart().unbind(2)) / P
         s = mean + lam * scale * var.sqrt()
@@ -95,6 +106,17 @@ def estimate(pages, q, how, scale, logits):
         return torch.logsumexp(F.pad(logits, (0, pad), value=NEG).view(*logits.shape[:3], pages.NP, P), -1)
     s.scatter_(3, pages.newest[None, None, :, None].expand(s.shape[0], s.shape[1], -1, 1), newest[..., None])
     return s
+
+
+def mass_left(s, order):
+    """Share of the estimated mass that the pages behind each place of an order hold: summed from the end, as it may be 1e-20."""
+    p = s.double().softmax(-1).mean(1).gather(-1, order)
+    return p.flip(-1).cumsum(-1).flip(-1) - p
+
+
+def pages_for(left, after, k, least, most):
+    """Pages behind which at most a share `left` of the estimated mass is, between `least` and `most` times the fixed budget k."""
+    return ((after > left).sum(-1) + 1).clamp(min=2).minimum((most * k).long()).maximum((least * k).long())
 
 
 def select(s, pages, how, ratio, layer):
@@ -119,15 +141,14 @@ def select(s, pages, how, ratio, layer):
         return S.view(T, H, NP).permute(1, 0, 2) & valid
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     need = k
-    if "mass" in how:                                  # as few pages as hold this share of the estimated mass
-        reached = (p.sum(1) / g).gather(-1, order).cumsum(-1)
-        need = ((reached < how["mass"]).sum(-1) + 1).clamp(min=2).minimum(2 * k).maximum(k // 2)
+    if "mass" in how or "left" in how:                  # as few pages as hold this share of the estimated mass
+        need = pages_for(how.get("left", 1 - how.get("mass", 0)), mass_left(s, order), k, *how.get("clamp", (0.5, 2)))
     S = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, (index < need[..., None]).expand_as(score))
     return S & valid
 
 
-def run(model, ids, n0, how, ratio):
-    """Log-probabilities of the tokens after positions n0.., and mean pages read a KV head."""
+def run(model, ids, n0, how, ratio, probe=None):
+    """Log-probabilities of the tokens after positions n0.., and mean pages read a KV head. `probe` sees every layer's pages, queries and logits."""
     c, N = model.c, len(ids)
     T, g, scale, P = N - n0, c.n_heads // c.n_kv, 1 / math.sqrt(c.head_dim), how.get("page", 16)
     cos, sin = (x[:N] for x in model.tables(N, "cpu"))
@@ -139,7 +160,9 @@ def run(model, ids, n0, how, ratio):
         prompt = F.scaled_dot_product_attention(q[None, :, :n0], wide(k), wide(v), is_causal=True)[0]
         pages, qd = Pages(k, P, n0), q[:, n0:].reshape(c.n_kv, g, T, -1)
         logits = (torch.einsum("hgtd,hnd->hgtn", qd, k) * scale).masked_fill(~causal, NEG)
-        here = dict(how, lam=how["lams"][layer]) if "lams" in how else how
+        if probe:
+            probe(layer, pages, qd, scale, logits)
+        here = dict(how, **{name: how[name + "s"][layer] for name in ("lam", "rho") if name + "s" in how})
         S = select(estimate(pages, qd, here, scale, logits), pages, how, ratio, layer)
         read += S.float().sum(-1).mean().item() / c.n_layers
         seen = S.repeat_interleave(P, -1)[..., :N]
@@ -182,7 +205,14 @@ VARIANTS = {
     "principal direction alone": dict(kind="principal", lam=1.0),
     "means of halves": dict(kind="halves", lam=0.5),
     "two centroids": dict(kind="centroids", lam=0.5),
+    "and 1 direction (more bytes)": dict(kind="directions", extra=1),
+    "and 2 directions (more bytes)": dict(kind="directions", extra=2),
+    "and 4 directions (more bytes)": dict(kind="directions", extra=4),
+    "and 8 directions (more bytes)": dict(kind="directions", extra=8),
+    "and 1 direction": dict(kind="directions", extra=1, pay=True),
+    "and 2 directions": dict(kind="directions", extra=2, pay=True),
     "whole covariance (more bytes)": dict(kind="covariance", lam=1.5),
+    "whole covariance, lambda 2 (more bytes)": dict(kind="covariance"),
     "oracle: true mass": dict(kind="oracle"),
 }
 
@@ -217,6 +247,7 @@ def main():
             continue
         start, kl, right, read = time.time(), [], [], 0.0
         ratio = same_bytes(a.budget, how.get("page", 16)) * how.get("scale", lambda m: 1)(model)
+        ratio -= how["extra"] / 32 if how.get("pay") else 0
         for (ids, n0), D in zip(docs, dense):
             L, pages = run(model, ids, n0, how, ratio)
             read += pages / len(docs)
