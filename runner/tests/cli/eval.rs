@@ -157,6 +157,11 @@ fn fidelity_over_texts() {
     assert!(dense["divergence"]["mean"].as_f64().unwrap().abs() < 1e-9, "{dense}");
     assert_eq!(number(dense, "agreement"), 1.0);
     assert_eq!(number(dense, "tokens"), 160.0);
+    // Parts of ten tokens a text each: the perplexity is their geometric mean.
+    let parts: Vec<f64> = serde_json::from_value(dense["perplexity_by_position"].clone()).unwrap();
+    assert_eq!(parts.len(), 8);
+    let mean = parts.iter().map(|p| p.ln()).sum::<f64>() / 8.0;
+    assert!((mean.exp() / number(dense, "perplexity") - 1.0).abs() < 1e-6, "{dense}");
     // With every page within the budget a policy is dense attention.
     for policy in ["StreamingLLM", "Quest (w = 1)", "Retro (w = 2)", "recommended (w = 2)"] {
         let whole = find(policy, "1.0");
