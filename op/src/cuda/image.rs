@@ -28,7 +28,7 @@ macro_rules! headers {
 }
 
 #[cfg(not(retro_fatbin))]
-const HEADERS: [(&str, &str); 8] = headers!(
+const HEADERS: [(&str, &str); 9] = headers!(
     "common.cuh",
     "mma.cuh",
     "score.cuh",
