@@ -51,7 +51,8 @@ template <class T> DEVICE void load8(const T* p, float* x) {
 // Sequences of a batch whose retro_length may differ.
 constexpr int MAX_RAGGED = 512;
 constexpr int MAX_HEAD_SIZE = 256, MAX_PAGE_SIZE = 128;
-constexpr float NEG_INF = -__builtin_huge_valf();
+// NVRTC has no constant for it.
+#define NEG_INF __uint_as_float(0xff800000u)
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
