@@ -47,6 +47,7 @@ def main():
     ap.add_argument("model", choices=["ledger", "code"])
     ap.add_argument("results")
     ap.add_argument("--docs", type=int, default=32)
+    ap.add_argument("--n-predict", type=int, help="ledger: tokens an output may have [default: as eval with all documents]")
     ap.add_argument("--texts", nargs="*", default=[])
     ap.add_argument("--prompt", type=int, default=1024)
     ap.add_argument("--tokens", type=int, default=1280)
@@ -59,9 +60,11 @@ def main():
     folder = os.path.join(HERE, "..", a.model)
     model, tok, known = load(folder), Tokenizer.from_file(os.path.join(folder, "tokenizer.json")), results(a.results)
     if a.model == "ledger":
-        docs = [json.loads(line) for line in open(os.path.join(folder, "documents.jsonl"))][:a.docs]
+        docs = [json.loads(line) for line in open(os.path.join(folder, "documents.jsonl"))]
+        # As retro-run gives outputs room: all of the file's documents, or -n.
+        longest = a.n_predict or max(len(tok.encode(d["reference"]).ids) for d in docs) + 4
+        docs = docs[:a.docs]
         prompts = [tok.encode(d["prompt"]).ids for d in docs]
-        longest = max(len(tok.encode(d["reference"]).ids) for d in docs) + 4
     else:
         docs = [([1] + tok.encode(open(f, encoding="utf-8").read()).ids)[:a.prompt + a.tokens] for f in a.texts]
         assert all(len(d) == a.prompt + a.tokens for d in docs), "a text is too short"
