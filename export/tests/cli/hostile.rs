@@ -20,7 +20,7 @@ fn error_of(bytes: &[u8]) -> String {
     let started = Instant::now();
     let error = refusal(&[path.as_os_str(), "-n".as_ref()]);
     assert!(
-        started.elapsed() < Duration::from_secs(20),
+        started.elapsed() < Duration::from_secs(60), // on a busy machine
         "{:?}: {error}",
         started.elapsed()
     );
