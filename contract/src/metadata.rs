@@ -10,6 +10,10 @@ pub const BUDGET: &str = "retro.budget";
 pub const SINK_PAGES: &str = "retro.sink_pages";
 pub const SELECTOR: &str = "retro.selector";
 pub const GROUP_SCORE: &str = "retro.group_score";
+/// [`MASK_WIDTH`] in a model that takes the number of its tokens from the width of `attention_mask`, which then has to grow with
+/// the text.
+pub const LENGTHS: &str = "retro.lengths";
+pub const MASK_WIDTH: &str = "mask_width";
 /// Layers that carry a RetroAttention node, comma-separated: "0,1,2".
 pub const LAYERS: &str = "retro.layers";
 /// Those of them whose mode is "dense", comma-separated; empty when there are none.

@@ -41,6 +41,8 @@ pub struct Retro {
     pub layers: Vec<usize>,
     /// Those of them that attend to everything.
     pub dense_layers: Vec<usize>,
+    /// The attention mask's width tells it how many tokens there are.
+    pub lengths_from_width: bool,
 }
 
 /// How to open a model.
@@ -126,6 +128,13 @@ impl Model {
             None => None,
         };
         let retro = retro_metadata(&session)?;
+        let graphs = options.cuda_graph || options.fixed_buffers;
+        ensure!(
+            !(graphs && retro.as_ref().is_some_and(|r| r.lengths_from_width)),
+            "{} takes its length from the width of the attention mask, which grows with the text, while a CUDA graph keeps every \
+             shape: run it without --cuda-graph",
+            folder.graph.display()
+        );
         let interface =
             Interface::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
         let fixed_capacity = retro.is_some() || interface.retro_length || folder.share_buffer == Some(true);
@@ -138,7 +147,7 @@ impl Model {
             device: options.device,
             gpu,
             left_to_cpu,
-            graphs: (options.cuda_graph || options.fixed_buffers).then_some(0),
+            graphs: graphs.then_some(0),
         })
     }
 
@@ -572,6 +581,7 @@ fn retro_metadata(session: &Session) -> Result<Option<Retro>> {
         group_score: text(metadata::GROUP_SCORE, "?"),
         layers: list(metadata::LAYERS),
         dense_layers: list(metadata::DENSE_LAYERS),
+        lengths_from_width: metadata.custom(metadata::LENGTHS).as_deref() == Some(metadata::MASK_WIDTH),
     }))
 }
 

@@ -13,7 +13,7 @@ use crate::{
         AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
         ValueInfoProto,
     },
-    rules::{Conversion, Rope, Site},
+    rules::{Conversion, Lengths, Rope, Site},
     settings::Settings,
 };
 use anyhow::{Context, Result, ensure};
@@ -321,6 +321,9 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
         (metadata::DENSE_LAYERS, dense),
     ] {
         model.set_metadata(key, value);
+    }
+    if conversions.iter().any(|c| c.site.lengths != Lengths::Given) {
+        model.set_metadata(metadata::LENGTHS, metadata::MASK_WIDTH.to_owned());
     }
 }
 

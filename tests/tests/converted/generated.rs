@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
+use retro_run::{Model, OpenOptions, Runtime};
 use retro_tests::{paths, zoo};
 use serde_json::json;
 
@@ -80,4 +81,28 @@ fn a_merged_decoder_generates_once_converted() {
     convert(&source, &target, &["--window", "4"]).expect("it converts");
     let dense = text(&target, &["--budget", "1.0", "--window", "1"]);
     assert_eq!(text(&target, &["--budget", "1.0", "--window", "4"]), dense);
+}
+
+/// Such a model takes its length from its mask's width, and a CUDA graph replays one shape.
+#[test]
+fn one_that_reads_its_masks_width_refuses_fixed_shapes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("converted"));
+    restored("optimum-llama-fp32", &source);
+    convert(&source, &target, &["--window", "4"]).expect("it converts");
+    let runtime = Runtime::load(None).unwrap();
+    let open = |fixed_buffers| {
+        let options = OpenOptions {
+            plugin: Some(paths::plugin()),
+            fixed_buffers,
+            ..OpenOptions::default()
+        };
+        Model::open(&runtime, &target, &options)
+    };
+    assert!(open(false).unwrap().retro.unwrap().lengths_from_width);
+    let error = format!("{:#}", open(true).err().expect("a refusal"));
+    assert!(
+        error.contains("width") && error.contains("without --cuda-graph"),
+        "{error}"
+    );
 }
