@@ -146,9 +146,6 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
   }
 }
 
-// float16 and bfloat16: on tensor cores, 16 pages a warp, heads in the columns. Summaries go from memory to registers as keys do
-// in attend.cuh. Squares of standard deviations and of queries may lie far outside float16's range: each is the sum of two
-// bfloat16, which keeps 16 bits of it, and a product of two squares three products.
 // The squares of two neighbouring elements, each as a bfloat16 and what that leaves out.
 template <class T> struct Squares {
   u32 most, rest;
@@ -159,6 +156,9 @@ template <class T> struct Squares {
   }
 };
 
+// float16 and bfloat16: on tensor cores, 16 pages a warp, heads in the columns. Summaries go from memory to registers as keys do
+// in attend.cuh. Squares of standard deviations and of queries may lie far outside float16's range: each is the sum of two
+// bfloat16, which keeps 16 bits of it, and a product of two squares three products.
 template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
   constexpr int PAGES = 16, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32;
   struct Shared {
