@@ -1,11 +1,12 @@
 //! Real exports without their weights: the graphs are what tests need, weights are noise of the same spread. An export of a
 //! megabyte becomes a few kilobytes. `cargo run --release -p retro-tests --example zoo_graph -- MODEL OUT` makes one.
 
-use std::{fs, io::Read, path::Path};
+use std::{collections::BTreeMap, fs, io::Read, path::Path};
 
 use lzma_rust2::XzReader;
 use prost::Message;
 use retro_export::onnx::{DataType, GraphProto, ModelProto, StringStringEntryProto, TensorProto, read_model};
+use serde_json::json;
 
 /// Tensors with fewer bytes stay.
 const SMALL: usize = 3000;
@@ -127,4 +128,26 @@ fn fill(tensor: &mut TensorProto) {
         other => panic!("noise of {other:?}"),
     };
     tensor.raw_data = Some(raw.into());
+}
+
+/// A folder with the case's graph and what a runner needs beside it: a tokenizer whose words are t0, t1, ...
+pub fn runnable(case: &str, folder: &Path) {
+    fs::create_dir(folder).unwrap();
+    restore(
+        &crate::paths::data("zoo-graphs").join(format!("{case}.onnx.xz")),
+        &folder.join("model.onnx"),
+    );
+    let vocabulary: BTreeMap<String, usize> = (0..512).map(|i| (format!("t{i}"), i)).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = if case.contains("gpt2") {
+        json!({"n_positions": 256, "n_head": 2, "n_embd": 64})
+    } else {
+        json!({"max_position_embeddings": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128})
+    };
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
