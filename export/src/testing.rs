@@ -171,3 +171,21 @@ pub fn looked(rule: &dyn Rule, graph: &GraphProto) -> Result<Site, String> {
     });
     first.expect("a node that is this rule's")
 }
+
+/// The same, once the graph and its last node, which stands apart, have been changed.
+pub fn looked_after(
+    rule: &dyn Rule,
+    mut graph: GraphProto,
+    change: impl FnOnce(&mut GraphProto, &mut NodeProto),
+) -> Result<Site, String> {
+    let mut node = graph.node.pop().expect("a graph with nodes");
+    change(&mut graph, &mut node);
+    graph.node.push(node);
+    looked(rule, &graph)
+}
+
+/// Gives a node an attribute, in the place of one with its name.
+pub fn set(node: &mut NodeProto, attribute: AttributeProto) {
+    node.attribute.retain(|a| a.name() != attribute.name());
+    node.attribute.push(attribute);
+}

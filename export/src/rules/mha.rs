@@ -69,7 +69,7 @@ mod tests {
     use crate::{
         onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto},
         rules::{Layout, Lengths, Site},
-        testing::{looked, projected},
+        testing::{looked_after, projected, set},
     };
 
     /// Two heads of 4, causal, padding as a mask of what is valid, the cache inside.
@@ -99,20 +99,11 @@ mod tests {
     }
 
     fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<Site, String> {
-        let mut graph = graph();
-        let mut node = graph.node.pop().unwrap();
-        change(&mut graph, &mut node);
-        graph.node.push(node);
-        looked(&MultiHeadAttention, &graph)
+        looked_after(&MultiHeadAttention, graph(), change)
     }
 
     fn refusal(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> String {
         look(change).expect_err("it should be refused")
-    }
-
-    fn set(node: &mut NodeProto, attribute: AttributeProto) {
-        node.attribute.retain(|a| a.name() != attribute.name());
-        node.attribute.push(attribute);
     }
 
     #[test]

@@ -69,7 +69,7 @@ mod tests {
     use crate::{
         onnx::{AttributeProto, DataType, GraphProto, TensorProto},
         rules::{Layout, Lengths, Site},
-        testing::{looked, projected},
+        testing::{looked_after, projected, set},
     };
 
     /// Four query heads of 4 for two key heads, causal, the cache inside.
@@ -87,20 +87,11 @@ mod tests {
     }
 
     fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<Site, String> {
-        let mut graph = graph();
-        let mut node = graph.node.pop().unwrap();
-        change(&mut graph, &mut node);
-        graph.node.push(node);
-        looked(&OnnxAttention, &graph)
+        looked_after(&OnnxAttention, graph(), change)
     }
 
     fn refusal(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> String {
         look(change).expect_err("it should be refused")
-    }
-
-    fn set(node: &mut NodeProto, attribute: AttributeProto) {
-        node.attribute.retain(|a| a.name() != attribute.name());
-        node.attribute.push(attribute);
     }
 
     #[test]
