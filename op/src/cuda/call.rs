@@ -26,8 +26,6 @@ const MAX_SPLITS: usize = 256;
 const SELECT_BLOCKS: usize = 8;
 /// Pages from which on it takes more than one.
 const SELECT_ALONE: usize = 4096;
-/// Pages that a thread chooses from, if there are as many threads as that takes.
-const SELECT_THREAD_PAGES: usize = 1;
 /// Rows (tokens) that a block of the merge kernel ends at once.
 const MERGE_ROWS: usize = 16;
 
@@ -122,10 +120,8 @@ impl Call<'_> {
     fn selection(&self, max_pages: usize) -> (Kernel, usize) {
         let together = self.stream.overlaps && max_pages > SELECT_ALONE;
         let blocks = if together { SELECT_BLOCKS } else { 1 };
-        // A little more than a power of two (the page of the newest tokens) does not double them.
-        let threads = (max_pages * 7 / 8)
-            .div_ceil(blocks * SELECT_THREAD_PAGES)
-            .next_power_of_two();
+        // A page a thread, as far as they go; a little more than a power of two (the page of the newest tokens) does not double them.
+        let threads = (max_pages * 7 / 8).div_ceil(blocks).next_power_of_two();
         let threads = threads.clamp(256, self.kernels.select.threads as usize) as u32;
         (
             Kernel {
@@ -345,11 +341,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         scale: a.scale.unwrap_or(1.0 / (dims.head_size as f32).sqrt()),
         softcap: a.softcap,
         lambda: a.selector_lambda,
-        correlation: if a.selector == Selector::SignedMoments {
-            a.selector_correlation
-        } else {
-            0.0
-        },
+        correlation: a.selector_correlation,
         ragged: 0,
         retro: [0; super::params::MAX_RAGGED],
     }

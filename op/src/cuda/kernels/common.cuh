@@ -102,7 +102,7 @@ struct Params {
   int write_output;  // 0: the output is there already, only the output cache is filled
   int window;
   float scale, softcap, lambda;
-  float correlation;  // rho of signed_moments, 0 for moments
+  float correlation;  // rho of signed_moments
   int ragged;  // retro lengths are one a sequence
   u8 retro[MAX_RAGGED];
 };

@@ -60,6 +60,16 @@ struct Bins {
 
 DEVICE u32 reduce_add(u32 x) { return __reduce_add_sync(ALL_LANES, x); }
 
+// The sum over the lanes up to this one.
+DEVICE u32 sum_upto(u32 x) {
+#pragma unroll
+  for (int i = 1; i < 32; i <<= 1) {
+    const u32 other = __shfl_up_sync(ALL_LANES, x, i);
+    if (threadIdx.x % 32 >= i) x += other;
+  }
+  return x;
+}
+
 // A largest value and the sum of e^(x - largest), joined with another such pair.
 DEVICE float2 joined_sums(float2 a, float2 b) {
   const float top = fmaxf(a.x, b.x);
@@ -143,13 +153,7 @@ DEVICE void find_bin(SelectShared& sh, int buffer, u32 left) {
 #pragma unroll
     for (int rank = 0; rank < CLUSTER; rank++) low += u32(two[rank]), high += u32(two[rank] >> 32);
   }
-  const u32 mine = high + low;
-  u32 upto = mine;
-#pragma unroll
-  for (int i = 1; i < 32; i <<= 1) {
-    const u32 other = __shfl_up_sync(ALL_LANES, upto, i);
-    if (lane >= i) upto += other;
-  }
+  const u32 mine = high + low, upto = sum_upto(mine);
   if (lane == 31) sh.counts[0][warp] = upto;
   __syncthreads();
   const u32 before_mine = reduce_add(lane < warp ? sh.counts[0][lane] : 0u) + upto - mine;
@@ -166,12 +170,7 @@ DEVICE void find_bin(SelectShared& sh, int buffer, u32 left) {
 DEVICE void compare_finalists(SelectShared& sh) {
   const u32 left = sh.left, count = sh.in_bin, lane = threadIdx.x % 32;
   // Finalists of the blocks up to the one that a lane stands for.
-  u32 upto = lane < cluster_blocks() ? of_block<u32>(&sh.finalist_count, lane) : 0u;
-#pragma unroll
-  for (int i = 1; i < CLUSTER; i <<= 1) {
-    const u32 other = __shfl_up_sync(ALL_LANES, upto, i);
-    if (lane >= i) upto += other;
-  }
+  const u32 upto = sum_upto(lane < cluster_blocks() ? of_block<u32>(&sh.finalist_count, lane) : 0u);
   u32 rank = 0, start = 0;
 #pragma unroll
   for (int r = 0; r < CLUSTER - 1; r++) {
