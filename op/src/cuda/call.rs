@@ -10,24 +10,33 @@ use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
 use crate::host::Result;
 
-/// Blocks that a multiprocessor holds of the scoring kernel (its launch bound).
-const SCORE_BLOCKS_A_SM: usize = 2;
 /// Threads of the scoring kernel over those of a warp.
 const SCORE_WARPS: usize = 8;
 /// Pages that a warp scores at once.
-const SCORE_PAGES: usize = 16;
+const SCORE_PAGES: usize = 8;
 /// Warps of the attention kernel; each takes tiles of 16 tokens.
 const ATTEND_WARPS: usize = 4;
 /// Tokens of one tile.
 const TILE: usize = 16;
 /// Splits that the merge kernel takes.
 const MAX_SPLITS: usize = 256;
-/// Blocks that choose the pages of one KV head together, at most: what every device takes as a cluster.
+/// Blocks that choose the pages of one KV head together: what every device that has clusters takes as one.
 const SELECT_BLOCKS: usize = 8;
-/// Pages from which on it takes more than one.
-const SELECT_ALONE: usize = 4096;
+/// Pages of a KV head from which on the selection kernel takes more than one.
+const SELECT_ALONE: usize = 1024;
+/// Pages of a thread of the selection kernel, as far as the threads go.
+const SELECT_KEYS: usize = 4;
+/// Pages that a block of it keeps the keys of.
+const SELECT_KEPT: usize = 8192;
 /// Rows (tokens) that a block of the merge kernel ends at once.
 const MERGE_ROWS: usize = 16;
+
+/// A scoring kernel.
+#[derive(Clone, Copy)]
+pub struct Score {
+    pub kernel: Kernel,
+    pub blocks_a_sm: usize,
+}
 
 /// The attention kernel for blocks of so many rows.
 #[derive(Clone, Copy)]
@@ -37,6 +46,8 @@ pub struct Attend {
     pub rows: usize,
     /// Bytes of shared memory.
     pub shared: usize,
+    /// Bytes that it may be launched with.
+    pub most_shared: usize,
     pub blocks_a_sm: usize,
     /// Of its pipeline.
     pub stages: i32,
@@ -44,7 +55,8 @@ pub struct Attend {
 
 /// The kernels for one element type and head size.
 pub struct Kernels {
-    pub score: Kernel,
+    /// For the selector bounds, and for those that need squares.
+    pub score: [Score; 2],
     pub select: Kernel,
     pub merge: Kernel,
     pub append: Kernel,
@@ -63,6 +75,8 @@ pub struct Call<'a> {
     pub stream: Stream,
     pub kernels: &'a Kernels,
     pub multiprocessors: usize,
+    /// Bytes of shared memory of each.
+    pub shared_a_sm: usize,
     pub attributes: &'a Attributes,
     pub dims: &'a Dims,
     pub has_page_budget: bool,
@@ -116,12 +130,22 @@ impl Call<'_> {
         (attend, blocks, wanted.min(most).max(1))
     }
 
+    /// Shared memory of the attention's blocks: more than they need where all of them are on the device at once, so that none gets
+    /// more of them than another multiprocessor.
+    fn spread(&self, attend: &Attend, grid: usize) -> usize {
+        let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_a_sm);
+        // A block takes 1 KiB beside what it asks for.
+        attend
+            .shared
+            .max(self.shared_a_sm / (blocks + 1) - 1023)
+            .min(attend.most_shared)
+    }
+
     /// The selection kernel with its threads, and its blocks for each KV head.
     fn selection(&self, max_pages: usize) -> (Kernel, usize) {
         let together = self.stream.overlaps && max_pages > SELECT_ALONE;
         let blocks = if together { SELECT_BLOCKS } else { 1 };
-        // A page a thread, as far as they go; a little more than a power of two (the page of the newest tokens) does not double them.
-        let threads = (max_pages * 7 / 8).div_ceil(blocks).next_power_of_two();
+        let threads = max_pages.div_ceil(blocks * SELECT_KEYS).next_multiple_of(32);
         let threads = threads.clamp(256, self.kernels.select.threads as usize) as u32;
         (
             Kernel {
@@ -132,7 +156,7 @@ impl Call<'_> {
         )
     }
 
-    /// A decoding step: four launches, each started while the one before drains.
+    /// A decoding step: three or four launches, each started while the one before drains.
     pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
         let (a, d) = (self.attributes, self.dims.head_size);
         let (total, tokens, group) = (params.total as usize, self.dims.tokens, self.group());
@@ -142,17 +166,18 @@ impl Call<'_> {
         let (attend, blocks, splits) = self.attention(rows, listed * a.page_size);
 
         let scored = a.mode == Mode::Retro;
+        let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
         // Pages that the fed rows may lie in.
         let touched = (tokens + a.page_size - 2) / a.page_size + 1;
         let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
         let score_blocks = if scored {
             // One wave, the blocks that append included.
-            let wanted = (SCORE_BLOCKS_A_SM * self.multiprocessors / pairs).saturating_sub(touched);
+            let wanted = (score.blocks_a_sm * self.multiprocessors / pairs).saturating_sub(touched);
             wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
         } else {
             0
         };
-        let parts = if scored && a.group_score == GroupScore::Softmax && self.kernels.half {
+        let parts = if scored && self.kernels.half {
             score_blocks + touched
         } else {
             0
@@ -160,13 +185,13 @@ impl Call<'_> {
         params.score_blocks = score_blocks as i32;
         params.score_parts = parts as i32;
         let mut layout = Layout::default();
-        let score_stats = layout.take(pairs * parts * group * 8);
+        let score_stats = layout.take(pairs * parts * heads_scored * 16);
         let scores = layout.take(if scored {
             pairs * heads_scored * max_pages * 4
         } else {
             0
         });
-        let pages = layout.take(pairs * max_pages * 8);
+        let pages = layout.take(pairs * max_pages * 4);
         let outputs = layout.take(pairs * splits * rows * d * 4);
         let stats = layout.take(pairs * splits * rows * 8);
         let scratch = buffer.get(layout.0)?;
@@ -186,24 +211,30 @@ impl Call<'_> {
         let k = self.kernels;
         let (select, choosing) = self.selection(max_pages);
         self.stream.launch(
-            &k.score,
+            &score.kernel,
             [score_blocks + touched, kv_heads, batch],
             shared,
             Order::Chained,
             params,
         )?;
-        self.stream
-            .launch_cluster(&select, [choosing, kv_heads, batch], choosing, Order::Chained, params)?;
+        if scored {
+            // Slices are whole warps.
+            let keys = (max_pages.div_ceil(choosing).next_multiple_of(32) + select.threads as usize).min(SELECT_KEPT);
+            params.keys = keys as i32;
+            let grid = [choosing, kv_heads, batch];
+            self.stream
+                .launch_cluster(&select, grid, choosing, 4 * keys, Order::Chained, params)?;
+        }
         self.stream.launch(
             &attend.kernel,
             [blocks, splits, pairs],
-            attend.shared,
+            self.spread(attend, blocks * splits * pairs),
             Order::Chained,
             params,
         )?;
         self.stream.launch(
             &k.merge,
-            [a.heads, batch, (tokens - 1).max(1)],
+            [a.heads + kv_heads, batch, (tokens - 1).max(1)],
             0,
             Order::Chained,
             params,
@@ -333,6 +364,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         splits: 1,
         rows: 0,
         score_parts: 0,
+        keys: 0,
         score_blocks: 0,
         last_tokens: 0,
         stages: 0,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use retro_contract::{input, output};
 
-use super::call::{Attend, Call, Kernels, params};
+use super::call::{Attend, Call, Kernels, Score, params};
 use super::device::Device;
 use super::launch::{Kernel, Stream};
 use super::params::MAX_RAGGED;
@@ -71,26 +71,29 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         (false, 256) => &[(8, 2)],
         (false, _) => &[(8, 3)],
         (true, 64) => &[(8, 4), (16, 3), (32, 3)],
-        (true, 128) => &[(8, 3), (16, 2), (32, 2)],
+        (true, 128) => &[(16, 2), (32, 2)],
         (true, _) => &[(16, 2), (32, 1)],
     };
     let attend = variants.iter().map(|&(rows, blocks_a_sm)| {
-        // Shape of attend_mma: 8 rows a warp, one, two or four times over.
+        // struct Shape of attend.cuh: 8 rows a warp, one, two or four times over.
         let token_groups = if rows == 32 { 2 } else { 4 } / if padded > 128 { 2 } else { 1 };
         let threads = if E::HALF { 32 * rows / 8 * token_groups } else { 128 };
         let kernel = find(format!("{}_{padded}_{rows}", of("attend")), threads as u32)?;
         if !E::HALF {
             // struct Shared of attend_f32.
             let block = 4 * rows * 2 * 4 + 2 * rows * (padded + 4) * 4;
+            let shared = rows * padded * 4 + 4 * 16 * rows * 4 + block;
             return Ok(Attend {
                 kernel,
                 rows,
-                shared: rows * padded * 4 + 4 * 16 * rows * 4 + block,
+                shared,
+                most_shared: shared,
                 blocks_a_sm,
                 stages: 0,
             });
         }
-        // Its struct Shared. Two blocks a multiprocessor, so that one works while the other waits.
+        // Its struct Shared. Two blocks a multiprocessor, so that one works while the other waits. Not more of the ring than keeps the
+        // memory busy: whatever else is read then, by a block that starts late, waits behind it.
         let tokens = if padded > 128 { 32 } else { 64 };
         let stage = 2 * tokens * padded * 2;
         let beside = 5 * (tokens / 8) * 8 + rows * (padded + 8) * 2;
@@ -99,7 +102,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
             let blocks = (device.shared_a_sm / (shared + 1024)).min(blocks_a_sm);
             (stages, shared, blocks)
         };
-        let deepest = (96 * 1024 / stage).clamp(2, 4);
+        let deepest = (64 * 1024 / stage).clamp(2, 4);
         let fits: Vec<_> = (2..=deepest).rev().map(fit).collect();
         let best = fits.iter().find(|f| f.2 >= 2).or(fits.iter().find(|f| f.2 >= 1));
         let &(stages, shared, blocks_a_sm) = best.ok_or_else(|| {
@@ -109,18 +112,34 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
                 2 * stage + beside
             ))
         })?;
-        device.allow_shared(&kernel, shared)?;
+        let most_shared = shared.max(device.shared_a_sm / 2 - 1024);
+        device.allow_shared(&kernel, most_shared)?;
         Ok(Attend {
             kernel,
             rows,
             shared,
+            most_shared,
             blocks_a_sm,
             stages: stages as i32,
         })
     });
+    // Blocks that a multiprocessor holds: the kernels' launch bounds, in retro.cu.
+    let score = |selector: &str| {
+        let (suffix, blocks_a_sm) = match (E::HALF, padded) {
+            (false, 256) => (String::new(), 1),
+            (false, _) => (String::new(), 2),
+            (true, 64) => (format!("_{selector}"), 3),
+            (true, 128) => (format!("_{selector}"), 2),
+            (true, _) => (format!("_{selector}"), 1),
+        };
+        Ok(Score {
+            kernel: find(format!("{}_{padded}{suffix}", of("score")), 256)?,
+            blocks_a_sm,
+        })
+    };
     Ok(Kernels {
-        score: find(format!("{}_{padded}", of("score")), 256)?,
-        select: find("retro_select".to_owned(), 1024)?,
+        score: [score("bounds")?, score("moments")?],
+        select: find("retro_select".to_owned(), 512)?,
         merge: find(of("merge"), 512)?,
         append: find(of("append"), 128)?,
         pages: find(of("pages"), 128)?,
@@ -286,6 +305,7 @@ impl CudaKernel {
             stream,
             kernels,
             multiprocessors: self.device.multiprocessors,
+            shared_a_sm: self.device.shared_a_sm,
             attributes,
             dims: &dims,
             has_page_budget: tensors[input::PAGE_BUDGET].is_some(),

@@ -67,11 +67,12 @@ impl Stream {
         kernel: &Kernel,
         grid: [usize; 3],
         blocks: usize,
+        shared: usize,
         order: Order,
         params: &Params,
     ) -> Result<()> {
         if blocks == 1 {
-            return self.launch(kernel, grid, 0, order, params);
+            return self.launch(kernel, grid, shared, order, params);
         }
         let cluster = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
@@ -88,7 +89,7 @@ impl Stream {
         self.launch_with(
             kernel,
             grid,
-            0,
+            shared,
             &attributes[..1 + usize::from(order == Order::Chained)],
             params,
         )

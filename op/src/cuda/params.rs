@@ -58,6 +58,7 @@ pub struct Params {
     pub splits: i32,
     pub rows: i32,
     pub score_parts: i32,
+    pub keys: i32,
     pub score_blocks: i32,
     pub last_tokens: i32,
     pub stages: i32,
@@ -72,4 +73,4 @@ pub struct Params {
 }
 
 // kernels/retro.cu asserts the same size.
-const _: () = assert!(size_of::<Params>() == 840);
+const _: () = assert!(size_of::<Params>() == 848);

@@ -737,7 +737,13 @@ fn time(
 ) -> Result<f64> {
     // The first step is at position context - 1; a prompt fills the cache up to there.
     let before = if prompt { context - 1 } else { context - 2 } as i32;
-    let pages = pages_of(entry.budget, context, host.shape.page) as i32;
+    // Everything stays everything when the steps pass the first context's pages.
+    let everything = entry.budget == Some(Budget::Ratio(1.0));
+    let pages = if everything {
+        i32::MAX
+    } else {
+        pages_of(entry.budget, context, host.shape.page) as i32
+    };
     arena.write(plan.budget, &ints(&vec![pages; batch]))?;
     let reset = || -> Result<()> { arena.write(plan.lengths, &ints(&vec![before; batch])) };
     reset()?;

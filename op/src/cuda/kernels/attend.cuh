@@ -19,27 +19,36 @@ DEVICE RowBlock row_block(const Params& p, const Sequence& s, int block, int siz
   return {token0, (s.fed - token0) * p.group, block * size};
 }
 
-// Groups of 8 tokens that the block reads: the listed pages, or the pages that a prefill's rows see.
+// Groups of 8 tokens that the block reads: of the pages that were chosen, of those that a step takes without choosing, or of those
+// that a prefill's rows see.
 struct Groups {
-  const Listed* list;
-  int first_page, count, shift /* log2 of groups a page */;
-  DEVICE Listed page(int group) const {
+  const int* list;   // the chosen pages
+  const int* steps;  // A of every page (merge.cuh writes it), where a query may have seen pages
+  int sinks, first_page, recent, newest, count, shift /* log2 of groups a page */;
+  DEVICE int page(int group) const {
     const int i = group >> shift;
-    return list ? list[i] : Listed{first_page + i, 0};
+    return list ? list[i] : i < sinks ? first_page + i : recent + i - sinks;
   }
+  // The least position of a query that may take the page.
+  DEVICE int from(int page) const { return steps ? max(min(steps[page], newest - 1) + 1, 0) : 0; }
 };
 DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, int size, int b, int pair) {
-  Groups g;
+  Groups g = {};
   g.shift = p.page_shift - 3;
   if (p.phase == DECODE) {
-    g.list = p.pages + size_t(pair) * p.max_pages;
-    g.first_page = 0;
-    g.count = listed_pages(p, candidates(p, s, b)) << g.shift;
+    const Candidates all = candidates(p, s, b);
+    if (chooses(p, all)) g.list = p.pages + size_t(pair) * p.max_pages;
+    // The newest query takes every page.
+    if (p.mode != DENSE && s.fed > 1) g.steps = p.page_steps + size_t(pair) * p.cache_pages;
+    g.sinks = p.mode == STREAMING ? all.sinks : 0;
+    g.first_page = all.from;
+    g.recent = p.mode == STREAMING ? recent_from(all) : all.from;
+    g.newest = s.len - 1;
+    g.count = listed_pages(p, all) << g.shift;
   } else {
     const int oldest = s.first + rb.token0 + rb.start / p.group;
     const int newest = s.first + rb.token0 + (min(rb.start + size, rb.rows) - 1) / p.group;
-    g.list = nullptr;
-    g.first_page = seen_from(p, oldest) >> p.page_shift;
+    g.first_page = g.recent = seen_from(p, oldest) >> p.page_shift;
     g.count = (newest / 8 + 1) - (g.first_page << g.shift);
   }
   return g;
@@ -106,8 +115,8 @@ DEVICE float logit(const Params& p, float dot) {
 // ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
 
 // Shape of a block: ROW_GROUPS warps take 8 rows each, TOKEN_GROUPS times over; those share the tiles of 16 tokens.
-template <int DP, int ROW_GROUPS> struct Shape {
-  static constexpr int ROWS = 8 * ROW_GROUPS;
+template <int DP, int BLOCK_ROWS> struct Shape {
+  static constexpr int ROWS = BLOCK_ROWS, ROW_GROUPS = ROWS / 8;
   static constexpr int TOKEN_GROUPS = (ROW_GROUPS == 4 ? 2 : 4) / (DP > 128 ? 2 : 1);
   static constexpr int THREADS = 32 * ROW_GROUPS * TOKEN_GROUPS;
   // Tokens of a stage: what one step of the pipeline brings into shared memory.
@@ -119,6 +128,8 @@ template <int DP, int ROW_GROUPS> struct Shape {
   static_assert(TILES >= 1, "every warp has a tile");
 };
 constexpr int MAX_STAGES = 4;
+// How far a logit (base 2) may lie above the maximum that its weight is relative to.
+constexpr float SLACK = 8.f;
 
 // Where a group of 8 tokens stands, and the least position of a query that may take its page.
 struct Placed {
@@ -141,13 +152,13 @@ DEVICE void load_transposed(u32 (&x)[4], u32 address) {
 
 // Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs V^T P^T
 // (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against bank conflicts.
-template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& p) {
-  using S = Shape<DP, ROW_GROUPS>;
+template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
+  using S = Shape<DP, ROWS>;
   struct Shared {
     Placed placed[MAX_STAGES + 1][S::GROUPS];
     T query[S::ROWS][DP + 8];
   };
-  extern __shared__ __align__(16) u8 raw[];
+  extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw + p.stages * S::STAGE);
   using Joint = Block<DP, S::ROWS, S::TOKEN_GROUPS>;
   Joint& block = *reinterpret_cast<Joint*>(raw);
@@ -156,18 +167,28 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
   let_next_start();
   const int pair = blockIdx.z, kv_head = pair % p.kv_heads, b = pair / p.kv_heads, d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
-  const int my_rows = warp % ROW_GROUPS * 8, my_tiles = warp / ROW_GROUPS;
+  const int my_rows = warp % S::ROW_GROUPS * 8, my_tiles = warp / S::ROW_GROUPS;
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, S::ROWS);
   if (!s.valid || rb.start >= rb.rows) return;
 
-  for (int i = threadIdx.x; i < S::ROWS * DP; i += S::THREADS) {
-    const int n = i / DP, c = i % DP, r = rb.start + n, token = rb.token0 + r / p.group;
-    float x = 0.f;
-    if (r < rb.rows && c < d)
-      x = rotated(p, query_row<T>(p, b, s.skipped + token, kv_head * p.group + r % p.group), c, s.first + token);
-    narrow(x, sh.query[n][c]);
+  // All loads before the first use.
+  constexpr int WARPS = S::THREADS / 32, WARP_ROWS = S::ROWS / WARPS;
+  float asked[WARP_ROWS][DP / 32];
+#pragma unroll
+  for (int i = 0; i < WARP_ROWS; i++) {
+    const int r = rb.start + warp + i * WARPS, token = rb.token0 + r / p.group;
+    const T* row = query_row<T>(p, b, s.skipped + token, kv_head * p.group + r % p.group);
+#pragma unroll
+    for (int j = 0; j < DP / 32; j++) {
+      const int c = lane + 32 * j;
+      asked[i][j] = r < rb.rows && c < d ? rotated(p, row, c, s.first + token) : 0.f;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < WARP_ROWS; i++)
+#pragma unroll
+    for (int j = 0; j < DP / 32; j++) narrow(asked[i][j], sh.query[warp + i * WARPS][lane + 32 * j]);
   int position[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
@@ -176,19 +197,30 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
   }
   const Groups groups = groups_of(p, s, rb, S::ROWS, b, pair);
   wait_for_previous();
-
   // This block's share: neighbouring groups, in stages.
   const int begin = int(u64(groups.count) * blockIdx.y / gridDim.y);
   const int end = int(u64(groups.count) * (blockIdx.y + 1) / gridDim.y);
   const int last = (end - begin + S::GROUPS - 1) / S::GROUPS;
-  auto place = [&](int stage) {
+  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'.
+  auto listed = [&](int stage) {
     const int group = begin + stage * S::GROUPS + threadIdx.x;
-    const Listed l = group < end ? groups.page(group) : Listed{-1, 0};
-    return Placed{l.page < 0 ? s.len : (l.page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8, l.from};
+    return group < end ? groups.page(group) : -1;
   };
-  // The list is read ahead of the keys, so that its latency does not add to theirs.
-  if (threadIdx.x < S::GROUPS)
-    for (int i = 0; i < p.stages; i++) sh.placed[i][threadIdx.x] = place(i);
+  auto place = [&](int stage, int page) {
+    const int group = begin + stage * S::GROUPS + threadIdx.x;
+    if (page < 0) return Placed{s.len, 0};
+    return Placed{(page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8, groups.from(page)};
+  };
+  int next_page = -1;
+  if (threadIdx.x < S::GROUPS) {
+    int pages[MAX_STAGES];
+#pragma unroll
+    for (int i = 0; i < MAX_STAGES; i++) pages[i] = i < p.stages ? listed(i) : -1;
+    next_page = listed(p.stages);
+#pragma unroll
+    for (int i = 0; i < MAX_STAGES; i++)
+      if (i < p.stages) sh.placed[i][threadIdx.x] = place(i, pages[i]);
+  }
   __syncthreads();
 
   const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
@@ -224,19 +256,13 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
 #pragma unroll
     for (int half = 0; half < 2; half++)
       query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + octet][16 * k + 8 * half + 2 * quad]);
-  float top[2] = {NEG_INF, NEG_INF}, sum[2] = {}, out[DP / 16][4] = {};
+  float top[2] = {NEG_INF, NEG_INF}, base[2] = {}, sum[2] = {}, out[DP / 16][4] = {};
   const float to_base2 = p.softcap > 0.f ? 1.f : p.scale * LOG2E;
-  // Byte offsets in a stage of what this lane hands to ldmatrix: of its key row and its value row in the warp's first tile,
-  // and of the chunks in them.
-  const u32 key_row = (16 * my_tiles * S::TILES + lane % 16) * S::CHUNKS * 16;
-  const u32 value_row =
-      S::TOKENS * DP * 2 + (16 * my_tiles * S::TILES + lane % 8 + lane / 16 * 8) * S::CHUNKS * 16;
-  u32 key_chunk[DP / 16], value_chunk[DP / 16];
-#pragma unroll
-  for (int k = 0; k < DP / 16; k++) {
-    key_chunk[k] = ((2 * k + lane / 16) ^ (lane % 8)) * 16;
-    value_chunk[k] = ((2 * k + lane / 8 % 2) ^ (lane % 8)) * 16;
-  }
+  // Byte offsets in a stage of what this lane hands to ldmatrix: of its first chunk of its key row and its value row in the warp's
+  // first tile. The others differ in the bits of the chunk's number only, as rows begin at multiples of their length.
+  const u32 key_at = (16 * my_tiles * S::TILES + lane % 16) * S::CHUNKS * 16 + ((lane / 16) ^ (lane % 8)) * 16;
+  const u32 value_at = S::TOKENS * DP * 2 + (16 * my_tiles * S::TILES + lane % 8 + lane / 16 * 8) * S::CHUNKS * 16 +
+                       ((lane / 8 % 2) ^ (lane % 8)) * 16;
 
   // Stages go round in the ring, lists in theirs, which is one longer.
   int slot = 0, list = 0;
@@ -252,9 +278,12 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
     // The slot before this one is free now; the list before this one is written at the end of this step.
     const int free_slot = slot ? slot - 1 : p.stages - 1, free_list = list ? list - 1 : lists - 1;
     Placed ahead;
-    if (threadIdx.x < S::GROUPS) ahead = place(stage + p.stages);
+    if (threadIdx.x < S::GROUPS) {
+      ahead = place(stage + p.stages, next_page);
+      next_page = listed(stage + p.stages + 1);
+    }
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
-    const u32 base = ring + slot * S::STAGE;
+    const u32 stored = ring + slot * S::STAGE;
     const Placed* placed = sh.placed[list] + 2 * my_tiles * S::TILES;
 #pragma unroll
     for (int i = 0; i < S::TILES; i++) {
@@ -263,7 +292,7 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
 #pragma unroll
       for (int k = 0; k < DP / 16; k++) {
         u32 a[4];
-        load_matrices(a, base + key_row + i * 16 * S::CHUNKS * 16 + key_chunk[k]);
+        load_matrices(a, (stored + key_at + i * 16 * S::CHUNKS * 16) ^ (2 * k * 16));
         if (k % 2)
           Mma<T>::add(odd, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
         else
@@ -282,37 +311,42 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
         for (int e = 0; e < 4; e++)
           if (two[e / 2].at + octet < seen_from(p, position[e % 2])) logits[e] = NEG_INF;
       }
-      bool rescale = false;
-      float shrink[2];
+      float above = NEG_INF;
 #pragma unroll
-      for (int e = 0; e < 4; e++)
+      for (int e = 0; e < 4; e++) {
         logits[e] = position[e % 2] >= max(two[e / 2].at + octet, two[e / 2].from) ? logits[e] * to_base2 : NEG_INF;
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float m = fmaxf(logits[e], logits[e + 2]);
-#pragma unroll
-        for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
-        m = fmaxf(m, top[e]);
-        const float base = m == NEG_INF ? 0.f : m;
-        shrink[e] = exp2f(top[e] - base);
-        rescale |= m != top[e];
-        top[e] = m;
-        logits[e] = exp2f(logits[e] - base);
-        logits[e + 2] = exp2f(logits[e + 2] - base);
-        sum[e] = sum[e] * shrink[e] + logits[e] + logits[e + 2];
+        above = fmaxf(above, logits[e] - top[e % 2]);
       }
-      const u32 w0 = transpose8x8(Mma<T>::pack(logits[0], logits[1]));
-      const u32 w1 = transpose8x8(Mma<T>::pack(logits[2], logits[3]));
-      if (__any_sync(ALL_LANES, rescale)) {
+      // A maximum that is a little too small serves as well, and the lanes need not agree on one in every tile.
+      if (__any_sync(ALL_LANES, above > SLACK)) {
+        float shrink[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float m = fmaxf(logits[e], logits[e + 2]);
+#pragma unroll
+          for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
+          m = fmaxf(m, top[e]);
+          base[e] = m == NEG_INF ? 0.f : m;
+          shrink[e] = exp2f(top[e] - base[e]);
+          top[e] = m;
+          sum[e] *= shrink[e];
+        }
 #pragma unroll
         for (int j = 0; j < DP / 16; j++)
 #pragma unroll
           for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
       }
 #pragma unroll
+      for (int e = 0; e < 4; e++) {
+        logits[e] = exp2f(logits[e] - base[e % 2]);
+        sum[e % 2] += logits[e];
+      }
+      const u32 w0 = transpose8x8(Mma<T>::pack(logits[0], logits[1]));
+      const u32 w1 = transpose8x8(Mma<T>::pack(logits[2], logits[3]));
+#pragma unroll
       for (int j = 0; j < DP / 16; j++) {
         u32 a[4];
-        load_transposed(a, base + value_row + i * 16 * S::CHUNKS * 16 + value_chunk[j]);
+        load_transposed(a, (stored + value_at + i * 16 * S::CHUNKS * 16) ^ (2 * j * 16));
         Mma<T>::add(out[j], a[0], a[1], a[2], a[3], w0, w1);
       }
     }
@@ -320,7 +354,6 @@ template <class T, int DP, int ROW_GROUPS> DEVICE void attend_mma(const Params& 
     slot = slot + 1 == p.stages ? 0 : slot + 1;
     list = list + 1 == lists ? 0 : list + 1;
   }
-
   __syncthreads();  // the ring's memory becomes the block's
 #pragma unroll
   for (int e = 0; e < 2; e++) {
@@ -367,7 +400,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
     float weights[F32_WARPS][TOKENS][ROWS];
     Block<DP, ROWS, F32_WARPS> block;
   };
-  extern __shared__ __align__(16) u8 raw[];
+  extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   let_next_start();
   const int pair = blockIdx.z, kv_head = pair % p.kv_heads, b = pair / p.kv_heads, d = p.head_size;
@@ -403,9 +436,9 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int group = 2 * tile + half, inside = (group & ((1 << groups.shift) - 1)) * 8;
-      const Listed l = group < groups.count ? groups.page(group) : Listed{-1, 0};
-      at[half] = l.page < 0 ? s.len : (l.page << p.page_shift) + inside;
-      from[half] = l.from;
+      const int page = group < groups.count ? groups.page(group) : -1;
+      at[half] = page < 0 ? s.len : (page << p.page_shift) + inside;
+      from[half] = page < 0 ? 0 : groups.from(page);
     }
     // Two lanes a token, each with every other float4 of the key.
     const int token = lane / 2, mine = (token < 8 ? at[0] : at[1]) + token % 8, limit = token < 8 ? from[0] : from[1];

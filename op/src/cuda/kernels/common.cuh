@@ -61,11 +61,6 @@ enum Selector { BOUNDS = 0, MOMENTS = 1, SIGNED_MOMENTS = 2 };
 enum GroupScore { MAX = 0, SOFTMAX = 1 };
 enum Mode { RETRO = 0, DENSE = 1, STREAMING = 2 };
 
-// A page of a step's list: its index, and the least position of a query that may take it (A + 1; 0 for every query).
-struct Listed {
-  int page, from;
-};
-
 // One call. op/src/cuda/params.rs has the same struct; the order and the types must stay equal.
 struct Params {
   // Inputs. Rows are (b, s): query [B, S, Hq, D], key and value [B, S, Hkv, D], each with a row stride in elements.
@@ -82,8 +77,8 @@ struct Params {
   void* output;                        // [B, S, Hq, D]
   // Scratch of this call.
   float* scores;        // [B, Hkv, max_pages], or [B, Hkv, g, max_pages] with the group score softmax
-  float2* score_stats;  // [B, Hkv, score_parts, g]: largest score and sum of e^(score - largest) of each scoring block
-  Listed* pages;        // [B, Hkv, max_pages]
+  float4* score_stats;  // [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
+  int* pages;           // [B, Hkv, max_pages]: those that a step has chosen
   float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
   float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
   double budget_ratio;
@@ -96,6 +91,7 @@ struct Params {
   int max_pages;  // pages of `total`
   int splits, rows;  // of part_outputs; without it, outputs are written directly
   int score_parts;   // of score_stats; 0: there are none
+  int keys;          // that a block of the selection kernel keeps
   int score_blocks;  // blocks of the score kernel that score; the others append
   int last_tokens;   // attention covers the last so many fed rows; 0: all
   int stages;        // of the attention's pipeline, 2 to 4
@@ -107,7 +103,7 @@ struct Params {
   u8 retro[MAX_RAGGED];
 };
 
-static_assert(sizeof(Params) == 840, "params.rs has the same layout");
+static_assert(sizeof(Params) == 848, "params.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -139,7 +135,9 @@ DEVICE int budget_pages(const Params& p, int b, int len) {
   const int all = pages_for(p, len);
   const int asked = p.page_budget ? p.page_budget[b * p.budget_stride] : 0;
   if (asked > 0) return min(asked, all);
-  const double relative = ceil(p.budget_ratio * len / double(1 << p.page_shift) - 1e-9);
+  // 2^-shift: exact, and no division.
+  const double inverse = __longlong_as_double((1023ll - p.page_shift) << 52);
+  const double relative = ceil(p.budget_ratio * len * inverse - 1e-9);
   return min(max(int(fmax(relative, 0.0)), p.budget_min_pages), all);
 }
 
@@ -171,6 +169,9 @@ DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
   c.forced = c.sinks + (c.pages - 1 >= p.sink_pages);
   return c;
 }
+
+// Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
+DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }
 
 // The first page that mode "streaming" reads behind the forced ones at the start.
 DEVICE int recent_from(const Candidates& c) {

@@ -1,6 +1,7 @@
 // Joins the splits of every row, then ends it: steps 3 to 5. Ignored rows become 0, those of a broken sequence NaN.
 //
-// Grid (Hq, B, blocks of rows), 16 warps. In a decoding step a block ends one row, with all its warps; but the newest position
+// Grid (Hq, B, blocks of rows), 16 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note which pages it
+// loaded. In a decoding step a block ends one row, with all its warps; but the newest position
 // takes the output cache's slot of the oldest one when the window is full, so these two rows share the first block, which
 // reads both before it writes. In a prefill a block ends 16 rows.
 #pragma once
@@ -16,11 +17,34 @@ template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head,
   for (int c = threadIdx.x % 32; c < p.head_size; c += 32) narrow(value, out[c]);
 }
 
+// A of every page that a step loaded becomes its newest position; a dense layer has seen every page.
+DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
+  const int pair = b * p.kv_heads + kv_head;
+  const Candidates all = candidates(p, s, b);
+  int* steps = p.page_steps + size_t(pair) * p.cache_pages;
+  if (chooses(p, all)) {
+    const int* list = p.pages + size_t(pair) * p.max_pages;
+    const int count = listed_pages(p, all);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += blockDim.x) steps[list[i]] = s.len - 1;
+    return;
+  }
+  const int recent = p.mode == STREAMING ? recent_from(all) : all.from;
+  for (int page = (p.mode == DENSE ? 0 : all.from) + threadIdx.x; page < all.pages; page += blockDim.x)
+    if (p.mode == DENSE || page >= recent || page < p.sink_pages) steps[page] = s.len - 1;
+}
+
 template <class T> DEVICE void merge_kernel(const Params& p) {
   __shared__ float weights[MERGE_WARPS][MAX_SPLITS];
   __shared__ float parts[MERGE_WARPS][256];
   const int head = blockIdx.x, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.head_size;
   const Sequence s = sequence(p, b);
+  if (head >= p.heads) {
+    wait_for_previous();
+    let_next_start();
+    if (s.valid && blockIdx.z == 0) note_steps(p, s, b, head - p.heads);
+    return;
+  }
   if (p.write_output) {
     const int dead = s.valid ? s.skipped : p.tokens;
     for (int row = blockIdx.z * MERGE_WARPS + warp; row < dead; row += gridDim.z * MERGE_WARPS)

@@ -43,10 +43,7 @@ DEVICE void start_step() {
   let_next_start();
 }
 
-// Whether a step has to choose.
-DEVICE bool step_is_scored(const Params& p, const Sequence& s, int b) {
-  return p.mode == RETRO && budget_pages(p, b, s.len) < pages_for(p, s.len) - first_candidate(p, s);
-}
+DEVICE bool step_is_scored(const Params& p, const Sequence& s, int b) { return chooses(p, candidates(p, s, b)); }
 
 DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
   return logf(float(min(s.len - (page << p.page_shift), 1 << p.page_shift)));
@@ -156,149 +153,173 @@ template <class T> struct Squares {
   }
 };
 
-// float16 and bfloat16: on tensor cores, 16 pages a warp, heads in the columns. Summaries go from memory to registers as keys do
-// in attend.cuh. Squares of standard deviations and of queries may lie far outside float16's range: each is the sum of two
-// bfloat16, which keeps 16 bits of it, and a product of two squares three products.
-template <class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
-  constexpr int PAGES = 16, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32;
+// What the scoring blocks leave of a head's scores over the candidates among their pages: {largest, sum of e^(score - largest),
+// least finite}. Without a softmax over pages the group's score stands for the head, and the sum is not used.
+DEVICE float4 no_scores() { return {NEG_INF, 0.f, -NEG_INF, 0.f}; }
+DEVICE float4 joined_stats(float4 a, float4 b) {
+  const float top = fmaxf(a.x, b.x);
+  const float sum = top == NEG_INF ? 0.f : a.y * expf(a.x - top) + b.y * expf(b.x - top);
+  return {top, sum, fminf(a.z, b.z), 0.f};
+}
+
+DEVICE float4 of_score(float score) { return {score, 1.f, score == NEG_INF ? -NEG_INF : score, 0.f}; }
+
+// The larger of the two has weight 1.
+DEVICE void add_score(float4& all, float score) {
+  const float n = fmaxf(all.x, score), e = n == NEG_INF ? 0.f : __expf(fminf(all.x, score) - n);
+  all.y = !(score == score) ? score : score > all.x ? fmaf(all.y, e, 1.f) : all.y + e;
+  all.x = n, all.z = score == NEG_INF ? all.z : fminf(all.z, score);
+}
+
+// Heads whose scores select.cuh needs one by one.
+DEVICE int scored_heads(const Params& p) { return p.group_score == SOFTMAX ? p.group : 1; }
+
+// float16 and bfloat16: on tensor cores, heads in the rows, 8 pages a warp in the columns. Summaries go from memory to registers:
+// a lane takes 8 neighbouring elements of its page, queries are permuted alike. Squares of standard deviations and of queries may
+// lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits of it, and a product of two squares
+// three products.
+template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
+  constexpr int PAGES = 8, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32, WARPS = SCORE_THREADS / 32;
   struct Shared {
-    u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[HEADS][PITCH];
+    u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[MOMENT ? HEADS : 1][PITCH];
   };
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   const int pair = b * p.kv_heads + head, d = p.head_size;
   const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
-  const int warps = p.score_blocks * (SCORE_THREADS / 32), warp = threadIdx.x / 32 * p.score_blocks + blockIdx.x;
+  // Neighbouring pages, equally many for every warp.
+  const int warps = p.score_blocks * WARPS, warp = blockIdx.x * WARPS + threadIdx.x / 32;
+  const int begin = int(u64(p.max_pages) * warp / warps), end = int(u64(p.max_pages) * (warp + 1) / warps);
   const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
-  uint4 first[CHUNKS][2], second[CHUNKS][2];
+  uint4 first[CHUNKS], second[CHUNKS];
   // Beyond the end the last page is read again, and not stored; past d the query is 0.
-  auto load = [&](int tile, int c) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const T* page = summary + size_t(min(tile * PAGES + octet + 8 * half, p.max_pages - 1)) * 2 * d;
-      const int col = min(32 * c + 8 * quad, d - 8);
-      first[c][half] = __ldcs(reinterpret_cast<const uint4*>(page + col));
-      second[c][half] = __ldcs(reinterpret_cast<const uint4*>(page + d + col));
-    }
+  auto load = [&](int page0, int c) {
+    const T* page = summary + size_t(max(min(page0 + octet, end - 1), 0)) * 2 * d + min(32 * c + 8 * quad, d - 8);
+    first[c] = __ldcs(reinterpret_cast<const uint4*>(page));
+    second[c] = __ldcs(reinterpret_cast<const uint4*>(page + d));
   };
   // Neither the lengths nor the queries hold the first loads up.
-  int tile = warp;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++) load(tile, c);
+  for (int c = 0; c < CHUNKS; c++) load(begin, c);
 
   // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were perhaps not.
   start_step();
   const Sequence s = sequence(p, b);
   if (!s.valid || !step_is_scored(p, s, b)) return;
-  const int untouched = s.first >> p.page_shift, from = first_candidate(p, s);
-  const bool squares = p.selector != BOUNDS, with_line = p.selector == SIGNED_MOMENTS;
-  const int heads_padded = (p.group + 7) / 8 * 8;
-  for (int i = threadIdx.x; i < heads_padded * DP; i += SCORE_THREADS) {
-    const int h = i / DP, c = i % DP;
-    float q = 0.f;
-    if (h < p.group && c < d)
-      q = rounded<T>(rotated(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, s.len - 1));
-    T x, y;
-    narrow(squares ? q : fminf(q, 0.f), x);
-    narrow(fmaxf(q, 0.f), y);
-    BF16 square, rest;
-    narrow(q * q, square);
-    narrow(q * q - widen(square), rest);
-    sh.first[h][c] = x.v, sh.second[h][c] = squares ? square.v : y.v, sh.rest[h][c] = rest.v;
+  const int limit = min(s.first >> p.page_shift /* the first touched page */, end), from = first_candidate(p, s);
+  const bool with_line = p.selector == SIGNED_MOMENTS, softmax = p.group_score == SOFTMAX, wide = p.group > 8;
+  // All loads before the first use.
+  constexpr int AT_ONCE = 8 * DP / SCORE_THREADS;
+#pragma unroll 1
+  for (int h0 = 0; h0 < p.group; h0 += 8) {
+    float query[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int at = threadIdx.x + i * SCORE_THREADS, h = h0 + at / DP, c = at % DP;
+      query[i] = h < p.group && c < d ? rotated(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, s.len - 1) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int at = threadIdx.x + i * SCORE_THREADS, h = h0 + at / DP, c = at % DP;
+      const float q = rounded<T>(query[i]);
+      T x, y;
+      narrow(MOMENT ? q : fminf(q, 0.f), x);
+      if constexpr (MOMENT) {
+        BF16 square, rest;
+        narrow(q * q, square);
+        narrow(q * q - widen(square), rest);
+        sh.second[h][c] = square.v, sh.rest[h][c] = rest.v;
+      } else {
+        narrow(fmaxf(q, 0.f), y);
+        sh.second[h][c] = y.v;
+      }
+      sh.first[h][c] = x.v;
+    }
   }
   __syncthreads();
   const float log_count = logf(float(1 << p.page_shift));
-  // Of this lane's two heads of each eight.
-  float top[2][2] = {{NEG_INF, NEG_INF}, {NEG_INF, NEG_INF}}, sum[2][2] = {};
-  for (; tile * PAGES < untouched; tile += warps) {
+  // Of this lane's two heads.
+  float4 stats[2] = {no_scores(), no_scores()};
+  auto row = [&](const u16 (&rows)[HEADS][PITCH], int half, int c) {
+    if (half && !wide) return uint4{0, 0, 0, 0};
+    return *reinterpret_cast<const uint4*>(&rows[octet + 8 * half][32 * c + 8 * quad]);
+  };
+#pragma unroll 1
+  for (int page0 = begin; page0 < limit; page0 += PAGES) {
+    float x[4] = {}, y[4] = {}, z[4] = {};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      const uint4 q = row(sh.first, 0, c), q8 = row(sh.first, 1, c), r = row(sh.second, 0, c), r8 = row(sh.second, 1, c);
+      const uint4 u = first[c], v = second[c];
+      Mma<T>::add(x, q.x, q8.x, q.y, q8.y, u.x, u.y);
+      Mma<T>::add(x, q.z, q8.z, q.w, q8.w, u.z, u.w);
+      if constexpr (MOMENT) {
+        if (with_line) {
+          Mma<T>::add(z, q.x, q8.x, q.y, q8.y, v.x, v.y);
+          Mma<T>::add(z, q.z, q8.z, q.w, q8.w, v.z, v.w);
+        }
+        const uint4 t = row(sh.rest, 0, c), t8 = row(sh.rest, 1, c);
+        const Squares<T> a(v.x), b(v.y), e(v.z), f(v.w);
+        Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.most, b.most);
+        Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.most, f.most);
+        Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.rest, b.rest);
+        Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.rest, f.rest);
+        Mma<BF16>::add(y, t.x, t8.x, t.y, t8.y, a.most, b.most);
+        Mma<BF16>::add(y, t.z, t8.z, t.w, t8.w, e.most, f.most);
+      } else {
+        Mma<T>::add(y, r.x, r8.x, r.y, r8.y, v.x, v.y);
+        Mma<T>::add(y, r.z, r8.z, r.w, r8.w, v.z, v.w);
+      }
+      // The next pages' part takes its place at once.
+      load(page0 + PAGES, c);
+    }
     float best[2] = {NEG_INF, NEG_INF};
 #pragma unroll
-    for (int block = 0; block < 2; block++) {
-      if (8 * block >= p.group) break;
-      const bool last = 8 * block + 8 >= p.group;
-      float x[4] = {}, y[4] = {}, z[4] = {};
-#pragma unroll
-      for (int c = 0; c < CHUNKS; c++) {
-        const uint4 q = *reinterpret_cast<const uint4*>(&sh.first[8 * block + octet][32 * c + 8 * quad]);
-        Mma<T>::add(x, first[c][0].x, first[c][1].x, first[c][0].y, first[c][1].y, q.x, q.y);
-        Mma<T>::add(x, first[c][0].z, first[c][1].z, first[c][0].w, first[c][1].w, q.z, q.w);
-        const uint4 r = *reinterpret_cast<const uint4*>(&sh.second[8 * block + octet][32 * c + 8 * quad]);
-        const uint4 v = second[c][0], w = second[c][1];
-        if (squares) {
-          if (with_line) {
-            Mma<T>::add(z, v.x, w.x, v.y, w.y, q.x, q.y);
-            Mma<T>::add(z, v.z, w.z, v.w, w.w, q.z, q.w);
-          }
-          const uint4 t = *reinterpret_cast<const uint4*>(&sh.rest[8 * block + octet][32 * c + 8 * quad]);
-          const Squares<T> a(v.x), b(w.x), e(v.y), f(w.y);
-          Mma<BF16>::add(y, a.most, b.most, e.most, f.most, r.x, r.y);
-          Mma<BF16>::add(y, a.rest, b.rest, e.rest, f.rest, r.x, r.y);
-          Mma<BF16>::add(y, a.most, b.most, e.most, f.most, t.x, t.y);
-          const Squares<T> g(v.z), i(w.z), j(v.w), k(w.w);
-          Mma<BF16>::add(y, g.most, i.most, j.most, k.most, r.z, r.w);
-          Mma<BF16>::add(y, g.rest, i.rest, j.rest, k.rest, r.z, r.w);
-          Mma<BF16>::add(y, g.most, i.most, j.most, k.most, t.z, t.w);
-        } else {
-          Mma<T>::add(y, v.x, w.x, v.y, w.y, r.x, r.y);
-          Mma<T>::add(y, v.z, w.z, v.w, w.w, r.z, r.w);
-        }
-        // The next tile's part takes its place at once.
-        if (last) load(tile + warps, c);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int page = tile * PAGES + octet + 8 * (e / 2), h = 8 * block + 2 * quad + e % 2;
-        if (h >= p.group) continue;
-        const float score = head_score(p, x[e], y[e], z[e], log_count);
-        if (p.group_score == MAX) {
-          best[e / 2] = fmaxf(best[e / 2], score);
-        } else if (page < untouched) {
-          p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] = score;
-          if (page < from) continue;
-          const float n = fmaxf(top[block][e % 2], score);
-          if (n != NEG_INF) sum[block][e % 2] = sum[block][e % 2] * expf(top[block][e % 2] - n) + expf(score - n);
-          top[block][e % 2] = n;
-        }
+    for (int e = 0; e < 4; e++) {
+      const int page = page0 + 2 * quad + e % 2, h = octet + e / 2 * 8;
+      if (h >= p.group) continue;
+      const float score = head_score(p, x[e], y[e], z[e], log_count);
+      if (!softmax) {
+        best[e % 2] = fmaxf(best[e % 2], score);
+      } else if (page < limit) {
+        p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] = score;
+        if (page >= from) add_score(stats[e / 2], score);
       }
     }
-    if (p.group_score == MAX) {
+    if (!softmax) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float m = best[half];
-        m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, 2));
-        const int page = tile * PAGES + octet + 8 * half;
-        if (quad == 0 && page < untouched) p.scores[size_t(pair) * p.max_pages + page] = m + 0.f;
+      for (int e = 0; e < 2; e++) {
+        float m = best[e];
+#pragma unroll
+        for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
+        const int page = page0 + 2 * quad + e;
+        if (page >= limit) continue;
+        if (octet == 0) p.scores[size_t(pair) * p.max_pages + page] = m + 0.f;
+        if (page >= from) stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
       }
     }
   }
-  if (p.group_score == MAX) return;
-
-  // The block's log-sum-exp of every head, as a largest score and a sum.
-  constexpr int WARPS = SCORE_THREADS / 32;
-  float2* stats = reinterpret_cast<float2*>(raw);
+  float4* of_warps = reinterpret_cast<float4*>(raw);
   __syncthreads();  // the queries' memory becomes the statistics'
+  if (!softmax) {
+    const float top = warp_max(stats[0].x), least = -warp_max(-stats[0].z);
+    if (lane == 0) of_warps[threadIdx.x / 32] = {top, 0.f, least, 0.f};
+  } else {
 #pragma unroll
-  for (int block = 0; block < 2; block++)
+    for (int half = 0; half < 2; half++) {
+      float4 mine = stats[half];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float m = top[block][e];
-#pragma unroll
-      for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
-      float total = m == NEG_INF ? 0.f : sum[block][e] * expf(top[block][e] - m);
-#pragma unroll
-      for (int i = 4; i < 32; i <<= 1) total += __shfl_xor_sync(ALL_LANES, total, i);
-      if (octet == 0) stats[threadIdx.x / 32 * 16 + 8 * block + 2 * quad + e] = {m, total};
+      for (int i = 1; i < 4; i <<= 1)
+        mine = joined_stats(mine, {__shfl_xor_sync(ALL_LANES, mine.x, i), __shfl_xor_sync(ALL_LANES, mine.y, i),
+                                   __shfl_xor_sync(ALL_LANES, mine.z, i), 0.f});
+      if (quad == 0) of_warps[(octet + 8 * half) * WARPS + threadIdx.x / 32] = mine;
     }
-  __syncthreads();
-  if (threadIdx.x < p.group) {
-    float m = NEG_INF, total = 0.f;
-    for (int w = 0; w < WARPS; w++) m = fmaxf(m, stats[w * 16 + threadIdx.x].x);
-    for (int w = 0; w < WARPS; w++) {
-      const float2 part = stats[w * 16 + threadIdx.x];
-      if (part.x != NEG_INF) total += part.y * expf(part.x - m);
-    }
-    p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + threadIdx.x] = {m, total};
   }
+  __syncthreads();
+  if (threadIdx.x >= scored_heads(p)) return;
+  float4 all = of_warps[threadIdx.x * WARPS];
+#pragma unroll
+  for (int w = 1; w < WARPS; w++) all = joined_stats(all, of_warps[threadIdx.x * WARPS + w]);
+  p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * scored_heads(p) + threadIdx.x] = all;
 }
 
 // The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
@@ -438,19 +459,20 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
   }
 }
 
-template <class T, int DP> struct ScorePages {
-  static DEVICE void run(const Params& p, int b, int head, u8* raw) { score_pages_mma<T, DP>(p, b, head, raw); }
+template <class T, int DP, bool MOMENT> struct ScorePages {
+  static DEVICE void run(const Params& p, int b, int head, u8* raw) { score_pages_mma<T, DP, MOMENT>(p, b, head, raw); }
 };
-template <int DP> struct ScorePages<F32, DP> {
+template <int DP, bool MOMENT> struct ScorePages<F32, DP, MOMENT> {
   static DEVICE void run(const Params& p, int b, int head, u8* raw) {
     score_pages_f32<DP>(p, b, head, reinterpret_cast<float*>(raw));
   }
 };
 
-template <class T, int DP> DEVICE void score_kernel(const Params& p) {
-  extern __shared__ __align__(16) u8 raw[];
+// MOMENT: a selector that needs squares (float16 and bfloat16; in float32 one kernel serves all).
+template <class T, int DP, bool MOMENT> DEVICE void score_kernel(const Params& p) {
+  extern __shared__ __align__(1024) u8 raw[];
   const int head = blockIdx.y, b = blockIdx.z;
-  if (blockIdx.x < p.score_blocks) return ScorePages<T, DP>::run(p, b, head, raw);
+  if (blockIdx.x < p.score_blocks) return ScorePages<T, DP, MOMENT>::run(p, b, head, raw);
   start_step();
   const Sequence s = sequence(p, b);
   if (!s.valid) return;
@@ -459,11 +481,10 @@ template <class T, int DP> DEVICE void score_kernel(const Params& p) {
   const bool there = page <= (s.len - 1) >> p.page_shift;
   if (there) touch_page<T, DP>(p, s, b, head, page, scored, reinterpret_cast<float*>(raw));
   if (scored && p.score_parts && threadIdx.x == 0) {
-    const int pair = b * p.kv_heads + head;
+    const int pair = b * p.kv_heads + head, heads = scored_heads(p);
     const bool counts = there && page >= first_candidate(p, s);
-    for (int h = 0; h < p.group; h++) {
-      const float score = counts ? p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] : NEG_INF;
-      p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = {score, counts ? 1.f : 0.f};
-    }
+    for (int h = 0; h < heads; h++)
+      p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * heads + h] =
+          counts ? of_score(p.scores[(size_t(pair) * heads + h) * p.max_pages + page]) : no_scores();
   }
 }
