@@ -28,6 +28,10 @@ const SELECT_ALONE: usize = 1024;
 const SELECT_KEYS: usize = 4;
 /// Pages that a block of it keeps the keys of.
 const SELECT_KEPT: usize = 8192;
+/// Bytes of shared memory that a kernel gets without asking.
+const SHARED_UNASKED: usize = 48 * 1024;
+/// Of which these stay free for variables.
+const SHARED_VARIABLES: usize = 8 * 1024;
 /// Rows (tokens) that a block of the merge kernel ends at once.
 const MERGE_ROWS: usize = 16;
 
@@ -66,6 +70,8 @@ pub struct Kernels {
     pub attend: Vec<Attend>,
     /// float16 or bfloat16.
     pub half: bool,
+    /// Bytes of an element.
+    pub element: usize,
     /// Head size that the kernels are unrolled for: D rounded up.
     pub padded: usize,
 }
@@ -116,6 +122,18 @@ impl Call<'_> {
         }
         let budget = budget_pages(a.budget_ratio, a.budget_min_pages, total, a.page_size);
         budget.max(a.sink_pages + 1).min(max_pages)
+    }
+
+    /// Shared memory for the keys of a page that is summarised, in bytes.
+    fn page_copy(&self) -> usize {
+        let bytes = self.attributes.page_size * self.dims.head_size * self.kernels.element;
+        let beside = self.appending() + SHARED_VARIABLES;
+        if bytes + beside <= SHARED_UNASKED { bytes } else { 0 }
+    }
+
+    /// Shared memory of a block that appends and scores a page, beside the page's keys: prepared queries and the summary, in bytes.
+    fn appending(&self) -> usize {
+        (self.group() * 2 * self.kernels.padded + 2 * self.dims.head_size) * 4
     }
 
     /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens.
@@ -186,8 +204,13 @@ impl Call<'_> {
         params.score_parts = parts as i32;
         let mut layout = Layout::default();
         let score_stats = layout.take(pairs * parts * heads_scored * 16);
+        let scores_a_page = if a.group_score == GroupScore::Softmax {
+            group.next_multiple_of(4)
+        } else {
+            1
+        };
         let scores = layout.take(if scored {
-            pairs * heads_scored * max_pages * 4
+            pairs * max_pages * scores_a_page * 4
         } else {
             0
         });
@@ -205,8 +228,10 @@ impl Call<'_> {
         params.stages = attend.stages;
 
         let padded = self.kernels.padded;
-        // Queries of the blocks that append, or those of the blocks that score (score.cuh).
-        let shared = ((group * 2 * padded + 2 * d) * 4).max(3 * 16 * (padded + 32) * 2);
+        let page_copy = self.page_copy();
+        params.copies_page = i32::from(page_copy > 0);
+        // What the blocks that append need; or the queries of the blocks that score (score.cuh).
+        let shared = (self.appending() + page_copy).max(3 * 16 * (padded + 32) * 2);
         let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
         let k = self.kernels;
         let (select, choosing) = self.selection(max_pages);
@@ -256,8 +281,10 @@ impl Call<'_> {
                 .launch(&k.append, [self.dims.tokens, kv_heads, batch], 0, Order::Alone, params)?;
         }
         let pages = params.max_pages as usize;
+        let page_copy = self.page_copy();
+        params.copies_page = i32::from(page_copy > 0);
         self.stream
-            .launch(&k.pages, [pages, kv_heads, batch], 0, Order::Alone, params)?;
+            .launch(&k.pages, [pages, kv_heads, batch], page_copy, Order::Alone, params)?;
         let tokens = if delegated {
             self.dims.tokens.min(a.window - 1)
         } else {
@@ -364,6 +391,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         splits: 1,
         rows: 0,
         score_parts: 0,
+        copies_page: 0,
         keys: 0,
         score_blocks: 0,
         last_tokens: 0,

@@ -146,6 +146,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         clear: find(of("clear"), 128)?,
         attend: attend.collect::<Result<_>>()?,
         half: E::HALF,
+        element: size_of::<E>(),
         padded,
     })
 }

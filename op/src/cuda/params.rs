@@ -58,6 +58,7 @@ pub struct Params {
     pub splits: i32,
     pub rows: i32,
     pub score_parts: i32,
+    pub copies_page: i32,
     pub keys: i32,
     pub score_blocks: i32,
     pub last_tokens: i32,

@@ -76,7 +76,7 @@ struct Params {
   float *cached_outputs, *cached_lse;  // [B, R, Hq, D], [B, R, Hq]
   void* output;                        // [B, S, Hq, D]
   // Scratch of this call.
-  float* scores;        // [B, Hkv, max_pages], or [B, Hkv, g, max_pages] with the group score softmax
+  float* scores;        // [B, Hkv, max_pages, g rounded up to a multiple of 4], or without the last with the group score max
   float4* score_stats;  // [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
   int* pages;           // [B, Hkv, max_pages]: those that a step has chosen
   float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
@@ -91,6 +91,7 @@ struct Params {
   int max_pages;  // pages of `total`
   int splits, rows;  // of part_outputs; without it, outputs are written directly
   int score_parts;   // of score_stats; 0: there are none
+  int copies_page;   // there is shared memory for the rows of a page that is summarised
   int keys;          // that a block of the selection kernel keeps
   int score_blocks;  // blocks of the score kernel that score; the others append
   int last_tokens;   // attention covers the last so many fed rows; 0: all
@@ -169,6 +170,9 @@ DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
   c.forced = c.sinks + (c.pages - 1 >= p.sink_pages);
   return c;
 }
+
+// Scores that are stored of a page: of every head, read by four, or the group's largest.
+DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? (p.group + 3) / 4 * 4 : 1; }
 
 // Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
 DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }

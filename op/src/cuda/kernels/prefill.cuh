@@ -29,6 +29,8 @@ template <class T> DEVICE void pages_kernel(const Params& p) {
   const Sequence s = sequence(p, b);
   if (!s.valid || page >= pages_for(p, s.len)) return;
   if (threadIdx.x == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
+  extern __shared__ __align__(1024) u8 raw[];
+  T* copy = p.copies_page ? reinterpret_cast<T*>(raw) : nullptr;
   if (page >= s.first >> p.page_shift)
-    summarize<T>(p, pair, page, min(s.len - (page << p.page_shift), 1 << p.page_shift), nullptr);
+    summarize<T>(p, pair, page, min(s.len - (page << p.page_shift), 1 << p.page_shift), copy, nullptr);
 }

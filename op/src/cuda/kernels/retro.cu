@@ -8,7 +8,7 @@
 #define KERNEL(NAME, THREADS, BLOCKS, BODY)                                                                            \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Params p) { BODY; }
 
-KERNEL(retro_select, SELECT_THREADS, 3, select_kernel(p))
+KERNEL(retro_select, SELECT_THREADS, 2, select_kernel(p))
 
 #define OF_TYPE(TYPE, T)                                                                                               \
   KERNEL(retro_merge_##TYPE, MERGE_THREADS, 2, merge_kernel<T>(p))                                                     \

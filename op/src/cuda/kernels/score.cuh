@@ -49,12 +49,17 @@ DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
   return logf(float(min(s.len - (page << p.page_shift), 1 << p.page_shift)));
 }
 
+// Where the score of a head is stored.
+DEVICE float& score_at(const Params& p, int pair, int page, int h) {
+  return p.scores[(size_t(pair) * p.max_pages + page) * scores_a_page(p) + h];
+}
+
 // Adding 0 turns -0 into 0, so that the two tie.
 DEVICE void store_score(const Params& p, int pair, int h, int page, float score) {
   if (p.group_score == SOFTMAX)
-    p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] = score;
+    score_at(p, pair, page, h) = score;
   else if (h == p.group - 1)
-    p.scores[size_t(pair) * p.max_pages + page] = score + 0.f;
+    score_at(p, pair, page, 0) = score + 0.f;
 }
 
 // Sums four values over groups of `LANES` lanes. Lane bits LANES/2 and LANES/4 say which of the four a lane ends up with.
@@ -257,14 +262,21 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
           Mma<T>::add(z, q.x, q8.x, q.y, q8.y, v.x, v.y);
           Mma<T>::add(z, q.z, q8.z, q.w, q8.w, v.z, v.w);
         }
-        const uint4 t = row(sh.rest, 0, c), t8 = row(sh.rest, 1, c);
+        const uint4 t = row(sh.rest, 0, c);
         const Squares<T> a(v.x), b(v.y), e(v.z), f(v.w);
-        Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.most, b.most);
-        Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.most, f.most);
         Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.rest, b.rest);
         Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.rest, f.rest);
-        Mma<BF16>::add(y, t.x, t8.x, t.y, t8.y, a.most, b.most);
-        Mma<BF16>::add(y, t.z, t8.z, t.w, t8.w, e.most, f.most);
+        if (wide) {
+          const uint4 t8 = row(sh.rest, 1, c);
+          Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.most, b.most);
+          Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.most, f.most);
+          Mma<BF16>::add(y, t.x, t8.x, t.y, t8.y, a.most, b.most);
+          Mma<BF16>::add(y, t.z, t8.z, t.w, t8.w, e.most, f.most);
+        } else {
+          // The rows of the heads that are not there take what the queries' squares leave out.
+          Mma<BF16>::add(y, r.x, t.x, r.y, t.y, a.most, b.most);
+          Mma<BF16>::add(y, r.z, t.z, r.w, t.w, e.most, f.most);
+        }
       } else {
         Mma<T>::add(y, r.x, r8.x, r.y, r8.y, v.x, v.y);
         Mma<T>::add(y, r.z, r8.z, r.w, r8.w, v.z, v.w);
@@ -272,6 +284,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
       // The next pages' part takes its place at once.
       load(page0 + PAGES, c);
     }
+    if (MOMENT && !wide) y[0] += y[2], y[1] += y[3];
     float best[2] = {NEG_INF, NEG_INF};
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -281,7 +294,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
       if (!softmax) {
         best[e % 2] = fmaxf(best[e % 2], score);
       } else if (page < limit) {
-        p.scores[(size_t(pair) * p.group + h) * p.max_pages + page] = score;
+        score_at(p, pair, page, h) = score;
         if (page >= from) add_score(stats[e / 2], score);
       }
     }
@@ -293,7 +306,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
         for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
         const int page = page0 + 2 * quad + e;
         if (page >= limit) continue;
-        if (octet == 0) p.scores[size_t(pair) * p.max_pages + page] = m + 0.f;
+        if (octet == 0) score_at(p, pair, page, 0) = m + 0.f;
         if (page >= from) stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
       }
     }
@@ -324,17 +337,10 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
 
 // The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
 // method/summary.rs finds it.
-template <class T> DEVICE void principal_signs(const T* keys, int d, int rows, bool* negative /* [D] */) {
+template <class T> DEVICE void principal_signs(const T* keys, const float* mean /* [D] */, int d, int rows, bool* negative /* [D] */) {
   constexpr int ROUNDS = 2;
-  __shared__ float mean[MAX_HEAD_SIZE], direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
+  __shared__ float direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    float sum = 0.f;
-#pragma unroll 8
-    for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
-    mean[c] = sum * (1.f / float(rows));
-  }
-  __syncthreads();
   for (int r = warp; r < rows; r += warps) {
     float distance = 0.f;
     for (int c = lane; c < d; c += 32) {
@@ -380,14 +386,33 @@ template <class T> DEVICE void principal_signs(const T* keys, int d, int rows, b
   for (int c = threadIdx.x; c < d; c += blockDim.x) negative[c] = direction[c] < -1e-5f;
 }
 
-// Recomputes a page's summary from its valid rows; every thread takes whole columns.
+// Recomputes a page's summary from its valid rows, which it reads once, to `copy`, where there is memory for it; every thread takes
+// whole columns.
 template <class T>
-DEVICE void summarize(const Params& p, int pair, int page, int rows, float* stored /* [2, D] or null */) {
+DEVICE void summarize(const Params& p, int pair, int page, int rows, T* copy /* [page size, D] or null */, float* stored /* [2, D] or null */) {
   const int d = p.head_size;
   const T* keys = static_cast<const T*>(p.key_cache) + (size_t(pair) * p.capacity + (size_t(page) << p.page_shift)) * d;
   T* summary = static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * d;
+  __shared__ float mean[MAX_HEAD_SIZE];
   __shared__ bool negative[MAX_HEAD_SIZE];
-  if (p.selector == SIGNED_MOMENTS) principal_signs<T>(keys, d, rows, negative);
+  if (copy) {
+    // D is a multiple of 8.
+    constexpr int ELEMENTS = 16 / sizeof(T);
+    for (int i = threadIdx.x; i < rows * d / ELEMENTS; i += blockDim.x)
+      reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
+    __syncthreads();
+    keys = copy;
+  }
+  if (p.selector != BOUNDS) {
+    for (int c = threadIdx.x; c < d; c += blockDim.x) {
+      float sum = 0.f;
+#pragma unroll 8
+      for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
+      mean[c] = sum * (1.f / float(rows));
+    }
+    __syncthreads();
+    if (p.selector == SIGNED_MOMENTS) principal_signs<T>(keys, mean, d, rows, negative);
+  }
   for (int c = threadIdx.x; c < d; c += blockDim.x) {
     float a, b;
     if (p.selector == BOUNDS) {
@@ -398,10 +423,8 @@ DEVICE void summarize(const Params& p, int pair, int page, int rows, float* stor
         a = fminf(a, x), b = fmaxf(b, x);
       }
     } else {
-      float sum = 0.f, square = 0.f;
-#pragma unroll 8
-      for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
-      a = sum * (1.f / float(rows));
+      float square = 0.f;
+      a = mean[c];
 #pragma unroll 8
       for (int r = 0; r < rows; r++) {
         const float x = widen(keys[size_t(r) * d + c]) - a;
@@ -437,9 +460,10 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
   const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len);
   append<T>(p, s, b, head, max(start, s.first), end);
   float* stored = prepared + 2 * p.group * DP;
+  T* copy = p.copies_page ? reinterpret_cast<T*>(stored + 2 * d) : nullptr;
   if (scored) prepare_queries<T, DP>(p, s, b, head, prepared);
   __syncthreads();
-  summarize<T>(p, pair, page, end - start, stored);
+  summarize<T>(p, pair, page, end - start, copy, stored);
   if (!scored) return;
   __syncthreads();
   // One warp, so that the group's maximum is taken in one place.
@@ -485,6 +509,6 @@ template <class T, int DP, bool MOMENT> DEVICE void score_kernel(const Params& p
     const bool counts = there && page >= first_candidate(p, s);
     for (int h = 0; h < heads; h++)
       p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * heads + h] =
-          counts ? of_score(p.scores[(size_t(pair) * heads + h) * p.max_pages + page]) : no_scores();
+          counts ? of_score(score_at(p, pair, page, h)) : no_scores();
   }
 }

@@ -113,7 +113,7 @@ DEVICE void page_lse(const Params& p, const float* scores, int begin, int end, S
   for (int h = 0; h < p.group; h++) {
     float2 sums = {NEG_INF, 0.f};
     for (int i = begin + threadIdx.x; i < end; i += blockDim.x)
-      sums = joined_sums(sums, {scores[size_t(h) * p.max_pages + i], 1.f});
+      sums = joined_sums(sums, {scores[size_t(i) * scores_a_page(p) + h], 1.f});
     sums = warp_sums(sums);
     if (lane == 0) sh.part[warp] = sums;
     __syncthreads();
@@ -135,29 +135,37 @@ DEVICE void page_lse(const Params& p, const float* scores, int begin, int end, S
 }
 
 // The group's scores of so many pages, `stride` apart: the stored maximum, or the logarithm of the sum over heads of each head's
-// softmax. Pages from `end` on are not read.
+// softmax. Of pages from `end` on any number.
 DEVICE void group_scores(const Params& p, const float* scores, int page, int stride, int end, const SelectShared& sh, float (&x)[AT_ONCE]) {
-  auto load = [&](int h, float (&y)[AT_ONCE]) {
+  if (p.group_score == MAX) {
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) y[i] = page + i * stride < end ? scores[size_t(h) * p.max_pages + page + i * stride] : 0.f;
-  };
-  load(0, x);
-  if (p.group_score == MAX) return;
+    for (int i = 0; i < AT_ONCE; i++) x[i] = page + i * stride < end ? scores[page + i * stride] : 0.f;
+    return;
+  }
   float2 sums[AT_ONCE];
 #pragma unroll
   for (int i = 0; i < AT_ONCE; i++) sums[i] = {NEG_INF, 0.f};
 #pragma unroll 1
-  for (int h = 0; h < p.group; h++) {
-    float next[AT_ONCE];
-    load(min(h + 1, p.group - 1), next);
+  for (int h = 0; h < p.group; h += 4) {
+    float4 four[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      const float y = x[i] - sh.lse[h];
-      // The larger of the two has weight 1.
-      const float n = fmaxf(sums[i].x, y), e = expf(fminf(sums[i].x, y) - n);
-      if (n != NEG_INF) sums[i].y = y > sums[i].x ? sums[i].y * e + 1.f : sums[i].y + e;
-      if (!(y == y)) sums[i].y = y;
-      sums[i].x = n, x[i] = next[i];
+      const size_t at = size_t(min(page + i * stride, end - 1)) * scores_a_page(p) + h;
+      four[i] = *reinterpret_cast<const float4*>(scores + at);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (h + j >= p.group) break;
+      const float lse = sh.lse[h + j];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const float y = (j == 0 ? four[i].x : j == 1 ? four[i].y : j == 2 ? four[i].z : four[i].w) - lse;
+        // The larger of the two has weight 1.
+        const float n = fmaxf(sums[i].x, y), e = expf(fminf(sums[i].x, y) - n);
+        if (n != NEG_INF) sums[i].y = y > sums[i].x ? sums[i].y * e + 1.f : sums[i].y + e;
+        if (!(y == y)) sums[i].y = y;
+        sums[i].x = n;
+      }
     }
   }
 #pragma unroll
@@ -240,7 +248,7 @@ DEVICE void select_kernel(const Params& p) {
   if (!s.valid || !chooses(p, all)) return wait_for_previous();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int rank = cluster_block(), blocks = cluster_blocks();
-  const float* scores = p.scores + size_t(pair) * p.max_pages * (p.group_score == SOFTMAX ? p.group : 1);
+  const float* scores = p.scores + size_t(pair) * p.max_pages * scores_a_page(p);
   // The block's slice of the candidates; each warp owns neighbours, so that ballots count in page order.
   const int slice = (all.count + 32 * blocks - 1) / (32 * blocks) * 32;
   const int begin = all.from + min(rank * slice, all.count), end = min(begin + slice, all.pages);
