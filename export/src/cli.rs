@@ -3,6 +3,7 @@
 use crate::{ExternalMode, Options, Settings, SlidingCache, Verify};
 use clap::{Parser, Subcommand};
 use retro_contract::{Budget, GroupScore, Mode, Selector};
+use retro_runtime::Device;
 use std::path::PathBuf;
 
 /// Converts the attention of an ONNX language model to retrospective sparse attention.
@@ -41,6 +42,10 @@ pub struct Cli {
     /// Don't compare
     #[arg(long)]
     pub no_verify: bool,
+
+    /// Where to compare: cpu, cuda or cuda:N, the GPU of that number; as --verify does [default: cpu]
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["no_verify", "revert"])]
+    pub device: Option<Device>,
 
     /// Largest logit difference that counts as equal, per unit of the largest logit
     /// [default: 1e-4 for float32, 2e-2 for float16 and quantised models]
@@ -159,11 +164,12 @@ impl Cli {
             external_data: self.external_data,
             force: self.force,
             dry_run: self.dry_run,
-            verify: match (self.verify, self.no_verify) {
+            verify: match (self.verify || self.device.is_some(), self.no_verify) {
                 (true, _) => Verify::Always,
                 (false, true) => Verify::Never,
                 (false, false) => Verify::IfPossible,
             },
+            device: self.device.unwrap_or_default(),
             tolerance: self.tolerance,
         }
     }

@@ -20,6 +20,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use prost::Message;
 use retro_contract::{self as contract, Mode, metadata};
+use retro_runtime::Device;
 use std::{
     path::{Path, PathBuf},
     str::FromStr,
@@ -46,6 +47,8 @@ pub struct Options {
     /// Find and decide, but write nothing.
     pub dry_run: bool,
     pub verify: Verify,
+    /// Where both models run when they are compared.
+    pub device: Device,
     /// Largest logit difference that is rounding, for logits of up to 1; none: by the model's types.
     pub tolerance: Option<f32>,
 }
@@ -116,7 +119,7 @@ pub fn convert(options: &Options) -> Result<Report> {
     };
     // Whatever is missing for a comparison that was asked for is said before anything is written.
     let runtime = match options.verify {
-        Verify::Always if !options.dry_run => Some(Runtime::find().context("--verify")?),
+        Verify::Always if !options.dry_run => Some(Runtime::find(options.device).context("--verify")?),
         _ => None,
     };
     let Prepared {
@@ -147,7 +150,8 @@ pub fn convert(options: &Options) -> Result<Report> {
             report.unverified = Some(format!("the model has {size} bytes; --verify compares it all the same"));
         }
         Verify::IfPossible => {
-            match Runtime::find().and_then(|runtime| verify(&runtime, &source, &output, options, &facts)) {
+            match Runtime::find(options.device).and_then(|runtime| verify(&runtime, &source, &output, options, &facts))
+            {
                 Ok(verification) => report.verification = Some(verification),
                 Err(why) => report.unverified = Some(format!("{why:#}")),
             }
@@ -317,6 +321,13 @@ fn verify(
             },
         )?;
         verification.join(more);
+    }
+    if let Some(first) = verification
+        .skipped
+        .first()
+        .filter(|_| verification.compared.is_empty())
+    {
+        bail!("{}", first.why);
     }
     Ok(verification)
 }

@@ -6,7 +6,7 @@
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
     cell::RefCell,
-    ffi::{CStr, CString, c_void},
+    ffi::{CString, c_void},
     ptr,
     rc::Rc,
     sync::Arc,
@@ -22,7 +22,7 @@ use ort::{
 use crate::{
     Device,
     gpu::{Gpu, GpuMemory},
-    runtime::one_line,
+    runtime::{check, one_line},
 };
 
 /// Where tensors start: what any element type and any kernel's vector loads are content with.
@@ -279,21 +279,4 @@ pub(crate) fn bind_output(io: &IoBinding, name: &str, view: &View) -> Result<()>
     let name = CString::new(name)?;
     // SAFETY: as in `bind_input`.
     check(unsafe { (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })
-}
-
-/// A status of ONNX Runtime as a result.
-pub(crate) fn check(status: ort_sys::OrtStatusPtr) -> Result<()> {
-    if status.0.is_null() {
-        return Ok(());
-    }
-    let api = ort::api();
-    // SAFETY: a status that is not null is ours; its message lives until it is released, which is done once, here.
-    let message = unsafe {
-        let text = CStr::from_ptr((api.GetErrorMessage)(status.0))
-            .to_string_lossy()
-            .into_owned();
-        (api.ReleaseStatus)(status.0);
-        text
-    };
-    Err(anyhow!("{}", one_line(&message)))
 }

@@ -1,11 +1,11 @@
 //! The table of real exports: what each became, and how far it is from its original. `zoo [FOLDER...]`: folders that hold one
 //! folder with a model.onnx for each case; without any, those of tests/data.
 //!
-//! Build the workspace first (make build) and set ORT_DYLIB_PATH=$(scripts/onnxruntime).
+//! Build the workspace first (make build) and set ORT_DYLIB_PATH=$(scripts/onnxruntime). RETRO_TEST_DEVICE=cuda compares on a GPU.
 
 use std::{env, fs, path::Path, path::PathBuf, process::Command};
 
-use retro_tests::{paths, zoo};
+use retro_tests::{host, paths, zoo};
 use serde_json::Value;
 
 fn main() {
@@ -68,7 +68,8 @@ fn case(name: &str, model: &Path, work: &Path) -> String {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         (text, String::from_utf8_lossy(&output.stderr).trim().to_owned())
     };
-    let (text, error) = export(&["--verify", "--json", "--force"], [model, &target]);
+    let device = host::device().to_string();
+    let (text, error) = export(&["--device", &device, "--json", "--force"], [model, &target]);
     let Ok(report) = serde_json::from_str::<Value>(&text) else {
         let why = error.rsplit_once("model.onnx ").map_or(error.as_str(), |(_, why)| why);
         let why: String = why.chars().take(160).collect();
@@ -81,6 +82,12 @@ fn case(name: &str, model: &Path, work: &Path) -> String {
         .as_array()
         .cloned()
         .unwrap_or_default();
+    let skipped = report["verification"]["skipped"].as_array().map_or(0, Vec::len);
+    let skipped = if skipped == 0 {
+        String::new()
+    } else {
+        format!("; {skipped} comparisons skipped")
+    };
     let worst = |window: u64| {
         let of = compared.iter().filter(|c| c["window"] == window);
         of.filter_map(|c| c["largest_difference"].as_f64())
@@ -96,7 +103,7 @@ fn case(name: &str, model: &Path, work: &Path) -> String {
     let (_, failed) = export(&["--revert", "--force"], [&target, &back]);
     let identical = failed.is_empty() && fs::read(&back).ok() == fs::read(model).ok();
     format!(
-        "| {name} | {rule} | converted: {} | {:.1e} | {:.1e} | {:.1e} | {:.0} % | {} |",
+        "| {name} | {rule} | converted: {}{skipped} | {:.1e} | {:.1e} | {:.1e} | {:.0} % | {} |",
         modes.join(", "),
         worst(1),
         worst(2),

@@ -53,11 +53,26 @@ pub struct Compared {
     pub positions: usize,
 }
 
+/// A comparison that the original could not be run for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Skipped {
+    pub window: usize,
+    pub batch: usize,
+    pub prefill: &'static str,
+    pub why: String,
+}
+
 /// All comparisons.
 #[derive(Clone, Debug, Serialize)]
 pub struct Verification {
     pub runtime: std::path::PathBuf,
+    /// Where both models ran: "cpu" or "cuda:N".
+    pub device: String,
     pub compared: Vec<Compared>,
+    /// What could not be compared.
+    pub skipped: Vec<Skipped>,
+    /// How a run was not as asked: nodes on another device, an original that takes a prompt's rest only token by token.
+    pub notes: Vec<String>,
     pub largest_logit: f32,
     pub tolerance: f32,
     pub passed: bool,
@@ -68,6 +83,13 @@ impl Verification {
     pub fn join(&mut self, other: Self) {
         self.compared.extend(other.compared);
         self.compared.sort_by_key(|c| c.window);
+        self.skipped.extend(other.skipped);
+        self.skipped.sort_by_key(|c| c.window);
+        for note in other.notes {
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
+        }
         self.largest_logit = self.largest_logit.max(other.largest_logit);
         self.tolerance = self.tolerance.min(other.tolerance);
         self.passed &= other.passed;
@@ -105,11 +127,21 @@ impl fmt::Display for Verification {
                 None => writeln!(f)?,
             }
         }
+        for s in &self.skipped {
+            writeln!(
+                f,
+                "verify   w = {}, batch {}, prompt {:<8} NOT COMPARED: {}",
+                s.window, s.batch, s.prefill, s.why
+            )?;
+        }
+        for note in &self.notes {
+            writeln!(f, "verify   {note}")?;
+        }
         let verdict = if self.passed { "equal" } else { "DIFFERENT" };
         writeln!(
             f,
-            "verify   {verdict}: tolerance {:.1e}, logits up to {:.1}",
-            self.tolerance, self.largest_logit
+            "verify   {verdict} on {}: tolerance {:.1e}, logits up to {:.1}",
+            self.device, self.tolerance, self.largest_logit
         )
     }
 }
@@ -149,32 +181,70 @@ const WAYS: [Way; 4] = [
     },
 ];
 
-/// Runs both models.
+/// Runs both models. What the original can't be run for is skipped, and said to be.
 ///
 /// # Errors
-/// One of them doesn't load or run.
+/// One of them doesn't load, or the converted one doesn't run.
 pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
     let capacity = CAPACITY;
     let mut original = Model::open(runtime, plan.original, plan.caches, None).context("the original")?;
     let mut converted = Model::open(runtime, plan.converted, plan.caches, Some((capacity, plan.page_size)))
         .context("the converted model")?;
     let mut compared = Vec::new();
+    let mut skipped = Vec::new();
+    let mut notes: Vec<String> = [("the original", &original), ("the converted model", &converted)]
+        .into_iter()
+        .filter_map(|(which, model)| Some(format!("{which}: {}", model.elsewhere.as_ref()?)))
+        .collect();
     let mut largest_logit = 0.0f32;
     for way in WAYS.iter().filter(|w| w.pad == 0 || plan.padding) {
         let ids = tokens(plan.seed, way.batch, PROMPT + STEPS, plan.vocabulary);
-        let expected = reference(&mut original, &ids, way, 1)?;
+        let mut skip = |window: usize, why: String| {
+            skipped.push(Skipped {
+                window,
+                batch: way.batch,
+                prefill: way.name,
+                why,
+            });
+        };
+        let expected = match reference(&mut original, &ids, way, 1) {
+            Ok(run) if !run.logits.iter().flatten().any(|x| x.is_finite()) => {
+                let why = "the original's logits are no numbers";
+                plan.windows.iter().for_each(|w| skip(*w, why.to_owned()));
+                continue;
+            }
+            Ok(run) => run,
+            Err(why) => {
+                let why = format!("the original doesn't run: {why:#}");
+                plan.windows.iter().for_each(|w| skip(*w, why.clone()));
+                continue;
+            }
+        };
+        notes.extend(expected.one_by_one.filter(|note| !notes.contains(note)));
+        let expected = expected.logits;
         largest_logit = expected
             .iter()
             .flatten()
             .fold(largest_logit, |most, x| most.max(x.abs()));
         for window in plan.windows {
-            let got = run(&mut converted, &ids, way, *window).context("the converted model")?;
-            let (largest_difference, same) = difference(&expected, &got)?;
             let own_difference = if plan.together && *window > 1 {
-                Some(difference(&expected, &reference(&mut original, &ids, way, *window)?)?.0)
+                match reference(&mut original, &ids, way, *window) {
+                    Ok(own) => Some(difference(&expected, &own.logits)?.0),
+                    Err(why) => {
+                        skip(
+                            *window,
+                            format!(
+                                "the original, whose numbers depend on which tokens are fed together, doesn't take {window}: {why:#}"
+                            ),
+                        );
+                        continue;
+                    }
+                }
             } else {
                 None
             };
+            let got = run(&mut converted, &ids, way, *window).context("the converted model")?;
+            let (largest_difference, same) = difference(&expected, &got)?;
             compared.push(Compared {
                 window: *window,
                 batch: way.batch,
@@ -191,8 +261,11 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
     let allowed = |c: &Compared| tolerance + c.own_difference.map_or(0.0, |own| 2.0 * own);
     let passed = compared.iter().all(|c| c.largest_difference <= allowed(c));
     Ok(Verification {
-        runtime: runtime.library.clone(),
+        runtime: runtime.library().to_owned(),
+        device: runtime.device.to_string(),
         compared,
+        skipped,
+        notes,
         largest_logit,
         tolerance,
         passed,
@@ -227,38 +300,41 @@ fn difference(expected: &[Vec<f32>], got: &[Vec<f32>]) -> Result<(f32, usize)> {
     Ok((worst, same))
 }
 
-/// The original's logits after the prompt and after each step. `window`: tokens fed together, from a cache cut back.
-fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> Result<Vec<Vec<f32>>> {
-    model.start(ids.len()).context("the original")?;
-    let mut logits = Vec::new();
+/// What the original gave.
+struct Reference {
+    /// After the prompt's pieces and after each step.
+    logits: Vec<Vec<f32>>,
+    /// Why a piece of the prompt was fed token by token, if one was.
+    one_by_one: Option<String>,
+}
+
+/// Runs the original. `window`: tokens fed together in steps, from a cache cut back.
+fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> Result<Reference> {
+    let feed = |count: usize, total: usize| Feed {
+        ids,
+        count,
+        total,
+        pad: way.pad,
+        retro: 0,
+    };
+    model.start(ids.len())?;
+    let (mut logits, mut one_by_one) = (Vec::new(), None);
     let mut from = 0;
     for end in way.ends {
-        let piece = model.feed(&Feed {
-            ids,
-            count: end - from,
-            total: *end,
-            pad: way.pad,
-            retro: 0,
-        });
-        match piece {
+        match model.feed(&feed(end - from, *end)) {
             Ok(piece) => logits.extend(piece),
-            // An original that takes several tokens only without a past is fed the prompt's rest one by one.
-            Err(_) if from > 0 => {
+            Err(why) if from > 0 => {
+                one_by_one = Some(format!(
+                    "the original was fed a prompt's rest token by token, as together: {why:#}"
+                ));
                 for t in from..*end {
-                    let piece = model.feed(&Feed {
-                        ids,
-                        count: 1,
-                        total: t + 1,
-                        pad: way.pad,
-                        retro: 0,
-                    });
-                    let piece = piece.context("the original")?;
+                    let piece = model.feed(&feed(1, t + 1))?;
                     if t + 1 == *end {
                         logits.extend(piece);
                     }
                 }
             }
-            Err(e) => return Err(e.context("the original")),
+            Err(why) => return Err(why),
         }
         from = *end;
     }
@@ -269,16 +345,9 @@ fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> R
         } else {
             0
         };
-        let step = model.feed(&Feed {
-            ids,
-            count: again + 1,
-            total: t + 1,
-            pad: way.pad,
-            retro: 0,
-        });
-        logits.extend(step.context("the original")?);
+        logits.extend(model.feed(&feed(again + 1, t + 1))?);
     }
-    Ok(logits)
+    Ok(Reference { logits, one_by_one })
 }
 
 fn run(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> Result<Vec<Vec<f32>>> {

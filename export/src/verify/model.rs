@@ -1,9 +1,6 @@
 //! One model as a caller sees it: fed tokens, it keeps its caches and gives logits.
 
-use super::{
-    runtime::{Runtime, one_line},
-    value::Value,
-};
+use super::{runtime::Runtime, value::Value};
 use crate::rules::{ATTENTION_MASK, INPUT_IDS, POSITION_IDS};
 use anyhow::{Context, Result, anyhow, bail};
 use ort::{
@@ -14,6 +11,7 @@ use retro_contract::{
     graph::{PAGE_BUDGET, RETRO_LENGTH},
     pages_for,
 };
+use retro_runtime::one_line;
 use std::{borrow::Cow, collections::HashMap, path::Path};
 
 /// A cache of the source: its names, its sizes, and how it is kept.
@@ -40,6 +38,8 @@ pub struct Feed<'f> {
 
 pub struct Model {
     session: Session,
+    /// What does not run on the device asked for.
+    pub elsewhere: Option<String>,
     caches: Vec<CacheFacts>,
     state: HashMap<String, Value>,
     /// Rows of converted caches; none: an original, whose caches grow.
@@ -54,8 +54,10 @@ impl Model {
         caches: &[CacheFacts],
         converted: Option<(usize, usize)>,
     ) -> Result<Self> {
+        let (session, elsewhere) = runtime.open(path, converted.is_some())?;
         Ok(Self {
-            session: runtime.open(path, converted.is_some())?,
+            session,
+            elsewhere,
             caches: caches.to_vec(),
             state: HashMap::new(),
             capacity: converted.map(|(capacity, _)| capacity),

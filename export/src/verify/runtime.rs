@@ -1,117 +1,72 @@
-//! The two shared libraries that a comparison needs: ONNX Runtime and the operator's plugin.
+//! ONNX Runtime with the operator's plugin at hand, and the device that both models run on.
 
-use anyhow::{Result, anyhow};
-use ort::{
-    environment::Environment,
-    logging::LogLevel,
-    session::{Session, builder::GraphOptimizationLevel},
-};
+use anyhow::{Result, anyhow, ensure};
+use ort::session::{Session, builder::GraphOptimizationLevel};
+use retro_runtime::{Device, PLUGIN, PLUGIN_VARIABLE, device, find_plugin, one_line};
 use std::{
-    env, fs,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
-const PLUGIN: &str = "libretro_attention.so";
-const HINT: &str = "set ORT_DYLIB_PATH=PATH/libonnxruntime.so (scripts/onnxruntime finds or fetches one)";
-
-/// ONNX Runtime with the plugin at hand.
 pub struct Runtime {
-    environment: &'static Environment,
-    pub library: PathBuf,
+    loaded: &'static retro_runtime::Runtime,
     plugin: PathBuf,
+    pub device: Device,
 }
 
 impl Runtime {
-    /// Finds both: ONNX Runtime by `ORT_DYLIB_PATH`, beside the program, or in `.cache/onnxruntime` of a folder above it; the
-    /// plugin by `RETRO_ATTENTION_PLUGIN` or beside the program.
+    /// Finds both as `retro-run` does: ONNX Runtime by `ORT_DYLIB_PATH`, beside the program, in `.cache/onnxruntime` of a folder
+    /// above it, or where the system's loader does; the plugin by `RETRO_ATTENTION_PLUGIN` or beside the program.
     ///
     /// # Errors
-    /// One isn't found or doesn't load; then there is nothing to compare with.
-    pub fn find() -> Result<Self> {
-        let plugin = named("RETRO_ATTENTION_PLUGIN")?.or_else(|| {
-            folders()
-                .into_iter()
-                .take(2)
-                .map(|f| f.join(PLUGIN))
-                .find(|p| p.is_file())
-        });
-        let plugin = plugin.ok_or_else(|| {
-            anyhow!("the plugin {PLUGIN} is neither named by RETRO_ATTENTION_PLUGIN nor beside this program (make build makes it)")
+    /// One isn't found or doesn't load, or the device isn't there; then there is nothing to compare with.
+    pub fn find(device: Device) -> Result<Self> {
+        let plugin = find_plugin(None)?.ok_or_else(|| {
+            anyhow!("the plugin {PLUGIN} is neither named by {PLUGIN_VARIABLE} nor beside this program (make build makes it)")
         })?;
-        let library = named("ORT_DYLIB_PATH")?.or_else(|| folders().iter().find_map(|f| library_in(f)));
-        let library = library.ok_or_else(|| anyhow!("no ONNX Runtime is found; {HINT}"))?;
-        static LOADED: OnceLock<Result<Environment, String>> = OnceLock::new();
-        let loaded = LOADED.get_or_init(|| {
-            let builder = ort::init_from(&library).map_err(|e| e.to_string())?;
-            let environment = builder.with_name("retro-export").build().map_err(|e| e.to_string())?;
-            if env::var_os("ORT_LOG").is_none() {
-                environment.set_log_level(LogLevel::Fatal);
-            }
-            Ok(environment)
-        });
-        match loaded {
-            Ok(environment) => Ok(Self {
-                environment,
-                library,
-                plugin,
-            }),
-            Err(why) => Err(anyhow!("cannot use ONNX Runtime {}: {why}; {HINT}", library.display())),
-        }
+        // A process has one, and loads it once.
+        static LOADED: OnceLock<Result<retro_runtime::Runtime, String>> = OnceLock::new();
+        let loaded = LOADED
+            .get_or_init(|| retro_runtime::Runtime::load_for(device, None).map_err(|e| format!("{e:#}")))
+            .as_ref()
+            .map_err(|why| anyhow!("{why}"))?;
+        // Only whether it is there: tensors stay on the host, and ONNX Runtime copies them.
+        device.gpu()?;
+        Ok(Self { loaded, plugin, device })
     }
 
-    /// Opens a model. `plugin`: it is a converted one.
-    pub fn open(&self, model: &Path, plugin: bool) -> Result<Session> {
+    /// The library, for reports.
+    pub fn library(&self) -> &Path {
+        &self.loaded.path
+    }
+
+    /// Opens a model; and what of it does not run on the device. `plugin`: it is a converted one.
+    pub fn open(&self, model: &Path, plugin: bool) -> Result<(Session, Option<String>)> {
         let failed =
             |e: &dyn std::fmt::Display| anyhow!("ONNX Runtime does not load {}: {}", model.display(), one_line(e));
-        let mut builder = Session::builder(self.environment).map_err(|e| failed(&e))?;
+        let mut builder = Session::builder(self.loaded.environment()).map_err(|e| failed(&e))?;
         // As written: a fused or folded graph rounds otherwise.
         builder = builder
             .with_optimization_level(GraphOptimizationLevel::Level1)
             .map_err(|e| failed(&e))?;
+        builder = self.device.provide(builder, false).map_err(|e| failed(&e))?;
         if plugin {
             builder = builder.with_operator_library(&self.plugin).map_err(|e| failed(&e))?;
         }
-        builder.commit_from_file(model).map_err(|e| failed(&e))
+        let session = builder.commit_from_file(model).map_err(|e| failed(&e))?;
+        if self.device == Device::Cpu {
+            return Ok((session, None));
+        }
+        let placed = device::placement(&session)?;
+        // What is to be compared is the operator's own kernels there; all else may be left to the CPU, and is named.
+        let left = placed
+            .iter()
+            .find(|n| n.op_type == retro_contract::OP_TYPE && !n.on_gpu());
+        ensure!(
+            left.is_none(),
+            "the operator would run on the CPU: the plugin was built without CUDA (make cuda), or the model's element type is not supported there"
+        );
+        let left = device::elsewhere(&placed);
+        Ok((session, left))
     }
-}
-
-/// A message of several lines as one.
-pub fn one_line(error: &dyn std::fmt::Display) -> String {
-    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-fn named(variable: &str) -> Result<Option<PathBuf>> {
-    match env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from) {
-        Some(path) if path.is_file() => Ok(Some(path)),
-        Some(path) => Err(anyhow!("{variable} names no file: {}", path.display())),
-        None => Ok(None),
-    }
-}
-
-/// The folder of this program and those above it.
-fn folders() -> Vec<PathBuf> {
-    let program = env::current_exe().and_then(|p| p.canonicalize());
-    program.map_or_else(|_| Vec::new(), |p| p.ancestors().skip(1).map(Path::to_owned).collect())
-}
-
-fn library_in(folder: &Path) -> Option<PathBuf> {
-    let in_folder = |folder: &Path| {
-        let entries = fs::read_dir(folder).ok()?.flatten().map(|e| e.path());
-        entries.filter(|p| p.is_file()).find(|p| {
-            p.file_name().is_some_and(|n| {
-                let name = n.to_string_lossy();
-                name == "libonnxruntime.so" || name.starts_with("libonnxruntime.so.")
-            })
-        })
-    };
-    in_folder(folder).or_else(|| {
-        let mut versions: Vec<_> = fs::read_dir(folder.join(".cache/onnxruntime"))
-            .ok()?
-            .flatten()
-            .map(|e| e.path())
-            .collect();
-        versions.sort();
-        versions.iter().rev().find_map(|v| in_folder(v))
-    })
 }

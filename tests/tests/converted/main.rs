@@ -5,4 +5,5 @@ mod exports;
 mod generated;
 mod model;
 mod padding;
+mod verify;
 mod zoo;

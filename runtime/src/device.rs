@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use ort::{
     AsPointer,
     ep::{self, ArenaExtendStrategy, ExecutionProvider},
@@ -18,7 +18,7 @@ use ort::{
     session::{Session, builder::SessionBuilder},
 };
 
-use crate::{arena::check, gpu::Gpu, runtime::one_line};
+use crate::{check, gpu::Gpu, one_line};
 
 /// Where to run: `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl Device {
         let available = ep::CUDA::is_available().map_err(|e| anyhow!("{}", one_line(&e)))?;
         ensure!(
             available,
-            "this ONNX Runtime has no CUDA execution provider: name one that has with --ort or ORT_DYLIB_PATH (libonnxruntime.so of the package onnxruntime-gpu), or use --device cpu"
+            "this ONNX Runtime has no CUDA execution provider: set ORT_DYLIB_PATH to one that has (libonnxruntime.so of the package onnxruntime-gpu), or use --device cpu"
         );
         Gpu::open(id).map(Some)
     }
@@ -141,6 +141,12 @@ pub struct Placed {
     pub name: String,
 }
 
+impl Placed {
+    pub fn on_gpu(&self) -> bool {
+        self.provider == ep::CUDA::NAME
+    }
+}
+
 /// Which execution provider runs which node, for sessions of [`Device::provide`].
 ///
 /// # Errors
@@ -204,10 +210,11 @@ const HEAVY: [&str; 8] = [
 /// When a node that does the work (attention, a matrix product) was given to the CPU.
 pub fn left_to_cpu(session: &Session) -> Result<Option<String>> {
     let placed = placement(session)?;
-    let mut left: BTreeMap<&str, usize> = BTreeMap::new();
-    for node in placed.iter().filter(|n| n.provider != ep::CUDA::NAME) {
-        ensure!(
-            !HEAVY.contains(&node.op_type.as_str()),
+    let heavy = placed
+        .iter()
+        .find(|n| !n.on_gpu() && HEAVY.contains(&n.op_type.as_str()));
+    if let Some(node) = heavy {
+        bail!(
             "node {:?} ({}) has no CUDA kernel for its types and would run on {}: {}",
             node.name,
             node.op_type,
@@ -218,6 +225,14 @@ pub fn left_to_cpu(session: &Session) -> Result<Option<String>> {
                 "convert the model's weights to float16, or use --device cpu"
             }
         );
+    }
+    Ok(elsewhere(&placed))
+}
+
+/// The nodes that are not on the GPU, counted by operator, as one line: `None` if there are none.
+pub fn elsewhere(placed: &[Placed]) -> Option<String> {
+    let mut left: BTreeMap<&str, usize> = BTreeMap::new();
+    for node in placed.iter().filter(|n| !n.on_gpu()) {
         *left.entry(&node.op_type).or_default() += 1;
     }
     let total: usize = left.values().sum();
@@ -225,12 +240,34 @@ pub fn left_to_cpu(session: &Session) -> Result<Option<String>> {
         .iter()
         .map(|(op, n)| if *n == 1 { (*op).to_owned() } else { format!("{n} {op}") })
         .collect();
-    Ok((total > 0).then(|| format!("{total} of {} nodes stay on the CPU: {}", placed.len(), list.join(", "))))
+    (total > 0).then(|| format!("{total} of {} nodes stay on the CPU: {}", placed.len(), list.join(", ")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_on_the_gpu_is_counted() {
+        let placed = |provider: &str, op_type: &str| Placed {
+            provider: provider.into(),
+            op_type: op_type.into(),
+            name: String::new(),
+        };
+        let gpu = ep::CUDA::NAME;
+        assert_eq!(elsewhere(&[placed(gpu, "MatMul")]), None);
+        let cpu = "CPUExecutionProvider";
+        let nodes = [
+            placed(gpu, "MatMul"),
+            placed(cpu, "Shape"),
+            placed(cpu, "Gather"),
+            placed(cpu, "Shape"),
+        ];
+        assert_eq!(
+            elsewhere(&nodes).as_deref(),
+            Some("3 of 4 nodes stay on the CPU: Gather, 2 Shape")
+        );
+    }
 
     #[test]
     fn devices_have_names() {

@@ -1,0 +1,11 @@
+//! What every program that runs models needs before it has one: ONNX Runtime and the operator's plugin, found and loaded, and
+//! the device to run on.
+
+pub mod device;
+mod error;
+pub mod gpu;
+mod library;
+
+pub use device::Device;
+pub use error::{check, one_line};
+pub use library::{PLUGIN, PLUGIN_VARIABLE, RUNTIME_VARIABLE, Runtime, find_plugin};

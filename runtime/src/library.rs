@@ -1,0 +1,182 @@
+//! Finding and loading the two shared libraries: ONNX Runtime and the plugin.
+
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use ort::{environment::Environment, logging::LogLevel};
+
+use crate::{
+    device::{self, Device},
+    one_line,
+};
+
+/// File name of the plugin.
+pub const PLUGIN: &str = "libretro_attention.so";
+/// Names a library for the whole shell session.
+pub const PLUGIN_VARIABLE: &str = "RETRO_ATTENTION_PLUGIN";
+/// As in every program that uses the `ort` crate.
+pub const RUNTIME_VARIABLE: &str = "ORT_DYLIB_PATH";
+
+/// A bare name: the system's loader looks where it looks.
+const ANYWHERE: &str = "libonnxruntime.so";
+
+/// A loaded ONNX Runtime; one per process.
+pub struct Runtime {
+    environment: Environment,
+    /// Where it came from, for messages.
+    pub path: PathBuf,
+}
+
+impl Runtime {
+    /// Loads ONNX Runtime: from `explicit`, else from `ORT_DYLIB_PATH`, from beside this program, from
+    /// `.cache/onnxruntime` of a folder above it (where `make` puts it), else wherever the system's loader finds it.
+    ///
+    /// # Errors
+    /// When none is found, the file is no ONNX Runtime, it is older than 1.24, or one was loaded already.
+    pub fn load(explicit: Option<&Path>) -> Result<Self> {
+        Self::load_for(Device::Cpu, explicit)
+    }
+
+    /// As [`Self::load`], with the libraries that a device needs.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_for(device: Device, explicit: Option<&Path>) -> Result<Self> {
+        let path = find_runtime(explicit)?;
+        if device != Device::Cpu {
+            device::preload_libraries(&path);
+        }
+        let builder = ort::init_from(&path).map_err(|e| {
+            let hint = "set ORT_DYLIB_PATH=PATH/libonnxruntime.so (scripts/onnxruntime finds or fetches one)";
+            if path == Path::new(ANYWHERE) {
+                anyhow!("no ONNX Runtime is found ({}); {hint}", one_line(&e))
+            } else {
+                anyhow!("cannot use ONNX Runtime {}: {}; {hint}", path.display(), one_line(&e))
+            }
+        })?;
+        let environment = builder
+            .with_name("retro-attention")
+            .build()
+            .map_err(|e| anyhow!("cannot start ONNX Runtime {}: {}", path.display(), one_line(&e)))?;
+        if std::env::var_os("ORT_LOG").is_none() {
+            environment.set_log_level(LogLevel::Fatal);
+        }
+        Ok(Self { environment, path })
+    }
+
+    pub fn environment(&self) -> &Environment {
+        &self.environment
+    }
+}
+
+fn find_runtime(explicit: Option<&Path>) -> Result<PathBuf> {
+    if let Some(path) = explicit {
+        ensure!(path.is_file(), "--ort names no file: {}", path.display());
+        return absolute(path);
+    }
+    if let Some(value) = variable(RUNTIME_VARIABLE) {
+        let path = PathBuf::from(value);
+        ensure!(path.is_file(), "{RUNTIME_VARIABLE} names no file: {}", path.display());
+        return absolute(&path);
+    }
+    for folder in program_folders() {
+        let beside = newest_runtime(&folder).or_else(|| {
+            let versions = folders_in(&folder.join(".cache/onnxruntime"));
+            versions
+                .iter()
+                .filter_map(|version| newest_runtime(version))
+                .max_by_key(|p| version_key(p))
+        });
+        if let Some(path) = beside {
+            return Ok(path);
+        }
+    }
+    Ok(PathBuf::from(ANYWHERE))
+}
+
+/// The library among a folder's files with the highest version in its name.
+fn newest_runtime(folder: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    let is_runtime = |p: &PathBuf| {
+        let name = p.file_name().and_then(OsStr::to_str).unwrap_or("");
+        (name == "libonnxruntime.so" || name.starts_with("libonnxruntime.so.")) && p.is_file()
+    };
+    entries
+        .flatten()
+        .map(|e| e.path())
+        .filter(is_runtime)
+        .max_by_key(|p| version_key(p))
+}
+
+/// 1.9.0 before 1.31.1.
+fn version_key(path: &Path) -> Vec<u32> {
+    let name = path.file_name().and_then(OsStr::to_str).unwrap_or("");
+    name.split(".so.")
+        .nth(1)
+        .unwrap_or("")
+        .split('.')
+        .filter_map(|n| n.parse().ok())
+        .collect()
+}
+
+fn folders_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).filter(|p| p.is_dir()).collect()
+}
+
+/// The folder of this program and those above it: a build lies in target/release of its tree.
+fn program_folders() -> Vec<PathBuf> {
+    let program = std::env::current_exe().and_then(|p| p.canonicalize());
+    program.map_or_else(|_| Vec::new(), |p| p.ancestors().skip(1).map(Path::to_owned).collect())
+}
+
+/// Finds the plugin: `explicit`, else `RETRO_ATTENTION_PLUGIN`, else beside this program. `None`: there is none.
+///
+/// # Errors
+/// When a plugin that was asked for by name does not exist.
+pub fn find_plugin(explicit: Option<&Path>) -> Result<Option<PathBuf>> {
+    if let Some(path) = explicit {
+        ensure!(path.is_file(), "--plugin names no file: {}", path.display());
+        return absolute(path).map(Some);
+    }
+    if let Some(value) = variable(PLUGIN_VARIABLE) {
+        let path = PathBuf::from(value);
+        ensure!(path.is_file(), "{PLUGIN_VARIABLE} names no file: {}", path.display());
+        return absolute(&path).map(Some);
+    }
+    // Test programs lie in target/release/deps, the library one folder above.
+    let places = program_folders().into_iter().take(2);
+    Ok(places.map(|folder| folder.join(PLUGIN)).find(|p| p.is_file()))
+}
+
+fn variable(name: &str) -> Option<std::ffi::OsString> {
+    std::env::var_os(name).filter(|v| !v.is_empty())
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    path.canonicalize()
+        .with_context(|| format!("cannot open {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_highest_version_wins() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            "libonnxruntime.so.1.9.0",
+            "libonnxruntime.so.1.31.1",
+            "libonnxruntime_providers_shared.so",
+            "x",
+        ] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let found = newest_runtime(dir.path()).unwrap();
+        assert_eq!(found.file_name().unwrap(), "libonnxruntime.so.1.31.1");
+    }
+}

@@ -1,0 +1,147 @@
+//! `retro-export --device`: the original and the converted model compared on the device under test, and what is said where they
+//! can't be.
+
+use std::{fs, path::Path, process::Command};
+
+use prost::Message;
+use retro_export::onnx::{Dimension, read_model};
+use retro_tests::{host, paths, zoo};
+use serde_json::Value;
+
+fn export(source: &Path, target: &Path, device: &str) -> (Value, String) {
+    let output = Command::new(paths::command("retro-export"))
+        .env("ORT_DYLIB_PATH", paths::onnxruntime())
+        .env("RETRO_ATTENTION_PLUGIN", paths::plugin())
+        .arg(source)
+        .arg("-o")
+        .arg(target)
+        .args(["--json", "--external-data", "copy", "--device", device])
+        .output()
+        .expect("retro-export starts");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.success(), error.is_empty(), "{error}");
+    (serde_json::from_slice(&output.stdout).unwrap_or(Value::Null), error)
+}
+
+/// Compares on the device under test; what was compared.
+fn compared(source: &Path) -> Value {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut report, error) = export(
+        source,
+        &folder.path().join("converted.onnx"),
+        &host::device().to_string(),
+    );
+    assert_eq!(error, "", "{}", source.display());
+    let verification = report["verification"].take();
+    assert_eq!(verification["device"], host::device().to_string());
+    assert_eq!(verification["passed"], true, "{verification}");
+    println!("{}\n{verification:#}", source.display());
+    verification
+}
+
+/// Window, sequences, and how the prompt was fed.
+fn ways(list: &Value) -> Vec<(u64, u64, &str)> {
+    let list = list.as_array().expect("a list").iter();
+    let way = |c: &'_ Value| Some((c["window"].as_u64()?, c["batch"].as_u64()?));
+    list.map(|c| {
+        way(c)
+            .map(|(window, batch)| (window, batch, c["prefill"].as_str().unwrap_or("?")))
+            .expect("a way")
+    })
+    .collect()
+}
+
+/// All comparisons are made or named as skipped, and one sequence is compared with every window.
+fn covers(verification: &Value, padding: bool) {
+    let (made, skipped) = (ways(&verification["compared"]), ways(&verification["skipped"]));
+    for window in [1, 2, 4] {
+        for (batch, prefill) in [(1, "chunked"), (1, "whole"), (2, "padded"), (2, "whole")] {
+            let way = (window, batch, prefill);
+            let wanted = padding || prefill != "padded";
+            assert_eq!(
+                made.contains(&way) || skipped.contains(&way),
+                wanted,
+                "{way:?}: {verification}"
+            );
+        }
+        assert!(made.contains(&(window, 1, "whole")), "{verification}");
+    }
+    if !host::on_gpu() {
+        assert!(skipped.is_empty(), "{verification}");
+    }
+}
+
+#[test]
+fn group_query_attention() {
+    covers(&compared(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx")), false);
+}
+
+#[test]
+fn group_query_attention_in_float16() {
+    covers(&compared(&paths::data("zoo/genai-llama-fp16-cuda/model.onnx")), false);
+}
+
+#[test]
+fn decomposed_attention() {
+    for case in ["optimum-llama-fp32", "fp16conv-llama-fp16io"] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("source.onnx");
+        zoo::restore(&paths::data("zoo-graphs").join(format!("{case}.onnx.xz")), &source);
+        covers(&compared(&source), true);
+    }
+}
+
+/// This export's mask subgraph can't be run with several tokens behind a past.
+#[test]
+fn an_original_that_takes_no_chunks_is_fed_token_by_token() {
+    let verification = compared(&paths::data("zoo/genai040-old_llama-fp32-cuda/model.onnx"));
+    covers(&verification, true);
+    let notes = verification["notes"].to_string();
+    assert!(notes.contains("token by token"), "{notes}");
+}
+
+#[test]
+fn what_the_original_does_not_run_is_skipped_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source.onnx");
+    zoo::restore(&paths::data("zoo-graphs/optimum-llama-fp32.onnx.xz"), &source);
+    let mut model = read_model(&source).unwrap().model;
+    let inputs = &mut model.graph.as_mut().unwrap().input;
+    let ids = inputs.iter_mut().find(|i| i.name() == "input_ids").unwrap();
+    ids.dims_mut().expect("a tensor")[0] = Dimension::from(1);
+    fs::write(&source, model.encode_to_vec()).unwrap();
+    let verification = compared(&source);
+    let made = ways(&verification["compared"]);
+    assert!(
+        made.iter().all(|(_, batch, _)| *batch == 1) && made.len() == 6,
+        "{verification}"
+    );
+    assert_eq!(ways(&verification["skipped"]).len(), 6, "{verification}");
+    for skipped in verification["skipped"].as_array().unwrap() {
+        assert!(
+            skipped["why"].as_str().unwrap().contains("the original doesn't run"),
+            "{skipped}"
+        );
+    }
+}
+
+/// Where there is no GPU that is said at once, in one line.
+#[test]
+fn without_a_gpu_nothing_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("converted.onnx");
+    let (report, error) = export(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx"), &target, "cuda:0");
+    if error.is_empty() {
+        assert_eq!(report["verification"]["device"], "cuda:0");
+        return;
+    }
+    assert!(!host::on_gpu(), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+    let expected = [
+        "no CUDA execution provider",
+        "no NVIDIA driver",
+        "the NVIDIA driver gives no GPU",
+    ];
+    assert!(expected.iter().any(|why| error.contains(why)), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "something was written");
+}
