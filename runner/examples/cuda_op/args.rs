@@ -1,0 +1,209 @@
+//! The command line and its types.
+
+use std::{path::PathBuf, str::FromStr};
+
+use anyhow::{Result, ensure};
+use clap::{Parser, ValueEnum};
+use ort::value::TensorElementType;
+use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
+use retro_export::onnx::DataType;
+use retro_run::Device;
+
+use crate::{
+    graph::{Feeding, Kind},
+    plan::ROOM,
+    timing::most_steps,
+};
+
+#[derive(Parser)]
+#[command(about = "Times RetroAttention against GroupQueryAttention")]
+pub struct Args {
+    /// cuda, cuda:N or cpu.
+    #[arg(long, default_value = "cuda")]
+    pub device: Device,
+    /// Valid tokens, like 4096 or 128k.
+    #[arg(long, value_delimiter = ',', default_value = "1k,8k,32k,128k")]
+    pub context: Vec<Tokens>,
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+    /// Shares of the context like 0.15, or tokens like 2048.
+    #[arg(long, value_delimiter = ',', default_value = "0.15,2048")]
+    pub budget: Vec<Budget>,
+    /// Tokens fed a step.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,8")]
+    pub window: Vec<usize>,
+    #[arg(long, value_delimiter = ',', default_value = "retro")]
+    pub mode: Vec<Mode>,
+    /// Page selections, like bounds+max or moments+softmax.
+    #[arg(long, value_delimiter = ',', default_value = "bounds+max")]
+    pub select: Vec<Selection>,
+    /// Under a CUDA graph: off, on or both.
+    #[arg(long, default_value = "off")]
+    pub cuda_graph: When,
+    /// Tokens fed to GroupQueryAttention; it is what others are compared with at 1.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    pub gqa_tokens: Vec<usize>,
+    /// Instead of steps: prompts of so many tokens, fed to an empty cache.
+    #[arg(long, value_delimiter = ',')]
+    pub prefill: Vec<Tokens>,
+    /// Page summaries: random numbers like those of random keys, or computed from the cache by a prefill.
+    #[arg(long, default_value = "random")]
+    pub summaries: Summaries,
+    #[arg(long, default_value_t = 16)]
+    pub layers: usize,
+    #[arg(long, default_value_t = 32)]
+    pub heads: usize,
+    #[arg(long, default_value_t = 8)]
+    pub kv_heads: usize,
+    #[arg(long, default_value_t = 128)]
+    pub head_size: usize,
+    #[arg(long, default_value_t = limits::PAGE_SIZE)]
+    pub page_size: usize,
+    #[arg(long, default_value = "f16")]
+    pub dtype: Dtype,
+    /// RoPE inside the nodes.
+    #[arg(long)]
+    pub rotary: bool,
+    /// Wait for the device after every run, as a host does that looks at its output.
+    #[arg(long)]
+    pub sync: bool,
+    /// Also the graph without attention nodes.
+    #[arg(long)]
+    pub overhead: bool,
+    /// Runs that are timed together.
+    #[arg(long, default_value_t = 20)]
+    pub runs: usize,
+    /// Times that all variants are run, by turns; the median counts.
+    #[arg(short, long, default_value_t = 7)]
+    pub repetitions: usize,
+    #[arg(short, long, default_value = "md")]
+    pub output: Format,
+    #[arg(long)]
+    pub plugin: Option<PathBuf>,
+    #[arg(long)]
+    pub ort: Option<PathBuf>,
+}
+
+impl Args {
+    pub fn check(&self) -> Result<()> {
+        ensure!(
+            most_steps(self.runs) < ROOM,
+            "--runs: at most {}",
+            ROOM - 1 - most_steps(0)
+        );
+        ensure!(
+            self.runs >= 1 && self.repetitions >= 1 && self.layers >= 1,
+            "nothing to measure"
+        );
+        ensure!(self.window.iter().all(|&w| (1..=64).contains(&w)), "--window: 1 to 64");
+        Ok(())
+    }
+
+    /// Prompts are measured, not steps.
+    pub fn prompt(&self) -> bool {
+        !self.prefill.is_empty()
+    }
+
+    pub fn feeding(&self) -> Feeding {
+        if self.prompt() { Feeding::Direct } else { Feeding::Steps }
+    }
+
+    /// Context and batch of everything that is measured.
+    pub fn groups(&self) -> Vec<(usize, usize)> {
+        if self.prompt() {
+            return self.prefill.iter().map(|s| (s.0, 1)).collect();
+        }
+        self.context
+            .iter()
+            .flat_map(|c| self.batch.iter().map(|&b| (c.0, b)))
+            .collect()
+    }
+
+    pub fn widest_window(&self) -> usize {
+        self.window.iter().copied().max().unwrap_or(1)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Tokens(pub usize);
+
+impl FromStr for Tokens {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (digits, unit) = s.strip_suffix(['k', 'K']).map_or((s, 1), |d| (d, 1024));
+        match digits.parse::<usize>().ok().and_then(|n| n.checked_mul(unit)) {
+            Some(n @ 1..=0x100_0000) => Ok(Self(n)),
+            _ => Err(format!("{s:?}: expected a number of tokens like 4096 or 128k")),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub struct Selection(pub Selector, pub GroupScore);
+
+impl Selection {
+    pub fn kind(self, mode: Mode, window: usize) -> Kind {
+        Kind::Retro {
+            mode,
+            selector: self.0,
+            group_score: self.1,
+            window,
+        }
+    }
+}
+
+impl FromStr for Selection {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (selector, score) = s.split_once('+').ok_or("expected SELECTOR+SCORE like bounds+max")?;
+        let selector = selector.parse().map_err(|e| format!("{e}"))?;
+        Ok(Self(selector, score.parse().map_err(|e| format!("{e}"))?))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum When {
+    Off,
+    On,
+    Both,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Summaries {
+    Random,
+    Prefill,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Format {
+    Md,
+    Json,
+    Csv,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Dtype {
+    pub fn onnx(self) -> DataType {
+        match self {
+            Self::F32 => DataType::Float,
+            Self::F16 => DataType::Float16,
+            Self::Bf16 => DataType::Bfloat16,
+        }
+    }
+
+    pub fn element(self) -> TensorElementType {
+        match self {
+            Self::F32 => TensorElementType::Float32,
+            Self::F16 => TensorElementType::Float16,
+            Self::Bf16 => TensorElementType::Bfloat16,
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The variants that are compared, and their entries in the table.
+
+use anyhow::{Context, Result, ensure};
+use ort::session::{NoSelectedOutputs, RunOptions, Session};
+use retro_contract::{Budget, Mode, Selector};
+use retro_run::arena::{Bindings, View};
+
+use crate::{
+    args::{Args, Dtype, When},
+    graph::{Feeding, Kind},
+    group::Group,
+    host::Host,
+    rows,
+    summaries::Filling,
+    table::Row,
+    timing::{self, most_steps},
+};
+
+/// A session that is measured.
+pub struct Variant {
+    pub kind: Kind,
+    pub cuda_graph: bool,
+    pub session: Session,
+}
+
+/// One line of the table in the making.
+pub struct Entry<'a> {
+    pub variant: &'a Variant,
+    pub tokens: usize,
+    pub budget: Option<Budget>,
+    pub bindings: Bindings,
+    pub options: RunOptions<NoSelectedOutputs>,
+    pub micros: Vec<f64>,
+    /// Host and device tensors that only this entry has.
+    _own: Vec<View>,
+}
+
+impl<'a> Entry<'a> {
+    fn new(
+        group: &Group<'_>,
+        variant: &'a Variant,
+        tokens: usize,
+        budget: Option<Budget>,
+        graph_id: usize,
+    ) -> Result<Self> {
+        let (context, args) = (group.plan.context, group.host.args);
+        let total = if args.prompt() {
+            context
+        } else {
+            context + most_steps(args.runs)
+        };
+        let (bindings, own) = group.bind(&variant.session, variant.kind, args.feeding(), tokens, total)?;
+        Ok(Self {
+            variant,
+            tokens,
+            budget,
+            bindings,
+            options: group.host.run_options(variant.cuda_graph.then_some(graph_id))?,
+            micros: Vec::new(),
+            _own: own,
+        })
+    }
+}
+
+pub struct Bench<'a> {
+    host: &'a Host<'a>,
+    variants: Vec<Variant>,
+    filling: Filling,
+    graphs_used: usize,
+}
+
+impl<'a> Bench<'a> {
+    pub fn new(host: &'a Host<'a>) -> Result<Self> {
+        let args = host.args;
+        let feeding = args.feeding();
+        let mut kinds = Vec::new();
+        // GroupQueryAttention has no float32 on CUDA.
+        if args.dtype != Dtype::F32 || host.gpu.is_none() {
+            kinds.push(Kind::Gqa);
+        }
+        for &mode in &args.mode {
+            for &selection in &args.select {
+                if mode == Mode::Retro || selection == args.select[0] {
+                    kinds.extend(args.window.iter().map(|&window| selection.kind(mode, window)));
+                }
+            }
+        }
+        let graphs: &[bool] = match args.cuda_graph {
+            _ if feeding == Feeding::Direct => &[false],
+            When::Off => &[false],
+            When::On => &[true],
+            When::Both => &[false, true],
+        };
+        ensure!(
+            host.gpu.is_some() || graphs == [false],
+            "--cuda-graph: the device is not a GPU"
+        );
+        let mut variants = Vec::new();
+        for &cuda_graph in graphs {
+            for &kind in &kinds {
+                let session = host
+                    .session(kind, feeding, args.layers, cuda_graph)
+                    .with_context(|| format!("no session for {kind:?}"))?;
+                variants.push(Variant {
+                    kind,
+                    cuda_graph,
+                    session,
+                });
+            }
+        }
+        Ok(Self {
+            host,
+            variants,
+            filling: Filling::new(host)?,
+            graphs_used: 0,
+        })
+    }
+
+    pub fn measure(&mut self, group: &Group<'_>, bandwidth: f64) -> Result<Vec<Row>> {
+        let args = self.host.args;
+        group.refill()?;
+        let mut rows = Vec::new();
+        let mut selectors: Vec<Selector> = args.select.iter().map(|s| s.0).collect();
+        selectors.dedup();
+        // All variants by turns; summaries are of one kind at a time, so variants of another selector take turns of their own,
+        // with GroupQueryAttention again among them.
+        for selector in selectors {
+            if !args.prompt() {
+                self.filling.fill(group, selector)?;
+            }
+            let mut entries = Vec::new();
+            for variant in &self.variants {
+                if matches!(variant.kind, Kind::Retro { selector: s, .. } if s != selector) {
+                    continue;
+                }
+                for (tokens, budget) in lines(args, variant.kind, group) {
+                    self.graphs_used += usize::from(variant.cuda_graph);
+                    entries.push(Entry::new(group, variant, tokens, budget, self.graphs_used)?);
+                }
+            }
+            for _ in 0..args.repetitions {
+                for entry in &mut entries {
+                    let micros = timing::time(group, entry)?;
+                    entry.micros.push(micros);
+                }
+            }
+            rows.extend(rows::of_entries(group, &entries, bandwidth));
+        }
+        if args.overhead && !args.prompt() {
+            rows.push(rows::of_overhead(group, &timing::overhead(group)?));
+        }
+        Ok(rows)
+    }
+}
+
+/// Which lines a kind has in the table: tokens fed, budget.
+fn lines(args: &Args, kind: Kind, group: &Group<'_>) -> Vec<(usize, Option<Budget>)> {
+    match kind {
+        _ if args.prompt() => vec![(group.plan.context, None)],
+        // ONNX Runtime's node takes several tokens after a past for one sequence only.
+        Kind::Gqa => args
+            .gqa_tokens
+            .iter()
+            .filter(|&&t| t == 1 || group.plan.batch == 1)
+            .map(|&t| (t, None))
+            .collect(),
+        Kind::Retro {
+            mode: Mode::Dense,
+            window,
+            ..
+        } => vec![(window, None)],
+        Kind::Retro { window, .. } => args.budget.iter().map(|&b| (window, Some(b))).collect(),
+    }
+}

@@ -1,0 +1,76 @@
+//! The memory of a context and batch.
+
+use retro_contract::{pages_for, ring_slots};
+use retro_run::arena::ALIGNMENT;
+
+use crate::{args::Summaries, fill, graph, host::Host, summaries::CHUNK};
+
+/// Room behind the context for the steps that are timed.
+pub const ROOM: usize = 256;
+
+/// Where the buffers of a context and batch lie.
+pub struct Plan {
+    pub context: usize,
+    pub batch: usize,
+    pub capacity: usize,
+    pub pages: usize,
+    /// Keys and values of each layer.
+    pub caches: Vec<[usize; 2]>,
+    /// Of each layer: summaries, page steps, output cache, log-sum-exps.
+    pub state: Vec<[usize; 4]>,
+    pub bank: usize,
+    pub output: usize,
+    pub rotary: [usize; 2],
+    pub budget: usize,
+    pub lengths: usize,
+    pub bytes: usize,
+}
+
+impl Plan {
+    pub fn new(host: &Host<'_>, context: usize, batch: usize) -> Self {
+        let (s, args) = (&host.shape, host.args);
+        let element = fill::bytes_of(s.dtype);
+        let capacity = context + ROOM;
+        let pages = pages_for(capacity, s.page);
+        let ring = ring_slots(args.widest_window());
+        let most = args.window.iter().chain(&args.gqa_tokens).copied().max().unwrap_or(1);
+        let prompt = if args.prompt() { context } else { 0 };
+        let chunk = if args.summaries == Summaries::Prefill { CHUNK } else { 0 };
+        let mut next = 0usize;
+        let mut take = |bytes: usize| {
+            let at = next;
+            next = (next + bytes).next_multiple_of(ALIGNMENT);
+            at
+        };
+        let cache = batch * s.kv_heads * capacity * s.size * element;
+        let caches = (0..s.layers).map(|_| [take(cache), take(cache)]).collect();
+        let bank = take((graph::BANK * most).max(prompt).max(batch * chunk) * s.packed() * element);
+        let output = take((batch * most).max(prompt).max(batch * chunk) * s.heads * s.size * element);
+        let rotary = [(); 2].map(|()| take(capacity * s.size / 2 * element));
+        let state = (0..s.layers)
+            .map(|_| {
+                [
+                    take(batch * s.kv_heads * pages * 2 * s.size * element),
+                    take(batch * s.kv_heads * pages * 4),
+                    take(batch * ring * s.heads * s.size * 4),
+                    take(batch * ring * s.heads * 4),
+                ]
+            })
+            .collect();
+        let (budget, lengths) = (take(batch * 4), take(batch * 4));
+        Self {
+            context,
+            batch,
+            capacity,
+            pages,
+            caches,
+            state,
+            bank,
+            output,
+            rotary,
+            budget,
+            lengths,
+            bytes: next,
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Rows of the table from what was timed.
+
+use retro_contract::{Mode, pages_for};
+
+use crate::{bench::Entry, fill, graph::Kind, group::Group, table::Row};
+
+/// Median, least, most.
+fn spread(numbers: &[f64]) -> [f64; 3] {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    [sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1]]
+}
+
+pub fn of_entries(group: &Group<'_>, entries: &[Entry<'_>], bandwidth: f64) -> Vec<Row> {
+    let prompt = group.host.args.prompt();
+    let row = |entry: &Entry<'_>| {
+        let reference = entries.iter().find(|e| {
+            e.variant.kind == Kind::Gqa && e.variant.cuda_graph == entry.variant.cuda_graph && (prompt || e.tokens == 1)
+        });
+        let (what, selector) = names(entry.variant.kind, prompt);
+        let (micros, bytes) = (spread(&entry.micros), bytes(group, entry));
+        Row {
+            what,
+            context: group.plan.context,
+            batch: group.plan.batch,
+            tokens: entry.tokens,
+            budget: entry.budget.map_or_else(|| "-".to_owned(), |b| b.to_string()),
+            selector,
+            graph: entry.variant.cuda_graph,
+            micros,
+            bytes,
+            share: bytes / (micros[0] * 1e-6) / bandwidth,
+            speedup: reference.map(|r| spread(&r.micros)[0] / micros[0]),
+        }
+    };
+    entries.iter().map(row).collect()
+}
+
+pub fn of_overhead(group: &Group<'_>, micros: &[f64]) -> Row {
+    Row {
+        what: "no attention".to_owned(),
+        context: group.plan.context,
+        batch: group.plan.batch,
+        tokens: 1,
+        budget: "-".to_owned(),
+        selector: "-".to_owned(),
+        graph: false,
+        micros: spread(micros),
+        bytes: 0.0,
+        share: 0.0,
+        speedup: None,
+    }
+}
+
+/// Bytes of keys, values and summaries that a layer must read.
+fn bytes(group: &Group<'_>, entry: &Entry<'_>) -> f64 {
+    let (s, context) = (&group.host.shape, group.plan.context);
+    let loaded = || group.pages_of(entry.budget) * s.page;
+    let (loaded, summaries) = match entry.variant.kind {
+        Kind::Retro { mode: Mode::Retro, .. } => (loaded(), 2.0 * pages_for(context, s.page) as f64),
+        Kind::Retro {
+            mode: Mode::Streaming, ..
+        } => (loaded(), 0.0),
+        _ => (context, 0.0),
+    };
+    let row = (group.plan.batch * s.kv_heads * s.size) as f64 * fill::bytes_of(s.dtype) as f64;
+    let summaries = if group.host.args.prompt() { 0.0 } else { summaries };
+    row * (2.0 * loaded.min(context) as f64 + summaries)
+}
+
+/// Of the node and of its page selection.
+fn names(kind: Kind, prompt: bool) -> (String, String) {
+    match kind {
+        Kind::Gqa => ("GQA".to_owned(), "-".to_owned()),
+        Kind::Retro {
+            mode,
+            selector,
+            group_score,
+            ..
+        } => (
+            if prompt {
+                "RetroAttention".to_owned()
+            } else {
+                mode.to_string()
+            },
+            if mode == Mode::Retro {
+                format!("{selector}+{group_score}")
+            } else {
+                "-".to_owned()
+            },
+        ),
+    }
+}

@@ -1,0 +1,69 @@
+//! Page summaries of a context: random numbers, or computed from the cache by a prefill.
+
+use anyhow::{Result, ensure};
+use ort::session::Session;
+use retro_contract::{Mode, Selector};
+
+use crate::{
+    args::Summaries,
+    fill,
+    graph::{Feeding, Kind},
+    group::Group,
+    host::Host,
+};
+
+/// Tokens of a chunk of the prefill that computes summaries.
+pub const CHUNK: usize = 2048;
+
+/// The sessions that compute summaries: none where they are random.
+pub struct Filling(Vec<(Selector, Kind, Session)>);
+
+impl Filling {
+    pub fn new(host: &Host<'_>) -> Result<Self> {
+        let args = host.args;
+        let mut sessions: Vec<(Selector, Kind, Session)> = Vec::new();
+        if args.summaries == Summaries::Prefill && !args.prompt() {
+            for selection in &args.select {
+                if sessions.iter().all(|(s, ..)| *s != selection.0) {
+                    let kind = selection.kind(Mode::Retro, args.widest_window());
+                    let session = host.session(kind, Feeding::Direct, args.layers, false)?;
+                    sessions.push((selection.0, kind, session));
+                }
+            }
+        }
+        Ok(Self(sessions))
+    }
+
+    pub fn fill(&self, group: &Group<'_>, selector: Selector) -> Result<()> {
+        if let Some((_, kind, session)) = self.0.iter().find(|(s, ..)| *s == selector) {
+            return prefill(group, *kind, session);
+        }
+        let s = &group.host.shape;
+        for state in &group.plan.state {
+            fill::summaries(group.arena, state[0], state[1] - state[0], s.dtype, selector, s.size)?;
+        }
+        Ok(())
+    }
+}
+
+/// Chunks of random tokens, so that caches and summaries belong together.
+fn prefill(group: &Group<'_>, kind: Kind, session: &Session) -> Result<()> {
+    let (s, plan) = (&group.host.shape, &group.plan);
+    ensure!(plan.batch == 1, "--summaries prefill: for --batch 1");
+    let mut done = 0;
+    while done < plan.context {
+        let count = CHUNK.min(plan.context - done);
+        done += count;
+        group.set_lengths(done as i32 - 1)?;
+        group.set_budget(0)?;
+        let (bindings, _own) = group.bind(session, kind, Feeding::Direct, count, done)?;
+        bindings.run(session, None)?;
+        // The next chunk has other tokens.
+        let bytes = plan.batch * CHUNK * s.packed() * fill::bytes_of(s.dtype);
+        let from = plan.caches[done / CHUNK % s.layers][1];
+        if bytes <= plan.caches[0][1] {
+            group.arena.copy(plan.bank, from, bytes)?;
+        }
+    }
+    Ok(())
+}

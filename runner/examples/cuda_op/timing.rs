@@ -1,0 +1,100 @@
+//! Runs by the clock.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use retro_contract::Budget;
+use retro_run::arena::Arena;
+
+use crate::{
+    bench::Entry,
+    graph::{Feeding, Kind},
+    group::Group,
+    host::Host,
+};
+
+/// Runs before the timed ones; a CUDA graph is captured in the first.
+const WARM_UP: usize = 3;
+
+/// An upper bound of the steps that so many timed runs take; capturing a graph takes steps, too.
+pub fn most_steps(runs: usize) -> usize {
+    WARM_UP + runs + 8
+}
+
+/// Bytes read and written a second by a copy inside the block.
+pub fn copy_bandwidth(host: &Host<'_>, arena: &Arena) -> Result<f64> {
+    let bytes = (arena.bytes() / 2).min(2 << 30);
+    let mut best = f64::INFINITY;
+    for _ in 0..6 {
+        host.synchronize()?;
+        let start = Instant::now();
+        arena.copy(bytes, 0, bytes)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * bytes as f64 / best)
+}
+
+/// Microseconds a layer of one run, without those that warm up.
+fn micros(host: &Host<'_>, warm_up: usize, runs: usize, run: impl Fn() -> Result<()>) -> Result<f64> {
+    for _ in 0..warm_up {
+        run()?;
+    }
+    host.synchronize()?;
+    let start = Instant::now();
+    for _ in 0..runs {
+        run()?;
+    }
+    host.synchronize()?;
+    Ok(1e6 * start.elapsed().as_secs_f64() / (runs * host.shape.layers) as f64)
+}
+
+/// Microseconds a layer of one run of an entry.
+pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
+    let (host, plan) = (group.host, &group.plan);
+    let prompt = host.args.prompt();
+    // The first step is at position context - 1; a prompt fills the cache up to there.
+    let before = if prompt { plan.context - 1 } else { plan.context - 2 } as i32;
+    // Everything stays everything when the steps pass the first context's pages.
+    let everything = entry.budget == Some(Budget::Ratio(1.0));
+    let pages = if everything {
+        i32::MAX
+    } else {
+        group.pages_of(entry.budget) as i32
+    };
+    group.set_budget(pages)?;
+    group.set_lengths(before)?;
+    for state in &plan.state {
+        // No page was loaded of late: the first tokens fed again have the most to catch up with.
+        group.arena.fill(state[1], state[2] - state[1], 0)?;
+    }
+    let (warm_up, runs) = if prompt { (1, 1) } else { (WARM_UP, host.args.runs) };
+    let micros = micros(host, warm_up, runs, || {
+        entry.bindings.run(&entry.variant.session, Some(&entry.options))
+    })?;
+    if !prompt {
+        // The counter must have moved with every run, else nothing was measured.
+        let mut bytes = [0; 4];
+        group.arena.read(plan.lengths, &mut bytes)?;
+        let expected = before + (warm_up + runs) as i32;
+        let got = i32::from_le_bytes(bytes);
+        ensure!(
+            got == expected || (entry.variant.cuda_graph && got > before + runs as i32),
+            "{:?}: after {} runs the counter is {got}, expected {expected}",
+            entry.variant.kind,
+            warm_up + runs
+        );
+    }
+    Ok(micros)
+}
+
+/// The counter and the picking of rows alone, as if they were one layer of as many as there are.
+pub fn overhead(group: &Group<'_>) -> Result<Vec<f64>> {
+    let (host, args) = (group.host, group.host.args);
+    let session = host.session(Kind::Gqa, Feeding::Steps, 0, false)?;
+    let (bindings, _own) = group.bind_overhead(&session)?;
+    group.set_lengths(0)?;
+    let options = host.run_options(None)?;
+    (0..args.repetitions)
+        .map(|_| micros(host, 1, args.runs, || bindings.run(&session, Some(&options))))
+        .collect()
+}
