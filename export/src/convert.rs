@@ -7,6 +7,7 @@ use crate::{
     merged::unfold,
     onnx::{
         Bytes, Content, DataType, LoadedModel, ModelProto, external_files, new_file_beside, read_bytes, read_model,
+        rename_locations,
     },
     report::{Action, LayerReport, Report},
     revert,
@@ -22,6 +23,7 @@ use prost::Message;
 use retro_contract::{self as contract, Mode, metadata};
 use retro_runtime::Device;
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -128,15 +130,18 @@ pub fn convert(options: &Options) -> Result<Report> {
         facts,
         bytes,
     } = prepare(read_model(&source.model)?, source.folder(), options)?;
-    let external = external_files(&model, source.folder())?;
+    let mut external = external_files(&model, source.folder())?;
     let Some(output) = output else { return Ok(report) };
     report.target = Some(output.model_path());
     if options.dry_run {
         return Ok(report);
     }
     let shown = source.model.display();
+    let renamed = output.settle(&mut external)?;
+    rename_locations(&mut model, &renamed);
+    output.mark(&mut model, &external, &renamed);
     revert::record(&mut model, &bytes).with_context(|| format!("{shown}"))?;
-    let spilled = spill(&mut model, &output.spill_name(), 0);
+    let spilled = spill(&mut model, output.spill_name(), 0);
     let written = output.write(&Content::Model(&model), &external, &spilled)?;
     report.bytes = Some(written.bytes);
     report.external_data = written.external;
@@ -150,7 +155,8 @@ pub fn convert(options: &Options) -> Result<Report> {
             report.unverified = Some(format!("the model has {size} bytes; --verify compares it all the same"));
         }
         Verify::IfPossible => {
-            match Runtime::find(options.device).and_then(|runtime| verify(&runtime, &source, &output, options, &facts))
+            match Runtime::find(options.device)
+                .and_then(|runtime| verify(&runtime, &source, (&output, &renamed), options, &facts))
             {
                 Ok(verification) => report.verification = Some(verification),
                 Err(why) => report.unverified = Some(format!("{why:#}")),
@@ -158,7 +164,7 @@ pub fn convert(options: &Options) -> Result<Report> {
         }
         Verify::Always => {
             let runtime = runtime.context("no ONNX Runtime")?;
-            let verification = verify(&runtime, &source, &output, options, &facts);
+            let verification = verify(&runtime, &source, (&output, &renamed), options, &facts);
             report.verification = Some(verification.context("the comparison can't be made")?);
         }
     }
@@ -272,7 +278,7 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
 fn verify(
     runtime: &Runtime,
     source: &Source,
-    output: &Output,
+    (output, renamed): (&Output, &BTreeMap<PathBuf, PathBuf>),
     options: &Options,
     facts: &Facts,
 ) -> Result<Verification> {
@@ -309,7 +315,8 @@ fn verify(
         let mut prepared = prepare(read_model(&source.model)?, source.folder(), &wide)?;
         let name = output.spill_name();
         // Weights that were moved out of the output lie there for this one too.
-        drop(spill(&mut prepared.model, &name, 0));
+        drop(spill(&mut prepared.model, name, 0));
+        rename_locations(&mut prepared.model, renamed);
         let mut file = new_file_beside(&path)?;
         Content::Model(&prepared.model).write_to(file.as_file_mut())?;
         let more = compare(

@@ -1,11 +1,16 @@
 //! Where a model comes from and where it goes: single files, and folders with all that lies beside the model.
 
 use crate::{
-    onnx::{Bytes, Content, ExternalFile, folder_of, new_file_beside, persist, sync_folder, write_placed},
+    onnx::{
+        Bytes, Content, ExternalFile, ModelProto, folder_of, inside, locations, map_file, new_file_beside, persist,
+        read_model, sync_folder, write_placed,
+    },
     report::ExternalReport,
+    spill::SPILLED,
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, Metadata},
     io,
     path::{Path, PathBuf},
@@ -135,6 +140,8 @@ pub struct Output<'a> {
     target: PathBuf,
     external: ExternalMode,
     force: bool,
+    /// The file for weights that don't fit in the model's own.
+    spill_name: String,
 }
 
 /// What was written.
@@ -155,12 +162,119 @@ impl<'a> Output<'a> {
             Some(folder) => plan_folder(source, folder, target, external, force)?,
             None => plan_file(source, target, external, force)?,
         };
-        Ok(Self {
+        let mut output = Self {
             source,
             target: target.to_owned(),
             external,
             force,
+            spill_name: String::new(),
+        };
+        let model = output.model_path();
+        let name = format!("{}.data", model.file_name().unwrap_or_default().to_string_lossy());
+        output.spill_name = match &source.named_folder {
+            Some(_) => name,
+            None => output.free_name(Path::new(&name))?.to_string_lossy().into_owned(),
+        };
+        Ok(output)
+    }
+
+    /// A name for weights beside the output that replaces nothing: an older model there may need what has the usual name, until
+    /// its own file is replaced.
+    fn free_name(&self, usual: &Path) -> Result<PathBuf> {
+        let folder = folder_of(&self.target);
+        let taken = |name: &Path| fs::symlink_metadata(folder.join(name)).is_ok();
+        if !self.force || !taken(usual) {
+            return Ok(usual.to_owned());
+        }
+        let end = usual
+            .extension()
+            .map_or_else(String::new, |e| format!(".{}", e.to_string_lossy()));
+        let stem = usual.file_stem().unwrap_or_default().to_string_lossy();
+        let mut names = (2..10_000).map(|n| usual.with_file_name(format!("{stem}-{n}{end}")));
+        let free = names.find(|name| !taken(name));
+        free.with_context(|| {
+            format!(
+                "there are too many files named {} already",
+                folder.join(usual).display()
+            )
         })
+    }
+
+    /// Names for the weights that the output gets copies or links of, where the usual ones are taken: usual name and new one.
+    pub(crate) fn settle(&self, external: &mut [ExternalFile]) -> Result<BTreeMap<PathBuf, PathBuf>> {
+        let mut renamed = BTreeMap::new();
+        if self.source.named_folder.is_some() || self.external == ExternalMode::Reference {
+            return Ok(renamed);
+        }
+        let folder = folder_of(&self.target);
+        for file in external {
+            let place = folder.join(&file.location);
+            if same_file(&place, &file.source) || same_path(&place, &self.target) {
+                continue;
+            }
+            let name = self.free_name(&file.location)?;
+            if name != file.location {
+                renamed.insert(std::mem::replace(&mut file.location, name.clone()), name);
+            }
+        }
+        Ok(renamed)
+    }
+
+    /// Writes into a model which of its weights were brought for it, as name here: name in the original. Those are this
+    /// program's to remove when the model is replaced.
+    pub(crate) fn mark(&self, model: &mut ModelProto, external: &[ExternalFile], renamed: &BTreeMap<PathBuf, PathBuf>) {
+        if self.source.named_folder.is_some() || self.external == ExternalMode::Reference {
+            return;
+        }
+        let folder = folder_of(&self.target);
+        let usual: BTreeMap<_, _> = renamed.iter().map(|(old, new)| (new, old)).collect();
+        let brought = external
+            .iter()
+            .filter(|f| !same_file(&folder.join(&f.location), &f.source));
+        let names: serde_json::Map<_, _> = brought
+            .map(|f| {
+                let usual = usual.get(&f.location).map_or(&f.location, |old| *old);
+                (
+                    f.location.to_string_lossy().into_owned(),
+                    usual.to_string_lossy().into(),
+                )
+            })
+            .collect();
+        if !names.is_empty() {
+            model.set_metadata(BROUGHT, serde_json::Value::Object(names).to_string());
+        }
+    }
+
+    /// Weights that were made or brought for the model that the output replaces, and that no other model there names.
+    fn stale(&self, new: &[ExternalFile]) -> Vec<PathBuf> {
+        let folder = folder_of(&self.target);
+        let Ok(old) = read_model(&self.target) else {
+            return Vec::new();
+        };
+        let named = locations(&old.model);
+        let mut own: BTreeSet<PathBuf> = brought(&old.model).into_keys().collect();
+        own.extend(old.model.metadata(SPILLED).map(PathBuf::from));
+        own.retain(|name| named.contains(name));
+        own.retain(|name| *name != Path::new(&self.spill_name) && new.iter().all(|f| f.location != *name));
+        if own.is_empty() {
+            return Vec::new();
+        }
+        let Ok(entries) = fs::read_dir(folder) else {
+            return Vec::new();
+        };
+        for path in entries.flatten().map(|e| e.path()) {
+            let other = path.extension().is_some_and(|e| e == "onnx") && !same_path(&path, &self.target);
+            match read_model(&path) {
+                _ if !other => {}
+                Ok(model) => {
+                    let named = locations(&model.model);
+                    own.retain(|name| !named.contains(name));
+                }
+                // What it needs is not known.
+                Err(_) => return Vec::new(),
+            }
+        }
+        own.into_iter().map(|name| folder.join(name)).collect()
     }
 
     /// The file that will hold the converted model.
@@ -172,14 +286,13 @@ impl<'a> Output<'a> {
     }
 
     /// The file for weights that don't fit in the model's own.
-    pub fn spill_name(&self) -> String {
-        let path = self.model_path();
-        format!("{}.data", path.file_name().unwrap_or_default().to_string_lossy())
+    pub fn spill_name(&self) -> &str {
+        &self.spill_name
     }
 
     fn spill_report(&self, spilled: &[(u64, Bytes)]) -> ExternalReport {
         ExternalReport {
-            location: self.spill_name().into(),
+            location: self.spill_name.as_str().into(),
             bytes: spilled.last().map_or(0, |(at, bytes)| at + bytes.len() as u64),
             how: "moved out of the model",
         }
@@ -201,7 +314,8 @@ impl<'a> Output<'a> {
         Ok(Written { bytes, ..written })
     }
 
-    /// Everything goes to temporary files first; then the weights are put in place, and the model last.
+    /// Everything goes to temporary files first; then the weights are put in place, where nothing is, and the model last. A model
+    /// that it replaces keeps its weights up to then.
     fn write_file(&self, model: &Content, external: &[ExternalFile], spilled: &[(u64, Bytes)]) -> Result<Written> {
         let folder = folder_of(&self.target);
         let mut written = Written::default();
@@ -218,40 +332,51 @@ impl<'a> Output<'a> {
                 "the output {} would replace the weights it needs; name another file",
                 place.display()
             );
-            if self.external == ExternalMode::Reference {
-                written.external.push(report("referenced"));
+            if same_file(&place, &file.source) {
+                written.external.push(report(match self.external {
+                    ExternalMode::Reference => "referenced",
+                    _ => "already there",
+                }));
                 continue;
             }
-            if same_file(&place, &file.source) {
+            if fs::symlink_metadata(&place).is_ok() {
+                ensure!(
+                    self.force,
+                    "{} exists already; use --force to replace it",
+                    place.display()
+                );
+                ensure!(
+                    same_content(&place, &file.source),
+                    "{} exists already and holds other weights, but the model must name it so; name an output in another folder",
+                    place.display()
+                );
                 written.external.push(report("already there"));
                 continue;
             }
-            let exists = fs::symlink_metadata(&place).is_ok();
-            ensure!(
-                self.force || !exists,
-                "{} exists already; use --force to replace it",
-                place.display()
-            );
             let parent = folder_of(&place);
             fs::create_dir_all(parent).with_context(|| format!("cannot make the folder {}", parent.display()))?;
-            let (temp, how) = bring(&file.source, parent, self.external)
+            let how = match self.external {
+                // Of another name than the model's: a restored original beside its converted model.
+                ExternalMode::Reference => ExternalMode::Copy,
+                asked => asked,
+            };
+            let (temp, how) = bring(&file.source, parent, how)
                 .with_context(|| format!("cannot bring the weights to {}", place.display()))?;
-            staged.push((temp, place, exists));
+            staged.push((temp, place));
             written.external.push(report(how));
         }
         let shown = self.target.display();
         if !spilled.is_empty() {
-            let place = folder.join(self.spill_name());
-            let exists = fs::symlink_metadata(&place).is_ok();
+            let place = folder.join(&self.spill_name);
             ensure!(
-                self.force || !exists,
+                fs::symlink_metadata(&place).is_err(),
                 "{} exists already; use --force to replace it",
                 place.display()
             );
             let mut temp = new_file_beside(&place).with_context(|| format!("cannot write {}", place.display()))?;
             write_spilled(temp.as_file_mut(), spilled).with_context(|| format!("cannot write {}", place.display()))?;
             written.external.push(self.spill_report(spilled));
-            staged.push((temp.into_temp_path(), place, exists));
+            staged.push((temp.into_temp_path(), place));
         }
         let mut temp = new_file_beside(&self.target).with_context(|| format!("cannot write {shown}"))?;
         model
@@ -260,19 +385,22 @@ impl<'a> Output<'a> {
         temp.as_file()
             .sync_all()
             .with_context(|| format!("cannot write {shown}"))?;
+        let stale = if self.force { self.stale(external) } else { Vec::new() };
         let mut new = Vec::new();
-        let placed = staged.into_iter().try_for_each(|(temp, place, existed)| {
-            temp.persist(&place)
+        let placed = staged.into_iter().try_for_each(|(temp, place)| {
+            temp.persist_noclobber(&place)
                 .with_context(|| format!("cannot write {}", place.display()))?;
-            if !existed {
-                new.push(place);
-            }
+            sync_folder(folder_of(&place));
+            new.push(place);
             Ok(())
         });
         let done = placed.and_then(|()| persist(temp, &self.target, self.force));
         if done.is_err() {
             // Weights without a model are of no use; what was there before is not touched.
             new.iter().for_each(|place| drop(fs::remove_file(place)));
+        } else {
+            // Nobody needs them any more; that they can't be removed does no harm.
+            stale.iter().for_each(|place| drop(fs::remove_file(place)));
         }
         done.map(|()| written)
     }
@@ -303,7 +431,7 @@ impl<'a> Output<'a> {
         };
         brought.folder(folder, temp.path(), Path::new(""), 0)?;
         if !spilled.is_empty() {
-            let place = temp.path().join(self.spill_name());
+            let place = temp.path().join(&self.spill_name);
             let file = File::create_new(&place);
             file.and_then(|mut file| write_spilled(&mut file, spilled))
                 .with_context(|| format!("cannot write {shown}"))?;
@@ -316,14 +444,20 @@ impl<'a> Output<'a> {
             .and_then(|()| file.sync_all())
             .with_context(|| format!("cannot write {shown}"))?;
         sync_folder(temp.path());
-        let old = set_aside(&target)?;
-        if let Err(e) = fs::rename(temp.path(), &target) {
-            if let Some(old) = old {
-                let _ = fs::rename(&old, &target);
+        // At once, where the file system can; what was replaced then has the temporary name.
+        let old = if exchange(temp.path(), &target) {
+            Some(temp.keep())
+        } else {
+            let old = set_aside(&target)?;
+            if let Err(e) = fs::rename(temp.path(), &target) {
+                if let Some(old) = old {
+                    let _ = fs::rename(&old, &target);
+                }
+                return Err(e).with_context(|| format!("cannot write {shown}"));
             }
-            return Err(e).with_context(|| format!("cannot write {shown}"));
-        }
-        let _ = temp.keep();
+            let _ = temp.keep();
+            old
+        };
         if let Some(old) = old {
             fs::remove_dir_all(&old).with_context(|| format!("cannot remove what was replaced, {}", old.display()))?;
         }
@@ -353,6 +487,31 @@ impl OpenToOthers for tempfile::Builder<'_, '_> {
         }
         self
     }
+}
+
+/// Metadata: weights that were copied or linked for a converted model, an object of name here: name in the original.
+const BROUGHT: &str = "retro.weights_brought";
+
+/// Weights that were brought for a model, as name here: name in the original. Names that leave the folder are none of ours.
+pub(crate) fn brought(model: &ModelProto) -> BTreeMap<PathBuf, PathBuf> {
+    let names = model.metadata(BROUGHT).and_then(|text| serde_json::from_str(text).ok());
+    let names: BTreeMap<String, String> = names.unwrap_or_default();
+    names
+        .iter()
+        .filter_map(|(here, usual)| Some((inside(here)?, inside(usual)?)))
+        .collect()
+}
+
+/// Whether two files hold the same bytes.
+fn same_content(a: &Path, b: &Path) -> bool {
+    map_file(a).is_ok_and(|a| map_file(b).is_ok_and(|b| a == b))
+}
+
+/// Lets two folders change places, in one step that nothing can come between. Whether it was done.
+fn exchange(a: &Path, b: &Path) -> bool {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    fs::symlink_metadata(b).is_ok_and(|there| there.is_dir())
+        && renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).is_ok()
 }
 
 /// Moves an existing folder out of the way, beside itself; an empty one is simply replaced.

@@ -215,6 +215,12 @@ pub fn revert(source: &Path, target: &Path, external: Option<ExternalMode>, forc
     let spilled = model.metadata(crate::spill::SPILLED);
     let pieces = pieces(&model, source.folder()).with_context(|| format!("{shown}"))?;
     files.retain(|f| spilled.is_none_or(|s| f.location != Path::new(s)));
+    let brought = files::brought(&model);
+    for file in &mut files {
+        if let Some(usual) = brought.get(&file.location) {
+            file.location.clone_from(usual);
+        }
+    }
     let written = output.write(&Content::Pieces(&pieces), &files, &[])?;
     Ok((output.model_path(), written.bytes))
 }

@@ -3,7 +3,7 @@
 use super::messages::*;
 use anyhow::{Context, Result, bail, ensure};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Component, Path, PathBuf},
 };
@@ -81,7 +81,7 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
 }
 
 /// A location as a plain relative path; none if it could leave the folder.
-fn inside(location: &str) -> Option<PathBuf> {
+pub(crate) fn inside(location: &str) -> Option<PathBuf> {
     let mut relative = PathBuf::new();
     for component in Path::new(location).components() {
         match component {
@@ -91,6 +91,72 @@ fn inside(location: &str) -> Option<PathBuf> {
         }
     }
     (!relative.as_os_str().is_empty() && !location.contains('\0')).then_some(relative)
+}
+
+/// The locations that a model names, whether anything is there or not; those inside its folder alone.
+pub(crate) fn locations(model: &ModelProto) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    // The visit can't fail.
+    let _ = for_each_tensor(model, &mut |tensor| {
+        found.extend(tensor.external_entry("location").and_then(inside));
+        Ok(())
+    });
+    found
+}
+
+/// Lets a model look for its weights under other names.
+pub(crate) fn rename_locations(model: &mut ModelProto, names: &BTreeMap<PathBuf, PathBuf>) {
+    if names.is_empty() {
+        return;
+    }
+    let mut rename = |tensor: &mut TensorProto| {
+        for entry in tensor.external_data.iter_mut().filter(|e| e.key() == "location") {
+            if let Some(name) = inside(entry.value()).and_then(|old| names.get(&old)) {
+                entry.value = Some(name.to_string_lossy().into_owned());
+            }
+        }
+    };
+    let training = model.training_info.iter_mut();
+    let training = training.flat_map(|t| t.initialization.iter_mut().chain(&mut t.algorithm));
+    model
+        .graph
+        .iter_mut()
+        .chain(training)
+        .for_each(|graph| rename_in_graph(graph, &mut rename));
+    for function in &mut model.functions {
+        let attributes = function.node.iter_mut().flat_map(|n| &mut n.attribute);
+        attributes
+            .chain(&mut function.attribute_proto)
+            .for_each(|a| rename_in_attribute(a, &mut rename));
+    }
+}
+
+fn rename_in_graph(graph: &mut GraphProto, rename: &mut dyn FnMut(&mut TensorProto)) {
+    let sparse = graph
+        .sparse_initializer
+        .iter_mut()
+        .flat_map(|s| s.values.iter_mut().chain(&mut s.indices));
+    graph.initializer.iter_mut().chain(sparse).for_each(&mut *rename);
+    graph
+        .node
+        .iter_mut()
+        .flat_map(|n| &mut n.attribute)
+        .for_each(|a| rename_in_attribute(a, rename));
+}
+
+fn rename_in_attribute(a: &mut AttributeProto, rename: &mut dyn FnMut(&mut TensorProto)) {
+    a.t.as_deref_mut()
+        .into_iter()
+        .chain(&mut a.tensors)
+        .for_each(&mut *rename);
+    let sparse = a.sparse_tensor.as_deref_mut().into_iter().chain(&mut a.sparse_tensors);
+    sparse
+        .flat_map(|s| s.values.iter_mut().chain(&mut s.indices))
+        .for_each(&mut *rename);
+    a.g.as_deref_mut()
+        .into_iter()
+        .chain(&mut a.graphs)
+        .for_each(|g| rename_in_graph(g, rename));
 }
 
 /// Where a tensor's weights end in their file.
@@ -215,6 +281,13 @@ mod tests {
         let files = check(&[("location", "./sub/data"), ("offset", "16"), ("length", "48")]).unwrap();
         assert_eq!((files[0].location.as_path(), files[0].len), (Path::new("sub/data"), 64));
         assert_eq!(check(&[("location", "sub/data")]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn locations_change_wherever_tensors_are() {
+        let mut model = model(&[("location", "./sub/data"), ("offset", "16")]);
+        rename_locations(&mut model, &BTreeMap::from([("sub/data".into(), "sub/data-2".into())]));
+        assert_eq!(locations(&model), BTreeSet::from([PathBuf::from("sub/data-2")]));
     }
 
     #[test]

@@ -12,8 +12,8 @@ mod stream;
 mod write;
 
 pub use bytes::Bytes;
-pub(crate) use external::for_each_tensor;
 pub use external::{ExternalFile, external_files};
+pub(crate) use external::{for_each_tensor, inside, locations, rename_locations};
 pub use messages::*;
 pub(crate) use read::map_file;
 pub use read::{LoadedModel, folder_of, read_bytes, read_model};

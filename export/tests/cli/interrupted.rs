@@ -1,7 +1,7 @@
 //! Killed at any moment, or with a full disk: the old output or the new one is there, never a broken one.
 
 use crate::support::{command, convert, copy_of, names, zoo};
-use retro_export::onnx::read_model;
+use retro_export::onnx::{external_files, read_model};
 use std::{
     fs,
     path::Path,
@@ -40,6 +40,166 @@ fn killed_at_any_moment_it_leaves_the_old_output_or_the_new_one() {
     }
     println!("killed 60 times: the old output was kept {kept} times, replaced {replaced} times");
     assert!(kept > 0, "it was never killed before its end");
+}
+
+/// A model of the zoo with weights of its own, and one like it with others: folders.
+fn two_sources(folder: &Path) -> [std::path::PathBuf; 2] {
+    ["first", "second"].map(|name| {
+        let place = folder.join(name);
+        fs::create_dir(&place).unwrap();
+        let source = copy_of("genai-llama-fp32-cpu", &place);
+        if name == "second" {
+            let path = source.join("model.onnx.data");
+            let mut weights = fs::read(&path).unwrap();
+            weights.iter_mut().step_by(4).for_each(|x| *x ^= 1);
+            fs::write(path, weights).unwrap();
+        }
+        source
+    })
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    fs::create_dir(to).unwrap();
+    for name in names(from) {
+        fs::copy(from.join(&name), to.join(&name)).unwrap();
+    }
+}
+
+/// Starts a conversion again and again and kills it, at moments spread over the time that it takes. `reset` before each, `check`
+/// after each says whether the output is the new one.
+fn kill(command: &dyn Fn() -> Command, reset: &dyn Fn(), check: &dyn Fn() -> bool) {
+    reset();
+    let started = std::time::Instant::now();
+    assert!(command().stdout(Stdio::null()).status().unwrap().success());
+    let takes = started.elapsed();
+    assert!(check());
+    let (mut kept, mut replaced) = (0, 0);
+    for moment in 0..80u32 {
+        reset();
+        let mut running = command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        thread::sleep(takes * moment / 70);
+        running.kill().unwrap(); // SIGKILL
+        running.wait().unwrap();
+        if check() {
+            replaced += 1;
+        } else {
+            kept += 1;
+        }
+    }
+    println!("killed 80 times: the old output was kept {kept} times, replaced {replaced} times");
+    assert!(kept > 0, "it was never killed before its end");
+}
+
+/// Whether a folder's model is the second source's, converted with a window of 8; else it must be the first's, with one of 1. Its
+/// weights must be its own.
+fn is_second(folder: &Path, sources: &[std::path::PathBuf; 2]) -> bool {
+    let model = read_model(&folder.join("model.onnx")).expect("a whole model").model;
+    let second = match model.metadata("retro.window") {
+        Some("8") => true,
+        Some("1") => false,
+        other => panic!("{other:?}"),
+    };
+    let weights = external_files(&model, folder).expect("its weights are there");
+    let expected = fs::read(sources[usize::from(second)].join("model.onnx.data")).unwrap();
+    assert!(
+        fs::read(&weights[0].source).unwrap() == expected,
+        "a model with another's weights"
+    );
+    second
+}
+
+#[test]
+fn killed_at_any_moment_a_model_has_its_own_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let sources = two_sources(folder.path());
+    let [old, out] = ["old", "out"].map(|name| folder.path().join(name));
+    // A file with its weights copied beside it, and a whole folder.
+    for file in ["model.onnx", ""] {
+        let _ = fs::remove_dir_all(&old);
+        if !file.is_empty() {
+            fs::create_dir(&old).unwrap();
+        }
+        let place = |folder: &Path| {
+            if file.is_empty() {
+                folder.to_owned()
+            } else {
+                folder.join(file)
+            }
+        };
+        convert(&[
+            place(&sources[0]).as_os_str(),
+            "-o".as_ref(),
+            place(&old).as_os_str(),
+            "--window".as_ref(),
+            "1".as_ref(),
+        ]);
+        let command = || {
+            let mut command = command();
+            command.arg(place(&sources[1])).arg("-o").arg(place(&out));
+            command.args(["--force", "--no-verify", "--window", "8"]);
+            command
+        };
+        kill(&command, &|| copy_folder(&old, &out), &|| is_second(&out, &sources));
+    }
+}
+
+#[test]
+fn replaced_weights_go_when_nobody_names_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let sources = two_sources(folder.path());
+    let out = folder.path().join("out");
+    fs::create_dir(&out).unwrap();
+    let replace = |source: usize, window: &str| {
+        let [from, to] = [&sources[source], &out].map(|f| f.join("model.onnx"));
+        let words = ["-o", "--window", window, "--force"].map(std::ffi::OsStr::new);
+        convert(&[from.as_os_str(), words[0], to.as_os_str(), words[1], words[2], words[3]]);
+    };
+    replace(0, "1");
+    assert_eq!(names(&out), ["model.onnx", "model.onnx.data"]);
+    replace(1, "8");
+    assert_eq!(names(&out), ["model.onnx", "model.onnx-2.data"]);
+    assert!(is_second(&out, &sources));
+    // The original has its weights under their own name again, also beside its converted model.
+    let back = folder.path().join("back");
+    fs::create_dir(&back).unwrap();
+    for place in [back.join("model.onnx"), out.join("original.onnx")] {
+        convert(&[&out.join("model.onnx"), Path::new("--revert"), Path::new("-o"), &place]);
+        for name in ["model.onnx", "model.onnx.data"] {
+            let there = if name == "model.onnx" {
+                place.clone()
+            } else {
+                place.with_file_name(name)
+            };
+            assert!(
+                fs::read(there).unwrap() == fs::read(sources[1].join(name)).unwrap(),
+                "{name}"
+            );
+        }
+    }
+    // Another model names them.
+    fs::remove_file(out.join("original.onnx")).unwrap();
+    fs::remove_file(out.join("model.onnx.data")).unwrap();
+    fs::copy(out.join("model.onnx"), out.join("other.onnx")).unwrap();
+    replace(0, "1");
+    assert_eq!(
+        names(&out),
+        ["model.onnx", "model.onnx-2.data", "model.onnx.data", "other.onnx"]
+    );
+    assert!(!is_second(&out, &sources));
+    // A model that isn't ours may have brought nothing.
+    fs::remove_file(out.join("other.onnx")).unwrap();
+    fs::copy(sources[0].join("model.onnx"), out.join("model.onnx")).unwrap();
+    replace(1, "8");
+    assert_eq!(
+        names(&out),
+        [
+            "model.onnx",
+            "model.onnx-2.data",
+            "model.onnx-3.data",
+            "model.onnx.data"
+        ]
+    );
 }
 
 /// RLIMIT_FSIZE: writing past it fails as on a full disk (EFBIG instead of ENOSPC; SIGXFSZ is ignored by the shell).
@@ -127,8 +287,8 @@ impl OnFullDisks {
         }
     }
 
-    /// `old`, `new`: checksums of an untouched and of a finished output.
-    fn check(lines: &[String], names: &str) {
+    /// `old`, `new`: the names in an untouched and in a finished output.
+    fn check(lines: &[String], [old, new]: [&str; 2]) {
         let fields: Vec<Vec<&str>> = lines.iter().map(|l| l.split('|').collect()).collect();
         let (first, last) = (&fields[0], &fields[fields.len() - 1]);
         assert_eq!(
@@ -140,6 +300,7 @@ impl OnFullDisks {
             let &[_, code, error, sum, there] = line.as_slice() else {
                 panic!("{line:?}")
             };
+            let names = if code == "0" { new } else { old };
             assert_eq!(there.trim(), names, "nothing is left behind: {line:?}");
             if code == "0" {
                 assert_eq!((error, sum), ("", last[3]), "a whole new output: {line:?}");
@@ -179,7 +340,13 @@ fn a_full_disk_leaves_the_old_output_or_the_new_one() {
     let disk = disks.folder.path().join("disk");
     let disk = disk.display();
     let names = |out: &str| format!("{disk}: out source  {disk}/out: {out}");
-    OnFullDisks::check(&lines, &names("model.onnx model.onnx.data"));
+    // What is no model of ours keeps what may be its weights.
+    let [old, new] = [
+        "model.onnx model.onnx.data",
+        "model.onnx model.onnx-2.data model.onnx.data",
+    ]
+    .map(names);
+    OnFullDisks::check(&lines, [&old, &new]);
     // A whole folder.
     let Some(lines) = disks.run(["", ""], modes, [345, 695, 7]) else {
         return;
