@@ -10,6 +10,9 @@ use anyhow::{Result, bail};
 use retro_contract::limits::MASK_NOT_UNDERSTOOD;
 use std::collections::HashMap;
 
+/// From here on Slice takes its bounds as inputs.
+const SLICE_OPSET: i64 = 10;
+
 /// Values that tell lengths, and the nodes that make them.
 pub struct Lengths {
     pub seqlens_k: String,
@@ -33,6 +36,11 @@ impl Lengths {
         let Some(tokens) = tokens else {
             bail!("the graph has no input {INPUT_IDS} or {INPUTS_EMBEDS} that tells how many tokens are fed")
         };
+        if padding && opset < SLICE_OPSET {
+            bail!(
+                "opset {opset} has no Slice that takes its bounds as inputs, which the check of the attention mask needs; export with opset {SLICE_OPSET} or newer"
+            )
+        }
         if !graph.input.iter().any(|i| i.name() == ATTENTION_MASK) {
             let dims: [Dimension; 2] = ["batch_size".into(), "total_sequence_length".into()];
             graph
@@ -59,7 +67,6 @@ impl Lengths {
             name
         };
         let to = |t: DataType| vec![AttributeProto::int("to", i64::from(i32::from(t)))];
-        let along = || vec![AttributeProto::int("axis", 1), AttributeProto::int("keepdims", 0)];
         let shape = add(fresh, "retro/mask_shape", "Shape", &[ATTENTION_MASK], vec![]);
         let total = add(fresh, "retro/total", "Gather", &[&shape, &one], vec![]);
         let total_scalar = add(fresh, "retro/total_scalar", "Gather", &[&shape, &axis], vec![]);
@@ -74,22 +81,53 @@ impl Lengths {
         let fed = add(fresh, "retro/fed", "Gather", &[&fed_shape, &one], vec![]);
         let past = add(fresh, "retro/past", "Sub", &[&total, &fed], vec![]);
         let mask = add(fresh, "retro/mask", "Cast", &[ATTENTION_MASK], to(DataType::Int32));
-        let valid = if opset >= 13 {
-            let keep = vec![AttributeProto::int("keepdims", 0)];
-            add(fresh, "retro/valid", "ReduceSum", &[&mask, &one], keep)
-        } else {
-            let attributes = vec![AttributeProto::ints("axes", &[1]), AttributeProto::int("keepdims", 0)];
-            add(fresh, "retro/valid", "ReduceSum", &[&mask], attributes)
+        let sum = |add: &mut dyn FnMut(&mut Fresh, &str, &str, &[&str], Vec<AttributeProto>) -> String,
+                   fresh: &mut Fresh,
+                   base: &str,
+                   from: &str| {
+            let keep = AttributeProto::int("keepdims", 0);
+            if opset >= 13 {
+                add(fresh, base, "ReduceSum", &[from, &one], vec![keep])
+            } else {
+                add(
+                    fresh,
+                    base,
+                    "ReduceSum",
+                    &[from],
+                    vec![AttributeProto::ints("axes", &[1]), keep],
+                )
+            }
         };
-        // Ones up to the end, and nothing but padding before them.
-        let end = if padding {
-            let first = add(fresh, "retro/first", "ArgMax", &[&mask], along());
-            let first = add(fresh, "retro/first32", "Cast", &[&first], to(DataType::Int32));
-            add(fresh, "retro/end", "Add", &[&first, &valid], vec![])
+        let valid = sum(&mut add, fresh, "retro/valid", &mask);
+        // All is computed where the mask is, by operators that have CUDA kernels for int32: ArgMax has none, and a number that
+        // crosses to the GPU would forbid to capture a graph.
+        let sound = if padding {
+            // Ones at the end and nothing but padding before them: neighbours that are both valid, the last one being its own, are
+            // as many as are valid, and the last one is.
+            let [newest_on, end] = [(-1, "retro/newest_on"), (i64::MAX, "retro/end")]
+                .map(|(x, base)| constant(fresh, base, &|n| TensorProto::int64s(n, &[1], &[x])));
+            let last = add(
+                fresh,
+                "retro/mask_last",
+                "Slice",
+                &[&mask, &newest_on, &end, &one],
+                vec![],
+            );
+            let axis = || vec![AttributeProto::int("axis", 1)];
+            let longer = add(fresh, "retro/mask_longer", "Concat", &[&mask, &last], axis());
+            let next = add(fresh, "retro/mask_next", "Slice", &[&longer, &one, &end, &one], vec![]);
+            let both = add(fresh, "retro/neighbours", "Mul", &[&mask, &next], vec![]);
+            let pairs = sum(&mut add, fresh, "retro/pairs", &both);
+            let newest = sum(&mut add, fresh, "retro/newest", &last);
+            let got = add(fresh, "retro/pairs_and_newest", "Add", &[&pairs, &newest], vec![]);
+            let wanted = add(fresh, "retro/valid_and_one", "Sub", &[&valid, &minus], vec![]);
+            add(fresh, "retro/mask_is_sound", "Equal", &[&got, &wanted], vec![])
         } else {
-            valid.clone()
+            let value = AttributeProto::tensor("value", TensorProto::int32s("one", &[1], &[1]));
+            let ones = add(fresh, "retro/ones", "ConstantOfShape", &[&shape], vec![value]);
+            let width = sum(&mut add, fresh, "retro/width", &ones);
+            add(fresh, "retro/mask_is_sound", "Equal", &[&valid, &width], vec![])
         };
-        let sound = add(fresh, "retro/mask_is_sound", "Equal", &[&end, &total32], vec![]);
         let last = add(fresh, "retro/last", "Add", &[&valid, &minus], vec![]);
         let seqlens_k = add(fresh, "retro/seqlens_k", "Where", &[&sound, &last, &bad], vec![]);
         Ok(Self {
@@ -199,4 +237,59 @@ fn index(
 /// A Cast node, where types differ.
 pub fn cast_to(from: &str, to: DataType, name: &str) -> NodeProto {
     cast(from, to, name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        eval::{Env, Program, Tensor},
+        graph::GraphView,
+    };
+    use std::collections::HashSet;
+
+    /// seqlens_k for masks of one width.
+    fn seqlens_k(rows: &[Vec<i64>], opset: i64, padding: bool) -> Vec<i64> {
+        let mut graph = GraphProto::default();
+        let (dims, int): ([Dimension; 2], _) = (["b".into(), "s".into()], DataType::Int64);
+        graph.input.push(ValueInfoProto::tensor(INPUT_IDS, int, dims));
+        let mut fresh = Fresh::of(&graph);
+        let lengths = Lengths::new(&mut graph, &mut fresh, opset, padding).unwrap();
+        graph.node = lengths.nodes;
+        let view = GraphView::new(&graph, opset);
+        let program = Program::new(&view, None, &HashSet::new(), &HashSet::new());
+        let mut env = Env::default();
+        let mask = rows.iter().flatten().map(|x| *x as f64).collect();
+        env.set(ATTENTION_MASK, Tensor::new(vec![rows.len(), rows[0].len()], int, mask));
+        env.set(INPUT_IDS, Tensor::unknown(vec![rows.len(), 1], int));
+        let env = program.run(env);
+        let found = env.need(&lengths.seqlens_k).unwrap();
+        assert_eq!(found.shape, [rows.len()]);
+        found.data.iter().flatten().map(|x| *x as i64).collect()
+    }
+
+    #[test]
+    fn every_mask_is_a_length_or_an_error() {
+        for opset in [11, 22] {
+            for width in 1..=6 {
+                let rows: Vec<Vec<i64>> = (0..1 << width)
+                    .map(|m| (0..width).map(|i| m >> i & 1).collect())
+                    .collect();
+                for padding in [false, true] {
+                    let expected = rows.iter().map(|row| {
+                        let n = row.iter().sum::<i64>();
+                        let zeros = row.iter().take_while(|x| **x == 0).count();
+                        let sound = n > 0 && zeros as i64 + n == width && (padding || zeros == 0);
+                        if sound { n - 1 } else { i64::from(MASK_NOT_UNDERSTOOD) }
+                    });
+                    let expected: Vec<i64> = expected.collect();
+                    assert_eq!(
+                        seqlens_k(&rows, opset, padding),
+                        expected,
+                        "opset {opset}, {padding}: {rows:?}"
+                    );
+                }
+            }
+        }
+    }
 }
