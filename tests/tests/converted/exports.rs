@@ -43,6 +43,11 @@ fn converts(case: &str, rule: &str, masks: [&str; 2], limit: f64, together: f64)
     let mut windows: Vec<u64> = compared.iter().map(|c| c["window"].as_u64().unwrap()).collect();
     windows.dedup();
     assert_eq!(windows, [1, 2, 4], "{case}");
+    // Two sequences of different lengths in one batch, padded on the left, are among what is compared.
+    for window in [1, 2, 4] {
+        let padded = |c: &&Value| c["prefill"] == "padded" && c["batch"] == 2 && c["window"] == window;
+        assert_eq!(compared.iter().filter(padded).count(), 1, "{case}: {compared:?}");
+    }
     for c in compared {
         let (difference, window) = (c["largest_difference"].as_f64().unwrap(), c["window"].as_u64().unwrap());
         let limit = if window == 1 { limit } else { together };
