@@ -11,12 +11,12 @@ use crate::{
     },
     report::{Action, LayerReport, Report},
     revert,
-    rewrite::rewrite,
+    rewrite::{reads_mask, rewrite},
     rules::{Attention, Conversion, Lengths, Probes, Site, survey},
     settings::Settings,
     spill::spill,
     validate::validate,
-    verify::{CacheFacts, Plan, Runtime, Verification, compare},
+    verify::{CacheFacts, Padding, Plan, Runtime, Verification, compare},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use prost::Message;
@@ -184,7 +184,7 @@ struct Prepared {
 struct Facts {
     caches: Vec<CacheFacts>,
     vocabulary: usize,
-    padding: bool,
+    padding: Padding,
     /// All attention is converted, so that tokens may be fed again.
     whole: bool,
     quantized: bool,
@@ -259,6 +259,8 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
             cache(site, &site.past_value, &site.present_value),
         ]
     };
+    // Lengths that the mask's ones are counted for, not ones that a caller gives.
+    let counted = |site: &Box<Site>| site.lengths == Lengths::Given && reads_mask(view, &site.seqlens_k);
     let uses = |ops: &[&str]| view.graph.node.iter().any(|n| ops.contains(&n.op_type()));
     Facts {
         caches: sites().flat_map(|site| both(site)).collect(),
@@ -266,7 +268,13 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
             .declared_from_end("logits", 1)
             .and_then(|v| usize::try_from(v).ok())
             .unwrap_or(32),
-        padding: sites().all(|s| s.lengths == Lengths::FromMask { padding: true }),
+        padding: if sites().all(|s| s.lengths == Lengths::FromMask { padding: true }) {
+            Padding::Both
+        } else if conversions.len() == found.len() && sites().all(counted) {
+            Padding::Alone
+        } else {
+            Padding::Not
+        },
         whole: conversions.len() == found.len(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
         together: uses(&["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]),

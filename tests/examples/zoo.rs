@@ -55,6 +55,8 @@ fn main() {
 fn case(name: &str, model: &Path, work: &Path) -> String {
     let target = work.join("converted.onnx");
     let folder = work.join("reverted");
+    // Weights of another case there would not be replaced.
+    let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).expect("a folder");
     let export = |args: &[&str], files: [&Path; 2]| {
         let mut command = Command::new(paths::command("retro-export"));

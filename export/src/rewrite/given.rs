@@ -61,8 +61,8 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
     }
 }
 
-/// Whether a value is made from the attention mask.
-fn depends(view: &GraphView, from: &str) -> bool {
+/// Whether a value is made from the attention mask's numbers.
+pub fn depends(view: &GraphView, from: &str) -> bool {
     let mut open = vec![from];
     let mut seen = HashSet::new();
     while let Some(name) = open.pop() {

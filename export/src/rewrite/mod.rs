@@ -17,6 +17,7 @@ use crate::{
     settings::Settings,
 };
 use anyhow::{Context, Result, ensure};
+pub(crate) use given::depends as reads_mask;
 use retro_contract::{
     self as contract, Mode, attribute,
     graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},

@@ -18,6 +18,17 @@ const CHUNKS: [usize; 3] = [8, 15, PROMPT];
 const PADDING: usize = 3;
 const CAPACITY: usize = PROMPT + STEPS + 5;
 
+/// How padding on the left is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// The converted model does not take it.
+    Not,
+    /// Both models are fed the padded batch.
+    Both,
+    /// The original reads padding as tokens (GroupQueryAttention): it is fed each sequence alone, without padding.
+    Alone,
+}
+
 /// What is compared.
 #[derive(Clone, Debug)]
 pub struct Plan<'p> {
@@ -28,8 +39,8 @@ pub struct Plan<'p> {
     pub caches: &'p [CacheFacts],
     pub page_size: usize,
     pub vocabulary: usize,
-    /// Whether padding on the left can be compared too.
-    pub padding: bool,
+    /// How padding on the left is compared.
+    pub padding: Padding,
     /// The original's numbers depend on which tokens are fed together (dynamic quantisation): how much, is measured, and the
     /// converted model may differ as much when it feeds several.
     pub together: bool,
@@ -197,7 +208,7 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
         .filter_map(|(which, model)| Some(format!("{which}: {}", model.elsewhere.as_ref()?)))
         .collect();
     let mut largest_logit = 0.0f32;
-    for way in WAYS.iter().filter(|w| w.pad == 0 || plan.padding) {
+    for way in WAYS.iter().filter(|w| w.pad == 0 || plan.padding != Padding::Not) {
         let ids = tokens(plan.seed, way.batch, PROMPT + STEPS, plan.vocabulary);
         let mut skip = |window: usize, why: String| {
             skipped.push(Skipped {
@@ -207,7 +218,7 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
                 why,
             });
         };
-        let expected = match reference(&mut original, &ids, way, 1) {
+        let expected = match original_gives(&mut original, &ids, way, 1, plan.padding) {
             Ok(run) if !run.logits.iter().flatten().any(|x| x.is_finite()) => {
                 let why = "the original's logits are no numbers";
                 plan.windows.iter().for_each(|w| skip(*w, why.to_owned()));
@@ -228,7 +239,7 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
             .fold(largest_logit, |most, x| most.max(x.abs()));
         for window in plan.windows {
             let own_difference = if plan.together && *window > 1 {
-                match reference(&mut original, &ids, way, *window) {
+                match original_gives(&mut original, &ids, way, *window, plan.padding) {
                     Ok(own) => Some(difference(&expected, &own.logits)?.0),
                     Err(why) => {
                         skip(
@@ -308,8 +319,34 @@ struct Reference {
     one_by_one: Option<String>,
 }
 
-/// Runs the original. `window`: tokens fed together in steps, from a cache cut back.
-fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> Result<Reference> {
+/// What the original gives for a way of feeding, or what it gives for its sequences alone.
+fn original_gives(
+    model: &mut Model,
+    ids: &[Vec<i64>],
+    way: &Way,
+    window: usize,
+    padding: Padding,
+) -> Result<Reference> {
+    if way.pad == 0 || padding == Padding::Both {
+        return reference(model, ids, way, window, 0);
+    }
+    let mut rows = Vec::new();
+    for (b, row) in ids.iter().enumerate() {
+        let skip = if b + 1 == ids.len() { way.pad } else { 0 };
+        let alone = vec![row.get(skip..).unwrap_or_default().to_vec()];
+        rows.push(reference(model, &alone, &Way { pad: 0, ..*way }, window, skip)?);
+    }
+    // Sequence by sequence to call by call.
+    let calls = rows.iter().map(|r| r.logits.len()).min().unwrap_or(0);
+    let logits = (0..calls).flat_map(|call| rows.iter().filter_map(move |r| r.logits.get(call).cloned()));
+    Ok(Reference {
+        logits: logits.collect(),
+        one_by_one: rows.iter().find_map(|r| r.one_by_one.clone()),
+    })
+}
+
+/// Runs the original. `skip`: how many tokens shorter than usual the prompt is. `window`: tokens fed together in steps, from a cache cut back.
+fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize, skip: usize) -> Result<Reference> {
     let feed = |count: usize, total: usize| Feed {
         ids,
         count,
@@ -320,25 +357,25 @@ fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> R
     model.start(ids.len())?;
     let (mut logits, mut one_by_one) = (Vec::new(), None);
     let mut from = 0;
-    for end in way.ends {
-        match model.feed(&feed(end - from, *end)) {
+    for end in way.ends.iter().map(|end| end - skip) {
+        match model.feed(&feed(end - from, end)) {
             Ok(piece) => logits.extend(piece),
             Err(why) if from > 0 => {
                 one_by_one = Some(format!(
                     "the original was fed a prompt's rest token by token, as together: {why:#}"
                 ));
-                for t in from..*end {
+                for t in from..end {
                     let piece = model.feed(&feed(1, t + 1))?;
-                    if t + 1 == *end {
+                    if t + 1 == end {
                         logits.extend(piece);
                     }
                 }
             }
             Err(why) => return Err(why),
         }
-        from = *end;
+        from = end;
     }
-    for t in PROMPT..PROMPT + STEPS {
+    for t in PROMPT - skip..PROMPT - skip + STEPS {
         let again = (window - 1).min(t);
         let again = if again > 0 && model.rewind(t - again)? {
             again
