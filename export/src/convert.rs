@@ -260,7 +260,7 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
         ]
     };
     // Lengths that the mask's ones are counted for, not ones that a caller gives.
-    let counted = |site: &Box<Site>| site.lengths == Lengths::Given && reads_mask(view, &site.seqlens_k);
+    let counted = |site: &Site| site.lengths == Lengths::Given && reads_mask(view, &site.seqlens_k);
     let uses = |ops: &[&str]| view.graph.node.iter().any(|n| ops.contains(&n.op_type()));
     Facts {
         caches: sites().flat_map(|site| both(site)).collect(),
@@ -270,7 +270,7 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
             .unwrap_or(32),
         padding: if sites().all(|s| s.lengths == Lengths::FromMask { padding: true }) {
             Padding::Both
-        } else if conversions.len() == found.len() && sites().all(counted) {
+        } else if conversions.len() == found.len() && sites().all(|s| counted(s)) {
             Padding::Alone
         } else {
             Padding::Not

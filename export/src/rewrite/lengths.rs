@@ -27,6 +27,16 @@ fn cast(from: &str, to: DataType, name: &str) -> NodeProto {
     NodeProto::new("", "Cast", name, &[from], &[name]).with(AttributeProto::int("to", i64::from(i32::from(to))))
 }
 
+/// Inputs and attributes of a ReduceSum along the second axis, which `axis` names.
+fn sum<'n>(from: &'n str, axis: &'n str, opset: i64) -> (Vec<&'n str>, Vec<AttributeProto>) {
+    let keep = AttributeProto::int("keepdims", 0);
+    if opset >= 13 {
+        (vec![from, axis], vec![keep])
+    } else {
+        (vec![from], vec![AttributeProto::ints("axes", &[1]), keep])
+    }
+}
+
 impl Lengths {
     /// `padding`: zeros at the mask's beginning are padding; else every zero is an error.
     pub fn new(graph: &mut GraphProto, fresh: &mut Fresh, opset: i64, padding: bool) -> Result<Self> {
@@ -81,24 +91,8 @@ impl Lengths {
         let fed = add(fresh, "retro/fed", "Gather", &[&fed_shape, &one], vec![]);
         let past = add(fresh, "retro/past", "Sub", &[&total, &fed], vec![]);
         let mask = add(fresh, "retro/mask", "Cast", &[ATTENTION_MASK], to(DataType::Int32));
-        let sum = |add: &mut dyn FnMut(&mut Fresh, &str, &str, &[&str], Vec<AttributeProto>) -> String,
-                   fresh: &mut Fresh,
-                   base: &str,
-                   from: &str| {
-            let keep = AttributeProto::int("keepdims", 0);
-            if opset >= 13 {
-                add(fresh, base, "ReduceSum", &[from, &one], vec![keep])
-            } else {
-                add(
-                    fresh,
-                    base,
-                    "ReduceSum",
-                    &[from],
-                    vec![AttributeProto::ints("axes", &[1]), keep],
-                )
-            }
-        };
-        let valid = sum(&mut add, fresh, "retro/valid", &mask);
+        let (inputs, attributes) = sum(&mask, &one, opset);
+        let valid = add(fresh, "retro/valid", "ReduceSum", &inputs, attributes);
         // All is computed where the mask is, by operators that have CUDA kernels for int32: ArgMax has none, and a number that
         // crosses to the GPU would forbid to capture a graph.
         let sound = if padding {
@@ -117,15 +111,18 @@ impl Lengths {
             let longer = add(fresh, "retro/mask_longer", "Concat", &[&mask, &last], axis());
             let next = add(fresh, "retro/mask_next", "Slice", &[&longer, &one, &end, &one], vec![]);
             let both = add(fresh, "retro/neighbours", "Mul", &[&mask, &next], vec![]);
-            let pairs = sum(&mut add, fresh, "retro/pairs", &both);
-            let newest = sum(&mut add, fresh, "retro/newest", &last);
+            let (inputs, attributes) = sum(&both, &one, opset);
+            let pairs = add(fresh, "retro/pairs", "ReduceSum", &inputs, attributes);
+            let (inputs, attributes) = sum(&last, &one, opset);
+            let newest = add(fresh, "retro/newest", "ReduceSum", &inputs, attributes);
             let got = add(fresh, "retro/pairs_and_newest", "Add", &[&pairs, &newest], vec![]);
             let wanted = add(fresh, "retro/valid_and_one", "Sub", &[&valid, &minus], vec![]);
             add(fresh, "retro/mask_is_sound", "Equal", &[&got, &wanted], vec![])
         } else {
             let value = AttributeProto::tensor("value", TensorProto::int32s("one", &[1], &[1]));
             let ones = add(fresh, "retro/ones", "ConstantOfShape", &[&shape], vec![value]);
-            let width = sum(&mut add, fresh, "retro/width", &ones);
+            let (inputs, attributes) = sum(&ones, &one, opset);
+            let width = add(fresh, "retro/width", "ReduceSum", &inputs, attributes);
             add(fresh, "retro/mask_is_sound", "Equal", &[&valid, &width], vec![])
         };
         let last = add(fresh, "retro/last", "Add", &[&valid, &minus], vec![]);
