@@ -3,7 +3,8 @@
 //!
 //! The operator takes what is fed as the newest tokens of its cache: with n valid tokens and S fed, n < S, the first S - n rows
 //! are padding. So n ones side by side are right at the end of the mask (padding on the left), and anywhere if n >= S (masks
-//! as wide as a cache, ones first). Ones that are not side by side, or a padded end of what is fed, are not.
+//! as wide as a cache, ones first). Ones that are not side by side, or a padded end of what is fed, are not. Where a
+//! GroupQueryAttention is left in the graph, which takes the first n tokens of its cache, the ones must begin the mask as well.
 //!
 //! All is computed where the mask is: a number that crosses from the CPU to a GPU would forbid to capture a CUDA graph.
 
@@ -30,6 +31,7 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
     let Some((tokens, rank)) = fed.filter(|_| input_of(&ATTENTION_MASK, 2)) else {
         return;
     };
+    let left = graph.node.iter().any(|n| n.is("com.microsoft", "GroupQueryAttention"));
     let mask_type = graph
         .input
         .iter()
@@ -45,7 +47,11 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
             nodes: Vec::new(),
             constants: Vec::new(),
         };
-        let checked = made.checked(count, mask_type, (tokens, rank), opset);
+        let mut sound = made.sound(count, mask_type, (tokens, rank), opset);
+        if left {
+            sound = made.begins(&sound);
+        }
+        let checked = made.marked(&sound);
         graph.initializer.append(&mut made.constants);
         graph.node.splice(maker + 1..=maker, made.nodes);
         let operators = graph
@@ -75,6 +81,16 @@ pub fn depends(view: &GraphView, from: &str) -> bool {
         }
     }
     false
+}
+
+/// A mask that has been looked at: values of `[B, 1]`, the mask, and the constant `[1]`.
+#[derive(Clone)]
+struct Sound {
+    sound: String,
+    /// n - 1.
+    newest: String,
+    mask: String,
+    one: String,
 }
 
 struct Made {
@@ -117,14 +133,8 @@ impl Made {
         self.add("ReduceSum", &[from, &axis], vec![], base)
     }
 
-    /// `count` (n - 1, of any shape with B elements) as `[B]`, marked where the mask is not understood.
-    fn checked(
-        &mut self,
-        count: &str,
-        mask_type: Option<DataType>,
-        (tokens, rank): (&str, usize),
-        opset: i64,
-    ) -> String {
+    /// Whether the operator understands the mask, `[B, 1]`; `count`: n - 1, of any shape with B elements.
+    fn sound(&mut self, count: &str, mask_type: Option<DataType>, (tokens, rank): (&str, usize), opset: i64) -> Sound {
         let [one, two, minus, end] =
             [(1, "one"), (2, "two"), (-1, "minus_one"), (i64::MAX, "end")].map(|(x, base)| self.longs(&[x], base));
         let mask = match mask_type {
@@ -161,10 +171,29 @@ impl Made {
         let more = self.add("Add", &[&newest64, &two], vec![], "more");
         let enough = self.add("Less", &[&needed, &more], vec![], "enough");
         let sound = self.add("And", &[&together, &enough], vec![], "mask_is_sound");
+        Sound {
+            sound,
+            newest,
+            mask,
+            one,
+        }
+    }
+
+    /// The same where the mask must begin with a one, too.
+    fn begins(&mut self, of: &Sound) -> Sound {
+        let start = self.longs(&[0], "start");
+        let first = self.add("Slice", &[&of.mask, &start, &of.one, &of.one], vec![], "first");
+        let begins = self.add("Equal", &[&first, &of.one], vec![], "begins");
+        let sound = self.add("And", &[&of.sound, &begins], vec![], "mask_is_sound_for_all");
+        Sound { sound, ..of.clone() }
+    }
+
+    /// `[B]`: n - 1, or the mark where the mask is not understood.
+    fn marked(&mut self, of: &Sound) -> String {
         let bad = self.fresh.name("retro/given/mask_not_understood");
         self.constants
             .push(TensorProto::int32s(&bad, &[1, 1], &[MASK_NOT_UNDERSTOOD]));
-        let marked = self.add("Where", &[&sound, &newest, &bad], vec![], "marked");
+        let marked = self.add("Where", &[&of.sound, &of.newest, &bad], vec![], "marked");
         let flat = self.longs(&[-1], "flat");
         self.add("Reshape", &[&marked, &flat], vec![], "seqlens_k")
     }
@@ -283,6 +312,30 @@ mod tests {
                     expected,
                     "opset {opset}: {rows:?}, {fed} fed"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn ones_must_begin_the_mask_too_where_a_group_query_attention_is_left() {
+        const BAD: i64 = MASK_NOT_UNDERSTOOD as i64;
+        for opset in [22, 11] {
+            let mut graph = counted(opset, &["b", "s"]);
+            let left = NodeProto::new(
+                "com.microsoft",
+                "GroupQueryAttention",
+                "left",
+                &["", "", "", "", "", "count"],
+                &["z"],
+            );
+            graph.node.insert(3, left);
+            check(&mut graph, opset);
+            for (rows, fed, expected) in [
+                (&[&[1, 1, 1, 1][..], &[0, 1, 1, 1]][..], 4, [3, BAD]),
+                (&[&[1, 1, 1, 1], &[1, 1, 1, 0]], 4, [3, BAD]),
+                (&[&[1, 1, 0, 0, 0], &[0, 1, 1, 0, 0]], 1, [1, BAD]),
+            ] {
+                assert_eq!(lengths(&graph, opset, rows, fed), expected, "opset {opset}: {rows:?}");
             }
         }
     }
