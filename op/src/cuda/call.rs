@@ -10,24 +10,16 @@ use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
 use crate::host::Result;
 
-/// Threads of the scoring kernel over those of a warp.
-const SCORE_WARPS: usize = 8;
 /// Pages that a warp scores at once.
 const SCORE_PAGES: usize = 8;
 /// Warps of the attention kernel; each takes tiles of 16 tokens.
 const ATTEND_WARPS: usize = 4;
 /// Tokens of one tile.
 const TILE: usize = 16;
+/// One of so many multiprocessors may be kept for the selection kernel.
+const SELECT_SHARE: usize = 8;
 /// Splits that the merge kernel takes.
 const MAX_SPLITS: usize = 256;
-/// Blocks that choose the pages of one KV head together: what every device that has clusters takes as one.
-const SELECT_BLOCKS: usize = 8;
-/// Pages of a KV head from which on the selection kernel takes more than one.
-const SELECT_ALONE: usize = 1024;
-/// Pages of a thread of the selection kernel, as far as the threads go.
-const SELECT_KEYS: usize = 4;
-/// Pages that a block of it keeps the keys of.
-const SELECT_KEPT: usize = 8192;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
 /// Of which these stay free for variables.
@@ -57,11 +49,22 @@ pub struct Attend {
     pub stages: i32,
 }
 
+/// The selection kernels.
+pub struct Select {
+    /// For every case.
+    pub any: Kernel,
+    /// For a group score, with statistics of the scoring blocks and shared memory for all pages.
+    pub max: Kernel,
+    pub softmax: Kernel,
+    /// Bytes of shared memory that they may be launched with.
+    pub shared: usize,
+}
+
 /// The kernels for one element type and head size.
 pub struct Kernels {
     /// For the selector bounds, and for those that need squares.
     pub score: [Score; 2],
-    pub select: Kernel,
+    pub select: Select,
     pub merge: Kernel,
     pub append: Kernel,
     pub pages: Kernel,
@@ -136,14 +139,15 @@ impl Call<'_> {
         (self.group() * 2 * self.kernels.padded + 2 * self.dims.head_size) * 4
     }
 
-    /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens.
-    fn attention(&self, rows: usize, tokens: usize) -> (&Attend, usize, usize) {
+    /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens, in `reserved` blocks fewer than
+    /// the device holds.
+    fn attention(&self, rows: usize, tokens: usize, reserved: usize) -> (&Attend, usize, usize) {
         let list = &self.kernels.attend;
         let attend = list.iter().find(|a| rows <= a.rows).or(list.last());
         let attend = attend.unwrap_or_else(|| unreachable!("every element type has an attention kernel"));
         let blocks = rows.div_ceil(attend.rows);
         // One wave.
-        let wanted = attend.blocks_a_sm * self.multiprocessors / (self.pairs() * blocks);
+        let wanted = (attend.blocks_a_sm * self.multiprocessors - reserved) / (self.pairs() * blocks);
         let most = tokens.div_ceil(TILE * ATTEND_WARPS).min(MAX_SPLITS);
         (attend, blocks, wanted.min(most).max(1))
     }
@@ -159,21 +163,6 @@ impl Call<'_> {
             .min(attend.most_shared)
     }
 
-    /// The selection kernel with its threads, and its blocks for each KV head.
-    fn selection(&self, max_pages: usize) -> (Kernel, usize) {
-        let together = self.stream.overlaps && max_pages > SELECT_ALONE;
-        let blocks = if together { SELECT_BLOCKS } else { 1 };
-        let threads = max_pages.div_ceil(blocks * SELECT_KEYS).next_multiple_of(32);
-        let threads = threads.clamp(256, self.kernels.select.threads as usize) as u32;
-        (
-            Kernel {
-                threads,
-                ..self.kernels.select
-            },
-            blocks,
-        )
-    }
-
     /// A decoding step: three or four launches, each started while the one before drains.
     pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
         let (a, d) = (self.attributes, self.dims.head_size);
@@ -181,17 +170,21 @@ impl Call<'_> {
         let (pairs, max_pages) = (self.pairs(), params.max_pages as usize);
         let rows = tokens * group;
         let listed = self.most_pages(total, max_pages);
-        let (attend, blocks, splits) = self.attention(rows, listed * a.page_size);
-
         let scored = a.mode == Mode::Retro;
+        // The blocks that choose pages are on the device while the others score and while those that attend arrive, where they are
+        // few and kernels overlap.
+        let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
+        let reserved = if scored && few { pairs } else { 0 };
+        let (attend, blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
+
         let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
         // Pages that the fed rows may lie in.
         let touched = (tokens + a.page_size - 2) / a.page_size + 1;
         let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
         let score_blocks = if scored {
             // One wave, the blocks that append included.
-            let wanted = (score.blocks_a_sm * self.multiprocessors / pairs).saturating_sub(touched);
-            wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
+            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(touched);
+            wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * score.kernel.threads as usize / 32))
         } else {
             0
         };
@@ -210,14 +203,24 @@ impl Call<'_> {
             1
         };
         let scores = layout.take(if scored {
-            pairs * max_pages * scores_a_page * 4
+            pairs * max_pages.next_multiple_of(8) * scores_a_page * 4
         } else {
             0
         });
         let pages = layout.take(pairs * max_pages * 4);
+        // Candidates may begin within eight pages.
+        let keys = max_pages.next_multiple_of(8) + 8;
+        let kept = keys * 6;
+        let in_shared = kept <= self.kernels.select.shared;
+        let kept_outside = layout.take(if scored && !in_shared { pairs * kept } else { 0 });
         let outputs = layout.take(pairs * splits * rows * d * 4);
         let stats = layout.take(pairs * splits * rows * 8);
-        let scratch = buffer.get(layout.0)?;
+        let scratch = buffer.get(layout.0, self.stream)?;
+        if scored && !in_shared {
+            params.kept = at(scratch, kept_outside);
+        }
+        params.keys = keys as i32;
+        params.progress = buffer.progress(2 * pairs, self.stream)?;
         params.scores = at(scratch, scores);
         params.score_stats = at(scratch, score_stats);
         params.pages = at(scratch, pages);
@@ -234,7 +237,6 @@ impl Call<'_> {
         let shared = (self.appending() + page_copy).max(3 * 16 * (padded + 32) * 2);
         let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
         let k = self.kernels;
-        let (select, choosing) = self.selection(max_pages);
         self.stream.launch(
             &score.kernel,
             [score_blocks + touched, kv_heads, batch],
@@ -243,12 +245,14 @@ impl Call<'_> {
             params,
         )?;
         if scored {
-            // Slices are whole warps.
-            let keys = (max_pages.div_ceil(choosing).next_multiple_of(32) + select.threads as usize).min(SELECT_KEPT);
-            params.keys = keys as i32;
-            let grid = [choosing, kv_heads, batch];
+            let grid = [kv_heads, batch, 1];
+            let select = match a.group_score {
+                _ if !in_shared || parts == 0 => &k.select.any,
+                GroupScore::Max => &k.select.max,
+                GroupScore::Softmax => &k.select.softmax,
+            };
             self.stream
-                .launch_cluster(&select, grid, choosing, 4 * keys, Order::Chained, params)?;
+                .launch(select, grid, if in_shared { kept } else { 0 }, Order::Chained, params)?;
         }
         self.stream.launch(
             &attend.kernel,
@@ -263,7 +267,9 @@ impl Call<'_> {
             0,
             Order::Chained,
             params,
-        )
+        )?;
+        buffer.settle();
+        Ok(())
     }
 
     /// What must be so before the host's own operator does a prefill.
@@ -296,7 +302,7 @@ impl Call<'_> {
         params.last_tokens = if delegated { tokens as i32 } else { 0 };
         params.write_output = i32::from(!delegated);
         let rows = tokens * self.group();
-        let (attend, blocks, splits) = self.attention(rows, total);
+        let (attend, blocks, splits) = self.attention(rows, total, 0);
         params.rows = rows as i32;
         params.stages = attend.stages;
         params.splits = splits as i32;
@@ -304,7 +310,7 @@ impl Call<'_> {
             let mut layout = Layout::default();
             let outputs = layout.take(self.pairs() * splits * rows * d * 4);
             let stats = layout.take(self.pairs() * splits * rows * 8);
-            let scratch = buffer.get(layout.0)?;
+            let scratch = buffer.get(layout.0, self.stream)?;
             params.part_outputs = at(scratch, outputs);
             params.part_stats = at(scratch, stats);
         }
@@ -346,6 +352,8 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         scores: null,
         score_stats: null,
         pages: null,
+        kept: null,
+        progress: null,
         part_outputs: null,
         part_stats: null,
         budget_ratio: a.budget_ratio,

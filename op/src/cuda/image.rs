@@ -28,11 +28,10 @@ macro_rules! headers {
 }
 
 #[cfg(not(retro_fatbin))]
-const HEADERS: [(&str, &str); 9] = headers!(
+const HEADERS: [(&str, &str); 8] = headers!(
     "common.cuh",
     "mma.cuh",
     "score.cuh",
-    "cluster.cuh",
     "select.cuh",
     "finish.cuh",
     "attend.cuh",

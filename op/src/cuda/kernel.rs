@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use retro_contract::{input, output};
 
-use super::call::{Attend, Call, Kernels, Score, params};
+use super::call::{Attend, Call, Kernels, Score, Select, params};
 use super::device::Device;
 use super::launch::{Kernel, Stream};
 use super::params::MAX_RAGGED;
@@ -125,21 +125,32 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
     });
     // Blocks that a multiprocessor holds: the kernels' launch bounds, in retro.cu.
     let score = |selector: &str| {
-        let (suffix, blocks_a_sm) = match (E::HALF, padded) {
-            (false, 256) => (String::new(), 1),
-            (false, _) => (String::new(), 2),
-            (true, 64) => (format!("_{selector}"), 3),
-            (true, 128) => (format!("_{selector}"), 2),
-            (true, _) => (format!("_{selector}"), 1),
+        let suffix = if E::HALF { format!("_{selector}") } else { String::new() };
+        let blocks_a_sm = match (E::HALF, padded) {
+            (true, 64) => 3,
+            (_, 256) => 1,
+            _ => 2,
         };
         Ok(Score {
             kernel: find(format!("{}_{padded}{suffix}", of("score")), 256)?,
             blocks_a_sm,
         })
     };
+    // Beside its variables and what every block takes.
+    let shared = device.shared_a_sm.saturating_sub(24 * 1024);
+    let select = |suffix: &str| {
+        let kernel = find(format!("retro_select{suffix}"), 512)?;
+        device.allow_shared(&kernel, shared)?;
+        Ok(kernel)
+    };
     Ok(Kernels {
         score: [score("bounds")?, score("moments")?],
-        select: find("retro_select".to_owned(), 512)?,
+        select: Select {
+            any: select("")?,
+            max: select("_max")?,
+            softmax: select("_softmax")?,
+            shared,
+        },
         merge: find(of("merge"), 512)?,
         append: find(of("append"), 128)?,
         pages: find(of("pages"), 128)?,

@@ -4,9 +4,8 @@ use std::ffi::c_void;
 use std::ptr;
 
 use cudarc::driver::sys::{
-    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
-    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUlaunchConfig, CUstream, cuLaunchKernelEx,
-    cuMemcpyDtoDAsync_v2,
+    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream,
+    cuLaunchKernelEx, cuMemcpyDtoDAsync_v2,
 };
 
 use super::check;
@@ -59,40 +58,6 @@ impl Stream {
             &[]
         };
         self.launch_with(kernel, grid, shared, attributes, params)
-    }
-
-    /// A launch whose blocks work together by `blocks` neighbours in x.
-    pub fn launch_cluster(
-        &self,
-        kernel: &Kernel,
-        grid: [usize; 3],
-        blocks: usize,
-        shared: usize,
-        order: Order,
-        params: &Params,
-    ) -> Result<()> {
-        if blocks == 1 {
-            return self.launch(kernel, grid, shared, order, params);
-        }
-        let cluster = CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue {
-                clusterDim: ClusterDim {
-                    x: blocks as u32,
-                    y: 1,
-                    z: 1,
-                },
-            },
-        };
-        let attributes = [cluster, Self::chained()];
-        self.launch_with(
-            kernel,
-            grid,
-            shared,
-            &attributes[..1 + usize::from(order == Order::Chained)],
-            params,
-        )
     }
 
     fn chained() -> CUlaunchAttribute {

@@ -27,6 +27,8 @@ pub struct Params {
     pub scores: *mut c_void,
     pub score_stats: *mut c_void,
     pub pages: *mut c_void,
+    pub kept: *mut c_void,
+    pub progress: *mut c_void,
     pub part_outputs: *mut c_void,
     pub part_stats: *mut c_void,
     pub budget_ratio: f64,
@@ -74,4 +76,4 @@ pub struct Params {
 }
 
 // kernels/retro.cu asserts the same size.
-const _: () = assert!(size_of::<Params>() == 848);
+const _: () = assert!(size_of::<Params>() == 864);

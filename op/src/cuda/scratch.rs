@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::cuMemAlloc_v2;
+use cudarc::driver::sys::{cuMemAlloc_v2, cuMemsetD8Async, cuMemsetD32Async};
 
 use super::check;
+use super::launch::Stream;
 use crate::host::Result;
 
 /// Bytes of a stream's first buffer.
@@ -20,6 +21,11 @@ const LEAST: usize = 1 << 20;
 pub struct Buffer {
     address: u64,
     bytes: usize,
+    progress: u64,
+    /// Numbers at `progress`.
+    numbers: usize,
+    /// Whether they are 0 when the stream's work is done.
+    settled: bool,
 }
 
 /// The buffers of a device's streams. They live as long as the process: at most twice what the largest calls needed.
@@ -41,7 +47,7 @@ pub fn lock(buffer: &Mutex<Buffer>) -> MutexGuard<'_, Buffer> {
 
 impl Buffer {
     /// Memory of at least `bytes` bytes.
-    pub fn get(&mut self, bytes: usize) -> Result<*mut c_void> {
+    pub fn get(&mut self, bytes: usize, stream: Stream) -> Result<*mut c_void> {
         if bytes > self.bytes {
             let larger = bytes.max(2 * self.bytes).max(LEAST).next_multiple_of(256);
             let mut address = 0;
@@ -49,8 +55,40 @@ impl Buffer {
             check(&format!("cuMemAlloc of {larger} bytes"), unsafe {
                 cuMemAlloc_v2(&mut address, larger)
             })?;
+            // What a kernel reads before it is written stays within what it was written for: zeros at first.
+            // SAFETY: so many bytes were allocated there.
+            check("cuMemsetD8Async", unsafe {
+                cuMemsetD8Async(address, 0, larger, stream.raw)
+            })?;
             (self.address, self.bytes) = (address, larger);
         }
         Ok(self.address as *mut c_void)
+    }
+
+    /// Memory of `count` numbers of 32 bits, which are 0 and which the kernels of a step leave at 0. A step that is not
+    /// launched to its end may leave others; so they are cleared again unless [`Buffer::settle`] is called.
+    pub fn progress(&mut self, count: usize, stream: Stream) -> Result<*mut c_void> {
+        if count > self.numbers {
+            let larger = count.max(2 * self.numbers).next_multiple_of(64);
+            let mut address = 0;
+            // SAFETY: the device's context is current; the address is ours to write.
+            check(&format!("cuMemAlloc of {} bytes", 4 * larger), unsafe {
+                cuMemAlloc_v2(&mut address, 4 * larger)
+            })?;
+            (self.progress, self.numbers, self.settled) = (address, larger, false);
+        }
+        if !self.settled {
+            // SAFETY: so many numbers were allocated there, and whatever used them runs before on this stream.
+            check("cuMemsetD32Async", unsafe {
+                cuMemsetD32Async(self.progress, 0, self.numbers, stream.raw)
+            })?;
+        }
+        self.settled = false;
+        Ok(self.progress as *mut c_void)
+    }
+
+    /// All kernels of the step have been launched.
+    pub fn settle(&mut self) {
+        self.settled = true;
     }
 }

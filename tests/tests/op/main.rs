@@ -10,4 +10,5 @@ mod golden;
 mod inputs;
 mod prefill;
 mod rotary;
+mod selection;
 mod threads;

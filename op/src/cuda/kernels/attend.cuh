@@ -54,6 +54,15 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
   return g;
 }
 
+// Pages that are chosen are there as soon as this head's are; the kernel that chooses them ends later. It must have ended when this
+// one ends, so that whoever waits for this one has waited for all.
+DEVICE void wait_for_pages(const Params& p, const Groups& groups, int pair) {
+  if (groups.list)
+    wait_until(&p.progress[2 * pair + 1], 1);
+  else
+    wait_for_previous();
+}
+
 // Where the warps' rows are joined: each warp's maxima (base 2) and sums, and their scaled outputs, of every other warp
 // in one region and of the rest in another.
 template <int DP, int ROWS, int PARTS> struct Block {
@@ -196,7 +205,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     position[e] = r < rb.rows ? s.first + rb.token0 + r / p.group : -1;
   }
   const Groups groups = groups_of(p, s, rb, S::ROWS, b, pair);
-  wait_for_previous();
+  wait_for_pages(p, groups, pair);
   // This block's share: neighbouring groups, in stages.
   const int begin = int(u64(groups.count) * blockIdx.y / gridDim.y);
   const int end = int(u64(groups.count) * (blockIdx.y + 1) / gridDim.y);
@@ -206,20 +215,19 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     const int group = begin + stage * S::GROUPS + threadIdx.x;
     return group < end ? groups.page(group) : -1;
   };
-  auto place = [&](int stage, int page) {
+  auto position_in = [&](int stage, int page) {
     const int group = begin + stage * S::GROUPS + threadIdx.x;
-    if (page < 0) return Placed{s.len, 0};
-    return Placed{(page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8, groups.from(page)};
+    return page < 0 ? s.len : (page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8;
   };
-  int next_page = -1;
+  auto least_query = [&](int page) { return page < 0 ? 0 : groups.from(page); };
+  int next_page = -1, pages[MAX_STAGES];
   if (threadIdx.x < S::GROUPS) {
-    int pages[MAX_STAGES];
 #pragma unroll
     for (int i = 0; i < MAX_STAGES; i++) pages[i] = i < p.stages ? listed(i) : -1;
     next_page = listed(p.stages);
 #pragma unroll
     for (int i = 0; i < MAX_STAGES; i++)
-      if (i < p.stages) sh.placed[i][threadIdx.x] = place(i, pages[i]);
+      if (i < p.stages) sh.placed[i][threadIdx.x].at = position_in(i, pages[i]);
   }
   __syncthreads();
 
@@ -249,6 +257,12 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   for (int i = 0; i < p.stages - 1; i++) fetch(i, i, i);
+  // The first keys do not wait for A.
+  if (threadIdx.x < S::GROUPS) {
+#pragma unroll
+    for (int i = 0; i < MAX_STAGES; i++)
+      if (i < p.stages) sh.placed[i][threadIdx.x].from = least_query(pages[i]);
+  }
 
   u32 query[DP / 16][2];
 #pragma unroll
@@ -279,7 +293,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     const int free_slot = slot ? slot - 1 : p.stages - 1, free_list = list ? list - 1 : lists - 1;
     Placed ahead;
     if (threadIdx.x < S::GROUPS) {
-      ahead = place(stage + p.stages, next_page);
+      ahead = {position_in(stage + p.stages, next_page), least_query(next_page)};
       next_page = listed(stage + p.stages + 1);
     }
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
@@ -389,6 +403,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     __syncthreads();
   }
   write_rows<T, DP, S::ROWS, S::TOKEN_GROUPS>(p, s, rb, b, kv_head, block);
+  wait_for_previous();
 }
 
 // ---- float32: no tensor core is exact enough -------------------------------------------------------------------------
@@ -417,7 +432,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   }
   __syncthreads();
   const Groups groups = groups_of(p, s, rb, ROWS, b, pair);
-  wait_for_previous();
+  wait_for_pages(p, groups, pair);
   const int tiles = (groups.count + 1) / 2;
   const float* keys = static_cast<const float*>(p.key_cache) + size_t(pair) * p.capacity * d;
   const float* values = static_cast<const float*>(p.value_cache) + size_t(pair) * p.capacity * d;
@@ -513,4 +528,5 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
     __syncthreads();
   }
   write_rows<F32, DP, ROWS, F32_WARPS>(p, s, rb, b, kv_head, sh.block);
+  wait_for_previous();
 }

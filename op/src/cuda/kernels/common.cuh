@@ -76,9 +76,11 @@ struct Params {
   float *cached_outputs, *cached_lse;  // [B, R, Hq, D], [B, R, Hq]
   void* output;                        // [B, S, Hq, D]
   // Scratch of this call.
-  float* scores;        // [B, Hkv, max_pages, g rounded up to a multiple of 4], or without the last with the group score max
+  float* scores;        // [B, Hkv, max_pages rounded up to a multiple of 8, g to one of 4], or without the last with the group score max
   float4* score_stats;  // [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
   int* pages;           // [B, Hkv, max_pages]: those that a step has chosen
+  float* kept;          // [B, Hkv, 3/2 keys]: of the selection kernel; null: it has shared memory for them
+  u32* progress;        // [B, Hkv, 2]: blocks that have scored, and whether the pages are chosen; 0 before and after a step
   float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
   float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
   double budget_ratio;
@@ -92,7 +94,7 @@ struct Params {
   int splits, rows;  // of part_outputs; without it, outputs are written directly
   int score_parts;   // of score_stats; 0: there are none
   int copies_page;   // there is shared memory for the rows of a page that is summarised
-  int keys;          // that a block of the selection kernel keeps
+  int keys;          // that a block of the selection kernel keeps, a multiple of 8
   int score_blocks;  // blocks of the score kernel that score; the others append
   int last_tokens;   // attention covers the last so many fed rows; 0: all
   int stages;        // of the attention's pipeline, 2 to 4
@@ -104,7 +106,7 @@ struct Params {
   u8 retro[MAX_RAGGED];
 };
 
-static_assert(sizeof(Params) == 848, "params.rs has the same layout");
+static_assert(sizeof(Params) == 864, "params.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -171,6 +173,12 @@ DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
   return c;
 }
 
+// Pages that the fed rows may lie in.
+DEVICE int touched_pages(const Params& p) { return ((p.tokens + (1 << p.page_shift) - 2) >> p.page_shift) + 1; }
+
+// Pages of a KV head that there is memory for the scores of.
+DEVICE int scored_pages(const Params& p) { return (p.max_pages + 7) / 8 * 8; }
+
 // Scores that are stored of a page: of every head, read by four, or the group's largest.
 DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? (p.group + 3) / 4 * 4 : 1; }
 
@@ -189,17 +197,27 @@ DEVICE int listed_pages(const Params& p, const Candidates& c) {
   return p.mode == DENSE || c.budget >= c.count ? c.count : max(c.budget, c.forced);
 }
 
-// Element d of a head's row after rotary embedding at `position`.
-template <class T> DEVICE float rotated(const Params& p, const T* row, int d, int position) {
+// Element d of a head's row, and the one that rotary embedding joins it with.
+struct Pair {
+  float x, y;
+};
+DEVICE bool rotates(const Params& p, int d) { return p.cos && d < 2 * p.rotary_half; }
+DEVICE bool is_low(const Params& p, int d) { return p.rotary_interleaved ? !(d & 1) : d < p.rotary_half; }
+template <class T> DEVICE Pair pair_of(const Params& p, const T* row, int d) {
   const float x = widen(row[d]);
-  const int half = p.rotary_half;
-  if (!p.cos || d >= 2 * half) return x;
-  const bool low = p.rotary_interleaved ? !(d & 1) : d < half;
-  const int pair = p.rotary_interleaved ? d >> 1 : low ? d : d - half;
-  const float y = widen(row[p.rotary_interleaved ? d ^ 1 : low ? d + half : d - half]);
-  const float c = widen(static_cast<const T*>(p.cos)[size_t(position) * half + pair]);
-  const float s = widen(static_cast<const T*>(p.sin)[size_t(position) * half + pair]);
-  return low ? x * c - y * s : x * c + y * s;
+  if (!rotates(p, d)) return {x, 0.f};
+  return {x, widen(row[p.rotary_interleaved ? d ^ 1 : is_low(p, d) ? d + p.rotary_half : d - p.rotary_half])};
+}
+// The element after rotary embedding at `position`.
+template <class T> DEVICE float rotated(const Params& p, Pair of, int d, int position) {
+  if (!rotates(p, d)) return of.x;
+  const bool low = is_low(p, d);
+  const size_t at = size_t(position) * p.rotary_half + (p.rotary_interleaved ? d >> 1 : low ? d : d - p.rotary_half);
+  const float c = widen(static_cast<const T*>(p.cos)[at]), s = widen(static_cast<const T*>(p.sin)[at]);
+  return low ? of.x * c - of.y * s : of.x * c + of.y * s;
+}
+template <class T> DEVICE float rotated(const Params& p, const T* row, int d, int position) {
+  return rotated<T>(p, pair_of(p, row, d), d, position);
 }
 
 template <class T> DEVICE const T* query_row(const Params& p, int b, int s, int head) {
@@ -220,6 +238,23 @@ DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// A kernel need not wait for the whole one before it: what a block has written before it announces it, others may read after they
+// have waited for so many. Every thread of a block calls these. Blocks that are waited for are on the device already, as
+// a kernel starts no earlier than every block of the one before has let it.
+DEVICE void add_progress(u32* progress) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(progress) : "memory"); }
+DEVICE void announce(u32* progress) {
+  __syncthreads();
+  if (threadIdx.x == 0) add_progress(progress);
+}
+DEVICE void wait_until(const u32* progress, int count) {
+  if (threadIdx.x == 0) {
+    u32 seen;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(progress) : "memory");
+    while (seen < u32(count));
+  }
+  __syncthreads();
 }
 
 constexpr u32 ALL_LANES = 0xffffffffu;

@@ -1,7 +1,7 @@
 // Joins the splits of every row, then ends it: steps 3 to 5. Ignored rows become 0, those of a broken sequence NaN.
 //
 // Grid (Hq, B, blocks of rows), 16 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note which pages it
-// loaded. In a decoding step a block ends one row, with all its warps; but the newest position
+// loaded, and end the step's progress. In a decoding step a block ends one row, with all its warps; but the newest position
 // takes the output cache's slot of the oldest one when the window is full, so these two rows share the first block, which
 // reads both before it writes. In a prefill a block ends 16 rows.
 #pragma once
@@ -42,7 +42,9 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   if (head >= p.heads) {
     wait_for_previous();
     let_next_start();
-    if (s.valid && blockIdx.z == 0) note_steps(p, s, b, head - p.heads);
+    if (blockIdx.z) return;
+    if (threadIdx.x < 2) p.progress[2 * (b * p.kv_heads + head - p.heads) + threadIdx.x] = 0;
+    if (s.valid) note_steps(p, s, b, head - p.heads);
     return;
   }
   if (p.write_output) {

@@ -8,7 +8,9 @@
 #define KERNEL(NAME, THREADS, BLOCKS, BODY)                                                                            \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Params p) { BODY; }
 
-KERNEL(retro_select, SELECT_THREADS, 2, select_kernel(p))
+KERNEL(retro_select, SELECT_THREADS, 2, select_kernel<ANY>(p))
+KERNEL(retro_select_max, SELECT_THREADS, 2, select_kernel<BY_MAX>(p))
+KERNEL(retro_select_softmax, SELECT_THREADS, 2, select_kernel<BY_SOFTMAX>(p))
 
 #define OF_TYPE(TYPE, T)                                                                                               \
   KERNEL(retro_merge_##TYPE, MERGE_THREADS, 2, merge_kernel<T>(p))                                                     \

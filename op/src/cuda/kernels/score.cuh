@@ -2,10 +2,11 @@
 //
 // Grid (score_blocks + touched pages, Hkv, B). The first blocks score the pages that the step does not touch; each of the
 // others owns one touched page: it writes the fed rows that lie in it, recomputes its summary from its rows and scores it.
+// What waits for a head's scores (select.cuh) is on the device before they are there.
 #pragma once
 #include "mma.cuh"
 
-constexpr int SCORE_THREADS = 256;
+constexpr int SCORE_THREADS = 256, SCORE_WARPS = SCORE_THREADS / 32;
 // Groups of pages that a warp scores at once: enough loads in flight to hide the memory's latency.
 constexpr int SCORE_UNROLL = 4;
 
@@ -51,7 +52,7 @@ DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
 
 // Where the score of a head is stored.
 DEVICE float& score_at(const Params& p, int pair, int page, int h) {
-  return p.scores[(size_t(pair) * p.max_pages + page) * scores_a_page(p) + h];
+  return p.scores[(size_t(pair) * scored_pages(p) + page) * scores_a_page(p) + h];
 }
 
 // Adding 0 turns -0 into 0, so that the two tie.
@@ -86,7 +87,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
   const int pair = b * p.kv_heads + head, d = p.head_size;
   const int lane = threadIdx.x % 32, in_page = lane % LANES, at = in_page * 8;
   const int untouched = s.first >> p.page_shift;
-  const int warps = p.score_blocks * (SCORE_THREADS / 32), warp = blockIdx.x * (SCORE_THREADS / 32) + threadIdx.x / 32;
+  const int warps = p.score_blocks * SCORE_WARPS, warp = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
   const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
   bool ready = false;
   for (int group = first_candidate(p, s) / GROUP + warp; !ready || group * GROUP < untouched; group += warps) {
@@ -107,7 +108,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
       prepare_queries<T, DP>(p, s, b, head, prepared);
       __syncthreads();
       ready = true;
-      if (group * GROUP >= untouched) return;
+      if (group * GROUP >= untouched) break;
     }
     // Which of the four pages this lane ends up with.
     const int mine = ((in_page & (LANES / 2)) ? 2 : 0) + ((in_page & (LANES / 4)) ? 1 : 0);
@@ -146,6 +147,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
       if (writes) store_score(p, pair, h, page, best);
     }
   }
+  announce(&p.progress[2 * pair]);
 }
 
 // The squares of two neighbouring elements, each as a bfloat16 and what that leaves out.
@@ -163,7 +165,7 @@ template <class T> struct Squares {
 DEVICE float4 no_scores() { return {NEG_INF, 0.f, -NEG_INF, 0.f}; }
 DEVICE float4 joined_stats(float4 a, float4 b) {
   const float top = fmaxf(a.x, b.x);
-  const float sum = top == NEG_INF ? 0.f : a.y * expf(a.x - top) + b.y * expf(b.x - top);
+  const float sum = top == NEG_INF ? 0.f : a.y * __expf(a.x - top) + b.y * __expf(b.x - top);
   return {top, sum, fminf(a.z, b.z), 0.f};
 }
 
@@ -184,7 +186,7 @@ DEVICE int scored_heads(const Params& p) { return p.group_score == SOFTMAX ? p.g
 // lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits of it, and a product of two squares
 // three products.
 template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
-  constexpr int PAGES = 8, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32, WARPS = SCORE_THREADS / 32;
+  constexpr int PAGES = 8, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32, WARPS = SCORE_WARPS;
   struct Shared {
     u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[MOMENT ? HEADS : 1][PITCH];
   };
@@ -208,20 +210,31 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
 
   // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were perhaps not.
   start_step();
+  // The queries do not wait for the lengths.
+  constexpr int AT_ONCE = 8 * DP / SCORE_THREADS;
+  Pair asked[AT_ONCE];
+  auto ask = [&](int h0) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int at = threadIdx.x + i * SCORE_THREADS, h = min(h0 + at / DP, p.group - 1);
+      asked[i] = pair_of(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), min(at % DP, d - 1));
+    }
+  };
+  ask(0);
   const Sequence s = sequence(p, b);
   if (!s.valid || !step_is_scored(p, s, b)) return;
   const int limit = min(s.first >> p.page_shift /* the first touched page */, end), from = first_candidate(p, s);
   const bool with_line = p.selector == SIGNED_MOMENTS, softmax = p.group_score == SOFTMAX, wide = p.group > 8;
-  // All loads before the first use.
-  constexpr int AT_ONCE = 8 * DP / SCORE_THREADS;
 #pragma unroll 1
   for (int h0 = 0; h0 < p.group; h0 += 8) {
+    // All loads before the first use.
     float query[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       const int at = threadIdx.x + i * SCORE_THREADS, h = h0 + at / DP, c = at % DP;
-      query[i] = h < p.group && c < d ? rotated(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, s.len - 1) : 0.f;
+      query[i] = h < p.group && c < d ? rotated<T>(p, asked[i], c, s.len - 1) : 0.f;
     }
+    if (h0 + 8 < p.group) ask(h0 + 8);
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       const int at = threadIdx.x + i * SCORE_THREADS, h = h0 + at / DP, c = at % DP;
@@ -328,11 +341,25 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
     }
   }
   __syncthreads();
-  if (threadIdx.x >= scored_heads(p)) return;
-  float4 all = of_warps[threadIdx.x * WARPS];
-#pragma unroll
-  for (int w = 1; w < WARPS; w++) all = joined_stats(all, of_warps[threadIdx.x * WARPS + w]);
-  p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * scored_heads(p) + threadIdx.x] = all;
+  // The first warp joins them, and every score was written before.
+  if (threadIdx.x >= 32) return;
+  const int h = lane / 2;
+  if (!softmax) {
+    const float4 mine = of_warps[lane % WARPS];
+    const float top = warp_max(mine.x), least = -warp_max(-mine.z);
+    if (lane == 0) p.score_stats[size_t(pair) * p.score_parts + blockIdx.x] = {top, 0.f, least, 0.f};
+  } else {
+    // Two lanes a head.
+    const float4* const of_head = of_warps + h * WARPS + lane % 2 * (WARPS / 2);
+    float4 all = of_head[0];
+#pragma unroll 1
+    for (int w = 1; w < WARPS / 2; w++) all = joined_stats(all, of_head[w]);
+    all = joined_stats(all, {__shfl_xor_sync(ALL_LANES, all.x, 1), __shfl_xor_sync(ALL_LANES, all.y, 1),
+                             __shfl_xor_sync(ALL_LANES, all.z, 1), 0.f});
+    if (lane % 2 == 0 && h < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = all;
+  }
+  __syncwarp();
+  if (lane == 0) add_progress(&p.progress[2 * pair]);
 }
 
 // The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
@@ -495,7 +522,7 @@ template <int DP, bool MOMENT> struct ScorePages<F32, DP, MOMENT> {
 // MOMENT: a selector that needs squares (float16 and bfloat16; in float32 one kernel serves all).
 template <class T, int DP, bool MOMENT> DEVICE void score_kernel(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
-  const int head = blockIdx.y, b = blockIdx.z;
+  const int head = blockIdx.y, b = blockIdx.z, pair = b * p.kv_heads + head;
   if (blockIdx.x < p.score_blocks) return ScorePages<T, DP, MOMENT>::run(p, b, head, raw);
   start_step();
   const Sequence s = sequence(p, b);
@@ -504,11 +531,13 @@ template <class T, int DP, bool MOMENT> DEVICE void score_kernel(const Params& p
   const int touched = blockIdx.x - p.score_blocks, page = (s.first >> p.page_shift) + touched;
   const bool there = page <= (s.len - 1) >> p.page_shift;
   if (there) touch_page<T, DP>(p, s, b, head, page, scored, reinterpret_cast<float*>(raw));
-  if (scored && p.score_parts && threadIdx.x == 0) {
-    const int pair = b * p.kv_heads + head, heads = scored_heads(p);
+  if (!scored) return;
+  if (p.score_parts && threadIdx.x == 0) {
+    const int heads = scored_heads(p);
     const bool counts = there && page >= first_candidate(p, s);
     for (int h = 0; h < heads; h++)
       p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * heads + h] =
           counts ? of_score(score_at(p, pair, page, h)) : no_scores();
   }
+  announce(&p.progress[2 * pair]);
 }

@@ -1,38 +1,44 @@
 // The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
 //
-// Grid (n, Hkv, B): the n blocks of a KV head are a thread block cluster (from compute capability 9.0 on; one block before), and each
-// has a slice of the pages. A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that
-// bin are compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit.
+// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that bin are
+// compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit.
 //
-// Every warp runs through this once a step, mostly waiting: for memory, the cluster, and instructions. So the loops are not unrolled.
+// Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the scores
+// are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as possible, as each is
+// fetched for the first time.
 #pragma once
-#include "cluster.cuh"
+#include "common.cuh"
 
-constexpr int SELECT_THREADS = 512;  // at most; at least 256
+constexpr int SELECT_THREADS = 512;
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
 
 // Bins of the histogram: also the values of a digit.
-constexpr int DIGIT = 9, BINS = 1 << DIGIT;
+constexpr int DIGIT = 11, BINS = 1 << DIGIT;
 // Scores of a bin that are compared with one another.
 constexpr int FINALISTS = 256;
-// The key of a page that every step loads: no score has it.
-constexpr u32 FORCED = 0xffffffffu;
-// Pages of a thread that are read at once.
-constexpr int AT_ONCE = 4;
+// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it is no candidate; that it is taken.
+constexpr u32 NONE = 0, TAKEN = 0x7fff;
+// Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
+constexpr int OCTET = 8;
+constexpr int BINS_A_THREAD = BINS / SELECT_THREADS;
+static_assert(BINS_A_THREAD == 4, "a thread looks at four bins");
+
+// What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for all pages.
+enum Choice { ANY, BY_MAX, BY_SOFTMAX };
+template <Choice CHOICE> DEVICE bool softmax_over_pages(const Params& p) {
+  return CHOICE == BY_SOFTMAX || (CHOICE == ANY && p.group_score == SOFTMAX);
+}
 
 struct SelectShared {
-  // What the other blocks of the cluster read.
-  u32 histogram[2][BINS];
+  __align__(16) u32 histogram[BINS];
   u32 finalists[FINALISTS];
-  u32 finalist_count, sure, tied;  // sure: keys that are taken whatever the finalists come to
-  u32 least, most;
-  float2 of_head[16];  // largest score of the slice, and the sum of e^(score - largest)
-  // The block's own.
-  __align__(16) u32 all_finalists[FINALISTS];
-  u32 counts[2][SELECT_WARPS];
+  int finalist_pages[FINALISTS];
+  u32 finalist_count;
+  u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];
   float2 part[SELECT_WARPS];
-  float lse[16], lowest[16], highest[16];
-  u32 bin, left, in_bin, threshold, ties, sure_before, tied_before;
+  __align__(16) float lse[16];
+  float lowest[16], highest[16];
+  u32 bin, left, in_bin;
 };
 
 // An order of unsigned numbers that is the order of the scores; 0 stands for "not a candidate". A NaN (a broken model) ranks
@@ -46,18 +52,21 @@ DEVICE u32 ordered(float score) {
 // The score again.
 DEVICE float score_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
-// The bins of the histogram, equally wide between two bounds, with what lies beyond them in the outermost. Larger scores never
-// lie in a lower bin.
+// The bins of the histogram, equally wide between two bounds of the scores. Larger scores never lie in a lower bin.
 struct Bins {
-  float least, scale;
-  DEVICE Bins(float least, float most) : least(least) {
-    scale = float(BINS - 1) / (most - least);
+  // In whose range, up to twice as much, floats are whole numbers: adding it rounds.
+  static constexpr float WHOLE = 8388608.f;
+  float scale, offset;
+  DEVICE Bins(float least, float most) {
+    // Rounding may add a bin or two.
+    scale = float(BINS - 4) / (most - least);
     // No range, or one that f32 does not hold: a single bin.
-    if (!(scale > 0.f) || scale == -NEG_INF) scale = 0.f;
+    if (!(scale > 0.f && scale < 1e30f && fabsf(least) < 1e30f)) scale = 0.f, least = 0.f;
+    offset = fmaf(-least, scale, WHOLE);
   }
-  DEVICE u32 of(u32 key) const {
-    const float at = (score_of(key) - least) * scale;
-    return at > 0.f ? min(u32(at), u32(BINS - 1)) : 0u;
+  // 1..BINS. Whatever is no number goes to the lowest.
+  DEVICE u32 of(float score) const {
+    return __float_as_uint(fminf(fmaxf(fmaf(score, scale, offset), WHOLE), WHOLE + float(BINS - 1))) - __float_as_uint(WHOLE) + 1u;
   }
 };
 
@@ -77,7 +86,7 @@ DEVICE u32 sum_upto(u32 x) {
 DEVICE float2 joined_sums(float2 a, float2 b) {
   const float top = fmaxf(a.x, b.x);
   if (top == NEG_INF) return {top, 0.f};
-  return {top, a.y * expf(a.x - top) + b.y * expf(b.x - top)};
+  return {top, a.y * __expf(a.x - top) + b.y * __expf(b.x - top)};
 }
 DEVICE float2 warp_sums(float2 a) {
 #pragma unroll
@@ -86,11 +95,27 @@ DEVICE float2 warp_sums(float2 a) {
   return a;
 }
 
-// The log-sum-exp of every head over the candidate pages, and its least and largest logarithm of a share, from the parts that the
+// Two bounds that the group's scores of a KV head's candidates lie between.
+struct Range {
+  float lowest, highest;
+};
+
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from the parts that the
 // scoring blocks left.
 DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int h = warp; h < p.group; h += blockDim.x / 32) {
+  for (int h = warp; h < p.group; h += SELECT_WARPS) {
     float2 sums = {NEG_INF, 0.f};
     float least = -NEG_INF;
     for (int i = lane; i < p.score_parts; i += 32) {
@@ -100,307 +125,339 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
     }
     sums = warp_sums(sums);
     least = -warp_max(-least);
-    const float lse = sums.x + logf(sums.y);
-    if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least - lse, sh.highest[h] = sums.x - lse;
+    const float most = sums.x * LOG2E, lse = most + log2_fast(sums.y);
+    if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
   }
   __syncthreads();
 }
 
-// The same from the scores themselves, of which this block takes `begin..end`.
-DEVICE void page_lse(const Params& p, const float* scores, int begin, int end, SelectShared& sh) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+// The log-sum-exps alone, from the scores themselves.
+DEVICE void page_lse(const Params& p, const float* scores, const Candidates& all, SelectShared& sh) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int h = 0; h < p.group; h++) {
     float2 sums = {NEG_INF, 0.f};
-    for (int i = begin + threadIdx.x; i < end; i += blockDim.x)
+    for (int i = all.from + threadIdx.x; i < all.pages; i += SELECT_THREADS)
       sums = joined_sums(sums, {scores[size_t(i) * scores_a_page(p) + h], 1.f});
     sums = warp_sums(sums);
     if (lane == 0) sh.part[warp] = sums;
     __syncthreads();
-    sums = warp_sums(lane < warps ? sh.part[lane] : float2{NEG_INF, 0.f});
-    if (threadIdx.x == 0) sh.of_head[h] = sums;
+    if (warp == 0) {
+      sums = warp_sums(lane < SELECT_WARPS ? sh.part[lane] : float2{NEG_INF, 0.f});
+      if (lane == 0) sh.lse[h] = sums.x * LOG2E + log2_fast(sums.y);
+    }
     __syncthreads();
   }
-  cluster_sync();
-  if (threadIdx.x < p.group) {
-    float2 sums = {NEG_INF, 0.f};
-#pragma unroll 1
-    for (u32 rank = 0; rank < cluster_blocks(); rank++) {
-      const u64 two = of_block<u64>(&sh.of_head[threadIdx.x], rank);
-      sums = joined_sums(sums, {__uint_as_float(u32(two)), __uint_as_float(u32(two >> 32))});
-    }
-    sh.lse[threadIdx.x] = sums.x + logf(sums.y);
-  }
-  __syncthreads();
 }
 
-// The group's scores of so many pages, `stride` apart: the stored maximum, or the logarithm of the sum over heads of each head's
-// softmax. Of pages from `end` on any number.
-DEVICE void group_scores(const Params& p, const float* scores, int page, int stride, int end, const SelectShared& sh, float (&x)[AT_ONCE]) {
-  if (p.group_score == MAX) {
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) x[i] = page + i * stride < end ? scores[page + i * stride] : 0.f;
-    return;
+// The range of the group's scores from the parts that the scoring blocks left, and the log-sum-exps that they need.
+template <Choice CHOICE> DEVICE Range joined_range(const Params& p, int pair, SelectShared& sh) {
+  Range range = {NEG_INF, NEG_INF};
+  if (softmax_over_pages<CHOICE>(p)) {
+    joined_lse(p, pair, sh);
+    // A page's score is at least that of each head, and at most the largest of them and log g.
+    for (int h = 0; h < p.group; h++)
+      range.lowest = fmaxf(range.lowest, sh.lowest[h]), range.highest = fmaxf(range.highest, sh.highest[h]);
+    range.highest += log2_fast(float(p.group));
+    return range;
   }
-  float2 sums[AT_ONCE];
-#pragma unroll
-  for (int i = 0; i < AT_ONCE; i++) sums[i] = {NEG_INF, 0.f};
+  float least = -NEG_INF;
+  for (int i = threadIdx.x % 32; i < p.score_parts; i += 32) {
+    const float4 part = p.score_stats[size_t(pair) * p.score_parts + i];
+    range.highest = fmaxf(range.highest, part.x), least = fminf(least, part.z);
+  }
+  return {-warp_max(-least), warp_max(range.highest)};
+}
+
+// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's softmax. Of other
+// pages any number.
+DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, float* joined, int count, const SelectShared& sh) {
+  constexpr int AT_ONCE = 8;
 #pragma unroll 1
-  for (int h = 0; h < p.group; h += 4) {
-    float4 four[AT_ONCE];
+  for (int page = threadIdx.x; page < count; page += AT_ONCE * SELECT_THREADS) {
+    // Not -inf, which would make NaNs.
+    float top[AT_ONCE], sum[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const size_t at = size_t(min(page + i * stride, end - 1)) * scores_a_page(p) + h;
-      four[i] = *reinterpret_cast<const float4*>(scores + at);
-    }
+    for (int i = 0; i < AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
+#pragma unroll 1
+    for (int h = 0; h < p.group; h += 4) {
+      float4 four[AT_ONCE];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (h + j >= p.group) break;
-      const float lse = sh.lse[h + j];
+      for (int i = 0; i < AT_ONCE; i++)
+        four[i] = *reinterpret_cast<const float4*>(scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
+      const float4 less = *reinterpret_cast<const float4*>(&sh.lse[h]);
+      // Of heads that are not there -inf.
+      auto share = [&](int j, float score, float lse) { return h + j < p.group ? fmaf(score, LOG2E, -lse) : NEG_INF; };
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) {
-        const float y = (j == 0 ? four[i].x : j == 1 ? four[i].y : j == 2 ? four[i].z : four[i].w) - lse;
-        // The larger of the two has weight 1.
-        const float n = fmaxf(sums[i].x, y), e = expf(fminf(sums[i].x, y) - n);
-        if (n != NEG_INF) sums[i].y = y > sums[i].x ? sums[i].y * e + 1.f : sums[i].y + e;
-        if (!(y == y)) sums[i].y = y;
-        sums[i].x = n;
+        const float a = share(0, four[i].x, less.x), b = share(1, four[i].y, less.y);
+        const float c = share(2, four[i].z, less.z), d = share(3, four[i].w, less.w);
+        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]);
+        const float before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
+        sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
+        top[i] = n;
       }
     }
-  }
 #pragma unroll
-  for (int i = 0; i < AT_ONCE; i++) x[i] = sums[i].x == NEG_INF ? NEG_INF : sums[i].x + logf(sums[i].y) + 0.f;
+    for (int i = 0; i < AT_ONCE; i++)
+      if (page + i * SELECT_THREADS < count) joined[page + i * SELECT_THREADS] = top[i] + log2_fast(sum[i]) + 0.f;
+  }
+  __syncthreads();
 }
 
-// Finds the bin in which the `left`-th key of the cluster lies, from the top, and its rank there, into `sh`. Each of the first
-// threads has two neighbouring bins; whoever holds the wanted key's says so.
-DEVICE void find_bin(SelectShared& sh, int buffer, u32 left) {
+// Finds the bin in which the `left`-th score lies, from the top, and its rank there, into `sh`, and clears the histogram.
+DEVICE void find_bin(SelectShared& sh, u32 left) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int top = BINS - 1 - 2 * int(threadIdx.x);
-  u32 high = 0, low = 0;
-  if (top > 0) {
-    // All loads before the first use.
-    u64 two[CLUSTER];
+  const int lowest = BINS - BINS_A_THREAD - BINS_A_THREAD * int(threadIdx.x);
+  uint4& quad = *reinterpret_cast<uint4*>(&sh.histogram[lowest]);
+  const uint4 bins = quad;
+  quad = {0, 0, 0, 0};
+  const u32 mine = bins.x + bins.y + bins.z + bins.w, upto = sum_upto(mine);
+  if (lane == 31) sh.more_counts[warp] = upto;
+  __syncthreads();
+  u32 before = reduce_add(lane < warp ? sh.more_counts[lane] : 0u) + upto - mine;
+  if (left > before && left <= before + mine) {
+    const u32 counts[BINS_A_THREAD] = {bins.w, bins.z, bins.y, bins.x};
+    bool found = false;
 #pragma unroll
-    for (int rank = 0; rank < CLUSTER; rank++)
-      two[rank] = rank < cluster_blocks() ? of_block<u64>(&sh.histogram[buffer][top - 1], rank) : 0;
-#pragma unroll
-    for (int rank = 0; rank < CLUSTER; rank++) low += u32(two[rank]), high += u32(two[rank] >> 32);
-  }
-  const u32 mine = high + low, upto = sum_upto(mine);
-  if (lane == 31) sh.counts[0][warp] = upto;
-  __syncthreads();
-  const u32 before_mine = reduce_add(lane < warp ? sh.counts[0][lane] : 0u) + upto - mine;
-  if (left > before_mine && left <= before_mine + mine) {
-    const bool in_high = left <= before_mine + high;
-    sh.bin = in_high ? top : top - 1;
-    sh.left = left - before_mine - (in_high ? 0 : high);
-    sh.in_bin = in_high ? high : low;
-  }
-  __syncthreads();
-}
-
-// Among the finalists of the whole cluster the `sh.left`-th largest, how many equal ones count, and how many keys of the blocks
-// before are larger and equal, into `sh`.
-DEVICE void compare_finalists(SelectShared& sh) {
-  const u32 left = sh.left, count = sh.in_bin, lane = threadIdx.x % 32;
-  // Finalists of the blocks up to the one that a lane stands for.
-  const bool stands = lane < cluster_blocks();
-  const u32 upto = sum_upto(stands ? of_block<u32>(&sh.finalist_count, lane) : 0u);
-  u32 rank = 0, start = 0;
-#pragma unroll 1
-  for (int r = 0; r < CLUSTER - 1; r++) {
-    const u32 end = __shfl_sync(ALL_LANES, upto, r);
-    if (threadIdx.x >= end) rank = r + 1, start = end;
-  }
-  const bool holds = threadIdx.x < count;
-  const u32 key = holds ? of_block<u32>(&sh.finalists[threadIdx.x - start], rank) : 0u;
-  // Zeros behind them, so that they can be read by four.
-  if (threadIdx.x < FINALISTS) sh.all_finalists[threadIdx.x] = key;
-  const u32 sure = reduce_add(stands && lane < cluster_block() ? of_block<u32>(&sh.sure, lane) : 0u);
-  __syncthreads();
-  u32 larger = 0, equal = 0;
-  if (holds) {
-#pragma unroll 2
-    for (u32 j = 0; j < count; j += 4) {
-      const uint4 other = *reinterpret_cast<const uint4*>(&sh.all_finalists[j]);
-      larger += (other.x > key) + (other.y > key) + (other.z > key) + (other.w > key);
-      equal += (other.x == key) + (other.y == key) + (other.z == key) + (other.w == key);
+    for (int i = 0; i < BINS_A_THREAD; i++) {
+      if (!found && left <= before + counts[i]) {
+        found = true;
+        sh.bin = lowest + BINS_A_THREAD - 1 - i, sh.left = left - before, sh.in_bin = counts[i];
+      }
+      before += counts[i];
     }
-    // Equal keys say the same.
-    if (larger < left && left <= larger + equal) sh.threshold = key, sh.ties = left - larger;
   }
   __syncthreads();
-  const bool before = holds && rank < cluster_block();
-  const u32 threshold = sh.threshold;
-  const u32 larger_before = __syncthreads_count(before && key > threshold);
-  const u32 equal_before = __syncthreads_count(before && key == threshold);
-  if (threadIdx.x == 0) sh.sure_before = sure + larger_before, sh.tied_before = equal_before;
 }
 
-DEVICE void select_kernel(const Params& p) {
+// What a block keeps of the pages from `begin` on.
+struct Kept {
+  float* scores;
+  uint4* bins;  // of an octet each
+  int begin;    // the first page, a multiple of eight
+  int count;    // octets
+  int owned;    // octets of a warp, neighbours: a multiple of 32
+
+  // visit(octet, its bins): all lanes of a warp at once, those without pages with NONE.
+  template <class V> DEVICE void octets(V&& visit) const {
+    const int start = threadIdx.x / 32 * owned, stop = min(start + owned, count);
+#pragma unroll 1
+    for (int i0 = start; i0 < stop; i0 += 32) {
+      const int i = i0 + threadIdx.x % 32;
+      visit(i, i < stop ? bins[i] : uint4{0, 0, 0, 0});
+    }
+  }
+  DEVICE u16& bin(int page) const { return reinterpret_cast<u16*>(&bins[page / OCTET])[page % 4 * 2 + page / 4 % 2]; }
+  DEVICE u32 key(int page) const { return ordered(scores[page]); }
+};
+
+// Which of eight pages have a bin of at least `least`, at least 1.
+DEVICE u32 at_least(uint4 eight, u32 least) {
+  // The upper bit of a half stays where its bin is not less.
+  constexpr u32 UPPER = 0x80008000u;
+  const u32 both = least * 0x10001u;
+  auto word = [&](u32 two) { return ((two | UPPER) - both) & UPPER; };
+  const u32 mask = word(eight.x) >> 15 | word(eight.y) >> 14 | word(eight.z) >> 13 | word(eight.w) >> 12;
+  return (mask | mask >> 12) & 0xffu;
+}
+
+// visit(page number from `begin`) for the pages of a mask, in their order.
+template <class F> DEVICE void for_pages(int octet, u32 mask, F&& visit) {
+#pragma unroll 1
+  for (; mask; mask &= mask - 1) visit(OCTET * octet + __ffs(mask) - 1);
+}
+
+// The range of the scores that compete, where scoring left no statistics.
+DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 least = 0xffffffffu, most = 0;
+  for (int i = threadIdx.x; i < OCTET * kept.count; i += SELECT_THREADS) {
+    const u32 key = kept.key(i), bin = kept.bin(i);
+    // -inf stays out of the range.
+    if (bin != NONE && bin != TAKEN && key > ordered(NEG_INF)) least = min(least, key), most = max(most, key);
+  }
+  least = __reduce_min_sync(ALL_LANES, least), most = __reduce_max_sync(ALL_LANES, most);
+  if (lane == 0) sh.counts[warp] = least, sh.more_counts[warp] = most;
+  __syncthreads();
+  least = __reduce_min_sync(ALL_LANES, lane < SELECT_WARPS ? sh.counts[lane] : 0xffffffffu);
+  most = __reduce_max_sync(ALL_LANES, lane < SELECT_WARPS ? sh.more_counts[lane] : 0u);
+  __syncthreads();
+  return {score_of(least), score_of(most)};
+}
+
+// Counts the pages that each warp takes for sure, and gathers those of a bin that holds no more than FINALISTS; takes the `sh.left` best
+// of them.
+DEVICE void compare_finalists(const Kept& kept, u32 bin, SelectShared& sh) {
+  const u32 left = sh.left;
+  u32 sure = 0;
+  kept.octets([&](int octet, uint4 eight) {
+    const u32 mask = at_least(eight, bin + 1);
+    sure += __popc(mask);
+    for_pages(octet, at_least(eight, bin) ^ mask, [&](int page) {
+      const u32 at = atomicAdd(&sh.finalist_count, 1u);
+      sh.finalist_pages[at] = page, sh.finalists[at] = kept.key(page);
+    });
+  });
+  sure = reduce_add(sure);
+  if (threadIdx.x % 32 == 0) sh.counts[threadIdx.x / 32] = sure;
+  __syncthreads();
+  const u32 count = sh.finalist_count;
+  if (threadIdx.x < count) {
+    const int page = sh.finalist_pages[threadIdx.x];
+    const u32 key = sh.finalists[threadIdx.x];
+    u32 before = 0;
+#pragma unroll 2
+    for (u32 j = 0; j < count; j++) {
+      const u32 other = sh.finalists[j];
+      before += other > key || (other == key && sh.finalist_pages[j] < page);
+    }
+    if (before < left) {
+      kept.bin(page) = TAKEN;
+      atomicAdd(&sh.counts[page / (OCTET * kept.owned)], 1u);
+    }
+  }
+  __syncthreads();
+}
+
+// The same where the bin holds more.
+DEVICE void search_digits(const Kept& kept, u32 bin, SelectShared& sh) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 threshold = 0;
+#pragma unroll 1
+  for (int open = 32; open > 0;) {
+    const int bits = min(open, DIGIT), shift = open - bits;
+    const u32 left = sh.left;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < OCTET * kept.count; i += SELECT_THREADS) {
+      const u32 key = kept.key(i);
+      if (kept.bin(i) == bin && (open == 32 || (key ^ threshold) >> open == 0))
+        atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
+    }
+    __syncthreads();
+    find_bin(sh, left);
+    threshold |= sh.bin << shift;
+    open = shift;
+  }
+  // Larger keys are taken, and the first of the equal ones.
+  const u32 left = sh.left;
+  auto of_bin = [&](uint4 eight) { return at_least(eight, bin) ^ at_least(eight, bin + 1); };
+  u32 tied = 0;
+  kept.octets([&](int octet, uint4 eight) {
+    for_pages(octet, of_bin(eight), [&](int page) { tied += kept.key(page) == threshold; });
+  });
+  tied = reduce_add(tied);
+  if (lane == 0) sh.more_counts[warp] = tied;
+  __syncthreads();
+  u32 seen = reduce_add(lane < warp ? sh.more_counts[lane] : 0u), taken = 0;
+  kept.octets([&](int octet, uint4 eight) {
+    u32 mine = 0;
+    for_pages(octet, of_bin(eight), [&](int page) { mine += kept.key(page) == threshold; });
+    const u32 upto = seen + sum_upto(mine);
+    u32 rank = upto - mine;
+    for_pages(octet, of_bin(eight), [&](int page) {
+      const u32 key = kept.key(page);
+      if (key > threshold || (key == threshold && rank++ < left)) kept.bin(page) = TAKEN;
+    });
+    seen = __shfl_sync(ALL_LANES, upto, 31);
+    taken += __popc(at_least(kept.bins[min(octet, kept.count - 1)], bin + 1)) * (octet < kept.count);
+  });
+  taken = reduce_add(taken);
+  if (lane == 0) sh.counts[warp] = taken;
+  __syncthreads();
+}
+
+// Lists the pages whose bin is above `bin`, of which `sh.counts` says how many each warp has, in their order.
+DEVICE void list_pages(const Kept& kept, u32 bin, int* list, const SelectShared& sh) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  list += reduce_add(lane < warp ? sh.counts[lane] : 0u);
+  kept.octets([&](int octet, uint4 eight) {
+    const u32 mask = at_least(eight, bin + 1), mine = __popc(mask), upto = sum_upto(mine);
+    int* next = list + upto - mine;
+    for_pages(octet, mask, [&](int page) { *next++ = kept.begin + page; });
+    list += __shfl_sync(ALL_LANES, upto, 31);
+  });
+}
+
+template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   __shared__ SelectShared sh;
-  extern __shared__ u32 keys[];  // of the block's pages, as many as p.keys
+  extern __shared__ __align__(16) float memory[];
   let_next_start();
-  const int b = blockIdx.z, pair = b * p.kv_heads + blockIdx.y;
+  const int b = blockIdx.y, pair = b * p.kv_heads + blockIdx.x;
   const Sequence s = sequence(p, b);
   const Candidates all = candidates(p, s, b);
   if (!s.valid || !chooses(p, all)) return wait_for_previous();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int rank = cluster_block(), blocks = cluster_blocks();
-  const float* scores = p.scores + size_t(pair) * p.max_pages * scores_a_page(p);
-  // The block's slice of the candidates; each warp owns neighbours, so that ballots count in page order.
-  const int slice = (all.count + 32 * blocks - 1) / (32 * blocks) * 32;
-  const int begin = all.from + min(rank * slice, all.count), end = min(begin + slice, all.pages);
-  const int owned = (slice + int(blockDim.x) - 1) / int(blockDim.x) * 32;
-  for (int i = threadIdx.x; i < 2 * BINS; i += blockDim.x) (&sh.histogram[0][0])[i] = 0;
-  if (threadIdx.x == 0) sh.finalist_count = sh.sure = sh.tied = 0;
-  wait_for_previous();
-  __syncthreads();
+  const float* scores = p.scores + size_t(pair) * scored_pages(p) * scores_a_page(p);
+  Kept kept;
+  kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * (p.keys + p.keys / 2);
+  kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
+  kept.begin = all.from & ~(OCTET - 1);
+  kept.count = (all.pages - kept.begin + OCTET - 1) / OCTET;
+  kept.owned = (kept.count + SELECT_THREADS - 1) / SELECT_THREADS * 32;
+  *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
+  if (threadIdx.x == 0) sh.finalist_count = 0;
+  // Those that compete; the newest page is forced, and so are the sinks.
+  const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
+  wait_until(&p.progress[2 * pair], p.score_blocks + touched_pages(p));
 
-  auto key_of = [&](int page, float score) {
-    return page >= end ? 0u : page == all.pages - 1 || page < p.sink_pages ? FORCED : ordered(score);
-  };
-  // What a lane does with its keys, in the order of its pages; pages whose keys are not kept are read again. 0: none.
-  auto for_keys = [&](auto&& visit) {
-#pragma unroll 1
-    for (int i = warp * owned + lane; i < (warp + 1) * owned; i += 32) {
-      const int page = begin + i;
-      if (i < p.keys) {
-        visit(page, keys[i]);
-      } else {
-        float score[AT_ONCE];
-        group_scores(p, scores, page, 32, min(page + 1, end), sh, score);
-        visit(page, key_of(page, score[0]));
-      }
-    }
-  };
-  float lowest = -NEG_INF, highest = NEG_INF;
-  if (p.group_score == SOFTMAX) {
-    if (p.score_parts) {
-      joined_lse(p, pair, sh);
-      // A page's score is at least that of each head, and at most the largest of them and log g.
-      lowest = NEG_INF;
-      for (int h = 0; h < p.group; h++) lowest = fmaxf(lowest, sh.lowest[h]), highest = fmaxf(highest, sh.highest[h]);
-      highest += logf(float(p.group));
-    } else {
-      page_lse(p, scores, begin, end, sh);
-    }
+  const bool with_stats = CHOICE != ANY || p.score_parts;
+  Bins bins(0.f, 0.f);
+  if (with_stats) {
+    const Range range = joined_range<CHOICE>(p, pair, sh);
+    bins = Bins(range.lowest, range.highest);
+  } else if (softmax_over_pages<CHOICE>(p)) {
+    page_lse(p, scores, all, sh);
+  }
+  const float* read = scores + size_t(kept.begin) * scores_a_page(p);
+  if (softmax_over_pages<CHOICE>(p)) {
+    join_heads(p, read, kept.scores, OCTET * kept.count, sh);
+    read = kept.scores;
   }
 #pragma unroll 1
-  for (int i = warp * owned + lane; i < min((warp + 1) * owned, p.keys); i += 32 * AT_ONCE) {
-    float score[AT_ONCE];
-    group_scores(p, scores, begin + i, 32, end, sh, score);
+  for (int octet = threadIdx.x; octet < kept.count; octet += SELECT_THREADS) {
+    const int page0 = kept.begin + OCTET * octet;
+    const float4 a = reinterpret_cast<const float4*>(read)[2 * octet], b = reinterpret_cast<const float4*>(read)[2 * octet + 1];
+    if (read != kept.scores) reinterpret_cast<float4*>(kept.scores)[2 * octet] = a, reinterpret_cast<float4*>(kept.scores)[2 * octet + 1] = b;
+    const float eight[OCTET] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    u32 in[OCTET];
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; j++)
-      if (i + 32 * j < min((warp + 1) * owned, p.keys)) keys[i + 32 * j] = key_of(begin + i + 32 * j, score[j]);
-  }
-  if (p.group_score == MAX && p.score_parts) {
-    for (int i = lane; i < p.score_parts; i += 32) {
-      const float4 part = p.score_stats[size_t(pair) * p.score_parts + i];
-      highest = fmaxf(highest, part.x), lowest = fminf(lowest, part.z);
+    for (int i = 0; i < OCTET; i++) {
+      const bool competes = u32(page0 + i - first) < u32(competing);
+      in[i] = competes ? bins.of(eight[i]) : NONE;
+      if (competes && with_stats) atomicAdd(&sh.histogram[in[i] - 1], 1u);
     }
-    highest = warp_max(highest), lowest = -warp_max(-lowest);
+    kept.bins[octet] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
   }
-  if (!p.score_parts) {
-    // -inf stays out of the range.
-    u32 least = 0xffffffffu, most = 0;
-    for_keys([&](int, u32 key) {
-      if (key > ordered(NEG_INF) && key != FORCED) least = min(least, key), most = max(most, key);
-    });
-    least = __reduce_min_sync(ALL_LANES, least), most = __reduce_max_sync(ALL_LANES, most);
-    if (lane == 0) sh.counts[0][warp] = least, sh.counts[1][warp] = most;
+  __syncthreads();
+  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
+    kept.bin((i < all.sinks ? all.from + i : all.pages - 1) - kept.begin) = TAKEN;
+  if (!with_stats) {
     __syncthreads();
-    if (warp == 0) {
-      least = __reduce_min_sync(ALL_LANES, lane < warps ? sh.counts[0][lane] : 0xffffffffu);
-      most = __reduce_max_sync(ALL_LANES, lane < warps ? sh.counts[1][lane] : 0u);
-      if (lane == 0) sh.least = least, sh.most = most;
-    }
-    cluster_sync();
-    least = lane < blocks ? of_block<u32>(&sh.least, lane) : 0xffffffffu;
-    most = lane < blocks ? of_block<u32>(&sh.most, lane) : 0u;
-    lowest = score_of(__reduce_min_sync(ALL_LANES, least)), highest = score_of(__reduce_max_sync(ALL_LANES, most));
-  }
-
-  // Larger keys are taken, and the first `ties` of the equal ones.
-  u32 threshold = FORCED - 1, ties = 0;
-  const int wanted = all.budget - all.forced;
-  bool finals = false;
-  if (wanted > 0) {
-    const Bins bins(lowest, highest);
-    auto competes = [](u32 key) { return key != 0 && key != FORCED; };
-    for_keys([&](int, u32 key) {
-      if (competes(key)) atomicAdd(&sh.histogram[0][bins.of(key)], 1u);
-    });
-    cluster_sync();
-    find_bin(sh, 0, wanted);
-    const u32 bin = sh.bin;
-    finals = sh.in_bin <= FINALISTS;
-    if (finals) {
-      u32 sure = 0;
-      for_keys([&](int, u32 key) {
-        const u32 of = competes(key) ? bins.of(key) : key ? BINS : 0u;
-        sure += of > bin;
-        if (of == bin && key) sh.finalists[atomicAdd(&sh.finalist_count, 1u)] = key;
-      });
-      sure = reduce_add(sure);
-      if (lane == 0) atomicAdd(&sh.sure, sure);
-      cluster_sync();
-      compare_finalists(sh);
-      threshold = sh.threshold, ties = sh.ties;
-    } else {
-      threshold = 0;
-      int buffer = 0;
+    const Range range = range_of(kept, sh);
+    bins = Bins(range.lowest, range.highest);
 #pragma unroll 1
-      for (int open = 32; open > 0;) {
-        const int bits = min(open, DIGIT), shift = open - bits;
-        const u32 left = sh.left;
-        buffer ^= 1;
-        for_keys([&](int, u32 key) {
-          if (competes(key) && bins.of(key) == bin && (open == 32 || (key ^ threshold) >> open == 0))
-            atomicAdd(&sh.histogram[buffer][(key >> shift) & ((1u << bits) - 1)], 1u);
-        });
-        cluster_sync();
-        // Everyone has read the other buffer.
-        for (int i = threadIdx.x; i < BINS; i += blockDim.x) sh.histogram[buffer ^ 1][i] = 0;
-        find_bin(sh, buffer, left);
-        threshold |= sh.bin << shift;
-        open = shift;
-      }
-      ties = sh.left;
+    for (int i = threadIdx.x; i < competing; i += SELECT_THREADS) {
+      const int page = first - kept.begin + i;
+      const u32 bin = bins.of(score_of(kept.key(page)));
+      kept.bin(page) = bin;
+      atomicAdd(&sh.histogram[bin - 1], 1u);
     }
+    __syncthreads();
   }
-
-  u32 sure = 0, tied = 0;
-  for_keys([&](int, u32 key) { sure += key > threshold, tied += key == threshold; });
-  sure = reduce_add(sure), tied = reduce_add(tied);
-  __syncthreads();
-  if (lane == 0) sh.counts[0][warp] = sure, sh.counts[1][warp] = tied;
-  __syncthreads();
-  // Those of the warps before, and of the blocks before.
-  u32 sure_before = reduce_add(lane < warp ? sh.counts[0][lane] : 0u);
-  u32 tied_before = reduce_add(lane < warp ? sh.counts[1][lane] : 0u);
-  if (finals) {
-    sure_before += sh.sure_before, tied_before += sh.tied_before;
-  } else if (blocks > 1) {
-    if (warp == warps - 1 && lane == 0) sh.sure = sure_before + sure, sh.tied = tied_before + tied;
-    cluster_sync();
-    sure_before += reduce_add(lane < rank ? of_block<u32>(&sh.sure, lane) : 0u);
-    tied_before += reduce_add(lane < rank ? of_block<u32>(&sh.tied, lane) : 0u);
+  // Whatever lies above this bin is taken. If nothing competes, no bin is searched.
+  u32 bin = BINS + 1;
+  if (wanted > 0) {
+    find_bin(sh, wanted);
+    bin = sh.bin + 1;
+  } else if (threadIdx.x == 0) {
+    sh.in_bin = sh.left = 0;
   }
-  cluster_arrive_only();
-  int* list = p.pages + size_t(pair) * p.max_pages;
-  u32 at = sure_before + min(tied_before, ties);
-  const u32 below = (1u << lane) - 1;
-  for_keys([&](int page, u32 key) {
-    const bool ties_with = key == threshold;
-    const u32 tie_ballot = __ballot_sync(ALL_LANES, ties_with);
-    const bool chosen = key > threshold || (ties_with && tied_before + __popc(tie_ballot & below) < ties);
-    const u32 ballot = __ballot_sync(ALL_LANES, chosen);
-    if (chosen) list[at + __popc(ballot & below)] = page;
-    tied_before += __popc(tie_ballot);
-    at += __popc(ballot);
-  });
-  // No block ends while another may still read its memory.
-  cluster_wait();
+  __syncthreads();
+  if (sh.in_bin <= FINALISTS)
+    compare_finalists(kept, bin, sh);
+  else
+    search_digits(kept, bin, sh);
+  list_pages(kept, bin, p.pages + size_t(pair) * p.max_pages, sh);
+  announce(&p.progress[2 * pair + 1]);
+  wait_for_previous();
 }
