@@ -259,11 +259,19 @@ DEVICE void wait_until(const u32* progress, int count) {
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int m = 16; m; m >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, m));
-  return x;
+// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN (a broken model) ranks as -inf.
+DEVICE u32 ordered(float x) {
+  if (!(x == x)) x = NEG_INF;
+  const u32 bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// The number again.
+DEVICE float number_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+// Faster than five shuffles.
+DEVICE float warp_max(float x) { return number_of(__reduce_max_sync(ALL_LANES, ordered(x))); }
+DEVICE float warp_min(float x) { return -warp_max(-x); }
 DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);

@@ -30,7 +30,16 @@ template <class T> DEVICE void pages_kernel(const Params& p) {
   if (!s.valid || page >= pages_for(p, s.len)) return;
   if (threadIdx.x == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
   extern __shared__ __align__(1024) u8 raw[];
-  T* copy = p.copies_page ? reinterpret_cast<T*>(raw) : nullptr;
-  if (page >= s.first >> p.page_shift)
-    summarize<T>(p, pair, page, min(s.len - (page << p.page_shift), 1 << p.page_shift), copy, nullptr);
+  if (page < s.first >> p.page_shift) return;
+  const int rows = min(s.len - (page << p.page_shift), 1 << p.page_shift);
+  const T* keys = page_keys<T>(p, pair, page);
+  if (p.copies_page) {
+    // Rows are read once. D is a multiple of 8.
+    constexpr int ELEMENTS = 16 / sizeof(T);
+    for (int i = threadIdx.x; i < rows * p.head_size / ELEMENTS; i += blockDim.x)
+      reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(keys)[i];
+    keys = reinterpret_cast<const T*>(raw);
+    __syncthreads();
+  }
+  summarize<T>(p, pair, page, rows, keys, nullptr);
 }

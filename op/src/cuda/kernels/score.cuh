@@ -327,7 +327,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   float4* of_warps = reinterpret_cast<float4*>(raw);
   __syncthreads();  // the queries' memory becomes the statistics'
   if (!softmax) {
-    const float top = warp_max(stats[0].x), least = -warp_max(-stats[0].z);
+    const float top = warp_max(stats[0].x), least = warp_min(stats[0].z);
     if (lane == 0) of_warps[threadIdx.x / 32] = {top, 0.f, least, 0.f};
   } else {
 #pragma unroll
@@ -346,7 +346,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   const int h = lane / 2;
   if (!softmax) {
     const float4 mine = of_warps[lane % WARPS];
-    const float top = warp_max(mine.x), least = -warp_max(-mine.z);
+    const float top = warp_max(mine.x), least = warp_min(mine.z);
     if (lane == 0) p.score_stats[size_t(pair) * p.score_parts + blockIdx.x] = {top, 0.f, least, 0.f};
   } else {
     // Two lanes a head.
@@ -368,15 +368,21 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
   constexpr int ROUNDS = 2;
   __shared__ float direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  for (int r = warp; r < rows; r += warps) {
-    float distance = 0.f;
-    for (int c = lane; c < d; c += 32) {
-      const float x = widen(keys[size_t(r) * d + c]) - mean[c];
-      distance = fmaf(x, x, distance);
+  // A sum over a row's elements, for every row: two rows of a warp at once, as each waits for its shuffles.
+  auto sums = [&](auto&& term) {
+    for (int r = warp; r < rows; r += 2 * warps) {
+      const int other = min(r + warps, rows - 1);
+      float a = 0.f, b = 0.f;
+      for (int c = lane; c < d; c += 32) a = term(r, c, a), b = term(other, c, b);
+      a = warp_sum(a), b = warp_sum(b);
+      if (lane == 0) along[r] = a;
+      if (lane == 0 && r + warps < rows) along[r + warps] = b;
     }
-    distance = warp_sum(distance);
-    if (lane == 0) along[r] = distance;
-  }
+  };
+  sums([&](int r, int c, float sum) {
+    const float x = widen(keys[size_t(r) * d + c]) - mean[c];
+    return fmaf(x, x, sum);
+  });
   __syncthreads();
   // The first of those that are as far but for rounding, so that every execution provider starts from the same row.
   int farthest = 0;
@@ -386,12 +392,7 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
   for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] = widen(keys[size_t(farthest) * d + c]) - mean[c];
   for (int round = 0; round < ROUNDS; round++) {
     __syncthreads();
-    for (int r = warp; r < rows; r += warps) {
-      float dot = 0.f;
-      for (int c = lane; c < d; c += 32) dot = fmaf(direction[c], widen(keys[size_t(r) * d + c]) - mean[c], dot);
-      dot = warp_sum(dot);
-      if (lane == 0) along[r] = dot;
-    }
+    sums([&](int r, int c, float sum) { return fmaf(direction[c], widen(keys[size_t(r) * d + c]) - mean[c], sum); });
     __syncthreads();
     float top = 0.f;
     for (int c = threadIdx.x; c < d; c += blockDim.x) {
@@ -413,23 +414,18 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
   for (int c = threadIdx.x; c < d; c += blockDim.x) negative[c] = direction[c] < -1e-5f;
 }
 
-// Recomputes a page's summary from its valid rows, which it reads once, to `copy`, where there is memory for it; every thread takes
-// whole columns.
+// The rows of a page in the cache.
+template <class T> DEVICE T* page_keys(const Params& p, int pair, int page) {
+  return static_cast<T*>(p.key_cache) + (size_t(pair) * p.capacity + (size_t(page) << p.page_shift)) * p.head_size;
+}
+
+// Recomputes a page's summary from its valid rows; every thread takes whole columns.
 template <class T>
-DEVICE void summarize(const Params& p, int pair, int page, int rows, T* copy /* [page size, D] or null */, float* stored /* [2, D] or null */) {
+DEVICE void summarize(const Params& p, int pair, int page, int rows, const T* keys, float* stored /* [2, D] or null */) {
   const int d = p.head_size;
-  const T* keys = static_cast<const T*>(p.key_cache) + (size_t(pair) * p.capacity + (size_t(page) << p.page_shift)) * d;
   T* summary = static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * d;
   __shared__ float mean[MAX_HEAD_SIZE];
   __shared__ bool negative[MAX_HEAD_SIZE];
-  if (copy) {
-    // D is a multiple of 8.
-    constexpr int ELEMENTS = 16 / sizeof(T);
-    for (int i = threadIdx.x; i < rows * d / ELEMENTS; i += blockDim.x)
-      reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
-    __syncthreads();
-    keys = copy;
-  }
   if (p.selector != BOUNDS) {
     for (int c = threadIdx.x; c < d; c += blockDim.x) {
       float sum = 0.f;
@@ -467,46 +463,70 @@ DEVICE void summarize(const Params& p, int pair, int page, int rows, T* copy /* 
   }
 }
 
-// Writes the fed rows from..to (positions) of one KV head into the caches.
-template <class T> DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to) {
+// Writes the fed rows from..to (positions) of one KV head into the caches, and the keys to `copy` too, if there is one.
+template <class T>
+DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, T* copy = nullptr /* of row `from` */) {
   const int d = p.head_size, pair = b * p.kv_heads + head;
   T* keys = static_cast<T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   T* values = static_cast<T*>(p.value_cache) + size_t(pair) * p.capacity * d;
   for (int i = threadIdx.x; i < (to - from) * d; i += blockDim.x) {
     const int position = from + i / d, c = i % d, row = s.skipped + position - s.first;
+    const T value = kv_row<T>(p, p.value, b, row, head)[c];
     T key;
     narrow(rotated(p, kv_row<T>(p, p.key, b, row, head), c, position), key);
     keys[size_t(position) * d + c] = key;
-    values[size_t(position) * d + c] = kv_row<T>(p, p.value, b, row, head)[c];
+    values[size_t(position) * d + c] = value;
+    if (copy) copy[i] = key;
   }
 }
 
+// Often the last of a head's blocks to end: nothing here waits for what could have been asked for before.
 template <class T, int DP>
 DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int page, bool scored, float* prepared) {
   const int pair = b * p.kv_heads + head, d = p.head_size;
-  const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len);
-  append<T>(p, s, b, head, max(start, s.first), end);
+  const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len), fresh = max(start, s.first);
   float* stored = prepared + 2 * p.group * DP;
-  T* copy = p.copies_page ? reinterpret_cast<T*>(stored + 2 * d) : nullptr;
+  __shared__ float of_heads[16];
+  const T* keys = page_keys<T>(p, pair, page);
+  if (p.copies_page) {
+    // The page's rows from before, the fed ones, and the queries. D is a multiple of 8.
+    constexpr int ELEMENTS = 16 / sizeof(T);
+    T* copy = reinterpret_cast<T*>(stored + 2 * d);
+    const int chunks = (fresh - start) * d / ELEMENTS;
+    uint4 first = {};
+    if (threadIdx.x < chunks) first = reinterpret_cast<const uint4*>(keys)[threadIdx.x];
+    append<T>(p, s, b, head, fresh, end, copy + (fresh - start) * d);
+    if (threadIdx.x < chunks) reinterpret_cast<uint4*>(copy)[threadIdx.x] = first;
+    for (int i = threadIdx.x + blockDim.x; i < chunks; i += blockDim.x)
+      reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
+    keys = copy;
+  } else {
+    append<T>(p, s, b, head, fresh, end);
+  }
   if (scored) prepare_queries<T, DP>(p, s, b, head, prepared);
   __syncthreads();
-  summarize<T>(p, pair, page, end - start, copy, stored);
+  summarize<T>(p, pair, page, end - start, keys, stored);
   if (!scored) return;
   __syncthreads();
-  // One warp, so that the group's maximum is taken in one place.
-  if (threadIdx.x >= 32) return;
-  float best = NEG_INF;
-  for (int h = 0; h < p.group; h++) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int h = warp; h < p.group; h += blockDim.x / 32) {
     float x = 0.f, y = 0.f, z = 0.f;
-    for (int c = threadIdx.x; c < d; c += 32) {
+    for (int c = lane; c < d; c += 32) {
       const float spread = p.selector != BOUNDS ? stored[d + c] * stored[d + c] : stored[d + c];
       z = fmaf(prepared[2 * h * DP + c], stored[d + c], z);
       x = fmaf(prepared[2 * h * DP + c], stored[c], x);
       y = fmaf(prepared[2 * h * DP + DP + c], spread, y);
     }
-    const float score = head_score(p, warp_sum(x), warp_sum(y), warp_sum(z), page_log_count(p, s, page));
-    best = p.group_score == SOFTMAX ? score : fmaxf(best, score);
-    if (threadIdx.x == 0) store_score(p, pair, h, page, best);
+    x = warp_sum(x), y = warp_sum(y);
+    if (p.selector == SIGNED_MOMENTS) z = warp_sum(z);
+    if (lane == 0) of_heads[h] = head_score(p, x, y, z, page_log_count(p, s, page));
+  }
+  __syncthreads();
+  if (threadIdx.x) return;
+  float best = NEG_INF;
+  for (int h = 0; h < p.group; h++) {
+    best = p.group_score == SOFTMAX ? of_heads[h] : fmaxf(best, of_heads[h]);
+    store_score(p, pair, h, page, best);
   }
 }
 

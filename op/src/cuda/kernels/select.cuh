@@ -41,17 +41,6 @@ struct SelectShared {
   u32 bin, left, in_bin;
 };
 
-// An order of unsigned numbers that is the order of the scores; 0 stands for "not a candidate". A NaN (a broken model) ranks
-// as -inf.
-DEVICE u32 ordered(float score) {
-  if (!(score == score)) score = NEG_INF;
-  const u32 bits = __float_as_uint(score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// The score again.
-DEVICE float score_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
-
 // The bins of the histogram, equally wide between two bounds of the scores. Larger scores never lie in a lower bin.
 struct Bins {
   // In whose range, up to twice as much, floats are whole numbers: adding it rounds.
@@ -124,7 +113,7 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
       least = fminf(least, part.z);
     }
     sums = warp_sums(sums);
-    least = -warp_max(-least);
+    least = warp_min(least);
     const float most = sums.x * LOG2E, lse = most + log2_fast(sums.y);
     if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
   }
@@ -166,40 +155,47 @@ template <Choice CHOICE> DEVICE Range joined_range(const Params& p, int pair, Se
     const float4 part = p.score_stats[size_t(pair) * p.score_parts + i];
     range.highest = fmaxf(range.highest, part.x), least = fminf(least, part.z);
   }
-  return {-warp_max(-least), warp_max(range.highest)};
+  return {warp_min(least), warp_max(range.highest)};
 }
 
-// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's softmax. Of other
-// pages any number.
-DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, float* joined, int count, const SelectShared& sh) {
-  constexpr int AT_ONCE = 8;
-#pragma unroll 1
-  for (int page = threadIdx.x; page < count; page += AT_ONCE * SELECT_THREADS) {
-    // Not -inf, which would make NaNs.
-    float top[AT_ONCE], sum[AT_ONCE];
+// The scores of four heads of pages that are SELECT_THREADS apart.
+constexpr int JOINED_AT_ONCE = 8;
+struct HeadScores {
+  float4 four[JOINED_AT_ONCE];
+  DEVICE void ask(const Params& p, const float* scores, int page, int count, int h) {
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
+    for (int i = 0; i < JOINED_AT_ONCE; i++)
+      four[i] = *reinterpret_cast<const float4*>(scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
+  }
+};
+
+// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's softmax. Of other
+// pages any number. `asked`: the first heads' of the first pages.
+DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked, float* joined, int count,
+                       const SelectShared& sh) {
+#pragma unroll 1
+  for (int page = threadIdx.x; page < count; page += JOINED_AT_ONCE * SELECT_THREADS) {
+    // Not -inf, which would make NaNs.
+    float top[JOINED_AT_ONCE], sum[JOINED_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < JOINED_AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
 #pragma unroll 1
     for (int h = 0; h < p.group; h += 4) {
-      float4 four[AT_ONCE];
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++)
-        four[i] = *reinterpret_cast<const float4*>(scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
+      if (h || page >= SELECT_THREADS) asked.ask(p, scores, page, count, h);
       const float4 less = *reinterpret_cast<const float4*>(&sh.lse[h]);
       // Of heads that are not there -inf.
       auto share = [&](int j, float score, float lse) { return h + j < p.group ? fmaf(score, LOG2E, -lse) : NEG_INF; };
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        const float a = share(0, four[i].x, less.x), b = share(1, four[i].y, less.y);
-        const float c = share(2, four[i].z, less.z), d = share(3, four[i].w, less.w);
-        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]);
-        const float before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
+      for (int i = 0; i < JOINED_AT_ONCE; i++) {
+        const float4 of = asked.four[i];
+        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z), d = share(3, of.w, less.w);
+        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]), before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
         sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
         top[i] = n;
       }
     }
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++)
+    for (int i = 0; i < JOINED_AT_ONCE; i++)
       if (page + i * SELECT_THREADS < count) joined[page + i * SELECT_THREADS] = top[i] + log2_fast(sum[i]) + 0.f;
   }
   __syncthreads();
@@ -283,7 +279,7 @@ DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   least = __reduce_min_sync(ALL_LANES, lane < SELECT_WARPS ? sh.counts[lane] : 0xffffffffu);
   most = __reduce_max_sync(ALL_LANES, lane < SELECT_WARPS ? sh.more_counts[lane] : 0u);
   __syncthreads();
-  return {score_of(least), score_of(most)};
+  return {number_of(least), number_of(most)};
 }
 
 // Counts the pages that each warp takes for sure, and gathers those of a bin that holds no more than FINALISTS; takes the `sh.left` best
@@ -401,6 +397,9 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   wait_until(&p.progress[2 * pair], p.score_blocks + touched_pages(p));
 
   const bool with_stats = CHOICE != ANY || p.score_parts;
+  const float* read = scores + size_t(kept.begin) * scores_a_page(p);
+  HeadScores asked;
+  if (softmax_over_pages<CHOICE>(p)) asked.ask(p, read, threadIdx.x, OCTET * kept.count, 0);
   Bins bins(0.f, 0.f);
   if (with_stats) {
     const Range range = joined_range<CHOICE>(p, pair, sh);
@@ -408,9 +407,8 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   } else if (softmax_over_pages<CHOICE>(p)) {
     page_lse(p, scores, all, sh);
   }
-  const float* read = scores + size_t(kept.begin) * scores_a_page(p);
   if (softmax_over_pages<CHOICE>(p)) {
-    join_heads(p, read, kept.scores, OCTET * kept.count, sh);
+    join_heads(p, read, asked, kept.scores, OCTET * kept.count, sh);
     read = kept.scores;
   }
 #pragma unroll 1
@@ -438,7 +436,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < competing; i += SELECT_THREADS) {
       const int page = first - kept.begin + i;
-      const u32 bin = bins.of(score_of(kept.key(page)));
+      const u32 bin = bins.of(number_of(kept.key(page)));
       kept.bin(page) = bin;
       atomicAdd(&sh.histogram[bin - 1], 1u);
     }
