@@ -31,7 +31,7 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
     let Some((tokens, rank)) = fed.filter(|_| input_of(&ATTENTION_MASK, 2)) else {
         return;
     };
-    let left = graph.node.iter().any(|n| n.is("com.microsoft", "GroupQueryAttention"));
+    let left = graph.node.iter().any(rules::gqa::is_one);
     let mask_type = graph
         .input
         .iter()
@@ -47,11 +47,7 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
             nodes: Vec::new(),
             constants: Vec::new(),
         };
-        let mut sound = made.sound(count, mask_type, (tokens, rank), opset);
-        if left {
-            sound = made.begins(&sound);
-        }
-        let checked = made.marked(&sound);
+        let checked = made.checked(count, mask_type, (tokens, rank), left, opset);
         graph.initializer.append(&mut made.constants);
         graph.node.splice(maker + 1..=maker, made.nodes);
         let operators = graph
@@ -81,16 +77,6 @@ pub fn depends(view: &GraphView, from: &str) -> bool {
         }
     }
     false
-}
-
-/// A mask that has been looked at: values of `[B, 1]`, the mask, and the constant `[1]`.
-#[derive(Clone)]
-struct Sound {
-    sound: String,
-    /// n - 1.
-    newest: String,
-    mask: String,
-    one: String,
 }
 
 struct Made {
@@ -133,8 +119,16 @@ impl Made {
         self.add("ReduceSum", &[from, &axis], vec![], base)
     }
 
-    /// Whether the operator understands the mask, `[B, 1]`; `count`: n - 1, of any shape with B elements.
-    fn sound(&mut self, count: &str, mask_type: Option<DataType>, (tokens, rank): (&str, usize), opset: i64) -> Sound {
+    /// `count` (n - 1, of any shape with B elements) as `[B]`, marked where the mask is not understood, or does not begin with a
+    /// one although it must.
+    fn checked(
+        &mut self,
+        count: &str,
+        mask_type: Option<DataType>,
+        (tokens, rank): (&str, usize),
+        must_begin: bool,
+        opset: i64,
+    ) -> String {
         let [one, two, minus, end] =
             [(1, "one"), (2, "two"), (-1, "minus_one"), (i64::MAX, "end")].map(|(x, base)| self.longs(&[x], base));
         let mask = match mask_type {
@@ -170,30 +164,17 @@ impl Made {
         let needed = self.add("Mul", &[&fed, &open], vec![], "needed");
         let more = self.add("Add", &[&newest64, &two], vec![], "more");
         let enough = self.add("Less", &[&needed, &more], vec![], "enough");
-        let sound = self.add("And", &[&together, &enough], vec![], "mask_is_sound");
-        Sound {
-            sound,
-            newest,
-            mask,
-            one,
+        let mut sound = self.add("And", &[&together, &enough], vec![], "mask_is_sound");
+        if must_begin {
+            let start = self.longs(&[0], "start");
+            let first = self.add("Slice", &[&mask, &start, &one, &one], vec![], "first");
+            let begins = self.add("Equal", &[&first, &one], vec![], "begins");
+            sound = self.add("And", &[&sound, &begins], vec![], "mask_is_sound_for_all");
         }
-    }
-
-    /// The same where the mask must begin with a one, too.
-    fn begins(&mut self, of: &Sound) -> Sound {
-        let start = self.longs(&[0], "start");
-        let first = self.add("Slice", &[&of.mask, &start, &of.one, &of.one], vec![], "first");
-        let begins = self.add("Equal", &[&first, &of.one], vec![], "begins");
-        let sound = self.add("And", &[&of.sound, &begins], vec![], "mask_is_sound_for_all");
-        Sound { sound, ..of.clone() }
-    }
-
-    /// `[B]`: n - 1, or the mark where the mask is not understood.
-    fn marked(&mut self, of: &Sound) -> String {
         let bad = self.fresh.name("retro/given/mask_not_understood");
         self.constants
             .push(TensorProto::int32s(&bad, &[1, 1], &[MASK_NOT_UNDERSTOOD]));
-        let marked = self.add("Where", &[&of.sound, &of.newest, &bad], vec![], "marked");
+        let marked = self.add("Where", &[&sound, &newest, &bad], vec![], "marked");
         let flat = self.longs(&[-1], "flat");
         self.add("Reshape", &[&marked, &flat], vec![], "seqlens_k")
     }

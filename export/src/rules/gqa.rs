@@ -34,7 +34,7 @@ mod slot {
 pub struct GroupQueryAttention;
 
 /// Whether a node is what this rule is about.
-pub(super) fn is_one(node: &NodeProto) -> bool {
+pub(crate) fn is_one(node: &NodeProto) -> bool {
     node.is("com.microsoft", "GroupQueryAttention")
 }
 

@@ -3,7 +3,7 @@
 
 mod core;
 mod decomposed;
-mod gqa;
+pub(crate) mod gqa;
 mod mask;
 mod mha;
 mod onnx_attention;

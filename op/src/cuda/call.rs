@@ -210,13 +210,15 @@ impl Call<'_> {
         let pages = layout.take(pairs * max_pages * 4);
         // Candidates may begin within eight pages.
         let keys = max_pages.next_multiple_of(8) + 8;
-        let kept = keys * 6;
+        // A score and a bin of each.
+        let kept = keys * (4 + 2);
         let in_shared = kept <= self.kernels.select.shared;
-        let kept_outside = layout.take(if scored && !in_shared { pairs * kept } else { 0 });
+        let outside = scored && !in_shared;
+        let kept_outside = layout.take(if outside { pairs * kept } else { 0 });
         let outputs = layout.take(pairs * splits * rows * d * 4);
         let stats = layout.take(pairs * splits * rows * 8);
         let scratch = buffer.get(layout.0, self.stream)?;
-        if scored && !in_shared {
+        if outside {
             params.kept = at(scratch, kept_outside);
         }
         params.keys = keys as i32;

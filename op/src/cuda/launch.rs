@@ -57,27 +57,6 @@ impl Stream {
         } else {
             &[]
         };
-        self.launch_with(kernel, grid, shared, attributes, params)
-    }
-
-    fn chained() -> CUlaunchAttribute {
-        CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
-            },
-        }
-    }
-
-    fn launch_with(
-        &self,
-        kernel: &Kernel,
-        grid: [usize; 3],
-        shared: usize,
-        attributes: &[CUlaunchAttribute],
-        params: &Params,
-    ) -> Result<()> {
         let config = CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
@@ -97,6 +76,16 @@ impl Stream {
         match result {
             cudarc::driver::sys::CUresult::CUDA_SUCCESS => Ok(()),
             e => check(&format!("cuLaunchKernelEx({}, grid {grid:?})", kernel.name), e),
+        }
+    }
+
+    fn chained() -> CUlaunchAttribute {
+        CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
         }
     }
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{cuMemAlloc_v2, cuMemsetD8Async, cuMemsetD32Async};
+use cudarc::driver::sys::{cuMemAlloc_v2, cuMemsetD8Async};
 
 use super::check;
 use super::launch::Stream;
@@ -45,22 +45,31 @@ pub fn lock(buffer: &Mutex<Buffer>) -> MutexGuard<'_, Buffer> {
     buffer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Newly allocated memory, of zeros: selection reads some scores around the candidates', whose values do not matter.
+fn zeros(bytes: usize, stream: Stream) -> Result<u64> {
+    let mut address = 0;
+    // SAFETY: the device's context is current; the address is ours to write.
+    check(&format!("cuMemAlloc of {bytes} bytes"), unsafe {
+        cuMemAlloc_v2(&mut address, bytes)
+    })?;
+    clear(address, bytes, stream)?;
+    Ok(address)
+}
+
+/// Zeros in memory of ours, of so many bytes.
+fn clear(address: u64, bytes: usize, stream: Stream) -> Result<()> {
+    // SAFETY: the callers allocated so many bytes there, and whatever used them runs before on this stream.
+    check("cuMemsetD8Async", unsafe {
+        cuMemsetD8Async(address, 0, bytes, stream.raw)
+    })
+}
+
 impl Buffer {
     /// Memory of at least `bytes` bytes.
     pub fn get(&mut self, bytes: usize, stream: Stream) -> Result<*mut c_void> {
         if bytes > self.bytes {
             let larger = bytes.max(2 * self.bytes).max(LEAST).next_multiple_of(256);
-            let mut address = 0;
-            // SAFETY: the device's context is current; the address is ours to write.
-            check(&format!("cuMemAlloc of {larger} bytes"), unsafe {
-                cuMemAlloc_v2(&mut address, larger)
-            })?;
-            // What a kernel reads before it is written stays within what it was written for: zeros at first.
-            // SAFETY: so many bytes were allocated there.
-            check("cuMemsetD8Async", unsafe {
-                cuMemsetD8Async(address, 0, larger, stream.raw)
-            })?;
-            (self.address, self.bytes) = (address, larger);
+            (self.address, self.bytes) = (zeros(larger, stream)?, larger);
         }
         Ok(self.address as *mut c_void)
     }
@@ -70,18 +79,9 @@ impl Buffer {
     pub fn progress(&mut self, count: usize, stream: Stream) -> Result<*mut c_void> {
         if count > self.numbers {
             let larger = count.max(2 * self.numbers).next_multiple_of(64);
-            let mut address = 0;
-            // SAFETY: the device's context is current; the address is ours to write.
-            check(&format!("cuMemAlloc of {} bytes", 4 * larger), unsafe {
-                cuMemAlloc_v2(&mut address, 4 * larger)
-            })?;
-            (self.progress, self.numbers, self.settled) = (address, larger, false);
-        }
-        if !self.settled {
-            // SAFETY: so many numbers were allocated there, and whatever used them runs before on this stream.
-            check("cuMemsetD32Async", unsafe {
-                cuMemsetD32Async(self.progress, 0, self.numbers, stream.raw)
-            })?;
+            (self.progress, self.numbers) = (zeros(4 * larger, stream)?, larger);
+        } else if !self.settled {
+            clear(self.progress, 4 * self.numbers, stream)?;
         }
         self.settled = false;
         Ok(self.progress as *mut c_void)

@@ -4,7 +4,7 @@ use retro_contract::budget_pages;
 use retro_tests::{
     attrs::Attrs,
     host,
-    layer::{Binding, Layer, State},
+    layer::{Binding, KEY, Layer, STEPS, SUMMARY, State, VALUE},
     random::Random,
     tensor::{Dtype, Tens},
 };
@@ -63,11 +63,11 @@ fn takes_the_best(dtype: Dtype, pages: usize, parts: f32) {
         tensor.write(0, numbers);
         tensor
     };
-    for slot in [0, 1] {
+    for slot in [KEY, VALUE] {
         state.tensors[slot] = filled(&vec![0.0; kv_heads * length * size], &state.tensors[slot]);
     }
-    state.tensors[2] = filled(&summaries, &state.tensors[2]);
-    state.tensors[3].ints_mut().fill(-1);
+    state.tensors[SUMMARY] = filled(&summaries, &state.tensors[SUMMARY]);
+    state.tensors[STEPS].ints_mut().fill(-1);
     let rows = drive::rows(&mut random, &attrs, 1);
     Layer::new(&attrs, dtype).run(&mut state, &drive::feed(&rows, length, 0, None), Binding::InPlace);
     let budget = budget_pages(f64::from(BUDGET), 3, length, PAGE);

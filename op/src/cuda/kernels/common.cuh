@@ -277,3 +277,10 @@ DEVICE float warp_sum(float x) {
   for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);
   return x;
 }
+
+// A largest value and the sum of e^(x - largest), joined with another such pair.
+DEVICE float2 joined_sums(float2 a, float2 b) {
+  const float top = fmaxf(a.x, b.x);
+  if (top == NEG_INF) return {top, 0.f};
+  return {top, a.y * __expf(a.x - top) + b.y * __expf(b.x - top)};
+}

@@ -164,9 +164,8 @@ template <class T> struct Squares {
 // least finite}. Without a softmax over pages the group's score stands for the head, and the sum is not used.
 DEVICE float4 no_scores() { return {NEG_INF, 0.f, -NEG_INF, 0.f}; }
 DEVICE float4 joined_stats(float4 a, float4 b) {
-  const float top = fmaxf(a.x, b.x);
-  const float sum = top == NEG_INF ? 0.f : a.y * __expf(a.x - top) + b.y * __expf(b.x - top);
-  return {top, sum, fminf(a.z, b.z), 0.f};
+  const float2 sums = joined_sums({a.x, a.y}, {b.x, b.y});
+  return {sums.x, sums.y, fminf(a.z, b.z), 0.f};
 }
 
 DEVICE float4 of_score(float score) { return {score, 1.f, score == NEG_INF ? -NEG_INF : score, 0.f}; }

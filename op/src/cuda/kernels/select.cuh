@@ -71,12 +71,6 @@ DEVICE u32 sum_upto(u32 x) {
   return x;
 }
 
-// A largest value and the sum of e^(x - largest), joined with another such pair.
-DEVICE float2 joined_sums(float2 a, float2 b) {
-  const float top = fmaxf(a.x, b.x);
-  if (top == NEG_INF) return {top, 0.f};
-  return {top, a.y * __expf(a.x - top) + b.y * __expf(b.x - top)};
-}
 DEVICE float2 warp_sums(float2 a) {
 #pragma unroll
   for (int m = 16; m; m >>= 1)
