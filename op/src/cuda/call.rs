@@ -24,6 +24,8 @@ const MAX_SPLITS: usize = 256;
 const SHARED_UNASKED: usize = 48 * 1024;
 /// Of which these stay free for variables.
 const SHARED_VARIABLES: usize = 8 * 1024;
+/// That a block takes beside what it asks for, in bytes.
+const SHARED_OF_BLOCK: usize = 1024;
 /// Rows (tokens) that a block of the merge kernel ends at once.
 const MERGE_ROWS: usize = 16;
 
@@ -127,6 +129,12 @@ impl Call<'_> {
         budget.max(a.sink_pages + 1).min(max_pages)
     }
 
+    /// Whether no length, up to so many pages, needs a choice of pages.
+    fn takes_everything(&self, max_pages: usize) -> bool {
+        let a = self.attributes;
+        !self.has_page_budget && (a.budget_ratio >= 1.0 || a.budget_min_pages >= max_pages)
+    }
+
     /// Shared memory for the keys of a page that is summarised, in bytes.
     fn page_copy(&self) -> usize {
         let bytes = self.attributes.page_size * self.dims.head_size * self.kernels.element;
@@ -156,10 +164,9 @@ impl Call<'_> {
     /// more of them than another multiprocessor.
     fn spread(&self, attend: &Attend, grid: usize) -> usize {
         let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_a_sm);
-        // A block takes 1 KiB beside what it asks for.
         attend
             .shared
-            .max(self.shared_a_sm / (blocks + 1) - 1023)
+            .max(self.shared_a_sm / (blocks + 1) + 1 - SHARED_OF_BLOCK)
             .min(attend.most_shared)
     }
 
@@ -170,11 +177,13 @@ impl Call<'_> {
         let (pairs, max_pages) = (self.pairs(), params.max_pages as usize);
         let rows = tokens * group;
         let listed = self.most_pages(total, max_pages);
-        let scored = a.mode == Mode::Retro;
+        let scored = a.mode == Mode::Retro && !self.takes_everything(max_pages);
         // The blocks that choose pages are on the device while the others score and while those that attend arrive, where they are
         // few and kernels overlap.
         let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
         let reserved = if scored && few { pairs } else { 0 };
+        // With more of them scoring needs its L1 cache.
+        let order = if few { Order::Gathered } else { Order::Chained };
         let (attend, blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
 
         let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
@@ -182,8 +191,8 @@ impl Call<'_> {
         let touched = (tokens + a.page_size - 2) / a.page_size + 1;
         let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
         let score_blocks = if scored {
-            // One wave, the blocks that append included.
-            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(touched);
+            // One wave, blocks that append included: mostly one, as the others find no page of theirs.
+            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(1);
             wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * score.kernel.threads as usize / 32))
         } else {
             0
@@ -207,7 +216,6 @@ impl Call<'_> {
         } else {
             0
         });
-        let pages = layout.take(pairs * max_pages * 4);
         // Candidates may begin within eight pages.
         let keys = max_pages.next_multiple_of(8) + 8;
         // A score and a bin of each.
@@ -222,28 +230,28 @@ impl Call<'_> {
             params.kept = at(scratch, kept_outside);
         }
         params.keys = keys as i32;
-        params.progress = buffer.progress(2 * pairs, self.stream)?;
+        let flags = buffer.flags(pairs + pairs * max_pages, self.stream)?;
+        params.progress = flags;
+        params.pages = at(flags, pairs * 4);
         params.scores = at(scratch, scores);
         params.score_stats = at(scratch, score_stats);
-        params.pages = at(scratch, pages);
         params.part_outputs = at(scratch, outputs);
         params.part_stats = at(scratch, stats);
         params.splits = splits as i32;
         params.rows = rows as i32;
         params.stages = attend.stages;
 
-        let padded = self.kernels.padded;
         let page_copy = self.page_copy();
         params.copies_page = i32::from(page_copy > 0);
         // What the blocks that append need; or the queries of the blocks that score (score.cuh).
-        let shared = (self.appending() + page_copy).max(3 * 16 * (padded + 32) * 2);
+        let shared = (self.appending() + page_copy).max(3 * 16 * (self.kernels.padded + 32) * 2);
         let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
         let k = self.kernels;
         self.stream.launch(
             &score.kernel,
             [score_blocks + touched, kv_heads, batch],
             shared,
-            Order::Chained,
+            order,
             params,
         )?;
         if scored {
@@ -254,20 +262,20 @@ impl Call<'_> {
                 GroupScore::Softmax => &k.select.softmax,
             };
             self.stream
-                .launch(select, grid, if in_shared { kept } else { 0 }, Order::Chained, params)?;
+                .launch(select, grid, if in_shared { kept } else { 0 }, order, params)?;
         }
         self.stream.launch(
             &attend.kernel,
             [blocks, splits, pairs],
             self.spread(attend, blocks * splits * pairs),
-            Order::Chained,
+            order,
             params,
         )?;
         self.stream.launch(
             &k.merge,
             [a.heads + kv_heads, batch, (tokens - 1).max(1)],
             0,
-            Order::Chained,
+            order,
             params,
         )?;
         buffer.settle();
@@ -404,6 +412,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         copies_page: 0,
         keys: 0,
         score_blocks: 0,
+        octets: 0,
         last_tokens: 0,
         stages: 0,
         write_output: 1,

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{
-    CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, cuFuncSetAttribute, cuModuleGetFunction,
-    cuModuleLoadData, is_culib_present,
+    CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, cuDriverGetVersion, cuFuncSetAttribute,
+    cuModuleGetFunction, cuModuleLoadData, is_culib_present,
 };
 
 use super::call::Kernels;
@@ -26,6 +26,8 @@ pub struct Device {
     pub shared_a_sm: usize,
     /// Compute capability 9.0 and up: kernels of a step may overlap (programmatic dependent launch).
     pub overlaps: bool,
+    /// CUDA 12.5 and up: a launch may say how multiprocessors divide their memory.
+    pub gathers: bool,
     pub scratch: Scratch,
     /// By element type and head size.
     kernels: Mutex<BTreeMap<(&'static str, usize), Arc<Kernels>>>,
@@ -68,6 +70,9 @@ impl Device {
                 capability.0, capability.1
             )));
         }
+        let mut driver = 0;
+        // SAFETY: the number is ours to write.
+        check("cuDriverGetVersion", unsafe { cuDriverGetVersion(&mut driver) })?;
         let image = image(capability)?;
         let mut module = ptr::null_mut();
         // SAFETY: the context is current (CudaContext::new binds it), and the image is a whole fat binary or cubin.
@@ -80,6 +85,7 @@ impl Device {
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
             shared_a_sm: usize::try_from(shared).unwrap_or(0),
             overlaps: capability >= (9, 0),
+            gathers: driver >= 12050,
             scratch: Scratch::default(),
             kernels: Mutex::default(),
         })

@@ -290,12 +290,18 @@ impl CudaKernel {
             p.sin = address(input::SIN_CACHE)?;
         }
         p.head_sink = address(input::HEAD_SINK)?;
+        let in_sixteens = |pointer: *const c_void| pointer.addr().is_multiple_of(16);
+        let rotates_halves = !attributes.rotary_interleaved && dims.rotary_half.is_multiple_of(8);
+        let octets = [p.query, p.key, p.value].into_iter().all(in_sixteens)
+            && (!attributes.do_rotary || (rotates_halves && in_sixteens(p.cos) && in_sixteens(p.sin)));
+        p.octets = i32::from(octets);
 
         // Everything that the host can see is checked: from here on outputs are written.
         self.device.make_current()?;
         let stream = Stream {
             raw: context.stream()?.cast(),
             overlaps: self.device.overlaps,
+            gathers: self.device.gathers,
         };
         let width = (attributes.heads * d) as i64;
         let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;

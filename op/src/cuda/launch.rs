@@ -31,6 +31,8 @@ pub struct Stream {
     pub raw: CUstream,
     /// Whether a kernel may start before the one launched before it, one of ours, has ended.
     pub overlaps: bool,
+    /// Whether a launch may say how multiprocessors divide their memory.
+    pub gathers: bool,
 }
 
 /// Where a kernel stands in a call.
@@ -40,6 +42,9 @@ pub enum Order {
     Alone,
     /// Right after another of our kernels, whose results it waits for by itself.
     Chained,
+    /// The same, on multiprocessors that divide their memory in favour of shared memory: blocks of two kernels are on one of them
+    /// at the same time only where they agree in this, and these kernels start while others drain.
+    Gathered,
 }
 
 impl Stream {
@@ -51,11 +56,11 @@ impl Stream {
         order: Order,
         params: &Params,
     ) -> Result<()> {
-        let chained = Self::chained();
-        let attributes: &[_] = if order == Order::Chained && self.overlaps {
-            &[chained]
-        } else {
-            &[]
+        let all = [Self::chained(), Self::gathered()];
+        let attributes = match order {
+            Order::Gathered if self.overlaps && self.gathers => &all[..],
+            Order::Chained | Order::Gathered if self.overlaps => &all[..1],
+            _ => &[],
         };
         let config = CUlaunchConfig {
             gridDimX: grid[0] as u32,
@@ -86,6 +91,14 @@ impl Stream {
             value: CUlaunchAttributeValue {
                 programmaticStreamSerializationAllowed: 1,
             },
+        }
+    }
+
+    fn gathered() -> CUlaunchAttribute {
+        CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { sharedMemCarveout: 100 },
         }
     }
 

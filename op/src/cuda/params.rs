@@ -63,6 +63,7 @@ pub struct Params {
     pub copies_page: i32,
     pub keys: i32,
     pub score_blocks: i32,
+    pub octets: i32,
     pub last_tokens: i32,
     pub stages: i32,
     pub write_output: i32,
@@ -76,4 +77,4 @@ pub struct Params {
 }
 
 // kernels/retro.cu asserts the same size.
-const _: () = assert!(size_of::<Params>() == 864);
+const _: () = assert!(size_of::<Params>() == 872);

@@ -21,8 +21,8 @@ const LEAST: usize = 1 << 20;
 pub struct Buffer {
     address: u64,
     bytes: usize,
-    progress: u64,
-    /// Numbers at `progress`.
+    flags: u64,
+    /// Numbers at `flags`.
     numbers: usize,
     /// Whether they are 0 when the stream's work is done.
     settled: bool,
@@ -76,15 +76,15 @@ impl Buffer {
 
     /// Memory of `count` numbers of 32 bits, which are 0 and which the kernels of a step leave at 0. A step that is not
     /// launched to its end may leave others; so they are cleared again unless [`Buffer::settle`] is called.
-    pub fn progress(&mut self, count: usize, stream: Stream) -> Result<*mut c_void> {
+    pub fn flags(&mut self, count: usize, stream: Stream) -> Result<*mut c_void> {
         if count > self.numbers {
             let larger = count.max(2 * self.numbers).next_multiple_of(64);
-            (self.progress, self.numbers) = (zeros(4 * larger, stream)?, larger);
+            (self.flags, self.numbers) = (zeros(4 * larger, stream)?, larger);
         } else if !self.settled {
-            clear(self.progress, 4 * self.numbers, stream)?;
+            clear(self.flags, 4 * self.numbers, stream)?;
         }
         self.settled = false;
-        Ok(self.progress as *mut c_void)
+        Ok(self.flags as *mut c_void)
     }
 
     /// All kernels of the step have been launched.

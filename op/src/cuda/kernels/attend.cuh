@@ -25,9 +25,15 @@ struct Groups {
   const int* list;   // the chosen pages
   const int* steps;  // A of every page (merge.cuh writes it), where a query may have seen pages
   int sinks, first_page, recent, newest, count, shift /* log2 of groups a page */;
-  DEVICE int page(int group) const {
+  // 1 and the number of the page; 0: it has not been chosen yet.
+  DEVICE int ask(int group) const {
     const int i = group >> shift;
-    return list ? list[i] : i < sinks ? first_page + i : recent + i - sinks;
+    return list ? announced_page(list + i) : 1 + (i < sinks ? first_page + i : recent + i - sinks);
+  }
+  // The page that was asked for.
+  DEVICE int page(int group, int asked) const {
+    while (!asked) asked = ask(group);
+    return asked - 1;
   }
   // The least position of a query that may take the page.
   DEVICE int from(int page) const { return steps ? max(min(steps[page], newest - 1) + 1, 0) : 0; }
@@ -54,11 +60,12 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
   return g;
 }
 
-// Pages that are chosen are there as soon as this head's are; the kernel that chooses them ends later. It must have ended when this
-// one ends, so that whoever waits for this one has waited for all.
+// Pages that are chosen are listed one by one (Groups::page waits for each), after the scores of all: so the rows that the step has
+// appended are there too. The kernel that chooses them must have ended when this one ends, so that whoever waits for this one has
+// waited for all.
 DEVICE void wait_for_pages(const Params& p, const Groups& groups, int pair) {
   if (groups.list)
-    wait_until(&p.progress[2 * pair + 1], 1);
+    wait_until(&p.progress[pair], all_score_blocks(p));
   else
     wait_for_previous();
 }
@@ -145,9 +152,6 @@ struct Placed {
   int at, from;
 };
 
-DEVICE void copy_async(u32 target, const void* source, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0) : "memory");
-}
 DEVICE void load_matrices(u32 (&x)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -181,23 +185,16 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, S::ROWS);
   if (!s.valid || rb.start >= rb.rows) return;
 
-  // All loads before the first use.
-  constexpr int WARPS = S::THREADS / 32, WARP_ROWS = S::ROWS / WARPS;
-  float asked[WARP_ROWS][DP / 32];
 #pragma unroll
-  for (int i = 0; i < WARP_ROWS; i++) {
-    const int r = rb.start + warp + i * WARPS, token = rb.token0 + r / p.group;
-    const T* row = query_row<T>(p, b, s.skipped + token, kv_head * p.group + r % p.group);
-#pragma unroll
-    for (int j = 0; j < DP / 32; j++) {
-      const int c = lane + 32 * j;
-      asked[i][j] = r < rb.rows && c < d ? rotated(p, row, c, s.first + token) : 0.f;
+  for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
+    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n, token = rb.token0 + r / p.group;
+    Octet of = {};
+    if (r < rb.rows && d0 < d) {
+      ask_octet(p, query_row<T>(p, b, s.skipped + token, kv_head * p.group + r % p.group), d0, of);
+      rotate_octet<T>(p, of, d0, s.first + token);
     }
+    if (n < S::ROWS) store8(&sh.query[n][d0], of.x);
   }
-#pragma unroll
-  for (int i = 0; i < WARP_ROWS; i++)
-#pragma unroll
-    for (int j = 0; j < DP / 32; j++) narrow(asked[i][j], sh.query[warp + i * WARPS][lane + 32 * j]);
   int position[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
@@ -211,23 +208,27 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   const int end = int(u64(groups.count) * (blockIdx.y + 1) / gridDim.y);
   const int last = (end - begin + S::GROUPS - 1) / S::GROUPS;
   // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'.
-  auto listed = [&](int stage) {
+  auto ask = [&](int stage) {
     const int group = begin + stage * S::GROUPS + threadIdx.x;
-    return group < end ? groups.page(group) : -1;
+    return group < end ? groups.ask(group) : 0;
+  };
+  auto listed = [&](int stage, int asked) {
+    const int group = begin + stage * S::GROUPS + threadIdx.x;
+    return group < end ? groups.page(group, asked) : -1;
   };
   auto position_in = [&](int stage, int page) {
     const int group = begin + stage * S::GROUPS + threadIdx.x;
     return page < 0 ? s.len : (page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8;
   };
   auto least_query = [&](int page) { return page < 0 ? 0 : groups.from(page); };
-  int next_page = -1, pages[MAX_STAGES];
+  int asked = 0, pages[MAX_STAGES];
   if (threadIdx.x < S::GROUPS) {
 #pragma unroll
-    for (int i = 0; i < MAX_STAGES; i++) pages[i] = i < p.stages ? listed(i) : -1;
-    next_page = listed(p.stages);
+    for (int i = 0; i < MAX_STAGES; i++) pages[i] = i < p.stages ? ask(i) : 0;
+    asked = ask(p.stages);
 #pragma unroll
     for (int i = 0; i < MAX_STAGES; i++)
-      if (i < p.stages) sh.placed[i][threadIdx.x].at = position_in(i, pages[i]);
+      if (i < p.stages) pages[i] = listed(i, pages[i]), sh.placed[i][threadIdx.x].at = position_in(i, pages[i]);
   }
   __syncthreads();
 
@@ -254,7 +255,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
         copy_async(target + S::TOKENS * DP * 2, key + to_value, there);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   };
   for (int i = 0; i < p.stages - 1; i++) fetch(i, i, i);
   // The first keys do not wait for A.
@@ -282,19 +283,15 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   int slot = 0, list = 0;
   const int lists = p.stages + 1;
   for (int stage = 0; stage < last; stage++) {
-    if (p.stages == 4)
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-    else if (p.stages == 3)
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-    else
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    wait_for_copies(p.stages - 2);
     __syncthreads();
     // The slot before this one is free now; the list before this one is written at the end of this step.
     const int free_slot = slot ? slot - 1 : p.stages - 1, free_list = list ? list - 1 : lists - 1;
     Placed ahead;
     if (threadIdx.x < S::GROUPS) {
-      ahead = {position_in(stage + p.stages, next_page), least_query(next_page)};
-      next_page = listed(stage + p.stages + 1);
+      const int page = listed(stage + p.stages, asked);
+      ahead = {position_in(stage + p.stages, page), least_query(page)};
+      asked = ask(stage + p.stages + 1);
     }
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
     const u32 stored = ring + slot * S::STAGE;
@@ -451,7 +448,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int group = 2 * tile + half, inside = (group & ((1 << groups.shift) - 1)) * 8;
-      const int page = group < groups.count ? groups.page(group) : -1;
+      const int page = group < groups.count ? groups.page(group, 0) : -1;
       at[half] = page < 0 ? s.len : (page << p.page_shift) + inside;
       from[half] = page < 0 ? 0 : groups.from(page);
     }

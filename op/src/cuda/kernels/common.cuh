@@ -48,6 +48,21 @@ template <class T> DEVICE void load8(const T* p, float* x) {
   }
 }
 
+// The other way.
+DEVICE void store8(F32* p, const float (&x)[8]) {
+  reinterpret_cast<float4*>(p)[0] = {x[0], x[1], x[2], x[3]}, reinterpret_cast<float4*>(p)[1] = {x[4], x[5], x[6], x[7]};
+}
+template <class T> DEVICE void store8(T* p, const float (&x)[8]) {
+  u32 w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    T low, high;
+    narrow(x[2 * i], low), narrow(x[2 * i + 1], high);
+    w[i] = low.v | u32(high.v) << 16;
+  }
+  *reinterpret_cast<uint4*>(p) = {w[0], w[1], w[2], w[3]};
+}
+
 // Sequences of a batch whose retro_length may differ.
 constexpr int MAX_RAGGED = 512;
 constexpr int MAX_HEAD_SIZE = 256, MAX_PAGE_SIZE = 128;
@@ -78,9 +93,9 @@ struct Params {
   // Scratch of this call.
   float* scores;        // [B, Hkv, max_pages rounded up to a multiple of 8, g to one of 4], or without the last with the group score max
   float4* score_stats;  // [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
-  int* pages;           // [B, Hkv, max_pages]: those that a step has chosen
+  int* pages;           // [B, Hkv, max_pages]: 1 and the number of each page that a step has chosen; 0 before and after
   float* kept;          // [B, Hkv, 3/2 keys]: of the selection kernel; null: it has shared memory for them
-  u32* progress;        // [B, Hkv, 2]: blocks that have scored, and whether the pages are chosen; 0 before and after a step
+  u32* progress;        // [B, Hkv]: blocks that have scored; 0 before and after a step
   float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
   float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
   double budget_ratio;
@@ -96,6 +111,7 @@ struct Params {
   int copies_page;   // there is shared memory for the rows of a page that is summarised
   int keys;          // that a block of the selection kernel keeps, a multiple of 8
   int score_blocks;  // blocks of the score kernel that score; the others append
+  int octets;        // rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
   int last_tokens;   // attention covers the last so many fed rows; 0: all
   int stages;        // of the attention's pipeline, 2 to 4
   int write_output;  // 0: the output is there already, only the output cache is filled
@@ -106,7 +122,7 @@ struct Params {
   u8 retro[MAX_RAGGED];
 };
 
-static_assert(sizeof(Params) == 864, "params.rs has the same layout");
+static_assert(sizeof(Params) == 872, "params.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -182,6 +198,9 @@ DEVICE int scored_pages(const Params& p) { return (p.max_pages + 7) / 8 * 8; }
 // Scores that are stored of a page: of every head, read by four, or the group's largest.
 DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? (p.group + 3) / 4 * 4 : 1; }
 
+// Blocks that score a head's pages, those that own one that the step touches among them.
+DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_pages(p); }
+
 // Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
 DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }
 
@@ -220,12 +239,50 @@ template <class T> DEVICE float rotated(const Params& p, const T* row, int d, in
   return rotated<T>(p, pair_of(p, row, d), d, position);
 }
 
+// Eight neighbouring elements from `d` on, a multiple of eight, and those that they are rotated with.
+struct Octet {
+  float x[8], y[8];
+};
+template <class T> DEVICE void ask_octet(const Params& p, const T* row, int d, Octet& of) {
+  if (p.octets) {
+    load8(row + d, of.x);
+    if (rotates(p, d)) load8(row + (is_low(p, d) ? d + p.rotary_half : d - p.rotary_half), of.y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const Pair pair = pair_of(p, row, d + i);
+      of.x[i] = pair.x, of.y[i] = pair.y;
+    }
+  }
+}
+// After rotary embedding at `position`, into of.x.
+template <class T> DEVICE void rotate_octet(const Params& p, Octet& of, int d, int position) {
+  if (!p.octets) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) of.x[i] = rotated<T>(p, Pair{of.x[i], of.y[i]}, d + i, position);
+  } else if (rotates(p, d)) {
+    const bool low = is_low(p, d);
+    const size_t at = size_t(position) * p.rotary_half + (low ? d : d - p.rotary_half);
+    float c[8], s[8];
+    load8(static_cast<const T*>(p.cos) + at, c);
+    load8(static_cast<const T*>(p.sin) + at, s);
+#pragma unroll
+    for (int i = 0; i < 8; i++) of.x[i] = low ? of.x[i] * c[i] - of.y[i] * s[i] : of.x[i] * c[i] + of.y[i] * s[i];
+  }
+}
+
 template <class T> DEVICE const T* query_row(const Params& p, int b, int s, int head) {
   return static_cast<const T*>(p.query) + (size_t(b) * p.tokens + s) * p.query_stride + size_t(head) * p.head_size;
 }
 template <class T> DEVICE const T* kv_row(const Params& p, const void* rows, int b, int s, int head) {
   return static_cast<const T*>(rows) + (size_t(b) * p.tokens + s) * p.kv_stride + size_t(head) * p.head_size;
 }
+
+// Some of a block's threads.
+struct Team {
+  int member, members;
+};
+DEVICE Team whole_block() { return {int(threadIdx.x), int(blockDim.x)}; }
 
 // Kernels of a step are launched so that one may start while the one before it drains (programmatic dependent launch).
 // Whatever it reads of the other's results comes after wait_for_previous; older targets run the kernels one by one.
@@ -255,6 +312,32 @@ DEVICE void wait_until(const u32* progress, int count) {
     while (seen < u32(count));
   }
   __syncthreads();
+}
+
+// A page that has been chosen tells so itself.
+DEVICE void announce_page(int* listed, int page) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(listed), "r"(page + 1) : "memory");
+}
+// 0 as long as it has not been.
+DEVICE int announced_page(const int* listed) {
+  int page;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(page) : "l"(listed) : "memory");
+  return page;
+}
+
+// Copies 16 bytes into shared memory (an address there), or zeros; a thread waits until no more than `left` of its groups are under way,
+// at most 2.
+DEVICE void copy_async(u32 target, const void* source, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void wait_for_copies(int left) {
+  if (left == 2)
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  else if (left == 1)
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
 constexpr u32 ALL_LANES = 0xffffffffu;

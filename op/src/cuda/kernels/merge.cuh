@@ -17,35 +17,46 @@ template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head,
   for (int c = threadIdx.x % 32; c < p.head_size; c += 32) narrow(value, out[c]);
 }
 
-// A of every page that a step loaded becomes its newest position; a dense layer has seen every page.
+// A of every page that a step loaded becomes its newest position; a dense layer has seen every page. The list of those that were
+// chosen is cleared. Everything that can be known before the attention ends is.
 DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
-  const int pair = b * p.kv_heads + kv_head;
+  constexpr int AHEAD = 4;
+  const int pair = b * p.kv_heads + kv_head, newest = s.len - 1;
   const Candidates all = candidates(p, s, b);
-  int* steps = p.page_steps + size_t(pair) * p.cache_pages;
-  if (chooses(p, all)) {
-    const int* list = p.pages + size_t(pair) * p.max_pages;
-    const int count = listed_pages(p, all);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += blockDim.x) steps[list[i]] = s.len - 1;
+  int* const steps = p.page_steps + size_t(pair) * p.cache_pages;
+  int* const list = p.pages + size_t(pair) * p.max_pages;
+  const int count = chooses(p, all) ? listed_pages(p, all) : 0;
+  int listed[AHEAD];
+#pragma unroll
+  for (int k = 0; k < AHEAD; k++) {
+    const int i = threadIdx.x + k * MERGE_THREADS;
+    listed[k] = i < count ? announced_page(list + i) : 0;
+    while (i < count && !listed[k]) listed[k] = announced_page(list + i);
+  }
+  wait_for_previous();
+  let_next_start();
+  if (threadIdx.x == 0) p.progress[pair] = 0;
+  if (count) {
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+      if (listed[k]) steps[listed[k] - 1] = newest, list[threadIdx.x + k * MERGE_THREADS] = 0;
+    for (int i = threadIdx.x + AHEAD * MERGE_THREADS; i < count; i += MERGE_THREADS) steps[list[i] - 1] = newest, list[i] = 0;
     return;
   }
   const int recent = p.mode == STREAMING ? recent_from(all) : all.from;
-  for (int page = (p.mode == DENSE ? 0 : all.from) + threadIdx.x; page < all.pages; page += blockDim.x)
-    if (p.mode == DENSE || page >= recent || page < p.sink_pages) steps[page] = s.len - 1;
+  for (int page = (p.mode == DENSE ? 0 : all.from) + threadIdx.x; page < all.pages; page += MERGE_THREADS)
+    if (p.mode == DENSE || page >= recent || page < p.sink_pages) steps[page] = newest;
 }
 
 template <class T> DEVICE void merge_kernel(const Params& p) {
   __shared__ float weights[MERGE_WARPS][MAX_SPLITS];
-  __shared__ float parts[MERGE_WARPS][256];
+  __shared__ __align__(16) float parts[MERGE_WARPS][MAX_HEAD_SIZE];
   const int head = blockIdx.x, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.head_size;
   const Sequence s = sequence(p, b);
   if (head >= p.heads) {
+    if (s.valid && blockIdx.z == 0) return note_steps(p, s, b, head - p.heads);
     wait_for_previous();
-    let_next_start();
-    if (blockIdx.z) return;
-    if (threadIdx.x < 2) p.progress[2 * (b * p.kv_heads + head - p.heads) + threadIdx.x] = 0;
-    if (s.valid) note_steps(p, s, b, head - p.heads);
-    return;
+    return let_next_start();
   }
   if (p.write_output) {
     const int dead = s.valid ? s.skipped : p.tokens;
@@ -74,19 +85,15 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   const int member = warp % team;
   const bool there = token < tokens;
   const Row row = row_of(p, s, b, head, token0 + token);
-  const bool ends = there && member == 0;
   const size_t slot = slot_of(p, row);
+  // Of a row that a team ends, a warp ends some neighbouring elements; lanes share those. Of others a lane ends four, and four more.
+  const int padded = d > 128 ? 256 : 128, mine = padded / team, sharing = team > 1 ? 32 / min(mine, 32) : 1;
+  const int element = team > 1 ? member * mine + lane % min(mine, 32) : 4 * lane;
   // The output cache is read before the attention ends, and every slot before one is written.
-  float cached[8] = {}, other = NEG_INF;
-  if (ends) {
+  float cached = 0.f, other = NEG_INF;
+  if (there) {
     other = joined_with<T>(p, row);
-    if (!row.complete) {
-#pragma unroll
-      for (int c = 0; c < 8; c++) {
-        const int element = 128 * (c / 4) + 4 * lane + c % 4;
-        if (element < d) cached[c] = p.cached_outputs[slot * d + element];
-      }
-    }
+    if (!row.complete && element < d) cached = p.cached_outputs[slot * d + element];
   }
   wait_for_previous();
   // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its last.
@@ -140,33 +147,30 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
             *reinterpret_cast<const float4*>(p.part_outputs + (part + size_t(i) * p.rows) * d + element));
     }
   }
-  if (team > 1) {
-    const int elements = d > 128 ? 8 : 4;
-#pragma unroll
-    for (int c = 0; c < 8; c++)
-      if (c < elements) parts[warp][32 * c + lane] = x[c];
-    __syncthreads();
-    if (member == 0)
-      for (int w = 1; w < team; w++)
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-          if (c < elements) x[c] += parts[warp + w][32 * c + lane];
-  }
-  Joined j = {};
-  if (ends) {
-    j = join(p, s, row, m, sum, other);
-#pragma unroll
-    for (int c = 0; c < 8; c++) x[c] = x[c] * j.scale + j.keep * cached[c];
-  }
-  __syncthreads();  // every slot is read before one is written
-  if (!ends) return;
+  const Joined j = there ? join(p, s, row, m, sum, other) : Joined{};
   T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + row.s) * p.heads + head) * d;
+  auto end = [&](int c, float value) {
+    if (p.write_output) narrow(value, out[c]);
+    if (j.cached) p.cached_outputs[slot * d + c] = value;
+  };
+  if (team == 1) {
+    // Rows of a prefill are complete.
+    if (!there) return;
 #pragma unroll
-  for (int c = 0; c < 8; c++) {
-    const int element = 128 * (c / 4) + 4 * lane + c % 4;
-    if (element >= d) continue;
-    if (p.write_output) narrow(x[c], out[element]);
-    if (j.cached) p.cached_outputs[slot * d + element] = x[c];
+    for (int c = 0; c < 8; c++) {
+      const int at = 128 * (c / 4) + element + c % 4;
+      if (at < d) end(at, x[c] * j.scale);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < 2; c++)
+      if (128 * c < padded) *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]};
+    __syncthreads();  // every slot is read before one is written, too
+    if (!there) return;
+    float sum_of_parts = 0.f;
+    for (int w = lane / min(mine, 32); w < team; w += sharing) sum_of_parts += parts[warp - member + w][element];
+    for (int i = mine; i < 32; i <<= 1) sum_of_parts += __shfl_xor_sync(ALL_LANES, sum_of_parts, i);
+    if (lane < mine && element < d) end(element, sum_of_parts * j.scale + j.keep * cached);
   }
-  if (j.cached && lane == 0) p.cached_lse[slot] = j.lse;
+  if (j.cached && member == 0 && lane == 0) p.cached_lse[slot] = j.lse;
 }

@@ -7,7 +7,7 @@ template <class T> DEVICE void append_kernel(const Params& p) {
   const int head = blockIdx.y, b = blockIdx.z;
   const Sequence s = sequence(p, b);
   const int position = s.first + int(blockIdx.x) - s.skipped;
-  if (s.valid && position >= s.first) append<T>(p, s, b, head, position, position + 1);
+  if (s.valid && position >= s.first) append<T>(p, s, b, head, position, position + 1, whole_block());
 }
 
 // Grid (1, Hkv, B), before ONNX Runtime's own operator appends: the value rows that follow the sequence's tokens in its blocks

@@ -19,13 +19,20 @@ template <class T> DEVICE float rounded(float x) {
 // The two vectors of a head that turn its score into products with the page's two: bounds: min(q, 0) and max(q, 0), as
 // sum_d max(q kmin, q kmax) = min(q, 0) . kmin + max(q, 0) . kmax; moments: q and q^2.
 template <class T, int DP>
-DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head, float* prepared) {
-  for (int i = threadIdx.x; i < p.group * DP; i += blockDim.x) {
-    const int h = i / DP, d = i % DP;
-    float q = 0.f;
-    if (d < p.head_size) q = rounded<T>(rotated(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, s.len - 1));
-    prepared[2 * h * DP + d] = p.selector == BOUNDS ? fminf(q, 0.f) : q;
-    prepared[2 * h * DP + DP + d] = p.selector == BOUNDS ? fmaxf(q, 0.f) : q * q;
+DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head, Team team, float* prepared) {
+  for (int i = team.member; i < p.group * (DP / 8); i += team.members) {
+    const int h = i / (DP / 8), d = i % (DP / 8) * 8;
+    Octet of = {};
+    if (d < p.head_size) {
+      ask_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, of);
+      rotate_octet<T>(p, of, d, s.len - 1);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      const float q = rounded<T>(of.x[k]);
+      prepared[2 * h * DP + d + k] = p.selector == BOUNDS ? fminf(q, 0.f) : q;
+      prepared[2 * h * DP + DP + d + k] = p.selector == BOUNDS ? fmaxf(q, 0.f) : q * q;
+    }
   }
 }
 
@@ -105,7 +112,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
     }
     if (!ready) {
       // The queries do not wait for the summaries: the first loads are under way.
-      prepare_queries<T, DP>(p, s, b, head, prepared);
+      prepare_queries<T, DP>(p, s, b, head, whole_block(), prepared);
       __syncthreads();
       ready = true;
       if (group * GROUP >= untouched) break;
@@ -147,7 +154,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
       if (writes) store_score(p, pair, h, page, best);
     }
   }
-  announce(&p.progress[2 * pair]);
+  announce(&p.progress[pair]);
 }
 
 // The squares of two neighbouring elements, each as a bfloat16 and what that leaves out.
@@ -209,49 +216,35 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
 
   // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were perhaps not.
   start_step();
-  // The queries do not wait for the lengths.
-  constexpr int AT_ONCE = 8 * DP / SCORE_THREADS;
-  Pair asked[AT_ONCE];
-  auto ask = [&](int h0) {
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const int at = threadIdx.x + i * SCORE_THREADS, h = min(h0 + at / DP, p.group - 1);
-      asked[i] = pair_of(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), min(at % DP, d - 1));
-    }
-  };
-  ask(0);
-  const Sequence s = sequence(p, b);
-  if (!s.valid || !step_is_scored(p, s, b)) return;
-  const int limit = min(s.first >> p.page_shift /* the first touched page */, end), from = first_candidate(p, s);
   const bool with_line = p.selector == SIGNED_MOMENTS, softmax = p.group_score == SOFTMAX, wide = p.group > 8;
-#pragma unroll 1
-  for (int h0 = 0; h0 < p.group; h0 += 8) {
-    // All loads before the first use.
-    float query[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const int at = threadIdx.x + i * SCORE_THREADS, h = h0 + at / DP, c = at % DP;
-      query[i] = h < p.group && c < d ? rotated<T>(p, asked[i], c, s.len - 1) : 0.f;
+  const Sequence s = sequence(p, b);
+  for (int i = threadIdx.x; i < (wide ? HEADS : HEADS / 2) * (DP / 8); i += SCORE_THREADS) {
+    const int h = i / (DP / 8), c = i % (DP / 8) * 8;
+    Octet of = {};
+    if (h < p.group && c < d) {
+      ask_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, of);
+      // Where the length is not valid any row will do: nothing is scored.
+      rotate_octet<T>(p, of, c, min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)));
     }
-    if (h0 + 8 < p.group) ask(h0 + 8);
+    float x[8], y[8];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const int at = threadIdx.x + i * SCORE_THREADS, h = h0 + at / DP, c = at % DP;
-      const float q = rounded<T>(query[i]);
-      T x, y;
-      narrow(MOMENT ? q : fminf(q, 0.f), x);
-      if constexpr (MOMENT) {
-        BF16 square, rest;
-        narrow(q * q, square);
-        narrow(q * q - widen(square), rest);
-        sh.second[h][c] = square.v, sh.rest[h][c] = rest.v;
-      } else {
-        narrow(fmaxf(q, 0.f), y);
-        sh.second[h][c] = y.v;
-      }
-      sh.first[h][c] = x.v;
+    for (int k = 0; k < 8; k++) {
+      const float q = rounded<T>(of.x[k]);
+      x[k] = MOMENT ? q : fminf(q, 0.f), y[k] = MOMENT ? q * q : fmaxf(q, 0.f);
+    }
+    store8(reinterpret_cast<T*>(&sh.first[h][c]), x);
+    if constexpr (MOMENT) {
+      BF16* const squares = reinterpret_cast<BF16*>(&sh.second[h][c]);
+      store8(squares, y);
+#pragma unroll
+      for (int k = 0; k < 8; k++) y[k] -= rounded<BF16>(y[k]);
+      store8(reinterpret_cast<BF16*>(&sh.rest[h][c]), y);
+    } else {
+      store8(reinterpret_cast<T*>(&sh.second[h][c]), y);
     }
   }
+  if (!s.valid || !step_is_scored(p, s, b)) return;
+  const int limit = min(s.first >> p.page_shift /* the first touched page */, end), from = first_candidate(p, s);
   __syncthreads();
   const float log_count = logf(float(1 << p.page_shift));
   // Of this lane's two heads.
@@ -358,7 +351,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
     if (lane % 2 == 0 && h < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = all;
   }
   __syncwarp();
-  if (lane == 0) add_progress(&p.progress[2 * pair]);
+  if (lane == 0) add_progress(&p.progress[pair]);
 }
 
 // The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
@@ -464,69 +457,91 @@ DEVICE void summarize(const Params& p, int pair, int page, int rows, const T* ke
 
 // Writes the fed rows from..to (positions) of one KV head into the caches, and the keys to `copy` too, if there is one.
 template <class T>
-DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, T* copy = nullptr /* of row `from` */) {
-  const int d = p.head_size, pair = b * p.kv_heads + head;
+DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, Team team, T* copy = nullptr /* of row `from` */) {
+  const int d = p.head_size, octets = d / 8, pair = b * p.kv_heads + head;
   T* keys = static_cast<T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   T* values = static_cast<T*>(p.value_cache) + size_t(pair) * p.capacity * d;
-  for (int i = threadIdx.x; i < (to - from) * d; i += blockDim.x) {
-    const int position = from + i / d, c = i % d, row = s.skipped + position - s.first;
-    const T value = kv_row<T>(p, p.value, b, row, head)[c];
-    T key;
-    narrow(rotated(p, kv_row<T>(p, p.key, b, row, head), c, position), key);
-    keys[size_t(position) * d + c] = key;
-    values[size_t(position) * d + c] = value;
-    if (copy) copy[i] = key;
+  for (int i = team.member; i < (to - from) * octets; i += team.members) {
+    const int position = from + i / octets, c = i % octets * 8, row = s.skipped + position - s.first;
+    const T* value = kv_row<T>(p, p.value, b, row, head) + c;
+    Octet key;
+    float of_value[8];
+    if (p.octets) {
+      load8(value, of_value);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; k++) of_value[k] = widen(value[k]);
+    }
+    ask_octet(p, kv_row<T>(p, p.key, b, row, head), c, key);
+    rotate_octet<T>(p, key, c, position);
+    store8(keys + size_t(position) * d + c, key.x);
+    store8(values + size_t(position) * d + c, of_value);
+    if (copy) store8(copy + 8 * i, key.x);
   }
 }
 
-// Often the last of a head's blocks to end: nothing here waits for what could have been asked for before.
+// Stores a page's scores and its statistics, where it is a candidate, and announces it: by one warp, after a barrier.
+DEVICE void leave_page(const Params& p, int pair, int page, int touched, bool counts, const float* of_heads /* null: no page */) {
+  const int lane = threadIdx.x % 32, heads = scored_heads(p);
+  float score = of_heads && lane < p.group ? of_heads[lane] : NEG_INF;
+  // Adding 0 turns -0 into 0, so that the two tie.
+  if (p.group_score != SOFTMAX) score = warp_max(score) + 0.f;
+  if (lane < heads) {
+    if (of_heads) score_at(p, pair, page, lane) = score;
+    if (p.score_parts)
+      p.score_stats[(size_t(pair) * p.score_parts + p.score_blocks + touched) * heads + lane] = counts ? of_score(score) : no_scores();
+  }
+  __syncwarp();
+  if (lane == 0) add_progress(&p.progress[pair]);
+}
+
+// Often the last of a head's blocks to end, and what short contexts wait for: the fed rows, the page's rows from before and the
+// queries are read at the same time, by other warps.
 template <class T, int DP>
-DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int page, bool scored, float* prepared) {
-  const int pair = b * p.kv_heads + head, d = p.head_size;
-  const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len), fresh = max(start, s.first);
-  float* stored = prepared + 2 * p.group * DP;
+DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int touched, u8* raw) {
+  constexpr int WARPS = SCORE_WARPS;
+  const int pair = b * p.kv_heads + head, d = p.head_size, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool scored = step_is_scored(p, s, b);
+  const int page = (s.first >> p.page_shift) + touched, last = (s.len - 1) >> p.page_shift;
   __shared__ float of_heads[16];
-  const T* keys = page_keys<T>(p, pair, page);
-  if (p.copies_page) {
-    // The page's rows from before, the fed ones, and the queries. D is a multiple of 8.
-    constexpr int ELEMENTS = 16 / sizeof(T);
-    T* copy = reinterpret_cast<T*>(stored + 2 * d);
-    const int chunks = (fresh - start) * d / ELEMENTS;
-    uint4 first = {};
-    if (threadIdx.x < chunks) first = reinterpret_cast<const uint4*>(keys)[threadIdx.x];
-    append<T>(p, s, b, head, fresh, end, copy + (fresh - start) * d);
-    if (threadIdx.x < chunks) reinterpret_cast<uint4*>(copy)[threadIdx.x] = first;
-    for (int i = threadIdx.x + blockDim.x; i < chunks; i += blockDim.x)
-      reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
-    keys = copy;
-  } else {
-    append<T>(p, s, b, head, fresh, end);
-  }
-  if (scored) prepare_queries<T, DP>(p, s, b, head, prepared);
-  __syncthreads();
-  summarize<T>(p, pair, page, end - start, keys, stored);
-  if (!scored) return;
-  __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int h = warp; h < p.group; h += blockDim.x / 32) {
-    float x = 0.f, y = 0.f, z = 0.f;
-    for (int c = lane; c < d; c += 32) {
-      const float spread = p.selector != BOUNDS ? stored[d + c] * stored[d + c] : stored[d + c];
-      z = fmaf(prepared[2 * h * DP + c], stored[d + c], z);
-      x = fmaf(prepared[2 * h * DP + c], stored[c], x);
-      y = fmaf(prepared[2 * h * DP + DP + c], spread, y);
+  const bool there = page <= last;
+  if (there) {
+    const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len), fresh = max(start, s.first);
+    float* const prepared = reinterpret_cast<float*>(raw);
+    float* const stored = prepared + 2 * p.group * DP;
+    const T* keys = page_keys<T>(p, pair, page);
+    T* const copy = p.copies_page ? reinterpret_cast<T*>(stored + 2 * d) : nullptr;
+    if (warp < WARPS / 4) {
+      append<T>(p, s, b, head, fresh, end, {int(threadIdx.x), 32 * WARPS / 4}, copy ? copy + (fresh - start) * d : nullptr);
+    } else if (warp < WARPS / 2) {
+      if (scored) prepare_queries<T, DP>(p, s, b, head, {int(threadIdx.x) - 32 * WARPS / 4, 32 * WARPS / 4}, prepared);
+    } else if (copy) {
+      // D is a multiple of 8.
+      constexpr int ELEMENTS = 16 / sizeof(T);
+#pragma unroll 2
+      for (int i = threadIdx.x - 32 * WARPS / 2; i < (fresh - start) * d / ELEMENTS; i += 32 * WARPS / 2)
+        reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
     }
-    x = warp_sum(x), y = warp_sum(y);
-    if (p.selector == SIGNED_MOMENTS) z = warp_sum(z);
-    if (lane == 0) of_heads[h] = head_score(p, x, y, z, page_log_count(p, s, page));
+    __syncthreads();
+    summarize<T>(p, pair, page, end - start, copy ? copy : keys, stored);
+    __syncthreads();
+    if (!scored) return;
+    for (int h = warp; h < p.group; h += WARPS) {
+      float x = 0.f, y = 0.f, z = 0.f;
+#pragma unroll 4
+      for (int c = lane; c < d; c += 32) {
+        const float first = stored[c], second = stored[d + c], q = prepared[2 * h * DP + c];
+        z = fmaf(q, second, z);
+        x = fmaf(q, first, x);
+        y = fmaf(prepared[2 * h * DP + DP + c], p.selector != BOUNDS ? second * second : second, y);
+      }
+      x = warp_sum(x), y = warp_sum(y);
+      if (p.selector == SIGNED_MOMENTS) z = warp_sum(z);
+      if (lane == 0) of_heads[h] = head_score(p, x, y, z, page_log_count(p, s, page));
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if (threadIdx.x) return;
-  float best = NEG_INF;
-  for (int h = 0; h < p.group; h++) {
-    best = p.group_score == SOFTMAX ? of_heads[h] : fmaxf(best, of_heads[h]);
-    store_score(p, pair, h, page, best);
-  }
+  if (scored && warp == 0) leave_page(p, pair, page, touched, there && page >= first_candidate(p, s), there ? of_heads : nullptr);
 }
 
 template <class T, int DP, bool MOMENT> struct ScorePages {
@@ -541,22 +556,9 @@ template <int DP, bool MOMENT> struct ScorePages<F32, DP, MOMENT> {
 // MOMENT: a selector that needs squares (float16 and bfloat16; in float32 one kernel serves all).
 template <class T, int DP, bool MOMENT> DEVICE void score_kernel(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
-  const int head = blockIdx.y, b = blockIdx.z, pair = b * p.kv_heads + head;
+  const int head = blockIdx.y, b = blockIdx.z;
   if (blockIdx.x < p.score_blocks) return ScorePages<T, DP, MOMENT>::run(p, b, head, raw);
   start_step();
   const Sequence s = sequence(p, b);
-  if (!s.valid) return;
-  const bool scored = step_is_scored(p, s, b);
-  const int touched = blockIdx.x - p.score_blocks, page = (s.first >> p.page_shift) + touched;
-  const bool there = page <= (s.len - 1) >> p.page_shift;
-  if (there) touch_page<T, DP>(p, s, b, head, page, scored, reinterpret_cast<float*>(raw));
-  if (!scored) return;
-  if (p.score_parts && threadIdx.x == 0) {
-    const int heads = scored_heads(p);
-    const bool counts = there && page >= first_candidate(p, s);
-    for (int h = 0; h < heads; h++)
-      p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * heads + h] =
-          counts ? of_score(score_at(p, pair, page, h)) : no_scores();
-  }
-  announce(&p.progress[2 * pair]);
+  if (s.valid) touch_page<T, DP>(p, s, b, head, int(blockIdx.x) - p.score_blocks, raw);
 }

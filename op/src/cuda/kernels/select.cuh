@@ -364,7 +364,7 @@ DEVICE void list_pages(const Kept& kept, u32 bin, int* list, const SelectShared&
   kept.octets([&](int octet, uint4 eight) {
     const u32 mask = at_least(eight, bin + 1), mine = __popc(mask), upto = sum_upto(mine);
     int* next = list + upto - mine;
-    for_pages(octet, mask, [&](int page) { *next++ = kept.begin + page; });
+    for_pages(octet, mask, [&](int page) { announce_page(next++, kept.begin + page); });
     list += __shfl_sync(ALL_LANES, upto, 31);
   });
 }
@@ -388,7 +388,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   if (threadIdx.x == 0) sh.finalist_count = 0;
   // Those that compete; the newest page is forced, and so are the sinks.
   const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
-  wait_until(&p.progress[2 * pair], p.score_blocks + touched_pages(p));
+  wait_until(&p.progress[pair], all_score_blocks(p));
 
   const bool with_stats = CHOICE != ANY || p.score_parts;
   const float* read = scores + size_t(kept.begin) * scores_a_page(p);
@@ -450,6 +450,5 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   else
     search_digits(kept, bin, sh);
   list_pages(kept, bin, p.pages + size_t(pair) * p.max_pages, sh);
-  announce(&p.progress[2 * pair + 1]);
   wait_for_previous();
 }
