@@ -10,8 +10,11 @@ use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
 use crate::host::Result;
 
-/// Pages that a warp scores at once.
+/// Pages that a warp scores at once, and warps of a scoring block.
 const SCORE_PAGES: usize = 8;
+const SCORE_WARPS: usize = 8;
+/// Times that a warp does so with multiprocessors that divide their memory in favour of shared memory.
+const TILES_IN_L1: usize = 2;
 /// Warps of the attention kernel; each takes tiles of 16 tokens.
 const ATTEND_WARPS: usize = 4;
 /// Tokens of one tile.
@@ -182,8 +185,6 @@ impl Call<'_> {
         // few and kernels overlap.
         let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
         let reserved = if scored && few { pairs } else { 0 };
-        // With more of them scoring needs its L1 cache.
-        let order = if few { Order::Gathered } else { Order::Chained };
         let (attend, blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
 
         let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
@@ -191,11 +192,19 @@ impl Call<'_> {
         let touched = (tokens + a.page_size - 2) / a.page_size + 1;
         let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
         let score_blocks = if scored {
-            // One wave, blocks that append included: mostly one, as the others find no page of theirs.
-            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(1);
-            wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * score.kernel.threads as usize / 32))
+            // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others take their place.
+            let appending = if few { touched } else { 1 };
+            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(appending);
+            wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
         } else {
             0
+        };
+        // Where a warp scores more pages than that, what is on its way to it needs the L1 cache.
+        let short = max_pages <= score_blocks * SCORE_PAGES * SCORE_WARPS * TILES_IN_L1;
+        let order = if few && (short || !scored) {
+            Order::Gathered
+        } else {
+            Order::Chained
         };
         let parts = if scored && self.kernels.half {
             score_blocks + touched

@@ -321,7 +321,7 @@ DEVICE void announce_page(int* listed, int page) {
 // 0 as long as it has not been.
 DEVICE int announced_page(const int* listed) {
   int page;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(page) : "l"(listed) : "memory");
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(page) : "l"(listed));
   return page;
 }
 
