@@ -1,6 +1,9 @@
 //! Greedy decoding of several documents at once: the matrix products see a batch, the attention each its own sequence.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 
@@ -65,7 +68,7 @@ impl Prefilled {
                 time += start.elapsed();
                 state.copy_row(row, &single, 0)?;
                 first.vocab = logits.vocab;
-                first.values.extend(logits.values);
+                Arc::make_mut(&mut first.values).extend_from_slice(&logits.values);
             }
         }
         let snapshot = model.fixed_capacity.then(|| state.snapshot()).transpose()?;

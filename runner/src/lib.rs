@@ -10,6 +10,7 @@ pub mod commands;
 pub mod eval;
 pub mod generate;
 pub mod interface;
+mod landing;
 pub mod measure;
 pub mod model;
 pub mod named;

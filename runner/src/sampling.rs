@@ -116,13 +116,21 @@ impl Sampler {
 
 /// The best token; the lower id of equals; `None` when no score is finite.
 pub fn argmax(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(usize, f32)> = None;
-    for (i, &x) in logits.iter().enumerate() {
-        if x.is_finite() && best.is_none_or(|(_, b)| x > b) {
-            best = Some((i, x));
+    // In lanes, which the compiler turns into vectors: a vocabulary has 10^5 tokens, and each of them costs.
+    const LANES: usize = 16;
+    let finite = |x: f32| if x < f32::INFINITY { x } else { f32::NEG_INFINITY };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (best, &x) in lanes.iter_mut().zip(chunk) {
+            let x = finite(x);
+            *best = if x > *best { x } else { *best };
         }
     }
-    best.map(|(i, _)| i as u32)
+    let rest = rest.iter().map(|&x| finite(x));
+    let best = lanes.into_iter().chain(rest).fold(f32::NEG_INFINITY, f32::max);
+    let found = || logits.iter().position(|&x| x == best);
+    (best > f32::NEG_INFINITY).then(found).flatten().map(|i| i as u32)
 }
 
 fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
@@ -200,6 +208,27 @@ mod tests {
 
     fn kept(o: Sampling) -> Vec<u32> {
         filter(&logits(), &o).iter().map(|&(token, _)| token).collect()
+    }
+
+    #[test]
+    fn the_best_of_many_is_the_first_of_the_largest_finite_ones() {
+        let mut random = StdRng::seed_from_u64(5);
+        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 0.0];
+        for length in 0..100 {
+            // Few values, so that there are ties.
+            let logits: Vec<f32> = (0..length)
+                .map(|_| match random.random_range(0..12usize) {
+                    i if i < odd.len() => odd[i],
+                    i => i as f32 - 14.0,
+                })
+                .collect();
+            let finite = logits.iter().enumerate().filter(|(_, x)| x.is_finite());
+            let best = finite.fold(None, |best: Option<(usize, f32)>, (i, &x)| match best {
+                Some((_, b)) if x <= b => best,
+                _ => Some((i, x)),
+            });
+            assert_eq!(argmax(&logits), best.map(|(i, _)| i as u32), "{logits:?}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
+use half::slice::HalfFloatSliceExt;
 use ort::{
     logging::LogLevel,
     memory::Allocator,
@@ -97,7 +98,7 @@ pub struct Feed {
 /// Scores of the next token: B rows of `vocab`.
 #[derive(Clone, Debug, Default)]
 pub struct Logits {
-    pub values: Vec<f32>,
+    pub values: Arc<Vec<f32>>,
     pub vocab: usize,
 }
 
@@ -439,18 +440,21 @@ pub(crate) fn last_rows(logits: &DynValue, element: TensorElementType, batch: us
             let (_, data) = logits
                 .try_extract_tensor::<half::f16>()
                 .map_err(|e| anyhow!("{}", one_line(&e)))?;
-            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).iter().map(|x| x.to_f32())));
+            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).to_f32_vec()));
         }
         TensorElementType::Bfloat16 => {
             let (_, data) = logits
                 .try_extract_tensor::<half::bf16>()
                 .map_err(|e| anyhow!("{}", one_line(&e)))?;
-            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).iter().map(|x| x.to_f32())));
+            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).to_f32_vec()));
         }
         other => anyhow::bail!("the logits are {other}, expected float32, float16 or bfloat16"),
     }
     ensure!(values.len() == batch * vocab, "the logits are shorter than their shape");
-    Ok(Logits { values, vocab })
+    Ok(Logits {
+        values: Arc::new(values),
+        vocab,
+    })
 }
 
 pub(crate) struct ValueShape {

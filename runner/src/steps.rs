@@ -7,7 +7,6 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use half::{bf16, f16};
 use ort::{
     session::{IoBinding, NoSelectedOutputs, RunOptions, Session},
     value::{DynTensorValueType, TensorElementType},
@@ -19,6 +18,7 @@ use crate::{
     arena::{ALIGNMENT, Arena, View, bind_input, bind_output},
     gpu::Gpu,
     interface::{Budgets, Interface},
+    landing::Landing,
     runtime::one_line,
     session::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
     state::Buffer,
@@ -30,6 +30,7 @@ pub(crate) struct Steps {
     capacity: usize,
     /// For sequences of one length: ones `[C]`, of which a step is shown as many as tokens are valid.
     ones: Option<Arena>,
+    landing: Landing,
     captured: Option<Captured>,
 }
 
@@ -64,6 +65,7 @@ impl Steps {
             batch,
             capacity,
             ones,
+            landing: Landing::new(gpu),
             captured: None,
         })
     }
@@ -119,7 +121,7 @@ impl Steps {
             let memory = memory.collect::<Result<Vec<_>>>()?;
             // Where nothing is captured (in tests on the CPU) a second run makes up for it.
             for _ in 0..if gpu.is_some() { 1 } else { 2 } {
-                captured.run(session, interface, binding, feed, self.batch)?;
+                captured.run(session, interface, binding, feed, &mut self.landing)?;
             }
             let buffers = buffers.iter_mut().filter(|b| b.is_memory_of_steps());
             buffers
@@ -127,11 +129,11 @@ impl Steps {
                 .try_for_each(|(buffer, bytes)| buffer.load(bytes))?;
             captured.ready = true;
         }
-        captured.run(session, interface, binding, feed, self.batch)
+        captured.run(session, interface, binding, feed, &mut self.landing)
     }
 
     fn run_once(
-        &self,
+        &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
         interface: &Interface,
@@ -145,7 +147,7 @@ impl Steps {
 
     /// Not captured: the logits stay on the GPU but for the newest tokens'.
     fn run_shaped(
-        &self,
+        &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
         interface: &Interface,
@@ -180,12 +182,12 @@ impl Steps {
         };
         let tensor = logits.downcast::<DynTensorValueType>().map_err(error)?;
         let size = interface.logits_type.byte_size(1).context("logits of no size")?;
-        let mut bytes = vec![0; self.batch * shape.vocab * size];
+        let bytes = self.landing.bytes(self.batch * shape.vocab * size)?;
         for (b, row) in bytes.chunks_mut(shape.vocab * size).enumerate() {
             let newest = (b + 1) * shape.rows - 1;
             gpu.read_tensor(&tensor, newest * shape.vocab * size, row)?;
         }
-        let values = floats(interface.logits_type, &bytes)?;
+        let values = self.landing.floats(interface.logits_type)?;
         let vocab = shape.vocab;
         Ok((Logits { values, vocab }, shape))
     }
@@ -199,22 +201,6 @@ fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
             .map_err(|e| anyhow!("{}", one_line(&e)))?;
     }
     Ok(options)
-}
-
-/// Numbers of a tensor as f32.
-fn floats(element: TensorElementType, bytes: &[u8]) -> Result<Vec<f32>> {
-    let halves = || bytes.as_chunks::<2>().0.iter();
-    match element {
-        TensorElementType::Float32 => Ok(bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect()),
-        TensorElementType::Float16 => Ok(halves().map(|b| f16::from_le_bytes(*b).to_f32()).collect()),
-        TensorElementType::Bfloat16 => Ok(halves().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()),
-        other => Err(anyhow!("the logits are {other}, expected float32, float16 or bfloat16")),
-    }
 }
 
 fn longs(numbers: impl Iterator<Item = i64>) -> Vec<u8> {
@@ -298,8 +284,9 @@ impl Captured {
         interface: &Interface,
         binding: &mut IoBinding,
         feed: &Feed,
-        batch: usize,
+        landing: &mut Landing,
     ) -> Result<Logits> {
+        let batch = feed.lengths.len();
         self.ids.write(0, &longs(feed.ids.iter().copied()))?;
         bind_input(binding, &interface.input_ids, &self.ids)?;
         if let Some((name, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_mut()) {
@@ -339,13 +326,12 @@ impl Captured {
             .logits_type
             .byte_size(shape.vocab)
             .context("logits of no size")?;
-        let mut bytes = vec![0; batch * size];
+        let bytes = landing.bytes(batch * size)?;
         for (b, row) in bytes.chunks_mut(size).enumerate() {
             view.read(((b + 1) * shape.rows - 1) * size, row)?;
         }
-        let values = floats(interface.logits_type, &bytes)?;
         Ok(Logits {
-            values,
+            values: landing.floats(interface.logits_type)?,
             vocab: shape.vocab,
         })
     }

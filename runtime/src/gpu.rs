@@ -5,13 +5,18 @@
 
 use std::{
     ffi::c_void,
+    ops::{Deref, DerefMut},
+    ptr::NonNull,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{
     CudaContext, DriverError,
-    result::{free_sync, malloc_sync, memcpy_dtod_sync, memcpy_dtoh_sync, memcpy_htod_sync, memset_d8_sync},
+    result::{
+        free_host, free_sync, malloc_host, malloc_sync, memcpy_dtod_sync, memcpy_dtoh_sync, memcpy_htod_sync,
+        memset_d8_sync,
+    },
     sys::is_culib_present,
 };
 use ort::{memory::DeviceType, value::DynTensor};
@@ -76,6 +81,23 @@ impl Gpu {
             .map_err(driver("cuMemAlloc"))
             .with_context(|| format!("no {bytes} bytes on GPU {}", self.id))?;
         Ok(GpuMemory {
+            gpu: Arc::clone(self),
+            address,
+            bytes,
+        })
+    }
+
+    /// Page-locked memory of the host, zeroed: the GPU reads and writes it without a detour.
+    pub fn pinned(self: &Arc<Self>, bytes: usize) -> Result<Pinned> {
+        self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
+        // SAFETY: a context is current; all bytes are written below, before anything can read them.
+        let address = unsafe { malloc_host(bytes.max(1), 0) }
+            .map_err(driver("cuMemHostAlloc"))
+            .with_context(|| format!("no {bytes} bytes of page-locked memory"))?;
+        let address = NonNull::new(address.cast::<u8>()).context("cuMemHostAlloc gave no address")?;
+        // SAFETY: just allocated, so many bytes long.
+        unsafe { address.write_bytes(0, bytes) };
+        Ok(Pinned {
             gpu: Arc::clone(self),
             address,
             bytes,
@@ -180,6 +202,40 @@ impl Drop for GpuMemory {
         if self.gpu.synchronize().is_ok() {
             // SAFETY: `allocate` got the address in this context, nobody else frees it, and the device is idle.
             let _ = unsafe { free_sync(self.address) };
+        }
+    }
+}
+
+/// Memory of the host that stays where it is, for copies from and to a GPU.
+#[derive(Debug)]
+pub struct Pinned {
+    gpu: Arc<Gpu>,
+    address: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Deref for Pinned {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `Gpu::pinned` allocated and wrote these bytes; they are ours until the drop, and copies are complete when they return.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
+    }
+}
+
+impl DerefMut for Pinned {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and the memory is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // As for `GpuMemory`.
+        if self.gpu.context.bind_to_thread().is_ok() {
+            // SAFETY: `Gpu::pinned` got the address in this context, and nobody else frees it.
+            let _ = unsafe { free_host(self.address.as_ptr().cast()) };
         }
     }
 }

@@ -1,0 +1,111 @@
+//! Where the scores of a step land on the host, time and again: at 10^5 tokens, fresh memory from the system would cost more than the copy
+//! and the conversion.
+
+use std::{ops::DerefMut, sync::Arc};
+
+use anyhow::{Result, anyhow};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use ort::value::TensorElementType;
+
+use crate::gpu::Gpu;
+
+/// Numbers that are converted at once.
+const AT_ONCE: usize = 1024;
+
+/// Of one state.
+pub(crate) struct Landing {
+    gpu: Option<Arc<Gpu>>,
+    bytes: Box<dyn DerefMut<Target = [u8]>>,
+    /// The caller may hold the last step's scores while it makes the next ones.
+    rooms: [Arc<Vec<f32>>; 2],
+}
+
+impl Landing {
+    pub(crate) fn new(gpu: Option<&Arc<Gpu>>) -> Self {
+        Self {
+            gpu: gpu.cloned(),
+            bytes: Box::new(Vec::new()),
+            rooms: Default::default(),
+        }
+    }
+
+    /// Room for that many bytes as they come from the device.
+    pub(crate) fn bytes(&mut self, count: usize) -> Result<&mut [u8]> {
+        if self.bytes.len() != count {
+            self.bytes = match &self.gpu {
+                Some(gpu) => Box::new(gpu.pinned(count)?),
+                None => Box::new(vec![0; count]),
+            };
+        }
+        Ok(&mut self.bytes)
+    }
+
+    /// The numbers that [`Self::bytes`] was filled with, as f32.
+    pub(crate) fn floats(&mut self, element: TensorElementType) -> Result<Arc<Vec<f32>>> {
+        let free = self.rooms.iter().position(|room| Arc::strong_count(room) == 1);
+        let room = &mut self.rooms[free.unwrap_or(0)];
+        if free.is_none() {
+            *room = Arc::default();
+        }
+        let bytes = &self.bytes[..];
+        let to = Arc::make_mut(room);
+        match element {
+            TensorElementType::Float32 => {
+                to.clear();
+                to.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
+            }
+            TensorElementType::Float16 => widen(bytes, to, f16::from_le_bytes),
+            TensorElementType::Bfloat16 => widen(bytes, to, bf16::from_le_bytes),
+            other => return Err(anyhow!("the logits are {other}, expected float32, float16 or bfloat16")),
+        }
+        Ok(Arc::clone(room))
+    }
+}
+
+fn widen<H: Copy + Default>(bytes: &[u8], to: &mut Vec<f32>, of: fn([u8; 2]) -> H)
+where
+    [H]: HalfFloatSliceExt,
+{
+    let halves = bytes.as_chunks::<2>().0;
+    to.resize(halves.len(), 0.0);
+    let mut part = [H::default(); AT_ONCE];
+    for (from, to) in halves.chunks(AT_ONCE).zip(to.chunks_mut(AT_ONCE)) {
+        part.iter_mut().zip(from).for_each(|(to, b)| *to = of(*b));
+        part[..from.len()].convert_to_f32_slice(to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_come_back_and_memory_is_used_again() {
+        let mut landing = Landing::new(None);
+        let numbers: Vec<f32> = (0..2 * AT_ONCE + 3).map(|i| i as f32 / 8.0 - 100.0).collect();
+        let halves: Vec<u8> = numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
+        landing.bytes(halves.len()).unwrap().copy_from_slice(&halves);
+        let first = landing.floats(TensorElementType::Float16).unwrap();
+        assert_eq!(*first, numbers);
+        let wide: Vec<u8> = numbers
+            .iter()
+            .rev()
+            .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
+            .collect();
+        landing.bytes(wide.len()).unwrap().copy_from_slice(&wide);
+        let second = landing.floats(TensorElementType::Bfloat16).unwrap();
+        let rounded: Vec<f32> = numbers.iter().rev().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        assert_eq!((&*first, &*second), (&numbers, &rounded));
+        // Both are held: a third is new. One is given back: its memory comes again.
+        let third = landing.floats(TensorElementType::Bfloat16).unwrap();
+        assert_eq!((&*first, &*second, &*third), (&numbers, &rounded, &rounded));
+        let at = second.as_ptr();
+        drop(second);
+        let floats: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        landing.bytes(floats.len()).unwrap().copy_from_slice(&floats);
+        let fourth = landing.floats(TensorElementType::Float32).unwrap();
+        assert_eq!(*fourth, numbers);
+        assert_eq!(fourth.as_ptr(), at);
+        assert!(landing.floats(TensorElementType::Int64).is_err());
+    }
+}
