@@ -6,16 +6,32 @@
 //! as wide as a cache, ones first). Ones that are not side by side, or a padded end of what is fed, are not. Where a
 //! GroupQueryAttention is left in the graph, which takes the first n tokens of its cache, the ones must begin the mask as well.
 //!
-//! All is computed where the mask is: a number that crosses from the CPU to a GPU would forbid to capture a CUDA graph.
+//! All is computed where the mask is: a number that crosses from the CPU to a GPU would forbid to capture a CUDA graph. And it is
+//! computed in float32, which holds every length below 2^24: ONNX Runtime's CUDA kernel adds up int64 with a single block, which takes
+//! as long at 128k tokens as a layer. For the same reason the source's own count gives way, where it is no more than that.
 
-use super::names::Fresh;
+use super::{
+    names::Fresh,
+    prune::{SMALL, needed, prune},
+};
 use crate::{
+    eval::{Env, Program, Tensor, reads},
     graph::GraphView,
     onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto},
     rules::{self, ATTENTION_MASK, Conversion, INPUT_IDS, INPUTS_EMBEDS},
 };
 use retro_contract::{input, limits::MASK_NOT_UNDERSTOOD};
 use std::collections::{BTreeSet, HashSet};
+
+/// Nodes that a count of ones may be made of.
+const MOST_NODES: usize = 16;
+/// What tells a count of ones from other things that one may do with a mask.
+const MASKS: [&[&str]; 4] = [
+    &["1"],
+    &["1111", "0110"],
+    &["0010110", "1110000"],
+    &["0000011", "0000000"],
+];
 
 /// Lets the operator's nodes read lengths that are marked where the mask is not understood.
 pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i64) {
@@ -42,12 +58,14 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         let Some(maker) = view.producer_index(count).filter(|_| depends(&view, count)) else {
             continue;
         };
+        let own = counts_ones(&view, count);
+        let was = if own { needed(graph) } else { HashSet::new() };
         let mut made = Made {
             fresh: Fresh::of(graph),
             nodes: Vec::new(),
             constants: Vec::new(),
         };
-        let checked = made.checked(count, mask_type, (tokens, rank), left, opset);
+        let checked = made.checked((!own).then_some(count), mask_type, (tokens, rank), left, opset);
         graph.initializer.append(&mut made.constants);
         graph.node.splice(maker + 1..=maker, made.nodes);
         let operators = graph
@@ -60,7 +78,51 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         {
             slot.clone_from(&checked);
         }
+        prune(graph, &was, SMALL);
     }
+}
+
+/// Whether a value is the number of the attention mask's ones less one, as far as a few masks tell.
+fn counts_ones(view: &GraphView, count: &str) -> bool {
+    let mut makers = BTreeSet::new();
+    let mut open = vec![count];
+    while let Some(name) = open.pop() {
+        let Some(index) = view.producer_index(name) else {
+            continue;
+        };
+        if makers.insert(index) {
+            open.extend(view.graph.node.get(index).into_iter().flat_map(reads));
+        }
+    }
+    // Exporters use three or four.
+    if makers.len() > MOST_NODES {
+        return false;
+    }
+    let node: Vec<NodeProto> = makers.iter().filter_map(|i| view.graph.node.get(*i).cloned()).collect();
+    let read: BTreeSet<&str> = node.iter().flat_map(reads).collect();
+    let initializer: Vec<TensorProto> = read
+        .into_iter()
+        .filter_map(|name| view.initializer(name).cloned())
+        .collect();
+    if initializer.iter().any(TensorProto::is_external) {
+        return false;
+    }
+    let part = GraphProto {
+        initializer,
+        node,
+        ..Default::default()
+    };
+    let view = GraphView::new(&part, view.opset);
+    let program = Program::new(&view, None, &HashSet::new(), &HashSet::new());
+    MASKS.iter().all(|rows| {
+        let mask = rows.iter().flat_map(|row| row.bytes().map(|b| f64::from(b - b'0')));
+        let shape = vec![rows.len(), rows.first().map_or(0, |row| row.len())];
+        let mut env = Env::default();
+        env.set(ATTENTION_MASK, Tensor::new(shape, DataType::Int64, mask.collect()));
+        let env = program.run(env);
+        let ones = rows.iter().map(|row| row.matches('1').count() as f64 - 1.0);
+        env.need(count).is_ok_and(|t| t.data.iter().flatten().copied().eq(ones))
+    })
 }
 
 /// Whether a value is made from the attention mask's numbers.
@@ -119,55 +181,68 @@ impl Made {
         self.add("ReduceSum", &[from, &axis], vec![], base)
     }
 
-    /// `count` (n - 1, of any shape with B elements) as `[B]`, marked where the mask is not understood, or does not begin with a
-    /// one although it must.
+    /// n - 1 (`count`, of any shape with B elements; where there is none, the mask's ones less one) as `[B]`, marked where the mask is not
+    /// understood, or does not begin with a one although it must.
     fn checked(
         &mut self,
-        count: &str,
+        count: Option<&str>,
         mask_type: Option<DataType>,
         (tokens, rank): (&str, usize),
         must_begin: bool,
         opset: i64,
     ) -> String {
-        let [one, two, minus, end] =
-            [(1, "one"), (2, "two"), (-1, "minus_one"), (i64::MAX, "end")].map(|(x, base)| self.longs(&[x], base));
+        let [from, minus, end] =
+            [(1, "from"), (-1, "minus_one"), (i64::MAX, "end")].map(|(x, base)| self.longs(&[x], base));
+        let one = self.fresh.name("retro/given/one");
+        self.constants.push(TensorProto::floats(&one, &[1], &[1.0]));
         let mask = match mask_type {
-            Some(DataType::Int64) => ATTENTION_MASK.to_owned(),
-            _ => self.cast(ATTENTION_MASK, DataType::Int64, "mask"),
+            Some(DataType::Float) => ATTENTION_MASK.to_owned(),
+            _ => self.cast(ATTENTION_MASK, DataType::Float, "mask"),
+        };
+        // n - 1, as it came and as a float, `[B, 1]`.
+        let (newest, newest_float) = match count {
+            Some(count) => {
+                let column = self.longs(&[-1, 1], "column");
+                let newest = self.add("Reshape", &[count, &column], vec![], "newest");
+                let float = self.cast(&newest, DataType::Float, "newest_float");
+                (newest, float)
+            }
+            None => {
+                let valid = self.sum(&mask, opset, "valid");
+                let float = self.add("Sub", &[&valid, &one], vec![], "newest_float");
+                (self.cast(&float, DataType::Int32, "newest"), float)
+            }
         };
         // Pairs of neighbours that are both valid, the last one being its own: n - 1 + last if all are side by side.
-        let last = self.add("Slice", &[&mask, &minus, &end, &one], vec![], "last");
+        let last = self.add("Slice", &[&mask, &minus, &end, &from], vec![], "last");
         let longer = self.add(
             "Concat",
             &[&mask, &last],
             vec![AttributeProto::int("axis", 1)],
             "longer",
         );
-        let next = self.add("Slice", &[&longer, &one, &end, &one], vec![], "next");
+        let next = self.add("Slice", &[&longer, &from, &end, &from], vec![], "next");
         let both = self.add("Mul", &[&mask, &next], vec![], "both");
         let pairs = self.sum(&both, opset, "pairs");
-        let column = self.longs(&[-1, 1], "column");
-        let newest = self.add("Reshape", &[count, &column], vec![], "newest");
-        let newest64 = self.cast(&newest, DataType::Int64, "newest64");
-        let expected = self.add("Add", &[&newest64, &last], vec![], "expected");
+        let expected = self.add("Add", &[&newest_float, &last], vec![], "expected");
         let together = self.add("Equal", &[&pairs, &expected], vec![], "together");
-        // n >= S, unless the last one is valid.
+        // n >= S, unless the last one is valid: S times 1 - last, which is less than n + 1.
         let mut shape = self.add("Shape", &[tokens], vec![], "fed_shape");
         if rank > 2 {
             let front = self.longs(&[0, 1], "front");
             shape = self.add("Gather", &[&shape, &front], vec![], "fed_front");
         }
-        let ones = AttributeProto::tensor("value", TensorProto::int64s("one", &[1], &[1]));
-        let ones = self.add("ConstantOfShape", &[&shape], vec![ones], "ones");
-        let fed = self.sum(&ones, opset, "fed");
         let open = self.add("Sub", &[&one, &last], vec![], "open");
-        let needed = self.add("Mul", &[&fed, &open], vec![], "needed");
-        let more = self.add("Add", &[&newest64, &two], vec![], "more");
+        let rows = self.add("Expand", &[&open, &shape], vec![], "open_rows");
+        let needed = self.sum(&rows, opset, "needed");
+        let two = self.fresh.name("retro/given/two");
+        self.constants.push(TensorProto::floats(&two, &[1], &[2.0]));
+        let more = self.add("Add", &[&newest_float, &two], vec![], "more");
         let enough = self.add("Less", &[&needed, &more], vec![], "enough");
         let mut sound = self.add("And", &[&together, &enough], vec![], "mask_is_sound");
         if must_begin {
             let start = self.longs(&[0], "start");
-            let first = self.add("Slice", &[&mask, &start, &one, &one], vec![], "first");
+            let first = self.add("Slice", &[&mask, &start, &from, &from], vec![], "first");
             let begins = self.add("Equal", &[&first, &one], vec![], "begins");
             sound = self.add("And", &[&sound, &begins], vec![], "mask_is_sound_for_all");
         }
@@ -209,6 +284,9 @@ mod tests {
         let mut inputs = vec![""; input::COUNT];
         inputs[input::SEQLENS_K] = "count";
         let to = AttributeProto::int("to", i64::from(i32::from(DataType::Int32)));
+        graph
+            .output
+            .push(ValueInfoProto::tensor("y", DataType::Float, ["b".into()]));
         graph.node = vec![
             sum,
             NodeProto::new("", "Sub", "minus", &["sum", "axis"], &["minus"]),
@@ -271,12 +349,37 @@ mod tests {
         found.data.iter().flatten().map(|x| *x as i64).collect()
     }
 
+    fn has(graph: &GraphProto, node: &str) -> bool {
+        graph.node.iter().any(|n| n.name() == node)
+    }
+
+    #[test]
+    fn what_is_no_plain_count_stays() {
+        // One less: the operator's node reads that, and a mask of n ones side by side has not so many neighbours.
+        let mut graph = counted(22, &["b", "s"]);
+        graph.initializer.push(TensorProto::int64s("two", &[1], &[2]));
+        graph.node[1].input[1] = "two".into();
+        check(&mut graph, 22);
+        assert!(has(&graph, "sum") && has(&graph, "cast"));
+        let bad = i64::from(MASK_NOT_UNDERSTOOD);
+        assert_eq!(lengths(&graph, 22, &[&[1, 1, 1, 1]], 1), [bad]);
+        // Not the mask's numbers alone.
+        let mut graph = counted(22, &["b", "s"]);
+        graph
+            .input
+            .push(ValueInfoProto::tensor("less", DataType::Int64, [1.into()]));
+        graph.node[1].input[1] = "less".into();
+        check(&mut graph, 22);
+        assert!(has(&graph, "sum") && has(&graph, "cast"));
+    }
+
     #[test]
     fn ones_must_be_side_by_side_and_end_with_what_is_fed() {
         const BAD: i64 = MASK_NOT_UNDERSTOOD as i64;
         for (opset, tokens) in [(22, &["b", "s"][..]), (11, &["b", "s"]), (14, &["b", "s", "h"])] {
             let mut graph = counted(opset, tokens);
             check(&mut graph, opset);
+            assert!(!has(&graph, "sum") && !has(&graph, "cast"));
             for (rows, fed, expected) in [
                 (&[&[1, 1, 1, 1][..], &[0, 1, 1, 1]][..], 4, [3, 2]),
                 (&[&[1, 1, 1, 1], &[1, 1, 1, 0]], 4, [3, BAD]),
@@ -310,7 +413,11 @@ mod tests {
                 &["z"],
             );
             graph.node.insert(3, left);
+            graph
+                .output
+                .push(ValueInfoProto::tensor("z", DataType::Float, ["b".into()]));
             check(&mut graph, opset);
+            assert!(has(&graph, "sum") && has(&graph, "cast"));
             for (rows, fed, expected) in [
                 (&[&[1, 1, 1, 1][..], &[0, 1, 1, 1]][..], 4, [3, BAD]),
                 (&[&[1, 1, 1, 1], &[1, 1, 1, 0]], 4, [3, BAD]),

@@ -6,6 +6,9 @@ use crate::{
 };
 use std::collections::{HashMap, HashSet};
 
+/// Constants up to this many bytes go when nothing reads them any more.
+pub const SMALL: usize = 4096;
+
 /// The nodes that the graph's outputs depend on, by place.
 pub fn living(graph: &GraphProto) -> Vec<bool> {
     let mut makers: HashMap<&str, usize> = HashMap::new();

@@ -3,7 +3,7 @@
 use super::{
     lengths::{Lengths, cast_to},
     names::Fresh,
-    prune::{needed, prune},
+    prune::{SMALL, needed, prune},
     replace,
 };
 use crate::{
@@ -14,9 +14,6 @@ use crate::{
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use std::collections::{HashMap, HashSet};
-
-/// Constants up to this many bytes go when nothing reads them any more.
-const SMALL: usize = 4096;
 
 /// Replaces the sites that are several nodes, and rebuilds what read the length of their caches.
 ///
