@@ -212,6 +212,9 @@ impl Call<'_> {
             0
         };
         params.score_blocks = score_blocks as i32;
+        let score_warps = (score_blocks * SCORE_WARPS).max(1);
+        params.warp_pages = (max_pages / score_warps) as i32;
+        params.more_pages = (max_pages % score_warps) as i32;
         params.score_parts = parts as i32;
         let mut layout = Layout::default();
         let score_stats = layout.take(pairs * parts * heads_scored * 16);
@@ -421,6 +424,8 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         copies_page: 0,
         keys: 0,
         score_blocks: 0,
+        warp_pages: 0,
+        more_pages: 0,
         octets: 0,
         last_tokens: 0,
         stages: 0,
@@ -430,6 +435,8 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         softcap: a.softcap,
         lambda: a.selector_lambda,
         correlation: a.selector_correlation,
+        // Exact below 2^28 rows. A group of one is not divided by.
+        group_inverse: (u32::MAX / (a.heads / a.kv_heads) as u32).wrapping_add(1),
         ragged: 0,
         retro: [0; super::params::MAX_RAGGED],
     }

@@ -81,7 +81,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         let kernel = find(format!("{}_{padded}_{rows}", of("attend")), threads as u32)?;
         if !E::HALF {
             // struct Shared of attend_f32.
-            let block = 4 * rows * 2 * 4 + 2 * rows * (padded + 4) * 4;
+            let block = 4 * rows * 2 * 4 + 4 * rows * (padded + 4) * 4;
             let shared = rows * padded * 4 + 4 * 16 * rows * 4 + block;
             return Ok(Attend {
                 kernel,

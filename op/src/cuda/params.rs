@@ -63,6 +63,8 @@ pub struct Params {
     pub copies_page: i32,
     pub keys: i32,
     pub score_blocks: i32,
+    pub warp_pages: i32,
+    pub more_pages: i32,
     pub octets: i32,
     pub last_tokens: i32,
     pub stages: i32,
@@ -72,9 +74,10 @@ pub struct Params {
     pub softcap: f32,
     pub lambda: f32,
     pub correlation: f32,
+    pub group_inverse: u32,
     pub ragged: i32,
     pub retro: [u8; MAX_RAGGED],
 }
 
 // kernels/retro.cu asserts the same size.
-const _: () = assert!(size_of::<Params>() == 872);
+const _: () = assert!(size_of::<Params>() == 880);

@@ -52,8 +52,8 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
     g.newest = s.len - 1;
     g.count = listed_pages(p, all) << g.shift;
   } else {
-    const int oldest = s.first + rb.token0 + rb.start / p.group;
-    const int newest = s.first + rb.token0 + (min(rb.start + size, rb.rows) - 1) / p.group;
+    const int oldest = s.first + rb.token0 + token_of(p, rb.start);
+    const int newest = s.first + rb.token0 + token_of(p, min(rb.start + size, rb.rows) - 1);
     g.first_page = g.recent = seen_from(p, oldest) >> p.page_shift;
     g.count = (newest / 8 + 1) - (g.first_page << g.shift);
   }
@@ -70,13 +70,30 @@ DEVICE void wait_for_pages(const Params& p, const Groups& groups, int pair) {
     wait_for_previous();
 }
 
-// Where the warps' rows are joined: each warp's maxima (base 2) and sums, and their scaled outputs, of every other warp
-// in one region and of the rest in another.
+// Where the rows of warps that share them are joined: each one's maxima (base 2), sums and scaled outputs.
 template <int DP, int ROWS, int PARTS> struct Block {
-  static constexpr int REGIONS = PARTS > 1 ? 2 : 1;
   float stats[PARTS][ROWS][2];
-  float outputs[REGIONS][ROWS][DP + 4];
+  float outputs[PARTS][ROWS][DP + 4];
 };
+
+// Without splits (a prefill) a row ends at once: four of its elements.
+template <class T>
+RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, int token0, int r, int c, float m, float sum, float4 o) {
+  const int token = token_of(p, r), head = kv_head * p.group + r - token * p.group, d = p.head_size;
+  const Row row = row_of(p, s, b, head, token0 + token);
+  const Joined j = join(p, s, row, m, sum, joined_with<T>(p, row));
+  const float x[4] = {o.x * j.scale, o.y * j.scale, o.z * j.scale, o.w * j.scale};
+  if (p.write_output) {
+    T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + row.s) * p.heads + head) * d + c;
+#pragma unroll
+    for (int k = 0; k < 4; k++) narrow(x[k], out[k]);
+  }
+  if (j.cached) {
+    const size_t slot = slot_of(p, row);
+    *reinterpret_cast<float4*>(p.cached_outputs + slot * d + c) = {x[0], x[1], x[2], x[3]};
+    if (c == 0) p.cached_lse[slot] = j.lse;
+  }
+}
 
 // After the warps have been joined into `block`: the row's part, or its end.
 template <class T, int DP, int ROWS, int PARTS>
@@ -90,12 +107,12 @@ DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, i
     for (int w = 0; w < PARTS; w++) m = fmaxf(m, block.stats[w][n][0]);
 #pragma unroll
     for (int w = 0; w < PARTS; w++)
-      if (block.stats[w][n][0] != NEG_INF) sum += block.stats[w][n][1] * exp2f(block.stats[w][n][0] - m);
-    const float4 u = *reinterpret_cast<const float4*>(&block.outputs[0][n][c]);
-    float4 o = u;
-    if (PARTS > 1) {
-      const float4 v = *reinterpret_cast<const float4*>(&block.outputs[PARTS > 1][n][c]);
-      o = {u.x + v.x, u.y + v.y, u.z + v.z, u.w + v.w};
+      if (block.stats[w][n][0] != NEG_INF) sum += block.stats[w][n][1] * exp2_fast(block.stats[w][n][0] - m);
+    float4 o = {};
+#pragma unroll
+    for (int w = 0; w < PARTS; w++) {
+      const float4 x = *reinterpret_cast<const float4*>(&block.outputs[w][n][c]);
+      o = {o.x + x.x, o.y + x.y, o.z + x.z, o.w + x.w};
     }
     if (p.part_outputs) {
       const size_t part = (size_t(pair) * p.splits + blockIdx.y) * p.rows + r;
@@ -103,20 +120,7 @@ DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, i
       if (c == 0) *reinterpret_cast<float2*>(p.part_stats + part * 2) = {m, sum};
       continue;
     }
-    const int head = kv_head * p.group + r % p.group;
-    const Row row = row_of(p, s, b, head, rb.token0 + r / p.group);
-    const Joined j = join(p, s, row, m, sum, joined_with<T>(p, row));
-    float x[4] = {o.x * j.scale, o.y * j.scale, o.z * j.scale, o.w * j.scale};
-    if (p.write_output) {
-      T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + row.s) * p.heads + head) * d + c;
-#pragma unroll
-      for (int k = 0; k < 4; k++) narrow(x[k], out[k]);
-    }
-    if (j.cached) {
-      const size_t slot = slot_of(p, row);
-      *reinterpret_cast<float4*>(p.cached_outputs + slot * d + c) = {x[0], x[1], x[2], x[3]};
-      if (c == 0) p.cached_lse[slot] = j.lse;
-    }
+    end_elements<T>(p, s, b, kv_head, rb.token0, r, c, m, sum, o);
   }
 }
 
@@ -124,11 +128,18 @@ DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, i
 DEVICE float softcapped(const Params& p, float dot) {
   return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E;
 }
+// The same on tensor cores' sums, whose error is larger than this one's, some 1e-7 of the cap: tanh x = 1 - 2 / (e^2x + 1).
+DEVICE float softcapped_fast(const Params& p, float dot) {
+  const float e = exp2_fast(dot * __fdividef(2.f * LOG2E * p.scale, p.softcap));
+  return p.softcap * LOG2E * (1.f - __fdividef(2.f, e + 1.f));
+}
 DEVICE float logit(const Params& p, float dot) {
   return p.softcap > 0.f ? softcapped(p, dot) : dot * p.scale * LOG2E;
 }
 
 // ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
+
+constexpr int MAX_STAGES = 4;
 
 // Shape of a block: ROW_GROUPS warps take 8 rows each, TOKEN_GROUPS times over; those share the tiles of 16 tokens.
 template <int DP, int BLOCK_ROWS> struct Shape {
@@ -142,8 +153,8 @@ template <int DP, int BLOCK_ROWS> struct Shape {
   static constexpr int CHUNKS = DP / 8;  // 16-byte chunks of a row
   static constexpr int STAGE = 2 * TOKENS * DP * 2;  // bytes of keys and values
   static_assert(TILES >= 1, "every warp has a tile");
+  static_assert((MAX_STAGES + 1) * GROUPS <= THREADS, "a thread for each place of the first stages and one more");
 };
-constexpr int MAX_STAGES = 4;
 // How far a logit (base 2) may lie above the maximum that its weight is relative to.
 constexpr float SLACK = 8.f;
 
@@ -178,7 +189,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   static_assert(sizeof(Joint) <= 2 * S::STAGE, "the ring's memory becomes the block's");
   const u32 ring = __cvta_generic_to_shared(raw);
   let_next_start();
-  const int pair = blockIdx.z, kv_head = pair % p.kv_heads, b = pair / p.kv_heads, d = p.head_size;
+  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
   const int my_rows = warp % S::ROW_GROUPS * 8, my_tiles = warp / S::ROW_GROUPS;
   const Sequence s = sequence(p, b);
@@ -187,49 +198,44 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
 
 #pragma unroll
   for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
-    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n, token = rb.token0 + r / p.group;
-    Octet of = {};
-    if (r < rb.rows && d0 < d) {
-      ask_octet(p, query_row<T>(p, b, s.skipped + token, kv_head * p.group + r % p.group), d0, of);
-      rotate_octet<T>(p, of, d0, s.first + token);
-    }
-    if (n < S::ROWS) store8(&sh.query[n][d0], of.x);
+    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n, token = token_of(p, r);
+    float x[8] = {};
+    if (r < rb.rows && d0 < d)
+      read_octet(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0, s.first + rb.token0 + token, x);
+    if (n < S::ROWS) store8(&sh.query[n][d0], x);
   }
   int position[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const int r = rb.start + my_rows + 2 * quad + e;
-    position[e] = r < rb.rows ? s.first + rb.token0 + r / p.group : -1;
+    position[e] = r < rb.rows ? s.first + rb.token0 + token_of(p, r) : -1;
   }
   const Groups groups = groups_of(p, s, rb, S::ROWS, b, pair);
   wait_for_pages(p, groups, pair);
   // This block's share: neighbouring groups, in stages.
-  const int begin = int(u64(groups.count) * blockIdx.y / gridDim.y);
-  const int end = int(u64(groups.count) * (blockIdx.y + 1) / gridDim.y);
+  const Share share = share_of(groups.count / int(gridDim.y), groups.count % int(gridDim.y), blockIdx.y);
+  const int begin = share.begin, end = share.end;
   const int last = (end - begin + S::GROUPS - 1) / S::GROUPS;
-  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'.
+  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'. At first by a thread for each
+  // place of the first stages and the one behind them, then by those of the latter.
+  const int its_stage = threadIdx.x / S::GROUPS, place = threadIdx.x % S::GROUPS;
+  const bool reads_ahead = its_stage == p.stages;
+  int asked = 0, page = -1;
   auto ask = [&](int stage) {
-    const int group = begin + stage * S::GROUPS + threadIdx.x;
+    const int group = begin + stage * S::GROUPS + place;
     return group < end ? groups.ask(group) : 0;
   };
   auto listed = [&](int stage, int asked) {
-    const int group = begin + stage * S::GROUPS + threadIdx.x;
+    const int group = begin + stage * S::GROUPS + place;
     return group < end ? groups.page(group, asked) : -1;
   };
   auto position_in = [&](int stage, int page) {
-    const int group = begin + stage * S::GROUPS + threadIdx.x;
+    const int group = begin + stage * S::GROUPS + place;
     return page < 0 ? s.len : (page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8;
   };
   auto least_query = [&](int page) { return page < 0 ? 0 : groups.from(page); };
-  int asked = 0, pages[MAX_STAGES];
-  if (threadIdx.x < S::GROUPS) {
-#pragma unroll
-    for (int i = 0; i < MAX_STAGES; i++) pages[i] = i < p.stages ? ask(i) : 0;
-    asked = ask(p.stages);
-#pragma unroll
-    for (int i = 0; i < MAX_STAGES; i++)
-      if (i < p.stages) pages[i] = listed(i, pages[i]), sh.placed[i][threadIdx.x].at = position_in(i, pages[i]);
-  }
+  if (its_stage <= p.stages) asked = ask(its_stage);
+  if (its_stage < p.stages) page = listed(its_stage, asked), sh.placed[its_stage][place].at = position_in(its_stage, page);
   __syncthreads();
 
   const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
@@ -259,11 +265,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   };
   for (int i = 0; i < p.stages - 1; i++) fetch(i, i, i);
   // The first keys do not wait for A.
-  if (threadIdx.x < S::GROUPS) {
-#pragma unroll
-    for (int i = 0; i < MAX_STAGES; i++)
-      if (i < p.stages) sh.placed[i][threadIdx.x].from = least_query(pages[i]);
-  }
+  if (its_stage < p.stages) sh.placed[its_stage][place].from = least_query(page);
 
   u32 query[DP / 16][2];
 #pragma unroll
@@ -288,7 +290,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     // The slot before this one is free now; the list before this one is written at the end of this step.
     const int free_slot = slot ? slot - 1 : p.stages - 1, free_list = list ? list - 1 : lists - 1;
     Placed ahead;
-    if (threadIdx.x < S::GROUPS) {
+    if (reads_ahead) {
       const int page = listed(stage + p.stages, asked);
       ahead = {position_in(stage + p.stages, page), least_query(page)};
       asked = ask(stage + p.stages + 1);
@@ -315,7 +317,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
       for (int e = 0; e < 4; e++) logits[e] = even[e] + odd[e];
       if (p.softcap > 0.f) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) logits[e] = softcapped(p, logits[e]);
+        for (int e = 0; e < 4; e++) logits[e] = softcapped_fast(p, logits[e]);
       }
       if (p.local_window) {
 #pragma unroll
@@ -338,7 +340,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
           for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
           m = fmaxf(m, top[e]);
           base[e] = m == NEG_INF ? 0.f : m;
-          shrink[e] = exp2f(top[e] - base[e]);
+          shrink[e] = exp2_fast(top[e] - base[e]);
           top[e] = m;
           sum[e] *= shrink[e];
         }
@@ -349,7 +351,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
       }
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        logits[e] = exp2f(logits[e] - base[e % 2]);
+        logits[e] = exp2_fast(logits[e] - base[e % 2]);
         sum[e % 2] += logits[e];
       }
       const u32 w0 = transpose8x8(Mma<T>::pack(logits[0], logits[1]));
@@ -361,7 +363,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
         Mma<T>::add(out[j], a[0], a[1], a[2], a[3], w0, w1);
       }
     }
-    if (threadIdx.x < S::GROUPS) sh.placed[free_list][threadIdx.x] = ahead;
+    if (reads_ahead) sh.placed[free_list][place] = ahead;
     slot = slot + 1 == p.stages ? 0 : slot + 1;
     list = list + 1 == lists ? 0 : list + 1;
   }
@@ -382,23 +384,14 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     float m = NEG_INF;
 #pragma unroll
     for (int w = 0; w < S::TOKEN_GROUPS; w++) m = fmaxf(m, block.stats[w][my_rows + 2 * quad + e][0]);
-    scale[e] = top[e] == NEG_INF ? 0.f : exp2f(top[e] - m);
+    scale[e] = top[e] == NEG_INF ? 0.f : exp2_fast(top[e] - m);
   }
-  // Two regions; with four token groups, two of them add to what the other two have stored.
 #pragma unroll
-  for (int turn = 0; turn < (S::TOKEN_GROUPS + 1) / 2; turn++) {
-    if (my_tiles / 2 == turn) {
+  for (int j = 0; j < DP / 16; j++)
 #pragma unroll
-      for (int j = 0; j < DP / 16; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float& o = block.outputs[my_tiles % 2][my_rows + 2 * quad + e % 2][16 * j + octet + e / 2 * 8];
-          const float x = out[j][e] * scale[e % 2];
-          o = turn ? o + x : x;
-        }
-    }
-    __syncthreads();
-  }
+    for (int e = 0; e < 4; e++)
+      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + octet + e / 2 * 8] = out[j][e] * scale[e % 2];
+  __syncthreads();
   write_rows<T, DP, S::ROWS, S::TOKEN_GROUPS>(p, s, rb, b, kv_head, block);
   wait_for_previous();
 }
@@ -415,15 +408,15 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   let_next_start();
-  const int pair = blockIdx.z, kv_head = pair % p.kv_heads, b = pair / p.kv_heads, d = p.head_size;
+  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, ROWS);
   if (!s.valid || rb.start >= rb.rows) return;
   for (int i = threadIdx.x; i < ROWS * DP; i += 32 * F32_WARPS) {
-    const int n = i / DP, c = i % DP, r = rb.start + n, token = rb.token0 + r / p.group;
+    const int n = i / DP, c = i % DP, r = rb.start + n, of_row = token_of(p, r), token = rb.token0 + of_row;
     sh.query[n][c] = r < rb.rows && c < d
-                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r % p.group), c,
+                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group), c,
                                    s.first + token)
                          : 0.f;
   }
@@ -438,7 +431,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
 #pragma unroll
   for (int n = 0; n < ROWS; n++) {
     const int r = rb.start + n;
-    position[n] = r < rb.rows ? s.first + rb.token0 + r / p.group : -1;
+    position[n] = r < rb.rows ? s.first + rb.token0 + token_of(p, r) : -1;
     top[n] = NEG_INF, sum[n] = 0.f;
 #pragma unroll
     for (int c = 0; c < DP / 32; c++) out[n][c] = 0.f;
@@ -507,23 +500,16 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
     if (lane == 0) sh.block.stats[warp][n][0] = top[n], sh.block.stats[warp][n][1] = sum[n];
   }
   __syncthreads();
-  for (int turn = 0; turn < 2; turn++) {
-    if (warp / 2 == turn) {
 #pragma unroll
-      for (int n = 0; n < ROWS; n++) {
-        float m = NEG_INF;
+  for (int n = 0; n < ROWS; n++) {
+    float m = NEG_INF;
 #pragma unroll
-        for (int x = 0; x < F32_WARPS; x++) m = fmaxf(m, sh.block.stats[x][n][0]);
-        const float scale = top[n] == NEG_INF ? 0.f : exp2f(top[n] - m);
+    for (int x = 0; x < F32_WARPS; x++) m = fmaxf(m, sh.block.stats[x][n][0]);
+    const float scale = top[n] == NEG_INF ? 0.f : exp2f(top[n] - m);
 #pragma unroll
-        for (int c = 0; c < DP / 32; c++) {
-          float& o = sh.block.outputs[warp % 2][n][lane + 32 * c];
-          o = (turn ? o : 0.f) + out[n][c] * scale;
-        }
-      }
-    }
-    __syncthreads();
+    for (int c = 0; c < DP / 32; c++) sh.block.outputs[warp][n][lane + 32 * c] = out[n][c] * scale;
   }
+  __syncthreads();
   write_rows<F32, DP, ROWS, F32_WARPS>(p, s, rb, b, kv_head, sh.block);
   wait_for_previous();
 }

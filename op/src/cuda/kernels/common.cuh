@@ -9,6 +9,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
+// What few steps run, out of the others' way.
+#define RARE __device__ __noinline__
 
 // Element types of caches and activations; arithmetic is in f32.
 struct F32 {
@@ -111,6 +113,7 @@ struct Params {
   int copies_page;   // there is shared memory for the rows of a page that is summarised
   int keys;          // that a block of the selection kernel keeps, a multiple of 8
   int score_blocks;  // blocks of the score kernel that score; the others append
+  int warp_pages, more_pages;  // pages that each of their warps scores, and warps that score one more
   int octets;        // rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
   int last_tokens;   // attention covers the last so many fed rows; 0: all
   int stages;        // of the attention's pipeline, 2 to 4
@@ -118,11 +121,12 @@ struct Params {
   int window;
   float scale, softcap, lambda;
   float correlation;  // rho of signed_moments
+  u32 group_inverse;  // 2^32 / g, rounded up
   int ragged;  // retro lengths are one a sequence
   u8 retro[MAX_RAGGED];
 };
 
-static_assert(sizeof(Params) == 872, "params.rs has the same layout");
+static_assert(sizeof(Params) == 880, "params.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -239,36 +243,31 @@ template <class T> DEVICE float rotated(const Params& p, const T* row, int d, in
   return rotated<T>(p, pair_of(p, row, d), d, position);
 }
 
-// Eight neighbouring elements from `d` on, a multiple of eight, and those that they are rotated with.
-struct Octet {
-  float x[8], y[8];
-};
-template <class T> DEVICE void ask_octet(const Params& p, const T* row, int d, Octet& of) {
-  if (p.octets) {
-    load8(row + d, of.x);
-    if (rotates(p, d)) load8(row + (is_low(p, d) ? d + p.rotary_half : d - p.rotary_half), of.y);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const Pair pair = pair_of(p, row, d + i);
-      of.x[i] = pair.x, of.y[i] = pair.y;
-    }
-  }
+// Element by element. Out of line: instructions that are in the way cost a step more than those that it runs.
+template <class T> RARE void read_elements(const Params& p, const T* row, int d, int position, float* x) {
+#pragma unroll 1
+  for (int i = 0; i < 8; i++) x[i] = rotated<T>(p, row, d + i, position);
 }
-// After rotary embedding at `position`, into of.x.
-template <class T> DEVICE void rotate_octet(const Params& p, Octet& of, int d, int position) {
+// Eight neighbouring elements of a head's row from `d` on, a multiple of eight, after rotary embedding at `position`. What does not
+// depend on it is read first.
+template <class T> DEVICE void read_octet(const Params& p, const T* row, int d, int position, float (&x)[8]) {
   if (!p.octets) {
+    float slow[8];
+    read_elements(p, row, d, position, slow);
 #pragma unroll
-    for (int i = 0; i < 8; i++) of.x[i] = rotated<T>(p, Pair{of.x[i], of.y[i]}, d + i, position);
-  } else if (rotates(p, d)) {
-    const bool low = is_low(p, d);
-    const size_t at = size_t(position) * p.rotary_half + (low ? d : d - p.rotary_half);
-    float c[8], s[8];
-    load8(static_cast<const T*>(p.cos) + at, c);
-    load8(static_cast<const T*>(p.sin) + at, s);
-#pragma unroll
-    for (int i = 0; i < 8; i++) of.x[i] = low ? of.x[i] * c[i] - of.y[i] * s[i] : of.x[i] * c[i] + of.y[i] * s[i];
+    for (int i = 0; i < 8; i++) x[i] = slow[i];
+    return;
   }
+  load8(row + d, x);
+  if (!rotates(p, d)) return;
+  const bool low = is_low(p, d);
+  float y[8], c[8], s[8];
+  load8(row + (low ? d + p.rotary_half : d - p.rotary_half), y);
+  const size_t at = size_t(position) * p.rotary_half + (low ? d : d - p.rotary_half);
+  load8(static_cast<const T*>(p.cos) + at, c);
+  load8(static_cast<const T*>(p.sin) + at, s);
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = low ? x[i] * c[i] - y[i] * s[i] : x[i] * c[i] + y[i] * s[i];
 }
 
 template <class T> DEVICE const T* query_row(const Params& p, int b, int s, int head) {
@@ -276,6 +275,18 @@ template <class T> DEVICE const T* query_row(const Params& p, int b, int s, int 
 }
 template <class T> DEVICE const T* kv_row(const Params& p, const void* rows, int b, int s, int head) {
   return static_cast<const T*>(rows) + (size_t(b) * p.tokens + s) * p.kv_stride + size_t(head) * p.head_size;
+}
+
+// The token of a row, of which each has as many as a group has query heads: without a division.
+DEVICE int token_of(const Params& p, int row) { return p.group == 1 ? row : int(__umulhi(row, p.group_inverse)); }
+
+// What the i-th of several takes of things in a row: so many, and one more if it is among the first `more`.
+struct Share {
+  int begin, end;
+};
+DEVICE Share share_of(int each, int more, int i) {
+  const int begin = each * i + min(i, more);
+  return {begin, begin + each + (i < more)};
 }
 
 // Some of a block's threads.
@@ -355,6 +366,22 @@ DEVICE float number_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key
 // Faster than five shuffles.
 DEVICE float warp_max(float x) { return number_of(__reduce_max_sync(ALL_LANES, ordered(x))); }
 DEVICE float warp_min(float x) { return -warp_max(-x); }
+// To the last bit or two, and without the care for the smallest numbers: one instruction each.
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float sqrt_fast(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);

@@ -31,10 +31,10 @@ template <class T> DEVICE float joined_with(const Params& p, const Row& r) {
 
 // `sum` of e^(x - m) over the row's tokens and m in units of log2; a row that saw nothing has sum 0.
 DEVICE Joined join(const Params& p, const Sequence& s, const Row& r, float m, float sum, float other) {
-  const float lse = sum > 0.f ? (m + log2f(sum)) * LN2 : sum == 0.f ? NEG_INF : sum;
-  const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+  const float lse = sum > 0.f ? (m + log2_fast(sum)) * LN2 : sum == 0.f ? NEG_INF : sum;
+  const float inverse = sum == 0.f ? 0.f : __fdividef(1.f, sum);
   const bool cached = p.window > 1 && r.position > s.len - p.window;
   if (other == NEG_INF) return {inverse, 0.f, lse, cached};
-  const float top = fmaxf(lse, other), a = expf(lse - top), b = expf(other - top);
-  return {inverse * a / (a + b), r.complete ? 0.f : b / (a + b), top + logf(a + b), cached};
+  const float top = fmaxf(lse, other), a = __expf(lse - top), b = __expf(other - top), share = __fdividef(1.f, a + b);
+  return {inverse * a * share, r.complete ? 0.f : b * share, top + log2_fast(a + b) * LN2, cached};
 }

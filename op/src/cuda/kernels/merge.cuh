@@ -14,6 +14,7 @@ constexpr int MAX_SPLITS = 256;
 
 template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head, float value) {
   T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + s) * p.heads + head) * p.head_size;
+#pragma unroll 1
   for (int c = threadIdx.x % 32; c < p.head_size; c += 32) narrow(value, out[c]);
 }
 
@@ -27,12 +28,16 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   int* const list = p.pages + size_t(pair) * p.max_pages;
   const int count = chooses(p, all) ? listed_pages(p, all) : 0;
   int listed[AHEAD];
+  bool missing;
+  do {
+    missing = false;
 #pragma unroll
-  for (int k = 0; k < AHEAD; k++) {
-    const int i = threadIdx.x + k * MERGE_THREADS;
-    listed[k] = i < count ? announced_page(list + i) : 0;
-    while (i < count && !listed[k]) listed[k] = announced_page(list + i);
-  }
+    for (int k = 0; k < AHEAD; k++) {
+      const int i = threadIdx.x + k * MERGE_THREADS;
+      listed[k] = i < count ? announced_page(list + i) : 0;
+      missing = missing || (i < count && !listed[k]);
+    }
+  } while (missing);
   wait_for_previous();
   let_next_start();
   if (threadIdx.x == 0) p.progress[pair] = 0;
@@ -40,10 +45,12 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
       if (listed[k]) steps[listed[k] - 1] = newest, list[threadIdx.x + k * MERGE_THREADS] = 0;
+#pragma unroll 1
     for (int i = threadIdx.x + AHEAD * MERGE_THREADS; i < count; i += MERGE_THREADS) steps[list[i] - 1] = newest, list[i] = 0;
     return;
   }
   const int recent = p.mode == STREAMING ? recent_from(all) : all.from;
+#pragma unroll 1
   for (int page = (p.mode == DENSE ? 0 : all.from) + threadIdx.x; page < all.pages; page += MERGE_THREADS)
     if (p.mode == DENSE || page >= recent || page < p.sink_pages) steps[page] = newest;
 }
@@ -60,12 +67,13 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   }
   if (p.write_output) {
     const int dead = s.valid ? s.skipped : p.tokens;
+#pragma unroll 1
     for (int row = blockIdx.z * MERGE_WARPS + warp; row < dead; row += gridDim.z * MERGE_WARPS)
       fill_row<T>(p, b, row, head, s.valid ? 0.f : __uint_as_float(0x7fffffffu));
   }
   // The end of this kernel is the end of the step.
   if (!s.valid || !p.part_outputs) return wait_for_previous();
-  const int kv_head = head / p.group, pair = b * p.kv_heads + kv_head;
+  const int kv_head = token_of(p, head), pair = b * p.kv_heads + kv_head;
   const int token0 = first_token(p, s), tokens = s.fed - token0;
   // Warps a row, a power of two; each takes every so many-th split.
   int team, token;
@@ -76,19 +84,21 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
       token = block < tokens - 1 || tokens == 1 ? block : tokens;
     } else {
       team = MERGE_WARPS / 2;
-      token = warp / team ? tokens - 1 : 0;
+      token = warp >= team ? tokens - 1 : 0;
     }
   } else {
     team = 1;
     token = blockIdx.z * MERGE_WARPS + warp;
   }
-  const int member = warp % team;
+  const int member = warp & (team - 1);
   const bool there = token < tokens;
   const Row row = row_of(p, s, b, head, token0 + token);
   const size_t slot = slot_of(p, row);
   // Of a row that a team ends, a warp ends some neighbouring elements; lanes share those. Of others a lane ends four, and four more.
-  const int padded = d > 128 ? 256 : 128, mine = padded / team, sharing = team > 1 ? 32 / min(mine, 32) : 1;
-  const int element = team > 1 ? member * mine + lane % min(mine, 32) : 4 * lane;
+  // All are powers of two.
+  const int wide = d > 128, mine = (wide ? 256 : 128) >> (team == 16 ? 4 : team == 8 ? 3 : 0), of_lanes = min(mine, 32);
+  const int sharing_shift = of_lanes == 32 ? 0 : of_lanes == 16 ? 1 : 2;
+  const int element = team > 1 ? member * mine + (lane & (of_lanes - 1)) : 4 * lane;
   // The output cache is read before the attention ends, and every slot before one is written.
   float cached = 0.f, other = NEG_INF;
   if (there) {
@@ -99,36 +109,37 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its last.
   let_next_start();
   float m = NEG_INF, sum = 0.f, x[8] = {};
-  const int r = token * p.group + head % p.group;
+  const int r = token * p.group + head - kv_head * p.group;
   const size_t part = size_t(pair) * p.splits * p.rows + r;
   if (there) {
     // The first outputs are asked for before it is known what they weigh.
     constexpr int AHEAD = 4;
     float4 ahead[AHEAD];
+    const float* const outputs = p.part_outputs + part * d;
+    const int next = p.rows * d;  // of the next split
     const int element0 = min(4 * lane, d - 4);
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int split = min(member + i * team, p.splits - 1);
-      ahead[i] = *reinterpret_cast<const float4*>(p.part_outputs + (part + size_t(split) * p.rows) * d + element0);
-    }
+    for (int i = 0; i < AHEAD; i++)
+      ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(min(member + i * team, p.splits - 1)) * next + element0);
+#pragma unroll 1
     for (int i = lane; i < p.splits; i += 32) {
       const float2 of_split = *reinterpret_cast<const float2*>(p.part_stats + (part + size_t(i) * p.rows) * 2);
       const float top = fmaxf(m, of_split.x);
       if (top != NEG_INF) {
-        sum = sum * exp2f(m - top) + of_split.y * exp2f(of_split.x - top);
+        sum = sum * exp2_fast(m - top) + of_split.y * exp2_fast(of_split.x - top);
         m = top;
       }
       weights[warp][i] = of_split.x;
     }
     const float mine = m;
     m = warp_max(m);
-    sum = warp_sum(mine == NEG_INF ? 0.f : sum * exp2f(mine - m));
+    sum = warp_sum(mine == NEG_INF ? 0.f : sum * exp2_fast(mine - m));
+    // A lane's own logits become weights.
+#pragma unroll 1
+    for (int i = lane; i < p.splits; i += 32) weights[warp][i] = m == NEG_INF ? 0.f : exp2_fast(weights[warp][i] - m);
     __syncwarp();
-    auto weigh = [&](int split) {
-      const float of_split = weights[warp][split];
-      return of_split == NEG_INF ? 0.f : exp2f(of_split - m);
-    };
-    auto add = [&](int c, float weight, float4 o) {
+    auto add = [&](int c, int split, float4 o) {
+      const float weight = weights[warp][split];
       x[4 * c] = fmaf(weight, o.x, x[4 * c]);
       x[4 * c + 1] = fmaf(weight, o.y, x[4 * c + 1]);
       x[4 * c + 2] = fmaf(weight, o.z, x[4 * c + 2]);
@@ -136,15 +147,14 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-      if (member + i * team < p.splits) add(0, weigh(member + i * team), ahead[i]);
+      if (member + i * team < p.splits) add(0, member + i * team, ahead[i]);
 #pragma unroll
     for (int c = 0; c < 2; c++) {
       const int element = 128 * c + 4 * lane;
       if (element >= d) break;
-#pragma unroll 4
+#pragma unroll 2
       for (int i = member + (c ? 0 : AHEAD * team); i < p.splits; i += team)
-        add(c, weigh(i),
-            *reinterpret_cast<const float4*>(p.part_outputs + (part + size_t(i) * p.rows) * d + element));
+        add(c, i, *reinterpret_cast<const float4*>(outputs + size_t(i) * next + element));
     }
   }
   const Joined j = there ? join(p, s, row, m, sum, other) : Joined{};
@@ -164,11 +174,12 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   } else {
 #pragma unroll
     for (int c = 0; c < 2; c++)
-      if (128 * c < padded) *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]};
+      if (c <= wide) *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]};
     __syncthreads();  // every slot is read before one is written, too
     if (!there) return;
     float sum_of_parts = 0.f;
-    for (int w = lane / min(mine, 32); w < team; w += sharing) sum_of_parts += parts[warp - member + w][element];
+#pragma unroll 4
+    for (int w = lane >> (5 - sharing_shift); w < team; w += 1 << sharing_shift) sum_of_parts += parts[warp - member + w][element];
     for (int i = mine; i < 32; i <<= 1) sum_of_parts += __shfl_xor_sync(ALL_LANES, sum_of_parts, i);
     if (lane < mine && element < d) end(element, sum_of_parts * j.scale + j.keep * cached);
   }

@@ -41,5 +41,5 @@ template <class T> DEVICE void pages_kernel(const Params& p) {
     keys = reinterpret_cast<const T*>(raw);
     __syncthreads();
   }
-  summarize<T>(p, pair, page, rows, keys, nullptr);
+  summarize<T, true>(p, pair, page, rows, keys, nullptr);
 }

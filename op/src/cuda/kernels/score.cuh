@@ -16,31 +16,32 @@ template <class T> DEVICE float rounded(float x) {
   return widen(y);
 }
 
+// Whether the selector is bounds. A kernel without MOMENT knows.
+template <bool MOMENT> DEVICE bool is_bounds(const Params& p) { return !MOMENT || p.selector == BOUNDS; }
+
 // The two vectors of a head that turn its score into products with the page's two: bounds: min(q, 0) and max(q, 0), as
 // sum_d max(q kmin, q kmax) = min(q, 0) . kmin + max(q, 0) . kmax; moments: q and q^2.
-template <class T, int DP>
+template <class T, int DP, bool MOMENT>
 DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head, Team team, float* prepared) {
+#pragma unroll 1
   for (int i = team.member; i < p.group * (DP / 8); i += team.members) {
     const int h = i / (DP / 8), d = i % (DP / 8) * 8;
-    Octet of = {};
-    if (d < p.head_size) {
-      ask_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, of);
-      rotate_octet<T>(p, of, d, s.len - 1);
-    }
+    float x[8] = {};
+    if (d < p.head_size) read_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, s.len - 1, x);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-      const float q = rounded<T>(of.x[k]);
-      prepared[2 * h * DP + d + k] = p.selector == BOUNDS ? fminf(q, 0.f) : q;
-      prepared[2 * h * DP + DP + d + k] = p.selector == BOUNDS ? fmaxf(q, 0.f) : q * q;
+      const float q = rounded<T>(x[k]);
+      prepared[2 * h * DP + d + k] = is_bounds<MOMENT>(p) ? fminf(q, 0.f) : q;
+      prepared[2 * h * DP + DP + d + k] = is_bounds<MOMENT>(p) ? fmaxf(q, 0.f) : q * q;
     }
   }
 }
 
 // A head's score from its two products and, with signed moments, that of the query with the signed deviations.
-DEVICE float head_score(const Params& p, float first, float second, float line, float log_count) {
-  if (p.selector != BOUNDS) {
+template <bool MOMENT> DEVICE float head_score(const Params& p, float first, float second, float line, float log_count) {
+  if (!is_bounds<MOMENT>(p)) {
     if (p.selector == SIGNED_MOMENTS) second = p.correlation * line * line + (1.f - p.correlation) * second;
-    return p.scale * (first + p.lambda * sqrtf(second)) + log_count;
+    return p.scale * (first + p.lambda * sqrt_fast(second)) + log_count;
   }
   return p.group_score == SOFTMAX ? p.scale * (first + second) : first + second;
 }
@@ -112,7 +113,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
     }
     if (!ready) {
       // The queries do not wait for the summaries: the first loads are under way.
-      prepare_queries<T, DP>(p, s, b, head, whole_block(), prepared);
+      prepare_queries<T, DP, true>(p, s, b, head, whole_block(), prepared);
       __syncthreads();
       ready = true;
       if (group * GROUP >= untouched) break;
@@ -144,11 +145,11 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
       if (p.selector != BOUNDS) {
         const float along = sum_four<LANES>(x, in_page), spread = sum_four<LANES>(y, in_page);
         const float line = p.selector == SIGNED_MOMENTS ? sum_four<LANES>(z, in_page) : 0.f;
-        score = head_score(p, along, spread, line, log_count);
+        score = head_score<true>(p, along, spread, line, log_count);
       } else {
 #pragma unroll
         for (int u = 0; u < SCORE_UNROLL; u++) x[u] += y[u];
-        score = head_score(p, sum_four<LANES>(x, in_page), 0.f, 0.f, 0.f);
+        score = head_score<true>(p, sum_four<LANES>(x, in_page), 0.f, 0.f, 0.f);
       }
       best = p.group_score == SOFTMAX ? score : fmaxf(best, score);
       if (writes) store_score(p, pair, h, page, best);
@@ -187,6 +188,47 @@ DEVICE void add_score(float4& all, float score) {
 // Heads whose scores select.cuh needs one by one.
 DEVICE int scored_heads(const Params& p) { return p.group_score == SOFTMAX ? p.group : 1; }
 
+// Joins what the warps of a scoring block know of their scores, which are all written before the first warp announces them.
+DEVICE void leave_range(const Params& p, int pair, float4* of_warps /* [SCORE_WARPS] */, float4 mine) {
+  const float top = warp_max(mine.x), least = warp_min(mine.z);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) of_warps[threadIdx.x / 32] = {top, 0.f, least, 0.f};
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  mine = of_warps[lane % SCORE_WARPS];
+  const float of_all = warp_max(mine.x), least_of_all = warp_min(mine.z);
+  if (lane > 0) return;
+  p.score_stats[size_t(pair) * p.score_parts + blockIdx.x] = {of_all, 0.f, least_of_all, 0.f};
+  add_progress(&p.progress[pair]);
+}
+
+// The same for a softmax over pages: of every head.
+RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_WARPS] */, float4 low, float4 high /* of this lane's two heads */) {
+  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+    float4 mine = half ? high : low;
+#pragma unroll
+    for (int i = 1; i < 4; i <<= 1)
+      mine = joined_stats(mine, {__shfl_xor_sync(ALL_LANES, mine.x, i), __shfl_xor_sync(ALL_LANES, mine.y, i),
+                                 __shfl_xor_sync(ALL_LANES, mine.z, i), 0.f});
+    if (quad == 0) of_warps[(octet + 8 * half) * SCORE_WARPS + threadIdx.x / 32] = mine;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  // Two lanes a head.
+  const int h = lane / 2;
+  const float4* const of_head = of_warps + h * SCORE_WARPS + lane % 2 * (SCORE_WARPS / 2);
+  float4 all = of_head[0];
+#pragma unroll 1
+  for (int w = 1; w < SCORE_WARPS / 2; w++) all = joined_stats(all, of_head[w]);
+  all = joined_stats(all, {__shfl_xor_sync(ALL_LANES, all.x, 1), __shfl_xor_sync(ALL_LANES, all.y, 1),
+                           __shfl_xor_sync(ALL_LANES, all.z, 1), 0.f});
+  if (lane % 2 == 0 && h < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = all;
+  __syncwarp();
+  if (lane == 0) add_progress(&p.progress[pair]);
+}
+
 // float16 and bfloat16: on tensor cores, heads in the rows, 8 pages a warp in the columns. Summaries go from memory to registers:
 // a lane takes 8 neighbouring elements of its page, queries are permuted alike. Squares of standard deviations and of queries may
 // lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits of it, and a product of two squares
@@ -200,8 +242,9 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   const int pair = b * p.kv_heads + head, d = p.head_size;
   const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
   // Neighbouring pages, equally many for every warp.
-  const int warps = p.score_blocks * WARPS, warp = blockIdx.x * WARPS + threadIdx.x / 32;
-  const int begin = int(u64(p.max_pages) * warp / warps), end = int(u64(p.max_pages) * (warp + 1) / warps);
+  const int warp = blockIdx.x * WARPS + threadIdx.x / 32;
+  const Share share = share_of(p.warp_pages, p.more_pages, warp);
+  const int begin = share.begin, end = share.end;
   const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
   uint4 first[CHUNKS], second[CHUNKS];
   // Beyond the end the last page is read again, and not stored; past d the query is 0.
@@ -218,18 +261,16 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   start_step();
   const bool with_line = p.selector == SIGNED_MOMENTS, softmax = p.group_score == SOFTMAX, wide = p.group > 8;
   const Sequence s = sequence(p, b);
+#pragma unroll 1
   for (int i = threadIdx.x; i < (wide ? HEADS : HEADS / 2) * (DP / 8); i += SCORE_THREADS) {
     const int h = i / (DP / 8), c = i % (DP / 8) * 8;
-    Octet of = {};
-    if (h < p.group && c < d) {
-      ask_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, of);
-      // Where the length is not valid any row will do: nothing is scored.
-      rotate_octet<T>(p, of, c, min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)));
-    }
-    float x[8], y[8];
+    float x[8] = {}, y[8];
+    // Where the length is not valid any position will do: nothing is scored.
+    if (h < p.group && c < d)
+      read_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-      const float q = rounded<T>(of.x[k]);
+      const float q = rounded<T>(x[k]);
       x[k] = MOMENT ? q : fminf(q, 0.f), y[k] = MOMENT ? q * q : fmaxf(q, 0.f);
     }
     store8(reinterpret_cast<T*>(&sh.first[h][c]), x);
@@ -295,7 +336,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
     for (int e = 0; e < 4; e++) {
       const int page = page0 + 2 * quad + e % 2, h = octet + e / 2 * 8;
       if (h >= p.group) continue;
-      const float score = head_score(p, x[e], y[e], z[e], log_count);
+      const float score = head_score<MOMENT>(p, x[e], y[e], z[e], log_count);
       if (!softmax) {
         best[e % 2] = fmaxf(best[e % 2], score);
       } else if (page < limit) {
@@ -316,42 +357,11 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
       }
     }
   }
-  float4* of_warps = reinterpret_cast<float4*>(raw);
   __syncthreads();  // the queries' memory becomes the statistics'
-  if (!softmax) {
-    const float top = warp_max(stats[0].x), least = warp_min(stats[0].z);
-    if (lane == 0) of_warps[threadIdx.x / 32] = {top, 0.f, least, 0.f};
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float4 mine = stats[half];
-#pragma unroll
-      for (int i = 1; i < 4; i <<= 1)
-        mine = joined_stats(mine, {__shfl_xor_sync(ALL_LANES, mine.x, i), __shfl_xor_sync(ALL_LANES, mine.y, i),
-                                   __shfl_xor_sync(ALL_LANES, mine.z, i), 0.f});
-      if (quad == 0) of_warps[(octet + 8 * half) * WARPS + threadIdx.x / 32] = mine;
-    }
-  }
-  __syncthreads();
-  // The first warp joins them, and every score was written before.
-  if (threadIdx.x >= 32) return;
-  const int h = lane / 2;
-  if (!softmax) {
-    const float4 mine = of_warps[lane % WARPS];
-    const float top = warp_max(mine.x), least = warp_min(mine.z);
-    if (lane == 0) p.score_stats[size_t(pair) * p.score_parts + blockIdx.x] = {top, 0.f, least, 0.f};
-  } else {
-    // Two lanes a head.
-    const float4* const of_head = of_warps + h * WARPS + lane % 2 * (WARPS / 2);
-    float4 all = of_head[0];
-#pragma unroll 1
-    for (int w = 1; w < WARPS / 2; w++) all = joined_stats(all, of_head[w]);
-    all = joined_stats(all, {__shfl_xor_sync(ALL_LANES, all.x, 1), __shfl_xor_sync(ALL_LANES, all.y, 1),
-                             __shfl_xor_sync(ALL_LANES, all.z, 1), 0.f});
-    if (lane % 2 == 0 && h < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = all;
-  }
-  __syncwarp();
-  if (lane == 0) add_progress(&p.progress[pair]);
+  if (softmax)
+    leave_sums(p, pair, reinterpret_cast<float4*>(raw), stats[0], stats[1]);
+  else
+    leave_range(p, pair, reinterpret_cast<float4*>(raw), stats[0]);
 }
 
 // The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
@@ -362,10 +372,12 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   // A sum over a row's elements, for every row: two rows of a warp at once, as each waits for its shuffles.
   auto sums = [&](auto&& term) {
+#pragma unroll 1
     for (int r = warp; r < rows; r += 2 * warps) {
       const int other = min(r + warps, rows - 1);
       float a = 0.f, b = 0.f;
-      for (int c = lane; c < d; c += 32) a = term(r, c, a), b = term(other, c, b);
+  #pragma unroll 2
+    for (int c = lane; c < d; c += 32) a = term(r, c, a), b = term(other, c, b);
       a = warp_sum(a), b = warp_sum(b);
       if (lane == 0) along[r] = a;
       if (lane == 0 && r + warps < rows) along[r + warps] = b;
@@ -379,17 +391,21 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
   // The first of those that are as far but for rounding, so that every execution provider starts from the same row.
   int farthest = 0;
   float most = 0.f;
+#pragma unroll 2
   for (int r = 0; r < rows; r++)
     if (along[r] > most * 1.00001f) farthest = r, most = along[r];
+#pragma unroll 1
   for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] = widen(keys[size_t(farthest) * d + c]) - mean[c];
+#pragma unroll 1
   for (int round = 0; round < ROUNDS; round++) {
     __syncthreads();
     sums([&](int r, int c, float sum) { return fmaf(direction[c], widen(keys[size_t(r) * d + c]) - mean[c], sum); });
     __syncthreads();
     float top = 0.f;
+#pragma unroll 1
     for (int c = threadIdx.x; c < d; c += blockDim.x) {
       float next = 0.f;
-#pragma unroll 8
+#pragma unroll 4
       for (int r = 0; r < rows; r++) next = fmaf(along[r], widen(keys[size_t(r) * d + c]) - mean[c], next);
       direction[c] = next;
       top = fmaxf(top, fabsf(next));
@@ -400,9 +416,11 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
     // Kept in range: each round multiplies by a variance.
     top = warp_max(lane < warps ? tops[lane] : 0.f);
     const float inverse = top > 0.f ? 1.f / top : 0.f;
+#pragma unroll 1
     for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] *= inverse;
   }
   // A thread asks for the columns that it wrote. Elements of 0 but for rounding count as positive.
+#pragma unroll 1
   for (int c = threadIdx.x; c < d; c += blockDim.x) negative[c] = direction[c] < -1e-5f;
 }
 
@@ -412,27 +430,29 @@ template <class T> DEVICE T* page_keys(const Params& p, int pair, int page) {
 }
 
 // Recomputes a page's summary from its valid rows; every thread takes whole columns.
-template <class T>
+template <class T, bool MOMENT>
 DEVICE void summarize(const Params& p, int pair, int page, int rows, const T* keys, float* stored /* [2, D] or null */) {
   const int d = p.head_size;
   T* summary = static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * d;
   __shared__ float mean[MAX_HEAD_SIZE];
   __shared__ bool negative[MAX_HEAD_SIZE];
-  if (p.selector != BOUNDS) {
+  if (!is_bounds<MOMENT>(p)) {
+#pragma unroll 1
     for (int c = threadIdx.x; c < d; c += blockDim.x) {
       float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 4
       for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
       mean[c] = sum * (1.f / float(rows));
     }
     __syncthreads();
     if (p.selector == SIGNED_MOMENTS) principal_signs<T>(keys, mean, d, rows, negative);
   }
+#pragma unroll 1
   for (int c = threadIdx.x; c < d; c += blockDim.x) {
     float a, b;
-    if (p.selector == BOUNDS) {
+    if (is_bounds<MOMENT>(p)) {
       a = b = widen(keys[c]);
-#pragma unroll 8
+#pragma unroll 4
       for (int r = 1; r < rows; r++) {
         const float x = widen(keys[size_t(r) * d + c]);
         a = fminf(a, x), b = fmaxf(b, x);
@@ -440,7 +460,7 @@ DEVICE void summarize(const Params& p, int pair, int page, int rows, const T* ke
     } else {
       float square = 0.f;
       a = mean[c];
-#pragma unroll 8
+#pragma unroll 4
       for (int r = 0; r < rows; r++) {
         const float x = widen(keys[size_t(r) * d + c]) - a;
         square = fmaf(x, x, square);
@@ -461,22 +481,21 @@ DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from
   const int d = p.head_size, octets = d / 8, pair = b * p.kv_heads + head;
   T* keys = static_cast<T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   T* values = static_cast<T*>(p.value_cache) + size_t(pair) * p.capacity * d;
+#pragma unroll 1
   for (int i = team.member; i < (to - from) * octets; i += team.members) {
     const int position = from + i / octets, c = i % octets * 8, row = s.skipped + position - s.first;
     const T* value = kv_row<T>(p, p.value, b, row, head) + c;
-    Octet key;
-    float of_value[8];
+    float key[8], of_value[8];
     if (p.octets) {
       load8(value, of_value);
     } else {
 #pragma unroll
       for (int k = 0; k < 8; k++) of_value[k] = widen(value[k]);
     }
-    ask_octet(p, kv_row<T>(p, p.key, b, row, head), c, key);
-    rotate_octet<T>(p, key, c, position);
-    store8(keys + size_t(position) * d + c, key.x);
+    read_octet(p, kv_row<T>(p, p.key, b, row, head), c, position, key);
+    store8(keys + size_t(position) * d + c, key);
     store8(values + size_t(position) * d + c, of_value);
-    if (copy) store8(copy + 8 * i, key.x);
+    if (copy) store8(copy + 8 * i, key);
   }
 }
 
@@ -497,7 +516,7 @@ DEVICE void leave_page(const Params& p, int pair, int page, int touched, bool co
 
 // Often the last of a head's blocks to end, and what short contexts wait for: the fed rows, the page's rows from before and the
 // queries are read at the same time, by other warps.
-template <class T, int DP>
+template <class T, int DP, bool MOMENT>
 DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int touched, u8* raw) {
   constexpr int WARPS = SCORE_WARPS;
   const int pair = b * p.kv_heads + head, d = p.head_size, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -514,7 +533,7 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
     if (warp < WARPS / 4) {
       append<T>(p, s, b, head, fresh, end, {int(threadIdx.x), 32 * WARPS / 4}, copy ? copy + (fresh - start) * d : nullptr);
     } else if (warp < WARPS / 2) {
-      if (scored) prepare_queries<T, DP>(p, s, b, head, {int(threadIdx.x) - 32 * WARPS / 4, 32 * WARPS / 4}, prepared);
+      if (scored) prepare_queries<T, DP, MOMENT>(p, s, b, head, {int(threadIdx.x) - 32 * WARPS / 4, 32 * WARPS / 4}, prepared);
     } else if (copy) {
       // D is a multiple of 8.
       constexpr int ELEMENTS = 16 / sizeof(T);
@@ -523,9 +542,10 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
         reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
     }
     __syncthreads();
-    summarize<T>(p, pair, page, end - start, copy ? copy : keys, stored);
+    summarize<T, MOMENT>(p, pair, page, end - start, copy ? copy : keys, stored);
     __syncthreads();
     if (!scored) return;
+#pragma unroll 1
     for (int h = warp; h < p.group; h += WARPS) {
       float x = 0.f, y = 0.f, z = 0.f;
 #pragma unroll 4
@@ -533,11 +553,11 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
         const float first = stored[c], second = stored[d + c], q = prepared[2 * h * DP + c];
         z = fmaf(q, second, z);
         x = fmaf(q, first, x);
-        y = fmaf(prepared[2 * h * DP + DP + c], p.selector != BOUNDS ? second * second : second, y);
+        y = fmaf(prepared[2 * h * DP + DP + c], is_bounds<MOMENT>(p) ? second : second * second, y);
       }
       x = warp_sum(x), y = warp_sum(y);
-      if (p.selector == SIGNED_MOMENTS) z = warp_sum(z);
-      if (lane == 0) of_heads[h] = head_score(p, x, y, z, page_log_count(p, s, page));
+      if (!is_bounds<MOMENT>(p)) z = warp_sum(z);
+      if (lane == 0) of_heads[h] = head_score<MOMENT>(p, x, y, z, is_bounds<MOMENT>(p) ? 0.f : page_log_count(p, s, page));
     }
     __syncthreads();
   }
@@ -560,5 +580,5 @@ template <class T, int DP, bool MOMENT> DEVICE void score_kernel(const Params& p
   if (blockIdx.x < p.score_blocks) return ScorePages<T, DP, MOMENT>::run(p, b, head, raw);
   start_step();
   const Sequence s = sequence(p, b);
-  if (s.valid) touch_page<T, DP>(p, s, b, head, int(blockIdx.x) - p.score_blocks, raw);
+  if (s.valid) touch_page<T, DP, MOMENT>(p, s, b, head, int(blockIdx.x) - p.score_blocks, raw);
 }

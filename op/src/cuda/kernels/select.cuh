@@ -83,24 +83,15 @@ struct Range {
   float lowest, highest;
 };
 
-DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from the parts that the
 // scoring blocks left.
 DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int h = warp; h < p.group; h += SELECT_WARPS) {
     float2 sums = {NEG_INF, 0.f};
     float least = -NEG_INF;
+#pragma unroll 1
     for (int i = lane; i < p.score_parts; i += 32) {
       const float4 part = p.score_stats[(size_t(pair) * p.score_parts + i) * p.group + h];
       sums = joined_sums(sums, {part.x, part.y});
@@ -115,12 +106,13 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
 }
 
 // The log-sum-exps alone, from the scores themselves.
-DEVICE void page_lse(const Params& p, const float* scores, const Candidates& all, SelectShared& sh) {
+RARE void page_lse(const Params& p, const float* scores, int from, int pages, SelectShared* shared) {
+  SelectShared& sh = *shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int h = 0; h < p.group; h++) {
     float2 sums = {NEG_INF, 0.f};
-    for (int i = all.from + threadIdx.x; i < all.pages; i += SELECT_THREADS)
+    for (int i = from + threadIdx.x; i < pages; i += SELECT_THREADS)
       sums = joined_sums(sums, {scores[size_t(i) * scores_a_page(p) + h], 1.f});
     sums = warp_sums(sums);
     if (lane == 0) sh.part[warp] = sums;
@@ -139,21 +131,25 @@ template <Choice CHOICE> DEVICE Range joined_range(const Params& p, int pair, Se
   if (softmax_over_pages<CHOICE>(p)) {
     joined_lse(p, pair, sh);
     // A page's score is at least that of each head, and at most the largest of them and log g.
+#pragma unroll 1
     for (int h = 0; h < p.group; h++)
       range.lowest = fmaxf(range.lowest, sh.lowest[h]), range.highest = fmaxf(range.highest, sh.highest[h]);
     range.highest += log2_fast(float(p.group));
     return range;
   }
   float least = -NEG_INF;
-  for (int i = threadIdx.x % 32; i < p.score_parts; i += 32) {
-    const float4 part = p.score_stats[size_t(pair) * p.score_parts + i];
-    range.highest = fmaxf(range.highest, part.x), least = fminf(least, part.z);
+  // Two at once. Whatever is read again changes nothing.
+  const float4* const parts = p.score_stats + size_t(pair) * p.score_parts;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < p.score_parts; i += 64) {
+    const float4 a = parts[i], b = parts[min(i + 32, p.score_parts - 1)];
+    range.highest = fmaxf(range.highest, fmaxf(a.x, b.x)), least = fminf(least, fminf(a.z, b.z));
   }
   return {warp_min(least), warp_max(range.highest)};
 }
 
 // The scores of four heads of pages that are SELECT_THREADS apart.
-constexpr int JOINED_AT_ONCE = 8;
+constexpr int JOINED_AT_ONCE = 4;
 struct HeadScores {
   float4 four[JOINED_AT_ONCE];
   DEVICE void ask(const Params& p, const float* scores, int page, int count, int h) {
@@ -310,8 +306,9 @@ DEVICE void compare_finalists(const Kept& kept, u32 bin, SelectShared& sh) {
   __syncthreads();
 }
 
-// The same where the bin holds more.
-DEVICE void search_digits(const Kept& kept, u32 bin, SelectShared& sh) {
+// The same where the bin holds more. Out of line: see read_elements.
+RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
+  SelectShared& sh = *shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 threshold = 0;
 #pragma unroll 1
@@ -399,7 +396,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     const Range range = joined_range<CHOICE>(p, pair, sh);
     bins = Bins(range.lowest, range.highest);
   } else if (softmax_over_pages<CHOICE>(p)) {
-    page_lse(p, scores, all, sh);
+    page_lse(p, scores, all.from, all.pages, &sh);
   }
   if (softmax_over_pages<CHOICE>(p)) {
     join_heads(p, read, asked, kept.scores, OCTET * kept.count, sh);
@@ -421,6 +418,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     kept.bins[octet] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
     kept.bin((i < all.sinks ? all.from + i : all.pages - 1) - kept.begin) = TAKEN;
   if (!with_stats) {
@@ -448,7 +446,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   if (sh.in_bin <= FINALISTS)
     compare_finalists(kept, bin, sh);
   else
-    search_digits(kept, bin, sh);
+    search_digits(kept, bin, &sh);
   list_pages(kept, bin, p.pages + size_t(pair) * p.max_pages, sh);
   wait_for_previous();
 }
