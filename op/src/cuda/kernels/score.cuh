@@ -370,17 +370,15 @@ template <class T> DEVICE void principal_signs(const T* keys, const float* mean 
   constexpr int ROUNDS = 2;
   __shared__ float direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  // A sum over a row's elements, for every row: two rows of a warp at once, as each waits for its shuffles.
+  // A sum over a row's elements, for every row.
   auto sums = [&](auto&& term) {
 #pragma unroll 1
-    for (int r = warp; r < rows; r += 2 * warps) {
-      const int other = min(r + warps, rows - 1);
-      float a = 0.f, b = 0.f;
-  #pragma unroll 2
-    for (int c = lane; c < d; c += 32) a = term(r, c, a), b = term(other, c, b);
-      a = warp_sum(a), b = warp_sum(b);
-      if (lane == 0) along[r] = a;
-      if (lane == 0 && r + warps < rows) along[r + warps] = b;
+    for (int r = warp; r < rows; r += warps) {
+      float sum = 0.f;
+#pragma unroll 2
+      for (int c = lane; c < d; c += 32) sum = term(r, c, sum);
+      sum = warp_sum(sum);
+      if (lane == 0) along[r] = sum;
     }
   };
   sums([&](int r, int c, float sum) {
