@@ -172,6 +172,15 @@ impl Made {
         )
     }
 
+    /// Whether whole numbers are equal. Equal takes floats from opset 11 on.
+    fn equal(&mut self, a: &str, b: &str, opset: i64, base: &str) -> String {
+        if opset >= 11 {
+            return self.add("Equal", &[a, b], vec![], base);
+        }
+        let [a, b] = [a, b].map(|x| self.cast(x, DataType::Int64, &format!("{base}_64")));
+        self.add("Equal", &[&a, &b], vec![], base)
+    }
+
     /// Sums along the second axis, `[B, 1]`.
     fn sum(&mut self, from: &str, opset: i64, base: &str) -> String {
         if opset < 13 {
@@ -225,7 +234,7 @@ impl Made {
         let both = self.add("Mul", &[&mask, &next], vec![], "both");
         let pairs = self.sum(&both, opset, "pairs");
         let expected = self.add("Add", &[&newest_float, &last], vec![], "expected");
-        let together = self.add("Equal", &[&pairs, &expected], vec![], "together");
+        let together = self.equal(&pairs, &expected, opset, "together");
         // n >= S, unless the last one is valid: S times 1 - last, which is less than n + 1.
         let mut shape = self.add("Shape", &[tokens], vec![], "fed_shape");
         if rank > 2 {
@@ -243,7 +252,7 @@ impl Made {
         if must_begin {
             let start = self.longs(&[0], "start");
             let first = self.add("Slice", &[&mask, &start, &from, &from], vec![], "first");
-            let begins = self.add("Equal", &[&first, &one], vec![], "begins");
+            let begins = self.equal(&first, &one, opset, "begins");
             sound = self.add("And", &[&sound, &begins], vec![], "mask_is_sound_for_all");
         }
         let bad = self.fresh.name("retro/given/mask_not_understood");
@@ -376,10 +385,17 @@ mod tests {
     #[test]
     fn ones_must_be_side_by_side_and_end_with_what_is_fed() {
         const BAD: i64 = MASK_NOT_UNDERSTOOD as i64;
-        for (opset, tokens) in [(22, &["b", "s"][..]), (11, &["b", "s"]), (14, &["b", "s", "h"])] {
+        for (opset, tokens) in [
+            (22, &["b", "s"][..]),
+            (10, &["b", "s"]),
+            (11, &["b", "s"]),
+            (14, &["b", "s", "h"]),
+        ] {
             let mut graph = counted(opset, tokens);
             check(&mut graph, opset);
             assert!(!has(&graph, "sum") && !has(&graph, "cast"));
+            let casts = graph.node.iter().filter(|n| n.op_type() == "Cast").count();
+            assert_eq!(casts, if opset < 11 { 4 } else { 2 });
             for (rows, fed, expected) in [
                 (&[&[1, 1, 1, 1][..], &[0, 1, 1, 1]][..], 4, [3, 2]),
                 (&[&[1, 1, 1, 1], &[1, 1, 1, 0]], 4, [3, BAD]),
@@ -403,7 +419,7 @@ mod tests {
     #[test]
     fn ones_must_begin_the_mask_too_where_a_group_query_attention_is_left() {
         const BAD: i64 = MASK_NOT_UNDERSTOOD as i64;
-        for opset in [22, 11] {
+        for opset in [22, 10] {
             let mut graph = counted(opset, &["b", "s"]);
             let left = NodeProto::new(
                 "com.microsoft",
