@@ -12,7 +12,7 @@
 
 use super::{
     names::Fresh,
-    prune::{SMALL, needed, prune},
+    prune::{leading_to, needed, prune},
 };
 use crate::{
     eval::{Env, Program, Tensor, reads},
@@ -59,7 +59,7 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
             continue;
         };
         let own = counts_ones(&view, count);
-        let was = if own { needed(graph) } else { HashSet::new() };
+        let was = own.then(|| needed(graph));
         let mut made = Made {
             fresh: Fresh::of(graph),
             nodes: Vec::new(),
@@ -78,27 +78,21 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         {
             slot.clone_from(&checked);
         }
-        prune(graph, &was, SMALL);
+        if let Some(was) = was {
+            prune(graph, &was);
+        }
     }
 }
 
 /// Whether a value is the number of the attention mask's ones less one, as far as a few masks tell.
 fn counts_ones(view: &GraphView, count: &str) -> bool {
-    let mut makers = BTreeSet::new();
-    let mut open = vec![count];
-    while let Some(name) = open.pop() {
-        let Some(index) = view.producer_index(name) else {
-            continue;
-        };
-        if makers.insert(index) {
-            open.extend(view.graph.node.get(index).into_iter().flat_map(reads));
-        }
-    }
+    let makers = leading_to(view.graph, [count]);
+    let makers = view.graph.node.iter().zip(makers).filter(|(_, leads)| *leads);
     // Exporters use three or four.
-    if makers.len() > MOST_NODES {
+    let node: Vec<NodeProto> = makers.take(MOST_NODES + 1).map(|(node, _)| node.clone()).collect();
+    if node.len() > MOST_NODES {
         return false;
     }
-    let node: Vec<NodeProto> = makers.iter().filter_map(|i| view.graph.node.get(*i).cloned()).collect();
     let read: BTreeSet<&str> = node.iter().flat_map(reads).collect();
     let initializer: Vec<TensorProto> = read
         .into_iter()
@@ -163,6 +157,12 @@ impl Made {
         name
     }
 
+    fn float(&mut self, value: f32, base: &str) -> String {
+        let name = self.fresh.name(&format!("retro/given/{base}"));
+        self.constants.push(TensorProto::floats(&name, &[1], &[value]));
+        name
+    }
+
     fn cast(&mut self, from: &str, to: DataType, base: &str) -> String {
         self.add(
             "Cast",
@@ -202,8 +202,7 @@ impl Made {
     ) -> String {
         let [from, minus, end] =
             [(1, "from"), (-1, "minus_one"), (i64::MAX, "end")].map(|(x, base)| self.longs(&[x], base));
-        let one = self.fresh.name("retro/given/one");
-        self.constants.push(TensorProto::floats(&one, &[1], &[1.0]));
+        let [one, two] = [(1.0, "one"), (2.0, "two")].map(|(x, base)| self.float(x, base));
         let mask = match mask_type {
             Some(DataType::Float) => ATTENTION_MASK.to_owned(),
             _ => self.cast(ATTENTION_MASK, DataType::Float, "mask"),
@@ -244,8 +243,6 @@ impl Made {
         let open = self.add("Sub", &[&one, &last], vec![], "open");
         let rows = self.add("Expand", &[&open, &shape], vec![], "open_rows");
         let needed = self.sum(&rows, opset, "needed");
-        let two = self.fresh.name("retro/given/two");
-        self.constants.push(TensorProto::floats(&two, &[1], &[2.0]));
         let more = self.add("Add", &[&newest_float, &two], vec![], "more");
         let enough = self.add("Less", &[&needed, &more], vec![], "enough");
         let mut sound = self.add("And", &[&together, &enough], vec![], "mask_is_sound");

@@ -7,10 +7,15 @@ use crate::{
 use std::collections::{HashMap, HashSet};
 
 /// Constants up to this many bytes go when nothing reads them any more.
-pub const SMALL: usize = 4096;
+const SMALL: usize = 4096;
 
 /// The nodes that the graph's outputs depend on, by place.
 pub fn living(graph: &GraphProto) -> Vec<bool> {
+    leading_to(graph, graph.output.iter().map(ValueInfoProto::name))
+}
+
+/// The nodes that values depend on, by place.
+pub fn leading_to<'a>(graph: &'a GraphProto, names: impl IntoIterator<Item = &'a str>) -> Vec<bool> {
     let mut makers: HashMap<&str, usize> = HashMap::new();
     for (index, node) in graph.node.iter().enumerate() {
         for output in &node.output {
@@ -18,7 +23,7 @@ pub fn living(graph: &GraphProto) -> Vec<bool> {
         }
     }
     let mut alive = vec![false; graph.node.len()];
-    let mut open: Vec<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
+    let mut open: Vec<&str> = names.into_iter().collect();
     while let Some(name) = open.pop() {
         let Some(index) = makers.get(name).copied() else {
             continue;
@@ -33,9 +38,9 @@ pub fn living(graph: &GraphProto) -> Vec<bool> {
     alive
 }
 
-/// Removes nodes that were needed once and no longer are, what was declared about their values, and constants of at most
-/// `small` bytes that only they read. What the source had without need stays. `was`: names of values needed before.
-pub fn prune(graph: &mut GraphProto, was: &HashSet<String>, small: usize) {
+/// Removes nodes that were needed once and no longer are, what was declared about their values, and small constants
+/// that only they read. What the source had without need stays. `was`: names of values needed before.
+pub fn prune(graph: &mut GraphProto, was: &HashSet<String>) {
     let alive = living(graph);
     let needless = |node: &NodeProto| node.output.iter().any(|o| was.contains(o));
     let mut gone: HashSet<String> = HashSet::new();
@@ -59,7 +64,7 @@ pub fn prune(graph: &mut GraphProto, was: &HashSet<String>, small: usize) {
     let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
     graph.initializer.retain(|t| {
         let bytes = t.raw_data.as_ref().map_or(0, bytes::Bytes::len);
-        !idle(t.name()) || bytes > small || t.is_external() || inputs.contains(t.name())
+        !idle(t.name()) || bytes > SMALL || t.is_external() || inputs.contains(t.name())
     });
 }
 

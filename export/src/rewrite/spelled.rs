@@ -3,7 +3,7 @@
 use super::{
     lengths::{Lengths, cast_to},
     names::Fresh,
-    prune::{SMALL, needed, prune},
+    prune::{needed, prune},
     replace,
 };
 use crate::{
@@ -78,7 +78,7 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
         .flat_map(|s| [&s.total_key, &s.total_value, &s.present_key, &s.present_value].map(String::clone))
         .collect();
     // Once without what is only the old attention's, so that it is not in the way.
-    prune(graph, &was, SMALL);
+    prune(graph, &was);
     // The total by the name that the operator's node gives it.
     let renamed: HashMap<&str, &str> = sites
         .iter()
@@ -105,7 +105,7 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
     nodes.append(&mut graph.node);
     graph.node = nodes;
     let was: HashSet<String> = was.into_iter().chain(needless_lengths(graph)).collect();
-    prune(graph, &was, SMALL);
+    prune(graph, &was);
     Ok(())
 }
 
