@@ -3,11 +3,14 @@
 
 use std::{ops::DerefMut, sync::Arc};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use ort::value::TensorElementType;
 
-use crate::gpu::Gpu;
+use crate::{
+    gpu::Gpu,
+    session::{Logits, ValueShape},
+};
 
 /// Numbers that are converted at once.
 const AT_ONCE: usize = 1024;
@@ -29,8 +32,27 @@ impl Landing {
         }
     }
 
+    /// The newest row of each sequence of logits of this shape: `read(first byte, row)`.
+    pub(crate) fn newest(
+        &mut self,
+        element: TensorElementType,
+        batch: usize,
+        shape: &ValueShape,
+        read: impl Fn(usize, &mut [u8]) -> Result<()>,
+    ) -> Result<Logits> {
+        let &ValueShape { rows, vocab } = shape;
+        let size = element.byte_size(vocab).context("logits of no size")?;
+        for (b, row) in self.bytes(batch * size)?.chunks_mut(size).enumerate() {
+            read(((b + 1) * rows - 1) * size, row)?;
+        }
+        Ok(Logits {
+            values: self.floats(element)?,
+            vocab,
+        })
+    }
+
     /// Room for that many bytes as they come from the device.
-    pub(crate) fn bytes(&mut self, count: usize) -> Result<&mut [u8]> {
+    fn bytes(&mut self, count: usize) -> Result<&mut [u8]> {
         if self.bytes.len() != count {
             self.bytes = match &self.gpu {
                 Some(gpu) => Box::new(gpu.pinned(count)?),
@@ -41,7 +63,7 @@ impl Landing {
     }
 
     /// The numbers that [`Self::bytes`] was filled with, as f32.
-    pub(crate) fn floats(&mut self, element: TensorElementType) -> Result<Arc<Vec<f32>>> {
+    fn floats(&mut self, element: TensorElementType) -> Result<Arc<Vec<f32>>> {
         let free = self.rooms.iter().position(|room| Arc::strong_count(room) == 1);
         let room = &mut self.rooms[free.unwrap_or(0)];
         if free.is_none() {

@@ -440,13 +440,13 @@ pub(crate) fn last_rows(logits: &DynValue, element: TensorElementType, batch: us
             let (_, data) = logits
                 .try_extract_tensor::<half::f16>()
                 .map_err(|e| anyhow!("{}", one_line(&e)))?;
-            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).to_f32_vec()));
+            (0..batch).for_each(|b| widen(data.get(newest(b)).unwrap_or(&[]), &mut values));
         }
         TensorElementType::Bfloat16 => {
             let (_, data) = logits
                 .try_extract_tensor::<half::bf16>()
                 .map_err(|e| anyhow!("{}", one_line(&e)))?;
-            (0..batch).for_each(|b| values.extend(data.get(newest(b)).unwrap_or(&[]).to_f32_vec()));
+            (0..batch).for_each(|b| widen(data.get(newest(b)).unwrap_or(&[]), &mut values));
         }
         other => anyhow::bail!("the logits are {other}, expected float32, float16 or bfloat16"),
     }
@@ -455,6 +455,15 @@ pub(crate) fn last_rows(logits: &DynValue, element: TensorElementType, batch: us
         values: Arc::new(values),
         vocab,
     })
+}
+
+fn widen<H>(halves: &[H], to: &mut Vec<f32>)
+where
+    [H]: HalfFloatSliceExt,
+{
+    let at = to.len();
+    to.resize(at + halves.len(), 0.0);
+    halves.convert_to_f32_slice(to.get_mut(at..).unwrap_or_default());
 }
 
 pub(crate) struct ValueShape {

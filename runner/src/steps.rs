@@ -181,15 +181,9 @@ impl Steps {
             return Ok((last_rows(&logits, interface.logits_type, self.batch)?, shape));
         };
         let tensor = logits.downcast::<DynTensorValueType>().map_err(error)?;
-        let size = interface.logits_type.byte_size(1).context("logits of no size")?;
-        let bytes = self.landing.bytes(self.batch * shape.vocab * size)?;
-        for (b, row) in bytes.chunks_mut(shape.vocab * size).enumerate() {
-            let newest = (b + 1) * shape.rows - 1;
-            gpu.read_tensor(&tensor, newest * shape.vocab * size, row)?;
-        }
-        let values = self.landing.floats(interface.logits_type)?;
-        let vocab = shape.vocab;
-        Ok((Logits { values, vocab }, shape))
+        let read = |at: usize, row: &mut [u8]| gpu.read_tensor(&tensor, at, row);
+        let logits = self.landing.newest(interface.logits_type, self.batch, &shape, read)?;
+        Ok((logits, shape))
     }
 }
 
@@ -322,17 +316,6 @@ impl Captured {
         bind_output(binding, &interface.logits, view)?;
         let options = options(Some(&self.id.to_string()))?;
         crate::arena::run(session, binding, &options)?;
-        let size = interface
-            .logits_type
-            .byte_size(shape.vocab)
-            .context("logits of no size")?;
-        let bytes = landing.bytes(batch * size)?;
-        for (b, row) in bytes.chunks_mut(size).enumerate() {
-            view.read(((b + 1) * shape.rows - 1) * size, row)?;
-        }
-        Ok(Logits {
-            values: landing.floats(interface.logits_type)?,
-            vocab: shape.vocab,
-        })
+        landing.newest(interface.logits_type, batch, shape, |at, row| view.read(at, row))
     }
 }
