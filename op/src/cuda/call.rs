@@ -297,7 +297,7 @@ impl Call<'_> {
     /// What must be so before the host's own operator does a prefill.
     pub fn before_delegate(&self, params: &Params) -> Result<()> {
         let grid = [1, self.attributes.kv_heads, self.dims.batch];
-        self.stream.launch(&self.kernels.clear, grid, 0, Order::Alone, params)
+        self.stream.launch(&self.kernels.clear, grid, 0, Order::Chained, params)
     }
 
     /// What a prefill writes beside what the host's own operator wrote, if that ran (`delegated`).
@@ -308,18 +308,16 @@ impl Call<'_> {
             self.stream
                 .launch(&k.append, [self.dims.tokens, kv_heads, batch], 0, Order::Alone, params)?;
         }
-        let pages = params.max_pages as usize;
-        let page_copy = self.page_copy();
-        params.copies_page = i32::from(page_copy > 0);
-        self.stream
-            .launch(&k.pages, [pages, kv_heads, batch], page_copy, Order::Alone, params)?;
         let tokens = if delegated {
             self.dims.tokens.min(a.window - 1)
         } else {
             self.dims.tokens
         };
+        let page_copy = self.page_copy();
+        params.copies_page = i32::from(page_copy > 0);
+        let pages = [params.max_pages as usize, kv_heads, batch];
         if tokens == 0 {
-            return Ok(());
+            return self.stream.launch(&k.pages, pages, page_copy, Order::Chained, params);
         }
         params.last_tokens = if delegated { tokens as i32 } else { 0 };
         params.write_output = i32::from(!delegated);
@@ -340,9 +338,12 @@ impl Call<'_> {
             &attend.kernel,
             [blocks, splits, self.pairs()],
             attend.shared,
-            Order::Alone,
+            Order::Gathered,
             params,
         )?;
+        // Beside the attention, which leaves room for it.
+        self.stream
+            .launch(&k.pages, pages, page_copy, Order::Gathered, params)?;
         let chunks = tokens.div_ceil(MERGE_ROWS);
         self.stream
             .launch(&k.merge, [a.heads, batch, chunks], 0, Order::Chained, params)

@@ -40,7 +40,7 @@ pub struct Stream {
 pub enum Order {
     /// After everything before it.
     Alone,
-    /// Right after another of our kernels, whose results it waits for by itself.
+    /// Perhaps before the kernel before it has ended, whose results it waits for by itself.
     Chained,
     /// The same, on multiprocessors that divide their memory in favour of shared memory: blocks of two kernels are on one of them
     /// at the same time only where they agree in this, and these kernels start while others drain.

@@ -124,6 +124,12 @@ DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, i
   }
 }
 
+// In a prefill the next kernel reads the keys as they are now (prefill.cuh).
+DEVICE void start_attention(const Params& p) {
+  if (p.phase == PREFILL) wait_for_previous();
+  let_next_start();
+}
+
 // The logit of a product, in base 2.
 DEVICE float softcapped(const Params& p, float dot) {
   return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E;
@@ -188,7 +194,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   Joint& block = *reinterpret_cast<Joint*>(raw);
   static_assert(sizeof(Joint) <= 2 * S::STAGE, "the ring's memory becomes the block's");
   const u32 ring = __cvta_generic_to_shared(raw);
-  let_next_start();
+  start_attention(p);
   const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
   const int my_rows = warp % S::ROW_GROUPS * 8, my_tiles = warp / S::ROW_GROUPS;
@@ -407,7 +413,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   };
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
-  let_next_start();
+  start_attention(p);
   const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);

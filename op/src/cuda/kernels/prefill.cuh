@@ -14,6 +14,7 @@ template <class T> DEVICE void append_kernel(const Params& p) {
 // of keys become 0. Its kernels multiply them by weights of 0, and memory that was never written may hold a NaN.
 template <class T> DEVICE void clear_kernel(const Params& p) {
   constexpr int BLOCK = 256;
+  wait_for_previous();
   const int head = blockIdx.y, b = blockIdx.z, d = p.head_size;
   const Sequence s = sequence(p, b);
   if (!s.valid) return;
@@ -22,14 +23,13 @@ template <class T> DEVICE void clear_kernel(const Params& p) {
   for (size_t i = size_t(s.len) * d + threadIdx.x; i < size_t(end) * d; i += blockDim.x) narrow(0.f, values[i]);
 }
 
-// Grid (pages, Hkv, B): the summary of a page that a fed row lies in; A of every page that holds a token becomes the newest
-// position: the queries so far have seen everything.
-template <class T> DEVICE void pages_kernel(const Params& p) {
-  const int page = blockIdx.x, head = blockIdx.y, b = blockIdx.z, pair = b * p.kv_heads + head;
+// The summary of a page that a fed row lies in; A of every page that holds a token becomes the newest position: the queries so far
+// have seen everything.
+template <class T> DEVICE void end_page(const Params& p, int page, int b, int head, u8* raw) {
+  const int pair = b * p.kv_heads + head;
   const Sequence s = sequence(p, b);
   if (!s.valid || page >= pages_for(p, s.len)) return;
   if (threadIdx.x == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
-  extern __shared__ __align__(1024) u8 raw[];
   if (page < s.first >> p.page_shift) return;
   const int rows = min(s.len - (page << p.page_shift), 1 << p.page_shift);
   const T* keys = page_keys<T>(p, pair, page);
@@ -42,4 +42,14 @@ template <class T> DEVICE void pages_kernel(const Params& p) {
     __syncthreads();
   }
   summarize<T, true>(p, pair, page, rows, keys, nullptr);
+}
+
+// Grid (pages, Hkv, B). Beside the attention, if there is one before it, which starts this when the keys are there. Whoever waits for
+// this has waited for both.
+template <class T> DEVICE void pages_kernel(const Params& p) {
+  extern __shared__ __align__(1024) u8 raw[];
+  const bool beside_attention = p.rows > 0;
+  if (!beside_attention) wait_for_previous();
+  end_page<T>(p, blockIdx.x, blockIdx.z, blockIdx.y, raw);
+  if (beside_attention && blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_previous();
 }
