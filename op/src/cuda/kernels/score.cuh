@@ -518,8 +518,10 @@ template <class T, int DP, bool MOMENT>
 DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int touched, u8* raw) {
   constexpr int WARPS = SCORE_WARPS;
   const int pair = b * p.kv_heads + head, d = p.head_size, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool scored = step_is_scored(p, s, b);
+  const bool chosen_from = step_is_scored(p, s, b);
   const int page = (s.first >> p.page_shift) + touched, last = (s.len - 1) >> p.page_shift;
+  // The newest page is taken whatever its score, which only a softmax over pages needs.
+  const bool scored = chosen_from && (page != last || p.group_score == SOFTMAX);
   __shared__ float of_heads[16];
   const bool there = page <= last;
   if (there) {
@@ -540,6 +542,7 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
         reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
     }
     __syncthreads();
+    if (!scored && chosen_from && warp == 0) leave_page(p, pair, page, touched, false, nullptr);
     summarize<T, MOMENT>(p, pair, page, end - start, copy ? copy : keys, stored);
     __syncthreads();
     if (!scored) return;
@@ -559,7 +562,7 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
     }
     __syncthreads();
   }
-  if (scored && warp == 0) leave_page(p, pair, page, touched, there && page >= first_candidate(p, s), there ? of_heads : nullptr);
+  if (chosen_from && warp == 0) leave_page(p, pair, page, touched, there && page >= first_candidate(p, s), there ? of_heads : nullptr);
 }
 
 template <class T, int DP, bool MOMENT> struct ScorePages {
