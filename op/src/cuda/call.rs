@@ -30,7 +30,7 @@ const SHARED_VARIABLES: usize = 8 * 1024;
 /// That a block takes beside what it asks for, in bytes.
 const SHARED_OF_BLOCK: usize = 1024;
 /// Rows (tokens) that a block of the merge kernel ends at once.
-const MERGE_ROWS: usize = 16;
+const MERGE_ROWS: usize = 8;
 
 /// A scoring kernel.
 #[derive(Clone, Copy)]

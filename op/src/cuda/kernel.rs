@@ -151,7 +151,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
             softmax: select("_softmax")?,
             shared,
         },
-        merge: find(of("merge"), 512)?,
+        merge: find(of("merge"), 256)?,
         append: find(of("append"), 128)?,
         pages: find(of("pages"), 128)?,
         clear: find(of("clear"), 128)?,

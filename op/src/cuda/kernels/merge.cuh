@@ -1,13 +1,15 @@
 // Joins the splits of every row, then ends it: steps 3 to 5. Ignored rows become 0, those of a broken sequence NaN.
 //
-// Grid (Hq, B, blocks of rows), 16 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note which pages it
+// Grid (Hq, B, blocks of rows), 8 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note which pages it
 // loaded, and end the step's progress. In a decoding step a block ends one row, with all its warps; but the newest position
 // takes the output cache's slot of the oldest one when the window is full, so these two rows share the first block, which
-// reads both before it writes. In a prefill a block ends 16 rows.
+// reads both before it writes. In a prefill a block ends 8 rows.
+//
+// So small that a block is on a multiprocessor beside two that attend, before they end.
 #pragma once
 #include "finish.cuh"
 
-constexpr int MERGE_WARPS = 16;
+constexpr int MERGE_WARPS = 8;
 constexpr int MERGE_THREADS = 32 * MERGE_WARPS;
 // Splits of a row.
 constexpr int MAX_SPLITS = 256;
@@ -19,34 +21,27 @@ template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head,
 }
 
 // A of every page that a step loaded becomes its newest position; a dense layer has seen every page. The list of those that were
-// chosen is cleared. Everything that can be known before the attention ends is.
+// chosen is cleared.
 DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
-  constexpr int AHEAD = 4;
+  constexpr int AT_ONCE = 8;
   const int pair = b * p.kv_heads + kv_head, newest = s.len - 1;
   const Candidates all = candidates(p, s, b);
   int* const steps = p.page_steps + size_t(pair) * p.cache_pages;
   int* const list = p.pages + size_t(pair) * p.max_pages;
   const int count = chooses(p, all) ? listed_pages(p, all) : 0;
-  int listed[AHEAD];
-  bool missing;
-  do {
-    missing = false;
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-      const int i = threadIdx.x + k * MERGE_THREADS;
-      listed[k] = i < count ? announced_page(list + i) : 0;
-      missing = missing || (i < count && !listed[k]);
-    }
-  } while (missing);
   wait_for_previous();
   let_next_start();
   if (threadIdx.x == 0) p.progress[pair] = 0;
   if (count) {
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++)
-      if (listed[k]) steps[listed[k] - 1] = newest, list[threadIdx.x + k * MERGE_THREADS] = 0;
 #pragma unroll 1
-    for (int i = threadIdx.x + AHEAD * MERGE_THREADS; i < count; i += MERGE_THREADS) steps[list[i] - 1] = newest, list[i] = 0;
+    for (int i = threadIdx.x; i < count; i += AT_ONCE * MERGE_THREADS) {
+      int listed[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) listed[k] = i + k * MERGE_THREADS < count ? list[i + k * MERGE_THREADS] : 0;
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (listed[k]) steps[listed[k] - 1] = newest, list[i + k * MERGE_THREADS] = 0;
+    }
     return;
   }
   const int recent = p.mode == STREAMING ? recent_from(all) : all.from;
@@ -61,7 +56,8 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   const int head = blockIdx.x, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.head_size;
   const Sequence s = sequence(p, b);
   if (head >= p.heads) {
-    if (s.valid && blockIdx.z == 0) return note_steps(p, s, b, head - p.heads);
+    if (blockIdx.z > 0) return;
+    if (s.valid) return note_steps(p, s, b, head - p.heads);
     wait_for_previous();
     return let_next_start();
   }
@@ -94,16 +90,15 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   const bool there = token < tokens;
   const Row row = row_of(p, s, b, head, token0 + token);
   const size_t slot = slot_of(p, row);
-  // Of a row that a team ends, a warp ends some neighbouring elements; lanes share those. Of others a lane ends four, and four more.
-  // All are powers of two.
-  const int wide = d > 128, mine = (wide ? 256 : 128) >> (team == 16 ? 4 : team == 8 ? 3 : 0), of_lanes = min(mine, 32);
-  const int sharing_shift = of_lanes == 32 ? 0 : of_lanes == 16 ? 1 : 2;
-  const int element = team > 1 ? member * mine + (lane & (of_lanes - 1)) : 4 * lane;
+  // Of a row that a team ends, a thread ends one element, or two; of others a lane ends four neighbours, and four more.
+  const int thread = 32 * member + lane, threads = 32 * team;
   // The output cache is read before the attention ends, and every slot before one is written.
-  float cached = 0.f, other = NEG_INF;
+  float cached[2] = {}, other = NEG_INF;
   if (there) {
     other = joined_with<T>(p, row);
-    if (!row.complete && element < d) cached = p.cached_outputs[slot * d + element];
+#pragma unroll
+    for (int c = 0; c < 2; c++)
+      if (!row.complete && thread + c * threads < d) cached[c] = p.cached_outputs[slot * d + thread + c * threads];
   }
   wait_for_previous();
   // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its last.
@@ -113,14 +108,14 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   const size_t part = size_t(pair) * p.splits * p.rows + r;
   if (there) {
     // The first outputs are asked for before it is known what they weigh.
-    constexpr int AHEAD = 4;
+    constexpr int AHEAD = 8;
     float4 ahead[AHEAD];
     const float* const outputs = p.part_outputs + part * d;
     const int next = p.rows * d;  // of the next split
     const int element0 = min(4 * lane, d - 4);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-      ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(min(member + i * team, p.splits - 1)) * next + element0);
+      if (member + i * team < p.splits) ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(member + i * team) * next + element0);
 #pragma unroll 1
     for (int i = lane; i < p.splits; i += 32) {
       const float2 of_split = *reinterpret_cast<const float2*>(p.part_stats + (part + size_t(i) * p.rows) * 2);
@@ -168,20 +163,24 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     if (!there) return;
 #pragma unroll
     for (int c = 0; c < 8; c++) {
-      const int at = 128 * (c / 4) + element + c % 4;
+      const int at = 128 * (c / 4) + 4 * lane + c % 4;
       if (at < d) end(at, x[c] * j.scale);
     }
   } else {
 #pragma unroll
     for (int c = 0; c < 2; c++)
-      if (c <= wide) *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]};
+      if (128 * c < d) *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]};
     __syncthreads();  // every slot is read before one is written, too
     if (!there) return;
-    float sum_of_parts = 0.f;
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      const int at = thread + c * threads;
+      if (at >= d) break;
+      float sum_of_parts = 0.f;
 #pragma unroll 4
-    for (int w = lane >> (5 - sharing_shift); w < team; w += 1 << sharing_shift) sum_of_parts += parts[warp - member + w][element];
-    for (int i = mine; i < 32; i <<= 1) sum_of_parts += __shfl_xor_sync(ALL_LANES, sum_of_parts, i);
-    if (lane < mine && element < d) end(element, sum_of_parts * j.scale + j.keep * cached);
+      for (int w = 0; w < team; w++) sum_of_parts += parts[warp - member + w][at];
+      end(at, sum_of_parts * j.scale + j.keep * cached[c]);
+    }
   }
   if (j.cached && member == 0 && lane == 0) p.cached_lse[slot] = j.lse;
 }

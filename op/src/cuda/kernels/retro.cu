@@ -13,7 +13,7 @@ KERNEL(retro_select_max, SELECT_THREADS, 2, select_kernel<BY_MAX>(p))
 KERNEL(retro_select_softmax, SELECT_THREADS, 2, select_kernel<BY_SOFTMAX>(p))
 
 #define OF_TYPE(TYPE, T)                                                                                               \
-  KERNEL(retro_merge_##TYPE, MERGE_THREADS, 2, merge_kernel<T>(p))                                                     \
+  KERNEL(retro_merge_##TYPE, MERGE_THREADS, 4, merge_kernel<T>(p))                                                     \
   KERNEL(retro_append_##TYPE, 128, 1, append_kernel<T>(p))                                                             \
   KERNEL(retro_pages_##TYPE, 128, 1, pages_kernel<T>(p))                                                               \
   KERNEL(retro_clear_##TYPE, 128, 1, clear_kernel<T>(p))
