@@ -89,12 +89,22 @@ impl Arena {
     }
 
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
-        match (self.host(offset, from.len())?, &self.0.memory) {
+        self.write_all(&[(offset, from)])
+    }
+
+    /// Replaces several parts, each from its offset on: on a GPU that costs little more than one.
+    pub fn write_all(&self, parts: &[(usize, impl AsRef<[u8]>)]) -> Result<()> {
+        if let Memory::Gpu(memory) = &self.0.memory {
+            return memory.borrow_mut().region().write_all(parts);
+        }
+        for (offset, from) in parts {
+            let from = from.as_ref();
+            let to = self
+                .host(*offset, from.len())?
+                .context("host memory without an address")?;
             // SAFETY: the block holds the range; nothing runs on it meanwhile, as runs happen in this thread (`Rc`) and are
             // complete on the host when they return.
-            (Some(to), _) => unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) },
-            (None, Memory::Gpu(memory)) => memory.borrow_mut().region().write(offset, from)?,
-            (None, Memory::Host(..)) => bail!("host memory without an address"),
+            unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
         }
         Ok(())
     }
@@ -187,13 +197,22 @@ impl View {
 
     /// Replaces the contents from byte `at` on.
     pub fn write(&self, at: usize, from: &[u8]) -> Result<()> {
+        let (offset, from) = self.part(at, from)?;
+        self.arena.write(offset, from)
+    }
+
+    /// What replaces the contents from byte `at` on, as [`Arena::write_all`] takes it.
+    ///
+    /// # Errors
+    /// When the tensor ends before.
+    pub fn part<B: AsRef<[u8]>>(&self, at: usize, from: B) -> Result<(usize, B)> {
+        let bytes = from.as_ref().len();
         ensure!(
-            at + from.len() <= self.bytes,
-            "{} bytes for a tensor of {}",
-            from.len(),
+            at.checked_add(bytes).is_some_and(|end| end <= self.bytes),
+            "{bytes} bytes for a tensor of {}",
             self.bytes
         );
-        self.arena.write(self.offset + at, from)
+        Ok((self.offset + at, from))
     }
 
     pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {

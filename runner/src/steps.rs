@@ -40,6 +40,8 @@ struct Captured {
     /// Tokens fed and how many of them are retrospective: another step needs another graph.
     fed: usize,
     retro_length: i32,
+    /// Of what is fed.
+    arena: Arena,
     ids: View,
     /// The mask `[B, C]`, and how many ones each row has.
     mask: Option<(View, Vec<usize>)>,
@@ -253,6 +255,7 @@ impl Captured {
                 .transpose()?,
             logits: None,
             retro,
+            arena,
             ready: false,
         })
     }
@@ -281,24 +284,23 @@ impl Captured {
         landing: &mut Landing,
     ) -> Result<Logits> {
         let batch = feed.lengths.len();
-        self.ids.write(0, &longs(feed.ids.iter().copied()))?;
+        let mut fed = vec![self.ids.part(0, longs(feed.ids.iter().copied()))?];
         bind_input(binding, &interface.input_ids, &self.ids)?;
-        if let Some((name, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_mut()) {
+        if let Some((name, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_ref()) {
             let capacity = mask.bytes() / 8 / batch;
-            for (b, (have, &want)) in ones.iter_mut().zip(&feed.lengths).enumerate() {
+            for (b, (&have, &want)) in ones.iter().zip(&feed.lengths).enumerate() {
                 ensure!(want <= capacity, "{want} tokens do not fit a cache of {capacity}");
                 // Usually one more.
-                let (from, to) = ((*have).min(want), (*have).max(want));
-                let value = i64::from(want > *have);
-                mask.write(8 * (b * capacity + from), &longs((from..to).map(|_| value)))?;
-                *have = want;
+                let (from, to) = (have.min(want), have.max(want));
+                let value = i64::from(want > have);
+                fed.push(mask.part(8 * (b * capacity + from), longs((from..to).map(|_| value)))?);
             }
             bind_input(binding, name, mask)?;
         }
         if let Some((name, positions)) = interface.position_ids.as_ref().zip(self.positions.as_ref()) {
             let row = |&n: &usize| (0..self.fed).map(move |i| (n + i) as i64);
-            let fed = self.fed as i64;
-            positions.write(0, &longs(feed.lengths.iter().flat_map(row).map(|p| p - fed)))?;
+            let tokens = self.fed as i64;
+            fed.push(positions.part(0, longs(feed.lengths.iter().flat_map(row).map(|p| p - tokens)))?);
             bind_input(binding, name, positions)?;
         }
         if interface.retro_length {
@@ -309,8 +311,12 @@ impl Captured {
             let asked = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
             let one = asked.iter().copied().max().unwrap_or(0);
             let numbers = if view.bytes() == 4 { vec![one] } else { asked };
-            view.write(0, &numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>())?;
+            fed.push(view.part(0, numbers.iter().flat_map(|n| n.to_le_bytes()).collect())?);
             bind_input(binding, graph::PAGE_BUDGET, view)?;
+        }
+        self.arena.write_all(&fed)?;
+        if let Some((_, ones)) = &mut self.mask {
+            ones.clone_from(&feed.lengths);
         }
         let (view, shape) = self.logits.as_ref().context("logits without a place")?;
         bind_output(binding, &interface.logits, view)?;

@@ -268,13 +268,24 @@ impl Region<'_> {
     }
 
     pub fn write(&mut self, offset: usize, from: &[u8]) -> Result<()> {
-        let to = self.at(offset, from.len())?;
-        if from.is_empty() {
+        self.write_all(&[(offset, from)])
+    }
+
+    /// Replaces several parts, each from its offset on, and waits for the device but once.
+    pub fn write_all(&mut self, parts: &[(usize, impl AsRef<[u8]>)]) -> Result<()> {
+        let parts = parts.iter().map(|(offset, from)| {
+            let from = from.as_ref();
+            Ok((self.at(*offset, from.len())?, from))
+        });
+        let parts: Vec<_> = parts.filter(|p| !matches!(p, Ok((_, [])))).collect::<Result<_>>()?;
+        if parts.is_empty() {
             return Ok(());
         }
         let _one = self.idle()?;
-        // SAFETY: as in `read`, and the memory is borrowed mutably.
-        unsafe { memcpy_htod_sync(to, from) }.map_err(driver("cuMemcpyHtoD"))?;
+        for (to, from) in parts {
+            // SAFETY: as in `read`, and the memory is borrowed mutably.
+            unsafe { memcpy_htod_sync(to, from) }.map_err(driver("cuMemcpyHtoD"))?;
+        }
         // The driver may return while the last bytes are on their way from its own buffer.
         self.gpu.synchronize()
     }
