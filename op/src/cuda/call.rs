@@ -23,6 +23,8 @@ const TILE: usize = 16;
 const SELECT_SHARE: usize = 8;
 /// Splits that the merge kernel takes.
 const MAX_SPLITS: usize = 256;
+/// Warps, with a page each, of a block that summarises a prompt's pages.
+const PAGES_WARPS: usize = 4;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
 /// Of which these stay free for variables.
@@ -140,9 +142,14 @@ impl Call<'_> {
 
     /// Shared memory for the keys of a page that is summarised, in bytes.
     fn page_copy(&self) -> usize {
-        let bytes = self.attributes.page_size * self.dims.head_size * self.kernels.element;
+        let bytes = self.page_keys();
         let beside = self.appending() + SHARED_VARIABLES;
         if bytes + beside <= SHARED_UNASKED { bytes } else { 0 }
+    }
+
+    /// Bytes of a page's keys.
+    fn page_keys(&self) -> usize {
+        self.attributes.page_size * self.dims.head_size * self.kernels.element
     }
 
     /// Shared memory of a block that appends and scores a page, beside the page's keys: prepared queries and the summary, in bytes.
@@ -313,11 +320,14 @@ impl Call<'_> {
         } else {
             self.dims.tokens
         };
-        let page_copy = self.page_copy();
-        params.copies_page = i32::from(page_copy > 0);
-        let pages = [params.max_pages as usize, kv_heads, batch];
+        let page_copies = PAGES_WARPS * self.page_keys();
+        let page_copies = if page_copies <= SHARED_UNASKED { page_copies } else { 0 };
+        params.copies_page = i32::from(page_copies > 0);
+        let pages = [(params.max_pages as usize).div_ceil(PAGES_WARPS), kv_heads, batch];
         if tokens == 0 {
-            return self.stream.launch(&k.pages, pages, page_copy, Order::Chained, params);
+            return self
+                .stream
+                .launch(&k.pages, pages, page_copies, Order::Gathered, params);
         }
         params.last_tokens = if delegated { tokens as i32 } else { 0 };
         params.write_output = i32::from(!delegated);
@@ -343,8 +353,8 @@ impl Call<'_> {
         )?;
         // Beside the attention, which leaves room for it.
         self.stream
-            .launch(&k.pages, pages, page_copy, Order::Gathered, params)?;
-        let chunks = tokens.div_ceil(MERGE_ROWS);
+            .launch(&k.pages, pages, page_copies, Order::Gathered, params)?;
+        let chunks = if delegated { tokens } else { tokens.div_ceil(MERGE_ROWS) };
         self.stream
             .launch(&k.merge, [a.heads, batch, chunks], 0, Order::Chained, params)
     }

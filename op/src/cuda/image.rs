@@ -28,9 +28,10 @@ macro_rules! headers {
 }
 
 #[cfg(not(retro_fatbin))]
-const HEADERS: [(&str, &str); 8] = headers!(
+const HEADERS: [(&str, &str); 9] = headers!(
     "common.cuh",
     "mma.cuh",
+    "summary.cuh",
     "score.cuh",
     "select.cuh",
     "finish.cuh",

@@ -153,7 +153,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         },
         merge: find(of("merge"), 256)?,
         append: find(of("append"), 128)?,
-        pages: find(of("pages"), 128)?,
+        pages: find(format!("{}_{}", of("pages"), padded.max(128)), 128)?,
         clear: find(of("clear"), 128)?,
         attend: attend.collect::<Result<_>>()?,
         half: E::HALF,

@@ -3,7 +3,7 @@
 // Grid (Hq, B, blocks of rows), 8 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note which pages it
 // loaded, and end the step's progress. In a decoding step a block ends one row, with all its warps; but the newest position
 // takes the output cache's slot of the oldest one when the window is full, so these two rows share the first block, which
-// reads both before it writes. In a prefill a block ends 8 rows.
+// reads both before it writes. In a prefill a block ends 8 rows, or where only the last ones are asked for, one.
 //
 // So small that a block is on a multiprocessor beside two that attend, before they end.
 #pragma once
@@ -72,19 +72,17 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   const int kv_head = token_of(p, head), pair = b * p.kv_heads + kv_head;
   const int token0 = first_token(p, s), tokens = s.fed - token0;
   // Warps a row, a power of two; each takes every so many-th split.
-  int team, token;
-  if (p.phase == DECODE) {
-    const int block = blockIdx.z;
-    if (tokens == 1 || block) {
-      team = MERGE_WARPS;
-      token = block < tokens - 1 || tokens == 1 ? block : tokens;
-    } else {
-      team = MERGE_WARPS / 2;
-      token = warp >= team ? tokens - 1 : 0;
-    }
-  } else {
+  int team = MERGE_WARPS, token = blockIdx.z;
+  if (p.phase == PREFILL && !p.last_tokens) {
     team = 1;
     token = blockIdx.z * MERGE_WARPS + warp;
+  } else if (p.phase == DECODE && tokens > 1) {
+    if (token == 0) {
+      team = MERGE_WARPS / 2;
+      token = warp >= team ? tokens - 1 : 0;
+    } else if (token == tokens - 1) {
+      return wait_for_previous();
+    }
   }
   const int member = warp & (team - 1);
   const bool there = token < tokens;

@@ -23,33 +23,37 @@ template <class T> DEVICE void clear_kernel(const Params& p) {
   for (size_t i = size_t(s.len) * d + threadIdx.x; i < size_t(end) * d; i += blockDim.x) narrow(0.f, values[i]);
 }
 
-// The summary of a page that a fed row lies in; A of every page that holds a token becomes the newest position: the queries so far
-// have seen everything.
-template <class T> DEVICE void end_page(const Params& p, int page, int b, int head, u8* raw) {
-  const int pair = b * p.kv_heads + head;
+constexpr int PAGES_THREADS = 128, PAGES_WARPS = PAGES_THREADS / 32;
+
+// The summary of a page that a fed row lies in, by one warp; A of every page that holds a token becomes the newest position: the queries
+// so far have seen everything.
+template <class T, int PARTS> DEVICE void end_page(const Params& p, int page, int b, int head, T* copy /* of the page's keys */) {
+  const int pair = b * p.kv_heads + head, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
   if (!s.valid || page >= pages_for(p, s.len)) return;
-  if (threadIdx.x == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
+  if (lane == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
   if (page < s.first >> p.page_shift) return;
   const int rows = min(s.len - (page << p.page_shift), 1 << p.page_shift);
   const T* keys = page_keys<T>(p, pair, page);
   if (p.copies_page) {
     // Rows are read once. D is a multiple of 8.
     constexpr int ELEMENTS = 16 / sizeof(T);
-    for (int i = threadIdx.x; i < rows * p.head_size / ELEMENTS; i += blockDim.x)
-      reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(keys)[i];
-    keys = reinterpret_cast<const T*>(raw);
-    __syncthreads();
+#pragma unroll 8
+    for (int i = lane; i < rows * p.head_size / ELEMENTS; i += 32)
+      reinterpret_cast<uint4*>(copy)[i] = reinterpret_cast<const uint4*>(keys)[i];
+    keys = copy;
+    __syncwarp();
   }
-  summarize<T, true>(p, pair, page, rows, keys, nullptr);
+  summarize_by_warp<T, PARTS>(p, pair, page, rows, keys);
 }
 
-// Grid (pages, Hkv, B). Beside the attention, if there is one before it, which starts this when the keys are there. Whoever waits for
-// this has waited for both.
-template <class T> DEVICE void pages_kernel(const Params& p) {
+// Grid (pages by PAGES_WARPS, Hkv, B), for head sizes up to 128 PARTS. Beside the attention, if there is one before it, which starts this when the keys are there. Whoever
+// waits for this has waited for both.
+template <class T, int PARTS> DEVICE void pages_kernel(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
   const bool beside_attention = p.rows > 0;
+  const int warp = threadIdx.x / 32;
   if (!beside_attention) wait_for_previous();
-  end_page<T>(p, blockIdx.x, blockIdx.z, blockIdx.y, raw);
+  end_page<T, PARTS>(p, blockIdx.x * PAGES_WARPS + warp, blockIdx.z, blockIdx.y, reinterpret_cast<T*>(raw) + (warp << p.page_shift) * p.head_size);
   if (beside_attention && blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_previous();
 }

@@ -5,6 +5,7 @@
 // What waits for a head's scores (select.cuh) is on the device before they are there.
 #pragma once
 #include "mma.cuh"
+#include "summary.cuh"
 
 constexpr int SCORE_THREADS = 256, SCORE_WARPS = SCORE_THREADS / 32;
 // Groups of pages that a warp scores at once: enough loads in flight to hide the memory's latency.
@@ -15,9 +16,6 @@ template <class T> DEVICE float rounded(float x) {
   narrow(x, y);
   return widen(y);
 }
-
-// Whether the selector is bounds. A kernel without MOMENT knows.
-template <bool MOMENT> DEVICE bool is_bounds(const Params& p) { return !MOMENT || p.selector == BOUNDS; }
 
 // The two vectors of a head that turn its score into products with the page's two: bounds: min(q, 0) and max(q, 0), as
 // sum_d max(q kmin, q kmax) = min(q, 0) . kmin + max(q, 0) . kmax; moments: q and q^2.
@@ -362,115 +360,6 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
     leave_sums(p, pair, reinterpret_cast<float4*>(raw), stats[0], stats[1]);
   else
     leave_range(p, pair, reinterpret_cast<float4*>(raw), stats[0]);
-}
-
-// The signs of a page's deviations: those of about the first principal direction of its rows (docs/method.md), as the CPU's
-// method/summary.rs finds it.
-template <class T> DEVICE void principal_signs(const T* keys, const float* mean /* [D] */, int d, int rows, bool* negative /* [D] */) {
-  constexpr int ROUNDS = 2;
-  __shared__ float direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  // A sum over a row's elements, for every row.
-  auto sums = [&](auto&& term) {
-#pragma unroll 1
-    for (int r = warp; r < rows; r += warps) {
-      float sum = 0.f;
-#pragma unroll 2
-      for (int c = lane; c < d; c += 32) sum = term(r, c, sum);
-      sum = warp_sum(sum);
-      if (lane == 0) along[r] = sum;
-    }
-  };
-  sums([&](int r, int c, float sum) {
-    const float x = widen(keys[size_t(r) * d + c]) - mean[c];
-    return fmaf(x, x, sum);
-  });
-  __syncthreads();
-  // The first of those that are as far but for rounding, so that every execution provider starts from the same row.
-  int farthest = 0;
-  float most = 0.f;
-#pragma unroll 2
-  for (int r = 0; r < rows; r++)
-    if (along[r] > most * 1.00001f) farthest = r, most = along[r];
-#pragma unroll 1
-  for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] = widen(keys[size_t(farthest) * d + c]) - mean[c];
-#pragma unroll 1
-  for (int round = 0; round < ROUNDS; round++) {
-    __syncthreads();
-    sums([&](int r, int c, float sum) { return fmaf(direction[c], widen(keys[size_t(r) * d + c]) - mean[c], sum); });
-    __syncthreads();
-    float top = 0.f;
-#pragma unroll 1
-    for (int c = threadIdx.x; c < d; c += blockDim.x) {
-      float next = 0.f;
-#pragma unroll 4
-      for (int r = 0; r < rows; r++) next = fmaf(along[r], widen(keys[size_t(r) * d + c]) - mean[c], next);
-      direction[c] = next;
-      top = fmaxf(top, fabsf(next));
-    }
-    top = warp_max(top);
-    if (lane == 0) tops[warp] = top;
-    __syncthreads();
-    // Kept in range: each round multiplies by a variance.
-    top = warp_max(lane < warps ? tops[lane] : 0.f);
-    const float inverse = top > 0.f ? 1.f / top : 0.f;
-#pragma unroll 1
-    for (int c = threadIdx.x; c < d; c += blockDim.x) direction[c] *= inverse;
-  }
-  // A thread asks for the columns that it wrote. Elements of 0 but for rounding count as positive.
-#pragma unroll 1
-  for (int c = threadIdx.x; c < d; c += blockDim.x) negative[c] = direction[c] < -1e-5f;
-}
-
-// The rows of a page in the cache.
-template <class T> DEVICE T* page_keys(const Params& p, int pair, int page) {
-  return static_cast<T*>(p.key_cache) + (size_t(pair) * p.capacity + (size_t(page) << p.page_shift)) * p.head_size;
-}
-
-// Recomputes a page's summary from its valid rows; every thread takes whole columns.
-template <class T, bool MOMENT>
-DEVICE void summarize(const Params& p, int pair, int page, int rows, const T* keys, float* stored /* [2, D] or null */) {
-  const int d = p.head_size;
-  T* summary = static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * d;
-  __shared__ float mean[MAX_HEAD_SIZE];
-  __shared__ bool negative[MAX_HEAD_SIZE];
-  if (!is_bounds<MOMENT>(p)) {
-#pragma unroll 1
-    for (int c = threadIdx.x; c < d; c += blockDim.x) {
-      float sum = 0.f;
-#pragma unroll 4
-      for (int r = 0; r < rows; r++) sum += widen(keys[size_t(r) * d + c]);
-      mean[c] = sum * (1.f / float(rows));
-    }
-    __syncthreads();
-    if (p.selector == SIGNED_MOMENTS) principal_signs<T>(keys, mean, d, rows, negative);
-  }
-#pragma unroll 1
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    float a, b;
-    if (is_bounds<MOMENT>(p)) {
-      a = b = widen(keys[c]);
-#pragma unroll 4
-      for (int r = 1; r < rows; r++) {
-        const float x = widen(keys[size_t(r) * d + c]);
-        a = fminf(a, x), b = fmaxf(b, x);
-      }
-    } else {
-      float square = 0.f;
-      a = mean[c];
-#pragma unroll 4
-      for (int r = 0; r < rows; r++) {
-        const float x = widen(keys[size_t(r) * d + c]) - a;
-        square = fmaf(x, x, square);
-      }
-      b = sqrtf(square * (1.f / float(rows)));
-      if (p.selector == SIGNED_MOMENTS && negative[c]) b = -b;
-    }
-    T ra, rb;
-    narrow(a, ra), narrow(b, rb);
-    summary[c] = ra, summary[d + c] = rb;
-    if (stored) stored[c] = widen(ra), stored[d + c] = widen(rb);
-  }
 }
 
 // Writes the fed rows from..to (positions) of one KV head into the caches, and the keys to `copy` too, if there is one.
