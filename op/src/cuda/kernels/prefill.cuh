@@ -44,7 +44,12 @@ template <class T, int PARTS> DEVICE void end_page(const Params& p, int page, in
     keys = copy;
     __syncwarp();
   }
-  summarize_by_warp<T, PARTS>(p, pair, page, rows, keys);
+  // Rows of 256 elements would not fit in registers.
+  constexpr int KEPT = PARTS == 1 ? 16 : 0;
+  if (KEPT > 0 && p.page_shift <= 4)
+    summarize_by_warp<T, PARTS, KEPT>(p, pair, page, rows, keys);
+  else
+    summarize_by_warp<T, PARTS, 0>(p, pair, page, rows, keys);
 }
 
 // Grid (pages by PAGES_WARPS, Hkv, B), for head sizes up to 128 PARTS. Beside the attention, if there is one before it, which starts this when the keys are there. Whoever

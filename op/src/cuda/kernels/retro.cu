@@ -15,7 +15,7 @@ KERNEL(retro_select_softmax, SELECT_THREADS, 2, select_kernel<BY_SOFTMAX>(p))
 #define OF_TYPE(TYPE, T)                                                                                               \
   KERNEL(retro_merge_##TYPE, MERGE_THREADS, 4, merge_kernel<T>(p))                                                     \
   KERNEL(retro_append_##TYPE, 128, 1, append_kernel<T>(p))                                                             \
-  KERNEL(retro_pages_##TYPE##_128, PAGES_THREADS, 8, (pages_kernel<T, 1>(p)))                                          \
+  KERNEL(retro_pages_##TYPE##_128, PAGES_THREADS, 5, (pages_kernel<T, 1>(p)))                                          \
   KERNEL(retro_pages_##TYPE##_256, PAGES_THREADS, 4, (pages_kernel<T, 2>(p)))                                          \
   KERNEL(retro_clear_##TYPE, 128, 1, clear_kernel<T>(p))
 

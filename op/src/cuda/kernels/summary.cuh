@@ -187,45 +187,99 @@ template <int PARTS> struct Columns {
   }
 };
 
-// The direction whose negative elements are those of principal_signs.
-template <class T, int PARTS> DEVICE Columns<PARTS> principal_direction(const T* keys, const Columns<PARTS>& mean, int d, int rows) {
-  auto deviation = [&](int r) {
-    Columns<PARTS> row;
-    row.load(keys + size_t(r) * d, d);
-    Columns<PARTS>::each([&](int k, int e) { row.x[k][e] -= mean.x[k][e]; });
-    return row;
-  };
-  int farthest = 0;
-  float most = 0.f;
+// The deviations of a page's rows from their mean: of up to KEPT rows in registers, where KEPT is not 0; else computed when asked for.
+template <class T, int PARTS, int KEPT> struct Deviations {
+  const T* keys;
+  int d, rows;
+  Columns<PARTS> mean, kept[KEPT ? KEPT : 1];
+
+  // visit(row's number), of registers those without a row too, which hold zeros: no branch, so that rows' sums overlap.
+  template <class V> DEVICE void each_row(V&& visit) const {
+    if constexpr (KEPT > 0) {
+#pragma unroll
+      for (int r = 0; r < KEPT; r++) visit(r);
+    } else {
 #pragma unroll 4
-  for (int r = 0; r < rows; r++) {
-    const Columns<PARTS> row = deviation(r);
-    const float far = row.dot(row);
-    if (far > most * FARTHER) farthest = r, most = far;
-  }
-  Columns<PARTS> direction = deviation(farthest);
-#pragma unroll 1
-  for (int round = 0; round < ROUNDS; round++) {
-    Columns<PARTS> next;
-    next.fill(0.f);
-#pragma unroll 4
-    for (int r = 0; r < rows; r++) {
-      const Columns<PARTS> row = deviation(r);
-      const float along = row.dot(direction);
-      Columns<PARTS>::each([&](int k, int e) { next.x[k][e] = fmaf(along, row.x[k][e], next.x[k][e]); });
+      for (int r = 0; r < rows; r++) visit(r);
     }
-    float top = 0.f;
-    Columns<PARTS>::each([&](int k, int e) { top = fmaxf(top, fabsf(next.x[k][e])); });
-    top = warp_max(top);
-    const float inverse = top > 0.f ? 1.f / top : 0.f;
-    // Kept in range, as above.
-    Columns<PARTS>::each([&](int k, int e) { direction.x[k][e] = next.x[k][e] * inverse; });
   }
-  return direction;
-}
+  DEVICE Columns<PARTS> load(int r) const {
+    Columns<PARTS> row;
+    row.load(keys + size_t(min(r, rows - 1)) * d, d);
+    if (r >= rows) row.fill(0.f);
+    return row;
+  }
+  DEVICE Columns<PARTS> deviation(int r) const {
+    Columns<PARTS> row = load(r);
+    Columns<PARTS>::each([&](int k, int e) { row.x[k][e] = r < rows ? row.x[k][e] - mean.x[k][e] : 0.f; });
+    return row;
+  }
+  DEVICE Columns<PARTS> row(int r) const {
+    if constexpr (KEPT > 0)
+      return kept[r];
+    else
+      return deviation(r);
+  }
+  DEVICE Deviations(const T* keys, int d, int rows) : keys(keys), d(d), rows(rows) {
+    mean.fill(0.f);
+    each_row([&](int r) {
+      const Columns<PARTS> of = load(r);
+      if constexpr (KEPT > 0) kept[r] = of;
+      Columns<PARTS>::each([&](int k, int e) { mean.x[k][e] += of.x[k][e]; });
+    });
+    const float share = 1.f / float(rows);
+    Columns<PARTS>::each([&](int k, int e) { mean.x[k][e] *= share; });
+    if constexpr (KEPT > 0)
+      each_row([&](int r) {
+        Columns<PARTS>::each([&](int k, int e) { kept[r].x[k][e] = r < rows ? kept[r].x[k][e] - mean.x[k][e] : 0.f; });
+      });
+  }
+
+  // The square roots of the mean squares.
+  DEVICE Columns<PARTS> spread() const {
+    Columns<PARTS> square;
+    square.fill(0.f);
+    each_row([&](int r) {
+      const Columns<PARTS> of = row(r);
+      Columns<PARTS>::each([&](int k, int e) { square.x[k][e] = fmaf(of.x[k][e], of.x[k][e], square.x[k][e]); });
+    });
+    const float share = 1.f / float(rows);
+    Columns<PARTS>::each([&](int k, int e) { square.x[k][e] = sqrtf(square.x[k][e] * share); });
+    return square;
+  }
+
+  // The direction whose negative elements are those of principal_signs.
+  DEVICE Columns<PARTS> principal_direction() const {
+    int farthest = 0;
+    float most = 0.f;
+    each_row([&](int r) {
+      const Columns<PARTS> of = row(r);
+      const float far = of.dot(of);
+      if (far > most * FARTHER) farthest = r, most = far;
+    });
+    Columns<PARTS> direction = deviation(farthest);
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round++) {
+      Columns<PARTS> next;
+      next.fill(0.f);
+      each_row([&](int r) {
+        const Columns<PARTS> of = row(r);
+        const float along = of.dot(direction);
+        Columns<PARTS>::each([&](int k, int e) { next.x[k][e] = fmaf(along, of.x[k][e], next.x[k][e]); });
+      });
+      float top = 0.f;
+      Columns<PARTS>::each([&](int k, int e) { top = fmaxf(top, fabsf(next.x[k][e])); });
+      top = warp_max(top);
+      const float inverse = top > 0.f ? 1.f / top : 0.f;
+      // Kept in range, as above.
+      Columns<PARTS>::each([&](int k, int e) { direction.x[k][e] = next.x[k][e] * inverse; });
+    }
+    return direction;
+  }
+};
 
 // Recomputes a page's summary from its valid rows.
-template <class T, int PARTS> DEVICE void summarize_by_warp(const Params& p, int pair, int page, int rows, const T* keys) {
+template <class T, int PARTS, int KEPT> DEVICE void summarize_by_warp(const Params& p, int pair, int page, int rows, const T* keys) {
   const int d = p.head_size;
   // Lower and upper bounds, or mean and deviation.
   Columns<PARTS> a, b;
@@ -238,27 +292,10 @@ template <class T, int PARTS> DEVICE void summarize_by_warp(const Params& p, int
       Columns<PARTS>::each([&](int k, int e) { a.x[k][e] = fminf(a.x[k][e], row.x[k][e]), b.x[k][e] = fmaxf(b.x[k][e], row.x[k][e]); });
     }
   } else {
-    const float share = 1.f / float(rows);
-    a.fill(0.f), b.fill(0.f);
-#pragma unroll 4
-    for (int r = 0; r < rows; r++) {
-      Columns<PARTS> row;
-      row.load(keys + size_t(r) * d, d);
-      Columns<PARTS>::each([&](int k, int e) { a.x[k][e] += row.x[k][e]; });
-    }
-    Columns<PARTS>::each([&](int k, int e) { a.x[k][e] *= share; });
-#pragma unroll 4
-    for (int r = 0; r < rows; r++) {
-      Columns<PARTS> row;
-      row.load(keys + size_t(r) * d, d);
-      Columns<PARTS>::each([&](int k, int e) {
-        const float x = row.x[k][e] - a.x[k][e];
-        b.x[k][e] = fmaf(x, x, b.x[k][e]);
-      });
-    }
-    Columns<PARTS>::each([&](int k, int e) { b.x[k][e] = sqrtf(b.x[k][e] * share); });
+    const Deviations<T, PARTS, KEPT> deviations(keys, d, rows);
+    a = deviations.mean, b = deviations.spread();
     if (p.selector == SIGNED_MOMENTS) {
-      const Columns<PARTS> direction = principal_direction(keys, a, d, rows);
+      const Columns<PARTS> direction = deviations.principal_direction();
       Columns<PARTS>::each([&](int k, int e) {
         if (direction.x[k][e] < LEAST_NEGATIVE) b.x[k][e] = -b.x[k][e];
       });
