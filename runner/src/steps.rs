@@ -40,7 +40,7 @@ struct Captured {
     /// Tokens fed and how many of them are retrospective: another step needs another graph.
     fed: usize,
     retro_length: i32,
-    /// Of what is fed.
+    /// The block in which ids, mask, positions and budgets lie.
     arena: Arena,
     ids: View,
     /// The mask `[B, C]`, and how many ones each row has.
@@ -284,7 +284,7 @@ impl Captured {
         landing: &mut Landing,
     ) -> Result<Logits> {
         let batch = feed.lengths.len();
-        let mut fed = vec![self.ids.part(0, longs(feed.ids.iter().copied()))?];
+        let mut parts = vec![self.ids.part(0, longs(feed.ids.iter().copied()))?];
         bind_input(binding, &interface.input_ids, &self.ids)?;
         if let Some((name, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_ref()) {
             let capacity = mask.bytes() / 8 / batch;
@@ -293,14 +293,14 @@ impl Captured {
                 // Usually one more.
                 let (from, to) = (have.min(want), have.max(want));
                 let value = i64::from(want > have);
-                fed.push(mask.part(8 * (b * capacity + from), longs((from..to).map(|_| value)))?);
+                parts.push(mask.part(8 * (b * capacity + from), longs((from..to).map(|_| value)))?);
             }
             bind_input(binding, name, mask)?;
         }
         if let Some((name, positions)) = interface.position_ids.as_ref().zip(self.positions.as_ref()) {
             let row = |&n: &usize| (0..self.fed).map(move |i| (n + i) as i64);
-            let tokens = self.fed as i64;
-            fed.push(positions.part(0, longs(feed.lengths.iter().flat_map(row).map(|p| p - tokens)))?);
+            let fed = self.fed as i64;
+            parts.push(positions.part(0, longs(feed.lengths.iter().flat_map(row).map(|p| p - fed)))?);
             bind_input(binding, name, positions)?;
         }
         if interface.retro_length {
@@ -311,10 +311,10 @@ impl Captured {
             let asked = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
             let one = asked.iter().copied().max().unwrap_or(0);
             let numbers = if view.bytes() == 4 { vec![one] } else { asked };
-            fed.push(view.part(0, numbers.iter().flat_map(|n| n.to_le_bytes()).collect())?);
+            parts.push(view.part(0, numbers.iter().flat_map(|n| n.to_le_bytes()).collect())?);
             bind_input(binding, graph::PAGE_BUDGET, view)?;
         }
-        self.arena.write_all(&fed)?;
+        self.arena.write_all(&parts)?;
         if let Some((_, ones)) = &mut self.mask {
             ones.clone_from(&feed.lengths);
         }

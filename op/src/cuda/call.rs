@@ -354,6 +354,7 @@ impl Call<'_> {
         // Beside the attention, which leaves room for it.
         self.stream
             .launch(&k.pages, pages, page_copies, Order::Gathered, params)?;
+        // A block a row where only the last rows are asked for (merge.cuh).
         let chunks = if delegated { tokens } else { tokens.div_ceil(MERGE_ROWS) };
         self.stream
             .launch(&k.merge, [a.heads, batch, chunks], 0, Order::Chained, params)

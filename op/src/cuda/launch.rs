@@ -29,7 +29,7 @@ unsafe impl Sync for Kernel {}
 #[derive(Clone, Copy)]
 pub struct Stream {
     pub raw: CUstream,
-    /// Whether a kernel may start before the one launched before it, one of ours, has ended.
+    /// Whether a kernel may start before the one launched before it has ended.
     pub overlaps: bool,
     /// Whether a launch may say how multiprocessors divide their memory.
     pub gathers: bool,
