@@ -1,7 +1,8 @@
 // The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
 //
 // Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that bin are
-// compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit.
+// compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit. The list has the
+// forced pages first, then those above the bin, then those of it by rank; each is announced as soon as its place is known.
 //
 // Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the scores
 // are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as possible, as each is
@@ -16,7 +17,7 @@ constexpr int SELECT_WARPS = SELECT_THREADS / 32;
 constexpr int DIGIT = 11, BINS = 1 << DIGIT;
 // Scores of a bin that are compared with one another.
 constexpr int FINALISTS = 256;
-// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it is no candidate; that it is taken.
+// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it is taken.
 constexpr u32 NONE = 0, TAKEN = 0x7fff;
 // Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
 constexpr int OCTET = 8;
@@ -217,22 +218,17 @@ DEVICE void find_bin(SelectShared& sh, u32 left) {
   __syncthreads();
 }
 
-// What a block keeps of the pages from `begin` on.
+// What a block keeps of the pages from `begin` on. A thread looks after every SELECT_THREADS-th octet.
 struct Kept {
   float* scores;
   uint4* bins;  // of an octet each
   int begin;    // the first page, a multiple of eight
   int count;    // octets
-  int owned;    // octets of a warp, neighbours: a multiple of 32
 
-  // visit(octet, its bins): all lanes of a warp at once, those without pages with NONE.
+  // visit(octet, its bins) for this thread's.
   template <class V> DEVICE void octets(V&& visit) const {
-    const int start = threadIdx.x / 32 * owned, stop = min(start + owned, count);
 #pragma unroll 1
-    for (int i0 = start; i0 < stop; i0 += 32) {
-      const int i = i0 + threadIdx.x % 32;
-      visit(i, i < stop ? bins[i] : uint4{0, 0, 0, 0});
-    }
+    for (int i = threadIdx.x; i < count; i += SELECT_THREADS) visit(i, bins[i]);
   }
   DEVICE u16& bin(int page) const { return reinterpret_cast<u16*>(&bins[page / OCTET])[page % 4 * 2 + page / 4 % 2]; }
   DEVICE u32 key(int page) const { return ordered(scores[page]); }
@@ -248,7 +244,7 @@ DEVICE u32 at_least(uint4 eight, u32 least) {
   return (mask | mask >> 12) & 0xffu;
 }
 
-// visit(page number from `begin`) for the pages of a mask, in their order.
+// visit(page number from `begin`) for the pages of a mask.
 template <class F> DEVICE void for_pages(int octet, u32 mask, F&& visit) {
 #pragma unroll 1
   for (; mask; mask &= mask - 1) visit(OCTET * octet + __ffs(mask) - 1);
@@ -272,44 +268,9 @@ DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   return {number_of(least), number_of(most)};
 }
 
-// Counts the pages that each warp takes for sure, and gathers those of a bin that holds no more than FINALISTS; takes the `sh.left` best
-// of them.
-DEVICE void compare_finalists(const Kept& kept, u32 bin, SelectShared& sh) {
-  const u32 left = sh.left;
-  u32 sure = 0;
-  kept.octets([&](int octet, uint4 eight) {
-    const u32 mask = at_least(eight, bin + 1);
-    sure += __popc(mask);
-    for_pages(octet, at_least(eight, bin) ^ mask, [&](int page) {
-      const u32 at = atomicAdd(&sh.finalist_count, 1u);
-      sh.finalist_pages[at] = page, sh.finalists[at] = kept.key(page);
-    });
-  });
-  sure = reduce_add(sure);
-  if (threadIdx.x % 32 == 0) sh.counts[threadIdx.x / 32] = sure;
-  __syncthreads();
-  const u32 count = sh.finalist_count;
-  if (threadIdx.x < count) {
-    const int page = sh.finalist_pages[threadIdx.x];
-    const u32 key = sh.finalists[threadIdx.x];
-    u32 before = 0;
-#pragma unroll 2
-    for (u32 j = 0; j < count; j++) {
-      const u32 other = sh.finalists[j];
-      before += other > key || (other == key && sh.finalist_pages[j] < page);
-    }
-    if (before < left) {
-      kept.bin(page) = TAKEN;
-      atomicAdd(&sh.counts[page / (OCTET * kept.owned)], 1u);
-    }
-  }
-  __syncthreads();
-}
-
-// The same where the bin holds more. Out of line: see read_elements.
+// Marks the `sh.left` best pages of a bin as taken, digit by digit: where it holds more than FINALISTS. Out of line: see read_elements.
 RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   SelectShared& sh = *shared;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 threshold = 0;
 #pragma unroll 1
   for (int open = 32; open > 0;) {
@@ -326,44 +287,63 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
     threshold |= sh.bin << shift;
     open = shift;
   }
-  // Larger keys are taken, and the first of the equal ones.
+  // Larger keys are taken, and the first of the equal ones: in the order of the pages, a warp's worth of them at a time.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 left = sh.left;
-  auto of_bin = [&](uint4 eight) { return at_least(eight, bin) ^ at_least(eight, bin + 1); };
-  u32 tied = 0;
-  kept.octets([&](int octet, uint4 eight) {
-    for_pages(octet, of_bin(eight), [&](int page) { tied += kept.key(page) == threshold; });
-  });
-  tied = reduce_add(tied);
-  if (lane == 0) sh.more_counts[warp] = tied;
-  __syncthreads();
-  u32 seen = reduce_add(lane < warp ? sh.more_counts[lane] : 0u), taken = 0;
-  kept.octets([&](int octet, uint4 eight) {
-    u32 mine = 0;
-    for_pages(octet, of_bin(eight), [&](int page) { mine += kept.key(page) == threshold; });
-    const u32 upto = seen + sum_upto(mine);
-    u32 rank = upto - mine;
-    for_pages(octet, of_bin(eight), [&](int page) {
-      const u32 key = kept.key(page);
-      if (key > threshold || (key == threshold && rank++ < left)) kept.bin(page) = TAKEN;
-    });
-    seen = __shfl_sync(ALL_LANES, upto, 31);
-    taken += __popc(at_least(kept.bins[min(octet, kept.count - 1)], bin + 1)) * (octet < kept.count);
-  });
-  taken = reduce_add(taken);
-  if (lane == 0) sh.counts[warp] = taken;
+  u32 seen = 0;
+#pragma unroll 1
+  for (int first = 0; first < OCTET * kept.count; first += SELECT_THREADS) {
+    const int page = first + threadIdx.x;
+    const bool in_bin = page < OCTET * kept.count && kept.bin(page) == bin;
+    const u32 key = in_bin ? kept.key(page) : 0;
+    const bool tied = in_bin && key == threshold;
+    const u32 of_warp = __ballot_sync(ALL_LANES, tied);
+    __syncthreads();
+    if (lane == 0) sh.counts[warp] = __popc(of_warp);
+    __syncthreads();
+    const u32 count = lane < SELECT_WARPS ? sh.counts[lane] : 0;
+    const u32 rank = seen + reduce_add(lane < warp ? count : 0) + __popc(of_warp & ((1u << lane) - 1));
+    seen += reduce_add(count);
+    if (in_bin && (key > threshold || (tied && rank < left))) kept.bin(page) = TAKEN;
+  }
   __syncthreads();
 }
 
-// Lists the pages whose bin is above `bin`, of which `sh.counts` says how many each warp has, in their order.
-DEVICE void list_pages(const Kept& kept, u32 bin, int* list, const SelectShared& sh) {
+// Lists the pages whose bin is above `bin`, and behind the `sure` of them, where there are finalists, the `sh.left` best pages of that bin.
+DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int sure, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  list += reduce_add(lane < warp ? sh.counts[lane] : 0u);
+  u32 mine = 0;
   kept.octets([&](int octet, uint4 eight) {
-    const u32 mask = at_least(eight, bin + 1), mine = __popc(mask), upto = sum_upto(mine);
-    int* next = list + upto - mine;
-    for_pages(octet, mask, [&](int page) { announce_page(next++, kept.begin + page); });
-    list += __shfl_sync(ALL_LANES, upto, 31);
+    const u32 mask = at_least(eight, bin + 1);
+    mine += __popc(mask);
+    if (finalists)
+      for_pages(octet, at_least(eight, bin) ^ mask, [&](int page) {
+        const u32 at = atomicAdd(&sh.finalist_count, 1u);
+        sh.finalist_pages[at] = page, sh.finalists[at] = kept.key(page);
+      });
   });
+  const u32 upto = sum_upto(mine);
+  if (lane == 31) sh.counts[warp] = upto;
+  __syncthreads();
+  int* next = list + reduce_add(lane < warp ? sh.counts[lane] : 0u) + upto - mine;
+  kept.octets([&](int octet, uint4 eight) {
+    for_pages(octet, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
+  });
+  // A warp ranks one of them.
+  const u32 count = sh.finalist_count, left = sh.left;
+#pragma unroll 1
+  for (u32 i = warp; i < count; i += SELECT_WARPS) {
+    const int page = sh.finalist_pages[i];
+    const u32 key = sh.finalists[i];
+    u32 rank = 0;
+#pragma unroll 1
+    for (u32 j = lane; j < count; j += 32) {
+      const u32 other = sh.finalists[j];
+      rank += other > key || (other == key && sh.finalist_pages[j] < page);
+    }
+    rank = reduce_add(rank);
+    if (lane == 0 && rank < left) announce_page(list + sure + rank, kept.begin + page);
+  }
 }
 
 template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
@@ -380,12 +360,15 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
   kept.begin = all.from & ~(OCTET - 1);
   kept.count = (all.pages - kept.begin + OCTET - 1) / OCTET;
-  kept.owned = (kept.count + SELECT_THREADS - 1) / SELECT_THREADS * 32;
   *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
   if (threadIdx.x == 0) sh.finalist_count = 0;
   // Those that compete; the newest page is forced, and so are the sinks.
   const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
+  int* const list = p.pages + size_t(pair) * p.max_pages;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS) announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
   wait_until(&p.progress[pair], all_score_blocks(p));
+  if (wanted <= 0) return wait_for_previous();
 
   const bool with_stats = CHOICE != ANY || p.score_parts;
   const float* read = scores + size_t(kept.begin) * scores_a_page(p);
@@ -418,11 +401,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     kept.bins[octet] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
   }
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
-    kept.bin((i < all.sinks ? all.from + i : all.pages - 1) - kept.begin) = TAKEN;
   if (!with_stats) {
-    __syncthreads();
     const Range range = range_of(kept, sh);
     bins = Bins(range.lowest, range.highest);
 #pragma unroll 1
@@ -434,19 +413,10 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     }
     __syncthreads();
   }
-  // Whatever lies above this bin is taken. If nothing competes, no bin is searched.
-  u32 bin = BINS + 1;
-  if (wanted > 0) {
-    find_bin(sh, wanted);
-    bin = sh.bin + 1;
-  } else if (threadIdx.x == 0) {
-    sh.in_bin = sh.left = 0;
-  }
-  __syncthreads();
-  if (sh.in_bin <= FINALISTS)
-    compare_finalists(kept, bin, sh);
-  else
-    search_digits(kept, bin, &sh);
-  list_pages(kept, bin, p.pages + size_t(pair) * p.max_pages, sh);
+  find_bin(sh, wanted);
+  const u32 bin = sh.bin + 1;
+  const bool finalists = sh.in_bin <= FINALISTS;
+  if (!finalists) search_digits(kept, bin, &sh);
+  list_pages(kept, bin, finalists, list + all.forced, wanted - int(sh.left), sh);
   wait_for_previous();
 }
