@@ -174,6 +174,18 @@ DEVICE float4 joined_stats(float4 a, float4 b) {
   return {sums.x, sums.y, fminf(a.z, b.z), 0.f};
 }
 
+// Of so many neighbouring lanes.
+template <int LANES> DEVICE float4 joined_over(float4 mine) {
+  float top = mine.x, least = mine.z;
+#pragma unroll
+  for (int i = 1; i < LANES; i <<= 1)
+    top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, i)), least = fminf(least, __shfl_xor_sync(ALL_LANES, least, i));
+  float sum = top == NEG_INF ? 0.f : mine.y * __expf(mine.x - top);
+#pragma unroll
+  for (int i = 1; i < LANES; i <<= 1) sum += __shfl_xor_sync(ALL_LANES, sum, i);
+  return {top, sum, least, 0.f};
+}
+
 DEVICE float4 of_score(float score) { return {score, 1.f, score == NEG_INF ? -NEG_INF : score, 0.f}; }
 
 // The larger of the two has weight 1.
@@ -202,27 +214,22 @@ DEVICE void leave_range(const Params& p, int pair, float4* of_warps /* [SCORE_WA
 
 // The same for a softmax over pages: of every head.
 RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_WARPS] */, float4 low, float4 high /* of this lane's two heads */) {
-  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4, heads = p.group > 8 ? 16 : 8;
 #pragma unroll 1
-  for (int half = 0; half < 2; half++) {
-    float4 mine = half ? high : low;
-#pragma unroll
-    for (int i = 1; i < 4; i <<= 1)
-      mine = joined_stats(mine, {__shfl_xor_sync(ALL_LANES, mine.x, i), __shfl_xor_sync(ALL_LANES, mine.y, i),
-                                 __shfl_xor_sync(ALL_LANES, mine.z, i), 0.f});
-    if (quad == 0) of_warps[(octet + 8 * half) * SCORE_WARPS + threadIdx.x / 32] = mine;
+  for (int head = octet; head < heads; head += 8) {
+    const float4 all = joined_over<4>(head < 8 ? low : high);
+    if (quad == 0) of_warps[head * SCORE_WARPS + threadIdx.x / 32] = all;
   }
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  // Two lanes a head.
-  const int h = lane / 2;
-  const float4* const of_head = of_warps + h * SCORE_WARPS + lane % 2 * (SCORE_WARPS / 2);
-  float4 all = of_head[0];
+  // Two or four lanes a head.
+  const int lanes = 32 / heads, head = lane / lanes;
+  const float4* const of_head = of_warps + head * SCORE_WARPS;
+  float4 all = of_head[lane % lanes];
 #pragma unroll 1
-  for (int w = 1; w < SCORE_WARPS / 2; w++) all = joined_stats(all, of_head[w]);
-  all = joined_stats(all, {__shfl_xor_sync(ALL_LANES, all.x, 1), __shfl_xor_sync(ALL_LANES, all.y, 1),
-                           __shfl_xor_sync(ALL_LANES, all.z, 1), 0.f});
-  if (lane % 2 == 0 && h < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + h] = all;
+  for (int w = lane % lanes + lanes; w < SCORE_WARPS; w += lanes) all = joined_stats(all, of_head[w]);
+  all = lanes == 4 ? joined_over<4>(all) : joined_over<2>(all);
+  if (lane % lanes == 0 && head < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + head] = all;
   __syncwarp();
   if (lane == 0) add_progress(&p.progress[pair]);
 }

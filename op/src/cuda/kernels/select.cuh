@@ -98,9 +98,9 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
       sums = joined_sums(sums, {part.x, part.y});
       least = fminf(least, part.z);
     }
-    sums = warp_sums(sums);
     least = warp_min(least);
-    const float most = sums.x * LOG2E, lse = most + log2_fast(sums.y);
+    const float top = warp_max(sums.x), sum = warp_sum(top == NEG_INF ? 0.f : sums.y * __expf(sums.x - top));
+    const float most = top * LOG2E, lse = most + log2_fast(sum);
     if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
   }
   __syncthreads();
