@@ -4,16 +4,14 @@
 use std::{ops::DerefMut, sync::Arc};
 
 use anyhow::{Context, Result, anyhow};
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::bf16;
 use ort::value::TensorElementType;
 
 use crate::{
     gpu::Gpu,
     session::{Logits, ValueShape},
+    widen::widen,
 };
-
-/// Numbers that are converted at once.
-const AT_ONCE: usize = 1024;
 
 /// Of one state.
 pub(crate) struct Landing {
@@ -76,35 +74,37 @@ impl Landing {
                 to.clear();
                 to.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
             }
-            TensorElementType::Float16 => widen(bytes, to, f16::from_le_bytes),
-            TensorElementType::Bfloat16 => widen(bytes, to, bf16::from_le_bytes),
+            TensorElementType::Float16 => {
+                let halves = bytes.as_chunks::<2>().0;
+                to.resize(halves.len(), 0.0);
+                widen(halves, to);
+            }
+            TensorElementType::Bfloat16 => {
+                to.clear();
+                to.extend(
+                    bytes
+                        .as_chunks::<2>()
+                        .0
+                        .iter()
+                        .map(|b| bf16::from_le_bytes(*b).to_f32()),
+                );
+            }
             other => return Err(anyhow!("the logits are {other}, expected float32, float16 or bfloat16")),
         }
         Ok(Arc::clone(room))
     }
 }
 
-fn widen<H: Copy + Default>(bytes: &[u8], to: &mut Vec<f32>, of: fn([u8; 2]) -> H)
-where
-    [H]: HalfFloatSliceExt,
-{
-    let halves = bytes.as_chunks::<2>().0;
-    to.resize(halves.len(), 0.0);
-    let mut part = [H::default(); AT_ONCE];
-    for (from, to) in halves.chunks(AT_ONCE).zip(to.chunks_mut(AT_ONCE)) {
-        part.iter_mut().zip(from).for_each(|(to, b)| *to = of(*b));
-        part[..from.len()].convert_to_f32_slice(to);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     #[test]
     fn numbers_come_back_and_memory_is_used_again() {
         let mut landing = Landing::new(None);
-        let numbers: Vec<f32> = (0..2 * AT_ONCE + 3).map(|i| i as f32 / 8.0 - 100.0).collect();
+        let numbers: Vec<f32> = (0..2051).map(|i| i as f32 / 8.0 - 100.0).collect();
         let halves: Vec<u8> = numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
         landing.bytes(halves.len()).unwrap().copy_from_slice(&halves);
         let first = landing.floats(TensorElementType::Float16).unwrap();

@@ -25,6 +25,7 @@ pub mod state;
 pub mod stats;
 mod steps;
 pub mod text;
+mod widen;
 
 pub use model::ModelFolder;
 pub use retro_runtime::{Device, device, gpu};
