@@ -304,6 +304,8 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
     const u32 stored = ring + slot * S::STAGE;
     const Placed* placed = sh.placed[list] + 2 * my_tiles * S::TILES;
+    // The tiles side by side, so that one's latencies hide another's.
+    float logits[S::TILES][4];
 #pragma unroll
     for (int i = 0; i < S::TILES; i++) {
       // Two sums, so that one product need not wait for the one before.
@@ -317,58 +319,67 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
         else
           Mma<T>::add(even, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
       }
-      const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
-      float logits[4];
 #pragma unroll
-      for (int e = 0; e < 4; e++) logits[e] = even[e] + odd[e];
+      for (int e = 0; e < 4; e++) logits[i][e] = even[e] + odd[e];
+    }
+    float above = NEG_INF;
+#pragma unroll
+    for (int i = 0; i < S::TILES; i++) {
+      const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
       if (p.softcap > 0.f) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) logits[e] = softcapped_fast(p, logits[e]);
+        for (int e = 0; e < 4; e++) logits[i][e] = softcapped_fast(p, logits[i][e]);
       }
       if (p.local_window) {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          if (two[e / 2].at + octet < seen_from(p, position[e % 2])) logits[e] = NEG_INF;
-      }
-      float above = NEG_INF;
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        logits[e] = position[e % 2] >= max(two[e / 2].at + octet, two[e / 2].from) ? logits[e] * to_base2 : NEG_INF;
-        above = fmaxf(above, logits[e] - top[e % 2]);
-      }
-      // A maximum that is a little too small serves as well, and the lanes need not agree on one in every tile.
-      if (__any_sync(ALL_LANES, above > SLACK)) {
-        float shrink[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float m = fmaxf(logits[e], logits[e + 2]);
-#pragma unroll
-          for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
-          m = fmaxf(m, top[e]);
-          base[e] = m == NEG_INF ? 0.f : m;
-          shrink[e] = exp2_fast(top[e] - base[e]);
-          top[e] = m;
-          sum[e] *= shrink[e];
-        }
-#pragma unroll
-        for (int j = 0; j < DP / 16; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+          if (two[e / 2].at + octet < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
       }
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        logits[e] = exp2_fast(logits[e] - base[e % 2]);
-        sum[e % 2] += logits[e];
+        logits[i][e] = position[e % 2] >= max(two[e / 2].at + octet, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
+        above = fmaxf(above, logits[i][e] - top[e % 2]);
       }
-      const u32 w0 = transpose8x8(Mma<T>::pack(logits[0], logits[1]));
-      const u32 w1 = transpose8x8(Mma<T>::pack(logits[2], logits[3]));
+    }
+    // A maximum that is a little too small serves as well, and the lanes need not agree on one in every stage.
+    if (__any_sync(ALL_LANES, above > SLACK)) {
+      float shrink[2];
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float m = top[e];
+#pragma unroll
+        for (int i = 0; i < S::TILES; i++) m = fmaxf(m, fmaxf(logits[i][e], logits[i][e + 2]));
+#pragma unroll
+        for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
+        base[e] = m == NEG_INF ? 0.f : m;
+        shrink[e] = exp2_fast(top[e] - base[e]);
+        top[e] = m;
+        sum[e] *= shrink[e];
+      }
+#pragma unroll
+      for (int j = 0; j < DP / 16; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+    }
+    u32 weights[S::TILES][2];
+#pragma unroll
+    for (int i = 0; i < S::TILES; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        logits[i][e] = exp2_fast(logits[i][e] - base[e % 2]);
+        sum[e % 2] += logits[i][e];
+      }
+      weights[i][0] = transpose8x8(Mma<T>::pack(logits[i][0], logits[i][1]));
+      weights[i][1] = transpose8x8(Mma<T>::pack(logits[i][2], logits[i][3]));
+    }
+#pragma unroll
+    for (int i = 0; i < S::TILES; i++)
 #pragma unroll
       for (int j = 0; j < DP / 16; j++) {
         u32 a[4];
         load_transposed(a, (stored + value_at + i * 16 * S::CHUNKS * 16) ^ (2 * j * 16));
-        Mma<T>::add(out[j], a[0], a[1], a[2], a[3], w0, w1);
+        Mma<T>::add(out[j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
       }
-    }
     if (reads_ahead) sh.placed[free_list][place] = ahead;
     slot = slot + 1 == p.stages ? 0 : slot + 1;
     list = list + 1 == lists ? 0 : list + 1;
