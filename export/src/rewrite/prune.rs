@@ -18,7 +18,7 @@ pub fn living(graph: &GraphProto) -> Vec<bool> {
 pub fn leading_to<'a>(graph: &'a GraphProto, names: impl IntoIterator<Item = &'a str>) -> Vec<bool> {
     let mut makers: HashMap<&str, usize> = HashMap::new();
     for (index, node) in graph.node.iter().enumerate() {
-        for output in &node.output {
+        for output in node.output.iter().filter(|o| !o.is_empty()) {
             makers.insert(output, index);
         }
     }
@@ -72,5 +72,30 @@ pub fn prune(graph: &mut GraphProto, was: &HashSet<String>) {
 pub fn needed(graph: &GraphProto) -> HashSet<String> {
     let alive = living(graph);
     let nodes = graph.node.iter().zip(alive).filter(|(_, alive)| *alive);
-    nodes.flat_map(|(n, _)| n.output.iter().cloned()).collect()
+    let outputs = nodes.flat_map(|(n, _)| &n.output);
+    // An output that is left out has no name that others could not have as well.
+    outputs.filter(|o| !o.is_empty()).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::DataType;
+
+    #[test]
+    fn what_was_dead_before_stays_although_both_leave_an_output_out() {
+        let mut graph = GraphProto {
+            node: vec![
+                NodeProto::new("", "Norm", "needed", &["x"], &["y", ""]),
+                NodeProto::new("", "Norm", "dead", &["x"], &["z", ""]),
+                NodeProto::new("", "Shape", "reader", &["z"], &["shape"]),
+            ],
+            output: vec![ValueInfoProto::tensor("y", DataType::Float, [])],
+            ..Default::default()
+        };
+        let before = graph.clone();
+        let was = needed(&graph);
+        prune(&mut graph, &was);
+        assert_eq!(graph, before);
+    }
 }

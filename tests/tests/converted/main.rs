@@ -5,5 +5,6 @@ mod exports;
 mod generated;
 mod model;
 mod padding;
+mod variants;
 mod verify;
 mod zoo;
