@@ -278,7 +278,11 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
         whole: conversions.len() == found.len(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
         together: uses(&["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]),
-        single_precision: sites().all(|s| s.data_type == DataType::Float),
+        single_precision: sites().all(|s| {
+            let inside = [s.query_type, s.kv_type, s.output_type];
+            let single = |t: &DataType| matches!(t, DataType::Float | DataType::Undefined);
+            s.data_type == DataType::Float && inside.iter().all(single)
+        }),
     }
 }
 

@@ -1,9 +1,11 @@
 //! From sites to `ai.retro::RetroAttention` nodes: the nodes, the state that the graph takes and returns, the metadata.
 
+mod copies;
 mod given;
 mod lengths;
 mod names;
 mod prune;
+mod single;
 mod spelled;
 
 use crate::{
@@ -73,6 +75,7 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         replace(node, conversion, settings);
     }
     spelled::rewrite(graph, conversions, settings, opset)?;
+    single::surround(graph, conversions, settings)?;
     given::check_masks(graph, conversions, opset);
     // Nodes have moved: the lm_head is the one that makes the first of the values after it.
     if let Logits::Newest { after, .. } = logits {

@@ -1,6 +1,7 @@
 //! Attention of several nodes: what comes before the operator's node and after it, and what gives way.
 
 use super::{
+    copies,
     lengths::{Lengths, cast_to},
     names::Fresh,
     prune::{needed, prune},
@@ -77,6 +78,8 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
         .iter()
         .flat_map(|s| [&s.total_key, &s.total_value, &s.present_key, &s.present_value].map(String::clone))
         .collect();
+    let caches: Vec<&str> = past.iter().chain(&present).map(String::as_str).collect();
+    copies::look_through(graph, &caches);
     // Once without what is only the old attention's, so that it is not in the way.
     prune(graph, &was);
     // The total by the name that the operator's node gives it.
@@ -193,19 +196,19 @@ fn node_with_company(
 }
 
 /// Makes the nodes around one attention.
-struct Company<'c> {
-    layer: usize,
-    fresh: &'c mut Fresh,
-    constants: &'c mut Vec<TensorProto>,
-    nodes: &'c mut Vec<NodeProto>,
+pub struct Company<'c> {
+    pub layer: usize,
+    pub fresh: &'c mut Fresh,
+    pub constants: &'c mut Vec<TensorProto>,
+    pub nodes: &'c mut Vec<NodeProto>,
 }
 
 impl Company<'_> {
-    fn name(&mut self, what: &str) -> String {
+    pub fn name(&mut self, what: &str) -> String {
         self.fresh.name(&format!("retro/layer.{}/{what}", self.layer))
     }
 
-    fn ints(&mut self, values: &[i64], what: &str) -> String {
+    pub fn ints(&mut self, values: &[i64], what: &str) -> String {
         let name = self.name(what);
         self.constants
             .push(TensorProto::int64s(&name, &[values.len() as i64], values));
@@ -224,19 +227,19 @@ impl Company<'_> {
         name
     }
 
-    fn add(&mut self, op: &str, inputs: &[&str], what: &str) -> String {
+    pub fn add(&mut self, op: &str, inputs: &[&str], what: &str) -> String {
         let name = self.name(what);
         self.nodes.push(NodeProto::new("", op, &name, inputs, &[&name]));
         name
     }
 
-    fn attribute(&mut self, attribute: AttributeProto) {
+    pub fn attribute(&mut self, attribute: AttributeProto) {
         if let Some(node) = self.nodes.last_mut() {
             node.attribute.push(attribute);
         }
     }
 
-    fn cast(&mut self, from: &str, to: DataType, what: &str) -> String {
+    pub fn cast(&mut self, from: &str, to: DataType, what: &str) -> String {
         let name = self.name(&format!("{what}_cast"));
         self.nodes.push(cast_to(from, to, &name));
         name
@@ -274,12 +277,17 @@ impl Company<'_> {
             let shape = self.ints(&[0, 0, site.q_heads, d], "output_shape");
             from = self.add("Reshape", &[&from, &shape], "output_by_head");
             if site.output_layout == Layout::Heads {
-                from = self.add("Transpose", &[&from], "output_moved");
+                self.add("Transpose", &[&from], "output_moved");
                 self.attribute(AttributeProto::ints("perm", &[0, 2, 1, 3]));
             }
         }
-        if let Some(last) = self.nodes.last_mut().filter(|n| n.output(0) == from) {
-            last.output = vec![site.output.clone()];
+        self.rename_last(&site.output);
+    }
+
+    /// Gives what the last node makes the source's name.
+    pub fn rename_last(&mut self, to: &str) {
+        if let Some(last) = self.nodes.last_mut() {
+            last.output = vec![to.to_owned()];
         }
     }
 }

@@ -6,7 +6,7 @@
 //! queries, keys, values and caches, must give the numbers of the operator's formula; only then is it a [`Site`].
 
 use super::{
-    Layout, Lengths, Rope, Site,
+    Layout, Lengths, Rope, Site, copies,
     mask::{self, Bias, Mask},
     probe::{Probes, Setting, noise},
 };
@@ -108,13 +108,12 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
     let env = probes.run(first)?;
     let cache = match core.cache {
         Some(cache) => {
-            for past in cache.past {
-                if !probes.is_cache(past) {
-                    return Err(format!("its cache {past} is not an input of the graph of 4 dimensions"));
-                }
-            }
+            let [key, value] = cache.past.map(|past| {
+                source_cache(probes, past)
+                    .ok_or_else(|| format!("its cache {past} is not an input of the graph of 4 dimensions"))
+            });
             Cache {
-                past: cache.past,
+                past: [key?, value?],
                 total: cache.present,
                 new: [core.key, core.value],
             }
@@ -163,6 +162,8 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
         ));
     };
     let past_type = probes.view.data_type(cache.past[0]).unwrap_or_default();
+    copies::same_type(probes.view, cache.past[0], present_key)?;
+    copies::same_type(probes.view, cache.past[1], present_value)?;
     let of = |name: &str| env.get(name).map_or(DataType::Undefined, |t| t.data_type);
     let site = Site {
         query: q.name.to_owned(),
@@ -257,8 +258,9 @@ fn outer_cache<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Cache<'a>, St
         let node = probes.view.producer(total).filter(|n| n.is("", "Concat"));
         let inputs: Option<[&str; 2]> =
             node.and_then(|n| n.input.iter().map(String::as_str).collect::<Vec<_>>().try_into().ok());
-        match inputs {
-            Some([past, new]) if probes.is_cache(past) => Ok([past, total, new]),
+        let cache = inputs.and_then(|[past, new]| Some([source_cache(probes, past)?, total, new]));
+        match cache {
+            Some(cache) => Ok(cache),
             _ if probes.caches().next().is_none() => Err(
                 "the graph keeps no cache: it recomputes every token; export it with past key values (of split decoders, \
                  convert the one with past: decoder_with_past_model.onnx)"
@@ -922,20 +924,15 @@ fn outputs<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
     names
 }
 
+/// The cache of the graph that a value is, itself or by another name.
+fn source_cache<'a>(probes: &Probes<'a>, name: &'a str) -> Option<&'a str> {
+    let names = copies::back(probes.view, name);
+    names.into_iter().find(|name| probes.is_cache(name))
+}
+
 /// The graph output that a value is, itself or by another name.
 fn graph_output<'a>(probes: &Probes<'a>, name: &'a str) -> Option<&'a str> {
-    if probes.view.is_output(name) {
-        return Some(name);
-    }
-    // Copies, and casts to the type that it has already.
-    let own = probes.run(FIRST[1]).ok().and_then(|env| Some(env.get(name)?.data_type));
-    let same =
-        |n: &NodeProto| own.is_some_and(|t| n.attribute("to").is_some_and(|to| to.i() == i64::from(i32::from(t))));
-    let copies = probes
-        .view
-        .readers(name)
-        .filter(|n| n.is("", "Identity") || n.is("", "Cast") && same(n));
-    copies.map(|n| n.output(0)).find(|o| probes.view.is_output(o))
+    copies::output(probes.view, name).map(|(output, _)| output)
 }
 
 /// Whether rotary embedding shows before a value, within a few nodes.

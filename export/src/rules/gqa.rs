@@ -1,7 +1,7 @@
 //! `com.microsoft::GroupQueryAttention`: the operator's own model, so the node converts by adding state.
 //! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
 
-use super::{Rope, Rule, Site, Verdict, probe::Probes};
+use super::{Rope, Rule, Site, Verdict, copies, probe::Probes};
 use crate::{
     graph::GraphView,
     onnx::{AttributeType, DataType, NodeProto},
@@ -87,7 +87,7 @@ fn site(view: &GraphView, node: &NodeProto) -> Result<Site, String> {
         sliding_cache: attributes.sliding_window_cache,
         ..Default::default()
     };
-    site.data_type = cache_is_the_graphs(view, &site)?;
+    site.data_type = cache_is_the_graphs(view, &mut site)?;
     activations_agree(view, &site)?;
     site.head_size = head_size(view, &site)?;
     site.rope = rope(view, node, &attributes, &mut site)?;
@@ -243,15 +243,26 @@ fn inputs_are_understood(node: &NodeProto, attributes: &Attributes) -> Result<()
     Ok(())
 }
 
-/// The cache comes from the caller and goes back to it, and nobody else looks at it. Gives its element type.
-fn cache_is_the_graphs(view: &GraphView, site: &Site) -> Result<DataType, String> {
-    for past in [&site.past_key, &site.past_value] {
-        if !view.is_input(past) {
+/// The cache comes from the caller and goes back to it, and nobody else looks at it. Gives its element type; where the node sees it
+/// through copies, the site then names what the graph takes and returns, the copies, and the type that the node computes in.
+fn cache_is_the_graphs(view: &GraphView, site: &mut Site) -> Result<DataType, String> {
+    let mut inner = Vec::new();
+    for past in [&mut site.past_key, &mut site.past_value] {
+        let names = copies::back(view, past);
+        let source = names.iter().rposition(|n| view.is_input(n));
+        let Some((source, between)) = source.and_then(|at| Some((*names.get(at)?, names.get(..at)?))) else {
             return Err(format!("its cache {past} is not an input of the graph"));
+        };
+        let (source, between): (String, Vec<String>) =
+            (source.to_owned(), between.iter().map(|n| (*n).to_owned()).collect());
+        for name in between.iter().chain([&source]) {
+            if view.readers(name).count() > 1 || view.is_output(name) {
+                return Err(format!("its cache {name} is read by other nodes too"));
+            }
         }
-        if view.readers(past).count() > 1 {
-            return Err(format!("its cache {past} is read by other nodes too"));
-        }
+        inner.push(type_after(view, &source, between.iter().rev()));
+        site.copies.extend(between);
+        *past = source;
         let Some(dims) = view.declared_dims(past) else {
             return Err(format!("{past} has no declared shape"));
         };
@@ -268,23 +279,54 @@ fn cache_is_the_graphs(view: &GraphView, site: &Site) -> Result<DataType, String
             ));
         }
     }
-    for present in [&site.present_key, &site.present_value] {
-        if !view.is_output(present) {
+    for present in [&mut site.present_key, &mut site.present_value] {
+        let Some((output, between)) = copies::output(view, present) else {
             return Err(format!("its cache {present} is not an output of the graph"));
+        };
+        let (output, between): (String, Vec<String>) =
+            (output.to_owned(), between.into_iter().map(str::to_owned).collect());
+        // The copies read one another; the graph's output must be read by none.
+        if let Some(reader) = view.readers(&output).next() {
+            return Err(format!("its cache {output} is read by node {} too", reader.label()));
         }
-        if let Some(reader) = view.readers(present).next() {
-            return Err(format!("its cache {present} is read by node {} too", reader.label()));
+        for name in &between {
+            let own = |n: &&NodeProto| n.output(0) == output || between.iter().any(|b| b == n.output(0));
+            if let Some(reader) = view.readers(name).find(|n| !own(n)) {
+                return Err(format!("its cache {name} is read by node {} too", reader.label()));
+            }
         }
+        if !between.is_empty() {
+            site.copies.push(output.clone());
+        }
+        site.copies.extend(between.into_iter().filter(|name| name != present));
+        *present = output;
     }
-    match (view.data_type(&site.past_key), view.data_type(&site.past_value)) {
-        (Some(k), Some(v)) if k != v => Err(format!("its cache holds {} keys and {} values", k.label(), v.label())),
-        (Some(t @ (DataType::Float | DataType::Float16 | DataType::Bfloat16)), _) => Ok(t),
-        (Some(t), _) => Err(format!(
-            "its cache holds {}, not float32, float16 or bfloat16",
-            t.label()
-        )),
-        (None, _) => Err(format!("{} has no declared element type", site.past_key)),
+    let outer = match (view.data_type(&site.past_key), view.data_type(&site.past_value)) {
+        (Some(k), Some(v)) if k != v => {
+            return Err(format!("its cache holds {} keys and {} values", k.label(), v.label()));
+        }
+        (Some(t @ (DataType::Float | DataType::Float16 | DataType::Bfloat16)), _) => t,
+        (Some(t), _) => {
+            return Err(format!(
+                "its cache holds {}, not float32, float16 or bfloat16",
+                t.label()
+            ));
+        }
+        (None, _) => return Err(format!("{} has no declared element type", site.past_key)),
+    };
+    copies::same_type(view, &site.past_key, &site.present_key)?;
+    copies::same_type(view, &site.past_value, &site.present_value)?;
+    let own = inner.into_iter().flatten().find(|t| *t != outer);
+    if let Some(own) = own {
+        [site.query_type, site.kv_type, site.output_type] = [own; 3];
     }
+    Ok(outer)
+}
+
+/// The type of a value that is a copy of another, whose copies are given in order.
+fn type_after<'n>(view: &GraphView, source: &str, names: impl Iterator<Item = &'n String>) -> Option<DataType> {
+    let casts = names.filter_map(|name| view.producer(name).and_then(copies::cast_to));
+    casts.last().or_else(|| view.data_type(source))
 }
 
 fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
@@ -296,12 +338,16 @@ fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
             ));
         }
     }
+    let own = match site.query_type {
+        DataType::Undefined => site.data_type,
+        t => t,
+    };
     for (what, name) in [("query", &site.query), ("head_sink", &site.head_sink)] {
-        if let Some(t) = view.data_type(name).filter(|t| *t != site.data_type) {
+        if let Some(t) = view.data_type(name).filter(|t| *t != own) {
             return Err(format!(
                 "{what} ({name}) is {}, its cache is {}",
                 t.label(),
-                site.data_type.label()
+                own.label()
             ));
         }
     }
@@ -462,6 +508,80 @@ mod tests {
             (site.local_window_size, site.softcap, site.sliding_cache),
             (8, 50.0, true)
         );
+    }
+
+    /// Puts a copy between a graph's cache and the node.
+    fn put_behind(graph: &mut GraphProto, op: &str, to: Option<DataType>) {
+        let attribute = to.map(|t| AttributeProto::int("to", i64::from(i32::from(t))));
+        let copy = |from: &str, to: &str| {
+            let mut node = NodeProto::new("", op, to, &[from], &[to]);
+            node.attribute.extend(attribute.clone());
+            node
+        };
+        let node = gqa_node_mut(graph, 0);
+        let mut copies = Vec::new();
+        for name in &mut node.input[3..5] {
+            let inner = format!("inner.{name}");
+            copies.push(copy(name, &inner));
+            *name = inner;
+        }
+        for name in &mut node.output[1..3] {
+            let inner = format!("inner.{name}");
+            copies.push(copy(&inner, name));
+            *name = inner;
+        }
+        graph.node.extend(copies);
+    }
+
+    #[test]
+    fn a_cache_behind_copies_matches() {
+        let mut graph = gqa_graph(1);
+        put_behind(&mut graph, "Identity", None);
+        let site = look(&graph).unwrap();
+        assert_eq!(
+            [&site.past_key, &site.past_value, &site.present_key, &site.present_value].map(String::as_str),
+            [
+                "past_key_values.0.key",
+                "past_key_values.0.value",
+                "present.0.key",
+                "present.0.value"
+            ]
+        );
+        assert_eq!(site.copies.len(), 4, "{:?}", site.copies);
+        assert_eq!(
+            (site.data_type, site.query_type),
+            (DataType::Float, DataType::Undefined)
+        );
+    }
+
+    #[test]
+    fn a_cache_of_another_type_matches_where_both_ends_agree() {
+        let mut graph = gqa_graph(1);
+        put_behind(&mut graph, "Cast", Some(DataType::Float16));
+        let why = look(&graph).expect_err("queries are float32");
+        assert!(why.contains("query (qkv.0) is float32, its cache is float16"), "{why}");
+        graph.value_info.clear();
+        let site = look(&graph).unwrap();
+        assert_eq!((site.data_type, site.query_type), (DataType::Float, DataType::Float16));
+        let output = graph.output.iter_mut().find(|o| o.name() == "present.0.key").unwrap();
+        let dims = output.dims().unwrap().to_vec();
+        *output = crate::onnx::ValueInfoProto::tensor("present.0.key", DataType::Float16, dims);
+        let why = look(&graph).expect_err("one type in, another out");
+        assert!(
+            why.contains("comes in as float32 (past_key_values.0.key) and goes out as float16 (present.0.key)"),
+            "{why}"
+        );
+    }
+
+    #[test]
+    fn a_cache_whose_copy_others_read_is_refused() {
+        for name in ["inner.past_key_values.0.key", "inner.present.0.value", "present.0.key"] {
+            let mut graph = gqa_graph(1);
+            put_behind(&mut graph, "Identity", None);
+            graph.node.push(NodeProto::new("", "Neg", "other", &[name], &["read"]));
+            let why = look(&graph).expect_err("another reader");
+            assert!(why.contains(name) && why.contains("too"), "{why}");
+        }
     }
 
     #[test]

@@ -209,6 +209,30 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_behind_a_copy_matches() {
+        let site = look(|graph, node| {
+            let past = ["past_key_values.0.key"];
+            graph
+                .node
+                .push(NodeProto::new("", "Identity", "copy", &past, &["copied"]));
+            node.input[6] = "copied".into();
+            node.output[1] = "inner".into();
+            graph
+                .node
+                .push(NodeProto::new("", "Identity", "back", &["inner"], &["present.0.key"]));
+        });
+        let site = site.unwrap();
+        assert_eq!(
+            (
+                site.past_key.as_str(),
+                site.present_key.as_str(),
+                site.total_key.as_str()
+            ),
+            ("past_key_values.0.key", "present.0.key", "inner")
+        );
+    }
+
+    #[test]
     fn caches_that_are_not_the_graphs_are_refused() {
         let why = refusal(|graph, node| {
             // Cross-attention: keys and values of an encoder, no cache of their own.
@@ -225,15 +249,10 @@ mod tests {
         let why = refusal(|graph, _| graph.output.retain(|o| o.name() != "present.0.value"));
         assert!(why.contains("present.0.value is not an output of the graph"), "{why}");
         let why = refusal(|graph, node| {
-            graph.node.push(NodeProto::new(
-                "",
-                "Identity",
-                "copy",
-                &["past_key_values.0.key"],
-                &["copied"],
-            ));
-            node.input[6] = "copied".into();
+            let past = ["past_key_values.0.key"];
+            graph.node.push(NodeProto::new("", "Neg", "turn", &past, &["turned"]));
+            node.input[6] = "turned".into();
         });
-        assert!(why.contains("its cache copied is not an input of the graph"), "{why}");
+        assert!(why.contains("its cache turned is not an input of the graph"), "{why}");
     }
 }

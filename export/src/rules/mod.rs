@@ -1,6 +1,7 @@
 //! Source patterns: one rule a file. A rule looks at one node and says that it is not its business, or what it found, or
 //! why it can't be converted, with the value that failed. To add one: write the file, name it in [`RULES`].
 
+pub(crate) mod copies;
 mod core;
 mod decomposed;
 pub(crate) mod gqa;
@@ -106,6 +107,10 @@ pub struct Site {
     pub bias: String,
     /// Head sinks that are no tensor of their own in the source.
     pub sinks: Option<Vec<f32>>,
+
+    // What a single node may have beside it.
+    /// Values that are nothing but the cache, between the graph's inputs and outputs and the node.
+    pub copies: Vec<String>,
 }
 
 /// How heads are laid out in a value.

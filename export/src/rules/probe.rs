@@ -1,5 +1,6 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
+use super::copies;
 use crate::{
     eval::{Env, Program, Tensor},
     graph::GraphView,
@@ -200,11 +201,16 @@ impl<'a> Probes<'a> {
             let env = self.program().run(inputs);
             let before = sizes.len();
             for name in &open {
-                for reader in self.view.readers(name).filter(|n| n.is("", "Concat")) {
+                let names = copies::ahead(self.view, name);
+                let appends = names.iter().flat_map(|(own, _)| {
+                    let readers = self.view.readers(own).filter(|n| n.is("", "Concat"));
+                    readers.map(move |n| (own, n))
+                });
+                for (own, reader) in appends {
                     let new = reader
                         .input
                         .iter()
-                        .filter(|i| i.as_str() != *name)
+                        .filter(|i| i.as_str() != *own)
                         .find_map(|i| env.get(i));
                     if let Some(&[_, h, _, d]) = new.map(|t| t.shape.as_slice()) {
                         sizes.insert(*name, [h, d]);

@@ -97,6 +97,8 @@ cases! {
     dynamo_llama_sdpa: "dynamo-llama-sdpa-op18" converts("decomposed", FULL, 1e-4, 1e-4);
     dynamo_llama_opset_23: "dynamo-llama-sdpa-op23" converts("attention", FULL, 1e-4, 1e-4);
     f16_conversion: "fp16conv-llama-fp16io" converts("decomposed", FULL, 4e-2, 4e-2);
+    // Caches stay float32, as transformers.js has its models: a Cast before and after each.
+    f16_conversion_that_keeps_io_types: "fp16conv-llama-fp32io" converts("decomposed", FULL, 4e-2, 4e-2);
     onnxscript_fusions: "ofuse-llama-sdpa-op18" converts("mha", FULL, 1e-4, 1e-4);
     optimum_bloom_has_alibi: "optimum-bloom" refused(&["ALiBi"]);
     optimum_codegen: "optimum-codegen" converts("decomposed", FULL, 1e-4, 1e-4);
@@ -122,6 +124,8 @@ cases! {
     // The original differs from itself by as much when it is fed several tokens together: their ranges are quantised as one.
     dynamic_int8: "quant-llama-dynint8" converts("decomposed", FULL, 2e-2, 2.0);
     four_bit: "quant-llama-q4" converts("decomposed", FULL, 1e-1, 1e-1);
+    // The first layer's cache goes through a Concat of its own.
+    torchscript_llama: "torchscript-llama-sdpa-op17" converts("decomposed", FULL, 1e-4, 1e-4);
     transformers_llama: "tfexp-llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     transformers_llama_fused: "tfexp-llama-ortfusions_cuda" converts("mha", FULL, 1e-4, 1e-4);
     transformers_qwen3: "tfexp-qwen3-ortfusions_cpu" converts("decomposed", FULL, 1e-4, 1e-4);

@@ -1,13 +1,13 @@
 //! Real exports (tests/data/zoo), written as other exporters or later passes write the same model: the change is made in code, and the
 //! result must be the original's.
 
-use std::fs;
+use std::{collections::HashSet, fs};
 
 use prost::Message;
-use retro_export::onnx::{GraphProto, NodeProto, TensorProto, read_model};
+use retro_export::onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
 use retro_tests::paths;
 
-use crate::convert::convert;
+use crate::{convert::convert, verify::compared};
 
 /// A case's folder with its graph changed.
 fn variant(case: &str, change: impl FnOnce(&mut GraphProto)) -> tempfile::TempDir {
@@ -23,6 +23,90 @@ fn variant(case: &str, change: impl FnOnce(&mut GraphProto)) -> tempfile::TempDi
     fs::remove_file(&path).unwrap();
     fs::write(&path, bytes).unwrap();
     folder
+}
+
+fn is_attention(node: &NodeProto) -> bool {
+    node.op_type() == "GroupQueryAttention"
+}
+
+fn cast(from: &str, to: &str, data_type: DataType) -> NodeProto {
+    let attribute = AttributeProto::int("to", i64::from(i32::from(data_type)));
+    NodeProto::new("", "Cast", &format!("cast_to_{to}"), &[from], &[to]).with(attribute)
+}
+
+/// Puts nodes between the graph's caches and the attention.
+fn behind(graph: &mut GraphProto, past: impl Fn(&str, &str) -> NodeProto, present: impl Fn(&str, &str) -> NodeProto) {
+    let (mut first, mut last) = (Vec::new(), Vec::new());
+    for node in graph.node.iter_mut().filter(|n| is_attention(n)) {
+        for name in &mut node.input[3..5] {
+            let inner = format!("inner.{name}");
+            first.push(past(name, &inner));
+            *name = inner;
+        }
+        for name in &mut node.output[1..3] {
+            let inner = format!("inner.{name}");
+            last.push(present(&inner, name));
+            *name = inner;
+        }
+    }
+    graph.node.splice(0..0, first);
+    graph.node.extend(last);
+}
+
+fn caches_hold(graph: &mut GraphProto, data_type: DataType) {
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        if value.name().starts_with("past_key_values.") || value.name().starts_with("present.") {
+            let dims = value.dims().expect("a shape").to_vec();
+            *value = ValueInfoProto::tensor(value.name(), data_type, dims);
+        }
+    }
+}
+
+/// What conversions to float16 that keep the types of inputs and outputs make: the attention is float16, its cache float32.
+#[test]
+fn casts_between_a_cache_and_its_attention() {
+    let source = variant("genai-llama-fp16-cuda", |graph| {
+        caches_hold(graph, DataType::Float);
+        behind(
+            graph,
+            |from, to| cast(from, to, DataType::Float16),
+            |from, to| cast(from, to, DataType::Float),
+        );
+    });
+    compared(&source.path().join("model.onnx"));
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("converted");
+    convert(source.path(), &target, &[]).expect("it converts");
+    let graph = read_model(&target.join("model.onnx")).unwrap().model.graph.unwrap();
+    let of = |op: &'static str| graph.node.iter().filter(move |n| n.op_type() == op);
+    let caches = graph.input.iter().chain(&graph.output);
+    let mut caches = caches.filter(|v| v.name().contains("key") || v.name().contains("value"));
+    assert!(caches.all(|v| v.data_type() == Some(DataType::Float)));
+    for node in of("RetroAttention") {
+        assert!(node.input(3).starts_with("past_key_values.") && node.output(1).starts_with("present."));
+    }
+    let tables: HashSet<&str> = of("RetroAttention").flat_map(|n| [n.input(7), n.input(8)]).collect();
+    assert_eq!(tables.len(), 2, "layers share the tables of rotary embedding");
+    assert!(!of("Cast").any(|n| n.input(0).contains("past_key") || n.output(0).contains("present")));
+}
+
+/// The same the other way round, and copies that change nothing.
+#[test]
+fn copies_between_a_cache_and_its_attention() {
+    let copy = |op: &'static str| {
+        move |from: &str, to: &str| {
+            let node = NodeProto::new("", op, &format!("copy_to_{to}"), &[from], &[to]);
+            if op == "Concat" {
+                node.with(AttributeProto::int("axis", 2))
+            } else {
+                node
+            }
+        }
+    };
+    for (before, after) in [("Identity", "Identity"), ("Concat", "Identity")] {
+        let source = variant("genai-llama-fp32-cpu", |graph| behind(graph, copy(before), copy(after)));
+        compared(&source.path().join("model.onnx"));
+    }
 }
 
 /// What was dead in the source stays, with what reads it, although it leaves outputs out as living nodes do.

@@ -24,7 +24,7 @@ fn export(source: &Path, target: &Path, device: &str) -> (Value, String) {
 }
 
 /// Compares on the device under test; what was compared.
-fn compared(source: &Path) -> Value {
+pub fn compared(source: &Path) -> Value {
     let folder = tempfile::tempdir().unwrap();
     let (mut report, error) = export(
         source,
