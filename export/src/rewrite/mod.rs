@@ -75,7 +75,7 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         replace(node, conversion, settings);
     }
     spelled::rewrite(graph, conversions, settings, opset)?;
-    single::surround(graph, conversions, settings)?;
+    single::surround(graph, conversions, settings, opset)?;
     given::check_masks(graph, conversions, opset);
     // Nodes have moved: the lm_head is the one that makes the first of the values after it.
     if let Logits::Newest { after, .. } = logits {

@@ -1,25 +1,29 @@
-//! Attention of one node: the operator's takes its place, with the nodes around it that do what the operator doesn't. These are
-//! casts where the graph's cache has another type than the source's node has. The
+//! Attention of one node: the operator's takes its place, with the nodes around it that do what the operator doesn't. These are the
+//! normalisation of queries and keys, and casts where the graph's cache has another type than the source's node has. The
 //! operator then computes in the cache's type, so that the graph's inputs and outputs stay what they are.
 
 use super::{names::Fresh, replace, spelled::Company};
 use crate::{
-    onnx::{DataType, GraphProto, NodeProto, TensorProto},
-    rules::{Conversion, Site, copies::copied},
+    onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto},
+    rules::{Conversion, QkNorm, Site, copies::copied},
     settings::Settings,
 };
 use anyhow::{Context, Result};
 use std::collections::{HashMap, HashSet};
 
+/// From here on Split takes its sizes as an input.
+const SPLIT_OPSET: i64 = 13;
+
 /// Puts around the operator's nodes what has to be there, and removes the copies of caches that gave way.
 ///
 /// # Errors
 /// A site is not in the graph.
-pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings) -> Result<()> {
+pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings, opset: i64) -> Result<()> {
     let mut maker = Maker {
         fresh: Fresh::of(graph),
         constants: Vec::new(),
         tables: HashMap::new(),
+        opset,
     };
     for conversion in conversions.iter().filter(|c| needs_company(c.site)) {
         let mut nodes = graph.node.iter();
@@ -40,7 +44,7 @@ pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &S
 }
 
 fn needs_company(site: &Site) -> bool {
-    site.replaces.is_none() && own_type(site) != site.data_type
+    site.replaces.is_none() && (site.qk_norm.is_some() || own_type(site) != site.data_type)
 }
 
 /// The type that the source's node computes in.
@@ -56,6 +60,7 @@ struct Maker {
     constants: Vec<TensorProto>,
     /// Tables of rotary embedding in another type, which all layers share.
     tables: HashMap<(String, DataType), String>,
+    opset: i64,
 }
 
 impl Maker {
@@ -69,6 +74,9 @@ impl Maker {
             constants: &mut self.constants,
             nodes: &mut nodes,
         };
+        if let Some(norm) = &site.qk_norm {
+            company.normalised(&mut own, norm, self.opset);
+        }
         let to = site.data_type;
         let casts = own_type(site) != to;
         if casts {
@@ -103,5 +111,49 @@ impl Maker {
             company.rename_last(&site.output);
         }
         nodes
+    }
+}
+
+impl Company<'_> {
+    /// Lets a site have queries, keys and values of their own, the first two normalised.
+    fn normalised(&mut self, own: &mut Site, norm: &QkNorm, opset: i64) {
+        let d = own.head_size.unwrap_or(0);
+        let (q, kv) = (own.q_heads * d, own.kv_heads * d);
+        if own.key.is_empty() {
+            [own.query, own.key, own.value] = self.split(&own.query, [q, kv, kv], opset);
+        }
+        own.query = self.norm(&own.query, &norm.query, norm.epsilon, [d, q], "query");
+        own.key = self.norm(&own.key, &norm.key, norm.epsilon, [d, kv], "key");
+    }
+
+    fn split(&mut self, from: &str, sizes: [i64; 3], opset: i64) -> [String; 3] {
+        let names = ["query", "key", "value"].map(|what| self.name(&format!("{what}_alone")));
+        let outputs = [names[0].as_str(), names[1].as_str(), names[2].as_str()];
+        let axis = AttributeProto::int("axis", -1);
+        let node = if opset >= SPLIT_OPSET {
+            let sizes = self.ints(&sizes, "packed_sizes");
+            NodeProto::new("", "Split", &self.name("split"), &[from, &sizes], &outputs).with(axis)
+        } else {
+            let split = NodeProto::new("", "Split", &self.name("split"), &[from], &outputs);
+            split.with(axis).with(AttributeProto::ints("split", &sizes))
+        };
+        self.nodes.push(node);
+        names
+    }
+
+    /// `[B, S, H*D]`, each head divided by its root mean square, as exporters write it that don't leave it to the attention's node.
+    fn norm(&mut self, from: &str, weight: &str, epsilon: f32, [d, width]: [i64; 2], what: &str) -> String {
+        let [heads, flat] =
+            [(d, "heads"), (width, "width")].map(|(size, of)| self.ints(&[0, -1, size], &format!("{what}_norm_{of}")));
+        let heads = self.add("Reshape", &[from, &heads], &format!("{what}_by_head"));
+        let normed = self.add(
+            "SimplifiedLayerNormalization",
+            &[&heads, weight],
+            &format!("{what}_norm"),
+        );
+        self.attribute(AttributeProto::float("epsilon", epsilon));
+        self.attribute(AttributeProto::int("axis", -1));
+        self.attribute(AttributeProto::int("stash_type", 1));
+        self.add("Reshape", &[&normed, &flat], &format!("{what}_normed"))
     }
 }

@@ -1,7 +1,7 @@
 //! `com.microsoft::GroupQueryAttention`: the operator's own model, so the node converts by adding state.
 //! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
 
-use super::{Rope, Rule, Site, Verdict, copies, probe::Probes};
+use super::{QkNorm, Rope, Rule, Site, Verdict, copies, probe::Probes};
 use crate::{
     graph::GraphView,
     onnx::{AttributeType, DataType, NodeProto},
@@ -20,13 +20,10 @@ mod slot {
     pub const POSITION_IDS: usize = 9;
     pub const ATTENTION_BIAS: usize = 10;
     pub const HEAD_SINK: usize = 11;
-    /// Inputs from here on have no counterpart in the operator.
-    pub const FOREIGN: [(usize, &str); 4] = [
-        (12, "k_scale"),
-        (13, "v_scale"),
-        (14, "q_norm_weight"),
-        (15, "k_norm_weight"),
-    ];
+    /// Scales of a quantised cache: no counterpart in the operator.
+    pub const FOREIGN: [(usize, &str); 2] = [(12, "k_scale"), (13, "v_scale")];
+    pub const Q_NORM_WEIGHT: usize = 14;
+    pub const K_NORM_WEIGHT: usize = 15;
     pub const COUNT: usize = 16;
 }
 
@@ -88,8 +85,12 @@ fn site(view: &GraphView, node: &NodeProto) -> Result<Site, String> {
         ..Default::default()
     };
     site.data_type = cache_is_the_graphs(view, &mut site)?;
+    site.qk_norm = qk_norm(node, &attributes)?;
     activations_agree(view, &site)?;
     site.head_size = head_size(view, &site)?;
+    if site.qk_norm.is_some() && site.head_size.is_none() {
+        return Err("it normalises queries and keys, but nothing in the graph tells the head size".to_owned());
+    }
     site.rope = rope(view, node, &attributes, &mut site)?;
     Ok(site)
 }
@@ -103,6 +104,7 @@ struct Attributes {
     rotary_interleaved: bool,
     local_window_size: i64,
     sliding_window_cache: bool,
+    qk_norm_epsilon: f32,
 }
 
 impl Attributes {
@@ -116,6 +118,7 @@ impl Attributes {
             rotary_interleaved: false,
             local_window_size: -1,
             sliding_window_cache: false,
+            qk_norm_epsilon: 1e-6,
         };
         for attribute in &node.attribute {
             let name = attribute.name();
@@ -147,8 +150,7 @@ impl Attributes {
                 "rotary_interleaved" => a.rotary_interleaved = flag()?,
                 "local_window_size" => a.local_window_size = int()?,
                 "sliding_window_cache" => a.sliding_window_cache = flag()?,
-                // Only matters with q_norm_weight, which is refused on its own.
-                "qk_norm_epsilon" => {}
+                "qk_norm_epsilon" => a.qk_norm_epsilon = float()?,
                 "causal" if int()? == 1 => {}
                 "smooth_softmax" if matches!(int()?, 0 | -1) => {}
                 "qk_output" | "kv_cache_bit_width" if int()? == 0 => {}
@@ -241,6 +243,20 @@ fn inputs_are_understood(node: &NodeProto, attributes: &Attributes) -> Result<()
         return Err("an output (output, present_key or present_value) is absent".to_owned());
     }
     Ok(())
+}
+
+/// Both weights, or none.
+fn qk_norm(node: &NodeProto, attributes: &Attributes) -> Result<Option<QkNorm>, String> {
+    match (node.input(slot::Q_NORM_WEIGHT), node.input(slot::K_NORM_WEIGHT)) {
+        ("", "") => Ok(None),
+        (query, "") => Err(format!("q_norm_weight ({query}) comes without k_norm_weight")),
+        ("", key) => Err(format!("k_norm_weight ({key}) comes without q_norm_weight")),
+        (query, key) => Ok(Some(QkNorm {
+            query: query.to_owned(),
+            key: key.to_owned(),
+            epsilon: attributes.qk_norm_epsilon,
+        })),
+    }
 }
 
 /// The cache comes from the caller and goes back to it, and nobody else looks at it. Gives its element type; where the node sees it
@@ -342,8 +358,14 @@ fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
         DataType::Undefined => site.data_type,
         t => t,
     };
-    for (what, name) in [("query", &site.query), ("head_sink", &site.head_sink)] {
-        if let Some(t) = view.data_type(name).filter(|t| *t != own) {
+    let norm = site.qk_norm.as_ref();
+    for (what, name) in [
+        ("query", Some(&site.query)),
+        ("head_sink", Some(&site.head_sink)),
+        ("q_norm_weight", norm.map(|n| &n.query)),
+        ("k_norm_weight", norm.map(|n| &n.key)),
+    ] {
+        if let (Some(name), Some(t)) = (name, name.and_then(|n| view.data_type(n)).filter(|t| *t != own)) {
             return Err(format!(
                 "{what} ({name}) is {}, its cache is {}",
                 t.label(),
@@ -371,12 +393,21 @@ fn head_size(view: &GraphView, site: &Site) -> Result<Option<i64>, String> {
             .filter(|w| w % heads == 0)
             .map(|w| w / heads)
     };
+    let of_weight = |name: &str| match view.tensor_dims(name) {
+        Some([size]) => Some(*size),
+        _ => None,
+    };
+    let weights = site.qk_norm.iter().flat_map(|norm| [&norm.query, &norm.key]);
     let known = [
         (&site.past_key, of_cache(&site.past_key)),
         (&site.past_value, of_cache(&site.past_value)),
         (&site.query, of_width(&site.query, heads)),
         (&site.output, of_width(&site.output, site.q_heads)),
     ];
+    let known: Vec<_> = known
+        .into_iter()
+        .chain(weights.map(|name| (name, of_weight(name))))
+        .collect();
     let mut size: Option<(i64, &str)> = None;
     for (name, d) in known.iter().filter_map(|(name, d)| Some((name.as_str(), (*d)?))) {
         match size {
@@ -423,7 +454,7 @@ fn rope(view: &GraphView, node: &NodeProto, attributes: &Attributes, site: &mut 
 mod tests {
     use super::*;
     use crate::{
-        onnx::{AttributeProto, GraphProto},
+        onnx::{AttributeProto, GraphProto, TensorProto},
         testing::{gqa_graph, gqa_node_mut},
     };
 
@@ -510,6 +541,35 @@ mod tests {
         );
     }
 
+    #[test]
+    fn norms_of_queries_and_keys_match() {
+        let mut graph = gqa_graph(1);
+        set_input(&mut graph, slot::Q_NORM_WEIGHT, "q_norm");
+        set_input(&mut graph, slot::K_NORM_WEIGHT, "k_norm");
+        let norm = |epsilon: f32| QkNorm {
+            query: "q_norm".into(),
+            key: "k_norm".into(),
+            epsilon,
+        };
+        assert_eq!(look(&graph).unwrap().qk_norm, Some(norm(1e-6)));
+        set_attribute(&mut graph, AttributeProto::float("qk_norm_epsilon", 1e-5));
+        assert_eq!(look(&graph).unwrap().qk_norm, Some(norm(1e-5)));
+        // The weights tell the head size where nothing else does.
+        graph.value_info.clear();
+        for cache in graph.input.iter_mut().filter(|i| i.name().starts_with("past")) {
+            cache.dims_mut().unwrap()[3] = "head_size".into();
+        }
+        let why = look(&graph).expect_err("no head size");
+        assert!(why.contains("nothing in the graph tells the head size"), "{why}");
+        let weight = |name: &str, size: i64| TensorProto::floats(name, &[size], &vec![1.0; size as usize]);
+        graph.initializer.extend([weight("q_norm", 8), weight("k_norm", 8)]);
+        assert_eq!(look(&graph).unwrap().head_size, Some(8));
+        graph.initializer.pop();
+        graph.initializer.push(weight("k_norm", 4));
+        let why = look(&graph).expect_err("two head sizes");
+        assert!(why.contains("q_norm has a head size of 8, but k_norm has 4"), "{why}");
+    }
+
     /// Puts a copy between a graph's cache and the node.
     fn put_behind(graph: &mut GraphProto, op: &str, to: Option<DataType>) {
         let attribute = to.map(|t| AttributeProto::int("to", i64::from(i32::from(t))));
@@ -591,8 +651,8 @@ mod tests {
             (10, "attention_bias"),
             (12, "k_scale"),
             (13, "v_scale"),
-            (14, "q_norm_weight"),
-            (15, "k_norm_weight"),
+            (14, "comes without k_norm_weight"),
+            (15, "comes without q_norm_weight"),
             (16, "more inputs"),
         ] {
             let why = refusal(|g| set_input(g, slot, "extra"));

@@ -108,9 +108,20 @@ pub struct Site {
     /// Head sinks that are no tensor of their own in the source.
     pub sinks: Option<Vec<f32>>,
 
-    // What a single node may have beside it.
+    // What a single node may have beside it or inside.
     /// Values that are nothing but the cache, between the graph's inputs and outputs and the node.
     pub copies: Vec<String>,
+    /// How the node normalises queries and keys before anything else.
+    pub qk_norm: Option<QkNorm>,
+}
+
+/// Root mean square normalisation of every head of queries and keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QkNorm {
+    /// Weights `[D]`, of the queries' type.
+    pub query: String,
+    pub key: String,
+    pub epsilon: f32,
 }
 
 /// How heads are laid out in a value.

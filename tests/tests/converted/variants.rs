@@ -5,7 +5,7 @@ use std::{collections::HashSet, fs};
 
 use prost::Message;
 use retro_export::onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
-use retro_tests::paths;
+use retro_tests::{decoder::Decoder, paths};
 
 use crate::{convert::convert, verify::compared};
 
@@ -27,6 +27,71 @@ fn variant(case: &str, change: impl FnOnce(&mut GraphProto)) -> tempfile::TempDi
 
 fn is_attention(node: &NodeProto) -> bool {
     node.op_type() == "GroupQueryAttention"
+}
+
+fn maker<'a>(graph: &'a GraphProto, name: &str) -> &'a NodeProto {
+    let mut nodes = graph.node.iter();
+    nodes.find(|n| n.output.iter().any(|o| o == name)).expect("a node")
+}
+
+/// Lets the attention normalise queries and keys itself, as onnxruntime-genai writes it for CUDA and WebGPU: inputs 14 and 15.
+fn fuse_norms(graph: &mut GraphProto, packed: bool) {
+    let before = graph.clone();
+    let mut gone = HashSet::new();
+    for node in graph.node.iter_mut().filter(|n| is_attention(n)) {
+        node.input.resize(16, String::new());
+        let mut split = None;
+        for (slot, weight) in [(0, 14), (1, 15)] {
+            let flat = maker(&before, &node.input[slot]);
+            let norm = maker(&before, flat.input(0));
+            let heads = maker(&before, norm.input(0));
+            assert_eq!(norm.op_type(), "SimplifiedLayerNormalization");
+            gone.extend([flat, norm, heads].map(|n| n.output(0).to_owned()));
+            node.input[slot] = heads.input(0).to_owned();
+            node.input[weight] = norm.input(1).to_owned();
+            let epsilon = norm.attribute("epsilon").expect("an epsilon").f();
+            node.attribute.retain(|a| a.name() != "qk_norm_epsilon");
+            node.attribute.push(AttributeProto::float("qk_norm_epsilon", epsilon));
+            split = Some(maker(&before, heads.input(0)));
+        }
+        if packed {
+            let split = split.expect("a Split");
+            assert_eq!(split.op_type(), "Split");
+            gone.insert(split.output(0).to_owned());
+            node.input[0] = split.input(0).to_owned();
+            node.input[1].clear();
+            node.input[2].clear();
+        }
+    }
+    graph.node.retain(|n| !gone.contains(n.output(0)));
+}
+
+/// A prompt and steps of two tokens.
+fn logits(folder: &std::path::Path) -> Vec<f32> {
+    let mut model = Decoder::open(folder, true, 64, 16, true);
+    let tokens: Vec<i64> = (0..30).map(|i| 3 + i * 37 % 200).collect();
+    let mut logits = model.feed(&tokens[..20], 20, Some(-1), None);
+    for t in 20..30 {
+        logits.extend(model.feed(&tokens[t - 1..=t], t + 1, Some(1), None));
+    }
+    logits
+}
+
+/// ONNX Runtime's CPU kernel does not normalise, so the export that has the norm as nodes is the reference.
+#[test]
+fn norms_of_queries_and_keys_inside_the_attention() {
+    let case = "genai-qwen3-fp32-cpu";
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--window", "2", "--budget", "1.0", "--all-logits"];
+    let target = folder.path().join("as-exported");
+    convert(&paths::data("zoo").join(case), &target, &options).expect("it converts");
+    let expected = logits(&target);
+    for packed in [false, true] {
+        let source = variant(case, |graph| fuse_norms(graph, packed));
+        let target = folder.path().join(format!("packed-{packed}"));
+        convert(source.path(), &target, &options).expect("it converts");
+        assert!(logits(&target) == expected, "packed: {packed}");
+    }
 }
 
 fn cast(from: &str, to: &str, data_type: DataType) -> NodeProto {
