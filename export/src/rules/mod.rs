@@ -18,7 +18,7 @@ use crate::{
     onnx::{DataType, GraphProto, ModelProto, NodeProto},
 };
 use retro_contract::Mode;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// A source pattern.
 pub trait Rule: Sync {
@@ -221,8 +221,33 @@ pub fn survey<'a>(model: &ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
         };
         nested(&body, &place, &mut found);
     }
+    refuse_shared_caches(&mut found);
     number_layers(view, &mut found);
     found
+}
+
+/// Layers that read one cache between them: one appends to it, the others have no keys and values of their own. An operator's node
+/// appends to its own cache, so all of them stay.
+fn refuse_shared_caches(found: &mut [Attention]) {
+    let mut times: HashMap<String, usize> = HashMap::new();
+    for site in found.iter().filter_map(|a| a.found.as_ref().ok()) {
+        let caches: HashSet<&String> = [&site.past_key, &site.past_value].into_iter().collect();
+        for cache in caches {
+            *times.entry(cache.clone()).or_default() += 1;
+        }
+    }
+    let why = |site: &Site| {
+        let mut caches = [&site.past_key, &site.past_value].into_iter();
+        let (cache, layers) = caches.find_map(|cache| Some((cache, times.get(cache).filter(|n| **n > 1)?)))?;
+        Some(format!(
+            "{layers} layers share the cache {cache}; layers without a cache of their own are not supported by this version"
+        ))
+    };
+    for attention in found {
+        if let Some(why) = attention.found.as_ref().ok().and_then(|site| why(site)) {
+            attention.found = Err(why);
+        }
+    }
 }
 
 /// Attentions of a subgraph: named, and left alone.
@@ -287,6 +312,38 @@ mod tests {
         assert_eq!(layer_in("past_key"), None);
         assert_eq!(layer_in("past.0.block.1"), None);
         assert_eq!(layer_in("past.99999999999999999999999"), None);
+    }
+
+    #[test]
+    fn layers_that_share_a_cache_are_refused_together() {
+        let attention = |key: &str, value: &str| Attention {
+            layer: 0,
+            node: None,
+            name: String::new(),
+            op_type: String::new(),
+            rule: None,
+            found: Ok(Box::new(Site {
+                past_key: key.into(),
+                past_value: value.into(),
+                ..Default::default()
+            })),
+            takes_tokens_again: false,
+        };
+        let mut found = vec![
+            attention("k0", "v0"),
+            attention("k1", "v1"),
+            attention("k0", "v0"),
+            attention("k2", "v1"),
+            attention("k3", "k3"),
+        ];
+        refuse_shared_caches(&mut found);
+        let said: Vec<_> = found.iter().map(|a| a.found.as_ref().err()).collect();
+        let why = said[0].expect("refused");
+        assert!(why.contains("2 layers share the cache k0"), "{why}");
+        assert_eq!(said[2], Some(why), "one reason, so that a summary has it once");
+        assert!(said[1].is_some_and(|why| why.contains("the cache v1")), "{said:?}");
+        assert_eq!(said[3], said[1]);
+        assert_eq!(said[4], None);
     }
 
     #[test]

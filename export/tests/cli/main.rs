@@ -5,5 +5,6 @@ mod hostile;
 mod interrupted;
 mod output;
 mod proof;
+mod shared;
 mod support;
 mod zoo;
