@@ -1,5 +1,5 @@
 //! Attention of one node: the operator's takes its place, with the nodes around it that do what the operator doesn't. These are the
-//! normalisation of queries and keys, and casts where the graph's cache has another type than the source's node has. The
+//! normalisation of queries and keys, sinks that are no tensor, and casts where the graph's cache has another type than the source's node has. The
 //! operator then computes in the cache's type, so that the graph's inputs and outputs stay what they are.
 
 use super::{names::Fresh, replace, spelled::Company};
@@ -44,7 +44,8 @@ pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &S
 }
 
 fn needs_company(site: &Site) -> bool {
-    site.replaces.is_none() && (site.qk_norm.is_some() || own_type(site) != site.data_type)
+    let more = site.qk_norm.is_some() || site.sinks.is_some();
+    site.replaces.is_none() && (more || own_type(site) != site.data_type)
 }
 
 /// The type that the source's node computes in.
@@ -99,6 +100,9 @@ impl Maker {
                 }
             }
             own.output = company.name("output");
+        }
+        if let Some(sinks) = &site.sinks {
+            own.head_sink = company.numbers(sinks, to, "head_sink");
         }
         let conversion = Conversion {
             site: &own,

@@ -215,7 +215,7 @@ impl Company<'_> {
         name
     }
 
-    fn numbers(&mut self, values: &[f32], data_type: DataType, what: &str) -> String {
+    pub fn numbers(&mut self, values: &[f32], data_type: DataType, what: &str) -> String {
         let name = self.name(what);
         let raw: Bytes = match data_type {
             DataType::Float16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),

@@ -86,6 +86,10 @@ fn site(view: &GraphView, node: &NodeProto) -> Result<Site, String> {
     };
     site.data_type = cache_is_the_graphs(view, &mut site)?;
     site.qk_norm = qk_norm(node, &attributes)?;
+    if attributes.smooth_softmax && site.head_sink.is_empty() {
+        // One more in every denominator: what a sink of 0 adds.
+        site.sinks = Some(vec![0.0; usize::try_from(site.q_heads).unwrap_or_default()]);
+    }
     activations_agree(view, &site)?;
     site.head_size = head_size(view, &site)?;
     if site.qk_norm.is_some() && site.head_size.is_none() {
@@ -105,6 +109,7 @@ struct Attributes {
     local_window_size: i64,
     sliding_window_cache: bool,
     qk_norm_epsilon: f32,
+    smooth_softmax: bool,
 }
 
 impl Attributes {
@@ -119,6 +124,7 @@ impl Attributes {
             local_window_size: -1,
             sliding_window_cache: false,
             qk_norm_epsilon: 1e-6,
+            smooth_softmax: false,
         };
         for attribute in &node.attribute {
             let name = attribute.name();
@@ -152,7 +158,7 @@ impl Attributes {
                 "sliding_window_cache" => a.sliding_window_cache = flag()?,
                 "qk_norm_epsilon" => a.qk_norm_epsilon = float()?,
                 "causal" if int()? == 1 => {}
-                "smooth_softmax" if matches!(int()?, 0 | -1) => {}
+                "smooth_softmax" if matches!(int()?, -1..=1) => a.smooth_softmax = int()? == 1,
                 "qk_output" | "kv_cache_bit_width" if int()? == 0 => {}
                 "k_quant_type" | "v_quant_type" if attribute.s() == b"NONE".as_slice() => {}
                 _ => {
@@ -570,6 +576,16 @@ mod tests {
         assert!(why.contains("q_norm has a head size of 8, but k_norm has 4"), "{why}");
     }
 
+    #[test]
+    fn a_smooth_softmax_is_a_sink_of_0_unless_sinks_are_given() {
+        let mut graph = gqa_graph(1);
+        set_attribute(&mut graph, AttributeProto::int("smooth_softmax", 1));
+        assert_eq!(look(&graph).unwrap().sinks, Some(vec![0.0; 4]));
+        set_input(&mut graph, slot::HEAD_SINK, "sink");
+        let site = look(&graph).unwrap();
+        assert_eq!((site.head_sink.as_str(), site.sinks), ("sink", None));
+    }
+
     /// Puts a copy between a graph's cache and the node.
     fn put_behind(graph: &mut GraphProto, op: &str, to: Option<DataType>) {
         let attribute = to.map(|t| AttributeProto::int("to", i64::from(i32::from(t))));
@@ -672,7 +688,7 @@ mod tests {
     #[test]
     fn every_attribute_without_a_counterpart_is_refused_with_its_value() {
         for (attribute, what) in [
-            (AttributeProto::int("smooth_softmax", 1), "smooth_softmax = 1"),
+            (AttributeProto::int("smooth_softmax", 2), "smooth_softmax = 2"),
             (AttributeProto::int("causal", 0), "causal = 0"),
             (AttributeProto::int("qk_output", 2), "qk_output = 2"),
             (AttributeProto::int("kv_cache_bit_width", 8), "kv_cache_bit_width = 8"),

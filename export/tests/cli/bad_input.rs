@@ -155,17 +155,17 @@ fn a_model_that_converts_in_part_needs_to_be_asked() {
         .rfind(|n| n.op_type() == "GroupQueryAttention")
         .unwrap();
     node.attribute
-        .push(retro_export::onnx::AttributeProto::int("smooth_softmax", 1));
+        .push(retro_export::onnx::AttributeProto::int("qk_output", 1));
     write_model(&model, &path, true).unwrap();
     let target = folder.path().join("out");
     let error = refused(&copy, &target);
     assert!(
-        error.contains("1 of 2") && error.contains("smooth_softmax = 1") && error.contains("--partial"),
+        error.contains("1 of 2") && error.contains("qk_output = 1") && error.contains("--partial"),
         "{error}"
     );
     let args = [&copy, Path::new("-o"), &target, Path::new("--partial")];
     let report = crate::support::convert(&args.map(Path::as_os_str));
-    assert!(report.contains("kept: attribute smooth_softmax = 1"), "{report}");
+    assert!(report.contains("kept: attribute qk_output = 1"), "{report}");
     assert_eq!(
         read_model(&target.join("model.onnx"))
             .unwrap()

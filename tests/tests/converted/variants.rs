@@ -94,6 +94,17 @@ fn norms_of_queries_and_keys_inside_the_attention() {
     }
 }
 
+/// One more in every denominator.
+#[test]
+fn a_smooth_softmax() {
+    let source = variant("genai-llama-fp32-cpu", |graph| {
+        for node in graph.node.iter_mut().filter(|n| is_attention(n)) {
+            node.attribute.push(AttributeProto::int("smooth_softmax", 1));
+        }
+    });
+    compared(&source.path().join("model.onnx"));
+}
+
 fn cast(from: &str, to: &str, data_type: DataType) -> NodeProto {
     let attribute = AttributeProto::int("to", i64::from(i32::from(data_type)));
     NodeProto::new("", "Cast", &format!("cast_to_{to}"), &[from], &[to]).with(attribute)
