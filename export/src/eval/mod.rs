@@ -124,7 +124,9 @@ impl<'a> Program<'a> {
             env.values.entry(name).or_insert_with(|| value.clone());
         }
         for node in self.order.iter().filter_map(|i| self.view.graph.node.get(*i)) {
-            self.step(node, &mut env, None);
+            if !(node.is("", "Constant") && env.values.contains_key(node.output(0))) {
+                self.step(node, &mut env, None);
+            }
         }
         env
     }
@@ -370,5 +372,12 @@ fn constants<'a>(view: &GraphView<'a>, folder: Option<PathBuf>) -> HashMap<&'a s
         let tensor = Tensor::constant(t, limit(t), folder.as_deref())?;
         Some((t.name(), Rc::new(tensor)))
     };
-    view.graph.initializer.iter().filter_map(read).collect()
+    let initializers = view.graph.initializer.iter().filter_map(read);
+    // Masks of all positions may stand in nodes; each run would make them anew.
+    let nodes = view.graph.node.iter().filter(|n| n.is("", "Constant"));
+    let nodes = nodes.filter_map(|node| {
+        let tensor = ops::evaluate(node, &[], view.opset).ok()?.pop()??;
+        Some((node.output(0), Rc::new(tensor)))
+    });
+    nodes.chain(initializers).collect()
 }

@@ -529,7 +529,7 @@ fn gather(call: &Call) -> Result<Tensor, String> {
             let id = usize::try_from(id)
                 .ok()
                 .filter(|i| (*i as i64) < d)
-                .ok_or_else(|| format!("index {id} of {d}"))?;
+                .ok_or_else(|| format!("index {id} of {d} is out of range"))?;
             let from = (outer * t.shape[axis] + id) * inner;
             out.extend_from_slice(data.get(from..from + inner).ok_or("an index is out of range")?);
         }
@@ -561,7 +561,7 @@ fn gather_nd(call: &Call) -> Result<Tensor, String> {
             let d = t.shape[batch + axis] as i64;
             let id = if *id < 0 { id + d } else { *id };
             if !(0..d).contains(&id) {
-                return Err(format!("index {id} of {d}"));
+                return Err(format!("index {id} of {d} is out of range"));
             }
             from += id as usize * own[batch + axis];
         }
@@ -622,7 +622,7 @@ fn scatter_nd(call: &Call) -> Result<Tensor, String> {
             let d = t.shape[axis] as i64;
             let id = if *id < 0 { id + d } else { *id };
             if !(0..d).contains(&id) {
-                return Err(format!("index {id} of {d}"));
+                return Err(format!("index {id} of {d} is out of range"));
             }
             to += id as usize * own[axis];
         }
