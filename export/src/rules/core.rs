@@ -9,6 +9,7 @@ use super::{
     Layout, Lengths, Rope, Site, copies,
     mask::{self, Bias, Mask},
     probe::{Probes, Setting, noise},
+    steady::others_are_steady,
 };
 use crate::{
     eval::{Env, Tensor, fused_scores, reads},
@@ -283,7 +284,8 @@ fn outer_cache<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Cache<'a>, St
     })
 }
 
-/// A value and those before it, as long as each is made from one value that depends on tokens: rearranged or scaled.
+/// A value and those before it, as long as each is made from one value that depends on tokens, and in the same way in every
+/// call: rearranged or scaled, but not by what depends on the position.
 fn chain<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
     let program = probes.program();
     let mut names = vec![from];
@@ -294,6 +296,9 @@ fn chain<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
         let (Some(one), None) = (data.next(), data.next()) else {
             break;
         };
+        if !others_are_steady(probes, node, one) {
+            break;
+        }
         name = one;
         names.push(name);
     }
@@ -901,7 +906,6 @@ fn outputs<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
         "Mul",
         "Dropout",
     ];
-    let program = probes.program();
     let mut names = vec![from];
     let mut name = from;
     while names.len() < 16 && !probes.view.is_output(name) {
@@ -910,12 +914,7 @@ fn outputs<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
             break;
         };
         let keeps = node.op_domain().is_empty() && KEEPS.contains(&node.op_type());
-        let others = node
-            .input
-            .iter()
-            .filter(|i| i.as_str() != name)
-            .any(|i| program.is_data(i));
-        if !keeps || others || node.output(0).is_empty() {
+        if !keeps || !others_are_steady(probes, node, name) || node.output(0).is_empty() {
             break;
         }
         name = node.output(0);

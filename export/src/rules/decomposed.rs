@@ -323,6 +323,48 @@ mod tests {
         assert!(why.contains("go into 2 products"), "{why}");
     }
 
+    /// A factor that is 1 for the first 50 positions, and 2 from there on.
+    const HOTTER: [(&str, &[&str], &str); 2] = [
+        ("Less", &["queries_down", "fifty"], "early"),
+        ("Where", &["early", "once", "twice"], "heat"),
+    ];
+
+    /// Causal attention; `change` puts the factor in.
+    fn heated(more: &[(&str, &[&str], &str)], change: impl FnOnce(&mut GraphProto)) -> Result<Site, String> {
+        let mut between = [&[SCALED][..], &CAUSAL, &HOTTER, more].concat();
+        if !more.iter().any(|(_, _, output)| *output == "masked") {
+            between.push(("Add", &["scaled", "plane"], "masked"));
+        }
+        between.push(SOFTMAX);
+        let mut graph = graph(&between);
+        graph.initializer.push(TensorProto::int64s("fifty", &[], &[50]));
+        graph.initializer.push(TensorProto::floats("once", &[], &[1.0]));
+        change(&mut graph);
+        looked(&Decomposed, &graph)
+    }
+
+    fn reads_instead(graph: &mut GraphProto, output: &str, new: &str) {
+        let node = graph.node.iter_mut().find(|n| n.output(0) == output);
+        node.expect("the node").input[0] = new.into();
+    }
+
+    #[test]
+    fn a_factor_of_the_position_stays_outside() {
+        let hot = ("Mul", &["q_heads", "heat"][..], "q_hot");
+        let site = heated(&[hot], |graph| reads_instead(graph, "dots", "q_hot")).unwrap();
+        assert_eq!((site.query.as_str(), site.query_layout), ("q_hot", Layout::Heads));
+        let hot = ("Mul", &["mixed", "heat"][..], "mixed_hot");
+        let site = heated(&[hot], |graph| reads_instead(graph, "mixed_tokens", "mixed_hot")).unwrap();
+        assert_eq!((site.output.as_str(), site.output_layout), ("mixed", Layout::Heads));
+    }
+
+    #[test]
+    fn a_factor_of_the_position_on_kept_keys_is_refused() {
+        let hot = ("Mul", &["present.0.key", "heat"][..], "keys_hot");
+        let why = heated(&[hot], |graph| reads_instead(graph, "k_turned", "keys_hot")).expect_err("hot keys");
+        assert!(why.contains("its keys (keys_hot, by Mul) are not a cache"), "{why}");
+    }
+
     #[test]
     fn a_graph_without_a_cache_is_refused() {
         let between = [

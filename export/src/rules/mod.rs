@@ -10,6 +10,7 @@ mod mha;
 mod onnx_attention;
 mod other;
 mod probe;
+mod steady;
 
 pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
 

@@ -96,6 +96,8 @@ cases! {
     dynamo_llama_eager: "dynamo-llama-eager-op18" converts("decomposed", FULL, 1e-4, 1e-4);
     dynamo_llama_sdpa: "dynamo-llama-sdpa-op18" converts("decomposed", FULL, 1e-4, 1e-4);
     dynamo_llama_opset_23: "dynamo-llama-sdpa-op23" converts("attention", FULL, 1e-4, 1e-4);
+    // Queries are scaled by a factor of their position.
+    dynamo_ministral3: "dynamo-ministral3" converts("decomposed", FULL, 1e-4, 1e-4);
     f16_conversion: "fp16conv-llama-fp16io" converts("decomposed", FULL, 4e-2, 4e-2);
     // Caches stay float32, as transformers.js has its models: a Cast before and after each.
     f16_conversion_that_keeps_io_types: "fp16conv-llama-fp32io" converts("decomposed", FULL, 4e-2, 4e-2);

@@ -1,0 +1,150 @@
+//! Whether a value is the same in every call: whatever tokens, how many, after how many, with what padding.
+//!
+//! A factor that grows with the position may be 1 in all small calls, so trying is not enough: such a value must be made from
+//! constants and from sizes that don't change, a head's for instance.
+
+use super::probe::{Probes, Setting};
+use crate::{graph::subgraphs, onnx::NodeProto};
+use std::collections::HashSet;
+
+/// Calls that differ in every size that a call has: sequences, tokens, past tokens, all tokens.
+const DIFFERENT: [Setting; 2] = [Setting::new(1, 1, 3, 0), Setting::new(2, 3, 0, 0)];
+const MAX_STEPS: usize = 512;
+/// Operators that hand sizes on as they are.
+const HAND_ON: [&str; 9] = [
+    "Identity",
+    "Cast",
+    "Gather",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+    "Concat",
+    "Reshape",
+    "Split",
+];
+
+/// Whether all that a node reads, but for `data`, is steady. Shapes that it is brought into don't change its numbers.
+pub fn others_are_steady(probes: &Probes, node: &NodeProto, data: &str) -> bool {
+    let shape_only = |slot: usize| slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"));
+    let mut inputs = node.input.iter().map(String::as_str).enumerate();
+    inputs.all(|(slot, name)| name == data || shape_only(slot) || is_steady(probes, name))
+}
+
+/// Whether a value is the same in every call.
+pub fn is_steady(probes: &Probes, name: &str) -> bool {
+    let view = probes.view;
+    let mut seen = HashSet::new();
+    let mut open = vec![name];
+    while let Some(name) = open.pop() {
+        if name.is_empty() || view.initializer(name).is_some() || !seen.insert(name) {
+            continue;
+        }
+        let Some(node) = view.producer(name) else { return false };
+        if seen.len() > MAX_STEPS || subgraphs(node).next().is_some() {
+            return false;
+        }
+        if is_sizes(probes, name) && is_same(probes, name) {
+            continue;
+        }
+        if reads_shape(node) {
+            return false;
+        }
+        open.extend(node.input.iter().map(String::as_str));
+    }
+    true
+}
+
+fn reads_shape(node: &NodeProto) -> bool {
+    node.is("", "Shape") || node.is("", "Size")
+}
+
+/// Whether a value is made of sizes and constants, each as it is.
+fn is_sizes(probes: &Probes, name: &str) -> bool {
+    let view = probes.view;
+    let mut open = vec![name];
+    let mut steps = 0;
+    while let Some(name) = open.pop() {
+        steps += 1;
+        if name.is_empty() || view.initializer(name).is_some() {
+            continue;
+        }
+        match view.producer(name) {
+            _ if steps > MAX_STEPS => return false,
+            Some(node) if reads_shape(node) || node.is("", "Constant") => {}
+            Some(node) if node.op_domain().is_empty() && HAND_ON.contains(&node.op_type()) => {
+                open.extend(node.input.iter().map(String::as_str));
+            }
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// Whether a value has the same numbers in calls that have no size in common.
+fn is_same(probes: &Probes, name: &str) -> bool {
+    let numbers = DIFFERENT.map(|z| probes.run(z).ok().and_then(|env| env.get(name)?.data.clone()));
+    matches!(numbers, [Some(a), Some(b)] if a == b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        graph::GraphView,
+        onnx::{AttributeProto, DataType, TensorProto},
+        testing::projected,
+    };
+
+    #[test]
+    fn sizes_of_heads_are_steady_and_positions_are_not() {
+        let mut graph = projected(2, 2);
+        for (name, value) in [("zero", 0), ("one", 1), ("two", 2)] {
+            graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
+        }
+        for (op, inputs, output) in [
+            ("Shape", &["q"][..], "shape"),
+            ("Gather", &["shape", "two"], "width"),
+            ("Gather", &["shape", "one"], "fed"),
+            ("Cast", &["width"], "width_f"),
+            ("Sqrt", &["width_f"], "root"),
+            ("Shape", &["attention_mask"], "mask_shape"),
+            ("Gather", &["mask_shape", "one"], "total"),
+            ("Sub", &["total", "fed"], "past"),
+            ("Range", &["past", "total", "one"], "positions"),
+            ("Mul", &["positions", "zero"], "nothing"),
+        ] {
+            let mut node = NodeProto::new("", op, output, inputs, &[output]);
+            if op == "Cast" {
+                let float = i64::from(i32::from(DataType::Float));
+                node.attribute.push(AttributeProto::int("to", float));
+            }
+            graph.node.push(node);
+        }
+        let view = GraphView::new(&graph, 23);
+        let probes = Probes::new(&view, None);
+        for name in ["one", "width", "root", "wq", ""] {
+            assert!(is_steady(&probes, name), "{name}");
+        }
+        // The last is 0 always, but that doesn't show in how it is made.
+        for name in ["shape", "fed", "positions", "attention_mask", "q", "past", "nothing"] {
+            assert!(!is_steady(&probes, name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_shape_of_a_reshape_may_change_and_a_factor_may_not() {
+        let mut graph = projected(2, 2);
+        graph
+            .node
+            .push(NodeProto::new("", "Shape", "s", &["inputs_embeds"], &["shape"]));
+        graph
+            .node
+            .push(NodeProto::new("", "Reshape", "r", &["q", "shape"], &["a"]));
+        graph.node.push(NodeProto::new("", "Mul", "m", &["q", "shape"], &["b"]));
+        graph.node.push(NodeProto::new("", "Mul", "w", &["q", "wq"], &["c"]));
+        let view = GraphView::new(&graph, 23);
+        let probes = Probes::new(&view, None);
+        let steady = |made: &str| view.producer(made).map(|n| others_are_steady(&probes, n, "q"));
+        assert_eq!(["a", "b", "c"].map(steady), [Some(true), Some(false), Some(true)]);
+    }
+}
