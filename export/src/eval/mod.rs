@@ -45,6 +45,11 @@ impl<'a> Env<'a> {
         self.values.insert(name, Rc::new(value));
     }
 
+    /// Numbers that the run computed.
+    pub fn spent(&self) -> usize {
+        self.spent
+    }
+
     /// # Errors
     /// Why the value is not known.
     pub fn need(&self, name: &str) -> Result<&Rc<Tensor>, String> {

@@ -8,6 +8,7 @@
 use super::{
     Layout, Lengths, Rope, Site, copies,
     mask::{self, Bias, Mask},
+    mentioned::Mentioned,
     probe::{Probes, Setting, noise},
     steady::others_are_steady,
 };
@@ -445,6 +446,7 @@ fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
                     return env.need(name).map(|_| Bias {
                         data: Vec::new(),
                         heads: 0,
+                        gain: None,
                     });
                 }
             }
@@ -452,6 +454,7 @@ fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
             Ok(Bias {
                 data: scores.bias,
                 heads: scores.shape[1],
+                gain: None,
             })
         }
         Scores::Spelled { product, masked } => {
@@ -460,8 +463,11 @@ fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
             if n > 1 << 23 {
                 return Err(format!("{n} scores are more than are looked at"));
             }
-            let nothing = Tensor::new(shape, DataType::Float, vec![0.0; n]);
-            let tried = probes.program().plant(&env, vec![(product, nothing)], &[masked]);
+            let scored = |x: f64| {
+                let scores = Tensor::new(shape.clone(), DataType::Float, vec![x; n]);
+                probes.program().plant(&env, vec![(product, scores)], &[masked])
+            };
+            let tried = scored(0.0);
             let got = tried
                 .get(masked)
                 .or_else(|| env.get(masked))
@@ -477,62 +483,31 @@ fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
             if data.len() != n || rows == 0 || !n.is_multiple_of(rows) {
                 return Err(format!("{masked} has shape {:?}", got.shape));
             }
-            Ok(Bias { data, heads: n / rows })
+            let gain = if z.b == 1 && z.pad == 0 {
+                let ones = scored(1.0).get(masked).and_then(|t| t.data.clone());
+                mask::gain(&data, &ones.unwrap_or_default())
+            } else {
+                None
+            };
+            Ok(Bias {
+                data,
+                heads: n / rows,
+                gain,
+            })
         }
     }
 }
 
 fn find_mask(probes: &Probes, core: &Core) -> Result<Mask, String> {
-    let constants = mentioned(probes, core);
-    if constants.len() > MAX_CONSTANTS {
+    let mentioned = Mentioned::find(probes, core);
+    let most = mentioned.numbers.len().max(mentioned.sizes.len());
+    if most > MAX_CONSTANTS {
         return Err(format!(
-            "what computes its mask mentions {} numbers, too many to try each as a window",
-            constants.len()
+            "what computes its mask mentions {most} numbers, too many to try each as a window"
         ));
     }
-    mask::classify(&|z| bias_of(probes, core, z), &constants)
-}
-
-/// Integers in what computes the mask.
-fn mentioned(probes: &Probes, core: &Core) -> Vec<usize> {
-    let program = probes.program();
-    let mut open: Vec<&str> = match core.scores {
-        Scores::Spelled { masked, .. } => vec![masked],
-        Scores::Fused(node) => node.input.iter().skip(3).map(String::as_str).collect(),
-    };
-    let mut seen: HashSet<&str> = HashSet::new();
-    let mut found = HashSet::new();
-    let mut take = |t: &Tensor| {
-        if let Some(data) = t.data.as_ref().filter(|d| d.len() <= 8) {
-            found.extend(
-                data.iter()
-                    .filter(|x| x.fract() == 0.0 && (2.0..=1e6).contains(&x.abs()))
-                    .map(|x| x.abs() as usize),
-            );
-        }
-    };
-    while let Some(name) = open.pop() {
-        if name.is_empty() || !seen.insert(name) || seen.len() > 20_000 {
-            continue;
-        }
-        if let Some(constant) = program.constant(name) {
-            take(constant);
-        }
-        let Some(node) = probes.view.producer(name) else {
-            continue;
-        };
-        if node.is("", "Constant") {
-            if let Some(t) = probes.run(FIRST[1]).ok().and_then(|env| env.get(name).cloned()) {
-                take(&t);
-            }
-        } else if matches!(core.scores, Scores::Spelled { product, .. } if product == name) || node.is("", "Shape") {
-            continue;
-        }
-        open.extend(reads(node));
-    }
-    let mut found: Vec<usize> = found.into_iter().collect();
-    found.sort_unstable();
-    found
+    let bias = |z| bias_of(probes, core, z);
+    mask::classify(&bias, &mentioned.numbers, &mentioned.far(probes))
 }
 
 /// One logit per query head.

@@ -323,6 +323,44 @@ mod tests {
         assert!(why.contains("go into 2 products"), "{why}");
     }
 
+    /// Masked by a table of all positions by all positions, as it is made ahead and sliced in each call.
+    fn tabled(size: usize, sees: impl Fn(usize, usize) -> bool) -> Result<Site, String> {
+        let mut graph = graph(
+            &[
+                &[
+                    SCALED,
+                    ("Reshape", &["past", "list"], "from"),
+                    ("Reshape", &["total", "list"], "to"),
+                    ("Slice", &["table", "from", "to", "second"], "rows"),
+                    ("Slice", &["rows", "start", "to", "third"], "part"),
+                    ("Cast", &["part"], "allowed"),
+                    ("Where", &["allowed", "scaled", "hide"], "masked"),
+                ][..],
+                &[SOFTMAX],
+            ]
+            .concat(),
+        );
+        for (name, value) in [("list", -1), ("start", 0), ("second", 2), ("third", 3)] {
+            graph.initializer.push(TensorProto::int64s(name, &[1], &[value]));
+        }
+        let cells = (0..size * size).map(|at| f32::from(u8::from(sees(at / size, at % size))));
+        let (dims, cells) = ([1, 1, size as i64, size as i64], cells.collect::<Vec<_>>());
+        graph.initializer.push(TensorProto::floats("table", &dims, &cells));
+        looked(&Decomposed, &graph)
+    }
+
+    #[test]
+    fn a_window_inside_a_table_is_found() {
+        for (size, window) in [(128, 40), (300, 256), (50, 49), (128, 127)] {
+            let site = tabled(size, |i, j| j <= i && i - j < window).unwrap();
+            assert_eq!(site.local_window_size, window as i64, "of {size}");
+        }
+        let site = tabled(128, |i, j| j <= i).unwrap();
+        assert_eq!(site.local_window_size, -1);
+        let why = tabled(128, |i, j| j <= i && i / 40 == j / 40).expect_err("chunks");
+        assert!(why.contains("neither causal nor a sliding window"), "{why}");
+    }
+
     /// A factor that is 1 for the first 50 positions, and 2 from there on.
     const HOTTER: [(&str, &[&str], &str); 2] = [
         ("Less", &["queries_down", "fifty"], "early"),
@@ -359,7 +397,13 @@ mod tests {
     }
 
     #[test]
-    fn a_factor_of_the_position_on_kept_keys_is_refused() {
+    fn a_factor_of_the_position_on_scores_or_kept_keys_is_refused() {
+        let hot = [
+            ("Mul", &["scaled", "heat"][..], "hot"),
+            ("Add", &["hot", "plane"], "masked"),
+        ];
+        let why = heated(&hot, |_| {}).expect_err("hot scores");
+        assert!(why.contains("its scores are multiplied with 1 where others"), "{why}");
         let hot = ("Mul", &["present.0.key", "heat"][..], "keys_hot");
         let why = heated(&[hot], |graph| reads_instead(graph, "k_turned", "keys_hot")).expect_err("hot keys");
         assert!(why.contains("its keys (keys_hot, by Mul) are not a cache"), "{why}");

@@ -10,6 +10,32 @@ pub struct Bias {
     /// `[B, Hq, S, T]`.
     pub data: Vec<f64>,
     pub heads: usize,
+    /// The least and the most that scores are multiplied with on the way, where that is known.
+    pub gain: Option<[f64; 2]>,
+}
+
+/// The least and the most that a score of 1 becomes more than one of 0, where tokens are seen. `data`: of scores that are 0,
+/// `ones`: of scores that are 1.
+pub fn gain(data: &[f64], ones: &[f64]) -> Option<[f64; 2]> {
+    let seen = data.iter().zip(ones).filter(|(x, _)| **x > MASKED);
+    let wider = |range: Option<[f64; 2]>, g: f64| Some(range.map_or([g, g], |[a, b]| [a.min(g), b.max(g)]));
+    seen.map(|(x, one)| one - x).fold(None, wider)
+}
+
+/// All scores must be multiplied with the same number.
+fn only_one_factor(calls: &[(Setting, Bias)]) -> Result<(), String> {
+    let mut known: Option<f64> = None;
+    for (z, gains) in calls.iter().filter_map(|(z, b)| Some((z, b.gain?))) {
+        let first = *known.get_or_insert(gains[0]);
+        let differs = |g: &&f64| (**g - first).abs() > 1e-5 * first.abs().max(g.abs());
+        if let Some(other) = gains.iter().find(differs) {
+            return Err(format!(
+                "with {z}, its scores are multiplied with {other} where others are with {first}: the operator has one factor \
+                 for all heads and positions"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// A mask that the operator can do.
@@ -27,11 +53,16 @@ impl Mask {
     }
 }
 
-/// Finds the mask that `bias` makes. `constants`: integers that the mask's computation mentions: one may be the window.
+/// Finds the mask that `bias` makes. `constants`: integers that the mask's computation mentions: one may be the window. `far`:
+/// past tokens of further calls that may show one.
 ///
 /// # Errors
 /// It is none that the operator can do; or it can't be computed.
-pub fn classify(bias: &dyn Fn(Setting) -> Result<Bias, String>, constants: &[usize]) -> Result<Mask, String> {
+pub fn classify(
+    bias: &dyn Fn(Setting) -> Result<Bias, String>,
+    constants: &[usize],
+    far: &[usize],
+) -> Result<Mask, String> {
     let small = [
         Setting::new(1, 4, 0, 0),
         Setting::new(1, 3, 5, 0),
@@ -75,20 +106,24 @@ pub fn classify(bias: &dyn Fn(Setting) -> Result<Bias, String>, constants: &[usi
         return Err(explain(&plain));
     }
     // Each mentioned number may bound something: look right behind it. One call of one token tells enough.
-    let mut far = Vec::new();
-    for c in constants.iter().filter(|c| **c > 4) {
-        let z = Setting::new(1, 1, c + 2, 0);
-        match bias(z) {
-            Ok(found) => far.push((z, found)),
-            // The model itself can't be called with so many tokens.
-            Err(why) if why.contains("do not go together") || why.contains("out of range") => {}
-            Err(why) => return Err(format!("its mask is not understood at {z}: {why}")),
-        }
+    let behind = constants.iter().filter(|c| **c > 4).map(|c| c + 2);
+    let mut calls = distant(bias, behind, &BEYOND)?;
+    calls.extend(distant(bias, far.iter().copied(), &UNSEEN)?);
+    windows.extend(calls.iter().filter_map(|(z, bias)| read_window(*z, bias)).map(Some));
+    windows.retain(|w| fits(*w, &plain, false) && fits(*w, &calls, false));
+    // What looks like a window from afar is one from nearby too.
+    if let Some(Some(w)) = windows.first().copied().filter(|w| w.is_some_and(|w| w > 9)) {
+        calls.extend(distant(bias, [w - 1, w, w + w / 2 + 1].into_iter(), &UNSEEN)?);
+        windows.retain(|w| fits(*w, &calls, false));
     }
-    windows.retain(|w| fits(*w, &far, false));
     let Some(window) = windows.first().copied() else {
-        return Err(explain(&far));
+        return Err(explain(&calls));
     };
+    for (z, bias) in &calls {
+        only_masks(*z, bias)?;
+    }
+    let calls: Vec<_> = plain.into_iter().chain(calls).collect();
+    only_one_factor(&calls)?;
     let padded = biases(&padded)?;
     let choices = [true, false];
     let padding = choices.into_iter().find(|padding| fits(window, &padded, *padding));
@@ -99,6 +134,34 @@ pub fn classify(bias: &dyn Fn(Setting) -> Result<Bias, String>, constants: &[usi
         )
     })?;
     Ok(Mask { window, padding })
+}
+
+/// What says that the model itself can't be called with so many tokens.
+const BEYOND: [&str; 2] = ["do not go together", "out of range"];
+/// The same, or that a call is too large to be looked at.
+const UNSEEN: [&str; 4] = [BEYOND[0], BEYOND[1], "looked at", "depends on more than"];
+
+/// Calls of one token after so many others. Those that fail with one of the `excused` reasons are left out.
+fn distant(
+    bias: &dyn Fn(Setting) -> Result<Bias, String>,
+    pasts: impl Iterator<Item = usize>,
+    excused: &[&str],
+) -> Result<Vec<(Setting, Bias)>, String> {
+    let mut found = Vec::new();
+    for z in pasts.map(|past| Setting::new(1, 1, past, 0)) {
+        match bias(z) {
+            Ok(bias) => found.push((z, bias)),
+            Err(why) if excused.iter().any(|e| why.contains(e)) => {}
+            Err(why) => return Err(format!("its mask is not understood at {z}: {why}")),
+        }
+    }
+    Ok(found)
+}
+
+/// How many tokens the one token of a call sees, if not all.
+fn read_window(z: Setting, bias: &Bias) -> Option<usize> {
+    let first = bias.data.iter().take(z.total()).position(|x| *x > MASKED)?;
+    (first > 0).then(|| z.total() - first)
 }
 
 /// The first query and key where a bias differs from a mask. Rows of padding don't count.
@@ -188,7 +251,11 @@ mod tests {
                     }
                 }
             }
-            Ok(Bias { data, heads: 2 })
+            Ok(Bias {
+                data,
+                heads: 2,
+                gain: None,
+            })
         }
     }
 
@@ -200,7 +267,7 @@ mod tests {
     fn causal_sliding_and_padded_masks_are_told_apart() {
         let causal = made(|_, _, i, j| hide(j <= i));
         assert_eq!(
-            classify(&causal, &[]),
+            classify(&causal, &[], &[]),
             Ok(Mask {
                 window: None,
                 padding: false
@@ -208,7 +275,7 @@ mod tests {
         );
         let padded = made(|z, b, i, j| hide(j <= i && j >= z.first(b)));
         assert_eq!(
-            classify(&padded, &[128]),
+            classify(&padded, &[128], &[]),
             Ok(Mask {
                 window: None,
                 padding: true
@@ -216,7 +283,7 @@ mod tests {
         );
         for w in [3usize, 128, 4096] {
             let sliding = made(move |z, b, i, j| hide(j <= i && i - j < w && j >= z.first(b)));
-            let found = classify(&sliding, &[w]);
+            let found = classify(&sliding, &[w], &[]);
             assert_eq!(
                 found,
                 Ok(Mask {
@@ -226,13 +293,13 @@ mod tests {
                 "{w}"
             );
             // Written as j > i - w or as i - j <= w - 1.
-            assert_eq!(classify(&sliding, &[w - 1]), found);
+            assert_eq!(classify(&sliding, &[w - 1], &[]), found);
         }
     }
 
     #[test]
     fn other_masks_are_named_with_what_failed() {
-        let why = |bias: &dyn Fn(Setting) -> Result<Bias, String>, c: &[usize]| classify(bias, c).unwrap_err();
+        let why = |bias: &dyn Fn(Setting) -> Result<Bias, String>, c: &[usize]| classify(bias, c, &[]).unwrap_err();
         let both_ways = made(|_, _, _, _| 0.0);
         assert!(why(&both_ways, &[]).contains("token 0 sees token 1"));
         let prefix = made(|_, _, i, j| hide(j <= i || j < 2));
@@ -252,9 +319,61 @@ mod tests {
     }
 
     #[test]
-    fn a_window_that_is_not_mentioned_but_bounds_is_not_taken_for_causal() {
+    fn a_window_that_nothing_mentions_is_read_from_a_far_row() {
         let sliding = made(|_, _, i, j| hide(j <= i && i - j < 100));
-        // The number 100 itself is not mentioned, only one near where it shows: refused rather than guessed.
-        assert!(classify(&sliding, &[200]).is_err());
+        for (constants, far) in [(&[200][..], &[][..]), (&[], &[64, 256])] {
+            assert_eq!(
+                classify(&sliding, constants, far),
+                Ok(Mask {
+                    window: Some(100),
+                    padding: false
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn what_looks_like_a_window_from_one_place_only_is_refused() {
+        let why = |bias: &dyn Fn(Setting) -> Result<Bias, String>| classify(bias, &[], &[64, 256]).unwrap_err();
+        let chunked = made(|_, _, i, j| hide(j <= i && i / 100 == j / 100));
+        assert!(why(&chunked).contains("neither causal nor a sliding window"));
+        // Wider from 200 tokens on.
+        let changing = made(|_, _, i, j| hide(j <= i && i - j < if i < 200 { 60 } else { 90 }));
+        assert!(why(&changing).contains("neither causal nor a sliding window"));
+    }
+
+    #[test]
+    fn far_calls_that_the_model_does_not_take_are_left_out() {
+        let causal = made(|_, _, i, j| hide(j <= i));
+        let limited = |z: Setting| match z.total() {
+            0..=128 => causal(z),
+            _ => Err("shapes [1, 1] and [1, 2] do not go together".to_owned()),
+        };
+        assert!(classify(&limited, &[], &[64, 256]).is_ok_and(|m| m.window.is_none()));
+        let broken = |z: Setting| match z.total() {
+            0..=128 => causal(z),
+            _ => Err("masked has shape [1, 8]".to_owned()),
+        };
+        assert!(
+            classify(&broken, &[], &[64, 256])
+                .unwrap_err()
+                .contains("at 1 token(s) after 256")
+        );
+    }
+
+    #[test]
+    fn factors_that_depend_on_positions_are_refused() {
+        let causal = made(|_, _, i, j| hide(j <= i));
+        let hotter = |z: Setting| {
+            let gain = if z.past < 100 { 0.25 } else { 0.5 };
+            let gain = Some([gain, gain]);
+            causal(z).map(|b| Bias { gain, ..b })
+        };
+        assert!(classify(&hotter, &[], &[64]).is_ok());
+        let why = classify(&hotter, &[], &[64, 256]).unwrap_err();
+        assert!(why.contains("with 0.5 where others are with 0.25"), "{why}");
+        let hidden = f64::NEG_INFINITY;
+        assert_eq!(gain(&[0.0, 0.0, hidden], &[2.0, 3.0, 7.0]), Some([2.0, 3.0]));
+        assert_eq!(gain(&[hidden], &[1.0]), None);
     }
 }

@@ -6,6 +6,7 @@ mod core;
 mod decomposed;
 pub(crate) mod gqa;
 mod mask;
+mod mentioned;
 mod mha;
 mod onnx_attention;
 mod other;

@@ -108,6 +108,8 @@ cases! {
     optimum_gemma3: "optimum-gemma3_text" converts("decomposed", SLIDING, 1e-4, 1e-4);
     optimum_gpt2: "optimum-gpt2-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     optimum_gpt_bigcode: "optimum-gpt_bigcode" converts("decomposed", FULL, 1e-4, 1e-4);
+    // The second layer's window is in a table of 256 by 256 booleans.
+    optimum_gpt_neo: "optimum-gpt_neo" converts("decomposed", ["", ", sliding window of 64"], 1e-4, 1e-4);
     optimum_gpt_neox: "optimum-gpt_neox-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     optimum_gpt_oss: "optimum-gpt_oss" converts("decomposed", SLIDING, 1e-4, 1e-4);
     optimum_gptj: "optimum-gptj" converts("decomposed", FULL, 1e-4, 1e-4);
