@@ -12,7 +12,7 @@ use crate::{
     report::{Action, LayerReport, Report},
     revert,
     rewrite::{reads_mask, rewrite},
-    rules::{Attention, Conversion, Lengths, Probes, Site, survey},
+    rules::{Attention, Conversion, Lengths, Probes, Site, carried, survey},
     settings::Settings,
     spill::spill,
     validate::validate,
@@ -185,8 +185,8 @@ struct Facts {
     caches: Vec<CacheFacts>,
     vocabulary: usize,
     padding: Padding,
-    /// All attention is converted, so that tokens may be fed again.
-    whole: bool,
+    /// All attention is converted and there is no other state, so that tokens may be fed again.
+    again: bool,
     quantized: bool,
     together: bool,
     single_precision: bool,
@@ -218,7 +218,7 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
     let view = GraphView::new(graph, model.opset_version("").unwrap_or(0));
     let probes = Probes::new(&view, Some(folder.to_owned()));
     let found = survey(&model, &probes);
-    let conversions = decide(&found, options).with_context(|| format!("{shown} can't be converted"))?;
+    let conversions = decide(&view, &found, options).with_context(|| format!("{shown} can't be converted"))?;
     let logits = decide_logits(&view, options);
     let layers = layers(&found, &conversions);
     let facts = facts(&view, &found, &conversions);
@@ -275,7 +275,7 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
         } else {
             Padding::Not
         },
-        whole: conversions.len() == found.len(),
+        again: conversions.len() == found.len() && carried(view, found).is_none(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
         together: uses(&["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]),
         single_precision: sites().all(|s| {
@@ -315,7 +315,7 @@ fn verify(
         seed: 1,
     };
     let mut verification = compare(runtime, &plan)?;
-    if !wider.is_empty() && facts.whole {
+    if !wider.is_empty() && facts.again {
         let wide = Options {
             settings: Settings {
                 window: 4,
@@ -363,7 +363,7 @@ fn is_unconverted(model: &ModelProto) -> Result<()> {
 }
 
 /// What becomes of each attention; an error if the model stays as it is.
-fn decide<'a>(found: &'a [Attention], options: &Options) -> Result<Vec<Conversion<'a>>> {
+fn decide<'a>(view: &GraphView, found: &'a [Attention], options: &Options) -> Result<Vec<Conversion<'a>>> {
     let settings = &options.settings;
     if found.is_empty() {
         bail!("there is no attention in its graph");
@@ -420,6 +420,12 @@ fn decide<'a>(found: &'a [Attention], options: &Options) -> Result<Vec<Conversio
             "node {} ({}) stays as it is, and tokens must not be fed to it again; convert with --window 1",
             attention.name,
             attention.op_type
+        );
+    }
+    if let Some([past, present]) = carried(view, found).filter(|_| settings.window > 1) {
+        bail!(
+            "the model carries {past} on to {present} beside its key and value caches, and tokens must not be fed to it again; \
+             convert with --window 1"
         );
     }
     let known = |layer: &usize| conversions.iter().any(|c| c.attention.layer == *layer);
@@ -488,4 +494,49 @@ fn layers(found: &[Attention], conversions: &[Conversion]) -> Vec<LayerReport> {
         .iter()
         .map(|attention| LayerReport::new(attention, action(attention)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        onnx::{NodeProto, ValueInfoProto},
+        testing::gqa_model,
+    };
+
+    #[test]
+    fn a_model_with_other_state_is_fed_every_token_once() {
+        let mut model = gqa_model(1);
+        let graph = model.graph.as_mut().unwrap();
+        let state = |name: &str| {
+            let dims = ["batch_size".into(), 32.into()];
+            ValueInfoProto::tensor(name, DataType::Float, dims)
+        };
+        graph.input.push(state("past.1.conv"));
+        graph.output.push(state("present.1.conv"));
+        for (op, inputs, output) in [
+            ("ReduceSum", &["x"][..], "sum"),
+            ("Add", &["past.1.conv", "sum"], "present.1.conv"),
+        ] {
+            graph.node.push(NodeProto::new("", op, output, inputs, &[output]));
+        }
+        let bytes = Bytes::from(model.encode_to_vec());
+        let with = |window: usize| {
+            let settings = Settings {
+                window,
+                ..Settings::default()
+            };
+            let options = Options {
+                settings,
+                ..Options::default()
+            };
+            convert_bytes(bytes.clone(), Path::new("."), &options)
+        };
+        assert!(with(1).is_ok());
+        let why = format!("{:#}", with(2).expect_err("two are fed again"));
+        assert!(
+            why.contains("carries past.1.conv on to present.1.conv") && why.contains("convert with --window 1"),
+            "{why}"
+        );
+    }
 }

@@ -11,9 +11,11 @@ mod mha;
 mod onnx_attention;
 mod other;
 mod probe;
+mod state;
 mod steady;
 
 pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
+pub use state::carried;
 
 use crate::{
     graph::{GraphView, subgraphs},

@@ -71,6 +71,17 @@ fn refused(case: &str, says: &[&str]) {
     assert!(!target.exists(), "{case}: something was written");
 }
 
+/// Refused, because tokens must not be fed again; converted where they are fed once.
+fn fed_once(case: &str, says: &[&str], layers: usize) {
+    refused(case, says);
+    let folder = tempfile::tempdir().unwrap();
+    let [source, target] = ["source.onnx", "converted.onnx"].map(|n| folder.path().join(n));
+    zoo::restore(&paths::data("zoo-graphs").join(format!("{case}.onnx.xz")), &source);
+    let (report, error) = export(&["--no-verify", "--window", "1"], &source, &target);
+    assert_eq!(error, "", "{case}");
+    assert_eq!(report["converted_layers"], layers, "{case}: {report}");
+}
+
 const FULL: [&str; 2] = ["", ""];
 const SLIDING: [&str; 2] = [", sliding window of 8", ""];
 
@@ -101,6 +112,7 @@ cases! {
     f16_conversion: "fp16conv-llama-fp16io" converts("decomposed", FULL, 4e-2, 4e-2);
     // Caches stay float32, as transformers.js has its models: a Cast before and after each.
     f16_conversion_that_keeps_io_types: "fp16conv-llama-fp32io" converts("decomposed", FULL, 4e-2, 4e-2);
+    genai_lfm2_has_convolutions: "genai-lfm2" fed_once(&["carries past.0.conv on to present.0.conv", "--window 1"], 2);
     onnxscript_fusions: "ofuse-llama-sdpa-op18" converts("mha", FULL, 1e-4, 1e-4);
     optimum_bloom_has_alibi: "optimum-bloom" refused(&["ALiBi"]);
     optimum_codegen: "optimum-codegen" converts("decomposed", FULL, 1e-4, 1e-4);
