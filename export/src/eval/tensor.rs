@@ -53,18 +53,29 @@ pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
 pub(super) fn strided(data: &[f64], offset: isize, shape: &[usize], strides: &[isize]) -> Result<Vec<f64>, String> {
     let n = numbers(shape)?;
     let mut out = Vec::with_capacity(n);
-    let mut index = vec![0usize; shape.len()];
+    // The last axis a row at a time, where it is side by side or one number.
+    let (outer, row) = match (shape.split_last(), strides.last()) {
+        (Some((row, outer)), Some(0 | 1)) => (outer, *row),
+        _ => (shape, 1),
+    };
+    let repeats = strides.last() == Some(&0);
+    let mut index = vec![0usize; outer.len()];
     let mut at = offset;
-    for _ in 0..n {
-        let value = usize::try_from(at).ok().and_then(|at| data.get(at));
-        out.push(*value.ok_or("an index is out of range")?);
-        for axis in (0..shape.len()).rev() {
+    for _ in 0..n.checked_div(row).unwrap_or(0) {
+        let start = usize::try_from(at).ok();
+        let len = if repeats { 1 } else { row };
+        let found = start.and_then(|start| data.get(start..start.checked_add(len)?));
+        match found.ok_or("an index is out of range")? {
+            [one] => out.resize(out.len() + row, *one),
+            several => out.extend_from_slice(several),
+        }
+        for axis in (0..outer.len()).rev() {
             index[axis] += 1;
             at += strides[axis];
-            if index[axis] < shape[axis] {
+            if index[axis] < outer[axis] {
                 break;
             }
-            at -= strides[axis] * shape[axis] as isize;
+            at -= strides[axis] * outer[axis] as isize;
             index[axis] = 0;
         }
     }

@@ -431,8 +431,8 @@ fn ratio(from: &[f64], to: &[f64]) -> Option<f64> {
     fits.then_some(factor)
 }
 
-/// What is added to the scores in a call.
-fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
+/// What is added to the scores in a call, and what they are multiplied with, unless that is known to be `even`.
+fn bias_of(probes: &Probes, core: &Core, z: Setting, even: bool) -> Result<Bias, String> {
     let env = probes.run(z)?;
     match core.scores {
         Scores::Fused(node) => {
@@ -483,7 +483,7 @@ fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
             if data.len() != n || rows == 0 || !n.is_multiple_of(rows) {
                 return Err(format!("{masked} has shape {:?}", got.shape));
             }
-            let gain = if z.b == 1 && z.pad == 0 {
+            let gain = if !even && z.b == 1 && z.pad == 0 {
                 let ones = scored(1.0).get(masked).and_then(|t| t.data.clone());
                 mask::gain(&data, &ones.unwrap_or_default())
             } else {
@@ -498,6 +498,33 @@ fn bias_of(probes: &Probes, core: &Core, z: Setting) -> Result<Bias, String> {
     }
 }
 
+/// Whether nothing but masks and sums between the products and the Softmax depends on the position.
+fn scaled_evenly(probes: &Probes, core: &Core) -> bool {
+    const ADDS: [&str; 2] = ["Add", "Where"];
+    let Scores::Spelled { product, masked } = core.scores else {
+        return true;
+    };
+    let program = probes.program();
+    let mut name = masked;
+    for _ in 0..MAX_CHAIN {
+        if name == product {
+            return true;
+        }
+        let Some(node) = probes.view.producer(name) else {
+            return false;
+        };
+        let Some(data) = node.input.iter().map(String::as_str).find(|i| program.is_data(i)) else {
+            return false;
+        };
+        let adds = node.op_domain().is_empty() && ADDS.contains(&node.op_type());
+        if !adds && !others_are_steady(probes, node, data) {
+            return false;
+        }
+        name = data;
+    }
+    false
+}
+
 fn find_mask(probes: &Probes, core: &Core) -> Result<Mask, String> {
     let mentioned = Mentioned::find(probes, core);
     let most = mentioned.numbers.len().max(mentioned.sizes.len());
@@ -506,7 +533,8 @@ fn find_mask(probes: &Probes, core: &Core) -> Result<Mask, String> {
             "what computes its mask mentions {most} numbers, too many to try each as a window"
         ));
     }
-    let bias = |z| bias_of(probes, core, z);
+    let even = scaled_evenly(probes, core);
+    let bias = |z| bias_of(probes, core, z, even);
     mask::classify(&bias, &mentioned.numbers, &mentioned.far(probes))
 }
 
