@@ -22,6 +22,8 @@ const LARGE: u64 = 1 << 20;
 /// Folders inside folders.
 const MAX_DEPTH: usize = 16;
 const CONFIG: &str = "genai_config.json";
+/// Where repositories of transformers.js keep their graphs, below the configuration and the tokenizer.
+const BELOW: &str = "onnx";
 
 /// What becomes of weights in files of their own. They are never rewritten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,10 +66,17 @@ impl Source {
     pub fn folder(&self) -> &Path {
         folder_of(&self.model)
     }
+
+    /// The model within the folder that was named, or its file's name.
+    fn relative(&self) -> &Path {
+        let folder = self.named_folder.as_deref();
+        let inside = folder.and_then(|folder| self.model.strip_prefix(folder).ok());
+        inside.unwrap_or_else(|| Path::new(self.model.file_name().unwrap_or_default()))
+    }
 }
 
 /// Finds the model that a file or folder stands for: in a folder, the one genai_config.json names, else model.onnx, else
-/// the only *.onnx.
+/// the only *.onnx; if it holds none, the only one of its folder `onnx`.
 ///
 /// # Errors
 /// There is none, or it isn't clear which.
@@ -78,6 +87,11 @@ pub fn find_source(path: &Path) -> Result<Source> {
         _ => anyhow!("cannot read {shown}: {e}"),
     })?;
     if !meta.is_dir() {
+        // Opening a pipe would wait for whoever writes to it.
+        ensure!(
+            meta.is_file(),
+            "{shown} is not a file: name a model's file, or a folder that holds one"
+        );
         return Ok(Source {
             model: path.to_owned(),
             named_folder: None,
@@ -104,24 +118,48 @@ pub fn find_source(path: &Path) -> Result<Source> {
     if usual.is_file() {
         return Ok(found(usual));
     }
+    let mut models = models_in(path)?;
+    // A link to a folder is not brought along, so neither is a model in it.
+    let below = path.join(BELOW);
+    if models.is_empty() && fs::symlink_metadata(&below).is_ok_and(|m| m.is_dir()) {
+        models = models_in(&below)?;
+    }
+    match models.len() {
+        0 => bail!("there is no ONNX model in {shown} (no {CONFIG}, no *.onnx, none in {BELOW}/)"),
+        1 => Ok(found(models.swap_remove(0))),
+        n => {
+            let names = models
+                .iter()
+                .map(|m| m.strip_prefix(path).unwrap_or(m).display().to_string());
+            let names = names.collect::<Vec<_>>().join(", ");
+            bail!("there are {n} ONNX models in {shown} ({names}); name the one to convert")
+        }
+    }
+}
+
+/// The *.onnx of a folder, in order of name.
+fn models_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let cannot = || format!("cannot read {}", folder.display());
     let mut models = Vec::new();
-    for entry in fs::read_dir(path).with_context(|| format!("cannot read {shown}"))? {
-        let candidate = entry.with_context(|| format!("cannot read {shown}"))?.path();
+    for entry in fs::read_dir(folder).with_context(cannot)? {
+        let candidate = entry.with_context(cannot)?.path();
         if candidate.extension().is_some_and(|e| e == "onnx") && candidate.is_file() {
             models.push(candidate);
         }
     }
     models.sort();
-    match models.len() {
-        0 => bail!("there is no ONNX model in {shown} (no {CONFIG}, no *.onnx)"),
-        1 => Ok(found(models.swap_remove(0))),
-        n => bail!("there are {n} ONNX models in {shown}; name the one to convert"),
-    }
+    Ok(models)
 }
 
 /// model.decoder.filename of a genai_config.json; none if there is no such file or entry.
 fn configured_name(config: &Path) -> Result<Option<String>> {
-    let text = match fs::read(config) {
+    let text = match fs::metadata(config).and_then(|meta| {
+        if meta.is_file() {
+            fs::read(config)
+        } else {
+            Err(io::Error::other("it is not a file"))
+        }
+    }) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e).with_context(|| format!("cannot read {}", config.display())),
@@ -183,7 +221,7 @@ impl<'a> Output<'a> {
     fn free_name(&self, usual: &Path) -> Result<PathBuf> {
         let folder = folder_of(&self.target);
         let taken = |name: &Path| fs::symlink_metadata(folder.join(name)).is_ok();
-        if !self.force || !taken(usual) {
+        if !taken(usual) || (!self.force && !leads_out(&folder.join(usual), folder)) {
             return Ok(usual.to_owned());
         }
         let end = usual
@@ -203,13 +241,14 @@ impl<'a> Output<'a> {
     /// Names for the weights that the output gets copies or links of, where the usual ones are taken: usual name and new one.
     pub(crate) fn settle(&self, external: &mut [ExternalFile]) -> Result<BTreeMap<PathBuf, PathBuf>> {
         let mut renamed = BTreeMap::new();
-        if self.source.named_folder.is_some() || self.external == ExternalMode::Reference {
+        if self.source.named_folder.is_some() {
             return Ok(renamed);
         }
         let folder = folder_of(&self.target);
         for file in external {
             let place = folder.join(&file.location);
-            if same_file(&place, &file.source) || same_path(&place, &self.target) {
+            let there = self.external == ExternalMode::Reference || same_file(&place, &file.source);
+            if (there && !leads_out(&place, folder)) || same_path(&place, &self.target) {
                 continue;
             }
             let name = self.free_name(&file.location)?;
@@ -223,7 +262,7 @@ impl<'a> Output<'a> {
     /// Writes into a model which of its weights were brought for it, as name here: name in the original. Those are this
     /// program's to remove when the model is replaced.
     pub(crate) fn mark(&self, model: &mut ModelProto, external: &[ExternalFile], renamed: &BTreeMap<PathBuf, PathBuf>) {
-        if self.source.named_folder.is_some() || self.external == ExternalMode::Reference {
+        if self.source.named_folder.is_some() {
             return;
         }
         let folder = folder_of(&self.target);
@@ -279,9 +318,9 @@ impl<'a> Output<'a> {
 
     /// The file that will hold the converted model.
     pub fn model_path(&self) -> PathBuf {
-        match (&self.source.named_folder, self.source.model.file_name()) {
-            (Some(_), Some(name)) => self.target.join(name),
-            _ => self.target.clone(),
+        match &self.source.named_folder {
+            Some(_) => self.target.join(self.source.relative()),
+            None => self.target.clone(),
         }
     }
 
@@ -356,7 +395,8 @@ impl<'a> Output<'a> {
             let parent = folder_of(&place);
             fs::create_dir_all(parent).with_context(|| format!("cannot make the folder {}", parent.display()))?;
             let how = match self.external {
-                // Of another name than the model's: a restored original beside its converted model.
+                // Of another name than the model's: a restored original beside its converted model, or weights elsewhere that the
+                // folder has only a link to.
                 ExternalMode::Reference => ExternalMode::Copy,
                 asked => asked,
             };
@@ -427,18 +467,19 @@ impl<'a> Output<'a> {
             how: self.external,
             external,
             model: &self.source.model,
+            model_folder: folder_of(self.source.relative()),
             written: &mut written,
         };
         brought.folder(folder, temp.path(), Path::new(""), 0)?;
+        let place = temp.path().join(self.source.relative());
         if !spilled.is_empty() {
-            let place = temp.path().join(&self.spill_name);
+            let place = place.with_file_name(&self.spill_name);
             let file = File::create_new(&place);
             file.and_then(|mut file| write_spilled(&mut file, spilled))
                 .with_context(|| format!("cannot write {shown}"))?;
             written.external.push(self.spill_report(spilled));
         }
-        let name = self.source.model.file_name().context("the model has no file name")?;
-        let mut file = File::create_new(temp.path().join(name)).with_context(|| format!("cannot write {shown}"))?;
+        let mut file = File::create_new(place).with_context(|| format!("cannot write {shown}"))?;
         model
             .write_to(&mut file)
             .and_then(|()| file.sync_all())
@@ -535,6 +576,8 @@ struct Brought<'a> {
     how: ExternalMode,
     external: &'a [ExternalFile],
     model: &'a Path,
+    /// The model's folder within the source's, which its weights are named from.
+    model_folder: &'a Path,
     written: &'a mut Written,
 }
 
@@ -573,7 +616,11 @@ impl Brought<'_> {
     }
 
     fn file(&mut self, path: &Path, meta: &Metadata, to: &Path, relative: &Path) -> Result<()> {
-        let weights = self.external.iter().find(|e| e.location == relative);
+        let in_model_folder = match self.model_folder {
+            here if here == Path::new(".") => Some(relative),
+            below => relative.strip_prefix(below).ok(),
+        };
+        let weights = self.external.iter().find(|e| in_model_folder == Some(&e.location));
         let how = if weights.is_none() && meta.len() < LARGE {
             ExternalMode::Copy
         } else {
@@ -628,6 +675,11 @@ fn plan_file(source: &Source, target: &Path, external: Option<ExternalMode>, for
     let folder = folder_of(target);
     ensure!(folder.is_dir(), "the folder {} doesn't exist", folder.display());
     let exists = fs::symlink_metadata(target).is_ok();
+    // A device or a pipe would be gone, whatever else uses it.
+    ensure!(
+        !exists || target.is_file(),
+        "{shown} is there and is not a file (a device, a pipe, a link to nothing); name another output"
+    );
     ensure!(force || !exists, "{shown} exists already; use --force to replace it");
     let beside = same_file(folder, source.folder());
     match external {
@@ -686,16 +738,25 @@ fn plan_folder(
             force || entries == 0,
             "{shown} exists already; use --force to replace it"
         );
-        let holds_model = source.model.file_name().is_some_and(|name| to.join(name).is_file());
+        let holds_model = to.join(source.relative()).is_file();
         ensure!(
             entries == 0 || holds_model,
             "{shown} is a folder without a {}; --force replaces only folders of a converted model",
-            source.model.file_name().unwrap_or_default().display()
+            source.relative().display()
         );
     }
     match external {
         Some(ExternalMode::Reference) => bail!("--external-data reference needs a single file as output, not a folder"),
         mode => Ok(mode.unwrap_or(ExternalMode::Copy)),
+    }
+}
+
+/// Whether a file of a folder is one elsewhere that links lead to. ONNX Runtime doesn't load weights through such a link, unless
+/// the model is a link into the same place, as in Hugging Face's cache.
+fn leads_out(file: &Path, folder: &Path) -> bool {
+    match (fs::canonicalize(file), fs::canonicalize(folder)) {
+        (Ok(file), Ok(folder)) => !file.starts_with(folder),
+        _ => false,
     }
 }
 

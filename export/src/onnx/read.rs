@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use prost::Message;
 use std::{
-    fs::File,
+    fs::{self, File, Metadata},
     io,
     path::{Path, PathBuf},
 };
@@ -75,11 +75,17 @@ pub fn read_bytes(bytes: Bytes, path: &Path) -> Result<LoadedModel> {
 
 pub(crate) fn map_file(path: &Path) -> Result<Bytes> {
     let shown = path.display();
+    let is_file = |meta: Metadata| {
+        if meta.is_file() {
+            Ok(meta)
+        } else {
+            bail!("{shown} is not a file")
+        }
+    };
+    // Asked before it is opened: opening a pipe would wait for whoever writes to it.
+    is_file(fs::metadata(path).with_context(|| format!("cannot open {shown}"))?)?;
     let file = File::open(path).with_context(|| format!("cannot open {shown}"))?;
-    let meta = file.metadata().with_context(|| format!("cannot read {shown}"))?;
-    if !meta.is_file() {
-        bail!("{shown} is not a file");
-    }
+    let meta = is_file(file.metadata().with_context(|| format!("cannot read {shown}"))?)?;
     if meta.len() == 0 {
         bail!("{shown} is empty");
     }

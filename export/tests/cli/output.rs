@@ -212,6 +212,125 @@ fn the_model_of_a_folder_is_the_configured_one_else_the_only_one() {
     convert(&args(&copy, &target, &["--force"]));
     fs::write(copy.join("second.onnx"), "x").unwrap();
     dry("there are 2 ONNX models");
+    dry("(decoder.onnx, second.onnx)");
+}
+
+/// The configuration above, the graph and its weights in `onnx`.
+#[test]
+fn a_model_below_its_configuration_is_found_and_written_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of(CASE, folder.path());
+    fs::rename(copy.join("genai_config.json"), copy.join("config.json")).unwrap();
+    let below = copy.join("onnx");
+    fs::create_dir(&below).unwrap();
+    for name in ["model.onnx", "model.onnx.data"] {
+        fs::rename(copy.join(name), below.join(name)).unwrap();
+    }
+    let [target, back] = ["out", "back"].map(|name| folder.path().join(name));
+    let report = convert(&args(&copy, &target, &[]));
+    assert!(report.contains("model.onnx.data copied"), "{report}");
+    assert_eq!(names(&target), ["config.json", "onnx"]);
+    assert_eq!(names(&target.join("onnx")), ["model.onnx", "model.onnx.data"]);
+    assert!(convert(&["inspect".as_ref(), target.as_os_str()]).contains("retro.window"));
+    convert(&args(&copy, &target, &["--force"]));
+    convert(&args(&target, &back, &["--revert"]));
+    assert!(fs::read(back.join("onnx/model.onnx")).unwrap() == fs::read(below.join("model.onnx")).unwrap());
+    fs::copy(below.join("model.onnx"), below.join("model_q4.onnx")).unwrap();
+    let error = refusal(&[copy.as_os_str(), "-n".as_ref()]);
+    assert!(
+        error.contains("(onnx/model.onnx, onnx/model_q4.onnx); name the one to convert"),
+        "{error}"
+    );
+}
+
+/// As in Hugging Face's cache: names are links to files elsewhere. ONNX Runtime loads no weights through them for a model that
+/// isn't such a link itself.
+#[cfg(unix)]
+#[test]
+fn weights_behind_a_link_out_of_the_folder_are_copied() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = copy_of(CASE, folder.path());
+    let snapshot = folder.path().join("snapshot");
+    fs::create_dir(&snapshot).unwrap();
+    for name in ["model.onnx", "model.onnx.data"] {
+        symlink(blobs.join(name), snapshot.join(name)).unwrap();
+    }
+    let (source, target) = (snapshot.join("model.onnx"), snapshot.join("retro.onnx"));
+    let own = ["model.onnx", "model.onnx-2.data", "model.onnx.data", "retro.onnx"];
+    for again in [&[][..], &["--force"]] {
+        let report = convert(&args(&source, &target, again));
+        assert!(report.contains("data copied"), "{report}");
+        if again.is_empty() {
+            assert_eq!(names(&snapshot), own);
+        }
+    }
+    // The second one's have a name of their own, and the first one's are gone.
+    assert_eq!(names(&snapshot)[1], "model.onnx-3.data");
+    assert_eq!(names(&snapshot).len(), 4);
+    assert!(
+        !fs::symlink_metadata(snapshot.join("model.onnx-3.data"))
+            .unwrap()
+            .is_symlink()
+    );
+    let place = folder.path().join("back");
+    fs::create_dir(&place).unwrap();
+    convert(&args(&target, &place.join("model.onnx"), &["--revert"]));
+    for name in ["model.onnx", "model.onnx.data"] {
+        assert!(fs::read(place.join(name)).unwrap() == fs::read(blobs.join(name)).unwrap());
+    }
+    // A link that stays inside is as good as a file.
+    for name in ["model.onnx.data", "model.onnx"] {
+        fs::rename(blobs.join(name), blobs.join(format!("{name}.blob"))).unwrap();
+        symlink(blobs.join(format!("{name}.blob")), blobs.join(name)).unwrap();
+    }
+    let report = convert(&args(&blobs.join("model.onnx"), &blobs.join("retro.onnx"), &[]));
+    assert!(report.contains("model.onnx.data referenced"), "{report}");
+}
+
+/// A device or a pipe is neither replaced nor waited for. (Sockets stand for them: they need no rights, and nothing else uses them.)
+#[cfg(unix)]
+#[test]
+fn only_files_are_read_and_replaced() {
+    use std::os::unix::{fs::symlink, net::UnixListener};
+    let folder = tempfile::tempdir().unwrap();
+    let [socket, link, nowhere, pipe] = ["socket", "link", "nowhere", "pipe"].map(|name| folder.path().join(name));
+    let _listener = UnixListener::bind(&socket).unwrap();
+    symlink(&socket, &link).unwrap();
+    symlink(folder.path().join("none"), &nowhere).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let before = names(folder.path());
+    let model = zoo("genai-llama-fp32-cpu").join("model.onnx");
+    let target = folder.path().join("out.onnx");
+    for special in [&socket, &link, &nowhere, &pipe] {
+        for more in [&[][..], &["--force"]] {
+            let error = refusal(&args(&model, special, more));
+            assert!(
+                error.contains("is not a file") && error.contains("name another output"),
+                "{error}"
+            );
+        }
+        if *special != nowhere {
+            assert!(refusal(&args(special, &target, &[])).contains("is not a file"));
+            assert!(refusal(&[std::ffi::OsStr::new("inspect"), special.as_os_str()]).contains("is not a file"));
+        }
+    }
+    assert_eq!(names(folder.path()), before);
+    // Neither does one among other files stop the work.
+    let copy = copy_of(CASE, folder.path());
+    fs::rename(&pipe, copy.join("pipe.onnx")).unwrap();
+    let target = copy.join("retro.onnx");
+    for more in [&[][..], &["--force"]] {
+        convert(&args(&copy.join("model.onnx"), &target, more));
+    }
+    // A link to a file is replaced; the file stays.
+    let linked = folder.path().join("linked.onnx");
+    fs::write(copy.join("old.onnx"), "x").unwrap();
+    symlink(copy.join("old.onnx"), &linked).unwrap();
+    convert(&args(&model, &linked, &["--force"]));
+    assert_eq!(fs::read(copy.join("old.onnx")).unwrap(), b"x");
+    assert!(fs::symlink_metadata(&linked).unwrap().is_file());
 }
 
 #[test]
