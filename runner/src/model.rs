@@ -54,9 +54,41 @@ impl Default for Names {
 pub fn is_weights_folder(path: &Path) -> bool {
     let weights = ["model.safetensors", "model.safetensors.index.json"];
     path.is_dir()
-        && onnx_files(path).is_empty()
+        && graphs(path).is_empty()
         && path.join("config.json").is_file()
         && weights.iter().any(|w| path.join(w).is_file())
+}
+
+/// Where repositories of transformers.js keep their graphs, below the configuration and the tokenizer.
+const BELOW: &str = "onnx";
+
+/// The graphs of a folder, or, if it holds none, of its folder `onnx`.
+fn graphs(folder: &Path) -> Vec<PathBuf> {
+    let here = onnx_files(folder);
+    if here.is_empty() {
+        onnx_files(&folder.join(BELOW))
+    } else {
+        here
+    }
+}
+
+/// The folder with the configuration of a graph: its own, or the one above if that is the place for graphs only.
+fn configuration_of(graph: &Path) -> PathBuf {
+    let own = match graph.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let configured = |folder: &Path| {
+        ["genai_config.json", "config.json", "tokenizer.json"]
+            .iter()
+            .any(|name| folder.join(name).is_file())
+    };
+    // A bare "onnx" has its parent in the file system only.
+    let resolved = fs::canonicalize(own).unwrap_or_else(|_| own.to_owned());
+    match resolved.parent() {
+        Some(above) if resolved.ends_with(BELOW) && !configured(own) && configured(above) => above.to_owned(),
+        _ => own.to_owned(),
+    }
 }
 
 fn onnx_files(folder: &Path) -> Vec<PathBuf> {
@@ -76,10 +108,16 @@ impl ModelFolder {
     /// When there is no graph, several and none is preferred, or a configuration file is damaged.
     pub fn open(path: &Path) -> Result<Self> {
         ensure!(path.exists(), "there is no model at {}", path.display());
-        let folder = if path.is_dir() {
-            path
+        // Opening a pipe would wait for whoever writes to it.
+        ensure!(
+            path.is_dir() || path.is_file(),
+            "{} is not a file: name a model's file, or a folder that holds one",
+            path.display()
+        );
+        let folder = &if path.is_dir() {
+            path.to_owned()
         } else {
-            path.parent().unwrap_or(Path::new("."))
+            configuration_of(path)
         };
         let mut model = Self::default();
         let mut filename = None;
@@ -156,20 +194,27 @@ fn choose_graph(folder: &Path, filename: Option<String>) -> Result<PathBuf> {
         );
         return Ok(path);
     }
-    let mut files = onnx_files(folder);
-    if let Some(usual) = files.iter().find(|p| p.file_name().is_some_and(|n| n == "model.onnx")) {
-        return Ok(usual.clone());
+    let mut files = graphs(folder);
+    let usual = folder.join("model.onnx");
+    if files.contains(&usual) {
+        return Ok(usual);
     }
-    match (files.pop(), files.len()) {
-        (Some(only), 0) => Ok(only),
-        (None, _) => bail!(
+    match files.len() {
+        1 => Ok(files.swap_remove(0)),
+        0 => bail!(
             "{} holds no ONNX graph; build one from Llama weights with: retro-models build --weights DIR -o OUT",
             folder.display()
         ),
-        _ => bail!(
-            "{} holds several ONNX graphs; name one of them instead of the folder",
-            folder.display()
-        ),
+        _ => {
+            let names = files
+                .iter()
+                .map(|f| f.strip_prefix(folder).unwrap_or(f).display().to_string());
+            let names = names.collect::<Vec<_>>().join(", ");
+            bail!(
+                "{} holds several ONNX graphs ({names}); name one of them instead of the folder",
+                folder.display()
+            )
+        }
     }
 }
 
@@ -270,6 +315,36 @@ mod tests {
         assert!(error(&folder(&[("genai_config.json", GENAI)])).contains("m.onnx"));
         assert!(error(&folder(&[("config.json", "{")])).contains("not JSON"));
         assert!(ModelFolder::open(Path::new("/no/such/folder")).is_err());
+    }
+
+    #[test]
+    fn graphs_below_the_configuration_are_found() {
+        let dir = folder(&[("config.json", r#"{"n_positions": 64}"#), ("tokenizer.json", "{}")]);
+        let below = dir.path().join("onnx");
+        fs::create_dir(&below).unwrap();
+        fs::write(below.join("model_q4.onnx"), "").unwrap();
+        let m = ModelFolder::open(dir.path()).unwrap();
+        assert!(m.graph.ends_with("onnx/model_q4.onnx"));
+        assert_eq!((m.context_length, m.tokenizer.is_some()), (Some(64), true));
+        fs::write(below.join("model.onnx"), "").unwrap();
+        let error = format!("{:#}", ModelFolder::open(dir.path()).unwrap_err());
+        assert!(error.contains("(onnx/model.onnx, onnx/model_q4.onnx)"), "{error}");
+        let m = ModelFolder::open(&below.join("model.onnx")).unwrap();
+        assert_eq!((m.context_length, m.tokenizer.is_some()), (Some(64), true));
+        // A folder of that name with a configuration of its own is a model folder like others.
+        fs::write(below.join("config.json"), r#"{"n_positions": 32}"#).unwrap();
+        let m = ModelFolder::open(&below.join("model.onnx")).unwrap();
+        assert_eq!((m.context_length, m.tokenizer), (Some(32), None));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_socket_is_no_model() {
+        let dir = folder(&[]);
+        let socket = dir.path().join("model.onnx");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let error = format!("{:#}", ModelFolder::open(&socket).unwrap_err());
+        assert!(error.contains("is not a file"), "{error}");
     }
 
     #[test]
