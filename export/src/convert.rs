@@ -6,17 +6,17 @@ use crate::{
     logits::{self, Logits},
     merged::unfold,
     onnx::{
-        Bytes, Content, DataType, LoadedModel, ModelProto, external_files, new_file_beside, read_bytes, read_model,
-        rename_locations,
+        Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, external_files, new_file_beside,
+        read_bytes, read_model, rename_locations,
     },
     report::{Action, LayerReport, Report},
     revert,
     rewrite::{reads_mask, rewrite},
-    rules::{Attention, Conversion, Lengths, Probes, Site, carried, survey},
+    rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, survey},
     settings::Settings,
     spill::spill,
     validate::validate,
-    verify::{CacheFacts, Padding, Plan, Runtime, Verification, compare},
+    verify::{CacheFacts, DYNAMIC, Padding, Plan, Runtime, Verification, compare, known, nudge},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use prost::Message;
@@ -183,6 +183,10 @@ struct Prepared {
 /// What a comparison needs to know of a model.
 struct Facts {
     caches: Vec<CacheFacts>,
+    /// Inputs that may be fed anything.
+    idle: Vec<String>,
+    /// What comes out of attention, where a graph quantises activations.
+    nudged: Vec<(String, DataType)>,
     vocabulary: usize,
     padding: Padding,
     /// All attention is converted and there is no other state, so that tokens may be fed again.
@@ -219,6 +223,15 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
     let probes = Probes::new(&view, Some(folder.to_owned()));
     let found = survey(&model, &probes);
     let conversions = decide(&view, &found, options).with_context(|| format!("{shown} can't be converted"))?;
+    let fixed = known::tokens_at_once(&view).filter(|_| options.settings.window > 1);
+    if let Some(count) = fixed {
+        bail!(
+            "{shown} can't be converted: {INPUT_IDS} takes {count} tokens a call and no other number, but steps of a window of {} feed 1 \
+             to {} of them; convert with --window 1, or export it with an open sequence length",
+            options.settings.window,
+            options.settings.window
+        );
+    }
     let logits = decide_logits(&view, options);
     let layers = layers(&found, &conversions);
     let facts = facts(&view, &found, &conversions);
@@ -249,8 +262,10 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
                 .head_size
                 .and_then(|d| usize::try_from(d).ok())
                 .or_else(|| declared(1))
+                .or_else(|| known::head_size(view, site))
                 .unwrap_or(1),
             sliding: site.sliding_cache,
+            grows: false,
         }
     };
     let both = |site: &Site| {
@@ -262,8 +277,22 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
     // Lengths that the mask's ones are counted for, not ones that a caller gives.
     let counted = |site: &Site| site.lengths == Lengths::Given && reads_mask(view, &site.seqlens_k);
     let uses = |ops: &[&str]| view.graph.node.iter().any(|n| ops.contains(&n.op_type()));
+    let mut caches: Vec<CacheFacts> = sites().flat_map(|site| both(site)).collect();
+    let grows = found.iter().any(|a| a.found.is_err() && !a.takes_tokens_again);
+    caches.extend(known::other_caches(view, &caches, grows));
+    let output = |site: &Site| {
+        let own = site.output_type != DataType::default();
+        let data_type = if own { site.output_type } else { site.data_type };
+        (site.output.clone(), data_type)
+    };
     Facts {
-        caches: sites().flat_map(|site| both(site)).collect(),
+        caches,
+        idle: known::handed_on(view),
+        nudged: if nudge::quantizes_activations(view) {
+            sites().map(|site| output(site)).collect()
+        } else {
+            Vec::new()
+        },
         vocabulary: view
             .declared_from_end("logits", 1)
             .and_then(|v| usize::try_from(v).ok())
@@ -275,9 +304,11 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
         } else {
             Padding::Not
         },
-        again: conversions.len() == found.len() && carried(view, found).is_none(),
+        again: conversions.len() == found.len()
+            && carried(view, found).is_none()
+            && known::tokens_at_once(view).is_none(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
-        together: uses(&["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]),
+        together: uses(&DYNAMIC),
         single_precision: sites().all(|s| {
             let inside = [s.query_type, s.kv_type, s.output_type];
             let single = |t: &DataType| matches!(t, DataType::Float | DataType::Undefined);
@@ -302,15 +333,18 @@ fn verify(
         2e-2
     };
     let path = output.model_path();
+    let nudged = nudged_copy(source, &path, renamed, facts)?;
     let plan = Plan {
         original: &source.model,
         converted: &path,
         windows: &own,
         caches: &facts.caches,
+        idle: &facts.idle,
         page_size: settings.page_size,
         vocabulary: facts.vocabulary,
         padding: facts.padding,
         together: facts.together,
+        nudged: nudged.as_ref().map(tempfile::NamedTempFile::path),
         tolerance: options.tolerance.unwrap_or(usual),
         seed: 1,
     };
@@ -349,6 +383,28 @@ fn verify(
         bail!("{}", first.why);
     }
     Ok(verification)
+}
+
+/// The original with its attention rounded otherwise, beside the output, where its weights are; none where that tells nothing.
+fn nudged_copy(
+    source: &Source,
+    beside: &Path,
+    renamed: &BTreeMap<PathBuf, PathBuf>,
+    facts: &Facts,
+) -> Result<Option<tempfile::NamedTempFile>> {
+    if facts.nudged.is_empty() {
+        return Ok(None);
+    }
+    let mut model = read_model(&source.model)?.model;
+    // Names are those of what was converted.
+    drop(unfold(&mut model));
+    if !nudge::nudge(&mut model, &facts.nudged) || model.encoded_len() > MAX_MODEL_BYTES {
+        return Ok(None);
+    }
+    rename_locations(&mut model, renamed);
+    let mut file = new_file_beside(beside)?;
+    Content::Model(&model).write_to(file.as_file_mut())?;
+    Ok(Some(file))
 }
 
 fn is_unconverted(model: &ModelProto) -> Result<()> {

@@ -47,12 +47,11 @@ fn run(cli: &Cli) -> Result<()> {
     let report = convert(&cli.options())?;
     say(&report, cli.json)?;
     if let Some(failed) = report.verification.as_ref().filter(|v| !v.passed) {
-        let worst = failed.compared.iter().map(|c| c.largest_difference).fold(0.0, f32::max);
         let target = report.target.unwrap_or_default();
+        let (difference, of, allowed) = failed.worst();
         bail!(
-            "the converted model {} differs from its original by {worst:.1e} in a logit, more than {:.1e}: do not use it",
+            "the converted model {} differs from its original by {difference:.1e} in a logit{of}, more than {allowed:.1e}: do not use it",
             target.display(),
-            failed.tolerance
         );
     }
     Ok(())

@@ -23,7 +23,13 @@ pub struct CacheFacts {
     pub head_size: usize,
     /// A sliding-window cache, which has its size from the beginning; others grow.
     pub sliding: bool,
+    /// Of a layer that stays as it is, with a past as long as what was fed, in the converted model too.
+    pub grows: bool,
 }
+
+/// Of how many tokens, the newest ones, there are to be logits. All that is looked at is the newest one's; 0 stands for all in
+/// some models and for none in others.
+const LOGITS_TO_KEEP: [&str; 2] = ["num_logits_to_keep", "logits_to_keep"];
 
 /// What is fed at once: `count` tokens of each sequence, the last at `total` - 1.
 pub struct Feed<'f> {
@@ -41,6 +47,10 @@ pub struct Model {
     /// What does not run on the device asked for.
     pub elsewhere: Option<String>,
     caches: Vec<CacheFacts>,
+    /// Inputs that may be fed anything.
+    idle: Vec<String>,
+    /// It takes one token a call, by its declared shape.
+    pub single: bool,
     state: HashMap<String, Value>,
     /// Rows of converted caches; none: an original, whose caches grow.
     capacity: Option<usize>,
@@ -52,13 +62,19 @@ impl Model {
         runtime: &Runtime,
         path: &Path,
         caches: &[CacheFacts],
+        idle: &[String],
         converted: Option<(usize, usize)>,
     ) -> Result<Self> {
         let (session, elsewhere) = runtime.open(path, converted.is_some())?;
+        let ids = session.inputs().iter().find(|i| i.name() == INPUT_IDS);
+        let shape = ids.and_then(|i| i.dtype().tensor_shape());
+        let single = shape.is_some_and(|s| s.len() == 2 && s.get(1) == Some(&1));
         Ok(Self {
+            single,
             session,
             elsewhere,
             caches: caches.to_vec(),
+            idle: idle.to_vec(),
             state: HashMap::new(),
             capacity: converted.map(|(capacity, _)| capacity),
             page_size: converted.map_or(1, |(_, page)| page),
@@ -74,6 +90,7 @@ impl Model {
             };
             if let Some(cache) = self.caches.iter().find(|c| c.past == name) {
                 let rows = match self.capacity {
+                    _ if cache.grows => 0,
                     Some(capacity) => capacity,
                     None if cache.sliding => super::CAPACITY,
                     None => 0,
@@ -111,6 +128,21 @@ impl Model {
 
     /// Feeds tokens; the newest token's logits of each sequence.
     pub fn feed(&mut self, feed: &Feed) -> Result<Vec<Vec<f32>>> {
+        if !self.single || feed.retro > 0 {
+            return self.feed_at_once(feed);
+        }
+        let mut logits = Vec::new();
+        for total in feed.total - feed.count..feed.total {
+            logits = self.feed_at_once(&Feed {
+                count: 1,
+                total: total + 1,
+                ..*feed
+            })?;
+        }
+        Ok(logits)
+    }
+
+    fn feed_at_once(&mut self, feed: &Feed) -> Result<Vec<Vec<f32>>> {
         let (batch, first) = (feed.ids.len(), feed.total - feed.count);
         let start = |b: usize| if b + 1 == batch { feed.pad } else { 0 };
         let mut inputs: Vec<(Cow<str>, SessionInputValue)> = Vec::new();
@@ -150,6 +182,8 @@ impl Model {
                     let all = pages_for(self.capacity.unwrap_or(0), self.page_size);
                     Value::numbers(*ty, &[1], &[all as i64])?
                 }
+                _ if LOGITS_TO_KEEP.contains(&name) => Value::numbers(*ty, &whole(shape), &[1])?,
+                _ if self.idle.iter().any(|i| i == name) => Value::zeros(*ty, &whole(shape))?,
                 _ if *ty == TensorElementType::Bool => Value::numbers(*ty, &[1], &[i64::from(first > 0)])?,
                 _ => match self.state.get(name) {
                     Some(value) => value.clone(),
@@ -195,8 +229,11 @@ impl Model {
             self.state.insert(past, Value::from_ort(value)?);
         }
         let logits = logits.context("no output is named logits")?;
-        let &[b, rows, vocabulary] = logits.shape.as_slice() else {
-            bail!("logits of shape {:?}", logits.shape)
+        let (b, rows, vocabulary) = match *logits.shape.as_slice() {
+            [b, rows, vocabulary] => (b, rows, vocabulary),
+            // The newest token's alone.
+            [b, vocabulary] => (b, 1, vocabulary),
+            _ => bail!("logits of shape {:?}", logits.shape),
         };
         let data = logits.floats()?;
         (0..b)
@@ -206,4 +243,9 @@ impl Model {
             })
             .collect()
     }
+}
+
+/// A declared shape with 1 for what it leaves open.
+fn whole(shape: &[i64]) -> Vec<usize> {
+    shape.iter().map(|d| usize::try_from(*d).unwrap_or(1)).collect()
 }

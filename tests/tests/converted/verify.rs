@@ -1,14 +1,22 @@
 //! `retro-export --device`: the original and the converted model compared on the device under test, and what is said where they
 //! can't be.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use prost::Message;
-use retro_export::onnx::{Dimension, read_model};
+use retro_export::onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto, read_model};
 use retro_tests::{host, paths, zoo};
 use serde_json::Value;
 
 fn export(source: &Path, target: &Path, device: &str) -> (Value, String) {
+    export_with(source, target, device, &[])
+}
+
+fn export_with(source: &Path, target: &Path, device: &str, options: &[&str]) -> (Value, String) {
     let output = Command::new(paths::command("retro-export"))
         .env("ORT_DYLIB_PATH", paths::onnxruntime())
         .env("RETRO_ATTENTION_PLUGIN", paths::plugin())
@@ -16,6 +24,7 @@ fn export(source: &Path, target: &Path, device: &str) -> (Value, String) {
         .arg("-o")
         .arg(target)
         .args(["--json", "--external-data", "copy", "--device", device])
+        .args(options)
         .output()
         .expect("retro-export starts");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -123,6 +132,118 @@ fn what_the_original_does_not_run_is_skipped_and_named() {
             "{skipped}"
         );
     }
+}
+
+/// An export with something changed.
+fn changed(folder: &Path, case: &str, change: impl FnOnce(&mut GraphProto)) -> PathBuf {
+    let source = folder.join("source.onnx");
+    zoo::restore(&paths::data("zoo-graphs").join(format!("{case}.onnx.xz")), &source);
+    let mut model = read_model(&source).unwrap().model;
+    change(model.graph.as_mut().expect("a graph"));
+    fs::write(&source, model.encode_to_vec()).unwrap();
+    source
+}
+
+#[test]
+fn logits_of_the_newest_token_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = changed(folder.path(), "optimum-llama-fp32", |graph| {
+        let all = graph.node.iter_mut().flat_map(|n| &mut n.output);
+        *all.into_iter().find(|o| *o == "logits").expect("logits") = "all_logits".to_owned();
+        graph.initializer.push(TensorProto::int64s("newest", &[], &[-1]));
+        let gather = NodeProto::new("", "Gather", "gather_newest", &["all_logits", "newest"], &["logits"]);
+        graph.node.push(gather.with(AttributeProto::int("axis", 1)));
+        let logits = graph.output.iter_mut().find(|o| o.name() == "logits").expect("logits");
+        logits.dims_mut().expect("a tensor").remove(1);
+    });
+    covers(&compared(&source), true);
+}
+
+/// A model of one token a call takes no window, and its prompts token by token.
+#[test]
+fn a_model_of_one_token_a_call() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = changed(folder.path(), "optimum-llama-fp32", |graph| {
+        let inputs = graph.input.iter_mut();
+        for input in inputs.filter(|i| ["input_ids", "position_ids"].contains(&i.name())) {
+            input.dims_mut().expect("a tensor")[1] = Dimension::from(1);
+        }
+    });
+    let out = tempfile::tempdir().unwrap();
+    let target = out.path().join("converted.onnx");
+    let device = host::device().to_string();
+    let (_, error) = export_with(&source, &target, &device, &[]);
+    assert!(
+        error.contains("input_ids takes 1 tokens a call") && error.contains("--window 1"),
+        "{error}"
+    );
+    assert!(!target.exists());
+    let (report, error) = export_with(&source, &target, &device, &["--window", "1"]);
+    assert_eq!(error, "");
+    let verification = &report["verification"];
+    assert_eq!(verification["passed"], true, "{verification}");
+    let made = ways(&verification["compared"]);
+    assert!(
+        made == [(1, 1, "whole"), (1, 1, "chunked"), (1, 2, "whole")],
+        "{verification}"
+    );
+}
+
+/// Dynamic quantisation takes padding into its ranges: what that does to the original is measured.
+#[test]
+fn padding_is_among_what_is_quantised_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = changed(folder.path(), "quant-llama-dynint8", |graph| {
+        // Tokens with one large number each: a range that holds them is wide.
+        let name = "model.embed_tokens.weight_quantized";
+        let table = graph.initializer.iter_mut().find(|t| t.name() == name).expect(name);
+        let (rows, width) = (table.dims[0] as usize, table.dims[1] as usize);
+        let mut numbers = table.raw_data.as_ref().expect("weights").to_vec();
+        for row in (0..rows).filter(|row| row % 3 == 0) {
+            let row_of = &mut numbers[row * width..(row + 1) * width];
+            row_of.iter_mut().for_each(|x| *x = 120 + *x / 16);
+            row_of[row % width] = 255;
+        }
+        table.raw_data = Some(numbers.into());
+    });
+    let verification = compared(&source);
+    let compared = verification["compared"].as_array().expect("a list").iter();
+    let padded: Vec<&Value> = compared
+        .filter(|c| c["prefill"] == "padded" && c["window"] == 1)
+        .collect();
+    let [padded] = padded.as_slice() else {
+        panic!("{verification}")
+    };
+    assert_eq!(padded["own_difference_by"], "with other tokens in its padding");
+    let number = |c: &Value, name: &str| c[name].as_f64().expect("a number");
+    assert!(
+        number(padded, "own_difference") > number(&verification, "tolerance"),
+        "{padded}"
+    );
+}
+
+/// The head size is in the weights alone.
+#[test]
+fn caches_of_undeclared_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("model.onnx");
+    let from = paths::data("zoo/genai-llama-fp32-cpu");
+    for entry in fs::read_dir(&from).unwrap().flatten() {
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let mut model = read_model(&source).unwrap().model;
+    let graph = model.graph.as_mut().expect("a graph");
+    graph.value_info.clear();
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        if let Some(size) = value.dims_mut().filter(|d| d.len() == 4).and_then(|d| d.last_mut()) {
+            *size = Dimension::from("size");
+        }
+    }
+    fs::write(&source, model.encode_to_vec()).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let (report, error) = export(&source, &out.path().join("converted.onnx"), &host::device().to_string());
+    assert_eq!(error, "");
+    covers(&report["verification"], true);
 }
 
 /// Where there is no GPU that is said at once, in one line.

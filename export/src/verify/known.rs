@@ -1,0 +1,87 @@
+//! What a graph tells beyond its attention, so that it can be fed: sizes, caches of layers that stay as they are, inputs that
+//! nothing depends on.
+
+use super::CacheFacts;
+use crate::{
+    graph::GraphView,
+    onnx::{DataType, ValueInfoProto},
+    rules::{INPUT_IDS, Site},
+};
+
+/// The head size, from the weights around an attention that takes and gives heads side by side, else from its angles.
+pub fn head_size(view: &GraphView, site: &Site) -> Option<usize> {
+    let share = |width: i64, heads: i64| (heads > 0 && width > 0 && width % heads == 0).then(|| width / heads);
+    let rows = view.readers(&site.output).find_map(|n| match n.op_type() {
+        "MatMul" => view.tensor_dims(n.input(1))?.first().copied(),
+        "MatMulNBits" => n.attribute("K")?.i,
+        _ => None,
+    });
+    let columns = view.producer(&site.query).and_then(|n| match n.op_type() {
+        "MatMul" | "Add" => n.input.iter().find_map(|i| view.tensor_dims(i)?.last().copied()),
+        "MatMulNBits" => n.attribute("N")?.i,
+        _ => None,
+    });
+    let of_query = if site.key.is_empty() {
+        site.q_heads + 2 * site.kv_heads
+    } else {
+        site.q_heads
+    };
+    let angles = || view.tensor_dims(&site.cos_cache)?.last().map(|half| 2 * half);
+    rows.and_then(|n| share(n, site.q_heads))
+        .or_else(|| columns.and_then(|n| share(n, of_query)))
+        .or_else(angles)
+        .and_then(|d| usize::try_from(d).ok())
+}
+
+/// Caches that no site names: of layers that stay as they are. `grows`: they are fed as long as they are.
+pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<CacheFacts> {
+    let inputs = view.graph.input.iter().map(ValueInfoProto::name);
+    let others = inputs.filter(|name| view.initializer(name).is_none() && known.iter().all(|c| c.past != *name));
+    others
+        .filter_map(|past| {
+            let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16];
+            let rank = view.declared_dims(past)?.len();
+            let size = |from_end| usize::try_from(view.declared_from_end(past, from_end)?).ok();
+            (rank == 4 && floats.contains(&view.data_type(past)?)).then_some(())?;
+            Some(CacheFacts {
+                past: past.to_owned(),
+                present: presents(past).into_iter().find(|name| view.is_output(name))?,
+                heads: size(3)?,
+                head_size: size(1)?,
+                sliding: false,
+                grows,
+            })
+        })
+        .collect()
+}
+
+/// past_key_values.0.key -> present.0.key; input.past_key_values.layers.0.keys -> output.past_key_values.layers.0.keys
+fn presents(past: &str) -> Vec<String> {
+    let mut names = vec![
+        past.replacen("past_key_values", "present", 1),
+        past.replacen("past", "present", 1),
+    ];
+    names.extend(past.strip_prefix("input.").map(|rest| format!("output.{rest}")));
+    names.retain(|name| name != past);
+    names
+}
+
+/// Inputs that are only handed on to outputs: whatever they are, nothing else changes.
+pub fn handed_on(view: &GraphView) -> Vec<String> {
+    let idle = |name: &str| {
+        let mut readers = view.readers(name).peekable();
+        // One that nothing reads may have chosen a branch that is the graph now.
+        if readers.peek().is_none() {
+            return false;
+        }
+        readers
+            .all(|n| n.is("", "Identity") && view.is_output(n.output(0)) && view.readers(n.output(0)).next().is_none())
+    };
+    let inputs = view.graph.input.iter().map(ValueInfoProto::name);
+    inputs.filter(|name| idle(name)).map(str::to_owned).collect()
+}
+
+/// How many tokens a graph takes at once, where it is made for one number only.
+pub fn tokens_at_once(view: &GraphView) -> Option<i64> {
+    view.declared_from_end(INPUT_IDS, 1).filter(|n| *n > 0)
+}
