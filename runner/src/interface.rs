@@ -57,10 +57,26 @@ pub struct Interface {
     pub logits: String,
     pub logits_type: TensorElementType,
     pub slots: Vec<Slot>,
+    pub constants: Vec<Constant>,
     /// The graph takes `retro_length` (it was converted).
     pub retro_length: bool,
     pub page_budget: Option<Budgets>,
 }
+
+/// An input that is the same number in every call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Constant {
+    pub name: String,
+    pub element: TensorElementType,
+    /// A single number has none.
+    pub shape: Vec<usize>,
+    pub value: i64,
+}
+
+/// Of how many tokens, the newest ones, there are to be logits.
+const LOGITS_TO_KEEP: [&str; 2] = ["num_logits_to_keep", "logits_to_keep"];
+/// The window of a layer's cache, which transformers' own exports take and hand on.
+const SLIDING_WINDOW: &str = "_sliding_window_tensor";
 
 /// What the input `retro_page_budget` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,13 +110,16 @@ impl Interface {
             .collect();
         let takes = |name: &str| has(name) || optional.iter().any(|o| o == name);
         let known = [&names.input_ids, &names.attention_mask, &names.position_ids];
-        let mut slots = Vec::new();
+        let (mut slots, mut constants) = (Vec::new(), Vec::new());
         for input in session.inputs() {
             let name = input.name();
             if known.iter().any(|k| *k == name) || name == RETRO_LENGTH || name == PAGE_BUDGET {
                 continue;
             }
-            slots.push(slot(input, outputs, folder)?);
+            match constant(input, folder) {
+                Some(constant) => constants.push(constant),
+                None => slots.push(slot(input, outputs, folder)?),
+            }
         }
         let logits_type = logits.dtype().tensor_type().context("the logits are no tensor")?;
         Ok(Self {
@@ -110,6 +129,7 @@ impl Interface {
             logits: names.logits.clone(),
             logits_type,
             slots,
+            constants,
             retro_length: takes(RETRO_LENGTH),
             page_budget: budgets(session),
         })
@@ -125,6 +145,27 @@ impl Interface {
             .collect();
         layers.len()
     }
+}
+
+fn constant(input: &Outlet, folder: &ModelFolder) -> Option<Constant> {
+    let (name, ValueType::Tensor { ty, shape, .. }) = (input.name(), input.dtype()) else {
+        return None;
+    };
+    let value = if LOGITS_TO_KEEP.contains(&name) {
+        1
+    } else if name.ends_with(SLIDING_WINDOW) {
+        folder.sliding_window.and_then(|n| i64::try_from(n).ok()).unwrap_or(0)
+    } else {
+        return None;
+    };
+    let integer = matches!(ty, TensorElementType::Int64 | TensorElementType::Int32);
+    let one = shape.len() <= 1 && shape.iter().all(|d| *d == 1 || *d == -1);
+    (integer && one).then(|| Constant {
+        name: name.to_owned(),
+        element: *ty,
+        shape: vec![1; shape.len()],
+        value,
+    })
 }
 
 fn budgets(session: &Session) -> Option<Budgets> {

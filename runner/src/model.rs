@@ -22,6 +22,7 @@ pub struct ModelFolder {
     pub add_bos: Option<bool>,
     pub kv_heads: Option<usize>,
     pub head_dim: Option<usize>,
+    pub sliding_window: Option<usize>,
     /// One buffer of fixed capacity serves as past and present; `None`: not said.
     pub share_buffer: Option<bool>,
     pub names: Names,
@@ -145,6 +146,7 @@ impl ModelFolder {
         self.eos = ids(json.get("eos_token_id"));
         let heads = count(json, &["num_attention_heads", "n_head"]);
         self.kv_heads = count(json, &["num_key_value_heads"]).or(heads);
+        self.sliding_window = count(json, &["sliding_window"]);
         let hidden = count(json, &["hidden_size", "n_embd"]);
         self.head_dim = count(json, &["head_dim"]).or_else(|| hidden?.checked_div(heads?));
     }

@@ -393,6 +393,15 @@ pub(crate) fn inputs<'a>(
         let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
         inputs.push((name, int64([batch, fed], feed.lengths.iter().flat_map(row).collect())?));
     }
+    for constant in &interface.constants {
+        let value = match (constant.element, constant.shape.as_slice()) {
+            (TensorElementType::Int32, []) => int32([], vec![constant.value as i32])?,
+            (TensorElementType::Int32, _) => int32([1], vec![constant.value as i32])?,
+            (_, []) => int64([], vec![constant.value])?,
+            _ => int64([1], vec![constant.value])?,
+        };
+        inputs.push((&constant.name, value));
+    }
     if interface.retro_length {
         inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
     }

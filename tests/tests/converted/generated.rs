@@ -12,7 +12,7 @@ fn text(folder: &Path, options: &[&str]) -> String {
     command
         .env("ORT_DYLIB_PATH", paths::onnxruntime())
         .env("RETRO_ATTENTION_PLUGIN", paths::plugin());
-    let prompt: Vec<String> = (0..21).map(|i| format!("t{}", 3 + i * 37 % 500)).collect();
+    let prompt: Vec<String> = (0..21).map(|i| format!("t{}", 3 + i * 37 % 250)).collect();
     let output = command
         .arg("run")
         .arg(folder)
@@ -29,12 +29,14 @@ fn text(folder: &Path, options: &[&str]) -> String {
 
 #[test]
 fn greedy_text_is_the_originals() {
-    // One of each rule, and one that computes its positions from the length of its cache.
+    // One of each rule, one that computes its positions from the length of its cache, and two that take numbers of their own.
     for case in [
         "optimum-llama-fp32",
         "tfexp-llama-ortfusions_cuda",
         "dynamo-llama-sdpa-op23",
         "dynamo-gpt2-sdpa-op18",
+        "optimum-llama-num_logits_to_keep",
+        "tfexp-mistral-fp32",
     ] {
         let folder = tempfile::tempdir().unwrap();
         let (source, target) = (folder.path().join(case), folder.path().join("converted"));
