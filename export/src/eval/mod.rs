@@ -218,7 +218,8 @@ impl<'a> Program<'a> {
             Err(why) => {
                 for name in node.output.iter().map(String::as_str).filter(|o| !o.is_empty()) {
                     // The first reason along the way is the one that explains.
-                    let first = reads(node).find_map(|i| env.unknown.get(i).cloned());
+                    let known = |i: &str| env.unknown.get(i).or_else(|| base?.unknown.get(i)).cloned();
+                    let first = reads(node).find_map(known);
                     let why = first.unwrap_or_else(|| format!("node {} ({}): {why}", node.label(), node.op_type()));
                     env.unknown.insert(name, why);
                 }

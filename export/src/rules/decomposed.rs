@@ -323,8 +323,23 @@ mod tests {
         assert!(why.contains("go into 2 products"), "{why}");
     }
 
+    /// Scores where a table allows them.
+    const CHOSEN: [(&str, &[&str], &str); 1] = [("Where", &["allowed", "scaled", "hide"], "masked")];
+    /// A mask of the table and of padding, that is added: computed apart from the scores.
+    const ADDED: [(&str, &[&str], &str); 5] = [
+        ("Cast", &["attention_mask"], "valid"),
+        ("Unsqueeze", &["valid", "middle"], "valid_4d"),
+        ("And", &["allowed", "valid_4d"], "all"),
+        ("Where", &["all", "see", "hide"], "plane"),
+        ("Add", &["scaled", "plane"], "masked"),
+    ];
+
     /// Masked by a table of all positions by all positions, as it is made ahead and sliced in each call.
-    fn tabled(size: usize, sees: impl Fn(usize, usize) -> bool) -> Result<Site, String> {
+    fn tabled(
+        masking: &[(&str, &[&str], &str)],
+        size: usize,
+        sees: impl Fn(usize, usize) -> bool,
+    ) -> Result<Site, String> {
         let mut graph = graph(
             &[
                 &[
@@ -334,8 +349,8 @@ mod tests {
                     ("Slice", &["table", "from", "to", "second"], "rows"),
                     ("Slice", &["rows", "start", "to", "third"], "part"),
                     ("Cast", &["part"], "allowed"),
-                    ("Where", &["allowed", "scaled", "hide"], "masked"),
                 ][..],
+                masking,
                 &[SOFTMAX],
             ]
             .concat(),
@@ -351,14 +366,18 @@ mod tests {
 
     #[test]
     fn a_window_inside_a_table_is_found() {
-        for (size, window) in [(128, 40), (300, 256), (50, 49), (128, 127)] {
-            let site = tabled(size, |i, j| j <= i && i - j < window).unwrap();
-            assert_eq!(site.local_window_size, window as i64, "of {size}");
+        for masking in [&CHOSEN[..], &ADDED] {
+            for (size, window) in [(128, 40), (300, 256), (50, 49), (128, 127)] {
+                let site = tabled(masking, size, |i, j| j <= i && i - j < window).unwrap();
+                assert_eq!(site.local_window_size, window as i64, "of {size}");
+            }
+            for size in [128, 256, 1024] {
+                let site = tabled(masking, size, |i, j| j <= i).unwrap();
+                assert_eq!(site.local_window_size, -1, "of {size}");
+            }
+            let why = tabled(masking, 128, |i, j| j <= i && i / 40 == j / 40).expect_err("chunks");
+            assert!(why.contains("neither causal nor a sliding window"), "{why}");
         }
-        let site = tabled(128, |i, j| j <= i).unwrap();
-        assert_eq!(site.local_window_size, -1);
-        let why = tabled(128, |i, j| j <= i && i / 40 == j / 40).expect_err("chunks");
-        assert!(why.contains("neither causal nor a sliding window"), "{why}");
     }
 
     /// A factor that is 1 for the first 50 positions, and 2 from there on.

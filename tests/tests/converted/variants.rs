@@ -5,7 +5,7 @@ use std::{collections::HashSet, fs};
 
 use prost::Message;
 use retro_export::onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
-use retro_tests::{decoder::Decoder, paths};
+use retro_tests::{decoder::Decoder, host, paths};
 
 use crate::{convert::convert, verify::compared};
 
@@ -149,7 +149,10 @@ fn casts_between_a_cache_and_its_attention() {
             |from, to| cast(from, to, DataType::Float),
         );
     });
-    compared(&source.path().join("model.onnx"));
+    // On CUDA ONNX Runtime gives the original's caches inside, whose shapes nobody declares, one buffer, which then is too small.
+    if !host::on_gpu() {
+        compared(&source.path().join("model.onnx"));
+    }
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("converted");
     convert(source.path(), &target, &[]).expect("it converts");
