@@ -280,11 +280,7 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
     let mut caches: Vec<CacheFacts> = sites().flat_map(|site| both(site)).collect();
     let grows = found.iter().any(|a| a.found.is_err() && !a.takes_tokens_again);
     caches.extend(known::other_caches(view, &caches, grows));
-    let output = |site: &Site| {
-        let own = site.output_type != DataType::default();
-        let data_type = if own { site.output_type } else { site.data_type };
-        (site.output.clone(), data_type)
-    };
+    let output = |site: &Site| (site.output.clone(), site.typed(site.output_type));
     Facts {
         caches,
         idle: known::handed_on(view),

@@ -170,6 +170,13 @@ pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
         .flat_map(|a| a.g.as_deref().into_iter().chain(&a.graphs))
 }
 
+/// The same, to be changed.
+pub fn subgraphs_mut(node: &mut NodeProto) -> impl Iterator<Item = &mut GraphProto> {
+    node.attribute
+        .iter_mut()
+        .flat_map(|a| a.g.as_deref_mut().into_iter().chain(&mut a.graphs))
+}
+
 /// Every name that a graph or its subgraphs read, define or return: a superset of what they capture.
 fn mentioned_names<'a>(graph: &'a GraphProto, names: &mut Vec<&'a str>) {
     let mut open = vec![graph];

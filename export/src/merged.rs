@@ -3,7 +3,7 @@
 
 use crate::{
     eval::reads,
-    graph::subgraphs,
+    graph::{subgraphs, subgraphs_mut},
     onnx::{DataType, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto},
 };
 use std::collections::{HashMap, HashSet};
@@ -104,11 +104,7 @@ fn inlined(branch: &GraphProto, node: &NodeProto) -> Option<Vec<NodeProto>> {
             }
         }
         if subgraphs(node).next().is_some() {
-            for graph in node
-                .attribute
-                .iter_mut()
-                .flat_map(|a| a.g.as_deref_mut().into_iter().chain(&mut a.graphs))
-            {
+            for graph in subgraphs_mut(node) {
                 for output in &mut graph.output {
                     if let Some(new) = renamed.get(output.name()) {
                         output.name = Some(new.clone());

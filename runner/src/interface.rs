@@ -8,6 +8,7 @@ use ort::{
     value::{Outlet, TensorElementType, ValueType},
 };
 use retro_contract::graph::{PAGE_BUDGET, RETRO_LENGTH, State};
+use retro_export::verify::LOGITS_TO_KEEP;
 
 use crate::model::ModelFolder;
 
@@ -73,8 +74,6 @@ pub struct Constant {
     pub value: i64,
 }
 
-/// Of how many tokens, the newest ones, there are to be logits.
-const LOGITS_TO_KEEP: [&str; 2] = ["num_logits_to_keep", "logits_to_keep"];
 /// The window of a layer's cache, which transformers' own exports take and hand on.
 const SLIDING_WINDOW: &str = "_sliding_window_tensor";
 

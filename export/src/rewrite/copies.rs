@@ -1,6 +1,7 @@
 //! Shapes of copies of caches are shapes of the caches.
 
 use crate::{
+    graph::subgraphs_mut,
     onnx::{GraphProto, NodeProto},
     rules::copies::copied,
 };
@@ -32,10 +33,6 @@ pub fn look_through(graph: &mut GraphProto, caches: &[&str]) {
                 }
             }
         }
-        let inner = node
-            .attribute
-            .iter_mut()
-            .flat_map(|a| a.g.as_deref_mut().into_iter().chain(&mut a.graphs));
-        open.extend(inner.flat_map(|g| &mut g.node));
+        open.extend(subgraphs_mut(node).flat_map(|g| &mut g.node));
     }
 }

@@ -3,6 +3,7 @@
 
 use super::names::Fresh;
 use crate::{
+    graph::subgraphs_mut,
     onnx::{AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto},
     rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS},
 };
@@ -179,11 +180,7 @@ impl Lengths {
             } else if !node.is(retro_contract::DOMAIN, retro_contract::OP_TYPE) {
                 others.extend(touched.into_iter().map(|(name, _)| (node.label(), name)));
             }
-            let inner = node
-                .attribute
-                .iter_mut()
-                .flat_map(|a| a.g.as_deref_mut().into_iter().chain(&mut a.graphs));
-            open.extend(inner.flat_map(|g| &mut g.node));
+            open.extend(subgraphs_mut(node).flat_map(|g| &mut g.node));
         }
         graph.node = nodes;
         graph.initializer.append(&mut constants);

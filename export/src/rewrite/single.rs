@@ -45,15 +45,7 @@ pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &S
 
 fn needs_company(site: &Site) -> bool {
     let more = site.qk_norm.is_some() || site.sinks.is_some();
-    site.replaces.is_none() && (more || own_type(site) != site.data_type)
-}
-
-/// The type that the source's node computes in.
-fn own_type(site: &Site) -> DataType {
-    match site.query_type {
-        DataType::Undefined => site.data_type,
-        t => t,
-    }
+    site.replaces.is_none() && (more || site.typed(site.query_type) != site.data_type)
 }
 
 struct Maker {
@@ -79,7 +71,7 @@ impl Maker {
             company.normalised(&mut own, norm, self.opset);
         }
         let to = site.data_type;
-        let casts = own_type(site) != to;
+        let casts = site.typed(site.query_type) != to;
         if casts {
             for (name, what) in [
                 (&mut own.query, "query"),
@@ -111,7 +103,7 @@ impl Maker {
         replace(&mut node, &conversion, settings);
         company.nodes.push(node);
         if casts {
-            company.cast(&own.output, own_type(site), "output");
+            company.cast(&own.output, site.typed(site.query_type), "output");
             company.rename_last(&site.output);
         }
         nodes

@@ -141,7 +141,6 @@ fn node_with_company(
         nodes: &mut nodes,
     };
     let (hq, hkv, d) = (site.q_heads, site.kv_heads, site.head_size.unwrap_or(0));
-    let typed = |t: DataType| if t == DataType::Undefined { site.data_type } else { t };
     let mut own = site.clone();
     let operands = [
         (&site.query, site.query_layout, site.query_type, 0, hq, "query"),
@@ -160,7 +159,7 @@ fn node_with_company(
         if !site.bias.is_empty() {
             name = company.biased(&name, &site.bias, start, start + heads * d, what);
         }
-        if typed(data_type) != site.data_type {
+        if site.typed(data_type) != site.data_type {
             name = company.cast(&name, site.data_type, what);
         }
         name
@@ -171,7 +170,7 @@ fn node_with_company(
     if let Some(sinks) = &site.sinks {
         own.head_sink = company.numbers(sinks, site.data_type, "head_sink");
     }
-    let cast_back = typed(site.output_type) != site.data_type;
+    let cast_back = site.typed(site.output_type) != site.data_type;
     let direct = site.output_layout == Layout::Flat && !cast_back;
     if !direct {
         own.output = company.name("output");
@@ -190,7 +189,7 @@ fn node_with_company(
     replace(&mut node, &of_it, settings);
     company.nodes.push(node);
     if !direct {
-        company.restore(&own.output, site, d, cast_back.then(|| typed(site.output_type)));
+        company.restore(&own.output, site, d, cast_back.then(|| site.typed(site.output_type)));
     }
     nodes
 }

@@ -360,10 +360,7 @@ fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
             ));
         }
     }
-    let own = match site.query_type {
-        DataType::Undefined => site.data_type,
-        t => t,
-    };
+    let own = site.typed(site.query_type);
     let norm = site.qk_norm.as_ref();
     for (what, name) in [
         ("query", Some(&site.query)),

@@ -119,6 +119,13 @@ pub struct Site {
     pub qk_norm: Option<QkNorm>,
 }
 
+impl Site {
+    /// One of the types of queries, keys and values, or outputs.
+    pub fn typed(&self, t: DataType) -> DataType {
+        if t == DataType::Undefined { self.data_type } else { t }
+    }
+}
+
 /// Root mean square normalisation of every head of queries and keys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QkNorm {

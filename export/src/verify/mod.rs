@@ -8,7 +8,7 @@ mod runtime;
 mod value;
 
 use difference::{Difference, Own};
-pub use model::CacheFacts;
+pub use model::{CacheFacts, LOGITS_TO_KEEP};
 use model::{Feed, Model};
 pub use runtime::Runtime;
 

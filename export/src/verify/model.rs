@@ -29,7 +29,7 @@ pub struct CacheFacts {
 
 /// Of how many tokens, the newest ones, there are to be logits. All that is looked at is the newest one's; 0 stands for all in
 /// some models and for none in others.
-const LOGITS_TO_KEEP: [&str; 2] = ["num_logits_to_keep", "logits_to_keep"];
+pub const LOGITS_TO_KEEP: [&str; 2] = ["num_logits_to_keep", "logits_to_keep"];
 
 /// What is fed at once: `count` tokens of each sequence, the last at `total` - 1.
 pub struct Feed<'f> {

@@ -72,11 +72,10 @@ DEVICE u32 sum_upto(u32 x) {
   return x;
 }
 
+// Joined over a warp: the largest first, so that a lane needs one exponential.
 DEVICE float2 warp_sums(float2 a) {
-#pragma unroll
-  for (int m = 16; m; m >>= 1)
-    a = joined_sums(a, {__shfl_xor_sync(ALL_LANES, a.x, m), __shfl_xor_sync(ALL_LANES, a.y, m)});
-  return a;
+  const float top = warp_max(a.x);
+  return {top, warp_sum(top == NEG_INF ? 0.f : a.y * __expf(a.x - top))};
 }
 
 // Two bounds that the group's scores of a KV head's candidates lie between.
@@ -98,9 +97,9 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
       sums = joined_sums(sums, {part.x, part.y});
       least = fminf(least, part.z);
     }
+    sums = warp_sums(sums);
     least = warp_min(least);
-    const float top = warp_max(sums.x), sum = warp_sum(top == NEG_INF ? 0.f : sums.y * __expf(sums.x - top));
-    const float most = top * LOG2E, lse = most + log2_fast(sum);
+    const float most = sums.x * LOG2E, lse = most + log2_fast(sums.y);
     if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
   }
   __syncthreads();
