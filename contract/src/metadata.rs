@@ -7,6 +7,8 @@ pub const WINDOW: &str = "retro.window";
 pub const PAGE_SIZE: &str = "retro.page_size";
 /// As [`crate::Budget`] prints it: "0.15" or "2048".
 pub const BUDGET: &str = "retro.budget";
+/// Least pages that a share of the context is rounded up to, also one that a run asks for instead of [`BUDGET`]'s.
+pub const MIN_PAGES: &str = "retro.min_pages";
 pub const SINK_PAGES: &str = "retro.sink_pages";
 pub const SELECTOR: &str = "retro.selector";
 pub const GROUP_SCORE: &str = "retro.group_score";

@@ -250,7 +250,7 @@ impl<'a> Decoder<'a> {
             .budget
             .zip(self.model.retro.as_ref())
             .map(|(budget, retro)| {
-                let pages = |&n: &usize| budget.pages(limits::BUDGET_MIN_PAGES, n, retro.page_size).max(1);
+                let pages = |&n: &usize| budget.pages(retro.min_pages, n, retro.page_size).max(1);
                 lengths
                     .iter()
                     .map(|n| i32::try_from(pages(n)).unwrap_or(i32::MAX))

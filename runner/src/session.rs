@@ -36,6 +36,8 @@ pub struct Retro {
     pub page_size: usize,
     /// As in the metadata: "0.15" or "2048".
     pub budget: String,
+    /// Least pages that a share of the context is rounded up to.
+    pub min_pages: usize,
     pub selector: String,
     pub group_score: String,
     /// Layers that carry the operator.
@@ -599,6 +601,7 @@ fn retro_metadata(session: &Session) -> Result<Option<Retro>> {
         window: number(metadata::WINDOW, limits::WINDOW)?,
         page_size: number(metadata::PAGE_SIZE, limits::PAGE_SIZE)?,
         budget: text(metadata::BUDGET, "?"),
+        min_pages: number(metadata::MIN_PAGES, limits::BUDGET_MIN_PAGES)?,
         selector: text(metadata::SELECTOR, "?"),
         group_score: text(metadata::GROUP_SCORE, "?"),
         layers: list(metadata::LAYERS),

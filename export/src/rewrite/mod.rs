@@ -318,6 +318,7 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
         (metadata::WINDOW, settings.window.to_string()),
         (metadata::PAGE_SIZE, settings.page_size.to_string()),
         (metadata::BUDGET, settings.budget.to_string()),
+        (metadata::MIN_PAGES, settings.min_pages.to_string()),
         (metadata::SINK_PAGES, settings.sink_pages.to_string()),
         (metadata::SELECTOR, settings.selector.to_string()),
         (metadata::GROUP_SCORE, settings.group_score.to_string()),

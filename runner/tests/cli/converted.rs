@@ -105,3 +105,36 @@ fn weights_are_built_and_converted_on_the_fly_once() {
     assert_eq!(first.stdout, second.stdout);
     assert!(!first.stdout.is_empty());
 }
+
+/// A share of the context that a run asks for is rounded up to as many pages as the model was converted with.
+#[test]
+fn another_budget_keeps_the_least_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    let settings = retro_export::Settings {
+        budget: retro_contract::Budget::Ratio(0.02),
+        min_pages: 12,
+        ..Default::default()
+    };
+    retro_export::convert(&retro_export::Options {
+        source: ledger(),
+        target: Some(model.clone()),
+        settings,
+        ..Default::default()
+    })
+    .unwrap();
+    let doc = document(0);
+    let pages = |budget: &[&str]| {
+        let arguments = [&["--document", &doc, "-n", "20"], budget].concat();
+        json(&model, &arguments)["stats"]["pages_per_kv_head_and_step"]
+            .as_f64()
+            .unwrap()
+    };
+    assert_eq!(pages(&[]), 12.0);
+    // A fiftieth and a tenth of about 1050 tokens are 2 and 7 pages of 16.
+    assert_eq!(pages(&["-b", "0.02"]), 12.0);
+    assert_eq!(pages(&["-b", "0.1"]), 12.0);
+    assert!(pages(&["-b", "0.25"]) > 16.0);
+    // A number of tokens is one: 64 are 4 pages.
+    assert_eq!(pages(&["-b", "64"]), 4.0);
+}
