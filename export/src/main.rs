@@ -1,3 +1,6 @@
+// println! and its like panic when nobody reads.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use retro_export::{

@@ -1,6 +1,14 @@
 //! `retro-models`: the command.
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+// println! and its like panic when nobody reads.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -52,7 +60,7 @@ fn ledger(args: &Ledger) -> Result<()> {
         let _ = std::fs::remove_file(&part);
     }
     write.with_context(|| format!("cannot write {}", args.output.display()))?;
-    eprintln!("{}: {} documents", args.output.display(), args.docs);
+    note(&format!("{}: {} documents", args.output.display(), args.docs));
     Ok(())
 }
 
@@ -154,15 +162,20 @@ fn build(args: &Build) -> Result<()> {
         retro_models::check_out(weights, &args.output)?;
         retro_models::build(weights, &args.output, &options)?
     };
-    eprintln!(
+    note(&format!(
         "{}: {:.1} M parameters, {:.1} MiB of weights {}, {:.1} s",
         built.model.display(),
         built.parameters as f64 / 1e6,
         built.weight_bytes as f64 / (1 << 20) as f64,
         if built.external { "in model.onnx.data" } else { "inline" },
         start.elapsed().as_secs_f64()
-    );
+    ));
     Ok(())
+}
+
+/// Writes a line for people to stderr. That nobody takes it (a closed pipe, a full disk) must not end the work.
+fn note(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 fn main() -> ExitCode {
@@ -173,7 +186,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            note(&format!("error: {e:#}"));
             ExitCode::FAILURE
         }
     }

@@ -192,3 +192,23 @@ fn what_is_missing_or_wrong_is_named_and_nothing_is_written() {
     assert!(build(&from, &to, &Options::default()).is_err());
     assert!(!to.exists());
 }
+
+/// `/dev/full` takes nothing, as a full disk does.
+#[test]
+fn a_stream_that_takes_nothing_ends_no_program_in_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_retro-models"));
+        command
+            .current_dir(&dir)
+            .args(arguments)
+            .stderr(full)
+            .status()
+            .unwrap()
+            .code()
+    };
+    assert_eq!(run(&["ledger", "--docs", "1", "-o", "documents.jsonl"]), Some(0));
+    assert!(dir.path().join("documents.jsonl").is_file());
+    assert_eq!(run(&["build", "--weights", "nowhere", "-o", "out"]), Some(1));
+}

@@ -42,13 +42,13 @@ impl Prefilled {
     /// Reads the prompts one at a time (they differ in length) and lays their states side by side.
     ///
     /// # Errors
-    /// When a prompt does not fit `capacity` or the model fails.
+    /// When a prompt does not fit `capacity`, or the model or `progress` fails.
     pub fn new(
         model: &mut Model,
         prompts: Vec<Vec<u32>>,
         capacity: usize,
         chunk: usize,
-        mut progress: impl FnMut(usize),
+        mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<Self> {
         let mut state = model.new_state(prompts.len(), capacity)?;
         let mut time = Duration::ZERO;
@@ -89,13 +89,13 @@ impl Prefilled {
     /// Decodes every document greedily until `eos` or `max_new` tokens; gives the outputs without the end token.
     ///
     /// # Errors
-    /// When the model fails.
+    /// When the model or `progress` fails.
     pub fn decode(
         &mut self,
         model: &mut Model,
         policy: Policy,
         max_new: usize,
-        mut progress: impl FnMut(usize),
+        mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<Decoded> {
         if let Some(snapshot) = &self.snapshot {
             self.state.restore(snapshot)?;
@@ -126,7 +126,7 @@ impl Prefilled {
             }
             logits = std::borrow::Cow::Owned(decoder.step()?);
             decoded += active;
-            progress(active);
+            progress(active)?;
         }
         let outputs: Vec<Vec<u32>> = (0..rows)
             .map(|row| {
@@ -144,7 +144,7 @@ impl Prefilled {
         let stats = Stats {
             prompt_tokens: self.prompts.iter().map(Vec::len).sum(),
             prompt_time: self.time,
-            first_token: self.time,
+            first_token: Some(self.time),
             generated_tokens: outputs.iter().map(Vec::len).sum(),
             decoded_tokens: decoded,
             decode_time,

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use retro_contract::{Budget, limits};
 
 use crate::{
+    interrupt::{Interrupt, Interrupted},
     measure::{Meter, Reading},
     sampling::{Sampler, Sampling},
     session::{Feed, Logits, Model, sparse_layers},
@@ -105,16 +106,17 @@ pub fn plan(prompt: usize, n_predict: Option<usize>, context: Option<usize>, mod
     }
 }
 
-/// Runs a prompt through a fresh state of batch 1, in chunks; returns the newest token's logits.
+/// Runs a prompt through a fresh state of batch 1, in chunks; returns the newest token's logits. `progress` hears of every
+/// chunk and may end the work with an error.
 ///
 /// # Errors
-/// When ONNX Runtime fails.
+/// When ONNX Runtime or `progress` fails.
 pub fn prefill(
     model: &mut Model,
     state: &mut State,
     prompt: &[u32],
     chunk: usize,
-    mut progress: impl FnMut(usize),
+    mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Logits> {
     ensure!(!prompt.is_empty(), "the prompt is empty");
     ensure!(chunk >= 1, "--chunk 0: a chunk has at least one token");
@@ -132,7 +134,7 @@ pub fn prefill(
                 ..Feed::default()
             },
         )?;
-        progress(part.len());
+        progress(part.len())?;
     }
     Ok(logits)
 }
@@ -320,6 +322,8 @@ pub struct Generation {
     pub sampling: Sampling,
     pub stops: Vec<String>,
     pub ignore_eos: bool,
+    /// Ends the generation between two steps, or two chunks of the prompt.
+    pub interrupt: Interrupt,
 }
 
 /// Why a generation ended.
@@ -332,6 +336,8 @@ pub enum Finish {
     Stop,
     /// The most tokens asked for, or the context's end.
     Length,
+    /// [`Generation::interrupt`] asked for it.
+    Interrupted,
 }
 
 /// What came out.
@@ -367,11 +373,32 @@ pub fn generate(
     let mut state = model.new_state(1, options.plan.capacity)?;
     let eos = model.folder.eos.clone();
     let start = Instant::now();
-    let mut logits = prefill(model, &mut state, prompt, options.chunk, |n| {
-        // A prompt's progress is for show; a failing observer is noticed at the first token.
-        let _ = observe(Event::Prompt(n));
-    })?;
+    let mut read = 0;
+    let prefilled = prefill(model, &mut state, prompt, options.chunk, |n| {
+        read += n;
+        observe(Event::Prompt(n))?;
+        Ok(options.interrupt.check()?)
+    });
     let prompt_time = start.elapsed();
+    let mut logits = match prefilled {
+        // What was read so far is all that there is to tell.
+        Err(e) if e.is::<Interrupted>() => {
+            let (kv_bytes, state_bytes) = state.sizes();
+            return Ok(Output {
+                text: String::new(),
+                tokens: Vec::new(),
+                finish: Finish::Interrupted,
+                stats: Stats {
+                    prompt_tokens: read,
+                    prompt_time,
+                    kv_bytes,
+                    state_bytes,
+                    ..Stats::default()
+                },
+            });
+        }
+        other => other?,
+    };
     let mut sampler = Sampler::new(options.sampling);
     // On a GPU, looking at which pages were read would cost as much as reading them.
     let measure = model.gpu().is_none();
@@ -383,7 +410,7 @@ pub fn generate(
     let mut filter = StopFilter::new(&options.stops);
     let mut out = String::new();
     let mut sampling_time = Duration::ZERO;
-    let mut first_token = Duration::ZERO;
+    let mut first_token = None;
     let mut tokens = Vec::new();
     let mut emit = |piece: String, observe: &mut dyn FnMut(Event<'_>) -> Result<()>| -> Result<()> {
         observe(Event::Text(&piece))?;
@@ -391,10 +418,13 @@ pub fn generate(
         Ok(())
     };
     let finish = loop {
+        if options.interrupt.raised().is_some() {
+            break Finish::Interrupted;
+        }
         let choosing = Instant::now();
         let token = sampler.choose(logits.row(0), decoder.tokens(0))?;
         if tokens.is_empty() {
-            first_token = start.elapsed();
+            first_token = Some(start.elapsed());
         } else {
             sampling_time += choosing.elapsed();
         }

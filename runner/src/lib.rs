@@ -3,6 +3,9 @@
 //! [`Runtime`] finds and loads ONNX Runtime, [`Model`] opens a folder, [`generate`](generate::generate) makes text from a prompt,
 //! and [`Prefilled`](batch::Prefilled) decodes many documents at once. [`commands`] is the program around them.
 
+// println! and its like panic when nobody reads: commands write with errors, progress::note without.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod arena;
 pub mod batch;
 pub mod bench;
@@ -10,6 +13,7 @@ pub mod commands;
 pub mod eval;
 pub mod generate;
 pub mod interface;
+pub mod interrupt;
 mod landing;
 pub mod measure;
 pub mod model;
@@ -27,6 +31,7 @@ mod steps;
 pub mod text;
 mod widen;
 
+pub use interrupt::{Interrupt, Interrupted};
 pub use model::ModelFolder;
 pub use retro_runtime::{Device, device, gpu};
 pub use runtime::Runtime;

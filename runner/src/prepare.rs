@@ -2,7 +2,7 @@
 //! cache folder.
 
 use std::{
-    fs,
+    fs::{self, File, TryLockError},
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
@@ -28,54 +28,111 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         "dense".to_owned()
     };
     let folder = cache_folder()?.join(format!("{}-{kind}", key(path)?));
-    if folder.join("genai_config.json").is_file() && folder.join("model.onnx").is_file() {
-        say(&format!(
-            "{} holds weights; using the graph made of them in {}",
-            path.display(),
-            folder.display()
-        ));
+    if complete(&folder) {
+        say(&using(path, &folder));
         return Ok(folder);
+    }
+    let parent = folder.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).with_context(|| format!("cannot make the cache folder {}", parent.display()))?;
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    // Programs that start at once take turns: the first one makes the model, the others use it.
+    let owned = own(&parent.join(format!(".{name}.lock")), path, say)?;
+    if complete(&folder) {
+        say(&using(path, &folder));
+        return Ok(folder);
+    }
+    if owned.is_some() {
+        remove_remains(parent, &name, &folder);
     }
     say(&format!(
         "{} holds weights; making a graph of them in {}",
         path.display(),
         folder.display()
     ));
-    let parent = folder.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).with_context(|| format!("cannot make the cache folder {}", parent.display()))?;
-    // Made beside and renamed: two programs that do so at once do not meet, and half a model is never found.
-    let part = parent.join(format!(
-        ".{}.{}",
-        folder.file_name().unwrap_or_default().to_string_lossy(),
-        std::process::id()
-    ));
-    let made = make(path, &part, window, convert);
-    let moved = made.and_then(|()| match fs::rename(&part, &folder) {
-        Ok(()) => Ok(()),
-        Err(_) if folder.join("model.onnx").is_file() => Ok(()),
-        Err(e) => Err(e).with_context(|| format!("cannot make the folder {}", folder.display())),
-    });
-    if moved.is_err() || part.exists() {
-        // What is left of a failure is of no use; that it could not be removed changes nothing.
-        let _ = fs::remove_dir_all(&part);
+    // Made beside and renamed: half a model is never found. A name of its own, where no lock keeps others away.
+    let part = tempfile::Builder::new()
+        .prefix(&format!(".{name}."))
+        .suffix(PART)
+        .tempdir_in(parent)
+        .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
+    let made = part.path().join("model");
+    make(path, &made, &part.path().join("dense"), window, convert)?;
+    match fs::rename(&made, &folder) {
+        // Another program made the same model in the meantime.
+        Err(_) if complete(&folder) => {}
+        other => other.with_context(|| format!("cannot make the folder {}", folder.display()))?,
     }
-    moved.map(|()| folder)
+    Ok(folder)
 }
 
-fn make(weights: &Path, out: &Path, window: usize, convert: bool) -> Result<()> {
+/// What names of unfinished folders end with.
+const PART: &str = ".part";
+
+fn using(path: &Path, folder: &Path) -> String {
+    format!(
+        "{} holds weights; using the graph made of them in {}",
+        path.display(),
+        folder.display()
+    )
+}
+
+fn complete(folder: &Path) -> bool {
+    folder.join("genai_config.json").is_file() && folder.join("model.onnx").is_file()
+}
+
+/// Waits until no other program makes the same model. The lock ends with the file that is given back, at the latest with the
+/// program. `None` where the file system has no locks: then programs that start at once each make the model.
+fn own(lock: &Path, path: &Path, say: &mut dyn FnMut(&str)) -> Result<Option<File>> {
+    let cannot = || format!("cannot open {}", lock.display());
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(lock)
+        .with_context(cannot)?;
+    let locked = match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            say(&format!(
+                "{} holds weights; waiting for another retro-run that makes a graph of them",
+                path.display()
+            ));
+            file.lock()
+        }
+        Err(TryLockError::Error(e)) => Err(e),
+        Ok(()) => Ok(()),
+    };
+    Ok(locked.is_ok().then_some(file))
+}
+
+/// Removes what killed programs left: of this model, which nobody else works on now, and of others whose lock is free. That
+/// something could not be removed changes nothing, unless it is in the model's place, which then says so.
+fn remove_remains(parent: &Path, name: &str, folder: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let found = entry.file_name();
+        // .NAME.RANDOM.part
+        let of = found
+            .to_str()
+            .and_then(|f| f.strip_prefix('.')?.strip_suffix(PART)?.rsplit_once('.'));
+        let Some((of, _)) = of else { continue };
+        let lock = (of != name).then(|| File::open(parent.join(format!(".{of}.lock"))));
+        let free = match &lock {
+            None => true,
+            Some(lock) => lock.as_ref().is_ok_and(|lock| lock.try_lock().is_ok()),
+        };
+        if free {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    let _ = fs::remove_dir_all(folder);
+}
+
+/// Makes the model in `out`; `dense` is a place for what it is converted from.
+fn make(weights: &Path, out: &Path, dense: &Path, window: usize, convert: bool) -> Result<()> {
     let options = retro_models::Options::default();
-    if !convert {
-        retro_models::build(weights, out, &options)?;
-        return Ok(());
+    if convert {
+        convert_built(weights, out, dense, window, &options)
+    } else {
+        retro_models::build(weights, out, &options).map(drop)
     }
-    // Beside the output: a conversion does not write into the folder that it reads.
-    let dense = out.with_extension("dense");
-    let made = convert_built(weights, out, &dense, window, &options);
-    if dense.exists() {
-        // Its weights live on through the link; that it could not be removed changes nothing.
-        let _ = fs::remove_dir_all(&dense);
-    }
-    made
 }
 
 fn convert_built(

@@ -11,8 +11,8 @@ use crate::measure::Reading;
 pub struct Stats {
     pub prompt_tokens: usize,
     pub prompt_time: Duration,
-    /// From the start of the prompt to the first token.
-    pub first_token: Duration,
+    /// From the start of the prompt to the first token; none was made if there is no such time.
+    pub first_token: Option<Duration>,
     pub generated_tokens: usize,
     /// Tokens whose making needed a decoding step: the first comes from the prompt.
     pub decoded_tokens: usize,
@@ -27,7 +27,7 @@ pub struct Stats {
 pub struct StatsJson {
     pub prompt_tokens: usize,
     pub prompt_tokens_per_second: Option<f64>,
-    pub time_to_first_token_ms: f64,
+    pub time_to_first_token_ms: Option<f64>,
     pub generated_tokens: usize,
     pub decode_tokens_per_second: Option<f64>,
     pub pages_per_kv_head_and_step: Option<f64>,
@@ -54,7 +54,7 @@ impl Stats {
         StatsJson {
             prompt_tokens: self.prompt_tokens,
             prompt_tokens_per_second: self.prompt_rate(),
-            time_to_first_token_ms: self.first_token.as_secs_f64() * 1e3,
+            time_to_first_token_ms: self.first_token.map(|t| t.as_secs_f64() * 1e3),
             generated_tokens: self.generated_tokens,
             decode_tokens_per_second: self.decode_rate(),
             pages_per_kv_head_and_step: self.reading.pages(),
@@ -68,12 +68,14 @@ impl Stats {
     /// Two or three lines for people.
     pub fn lines(&self) -> Vec<String> {
         let rate = |r: Option<f64>| r.map_or_else(|| "-".to_owned(), |r| format!("{r:.1}"));
+        let first = self.first_token.map_or_else(String::new, |t| {
+            format!("; first token after {:.0} ms", t.as_secs_f64() * 1e3)
+        });
         let mut lines = vec![
             format!(
-                "prompt {} tokens, {} tokens/s; first token after {:.0} ms",
+                "prompt {} tokens, {} tokens/s{first}",
                 self.prompt_tokens,
                 rate(self.prompt_rate()),
-                self.first_token.as_secs_f64() * 1e3
             ),
             format!(
                 "generated {} tokens, {} tokens/s",

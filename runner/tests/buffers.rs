@@ -50,11 +50,11 @@ fn fixed_buffers_change_nothing() {
                     .iter()
                     .filter(|n| n.op_type == op && n.provider == "CPUExecutionProvider");
                 assert_eq!(attention.count(), layers, "{placed:?}");
-                let mut ready = Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| ()).unwrap();
+                let mut ready = Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| Ok(())).unwrap();
                 // The second time from the same prompts: what the mask shows must shrink again.
                 let mut decode = |window: usize, budget| {
                     let policy = Policy::new(&model, Some(window), budget).unwrap();
-                    ready.decode(&mut model, policy, 30, |_| ()).unwrap().outputs
+                    ready.decode(&mut model, policy, 30, |_| Ok(())).unwrap().outputs
                 };
                 let mut texts: Vec<Vec<Vec<u32>>> = windows.iter().map(|&w| decode(w, None)).collect();
                 if windows.len() > 1 {

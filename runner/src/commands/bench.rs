@@ -1,26 +1,22 @@
 //! `retro-run bench`: prompt and generation speed of whole models at several depths of context, side by side in one run.
 
-use std::{
-    io::{self, Write},
-    path::PathBuf,
-    str::FromStr,
-    time::Instant,
-};
+use std::{path::PathBuf, str::FromStr, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use super::SessionArgs;
+use super::{SessionArgs, print};
 use crate::{
-    Feed, Model, OpenOptions, Runtime, State,
+    Feed, Interrupt, Interrupted, Model, OpenOptions, Runtime, State,
     bench::{
         Samples,
         table::{Cell, Column, Format, Table},
     },
     generate::{CHUNK, Decoder, Policy},
+    interrupt::Signals,
     named::Knobs,
-    progress,
+    progress::{self, note},
 };
 
 #[derive(Args)]
@@ -123,7 +119,7 @@ const WARM_UP: usize = 2;
 ///
 /// # Errors
 /// Whatever keeps a model from being measured, in one line.
-pub fn bench(args: &BenchArgs) -> Result<()> {
+pub fn bench(args: &BenchArgs, signals: &Signals) -> Result<()> {
     ensure!(args.repetitions >= 1, "-r 0: ask for at least one repetition");
     ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
     let tests: Vec<Test> = args
@@ -139,30 +135,23 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     }
     let (runtime, open) = args.session.load()?;
     let mut contenders = Contenders::open(&runtime, &open, &args.models)?;
+    contenders.interrupt = signals.listen();
     let mut table = Table::new(&COLUMNS);
-    for &depth in &args.depth {
-        contenders.reach(args, depth, &tests)?;
-        for &test in &tests {
-            if depth == 0 && matches!(test, Test::Generate(_)) {
-                // A decoding step needs a token before it.
-                contenders.reach(args, 1, &tests)?;
-                contenders.measure(args, 1, test, &mut table)?;
-                contenders.reach(args, 0, &tests)?;
-            } else {
-                contenders.measure(args, depth, test, &mut table)?;
-            }
-        }
+    let measured = contenders.measure_all(args, &tests, &mut table);
+    // The rows measured so far are worth something if the work was interrupted, not if it failed.
+    if !measured.as_ref().is_err_and(|e| !e.is::<Interrupted>()) {
+        print(&table.print(args.output, &facts(args, &runtime)))?;
     }
+    measured
+}
+
+fn facts(args: &BenchArgs, runtime: &Runtime) -> [(&'static str, Value); 3] {
     let threads = args.session.threads.map_or(Value::Null, Value::from);
-    let facts = [
+    [
         ("threads", threads),
         ("repetitions", args.repetitions.into()),
         ("onnxruntime", runtime.path.display().to_string().into()),
-    ];
-    let mut stdout = io::stdout().lock();
-    write!(stdout, "{}", table.print(args.output, &facts))?;
-    stdout.flush()?;
-    Ok(())
+    ]
 }
 
 const COLUMNS: [Column; 11] = [
@@ -188,6 +177,8 @@ struct Contenders {
     opened: Vec<Opened>,
     /// Name, which of the opened ones, and how it is run.
     list: Vec<(String, usize, Policy)>,
+    /// Ends the work between two steps.
+    interrupt: Interrupt,
 }
 
 struct Opened {
@@ -207,7 +198,7 @@ impl Contenders {
                 Some(at) => at,
                 None => {
                     let model = Model::open(runtime, &spec.folder, options)?;
-                    eprintln!("{}: {}", spec.folder.display(), model.plugin_line());
+                    note(&format!("{}: {}", spec.folder.display(), model.plugin_line()));
                     opened.push(Opened {
                         folder: spec.folder.clone(),
                         model,
@@ -222,7 +213,29 @@ impl Contenders {
             one.window = one.window.max(policy.window);
             list.push((spec.label(), at, policy));
         }
-        Ok(Self { opened, list })
+        let interrupt = Interrupt::default();
+        Ok(Self {
+            opened,
+            list,
+            interrupt,
+        })
+    }
+
+    fn measure_all(&mut self, args: &BenchArgs, tests: &[Test], table: &mut Table) -> Result<()> {
+        for &depth in &args.depth {
+            self.reach(args, depth, tests)?;
+            for &test in tests {
+                if depth == 0 && matches!(test, Test::Generate(_)) {
+                    // A decoding step needs a token before it.
+                    self.reach(args, 1, tests)?;
+                    self.measure(args, 1, test, table)?;
+                    self.reach(args, 0, tests)?;
+                } else {
+                    self.measure(args, depth, test, table)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Makes every model's state hold `depth` tokens and have room for every test.
@@ -239,7 +252,7 @@ impl Contenders {
             }
             one.state = None;
             let mut state = one.model.new_state(1, capacity)?;
-            set(args, &mut one.model, &mut state, depth, true)?;
+            set(args, &mut one.model, &mut state, depth, true, &self.interrupt)?;
             one.state = Some(state);
         }
         Ok(())
@@ -254,24 +267,33 @@ impl Contenders {
             for ((_, at, policy), (samples, reading)) in self.list.iter().zip(samples.iter_mut().zip(&mut readings)) {
                 let one = self.opened.get_mut(*at).context("no such model")?;
                 let state = one.state.as_mut().context("no state")?;
-                set(args, &mut one.model, state, depth, false)?;
+                set(args, &mut one.model, state, depth, false, &self.interrupt)?;
                 let seconds = match test {
                     Test::Prompt(n) => {
-                        feed(&mut one.model, state, depth, WARM_UP.min(n), args.chunk)?;
-                        set(args, &mut one.model, state, depth, false)?;
+                        feed(
+                            &mut one.model,
+                            state,
+                            depth,
+                            WARM_UP.min(n),
+                            args.chunk,
+                            &self.interrupt,
+                        )?;
+                        set(args, &mut one.model, state, depth, false, &self.interrupt)?;
                         let start = Instant::now();
-                        feed(&mut one.model, state, depth, n, args.chunk)?;
+                        feed(&mut one.model, state, depth, n, args.chunk, &self.interrupt)?;
                         start.elapsed().as_secs_f64()
                     }
                     Test::Generate(n) => {
                         let prompt = tokens(depth);
                         let mut decoder = Decoder::new(&mut one.model, state, &[&prompt], *policy)?;
                         for _ in 0..policy.window - 1 + WARM_UP {
+                            self.interrupt.check()?;
                             decoder.push(0, 1);
                             decoder.step()?;
                         }
                         let before = decoder.time;
                         for _ in 0..n {
+                            self.interrupt.check()?;
                             decoder.push(0, 1);
                             decoder.step()?;
                         }
@@ -309,7 +331,14 @@ impl Contenders {
 }
 
 /// Brings a state to `depth` tokens. A fresh one is filled; a used one need only be rewound.
-fn set(args: &BenchArgs, model: &mut Model, state: &mut State, depth: usize, fresh: bool) -> Result<()> {
+fn set(
+    args: &BenchArgs,
+    model: &mut Model,
+    state: &mut State,
+    depth: usize,
+    fresh: bool,
+    interrupt: &Interrupt,
+) -> Result<()> {
     if !fresh && model.fixed_capacity {
         return state.rewind(depth);
     }
@@ -323,7 +352,7 @@ fn set(args: &BenchArgs, model: &mut Model, state: &mut State, depth: usize, fre
         });
     }
     *state = model.new_state(1, state.capacity())?;
-    feed(model, state, 0, depth, args.chunk)
+    feed(model, state, 0, depth, args.chunk, interrupt)
 }
 
 /// Tokens that any vocabulary has: which they are does not change what a step costs.
@@ -333,10 +362,18 @@ fn tokens(count: usize) -> Vec<u32> {
 }
 
 /// Feeds `count` tokens of a prompt after `depth` others.
-fn feed(model: &mut Model, state: &mut State, depth: usize, count: usize, chunk: usize) -> Result<()> {
+fn feed(
+    model: &mut Model,
+    state: &mut State,
+    depth: usize,
+    count: usize,
+    chunk: usize,
+    interrupt: &Interrupt,
+) -> Result<()> {
     let all = tokens(depth + count);
     let mut done = depth;
     for part in all.get(depth..).unwrap_or(&[]).chunks(chunk) {
+        interrupt.check()?;
         done += part.len();
         let feed = Feed {
             ids: part.iter().map(|&id| i64::from(id)).collect(),

@@ -1,9 +1,6 @@
 //! `retro-run bench-op`: the operator alone against ONNX Runtime's GroupQueryAttention, as a table.
 
-use std::{
-    io::{self, Write},
-    str::FromStr,
-};
+use std::str::FromStr;
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -11,9 +8,9 @@ use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
 use retro_models::Dtype;
 use serde_json::Value;
 
-use super::LibraryArgs;
+use super::{LibraryArgs, print};
 use crate::{
-    Device, OpenOptions, Runtime,
+    Device, Interrupt, Interrupted, OpenOptions, Runtime,
     bench::{
         Samples,
         memory::Memory,
@@ -24,7 +21,9 @@ use crate::{
         },
         table::{Cell, Column, Format, Table},
     },
-    progress, runtime,
+    interrupt::Signals,
+    progress::{self, note},
+    runtime,
 };
 
 #[derive(Args)]
@@ -202,7 +201,7 @@ const fn column(key: &'static str, heading: &'static str) -> Column {
 ///
 /// # Errors
 /// Whatever keeps an operator from being measured, in one line.
-pub fn bench_op(args: &BenchOpArgs) -> Result<()> {
+pub fn bench_op(args: &BenchOpArgs, signals: &Signals) -> Result<()> {
     args.check()?;
     let (runtime, open) = args.libraries.load(Device::default())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -213,13 +212,27 @@ pub fn bench_op(args: &BenchOpArgs) -> Result<()> {
     };
     let mut table = Table::new(&COLUMNS);
     let mut ceilings = Vec::new();
-    for &dtype in &args.dtype {
-        for &context in &args.context {
-            for &threads in &threads {
-                let bandwidth = measure(args, &runtime, &open, dtype, context, threads, &mut table)?;
-                ceilings.push((threads, bandwidth));
+    let interrupt = signals.listen();
+    let mut measure_all = || -> Result<()> {
+        for &dtype in &args.dtype {
+            for &context in &args.context {
+                for &threads in &threads {
+                    let case = Case {
+                        dtype,
+                        context,
+                        threads,
+                    };
+                    let bandwidth = measure(args, &runtime, &open, case, &mut table, &interrupt)?;
+                    ceilings.push((threads, bandwidth));
+                }
             }
         }
+        Ok(())
+    };
+    let measured = measure_all();
+    // The rows measured so far are worth something if the work was interrupted, not if it failed.
+    if measured.as_ref().is_err_and(|e| !e.is::<Interrupted>()) {
+        return measured;
     }
     let mut facts = vec![
         ("heads", Value::from(args.heads)),
@@ -234,22 +247,32 @@ pub fn bench_op(args: &BenchOpArgs) -> Result<()> {
         .map(|&(threads, b)| serde_json::json!({"threads": threads, "read_gbytes_per_second": b / 1e9}))
         .collect();
     facts.push(("memory", ceiling.into()));
-    let mut stdout = io::stdout().lock();
-    write!(stdout, "{}", table.print(args.output, &facts))?;
-    stdout.flush()?;
-    Ok(())
+    print(&table.print(args.output, &facts))?;
+    measured
 }
 
-/// Rows of one element type, context and number of threads; returns the machine's read bandwidth in bytes a second.
+/// What rows are measured for.
+#[derive(Clone, Copy)]
+struct Case {
+    dtype: Dtype,
+    context: usize,
+    threads: usize,
+}
+
+/// Rows of one case; returns the machine's read bandwidth in bytes a second.
 fn measure(
     args: &BenchOpArgs,
     runtime: &Runtime,
     open: &OpenOptions,
-    dtype: Dtype,
-    context: usize,
-    threads: usize,
+    case: Case,
     table: &mut Table,
+    interrupt: &Interrupt,
 ) -> Result<f64> {
+    let Case {
+        dtype,
+        context,
+        threads,
+    } = case;
     let shape = Shape {
         heads: args.heads,
         kv_heads: args.kv_heads,
@@ -283,6 +306,7 @@ fn measure(
     let mut samples = vec![Samples::default(); measured.len()];
     let bar = progress::bar(steps, &format!("{dtype:?} {context}"), true);
     for step in 0..steps {
+        interrupt.check()?;
         if step >= before {
             bandwidth = bandwidth.max(memory.pass());
         }
@@ -337,13 +361,13 @@ fn measure(
             Cell::maybe(sparse.then(|| gqa.best() / samples.best()), 2),
         ]);
     }
-    eprintln!(
+    note(&format!(
         "{context} tokens, {threads} threads: {nodes} nodes of Hq {}, Hkv {}, D {}; memory reads {:.1} GB/s",
         shape.heads,
         shape.kv_heads,
         shape.head_size,
         bandwidth / 1e9
-    );
+    ));
     Ok(bandwidth)
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fs,
     hash::{DefaultHasher, Hash, Hasher},
-    io::{self, Write},
+    io::Write,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
@@ -13,9 +13,9 @@ use clap::Args;
 use retro_contract::Budget;
 use serde::Serialize;
 
-use super::SessionArgs;
+use super::{SessionArgs, print};
 use crate::{
-    OpenOptions, Runtime,
+    Interrupt, Interrupted, OpenOptions, Runtime,
     eval::{
         documents, html,
         journal::{Header, Journal},
@@ -25,9 +25,10 @@ use crate::{
         workshop::Workshop,
     },
     generate::CHUNK,
+    interrupt::Signals,
     named::NamedModel,
     prepare::key,
-    progress,
+    progress::{Items, note},
     score::{Scorer, read_documents},
 };
 
@@ -119,7 +120,7 @@ fn row(run: &NamedModel) -> Row {
 ///
 /// # Errors
 /// Whatever keeps a policy from being measured, in one line.
-pub fn eval(args: &EvalArgs) -> Result<()> {
+pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
     ensure!(args.docs != Some(0), "--docs 0: ask for at least one document");
     ensure!(args.batch >= 1, "--batch 0: decode at least one document at a time");
     ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
@@ -133,8 +134,8 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         "--windows 0: the smallest window is 1 (Quest, without correction)"
     );
     match &args.data {
-        Some(data) => eval_documents(args, data),
-        None => eval_texts(args),
+        Some(data) => eval_documents(args, data, signals.listen()),
+        None => eval_texts(args, signals.listen()),
     }
 }
 
@@ -146,10 +147,11 @@ struct Bench {
     rows: Vec<Row>,
     /// Name and key of the model for the file of results.
     model: String,
+    interrupt: Interrupt,
 }
 
 impl Bench {
-    fn new(args: &EvalArgs) -> Result<Self> {
+    fn new(args: &EvalArgs, interrupt: Interrupt) -> Result<Self> {
         // Whatever is wrong with a model or a policy is said before ONNX Runtime is looked for.
         let named = args
             .model
@@ -181,6 +183,7 @@ impl Bench {
         }
         let (runtime, open) = args.session.load()?;
         for row in &all {
+            interrupt.check()?;
             workshop.open(&row.source).with_context(|| row.label.clone())?;
         }
         let folder = if named.is_file() {
@@ -194,6 +197,7 @@ impl Bench {
             workshop,
             rows: all,
             model: key(folder)?,
+            interrupt,
         })
     }
 
@@ -219,15 +223,15 @@ fn fingerprint(parts: &[&dyn AsRef<[u8]>]) -> u64 {
     hasher.finish()
 }
 
-fn eval_documents(args: &EvalArgs, data: &Path) -> Result<()> {
+fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<()> {
     let documents = read_documents(data, args.docs.unwrap_or(usize::MAX))?;
-    let mut bench = Bench::new(args)?;
+    let mut bench = Bench::new(args, interrupt)?;
     let text = fs::read(data).with_context(|| format!("cannot read {}", data.display()))?;
     // Documents that are not asked for change the length that outputs may have.
     let print = fingerprint(&[&text]);
     let what = format!("{} documents {print:016x}, -n {:?}", documents.len(), args.n_predict);
     let mut results = journal(args, &bench.header(what))?;
-    let bar = progress::items(bench.rows.len() * documents.len(), "documents");
+    let bar = Items::new("eval", bench.rows.len() * documents.len(), "documents");
     let job = documents::Job {
         runtime: &bench.runtime,
         open: &bench.open,
@@ -237,16 +241,31 @@ fn eval_documents(args: &EvalArgs, data: &Path) -> Result<()> {
         chunk: args.chunk,
         n_predict: args.n_predict,
         scorer: args.score,
+        interrupt: &bench.interrupt,
     };
-    job.run(&mut bench.workshop, &mut results, &bar)?;
-    bar.finish_and_clear();
-    let rows = summarize_documents(&bench.rows, &results, documents.len());
+    let interrupted = interruption(job.run(&mut bench.workshop, &mut results, &bar))?;
+    bar.finish();
+    let mut rows = summarize_documents(&bench.rows, &results, documents.len());
+    if interrupted.is_some() {
+        rows.retain(|row| row.documents == documents.len());
+    }
     let facts = [
         format!("model {}, {} documents of {}", named(args), documents.len(), data.display()),
         "Standard errors are over documents. Right answers by quarter of the output; the first wrong answer after so many percent of \
          them; what a step of one sequence reads of keys, values and page summaries in all layers."
             .to_owned(),
     ];
+    if let Some(interrupted) = interrupted {
+        return Err(finished_rows(
+            args,
+            interrupted,
+            &facts,
+            &documents_table(&rows),
+            &rows,
+            bench.rows.len(),
+        )?
+        .into());
+    }
     let figures = if args.html.is_some() || args.figures.is_some() {
         html::documents_figures(&rows)?
     } else {
@@ -255,11 +274,11 @@ fn eval_documents(args: &EvalArgs, data: &Path) -> Result<()> {
     finish(args, "Right answers", &facts, &documents_table(&rows), &figures, &rows)
 }
 
-fn eval_texts(args: &EvalArgs) -> Result<()> {
+fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
     let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
     let texts = args.perplexity.iter().map(read).collect::<Result<Vec<String>>>()?;
     let names: Vec<String> = args.perplexity.iter().map(|p| p.display().to_string()).collect();
-    let mut bench = Bench::new(args)?;
+    let mut bench = Bench::new(args, interrupt)?;
     let predict = args.n_predict.unwrap_or(1024);
     let print = fingerprint(&texts.iter().map(|t| t as &dyn AsRef<[u8]>).collect::<Vec<_>>());
     let what = format!(
@@ -268,7 +287,7 @@ fn eval_texts(args: &EvalArgs) -> Result<()> {
         args.prompt_tokens
     );
     let mut results = journal(args, &bench.header(what))?;
-    let bar = progress::items(bench.rows.len() * texts.len(), "texts");
+    let bar = Items::new("eval", bench.rows.len() * texts.len(), "texts");
     ensure!(
         args.model.is_some(),
         "--perplexity compares with dense attention: name the MODEL as its exporter made it"
@@ -283,10 +302,14 @@ fn eval_texts(args: &EvalArgs) -> Result<()> {
         chunk: args.chunk,
         prompt: args.prompt_tokens,
         predict,
+        interrupt: &bench.interrupt,
     };
-    job.run(&mut bench.workshop, &mut results, &bar)?;
-    bar.finish_and_clear();
-    let rows = fidelities(&bench.rows, &results, texts.len());
+    let interrupted = interruption(job.run(&mut bench.workshop, &mut results, &bar))?;
+    bar.finish();
+    let mut rows = fidelities(&bench.rows, &results, texts.len());
+    if interrupted.is_some() {
+        rows.retain(|row| row.texts == texts.len());
+    }
     let facts = [
         format!(
             "model {}, {} texts: {} tokens read densely, then {predict} at most, each given",
@@ -298,6 +321,17 @@ fn eval_texts(args: &EvalArgs) -> Result<()> {
          text. Standard errors are over texts."
             .to_owned(),
     ];
+    if let Some(interrupted) = interrupted {
+        return Err(finished_rows(
+            args,
+            interrupted,
+            &facts,
+            &fidelity_table(&rows),
+            &rows,
+            bench.rows.len(),
+        )?
+        .into());
+    }
     let figures = if args.html.is_some() || args.figures.is_some() {
         html::fidelity_figures(&rows)?
     } else {
@@ -319,6 +353,46 @@ fn named(args: &EvalArgs) -> String {
         .map_or_else(|| "as named".to_owned(), |m| m.display().to_string())
 }
 
+/// Whether work was interrupted; any other error stays one.
+fn interruption(result: Result<()>) -> Result<Option<Interrupted>> {
+    match result {
+        Ok(()) => Ok(None),
+        Err(e) => e.downcast::<Interrupted>().map(Some),
+    }
+}
+
+/// Prints the rows that were complete when the work was interrupted, and says where the other results are. Reports are left
+/// for a whole run.
+fn finished_rows<T: Serialize>(
+    args: &EvalArgs,
+    interrupted: Interrupted,
+    facts: &[String],
+    table: &[Vec<String>],
+    rows: &[T],
+    total: usize,
+) -> Result<Interrupted> {
+    if !rows.is_empty() || args.json {
+        print_rows(args, facts, table, &rows)?;
+    }
+    let kept = match &args.resume {
+        Some(path) => format!(
+            "{} keeps what was measured; the same command goes on from there",
+            path.display()
+        ),
+        None => "give --resume FILE to go on from what was measured".to_owned(),
+    };
+    note(&format!("{} of {total} rows are complete; {kept}", rows.len()));
+    Ok(interrupted)
+}
+
+fn print_rows(args: &EvalArgs, facts: &[String], table: &[Vec<String>], rows: &impl Serialize) -> Result<()> {
+    if args.json {
+        print(&format!("{}\n", serde_json::json!({ "facts": facts, "rows": rows })))
+    } else {
+        print(&markdown(table))
+    }
+}
+
 /// Prints and writes what was found.
 fn finish(
     args: &EvalArgs,
@@ -337,14 +411,7 @@ fn finish(
             write_whole(&folder.join(format!("{name}.svg")), svg)?;
         }
     }
-    let mut stdout = io::stdout().lock();
-    if args.json {
-        writeln!(stdout, "{}", serde_json::json!({ "facts": facts, "rows": rows }))?;
-    } else {
-        write!(stdout, "{}", markdown(table))?;
-    }
-    stdout.flush()?;
-    Ok(())
+    print_rows(args, facts, table, rows)
 }
 
 /// Writes beside and renames, so that a failure leaves what was there.

@@ -5,12 +5,16 @@ mod bench_op;
 mod eval;
 mod run;
 
-use std::{io, path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{Device, OpenOptions, Runtime, runtime};
+use crate::{Device, Interrupted, OpenOptions, Runtime, interrupt::Signals, progress::note, runtime};
 
 /// Generates text with ONNX language models, with retrospective sparse attention where they were converted for it.
 #[derive(Parser)]
@@ -85,25 +89,44 @@ impl LibraryArgs {
     }
 }
 
-/// Runs the command line and says how it went: one line on stderr for an error, nothing for a closed pipe.
+/// Runs the command line and says how it went: one line on stderr for an error, nothing for a closed pipe. The exit code is 130
+/// or 143 where SIGINT or SIGTERM ended the work.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = match cli.command {
-        Command::Run(args) => run::run(&args),
-        Command::Eval(args) => eval::eval(&args),
-        Command::Bench(args) => bench::bench(&args),
-        Command::BenchOp(args) => bench_op::bench_op(&args),
-    };
+    let result = Signals::install()
+        .context("cannot take charge of SIGINT and SIGTERM")
+        .and_then(|signals| match cli.command {
+            Command::Run(args) => run::run(&args, &signals),
+            Command::Eval(args) => eval::eval(&args, &signals),
+            Command::Bench(args) => bench::bench(&args, &signals),
+            Command::BenchOp(args) => bench_op::bench_op(&args, &signals),
+        });
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read our text has had enough of it.
-        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("error: {}", runtime::one_line(&format!("{e:#}")));
-            ExitCode::FAILURE
-        }
+        Err(e) => match e.downcast_ref::<Interrupted>() {
+            Some(interrupted) => {
+                note(&interrupted.to_string());
+                ExitCode::from(interrupted.exit_code())
+            }
+            // Whoever read our text has had enough of it.
+            None if is_broken_pipe(&e) => ExitCode::SUCCESS,
+            None => {
+                note(&format!("error: {}", runtime::one_line(&format!("{e:#}"))));
+                ExitCode::FAILURE
+            }
+        },
     }
 }
+
+/// Writes a verb's result to stdout.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    written.context(STDOUT)
+}
+
+/// What failed when stdout did.
+const STDOUT: &str = "cannot write to stdout";
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let pipe = |e: &(dyn std::error::Error + 'static)| {

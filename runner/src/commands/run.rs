@@ -11,12 +11,13 @@ use clap::Args;
 use retro_contract::{Budget, limits};
 use serde_json::json;
 
-use super::SessionArgs;
+use super::{STDOUT, SessionArgs};
 use crate::{
     Model, Text,
     generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
+    interrupt::Signals,
     prepare::prepare,
-    progress,
+    progress::{self, note},
     sampling::Sampling,
     score::read_documents,
 };
@@ -145,7 +146,7 @@ impl PromptArgs {
 ///
 /// # Errors
 /// Whatever keeps text from being made, in one line.
-pub fn run(args: &RunArgs) -> Result<()> {
+pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let sampling = args.sampling.options()?;
     ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
     let prompt = args.prompt.read()?;
@@ -159,11 +160,12 @@ pub fn run(args: &RunArgs) -> Result<()> {
         named,
         args.window.unwrap_or(limits::WINDOW),
         open.plugin.is_some(),
-        &mut |line| eprintln!("{line}"),
+        &mut note,
     )?;
     let mut model = Model::open(&runtime, &folder, &open)?;
     let text = Text::open(&model.folder)?;
     let tokens = text.encode(&prompt)?;
+    let interrupt = signals.listen();
     let options = Generation {
         plan: plan(tokens.len(), args.n_predict, args.ctx_size, model.context_length())?,
         policy: Policy::new(&model, args.window, args.budget)?,
@@ -171,10 +173,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
         sampling,
         stops: args.stop.clone(),
         ignore_eos: args.ignore_eos,
+        interrupt: interrupt.clone(),
     };
-    eprintln!("{}", model.plugin_line());
+    note(&model.plugin_line());
     if let Some(line) = model.device_line() {
-        eprintln!("{line}");
+        note(&line);
     }
 
     let stream = !args.no_stream && !args.json;
@@ -190,8 +193,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
                 reading.finish_and_clear();
                 writing.inc(1);
                 if stream {
-                    stdout.write_all(piece.as_bytes())?;
-                    stdout.flush()?;
+                    let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
+                    written.context(STDOUT)?;
                 }
             }
         }
@@ -200,7 +203,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     reading.finish_and_clear();
     writing.finish_and_clear();
     let output = output?;
-    if args.json {
+    let rest = if args.json {
         let object = json!({
             "text": output.text,
             "tokens": output.tokens,
@@ -208,20 +211,23 @@ pub fn run(args: &RunArgs) -> Result<()> {
             "window": options.policy.window,
             "stats": output.stats.json(),
         });
-        writeln!(stdout, "{object}")?;
+        format!("{object}\n")
     } else {
-        if !stream {
-            stdout.write_all(output.text.as_bytes())?;
-        }
         // The text as it is, and a line end for whoever looks at it.
-        writeln!(stdout)?;
-    }
-    stdout.flush()?;
+        let text = if stream { "" } else { output.text.as_str() };
+        format!("{text}\n")
+    };
+    let written = stdout.write_all(rest.as_bytes()).and_then(|()| stdout.flush());
+    written.context(STDOUT)?;
     for line in output.stats.lines() {
-        eprintln!("{line}");
+        note(&line);
     }
-    if output.finish == Finish::Length && args.n_predict.is_none() {
-        eprintln!("the context of {} tokens is full", options.plan.capacity);
+    match output.finish {
+        Finish::Interrupted => Ok(interrupt.check()?),
+        Finish::Length if args.n_predict.is_none() => {
+            note(&format!("the context of {} tokens is full", options.plan.capacity));
+            Ok(())
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }

@@ -1,15 +1,15 @@
 //! Free generation over documents with known answers.
 
 use anyhow::{Context, Result, ensure};
-use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 
 use super::{journal::Journal, policy::Row, workshop::Workshop};
 use crate::{
-    Model, OpenOptions, Runtime, Text,
+    Interrupt, Model, OpenOptions, Runtime, Text,
     batch::Prefilled,
     generate::Policy,
     measure::Reading,
+    progress::Items,
     score::{Document, Scorer},
 };
 
@@ -62,6 +62,8 @@ pub struct Job<'a> {
     pub chunk: usize,
     pub n_predict: Option<usize>,
     pub scorer: Scorer,
+    /// Ends the work between two steps.
+    pub interrupt: &'a Interrupt,
 }
 
 impl Job<'_> {
@@ -73,7 +75,7 @@ impl Job<'_> {
     ///
     /// # Errors
     /// Whatever keeps a policy from being measured.
-    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Outcome>, bar: &ProgressBar) -> Result<()> {
+    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Outcome>, bar: &Items) -> Result<()> {
         let mut groups: Vec<Vec<&Row>> = Vec::new();
         for row in self.rows {
             match groups.iter_mut().find(|g| g.iter().any(|r| r.source == row.source)) {
@@ -88,7 +90,7 @@ impl Job<'_> {
             if open {
                 self.run_group(workshop, journal, bar, &group)?;
             } else {
-                bar.inc((group.len() * self.documents.len()) as u64);
+                bar.inc(group.len() * self.documents.len());
             }
         }
         Ok(())
@@ -99,9 +101,10 @@ impl Job<'_> {
         &self,
         workshop: &mut Workshop,
         journal: &mut Journal<Outcome>,
-        bar: &ProgressBar,
+        bar: &Items,
         group: &[&Row],
     ) -> Result<()> {
+        self.interrupt.check()?;
         let first = group.first().context("no row")?;
         let folder = workshop.open(&first.source)?;
         let mut model = Model::open(self.runtime, &folder, self.open)?;
@@ -118,21 +121,25 @@ impl Job<'_> {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
         let batch = if model.fixed_capacity { self.batch } else { 1 };
+        let step = |_| {
+            bar.tick();
+            Ok(self.interrupt.check()?)
+        };
         let mut start = 0;
         for part in prompts.chunks(batch) {
             let documents = self.documents.get(start..start + part.len()).unwrap_or(&[]);
             let mut prefilled: Option<Prefilled> = None;
             for (row, policy) in group.iter().zip(&policies) {
                 if !self.pending(journal, row, start, part.len()) {
-                    bar.inc(part.len() as u64);
+                    bar.inc(part.len());
                     continue;
                 }
-                bar.set_prefix(row.label.clone());
+                bar.set_prefix(&row.label);
                 let mut ready = match prefilled.take().filter(Prefilled::reusable) {
                     Some(ready) => ready,
-                    None => Prefilled::new(&mut model, part.to_vec(), longest + max_new, self.chunk, |_| bar.tick())?,
+                    None => Prefilled::new(&mut model, part.to_vec(), longest + max_new, self.chunk, step)?,
                 };
-                let decoded = ready.decode(&mut model, *policy, max_new, |_| bar.tick())?;
+                let decoded = ready.decode(&mut model, *policy, max_new, step)?;
                 let seconds = decoded.stats.decode_time.as_secs_f64() / part.len() as f64;
                 for (i, (document, output)) in documents.iter().zip(&decoded.outputs).enumerate() {
                     let reading = decoded.readings.get(i).copied().unwrap_or_default();
@@ -145,7 +152,7 @@ impl Job<'_> {
                     };
                     journal.put(&row.key(), start + i, outcome)?;
                 }
-                bar.inc(part.len() as u64);
+                bar.inc(part.len());
                 prefilled = Some(ready);
             }
             start += part.len();

@@ -3,7 +3,6 @@
 //! Every policy reads the same tokens, so nothing runs away: the divergence moves where right and wrong answers do not yet.
 
 use anyhow::{Context, Result, ensure};
-use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -12,10 +11,11 @@ use super::{
     workshop::Workshop,
 };
 use crate::{
-    Model, OpenOptions, Runtime, Text,
+    Interrupt, Model, OpenOptions, Runtime, Text,
     batch::{Observer, Prefilled},
     generate::Policy,
     measure::Reading,
+    progress::Items,
 };
 
 /// Parts of a text whose figures are kept apart.
@@ -71,6 +71,8 @@ pub struct Job<'a> {
     pub prompt: usize,
     /// Tokens of a text that are predicted at most.
     pub predict: usize,
+    /// Ends the work between two steps.
+    pub interrupt: &'a Interrupt,
 }
 
 /// Log-probabilities of every next token of a text, `[tokens, vocabulary]`.
@@ -81,7 +83,7 @@ impl Job<'_> {
     ///
     /// # Errors
     /// Whatever keeps a policy from being measured.
-    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Fidelity>, bar: &ProgressBar) -> Result<()> {
+    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Fidelity>, bar: &Items) -> Result<()> {
         let source = workshop.graph().to_owned();
         let mut dense = Model::open(self.runtime, &source, self.open)?;
         let text = Text::open(&dense.folder)?;
@@ -92,7 +94,7 @@ impl Job<'_> {
         for part in tokens.chunks(batch) {
             let pending = |row: &Row| (start..start + part.len()).any(|i| journal.get(&row.key(), i).is_none());
             if !self.rows.iter().any(pending) {
-                bar.inc((part.len() * self.rows.len()) as u64);
+                bar.inc(part.len() * self.rows.len());
                 start += part.len();
                 continue;
             }
@@ -110,11 +112,12 @@ impl Job<'_> {
             let mut prefilled: Option<(usize, Prefilled)> = None;
             for (row, pending) in self.rows.iter().zip(pending) {
                 if !pending {
-                    bar.inc(part.len() as u64);
+                    bar.inc(part.len());
                     continue;
                 }
-                bar.set_prefix(row.label.clone());
+                bar.set_prefix(&row.label);
                 let place = self.rows.iter().position(|r| r.source == row.source).unwrap_or(0);
+                self.interrupt.check()?;
                 if row.kind != Kind::Dense && !models.iter().any(|(p, _)| *p == place) {
                     let folder = workshop.open(&row.source)?;
                     models.push((place, Model::open(self.runtime, &folder, self.open)?));
@@ -154,7 +157,7 @@ impl Job<'_> {
                         sum.fidelity(reading, seconds / part.len() as f64, bytes),
                     )?;
                 }
-                bar.inc(part.len() as u64);
+                bar.inc(part.len());
                 prefilled = Some((place, ready));
             }
             start += part.len();
@@ -180,10 +183,13 @@ impl Job<'_> {
         tokens.collect()
     }
 
-    fn prefill(&self, model: &mut Model, part: &[Vec<u32>], bar: &ProgressBar) -> Result<Prefilled> {
+    fn prefill(&self, model: &mut Model, part: &[Vec<u32>], bar: &Items) -> Result<Prefilled> {
         let prompts = part.iter().map(|t| t.iter().copied().take(self.prompt).collect());
         let longest = part.iter().map(Vec::len).max().unwrap_or(0);
-        Prefilled::new(model, prompts.collect(), longest, self.chunk, |_| bar.tick())
+        Prefilled::new(model, prompts.collect(), longest, self.chunk, |_| {
+            bar.tick();
+            Ok(self.interrupt.check()?)
+        })
     }
 
     fn force(
@@ -192,12 +198,13 @@ impl Job<'_> {
         model: &mut Model,
         policy: Policy,
         part: &[Vec<u32>],
-        bar: &ProgressBar,
+        bar: &Items,
         observe: &mut Observer<'_>,
     ) -> Result<(Vec<Reading>, f64)> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
         let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {
             bar.tick();
+            self.interrupt.check()?;
             observe(row, at, scores)
         })?;
         Ok((readings, time.as_secs_f64()))

@@ -6,6 +6,7 @@ mod bench;
 mod converted;
 mod cuda;
 mod dense;
+mod ends;
 mod errors;
 mod eval;
 mod support;
