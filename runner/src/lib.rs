@@ -29,6 +29,7 @@ pub mod state;
 pub mod stats;
 mod steps;
 pub mod text;
+pub mod tokenizer;
 mod widen;
 
 pub use interrupt::{Interrupt, Interrupted};

@@ -18,8 +18,6 @@ pub struct ModelFolder {
     pub context_length: Option<usize>,
     pub bos: Option<u32>,
     pub eos: Vec<u32>,
-    /// Prepend `bos` to a prompt: what tokenizer_config.json says, when it says it.
-    pub add_bos: Option<bool>,
     pub kv_heads: Option<usize>,
     pub head_dim: Option<usize>,
     pub sliding_window: Option<usize>,
@@ -128,9 +126,6 @@ impl ModelFolder {
         if let Some(json) = read_json(&folder.join("genai_config.json"))? {
             filename = model.apply_genai(&json);
         }
-        if let Some(json) = read_json(&folder.join("tokenizer_config.json"))? {
-            model.add_bos = json.get("add_bos_token").and_then(Value::as_bool);
-        }
         model.graph = if path.is_dir() {
             choose_graph(folder, filename)?
         } else {
@@ -220,7 +215,8 @@ fn choose_graph(folder: &Path, filename: Option<String>) -> Result<PathBuf> {
     }
 }
 
-fn read_json(path: &Path) -> Result<Option<Value>> {
+/// A file of JSON; none if it is not there.
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }

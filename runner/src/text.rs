@@ -1,17 +1,19 @@
 //! Text in and out: the tokenizer, text that grows token by token, and strings that end it.
 
-use std::path::Path;
-
 use anyhow::{Result, anyhow};
 use tokenizers::Tokenizer;
 
-use crate::{model::ModelFolder, runtime::one_line};
+use crate::{
+    model::ModelFolder,
+    runtime::one_line,
+    tokenizer::{Around, Loaded, load},
+};
 
-/// A folder's tokenizer and how it begins a text.
+/// A folder's tokenizer and what it writes around a text.
 pub struct Text {
     tokenizer: Tokenizer,
-    /// Prepended to a prompt that does not have it yet.
-    bos: Option<u32>,
+    /// Instead of what the tokenizer's post-processor adds.
+    around: Option<Around>,
 }
 
 impl Text {
@@ -20,29 +22,20 @@ impl Text {
     /// # Errors
     /// When there is none or it is damaged.
     pub fn open(folder: &ModelFolder) -> Result<Self> {
-        let path = folder.tokenizer.as_deref().ok_or_else(|| {
-            let place = folder.graph.parent().unwrap_or(Path::new("."));
-            anyhow!("{} has no tokenizer.json: copy the model's there", place.display())
-        })?;
-        let tokenizer = Tokenizer::from_file(path)
-            .map_err(|e| anyhow!("{} is no tokenizer that can be read: {}", path.display(), one_line(&e)))?;
-        // A tokenizer that writes its own special tokens decides for itself; one that does not leaves it to the model.
-        let add = folder.add_bos.unwrap_or(tokenizer.get_post_processor().is_none());
-        let bos = folder.bos.filter(|_| add);
-        Ok(Self { tokenizer, bos })
+        let Loaded { tokenizer, around } = load(folder)?;
+        Ok(Self { tokenizer, around })
     }
 
-    /// The prompt's tokens, with the model's beginning-of-text token in front where one belongs.
+    /// The prompt's tokens, the special ones with them that transformers puts around a text.
     ///
     /// # Errors
     /// When the tokenizer fails or gives no token at all.
     pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(prompt, true);
+        let encoding = self.tokenizer.encode(prompt, self.around.is_none());
         let encoding = encoding.map_err(|e| anyhow!("the tokenizer refuses the prompt: {}", one_line(&e)))?;
-        let mut ids = encoding.get_ids().to_vec();
-        if let Some(bos) = self.bos.filter(|&bos| ids.first() != Some(&bos)) {
-            ids.insert(0, bos);
-        }
+        let Around { before, after } = self.around.unwrap_or_default();
+        let own = encoding.get_ids().iter().copied();
+        let ids: Vec<u32> = before.into_iter().chain(own).chain(after).collect();
         if ids.is_empty() {
             return Err(anyhow!("the prompt is empty"));
         }
@@ -175,7 +168,7 @@ mod tests {
     fn text(json: &str) -> Text {
         Text {
             tokenizer: json.parse().unwrap(),
-            bos: None,
+            around: None,
         }
     }
 
@@ -232,14 +225,19 @@ mod tests {
         assert_eq!(out, ["a", "", "b"]);
     }
 
+    /// As transformers does it: what is asked for is added, whatever the prompt begins with.
     #[test]
-    fn the_beginning_of_text_is_added_once() {
+    fn tokens_around_a_text_are_added() {
         let mut t = bytes();
-        t.bos = Some(5);
-        assert_eq!(t.encode("ab").unwrap(), [5, 0, 4]);
-        assert_eq!(t.encode("<s>ab").unwrap(), [5, 0, 4]);
-        t.bos = None;
+        assert_eq!(t.encode("ab").unwrap(), [0, 4]);
         assert!(t.encode("").is_err());
+        t.around = Some(Around {
+            before: Some(5),
+            after: None,
+        });
+        assert_eq!(t.encode("ab").unwrap(), [5, 0, 4]);
+        assert_eq!(t.encode("<s>ab").unwrap(), [5, 5, 0, 4]);
+        assert_eq!(t.encode("").unwrap(), [5]);
     }
 
     #[test]

@@ -108,6 +108,7 @@ fn bring_companions(graph: &Path, folder: &Path) -> Result<()> {
         "genai_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "special_tokens_map.json",
     ] {
         let from = beside.join(name);
         if from.is_file() {
