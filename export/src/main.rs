@@ -72,6 +72,6 @@ fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         // Whoever read the report has seen enough.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        other => Ok(other?),
+        other => other.context("cannot write to stdout"),
     }
 }
