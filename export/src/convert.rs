@@ -12,7 +12,7 @@ use crate::{
     report::{Action, LayerReport, Report},
     revert,
     rewrite::{reads_mask, rewrite},
-    rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, survey},
+    rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, none_found, survey},
     settings::Settings,
     spill::spill,
     validate::validate,
@@ -434,7 +434,7 @@ fn has_operators(model: &ModelProto) -> Result<()> {
 fn decide<'a>(view: &GraphView, found: &'a [Attention], options: &Options) -> Result<Vec<Conversion<'a>>> {
     let settings = &options.settings;
     if found.is_empty() {
-        bail!("there is no attention in its graph");
+        bail!("{}", none_found(view));
     }
     let mut conversions = Vec::new();
     let mut refused = Vec::new();
