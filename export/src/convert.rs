@@ -12,7 +12,7 @@ use crate::{
     report::{Action, LayerReport, Report},
     revert,
     rewrite::{reads_mask, rewrite},
-    rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, survey},
+    rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, none_found, survey},
     settings::Settings,
     spill::spill,
     validate::validate,
@@ -217,9 +217,10 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
     is_unconverted(&model).with_context(|| format!("{shown}"))?;
     let graph = model.graph.as_ref().context("the model has no graph")?;
     validate(graph).map_err(|why| anyhow!("{shown} is not a sound model as its exporter wrote it: {why}"))?;
-    let merged = unfold(&mut model);
+    has_operators(&model).with_context(|| format!("{shown}"))?;
+    let merged = unfold(&mut model).map_err(|why| anyhow!("{shown} can't be converted: {why}"))?;
     let graph = model.graph.as_ref().context("the model has no graph")?;
-    let view = GraphView::new(graph, model.opset_version("").unwrap_or(0));
+    let view = GraphView::new(graph, model.onnx_opset());
     let probes = Probes::new(&view, Some(folder.to_owned()));
     let found = survey(&model, &probes);
     let conversions = decide(&view, &found, options).with_context(|| format!("{shown} can't be converted"))?;
@@ -392,8 +393,8 @@ fn nudged_copy(
         return Ok(None);
     }
     let mut model = read_model(&source.model)?.model;
-    // Names are those of what was converted.
-    drop(unfold(&mut model));
+    // Names are those of what was converted, which was unfolded.
+    unfold(&mut model).map_err(anyhow::Error::msg)?;
     if !nudge::nudge(&mut model, &facts.nudged) || model.encoded_len() > MAX_MODEL_BYTES {
         return Ok(None);
     }
@@ -414,11 +415,26 @@ fn is_unconverted(model: &ModelProto) -> Result<()> {
     Ok(())
 }
 
+/// Whether a runtime would know any operators: ONNX Runtime takes no model that imports none, nor ONNX's of version 0. The
+/// import of this program's operator must not make up for that.
+fn has_operators(model: &ModelProto) -> Result<()> {
+    ensure!(
+        !model.opset_import.is_empty(),
+        "the model imports no operator set (opset_import is empty), so that no runtime takes it; export it again"
+    );
+    let opset = model.onnx_opset();
+    ensure!(
+        opset > 0,
+        "the model imports version {opset} of ONNX's operators, which there is not; export it again"
+    );
+    Ok(())
+}
+
 /// What becomes of each attention; an error if the model stays as it is.
 fn decide<'a>(view: &GraphView, found: &'a [Attention], options: &Options) -> Result<Vec<Conversion<'a>>> {
     let settings = &options.settings;
     if found.is_empty() {
-        bail!("there is no attention in its graph");
+        bail!("{}", none_found(view));
     }
     let mut conversions = Vec::new();
     let mut refused = Vec::new();

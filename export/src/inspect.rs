@@ -97,9 +97,10 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     let mut merged = None;
     let mut attention = Vec::new();
     if unsound.is_none() && retro_nodes == 0 {
-        merged = unfold(&mut model);
+        // Where it can't be unfolded its attention is in branches, which the layers say.
+        merged = unfold(&mut model).unwrap_or_else(|why| Some(format!("as it is: {why}")));
         let graph = model.graph.as_ref().context("the model has no graph")?;
-        let view = GraphView::new(graph, model.opset_version("").unwrap_or(0));
+        let view = GraphView::new(graph, model.onnx_opset());
         let found = survey(&model, &Probes::new(&view, Some(source.folder().to_owned())));
         let action = |a: &crate::rules::Attention| match &a.found {
             Ok(_) => Action::Convertible,

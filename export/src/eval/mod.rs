@@ -240,13 +240,14 @@ fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Ve
         .iter()
         .map(|name| (!name.is_empty()).then(|| look(name)).flatten())
         .collect();
-    if node.is("", "Add")
-        && let ([Some(known), None] | [None, Some(known)], true) = (inputs.as_slice(), depth == 0)
+    if let ([Some(known), None, ..] | [None, Some(known), ..], true) = (inputs.as_slice(), depth == 0)
         && known.shape.len() == 3
+        && let Some(outputs) = residual(node)
     {
-        // A residual connection around something of unknown shape (experts chosen by the data): it keeps the shape. Were it
-        // otherwise, the attention behind it would not come out as expected.
-        return Ok(vec![Some(Tensor::unknown(known.shape.clone(), known.data_type))]);
+        // A residual connection around something of unknown shape (experts chosen by the data, recurrent layers): it keeps the
+        // shape. Were it otherwise, the attention behind it would not come out as expected.
+        let sum = || Some(Tensor::unknown(known.shape.clone(), known.data_type));
+        return Ok(outputs.iter().map(|is_sum| is_sum.then(sum).flatten()).collect());
     }
     for (name, value) in node.input.iter().zip(&inputs) {
         if !name.is_empty() && value.is_none() {
@@ -254,6 +255,17 @@ fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Ve
         }
     }
     ops::evaluate(node, &inputs, opset)
+}
+
+/// Of a node that adds its first two inputs, which outputs have the sum's shape.
+fn residual(node: &NodeProto) -> Option<&'static [bool]> {
+    match (node.op_domain(), node.op_type()) {
+        ("", "Add") => Some(&[true]),
+        ("com.microsoft", "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization") => {
+            Some(&[true, false, false, true])
+        }
+        _ => None,
+    }
 }
 
 /// An If whose condition is known: what its branch gives. Else its shapes, when both branches agree.

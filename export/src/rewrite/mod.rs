@@ -25,15 +25,26 @@ use retro_contract::{
     graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
     input, metadata, output, pages_for, ring_slots,
 };
+use std::collections::HashSet;
+
+/// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
+const FEEDABLE_INITIALIZERS: i64 = 4;
 
 /// Rewrites the model's sites, which must be of this model.
 ///
 /// # Errors
 /// A name that the converted model needs is taken.
 pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logits, settings: &Settings) -> Result<()> {
-    let opset = model.opset_version("").unwrap_or(0);
+    let opset = model.onnx_opset();
+    let version = model.ir_version.unwrap_or(FEEDABLE_INITIALIZERS);
     let graph = model.graph.as_mut().context("the model has no graph")?;
     let names = Names::free_in(&GraphView::new(graph, opset), conversions)?;
+    if version < FEEDABLE_INITIALIZERS {
+        // All initializers were inputs there, and none could be fed.
+        let constant: HashSet<String> = graph.initializer.iter().map(|t| t.name().to_owned()).collect();
+        graph.input.retain(|i| !constant.contains(i.name()));
+        model.ir_version = Some(FEEDABLE_INITIALIZERS);
+    }
     let mut pages = PageDims::new(settings.page_size);
     graph
         .input

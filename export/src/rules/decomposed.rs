@@ -35,7 +35,7 @@ impl Rule for Decomposed {
     }
 }
 
-fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a NodeProto) -> Result<Core<'a>, String> {
+pub(super) fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a NodeProto) -> Result<Core<'a>, String> {
     let program = probes.program();
     // Up to the product of queries and keys.
     let mut masked = softmax.input(0);

@@ -3,17 +3,23 @@
 
 pub(crate) mod copies;
 mod core;
+mod cross;
 mod decomposed;
+mod explain;
+mod functions;
 pub(crate) mod gqa;
 mod mask;
 mod mentioned;
 mod mha;
 mod onnx_attention;
 mod other;
+mod pairs;
 mod probe;
 mod state;
 mod steady;
+mod trace;
 
+pub use explain::none_found;
 pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
 pub use state::carried;
 
@@ -21,6 +27,8 @@ use crate::{
     graph::{GraphView, subgraphs},
     onnx::{DataType, GraphProto, ModelProto, NodeProto},
 };
+use explain::{Explain, INLINE};
+use functions::Functions;
 use retro_contract::Mode;
 use std::collections::{HashMap, HashSet};
 
@@ -185,7 +193,7 @@ pub struct Attention {
     pub rule: Option<&'static str>,
     pub found: Result<Box<Site>, String>,
     /// Whether the node as it is gives right results when tokens that are in its cache are fed again with a total length
-    /// that counts them once: GQA with a cache of fixed capacity does.
+    /// that counts them once: GQA with a cache of fixed capacity does, and attention to what an encoder gave.
     pub takes_tokens_again: bool,
 }
 
@@ -198,8 +206,10 @@ pub struct Conversion<'a> {
 }
 
 /// Finds every attention of a model, in graph order, those in subgraphs and functions last.
-pub fn survey<'a>(model: &ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
+pub fn survey<'a>(model: &'a ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
     let view = probes.view;
+    let explain = Explain::new(probes, &model.functions);
+    let functions = Functions::of(model);
     let mut found = Vec::new();
     for (index, node) in view.graph.node.iter().enumerate() {
         let spoke = RULES.iter().find_map(|rule| match rule.look(view, probes, node) {
@@ -208,7 +218,13 @@ pub fn survey<'a>(model: &ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
             Verdict::Refused(why) => Some((Some(rule.name()), Err(why))),
         });
         let spoke = spoke.or_else(|| other::attention(view, node).map(|why| (None, Err(why))));
+        let spoke = spoke.or_else(|| functions.softmax(view, node).map(|why| (None, Err(why))));
         if let Some((rule, result)) = spoke {
+            let result = match (explain.returned(node), result) {
+                (Some(why), _) => Err(why),
+                (None, Err(why)) => Err(explain.cause(node, &why).unwrap_or(why)),
+                (None, result) => result,
+            };
             found.push(Attention {
                 layer: 0,
                 node: Some(index),
@@ -221,18 +237,24 @@ pub fn survey<'a>(model: &ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
         }
         for subgraph in subgraphs(node) {
             let place = format!("it is in a branch of node {} ({})", node.label(), node.op_type());
-            nested(subgraph, &place, &mut found);
+            nested(subgraph, &place, ONLY_MAIN, &mut found);
         }
     }
-    for function in &model.functions {
+    let named: HashSet<usize> = found.iter().filter_map(|a: &Attention| a.node).collect();
+    for function in functions.unknown(model, view.graph, &named) {
         let place = format!("it is in the model's function {}", function.name());
         let body = GraphProto {
             node: function.node.clone(),
             ..Default::default()
         };
-        nested(&body, &place, &mut found);
+        nested(&body, &place, &format!("{ONLY_MAIN}: {INLINE}"), &mut found);
+    }
+    for attention in found.iter_mut().filter(|a| a.found.is_err()) {
+        let node = attention.node.and_then(|n| view.graph.node.get(n));
+        attention.takes_tokens_again |= node.is_some_and(|node| cross::keeps_nothing(probes, node));
     }
     refuse_shared_caches(&mut found);
+    pairs::refuse_crossed(view, &mut found);
     number_layers(view, &mut found);
     found
 }
@@ -261,8 +283,10 @@ fn refuse_shared_caches(found: &mut [Attention]) {
     }
 }
 
+const ONLY_MAIN: &str = "only the main graph is converted";
+
 /// Attentions of a subgraph: named, and left alone.
-fn nested(graph: &GraphProto, place: &str, found: &mut Vec<Attention>) {
+fn nested(graph: &GraphProto, place: &str, advice: &str, found: &mut Vec<Attention>) {
     let view = GraphView::new(graph, 0);
     for node in &graph.node {
         let known = gqa::is_one(node) || other::attention(&view, node).is_some();
@@ -273,12 +297,12 @@ fn nested(graph: &GraphProto, place: &str, found: &mut Vec<Attention>) {
                 name: node.label(),
                 op_type: node.op_type().to_owned(),
                 rule: None,
-                found: Err(format!("{place}; only the main graph is converted")),
+                found: Err(format!("{place}; {advice}")),
                 takes_tokens_again: false,
             });
         }
         for subgraph in subgraphs(node) {
-            nested(subgraph, place, found);
+            nested(subgraph, place, advice, found);
         }
     }
 }

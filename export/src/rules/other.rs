@@ -1,5 +1,6 @@
 //! Attention that no rule converts, so that a report can name it.
 
+use super::explain::shown;
 use crate::{graph::GraphView, onnx::NodeProto};
 use std::collections::HashSet;
 
@@ -27,7 +28,30 @@ pub(super) fn attention(view: &GraphView, node: &NodeProto) -> Option<String> {
         } else {
             node.op_domain()
         };
-        return Some(format!("{domain}::{} is not supported by this version", node.op_type()));
+        let more = match node.op_type() {
+            "Attention" if node.is("com.microsoft", "Attention") => match node.input(4) {
+                "" => "; it projects queries, keys and values itself and keeps no cache, as encoders do".to_owned(),
+                past => format!(
+                    ": keys and values are merged in one cache, {}; export it without this fusion, or with GroupQueryAttention",
+                    shown(view, past)
+                ),
+            },
+            "DecoderAttention" | "DecoderMaskedMultiHeadAttention" | "DecoderMaskedSelfAttention" => {
+                ": it is for beam search, with caches of its own kind".to_owned()
+            }
+            "PagedAttention" | "SparsePagedAttention" => {
+                ": its cache is paged, blocks of a pool that all sequences share, not [B, H, T, D]".to_owned()
+            }
+            "SparseAttention" | "DynamicSparseAttention" => ": it is sparse already, in a way of its own".to_owned(),
+            "LongformerAttention" | "PackedAttention" | "PackedMultiHeadAttention" => {
+                ": it is an encoder's, which keeps no cache".to_owned()
+            }
+            _ => String::new(),
+        };
+        return Some(format!(
+            "{domain}::{} is not supported by this version{more}",
+            node.op_type()
+        ));
     }
     (node.is("", "Softmax") && weighs_values(view, node))
         .then(|| "attention spelled out as MatMul, Softmax, MatMul".to_owned())

@@ -17,6 +17,11 @@ const DIRECTIONS: [&str; 16] = [
 
 /// An input and the output that it comes back as, changed; the first of these that is no cache of an attention.
 pub fn carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Option<[&'a str; 2]> {
+    all_carried(view, found).into_iter().next()
+}
+
+/// All of them.
+pub fn all_carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Vec<[&'a str; 2]> {
     let mut known: HashSet<&str> = [INPUT_IDS, INPUTS_EMBEDS, ATTENTION_MASK, POSITION_IDS, LOGITS].into();
     for attention in found {
         if let Ok(site) = &attention.found {
@@ -31,22 +36,42 @@ pub fn carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Option<[&'a str
     let other = |v: &&ValueInfoProto| !known.contains(v.name()) && view.initializer(v.name()).is_none();
     let outputs: Vec<&ValueInfoProto> = view.graph.output.iter().filter(other).collect();
     if outputs.is_empty() {
-        return None;
+        return Vec::new();
     }
     let tokens = dependents(view, &[INPUT_IDS, INPUTS_EMBEDS]);
-    view.graph.input.iter().filter(other).find_map(|past| {
-        let after = dependents(view, &[past.name()]);
-        let present = outputs.iter().find(|present| {
-            let name = present.name();
-            let alike = alike(past.name(), name) || tokens.contains(name) && fixed(past) && fixed(present);
-            after.contains(name) && alike && fits(past, present) && !copies(view, past.name(), name)
-        })?;
-        Some([past.name(), present.name()])
-    })
+    let pair = |past: &'a ValueInfoProto| Some([past.name(), returned(view, past, &outputs, &tokens)?]);
+    view.graph.input.iter().filter(other).filter_map(pair).collect()
+}
+
+/// Whether an input comes back changed.
+pub(super) fn comes_back(view: &GraphView, name: &str) -> bool {
+    let past = view.graph.input.iter().find(|i| i.name() == name);
+    let outputs: Vec<&ValueInfoProto> = view.graph.output.iter().filter(|o| o.name() != LOGITS).collect();
+    let tokens = dependents(view, &[INPUT_IDS, INPUTS_EMBEDS]);
+    past.is_some_and(|past| returned(view, past, &outputs, &tokens).is_some())
+}
+
+/// The output that an input comes back as, changed: the one of its name, else of its sizes.
+fn returned<'a>(
+    view: &GraphView<'a>,
+    past: &'a ValueInfoProto,
+    outputs: &[&'a ValueInfoProto],
+    tokens: &HashSet<&str>,
+) -> Option<&'a str> {
+    let after = dependents(view, &[past.name()]);
+    let comes_back = |present: &&ValueInfoProto| {
+        let name = present.name();
+        after.contains(name) && fits(past, present) && !copies(view, past.name(), name)
+    };
+    let mut candidates = outputs.iter().copied().filter(comes_back).collect::<Vec<_>>();
+    let named = candidates.iter().position(|present| alike(past.name(), present.name()));
+    let sized = |present: &&ValueInfoProto| tokens.contains(present.name()) && fixed(past) && fixed(present);
+    let at = named.or_else(|| candidates.iter().position(sized))?;
+    Some(candidates.swap_remove(at).name())
 }
 
 /// Values that depend on these other than through their shapes.
-fn dependents<'a>(view: &GraphView<'a>, roots: &[&'a str]) -> HashSet<&'a str> {
+pub(super) fn dependents<'a>(view: &GraphView<'a>, roots: &[&'a str]) -> HashSet<&'a str> {
     let mut found: HashSet<&str> = HashSet::new();
     let mut open = roots.to_vec();
     while let Some(name) = open.pop() {
@@ -64,9 +89,12 @@ fn dependents<'a>(view: &GraphView<'a>, roots: &[&'a str]) -> HashSet<&'a str> {
 }
 
 /// Whether names are the same but for which of them comes in: `past.0.conv` and `present.0.conv`.
-fn alike(past: &str, present: &str) -> bool {
+pub(super) fn alike(past: &str, present: &str) -> bool {
     let words = |name: &str| -> Vec<String> {
-        let name = name.to_lowercase().replace("past_key_values", "past");
+        let name = name.to_lowercase();
+        let name = name
+            .replace("past_key_values", "past")
+            .replace("present_key_values", "present");
         let words = name
             .split(|c: char| !c.is_ascii_alphanumeric())
             .filter(|w| !w.is_empty());
@@ -124,7 +152,7 @@ mod tests {
             output: vec![value(LOGITS), value(present)],
             ..Default::default()
         };
-        carried(&GraphView::new(&graph, 21), &[]).is_some()
+        all_carried(&GraphView::new(&graph, 21), &[]) == [[past, present]]
     }
 
     #[test]
@@ -152,6 +180,26 @@ mod tests {
         }
         let counts = [("Add", &["past_length", "past_length"][..], "present_length")];
         assert!(state("past_length", "present_length", &[], &counts), "a counter");
+    }
+
+    #[test]
+    fn states_of_one_size_are_paired_by_their_names() {
+        let dims = || vec!["batch".into(), 64.into(), 2.into()];
+        let value = |name: &str| ValueInfoProto::tensor(name, DataType::Float, dims());
+        let node = |inputs: &[&str], output: &str| NodeProto::new("", "Add", output, inputs, &[output]);
+        let graph = GraphProto {
+            node: vec![
+                node(&["past_conv.0", INPUT_IDS], "present_conv.0"),
+                node(&["past_conv.1", "present_conv.0"], "present_conv.1"),
+            ],
+            input: [INPUT_IDS, "past_conv.0", "past_conv.1"].map(value).to_vec(),
+            output: [LOGITS, "present_conv.1", "present_conv.0"].map(value).to_vec(),
+            ..Default::default()
+        };
+        assert_eq!(
+            all_carried(&GraphView::new(&graph, 21), &[]),
+            [["past_conv.0", "present_conv.0"], ["past_conv.1", "present_conv.1"]]
+        );
     }
 
     #[test]

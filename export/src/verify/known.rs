@@ -56,7 +56,7 @@ pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<
 }
 
 /// past_key_values.0.key -> present.0.key; input.past_key_values.layers.0.keys -> output.past_key_values.layers.0.keys
-fn presents(past: &str) -> Vec<String> {
+pub fn presents(past: &str) -> Vec<String> {
     let mut names = vec![
         past.replacen("past_key_values", "present", 1),
         past.replacen("past", "present", 1),

@@ -62,10 +62,14 @@ fn converts(case: &str, rule: &str, masks: [&str; 2], limit: f64, together: f64)
 }
 
 fn refused(case: &str, says: &[&str]) {
+    refused_with(case, &[], says);
+}
+
+fn refused_with(case: &str, options: &[&str], says: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let [source, target] = ["source.onnx", "converted.onnx"].map(|n| folder.path().join(n));
     zoo::restore(&paths::data("zoo-graphs").join(format!("{case}.onnx.xz")), &source);
-    let (report, error) = export(&["--no-verify"], &source, &target);
+    let (report, error) = export(&[&["--no-verify"], options].concat(), &source, &target);
     assert_eq!(report, Value::Null, "{case}");
     assert!(says.iter().all(|word| error.contains(word)), "{case}: {error}");
     assert!(!target.exists(), "{case}: something was written");
@@ -140,6 +144,8 @@ cases! {
     genai_lfm2_has_convolutions: "genai-lfm2" fed_once(&["carries past.0.conv on to present.0.conv", "--window 1"], 2);
     // Activations are rounded to int8, which enlarges float16's rounding: the original is measured with another last bit.
     four_bit_webgpu: "genai-mistral-int4-webgpu" compares(&[], &[], "");
+    // Convolution and recurrent state beside attention, with functions for them.
+    mobius_qwen35_is_a_hybrid: "mobius-qwen35" fed_once(&["carries past_key_values.0.conv_state on to", "--window 1"], 1);
     onnxscript_fusions: "ofuse-llama-sdpa-op18" converts("mha", FULL, 1e-4, 1e-4);
     optimum_bloom_has_alibi: "optimum-bloom" refused(&["ALiBi"]);
     optimum_codegen: "optimum-codegen" converts("decomposed", FULL, 1e-4, 1e-4);
@@ -160,6 +166,11 @@ cases! {
     optimum_phi3: "optimum-phi3-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     optimum_qwen2: "optimum-qwen2-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     optimum_stablelm: "optimum-stablelm" converts("decomposed", FULL, 1e-4, 1e-4);
+    // The encoder's keys and values are made by the branch without a past alone.
+    optimum_whisper_merged: "optimum-whisper-merged" refused_with(&["--partial", "--window", "1"],
+        &["present.0.encoder.key", "encoder_hidden_states", "decoder_with_past_model.onnx"]);
+    optimum_whisper_with_past: "optimum-whisper-with_past" refused(
+        &["2 of 4", "cross-attention of an encoder-decoder", "past_key_values.0.encoder.key", "--partial"]);
     optimum_1_20_llama: "optimum120-old_llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
     optimum_1_20_merged: "optimum120-old_llama-merged" converts("decomposed", FULL, 1e-4, 1e-4);
     optimum_1_20_opt: "optimum120-old_opt-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
@@ -172,6 +183,23 @@ cases! {
     // The original differs from itself by as much when it is fed several tokens together: their ranges are quantised as one.
     dynamic_int8: "quant-llama-dynint8" converts("decomposed", FULL, 2e-2, 2.0);
     four_bit: "quant-llama-q4" converts("decomposed", FULL, 1e-1, 1e-1);
+    refused_tokens_before_heads: "refused-bshd" refused(&["past_key_values.0.key [batch, past, 2, 16]", "[B, T, H, D]"]);
+    refused_transposed_keys: "refused-keyT" refused(&["past_key_values.0.key [batch, 2, 16, past]", "[B, H, D, T]"]);
+    refused_mask_of_four_dimensions: "refused-mask4" refused(
+        &["attention_mask [batch, 1, seq, total], float32, 4 dimensions", "by the caller"]);
+    refused_all_caches_in_one: "refused-merged" refused(
+        &["keys and values of all layers are merged in one cache", "past_key_values [2, 2, batch, 2, past, 16]"]);
+    refused_layers_caches_in_one: "refused-merged_layer" refused(
+        &["keys and values are merged in one cache", "past_0 [2, batch, 2, past, 16]"]);
+    refused_probabilities: "refused-probs" refused(&["attention probabilities (attentions.0)", "output_attentions"]);
+    refused_sliding_cache: "refused-slidecache" refused(
+        &["past_key_values.0.key [batch, 2, 32, 16] always holds 32 tokens", "sliding"]);
+    refused_layer_in_a_function: "refused-fn_layer_dec" refused(&["function LlamaAttention_0", "inline"]);
+    refused_mask_in_a_function: "refused-fn_mask" refused(&["its mask is made in the model's function Mask_", "inline"]);
+    refused_softmax_in_a_function: "refused-fn_softmax" refused(&["its Softmax is in the model's function Soft_0", "inline"]);
+    refused_other_runtime: "refused-llmexport_qwen2" refused(&["LlmExporter::FusedAttention", "another runtime"]);
+    refused_fused_with_projections: "refused-ms_attention" refused(
+        &["com.microsoft::Attention", "keys and values are merged in one cache, past_0 [2, batch, 4, past, 16]"]);
     // The first layer's cache goes through a Concat of its own.
     torchscript_llama: "torchscript-llama-sdpa-op17" converts("decomposed", FULL, 1e-4, 1e-4);
     transformers_llama: "tfexp-llama-fp32" converts("decomposed", FULL, 1e-4, 1e-4);
