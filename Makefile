@@ -13,6 +13,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 RELEASE := target/release
+# ONNX Runtime's wheels record telemetry in the user's cache folder otherwise.
+export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
@@ -21,11 +23,11 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 build:
-	@cargo build --release
+	@cargo build --release --locked
 
 cuda:
 	@RETRO_NVCC="$$(scripts/nvcc)"; export RETRO_NVCC
-	cargo build --release
+	cargo build --release --locked
 
 # ---- demo ----------------------------------------------------------------------------------------------------------------
 
@@ -56,7 +58,7 @@ test: test-rust test-python
 
 test-rust: build
 	@$(ORT)
-	cargo test --release --workspace --no-fail-fast
+	cargo test --release --locked --workspace --no-fail-fast
 
 # One binary of the plugin, three hosts. The oldest has no wheel for the newest Pythons.
 PYTESTS = -m pytest -q tests/python
@@ -86,7 +88,7 @@ $(eval $(call venv,.cache/venv-1.22.1,1.22.1,optional))
 
 lint:
 	@cargo fmt --all --check
-	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 
 fmt:
 	@cargo fmt --all

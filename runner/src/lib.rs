@@ -28,7 +28,7 @@ pub mod text;
 mod widen;
 
 pub use model::ModelFolder;
-pub use retro_runtime::{Device, device, gpu};
+pub use retro_runtime::{Device, device, disable_telemetry, gpu};
 pub use runtime::Runtime;
 pub use session::{Feed, Logits, Model, OpenOptions};
 pub use state::State;
