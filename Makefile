@@ -1,7 +1,7 @@
 # make demo   a trained model, converted and decoded on one document, and a table of what it costs and how right it stays
 # make test   everything that needs no GPU
 # make cuda   the plugin with its CUDA kernels compiled (fetches nvcc if there is none; needs no GPU)
-# make lint   formatting and clippy, as CI has them
+# make lint   formatting and clippy, and whether NOTICE is current, as CI has them
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -18,7 +18,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build cuda demo test test-rust test-python lint fmt clean
+.PHONY: help build cuda demo test test-rust test-python lint fmt notice clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -89,9 +89,14 @@ $(eval $(call venv,.cache/venv-1.22.1,1.22.1,optional))
 lint:
 	@cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	scripts/notice --check
 
 fmt:
 	@cargo fmt --all
+
+# What the crates in the binaries ask to be passed on, after a change of Cargo.lock.
+notice:
+	@scripts/notice
 
 clean:
 	@cargo clean
