@@ -61,9 +61,14 @@ test-rust: build
 	cargo test --release --locked --workspace --no-fail-fast
 
 # One binary of the plugin, three hosts. The oldest has no wheel for the newest Pythons.
-PYTESTS = -m pytest -q tests/python
+# -rs: what was skipped, and why.
+PYTESTS = -m pytest -q -rs tests/python
 test-python: build .venv/.made .cache/venv-1.24.4/.made .cache/venv-1.22.1/.made
-	@for venv in .venv .cache/venv-1.24.4 .cache/venv-1.22.1; do
+	@cargo build --release --locked --example generate --example cuda_op --example decode_depth
+	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
+	  echo "NOT TESTED: the C++ of README and examples/, for want of ONNX Runtime's headers (above)"
+	export ORT_INCLUDE_DIR
+	for venv in .venv .cache/venv-1.24.4 .cache/venv-1.22.1; do
 	  if [ -f $$venv/.made ]; then
 	    $$venv/bin/python $(PYTESTS)
 	  else
