@@ -192,8 +192,8 @@ def main():
     args = parser.parse_args()
     try:
         run(args)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except Exception as error:  # onnxruntime's own have no class in common
+        raise SystemExit("error: " + " ".join(str(error).split())) from None
 
 
 if __name__ == "__main__":

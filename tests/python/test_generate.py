@@ -198,14 +198,15 @@ def test_the_command_finds_the_graph(converted, tmp_path):
 
 
 def test_errors_are_one_line(converted, tmp_path):
-    source = converted["f32"].parent.parent / "f32"
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
     foreign = onnx.load(str(converted["f32"]))
     foreign.graph.input.append(onnx.helper.make_tensor_value_info("beam", onnx.TensorProto.INT64, [1]))
     foreign.graph.output.append(onnx.helper.make_tensor_value_info("beam_out", onnx.TensorProto.INT64, [1]))
     foreign.graph.node.append(onnx.helper.make_node("Identity", ["beam"], ["beam_out"]))
     onnx.save(foreign, str(tmp_path / "foreign.onnx"))
     for place, said in [
-        (source, "was not converted by retro-export"),
+        (DATA / "zoo" / "genai040-old_llama-fp32-cpu", "was not converted by retro-export"),
+        (tmp_path / "broken.onnx", "broken.onnx"),
         (tmp_path, "name the ONNX file"),
         (tmp_path / "foreign.onnx", "wants the input beam, which"),
     ]:
