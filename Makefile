@@ -1,7 +1,7 @@
 # make demo   a trained model, converted and decoded on one document, and a table of what it costs and how right it stays
 # make test   everything that needs no GPU
 # make cuda   the plugin with its CUDA kernels compiled (fetches nvcc if there is none; needs no GPU)
-# make lint   formatting and clippy, as CI has them
+# make lint   formatting and clippy, and whether NOTICE is current, as CI has them
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,19 +13,21 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 RELEASE := target/release
+# ONNX Runtime's wheels record telemetry in the user's cache folder otherwise.
+export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build cuda demo test test-rust test-python lint fmt clean
+.PHONY: help build cuda demo test test-rust test-python lint fmt notice clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 build:
-	@cargo build --release
+	@cargo build --release --locked
 
 cuda:
 	@RETRO_NVCC="$$(scripts/nvcc)"; export RETRO_NVCC
-	cargo build --release
+	cargo build --release --locked
 
 # ---- demo ----------------------------------------------------------------------------------------------------------------
 
@@ -56,12 +58,17 @@ test: test-rust test-python
 
 test-rust: build
 	@$(ORT)
-	cargo test --release --workspace --no-fail-fast
+	cargo test --release --locked --workspace --no-fail-fast
 
 # One binary of the plugin, three hosts. The oldest has no wheel for the newest Pythons.
-PYTESTS = -m pytest -q tests/python
+# -rs: what was skipped, and why.
+PYTESTS = -m pytest -q -rs tests/python
 test-python: build .venv/.made .cache/venv-1.24.4/.made .cache/venv-1.22.1/.made
-	@for venv in .venv .cache/venv-1.24.4 .cache/venv-1.22.1; do
+	@cargo build --release --locked --example generate --example cuda_op --example decode_depth
+	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
+	  echo "NOT TESTED: the C++ of README and examples/, for want of ONNX Runtime's headers (above)"
+	export ORT_INCLUDE_DIR
+	for venv in .venv .cache/venv-1.24.4 .cache/venv-1.22.1; do
 	  if [ -f $$venv/.made ]; then
 	    $$venv/bin/python $(PYTESTS)
 	  else
@@ -86,10 +93,15 @@ $(eval $(call venv,.cache/venv-1.22.1,1.22.1,optional))
 
 lint:
 	@cargo fmt --all --check
-	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	scripts/notice --check
 
 fmt:
 	@cargo fmt --all
+
+# What the crates in the binaries ask to be passed on, after a change of Cargo.lock.
+notice:
+	@scripts/notice
 
 clean:
 	@cargo clean

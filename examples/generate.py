@@ -1,18 +1,52 @@
 """Greedy generation with a converted model from Python: caches and state stay on the device and are updated in place.
 
-    python examples/generate.py MODEL_FOLDER --plugin libretro_attention.so --device cuda --prompt 'Once upon a time'
+    python examples/generate.py MODEL --plugin libretro_attention.so --device cuda --prompt 'Once upon a time'
 
-MODEL_FOLDER is what retro-export wrote. Needs onnxruntime 1.22 or newer (onnxruntime-gpu for --device cuda) and, for --prompt,
-the package tokenizers; --ids takes token numbers instead.
+MODEL is the folder that retro-export wrote, or the ONNX file in it. Needs onnxruntime 1.22 or newer (onnxruntime-gpu for --device
+cuda) and, for --prompt, the package tokenizers; --ids takes token numbers instead.
 """
 
 import argparse
+import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
+# Before onnxruntime loads: its wheels record telemetry under the user's cache folder otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort  # noqa: E402
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+# Inputs that say for how many of the tokens logits are wanted.
+LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
+
+
+def graph_in(folder: Path) -> Path:
+    """The ONNX file of a folder, or the file itself."""
+    if folder.is_file():
+        return folder
+    names = ["model.onnx", "onnx/model.onnx"]
+    config = folder / "genai_config.json"
+    if config.is_file():
+        names.insert(0, json.loads(config.read_text())["model"]["decoder"]["filename"])
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}: name the ONNX file")
+
+
+def present_of(past: str, outputs: set[str]) -> str | None:
+    """The output that goes with a cache or state: exporters have different names for them."""
+    names = [past.replace(old, new) for old, new in [("past_key_values", "present"), ("past", "present"), ("input.", "output.")]]
+    return next((name for name in names if name != past and name in outputs), None)
 
 
 class Generator:
@@ -34,41 +68,72 @@ class Generator:
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "retro.window" not in metadata:
             raise RuntimeError(f"{model} was not converted by retro-export")
-        self.window, page_size = int(metadata["retro.window"]), int(metadata["retro.page_size"])
+        self.window, self.page_size = int(metadata["retro.window"]), int(metadata["retro.page_size"])
         self.capacity, self.ids, self.retro = capacity, [], 0
+
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        outputs = {value.name for value in self.session.get_outputs()}
+        presents = {name: present_of(name, outputs) for name in self.inputs}
+        known = ("input_ids", "attention_mask", "position_ids", *LOGITS_TO_KEEP)
+        for name, value in self.inputs.items():
+            if presents[name] is None and name not in known:
+                raise RuntimeError(f"{model} wants the input {name}, which this example does not know")
+            if value.type not in TYPES:
+                raise RuntimeError(f"{model}: the input {name} is a {value.type}, which this example does not feed")
 
         # On the CPU an OrtValue borrows its array, and a binding does not keep either alive: hold on to all of them.
         self.state, self.fed = [], {}
         self.binding = self.session.io_binding()
-        # Only the newest token's logits come back to the host: a converted model gives no others.
+        # The first output: only scores cross to the host.
         self.binding.bind_output("logits", "cpu")
-        pages = -(-capacity // page_size)
-        for value in self.session.get_inputs():
-            if not value.name.startswith("past_"):
+        for name, present in presents.items():
+            if present is None:
                 continue
-            # Free dimensions: the batch, and the third, which counts tokens or pages.
-            free = {0: 1, 2: pages if ".page_" in value.name else capacity}
-            shape = [size if isinstance(size, int) else free[axis] for axis, size in enumerate(value.shape)]
-            tensor = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, TYPES[value.type]), device, device_id)
-            present = value.name.replace("past_retro.", "present_retro.").replace("past_key_values.", "present.")
+            array = np.zeros(self.shape(name), TYPES[self.inputs[name].type])
+            tensor = ort.OrtValue.ortvalue_from_numpy(array, device, device_id)
             # One buffer as past and present: the operator then copies nothing.
-            self.binding.bind_ortvalue_input(value.name, tensor)
+            self.binding.bind_ortvalue_input(name, tensor)
             self.binding.bind_ortvalue_output(present, tensor)
             self.state.append(tensor)
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a cache [B, Hkv, C, D], or of state: what is not declared follows from the batch and the capacity, or, for
+        heads and head sizes that an exporter has only named, from the state of the layer."""
+
+        def declared(name):
+            # Some exporters write numbers as names.
+            sizes = self.inputs[name].shape
+            return [int(size) if isinstance(size, str) and size.isdigit() else size for size in sizes]
+
+        pages = -(-self.capacity // self.page_size)
+        free = {0: 1, 2: pages if ".page_" in name else self.capacity}
+        layer = re.search(r"\d+", name)
+        summary = f"past_retro.{layer[0]}.page_summary" if layer else ""
+        if summary in self.inputs:  # [B, Hkv, P, 2, D]
+            _, free[1], _, _, free[3] = declared(summary)
+        sizes = [size if isinstance(size, int) else free.get(axis) for axis, size in enumerate(declared(name))]
+        if not all(isinstance(size, int) for size in sizes):
+            raise RuntimeError(f"the sizes of {name} are not all declared: {self.inputs[name].shape}")
+        return sizes
 
     def feed(self, tokens: list[int], length: int, retro_length: int) -> np.ndarray:
         """Feeds tokens of which the last is number `length`; returns the scores of the next."""
         if length > self.capacity:
             raise ValueError(f"{length} tokens do not fit a cache of {self.capacity}")
-        fed = {
-            "input_ids": np.array([tokens], np.int64),
-            "attention_mask": np.ones((1, length), np.int64),
-            "retro_length": np.array([retro_length], np.int32),
-        }
+        first = length - len(tokens)
+        # Tokens that are fed again keep the positions they had.
+        fed = {"input_ids": [tokens], "attention_mask": np.ones((1, length)), "position_ids": [range(first, length)]}
+        # A single number has no shape.
+        fed |= {name: np.ones([1] * len(self.inputs[name].shape)) for name in LOGITS_TO_KEEP if name in self.inputs}
+        fed = {name: np.array(array, TYPES[self.inputs[name].type]) for name, array in fed.items() if name in self.inputs}
+        # Not among the session's inputs, since it has a default.
+        fed["retro_length"] = np.array([retro_length], np.int32)
         self.fed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in fed.items()}
         for name, value in self.fed.items():
             # Not bind_cpu_input, which knows no input that has a default.
             self.binding.bind_ortvalue_input(name, value)
+        # Anew each time: a binding keeps the last run's output, whose shape is another where the model gives all tokens' logits.
+        self.binding.bind_output("logits", "cpu")
         self.session.run_with_iobinding(self.binding)
         return self.binding.get_outputs()[0].numpy()[0, -1].astype(np.float32)
 
@@ -99,9 +164,24 @@ class Generator:
         return made
 
 
+def run(args):
+    tokenizer = None
+    if args.prompt is not None:
+        from tokenizers import Tokenizer
+
+        folder = args.model if args.model.is_dir() else args.model.parent
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = tokenizer.encode(args.prompt).ids
+    else:
+        ids = [int(token) for token in args.ids.split(",")]
+    generator = Generator(graph_in(args.model), args.plugin, len(ids) + args.n_predict, args.device, args.device_id)
+    made = generator.generate(ids, args.n_predict)
+    print(tokenizer.decode(made) if tokenizer else ",".join(map(str, made)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", type=Path, help="the folder that retro-export wrote, or the ONNX file in it")
     parser.add_argument("--plugin", required=True, help="libretro_attention.so")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--device-id", type=int, default=0)
@@ -110,17 +190,10 @@ def main():
     prompt.add_argument("-p", "--prompt")
     prompt.add_argument("--ids", help="token numbers, with commas between")
     args = parser.parse_args()
-    tokenizer = None
-    if args.prompt is not None:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
-        ids = tokenizer.encode(args.prompt).ids
-    else:
-        ids = [int(token) for token in args.ids.split(",")]
-    generator = Generator(args.folder / "model.onnx", args.plugin, len(ids) + args.n_predict, args.device, args.device_id)
-    made = generator.generate(ids, args.n_predict)
-    print(tokenizer.decode(made) if tokenizer else ",".join(map(str, made)))
+    try:
+        run(args)
+    except Exception as error:  # onnxruntime's own have no class in common
+        raise SystemExit("error: " + " ".join(str(error).split())) from None
 
 
 if __name__ == "__main__":

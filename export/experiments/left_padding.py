@@ -6,13 +6,17 @@ CASES holds a folder for each case with a model.onnx and an io_leftpad.npz: prom
 decode_position_ids [2, steps], logits_prefill [2, S, V], logits_decode [2, steps, V]. Prints the largest difference of a logit of the newest tokens, fed one a step and four a step.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
+
+# Before onnxruntime loads: its wheels record telemetry under the user's cache folder otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort  # noqa: E402
 
 BUILT = Path(__file__).resolve().parents[2] / "target" / "release"
 CAPACITY, PAGE = 32, 16

@@ -6,6 +6,7 @@ CASES holds a folder with a model.onnx for `quant-llama-q4` (MatMulNBits, accura
 a logit over a prompt of 21 tokens and 11 steps, for ten drawings of tokens: median and largest.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import helper, numpy_helper
+
+# Before onnxruntime loads: its wheels record telemetry under the user's cache folder otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort  # noqa: E402
 
 BUILT = Path(__file__).resolve().parents[2] / "target" / "release"
 PROMPT, STEPS, CAPACITY, DRAWINGS = 21, 11, 48, 10

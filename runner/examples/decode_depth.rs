@@ -65,6 +65,8 @@ impl FromStr for Tokens {
 }
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has started a thread yet.
+    unsafe { retro_run::disable_telemetry() };
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -34,7 +34,7 @@ mod widen;
 
 pub use interrupt::{Interrupt, Interrupted};
 pub use model::ModelFolder;
-pub use retro_runtime::{Device, device, gpu};
+pub use retro_runtime::{Device, device, disable_telemetry, gpu};
 pub use runtime::Runtime;
 pub use session::{Feed, Logits, Model, OpenOptions};
 pub use state::State;

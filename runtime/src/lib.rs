@@ -5,7 +5,9 @@ pub mod device;
 mod error;
 pub mod gpu;
 mod library;
+mod telemetry;
 
 pub use device::Device;
 pub use error::{check, one_line};
 pub use library::{PLUGIN, PLUGIN_VARIABLE, RUNTIME_VARIABLE, Runtime, find_plugin};
+pub use telemetry::{TELEMETRY_VARIABLE, disable_telemetry};

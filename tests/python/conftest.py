@@ -1,8 +1,11 @@
+import os
 import sys
 from pathlib import Path
 
-import onnxruntime
-import pytest
+# Before it loads: its wheels record telemetry in the user's cache folder otherwise.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+import onnxruntime  # noqa: E402
+import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -24,3 +24,12 @@ def exporter() -> str:
 
 def models() -> str:
     return str(_built("RETRO_COMMAND_RETRO_MODELS", "retro-models"))
+
+
+def runner() -> str:
+    return str(_built("RETRO_COMMAND_RETRO_RUN", "retro-run"))
+
+
+def host() -> str:
+    """examples/generate.rs."""
+    return str(_built("RETRO_EXAMPLE_GENERATE", "examples/generate"))

@@ -33,6 +33,8 @@ use retro_run::arena::Arena;
 const RESERVE: usize = 6 << 30;
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has started a thread yet.
+    unsafe { retro_run::disable_telemetry() };
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
