@@ -106,6 +106,7 @@ impl Job<'_> {
         let folder = workshop.open(&first.source)?;
         let mut model = Model::open(self.runtime, &folder, self.open)?;
         let text = Text::open(&model.folder)?;
+        model.folder.eos = text.ends(&model.folder);
         let policies = group
             .iter()
             .map(|row| Policy::new(&model, row.window, row.budget).with_context(|| row.label.clone()))
@@ -117,7 +118,7 @@ impl Job<'_> {
             .collect::<Result<Vec<_>>>()?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
-        let batch = if model.fixed_capacity { self.batch } else { 1 };
+        let batch = model.batch(self.batch);
         let mut start = 0;
         for part in prompts.chunks(batch) {
             let documents = self.documents.get(start..start + part.len()).unwrap_or(&[]);
