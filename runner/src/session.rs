@@ -367,7 +367,7 @@ impl Model {
                 buffers.iter_mut().try_for_each(|b| b.take_turns(binding))?;
                 Ok(logits)
             }
-            Store::Growing { past } => {
+            Store::Growing { past, .. } => {
                 let mut all: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
                 all.extend(
                     inputs

@@ -25,6 +25,7 @@ pub(crate) enum Store {
     /// The outputs of the last run, in the order of the interface's slots.
     Growing {
         past: Vec<DynValue>,
+        kinds: Vec<Kind>,
     },
 }
 
@@ -73,7 +74,10 @@ impl State {
             return Ok(Self {
                 batch,
                 capacity,
-                store: Store::Growing { past },
+                store: Store::Growing {
+                    past,
+                    kinds: slots.iter().map(|s| s.kind).collect(),
+                },
             });
         }
         let mut binding = model
@@ -172,7 +176,7 @@ impl State {
         }
     }
 
-    /// Bytes of keys and values, and bytes of the operator's own state.
+    /// Bytes of keys and values, and bytes of other state.
     pub fn sizes(&self) -> (usize, usize) {
         let sum = |cache: bool| {
             self.buffers()
@@ -183,12 +187,16 @@ impl State {
         };
         match &self.store {
             Store::Bound(_) => (sum(true), sum(false)),
-            Store::Growing { past } => {
+            Store::Growing { past, kinds } => {
                 let bytes = |v: &DynValue| {
                     let elements = v.dtype().tensor_shape().map_or(0, |s| s.num_elements());
                     v.dtype().tensor_type().and_then(|t| t.byte_size(elements)).unwrap_or(0)
                 };
-                (past.iter().map(bytes).sum(), 0)
+                let sum = |cache: bool| {
+                    let of_kind = past.iter().zip(kinds).filter(|(_, k)| (**k == Kind::Cache) == cache);
+                    of_kind.map(|(v, _)| bytes(v)).sum()
+                };
+                (sum(true), sum(false))
             }
         }
     }

@@ -148,10 +148,12 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     let mut specs = args.models.clone();
     for spec in &mut specs {
         ensure!(spec.folder.exists(), "there is no model at {}", spec.folder.display());
-        let graph = spec.graph.as_deref().or(args.graph.as_deref());
+        if spec.graph.is_none() {
+            spec.graph.clone_from(&args.graph);
+        }
         // The table names the model as the user does.
         spec.name = Some(spec.label());
-        spec.folder = chosen(&spec.folder, graph)?;
+        spec.folder = chosen(&spec.folder, spec.graph.as_deref())?;
     }
     let (runtime, open) = args.session.load()?;
     let mut contenders = Contenders::open(&runtime, &open, &specs)?;
