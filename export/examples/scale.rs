@@ -222,7 +222,7 @@ fn main() {
     measure("2 GiB inline less a few bytes", &source, &out, None);
     let back = folder.join("back.onnx");
     let started = Instant::now();
-    revert(&out, &back, None, true).expect("it goes back");
+    revert(&out, None, &back, None, true).expect("it goes back");
     let (a, b) = (
         fs::metadata(&source).expect("the source").len(),
         fs::metadata(&back).expect("the original").len(),

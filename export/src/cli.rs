@@ -27,7 +27,12 @@ pub struct Cli {
     #[arg(required = true)]
     pub model: Option<PathBuf>,
 
-    /// Where to write: a file for a file, a folder for a folder
+    /// Which graph of a folder that holds several: its file's name (model_q4f16.onnx) or its variant (q4f16)
+    #[arg(long, value_name = "NAME")]
+    pub graph: Option<String>,
+
+    /// Where to write: a folder for a folder; for a file, a file if the name ends in .onnx, else a folder with all that belongs to
+    /// the model
     #[arg(short, long, value_name = "PATH", required_unless_present = "dry_run")]
     pub output: Option<PathBuf>,
 
@@ -133,6 +138,9 @@ pub enum Command {
     Inspect {
         /// A file, or a folder with a model
         model: PathBuf,
+        /// Which graph of a folder that holds several: its file's name or its variant
+        #[arg(long, value_name = "NAME")]
+        graph: Option<String>,
         /// As one JSON object
         #[arg(long)]
         json: bool,
@@ -144,6 +152,7 @@ impl Cli {
     pub fn options(&self) -> Options {
         Options {
             source: self.model.clone().unwrap_or_default(),
+            graph: self.graph.clone(),
             target: self.output.clone(),
             settings: Settings {
                 window: self.window,

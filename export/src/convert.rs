@@ -1,7 +1,7 @@
 //! A conversion from beginning to end: read, check, find, decide, rewrite, write.
 
 use crate::{
-    files::{self, ExternalMode, Output, Source},
+    files::{ExternalMode, Output},
     graph::GraphView,
     logits::{self, Logits},
     merged::unfold,
@@ -14,6 +14,7 @@ use crate::{
     rewrite::{reads_mask, rewrite},
     rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, none_found, survey},
     settings::Settings,
+    source::{Source, find_source},
     spill::spill,
     validate::validate,
     verify::{CacheFacts, DYNAMIC, Padding, Plan, Runtime, Verification, compare, known, nudge},
@@ -33,7 +34,9 @@ use std::{
 pub struct Options {
     /// A model file, or a folder that holds one.
     pub source: PathBuf,
-    /// A file for a file, a folder for a folder. May be absent in a dry run.
+    /// Which graph of a folder, by its file's name or its variant; none: the usual one.
+    pub graph: Option<String>,
+    /// A file or a folder for a file, a folder for a folder. May be absent in a dry run.
     pub target: Option<PathBuf>,
     pub settings: Settings,
     /// Return the logits of all tokens fed, as the source does, not the newest one's alone.
@@ -113,7 +116,7 @@ const WINDOWS: [usize; 3] = [1, 2, 4];
 /// Or a comparison that was asked for can't be made; its result is in the report, not an error.
 pub fn convert(options: &Options) -> Result<Report> {
     options.settings.check()?;
-    let source = files::find_source(&options.source)?;
+    let source = find_source(&options.source, options.graph.as_deref(), options.target.as_deref())?;
     let output = match &options.target {
         Some(target) => Some(Output::plan(&source, target, options.external_data, options.force)?),
         None if options.dry_run => None,

@@ -6,9 +6,10 @@ use crate::{
         read_model, sync_folder, write_placed,
     },
     report::ExternalReport,
+    source::Source,
     spill::SPILLED,
 };
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, Metadata},
@@ -21,9 +22,6 @@ use std::{
 const LARGE: u64 = 1 << 20;
 /// Folders inside folders.
 const MAX_DEPTH: usize = 16;
-const CONFIG: &str = "genai_config.json";
-/// Where repositories of transformers.js keep their graphs, below the configuration and the tokenizer.
-const BELOW: &str = "onnx";
 
 /// What becomes of weights in files of their own. They are never rewritten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,124 +50,6 @@ impl FromStr for ExternalMode {
             _ => Err(format!("{s:?} is none of {}", Self::VALUES.join(", "))),
         }
     }
-}
-
-/// A model's file, and the folder it was named by, if it was.
-#[derive(Debug)]
-pub struct Source {
-    pub model: PathBuf,
-    pub named_folder: Option<PathBuf>,
-}
-
-impl Source {
-    /// The folder that the model lies in.
-    pub fn folder(&self) -> &Path {
-        folder_of(&self.model)
-    }
-
-    /// The model within the folder that was named, or its file's name.
-    fn relative(&self) -> &Path {
-        let folder = self.named_folder.as_deref();
-        let inside = folder.and_then(|folder| self.model.strip_prefix(folder).ok());
-        inside.unwrap_or_else(|| Path::new(self.model.file_name().unwrap_or_default()))
-    }
-}
-
-/// Finds the model that a file or folder stands for: in a folder, the one genai_config.json names, else model.onnx, else
-/// the only *.onnx; if it holds none, the only one of its folder `onnx`.
-///
-/// # Errors
-/// There is none, or it isn't clear which.
-pub fn find_source(path: &Path) -> Result<Source> {
-    let shown = path.display();
-    let meta = fs::metadata(path).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => anyhow!("{shown} doesn't exist"),
-        _ => anyhow!("cannot read {shown}: {e}"),
-    })?;
-    if !meta.is_dir() {
-        // Opening a pipe would wait for whoever writes to it.
-        ensure!(
-            meta.is_file(),
-            "{shown} is not a file: name a model's file, or a folder that holds one"
-        );
-        return Ok(Source {
-            model: path.to_owned(),
-            named_folder: None,
-        });
-    }
-    let found = |model: PathBuf| Source {
-        model,
-        named_folder: Some(path.to_owned()),
-    };
-    if let Some(name) = configured_name(&path.join(CONFIG))? {
-        let plain = Path::new(&name).file_name() == Some(name.as_ref());
-        ensure!(
-            plain,
-            "{CONFIG} in {shown} names the model {name:?}, which is not a file of that folder"
-        );
-        let model = path.join(&name);
-        ensure!(
-            model.is_file(),
-            "{CONFIG} in {shown} names the model {name}, which is not there"
-        );
-        return Ok(found(model));
-    }
-    let usual = path.join("model.onnx");
-    if usual.is_file() {
-        return Ok(found(usual));
-    }
-    let mut models = models_in(path)?;
-    // A link to a folder is not brought along, so neither is a model in it.
-    let below = path.join(BELOW);
-    if models.is_empty() && fs::symlink_metadata(&below).is_ok_and(|m| m.is_dir()) {
-        models = models_in(&below)?;
-    }
-    match models.len() {
-        0 => bail!("there is no ONNX model in {shown} (no {CONFIG}, no *.onnx, none in {BELOW}/)"),
-        1 => Ok(found(models.swap_remove(0))),
-        n => {
-            let names = models
-                .iter()
-                .map(|m| m.strip_prefix(path).unwrap_or(m).display().to_string());
-            let names = names.collect::<Vec<_>>().join(", ");
-            bail!("there are {n} ONNX models in {shown} ({names}); name the one to convert")
-        }
-    }
-}
-
-/// The *.onnx of a folder, in order of name.
-fn models_in(folder: &Path) -> Result<Vec<PathBuf>> {
-    let cannot = || format!("cannot read {}", folder.display());
-    let mut models = Vec::new();
-    for entry in fs::read_dir(folder).with_context(cannot)? {
-        let candidate = entry.with_context(cannot)?.path();
-        if candidate.extension().is_some_and(|e| e == "onnx") && candidate.is_file() {
-            models.push(candidate);
-        }
-    }
-    models.sort();
-    Ok(models)
-}
-
-/// model.decoder.filename of a genai_config.json; none if there is no such file or entry.
-fn configured_name(config: &Path) -> Result<Option<String>> {
-    let text = match fs::metadata(config).and_then(|meta| {
-        if meta.is_file() {
-            fs::read(config)
-        } else {
-            Err(io::Error::other("it is not a file"))
-        }
-    }) {
-        Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e).with_context(|| format!("cannot read {}", config.display())),
-    };
-    let json: serde_json::Value =
-        serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", config.display()))?;
-    Ok(json
-        .pointer("/model/decoder/filename")
-        .and_then(|v| v.as_str())
-        .map(str::to_owned))
 }
 
 /// A place to write to, checked before the work starts.
@@ -468,9 +348,14 @@ impl<'a> Output<'a> {
             external,
             model: &self.source.model,
             model_folder: folder_of(self.source.relative()),
+            behind: &self.source.behind,
             written: &mut written,
         };
-        brought.folder(folder, temp.path(), Path::new(""), 0)?;
+        if self.source.alone {
+            brought.weights(folder, temp.path())?;
+        } else {
+            brought.folder(folder, temp.path(), Path::new(""), 0)?;
+        }
         let place = temp.path().join(self.source.relative());
         if !spilled.is_empty() {
             let place = place.with_file_name(&self.spill_name);
@@ -578,10 +463,25 @@ struct Brought<'a> {
     model: &'a Path,
     /// The model's folder within the source's, which its weights are named from.
     model_folder: &'a Path,
+    /// What is not brought along.
+    behind: &'a BTreeSet<PathBuf>,
     written: &'a mut Written,
 }
 
 impl Brought<'_> {
+    /// The model's weights alone.
+    fn weights(&mut self, from: &Path, to: &Path) -> Result<()> {
+        for file in self.external {
+            let path = from.join(&file.location);
+            let place = to.join(&file.location);
+            let folder = folder_of(&place);
+            fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+            let meta = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            self.file(&path, &meta, folder, &file.location)?;
+        }
+        Ok(())
+    }
+
     fn folder(&mut self, from: &Path, to: &Path, relative: &Path, depth: usize) -> Result<()> {
         ensure!(
             depth < MAX_DEPTH,
@@ -599,6 +499,7 @@ impl Brought<'_> {
             let is_link = entry.file_type().is_ok_and(|t| t.is_symlink());
             match fs::metadata(&path) {
                 _ if same_path(&path, self.model) => {}
+                Ok(_) if self.behind.contains(&relative) => skip("of another variant of the graph"),
                 Err(_) if is_link => skip("a symbolic link to nothing"),
                 Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
                 Ok(meta) if meta.is_dir() && is_link => skip("a symbolic link to a folder"),
@@ -736,7 +637,7 @@ fn plan_folder(
             .count();
         ensure!(
             force || entries == 0,
-            "{shown} exists already; use --force to replace it"
+            "{shown} exists already and is a folder with files in it; use --force to replace it"
         );
         let holds_model = to.join(source.relative()).is_file();
         ensure!(

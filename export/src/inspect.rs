@@ -1,12 +1,12 @@
 //! What a model is, without changing anything: what it takes and gives, its attention, its sizes, whether it is converted.
 
 use crate::{
-    files,
     graph::GraphView,
     merged::unfold,
     onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model},
     report::{Action, LayerReport, ModelReport},
     rules::{Probes, survey},
+    source::find_source,
     validate::validate,
 };
 use anyhow::{Context, Result};
@@ -67,12 +67,12 @@ impl ValueReport {
     }
 }
 
-/// Looks at a model, a file or a folder.
+/// Looks at a model, a file or a folder, of which `graph` may choose one.
 ///
 /// # Errors
 /// It can't be read, or its files of weights are not there.
-pub fn inspect(path: &Path) -> Result<Inspection> {
-    let source = files::find_source(path)?;
+pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
+    let source = find_source(path, graph, None)?;
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
     let external = external_files(&model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
     let report = ModelReport::new(&model);

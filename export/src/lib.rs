@@ -16,6 +16,7 @@ mod revert;
 mod rewrite;
 pub mod rules;
 mod settings;
+mod source;
 mod spill;
 mod validate;
 pub mod verify;

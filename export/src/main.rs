@@ -29,8 +29,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    if let Some(Command::Inspect { model, json }) = &cli.command {
-        return say(&inspect(model)?, *json);
+    if let Some(Command::Inspect { model, graph, json }) = &cli.command {
+        return say(&inspect(model, graph.as_deref())?, *json);
     }
     if cli.revert {
         let (source, target) = cli
@@ -38,7 +38,7 @@ fn run(cli: &Cli) -> Result<()> {
             .as_ref()
             .zip(cli.output.as_ref())
             .context("name a model and an output")?;
-        let (written, bytes) = revert(source, target, cli.external_data, cli.force)?;
+        let (written, bytes) = revert(source, cli.graph.as_deref(), target, cli.external_data, cli.force)?;
         let report = serde_json::json!({ "source": source, "target": written, "bytes": bytes });
         return if cli.json {
             print(&format!("{report}\n"))

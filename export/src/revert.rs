@@ -10,6 +10,7 @@ use crate::{
         Bytes, Content, DataType, LoadedModel, ModelProto, TensorProto, external_files, for_each_tensor, map_file,
         read_model,
     },
+    source::find_source,
 };
 use anyhow::{Context, Result, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -205,8 +206,14 @@ fn pieces(model: &ModelProto, folder: &Path) -> Result<Vec<Bytes>> {
 ///
 /// # Errors
 /// The model is no converted one, what it was converted from can't be restored exactly, or the output can't be written.
-pub fn revert(source: &Path, target: &Path, external: Option<ExternalMode>, force: bool) -> Result<(PathBuf, u64)> {
-    let source = files::find_source(source)?;
+pub fn revert(
+    source: &Path,
+    graph: Option<&str>,
+    target: &Path,
+    external: Option<ExternalMode>,
+    force: bool,
+) -> Result<(PathBuf, u64)> {
+    let source = find_source(source, graph, Some(target))?;
     let output = Output::plan(&source, target, external, force)?;
     let LoadedModel { model, .. } = read_model(&source.model)?;
     let shown = source.model.display();

@@ -66,11 +66,13 @@ pub struct Built {
 /// When the folder is incomplete, is no Llama (see [`LlamaConfig::read`]), or `out` cannot be written.
 pub fn build(weights: &Path, out: &Path, options: &Options) -> Result<Built> {
     let config_path = weights.join("config.json");
-    let config = LlamaConfig::read(&config_path)?;
+    let mut config = LlamaConfig::read(&config_path)?;
+    config.read_generation(&weights.join("generation_config.json"))?;
     let source = Source::Trained(Weights::open(weights)?);
     let built = write(&config, &source, out, options)?;
     for name in [
         "config.json",
+        "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",

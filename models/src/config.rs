@@ -1,6 +1,6 @@
 //! The shape of a Llama: what `config.json` says, checked.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -97,6 +97,25 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// Takes the tokens that end a text from a generation_config.json, if there is one that names any: the ends of turns are
+    /// among them.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn read_generation(&mut self, path: &Path) -> Result<()> {
+        if !path.is_file() {
+            return Ok(());
+        }
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let json: Value =
+            serde_json::from_str(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+        let named = ids(json.get("eos_token_id"));
+        if !named.is_empty() {
+            self.eos_token_ids = named;
+        }
+        Ok(())
+    }
+
     /// Checks what the operators demand of the numbers.
     pub fn check(&self) -> Result<()> {
         let Self {
@@ -130,7 +149,7 @@ impl LlamaConfig {
 
     /// The model as a Hugging Face `config.json`, for models that have no weights to come from.
     pub fn to_json(&self) -> Value {
-        json!({
+        without_null_ids(json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
@@ -150,13 +169,21 @@ impl LlamaConfig {
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos_json(&self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
-        })
+        }))
     }
 
     /// Width of the packed query, key and value projection.
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+}
+
+/// An object without token ids that are null: what is not known is left out, as onnxruntime-genai takes numbers there only.
+pub(crate) fn without_null_ids(mut json: Value) -> Value {
+    if let Some(entries) = json.as_object_mut() {
+        entries.retain(|key, value| !(key.ends_with("_token_id") && value.is_null()));
+    }
+    json
 }
 
 /// One id as a number, several as a list, as the configuration files have it.

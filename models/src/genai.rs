@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::config::{LlamaConfig, eos_json};
+use crate::config::{LlamaConfig, eos_json, without_null_ids};
 
 /// The configuration of a model built from `config`, greedy by default.
 pub fn config(c: &LlamaConfig) -> Value {
     json!({
-        "model": {
+        "model": without_null_ids(json!({
             "bos_token_id": c.bos_token_id,
             "context_length": c.max_positions,
             "decoder": {
@@ -34,7 +34,7 @@ pub fn config(c: &LlamaConfig) -> Value {
             "pad_token_id": c.pad_token_id,
             "type": "llama",
             "vocab_size": c.vocab_size,
-        },
+        })),
         "search": {
             "diversity_penalty": 0.0,
             "do_sample": false,

@@ -212,3 +212,37 @@ fn a_stream_that_takes_nothing_ends_no_program_in_a_panic() {
     assert!(dir.path().join("documents.jsonl").is_file());
     assert_eq!(run(&["build", "--weights", "nowhere", "-o", "out"]), Some(1));
 }
+
+#[test]
+fn token_ids_that_are_not_known_are_left_out_not_null() {
+    let dir = tempfile::tempdir().unwrap();
+    let unknown = LlamaConfig {
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+        pad_token_id: None,
+        ..config()
+    };
+    build_random(&unknown, 1, dir.path(), &Options::default()).unwrap();
+    for name in ["genai_config.json", "config.json"] {
+        let text = fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(!text.contains("null") && !text.contains("_token_id"), "{name}: {text}");
+    }
+    assert_eq!(LlamaConfig::read(&dir.path().join("config.json")).unwrap(), unknown);
+}
+
+#[test]
+fn the_ends_of_turns_come_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("weights"), dir.path().join("out"));
+    counting(&from, true);
+    let generation = r#"{"eos_token_id": [2, 7]}"#;
+    fs::write(from.join("generation_config.json"), generation).unwrap();
+    build(&from, &to, &Options::default()).unwrap();
+    assert_eq!(
+        fs::read_to_string(to.join("generation_config.json")).unwrap(),
+        generation
+    );
+    let genai = fs::read_to_string(to.join("genai_config.json")).unwrap();
+    let genai: serde_json::Value = serde_json::from_str(&genai).unwrap();
+    assert_eq!(genai["model"]["eos_token_id"], serde_json::json!([2, 7]));
+}

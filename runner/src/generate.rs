@@ -120,6 +120,8 @@ pub fn prefill(
 ) -> Result<Logits> {
     ensure!(!prompt.is_empty(), "the prompt is empty");
     ensure!(chunk >= 1, "--chunk 0: a chunk has at least one token");
+    // A graph may take a token a call, by its declared shape.
+    let chunk = model.interface.input_ids.width.unwrap_or(chunk);
     let mut logits = Logits::default();
     let mut done = 0;
     for part in prompt.chunks(chunk) {
@@ -371,7 +373,7 @@ pub fn generate(
 ) -> Result<Output> {
     options.sampling.check()?;
     let mut state = model.new_state(1, options.plan.capacity)?;
-    let eos = model.folder.eos.clone();
+    let eos = text.ends(&model.folder);
     let start = Instant::now();
     let mut read = 0;
     let prefilled = prefill(model, &mut state, prompt, options.chunk, |n| {

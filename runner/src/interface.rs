@@ -9,14 +9,20 @@ use ort::{
 };
 use retro_contract::graph::{PAGE_BUDGET, RETRO_LENGTH, State};
 use retro_export::verify::LOGITS_TO_KEEP;
+use retro_model_io::present_names;
 
-use crate::model::ModelFolder;
+use crate::{
+    model::ModelFolder,
+    numbers::{INTEGERS, MASKS},
+};
 
-/// What the third dimension of a buffer counts.
+/// What a buffer holds, and so which of its dimensions a caller chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Keys or values `[B, Hkv, C, D]`.
     Cache,
+    /// State of a convolution or a recurrent layer, of declared sizes but for B. It starts as zeros.
+    Recurrent,
     /// State of the operator, `[B, ...]`, with P where the layout says.
     Retro(State),
 }
@@ -37,7 +43,7 @@ impl Slot {
     /// The buffer's shape for a batch and a capacity in tokens and pages; a cache length of 0 is an empty past.
     pub fn shape(&self, batch: usize, capacity: usize, pages: usize) -> Vec<usize> {
         let open = |axis: usize| match (self.kind, axis) {
-            (_, 0) => batch,
+            (_, 0) | (Kind::Recurrent, _) => batch,
             (Kind::Cache, _) => capacity,
             (Kind::Retro(_), _) => pages,
         };
@@ -47,14 +53,45 @@ impl Slot {
             .map(|(axis, d)| d.unwrap_or_else(|| open(axis)))
             .collect()
     }
+
+    /// Tokens that a cache of declared size holds.
+    fn capacity(&self) -> Option<usize> {
+        match self.kind {
+            Kind::Cache => self.dims.get(2).copied().flatten(),
+            _ => None,
+        }
+    }
+}
+
+/// An input of whole numbers that a step brings.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fed {
+    pub name: String,
+    pub element: TensorElementType,
+    /// How often `[B, S]` is given, one after the other: positions of models that see pictures have three of each token.
+    pub planes: Option<usize>,
+    /// The second dimension, where it is declared.
+    pub width: Option<usize>,
+}
+
+impl Fed {
+    /// The shape for so many sequences and tokens.
+    pub(crate) fn shape(&self, batch: usize, tokens: usize) -> Vec<usize> {
+        self.planes.into_iter().chain([batch, tokens]).collect()
+    }
+
+    /// The numbers of [`Self::shape`], given those of `[B, S]`.
+    pub(crate) fn numbers(&self, of_all: Vec<i64>) -> Vec<i64> {
+        of_all.repeat(self.planes.unwrap_or(1))
+    }
 }
 
 /// A graph's inputs and outputs by their meaning.
 #[derive(Clone, Debug)]
 pub struct Interface {
-    pub input_ids: String,
-    pub attention_mask: Option<String>,
-    pub position_ids: Option<String>,
+    pub input_ids: Fed,
+    pub attention_mask: Option<Fed>,
+    pub position_ids: Option<Fed>,
     pub logits: String,
     pub logits_type: TensorElementType,
     pub slots: Vec<Slot>,
@@ -62,6 +99,10 @@ pub struct Interface {
     /// The graph takes `retro_length` (it was converted).
     pub retro_length: bool,
     pub page_budget: Option<Budgets>,
+    /// Sequences that the graph takes at once, where that is declared.
+    pub batch: Option<usize>,
+    /// Tokens that caches of declared size hold: the least of them.
+    pub capacity: Option<usize>,
 }
 
 /// An input that is the same number in every call.
@@ -94,11 +135,25 @@ impl Interface {
     pub fn read(session: &Session, folder: &ModelFolder) -> Result<Self> {
         let names = &folder.names;
         let outputs = session.outputs();
-        let has = |name: &str| session.inputs().iter().any(|i| i.name() == name);
+        let find = |name: &str| session.inputs().iter().find(|i| i.name() == name);
+        let embeds = find("inputs_embeds").map_or("", |_| " (it takes inputs_embeds, which another graph makes)");
+        let ids = find(&names.input_ids).with_context(|| {
+            format!(
+                "the graph has no input {:?}: it is no text decoder{embeds}",
+                names.input_ids
+            )
+        })?;
+        let input_ids = fed(ids, &INTEGERS)?;
+        let attention_mask = find(&names.attention_mask).map(|i| fed(i, &MASKS)).transpose()?;
+        let position_ids = find(&names.position_ids).map(|i| fed(i, &INTEGERS)).transpose()?;
         ensure!(
-            has(&names.input_ids),
-            "the graph has no input {:?}: it is no text decoder",
-            names.input_ids
+            input_ids.planes.is_none() && attention_mask.as_ref().is_none_or(|m| m.planes.is_none()),
+            "the graph wants token ids or a mask of three dimensions: retro-run gives them as [sequences, tokens]"
+        );
+        ensure!(
+            input_ids.width.is_none_or(|n| n == 1),
+            "the graph takes {} tokens a call, by its declared shape: retro-run needs one that takes one, or any number",
+            input_ids.width.unwrap_or(0)
         );
         let logits = outputs.iter().find(|o| o.name() == names.logits);
         let logits = logits.with_context(|| format!("the graph has no output {:?}", names.logits))?;
@@ -107,24 +162,35 @@ impl Interface {
             .iter()
             .map(|o| o.name().to_owned())
             .collect();
-        let takes = |name: &str| has(name) || optional.iter().any(|o| o == name);
+        let takes = |name: &str| find(name).is_some() || optional.iter().any(|o| o == name);
         let known = [&names.input_ids, &names.attention_mask, &names.position_ids];
-        let (mut slots, mut constants) = (Vec::new(), Vec::new());
+        let (mut slots, mut constants) = (Vec::<Slot>::new(), Vec::new());
         for input in session.inputs() {
             let name = input.name();
             if known.iter().any(|k| *k == name) || name == RETRO_LENGTH || name == PAGE_BUDGET {
                 continue;
             }
-            match constant(input, folder) {
-                Some(constant) => constants.push(constant),
-                None => slots.push(slot(input, outputs, folder)?),
+            if let Some(constant) = constant(input, folder) {
+                constants.push(constant);
+                continue;
             }
+            let slot = slot(input, outputs, folder)?;
+            if let Some(other) = slots.iter().find(|other| other.present == slot.present) {
+                bail!(
+                    "the inputs {:?} and {name:?} both go with the output {:?}",
+                    other.past,
+                    slot.present
+                );
+            }
+            slots.push(slot);
         }
         let logits_type = logits.dtype().tensor_type().context("the logits are no tensor")?;
         Ok(Self {
-            input_ids: names.input_ids.clone(),
-            attention_mask: has(&names.attention_mask).then(|| names.attention_mask.clone()),
-            position_ids: has(&names.position_ids).then(|| names.position_ids.clone()),
+            batch: batch(session, &slots)?,
+            capacity: slots.iter().filter_map(Slot::capacity).min(),
+            input_ids,
+            attention_mask,
+            position_ids,
             logits: names.logits.clone(),
             logits_type,
             slots,
@@ -144,6 +210,65 @@ impl Interface {
             .collect();
         layers.len()
     }
+}
+
+/// An input of whole numbers `[B, S]` or `[planes, B, S]`, of one of these types.
+fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<Fed> {
+    let name = input.name();
+    let (element, shape) = match input.dtype() {
+        ValueType::Tensor { ty, shape, .. } => (*ty, shape),
+        _ => bail!("the graph's input {name:?} is no tensor"),
+    };
+    if !types.contains(&element) {
+        let types: Vec<String> = types.iter().map(ToString::to_string).collect();
+        bail!(
+            "the graph's input {name:?} is {element}: retro-run gives {}",
+            types.join(", ")
+        );
+    }
+    let fixed = |axis: usize| shape.get(axis).and_then(|&d| usize::try_from(d).ok());
+    let (planes, width) = match shape.len() {
+        // Nothing is declared.
+        0 => (None, None),
+        2 => (None, fixed(1)),
+        3 => (Some(fixed(0).unwrap_or(3)), fixed(2)),
+        n => bail!("the graph's input {name:?} has {n} dimensions: retro-run gives [sequences, tokens]"),
+    };
+    Ok(Fed {
+        name: name.to_owned(),
+        element,
+        planes,
+        width,
+    })
+}
+
+/// How many sequences the graph's declared shapes fix.
+fn batch(session: &Session, slots: &[Slot]) -> Result<Option<usize>> {
+    let mut batch = None;
+    for input in session.inputs() {
+        let shape = input.dtype().tensor_shape();
+        let first = shape
+            .and_then(|s| s.first().copied())
+            .and_then(|d| usize::try_from(d).ok());
+        let slot = slots.iter().find(|s| s.past == input.name());
+        let ids = shape.is_some_and(|s| s.len() == 2) && slot.is_none();
+        let fixed = match slot {
+            // State without a dimension for sequences is of one.
+            Some(s) if s.kind == Kind::Recurrent => s.dims.first().is_none_or(Option::is_some).then_some(1),
+            Some(_) => first,
+            None if ids => first,
+            None => None,
+        };
+        if let Some(n) = fixed {
+            ensure!(
+                batch.is_none_or(|other| other == n),
+                "the graph's inputs are declared for batches of {n} and of {}",
+                batch.unwrap_or(0)
+            );
+            batch = Some(n);
+        }
+    }
+    Ok(batch)
 }
 
 fn constant(input: &Outlet, folder: &ModelFolder) -> Option<Constant> {
@@ -187,57 +312,65 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot
     else {
         bail!("the graph wants the input {name:?}, which is no tensor: retro-run does not know what to give it");
     };
-    let (kind, candidates) = meaning(name, &folder.names.caches);
+    let candidates = match retro(name) {
+        Some((_, present)) => vec![present],
+        None => present_names(name, &folder.names.caches),
+    };
     let present = candidates
         .iter()
-        .find(|c| outputs.iter().any(|o| o.name() == c.as_str()));
+        .find_map(|c| outputs.iter().find(|o| o.name() == c.as_str()));
     let present = present.with_context(|| {
         format!("the graph wants the input {name:?} and has no output that goes with it: retro-run does not know what to give it")
     })?;
-    // Some exporters write fixed dimensions as names: "32" is 32.
-    let fixed = |axis: usize, d: i64| {
-        usize::try_from(d)
-            .ok()
-            .or_else(|| dimension_symbols.get(axis)?.parse().ok())
+    let kind = match retro(name) {
+        Some((state, _)) => Kind::Retro(state),
+        None => kind(name, shape, &folder.names.caches),
     };
-    let mut dims: Vec<Option<usize>> = shape.iter().enumerate().map(|(axis, &d)| fixed(axis, d)).collect();
     let rank = match kind {
+        Kind::Recurrent => shape.len(),
         Kind::Cache | Kind::Retro(State::Outputs) => 4,
         Kind::Retro(State::PageSummary) => 5,
         Kind::Retro(State::PageSteps | State::Lse) => 3,
     };
     ensure!(
-        dims.len() == rank,
+        shape.len() == rank,
         "input {name:?} has {} dimensions, expected {rank}",
-        dims.len()
+        shape.len()
     );
-    // Declared lengths lie (a capacity is ours to choose); heads and sizes do not.
-    let open: &[usize] = match kind {
-        Kind::Cache | Kind::Retro(State::PageSummary | State::PageSteps) => &[0, 2],
-        Kind::Retro(State::Outputs | State::Lse) => &[0],
-    };
-    for (axis, dim) in dims.iter_mut().enumerate() {
-        if open.contains(&axis) {
-            *dim = None;
+    returns_as_it_came(input, present)?;
+    let mut dims = Vec::with_capacity(rank);
+    for (axis, &declared) in shape.iter().enumerate() {
+        let symbol = dimension_symbols.get(axis).map_or("", |s| s.as_str());
+        let declared = usize::try_from(declared).ok();
+        let ours = match kind {
+            Kind::Cache | Kind::Retro(State::PageSummary | State::PageSteps) => [0, 2].contains(&axis),
+            Kind::Retro(State::Outputs | State::Lse) => axis == 0,
+            Kind::Recurrent => axis == 0 || symbol.to_lowercase().contains("batch"),
+        };
+        if ours {
+            // ONNX Runtime takes no other capacity than a declared one. A batch is asked about elsewhere.
+            let sequences = axis == 0 && kind != Kind::Recurrent;
+            dims.push(declared.filter(|_| !sequences));
             continue;
         }
-        let from_config = match (kind, axis) {
+        // Some exporters write fixed dimensions as names: "32" is 32.
+        let known = declared.or_else(|| symbol.parse().ok()).or(match (kind, axis) {
             (Kind::Cache, 1) | (Kind::Retro(State::PageSummary | State::PageSteps), 1) => folder.kv_heads,
             (Kind::Cache, 3) | (Kind::Retro(State::PageSummary), 4) | (Kind::Retro(State::Outputs), 3) => {
                 folder.head_dim
             }
             (Kind::Retro(State::PageSummary), 3) => Some(2),
             _ => None,
-        };
-        *dim = dim.or(from_config);
+        });
         ensure!(
-            dim.is_some(),
+            known.is_some(),
             "dimension {axis} of input {name:?} is known neither from the graph nor from the folder's configuration"
         );
+        dims.push(known);
     }
     Ok(Slot {
         past: name.to_owned(),
-        present: present.clone(),
+        present: present.name().to_owned(),
         kind,
         layer: number(name),
         element: *ty,
@@ -245,36 +378,52 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot
     })
 }
 
-/// What an input is, judged by its name, and the names that its output may have.
-fn meaning(name: &str, templates: &[(String, String)]) -> (Kind, Vec<String>) {
-    for state in State::ALL {
-        if let Some(layer) = name
-            .strip_prefix("past_retro.")
-            .and_then(|n| n.strip_suffix(&format!(".{}", state.as_str())))
-        {
-            return (
-                Kind::Retro(state),
-                vec![format!("present_retro.{layer}.{}", state.as_str())],
-            );
-        }
+/// Whether what comes out can go in again: of one type and, where both are declared, of one size.
+fn returns_as_it_came(past: &Outlet, present: &Outlet) -> Result<()> {
+    let (a, b) = (past.dtype(), present.dtype());
+    ensure!(
+        a.tensor_type() == b.tensor_type(),
+        "the input {:?} is {:?}, but comes back as {:?} of another type",
+        past.name(),
+        a.tensor_type(),
+        present.name()
+    );
+    let Some((a, b)) = a.tensor_shape().zip(b.tensor_shape()) else {
+        return Ok(());
+    };
+    let differ = a.iter().zip(b.iter()).any(|(a, b)| *a > 0 && *b > 0 && a != b);
+    // An output without a declared shape has no dimensions.
+    ensure!(
+        b.is_empty() || (a.len() == b.len() && !differ),
+        "the input {:?} is declared as {a:?}, but comes back as {:?}, {b:?}: retro-run needs it to keep its size",
+        past.name(),
+        present.name()
+    );
+    Ok(())
+}
+
+/// The operator's state that an input is, judged by its name, and its output.
+fn retro(name: &str) -> Option<(State, String)> {
+    State::ALL.into_iter().find_map(|state| {
+        let layer = name.strip_prefix("past_retro.")?;
+        let layer = layer.strip_suffix(&format!(".{}", state.as_str()))?;
+        Some((state, format!("present_retro.{layer}.{}", state.as_str())))
+    })
+}
+
+/// Whether an input is a cache of keys or values or other state: by its name, or by a length that is open.
+fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> Kind {
+    let named = templates.iter().filter_map(|(past, _)| past.split_once("%d"));
+    let by_template = named.into_iter().any(|(a, b)| name.starts_with(a) && name.ends_with(b));
+    let rest = name.to_lowercase().replace("past_key_values", "");
+    let mut words = rest.split(|c: char| !c.is_ascii_alphabetic());
+    let by_word = words.any(|w| ["key", "value", "keys", "values", "k", "v"].contains(&w));
+    let open = shape.len() == 4 && shape.get(2).is_some_and(|d| *d < 0);
+    if by_template || by_word || open {
+        Kind::Cache
+    } else {
+        Kind::Recurrent
     }
-    let mut candidates = Vec::new();
-    for (past, present) in templates {
-        if let Some((before, after)) = past.split_once("%d") {
-            let layer = name.strip_prefix(before).and_then(|n| n.strip_suffix(after));
-            if let Some(layer) = layer.filter(|l| l.bytes().all(|b| b.is_ascii_digit())) {
-                candidates.push(present.replace("%d", layer));
-            }
-        }
-    }
-    // past_key_values.0.key -> present.0.key; input.past_key_values.layers.0.keys -> output.past_key_values.layers.0.keys
-    candidates.push(name.replacen("past_key_values", "present", 1));
-    candidates.push(name.replacen("past", "present", 1));
-    if let Some(rest) = name.strip_prefix("input.") {
-        candidates.push(format!("output.{rest}"));
-    }
-    candidates.retain(|c| c != name);
-    (Kind::Cache, candidates)
 }
 
 /// The first number in a name: the layer.
@@ -288,18 +437,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exporters_names_find_their_outputs() {
-        let templates = [("kv.%d.k".to_owned(), "out.%d.k".to_owned())];
-        let first = |name: &str| meaning(name, &templates);
-        assert_eq!(first("kv.12.k"), (Kind::Cache, vec!["out.12.k".into()]));
-        assert!(first("past_key_values.3.key").1.contains(&"present.3.key".to_owned()));
-        assert!(first("past_0").1.contains(&"present_0".to_owned()));
-        let torch = first("input.past_key_values.layers.1.keys").1;
-        assert!(torch.contains(&"output.past_key_values.layers.1.keys".to_owned()));
-        let (kind, names) = first("past_retro.4.page_steps");
+    fn caches_and_other_state_are_told_apart() {
+        let templates = [("kv.%d.a".to_owned(), "out.%d.a".to_owned())];
+        let kind = |name: &str, shape: &[i64]| kind(name, shape, &templates);
+        let (open, fixed) = ([-1, 2, -1, 64], [-1, 4, 16, 16]);
+        for name in [
+            "past_key_values.0.key",
+            "kv.3.a",
+            "cache.v.0",
+            "past_value_2",
+            "input.past.layers.0.keys",
+        ] {
+            assert_eq!(kind(name, &fixed), Kind::Cache, "{name}: of declared capacity");
+        }
+        for name in [
+            "past_key_values.0.recurrent_state",
+            "past_key_values.0.conv_state",
+            "past.0.conv",
+            "past_recurrent.1",
+        ] {
+            assert_eq!(kind(name, &fixed), Kind::Recurrent, "{name}");
+            assert_eq!(kind(name, &[-1, 128, 3]), Kind::Recurrent, "{name}");
+        }
+        assert_eq!(kind("past_0", &open), Kind::Cache);
         assert_eq!(
-            (kind, names),
-            (Kind::Retro(State::PageSteps), vec!["present_retro.4.page_steps".into()])
+            retro("past_retro.4.page_steps"),
+            Some((State::PageSteps, "present_retro.4.page_steps".into()))
         );
         assert_eq!(number("past_key_values.17.value"), 17);
     }
@@ -318,5 +481,12 @@ mod tests {
         assert_eq!(cache.shape(3, 100, 7), [3, 2, 100, 64]);
         let steps = slot(Kind::Retro(State::PageSteps), &[None, Some(2), None]);
         assert_eq!(steps.shape(3, 100, 7), [3, 2, 7]);
+        let conv = slot(Kind::Recurrent, &[None, Some(128), Some(3)]);
+        assert_eq!((conv.shape(2, 100, 7), conv.capacity()), (vec![2, 128, 3], None));
+        let fixed = slot(Kind::Cache, &[None, Some(2), Some(32), Some(64)]);
+        assert_eq!(
+            (fixed.shape(1, 100, 7), fixed.capacity()),
+            (vec![1, 2, 32, 64], Some(32))
+        );
     }
 }

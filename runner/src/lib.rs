@@ -18,6 +18,7 @@ mod landing;
 pub mod measure;
 pub mod model;
 pub mod named;
+mod numbers;
 pub mod prepare;
 pub mod pretend;
 mod progress;

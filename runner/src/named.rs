@@ -1,4 +1,4 @@
-//! A model and how to run it, as commands take it: `NAME=DIR[,window=W][,budget=B]`.
+//! A model and how to run it, as commands take it: `NAME=DIR[,window=W][,budget=B][,graph=NAME]`.
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -32,22 +32,26 @@ pub struct NamedModel {
     pub name: String,
     pub folder: PathBuf,
     pub knobs: Knobs,
+    /// Which graph of the folder; none: the usual one.
+    pub graph: Option<String>,
 }
 
 impl FromStr for NamedModel {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B]";
+        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B][,graph=NAME]";
         // A name may hold "=" ("Retro w=2"): the folder starts after the last one before the first comma.
         let (head, options) = s.split_once(',').unwrap_or((s, ""));
         let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
         if name.is_empty() || folder.is_empty() {
             return Err(FORM.into());
         }
-        let mut knobs = Knobs::default();
+        let (mut knobs, mut graph) = (Knobs::default(), None);
         for option in options.split(',').filter(|o| !o.is_empty()) {
-            if !knobs.set(option)? {
+            if let Some(name) = option.strip_prefix("graph=") {
+                graph = Some(name.to_owned());
+            } else if !knobs.set(option)? {
                 return Err(format!("{option:?}: {FORM}"));
             }
         }
@@ -55,6 +59,7 @@ impl FromStr for NamedModel {
             name: name.into(),
             folder: folder.into(),
             knobs,
+            graph,
         })
     }
 }
@@ -75,7 +80,9 @@ mod tests {
             (Some(2), Some(Budget::Ratio(0.25)))
         );
         let plain: NamedModel = "dense=out/ledger".parse().unwrap();
-        assert_eq!(plain.knobs, Knobs::default());
+        assert_eq!((plain.knobs, plain.graph), (Knobs::default(), None));
+        let one: NamedModel = "q4=out/js,graph=q4f16,window=2".parse().unwrap();
+        assert_eq!((one.graph.as_deref(), one.knobs.window), (Some("q4f16"), Some(2)));
         for bad in ["dense", "=out", "a=", "a=b,window=x", "a=b,pages=3", "a=b,budget=2.5"] {
             assert!(bad.parse::<NamedModel>().is_err(), "{bad}");
         }

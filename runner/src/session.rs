@@ -21,9 +21,10 @@ use crate::{
     Device,
     device::{Placed, left_to_cpu, placement},
     gpu::Gpu,
-    interface::{Budgets, Interface, Kind},
+    interface::{Budgets, Fed, Interface, Kind, Slot},
     measure::Reading,
     model::ModelFolder,
+    numbers,
     runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
     state::{Bound, State, Store},
 };
@@ -117,7 +118,7 @@ impl Model {
     /// # Errors
     /// When the folder is incomplete, ONNX Runtime refuses the graph, or the plugin is needed and missing.
     pub fn open(runtime: &Runtime, path: &Path, options: &OpenOptions) -> Result<Self> {
-        let folder = ModelFolder::open(path)?;
+        let folder = ModelFolder::open(path, None)?;
         let gpu = options.device.gpu()?;
         ensure!(
             gpu.is_some() || !options.cuda_graph,
@@ -213,7 +214,17 @@ impl Model {
 
     /// The longest context of a sequence, as far as it is known.
     pub fn context_length(&self) -> Option<usize> {
-        self.folder.context_length
+        let lengths = [self.interface.capacity, self.folder.context_length];
+        lengths.into_iter().flatten().min()
+    }
+
+    /// How many of `asked` sequences the model decodes at a time.
+    pub fn batch(&self, asked: usize) -> usize {
+        if self.fixed_capacity && self.interface.batch.is_none() {
+            asked
+        } else {
+            1
+        }
     }
 
     /// The window to decode with: `asked`, or the one the model was converted with; 1 for a model that was not.
@@ -277,13 +288,25 @@ impl Model {
     /// Fresh state for `batch` sequences of up to `capacity` tokens.
     ///
     /// # Errors
-    /// When memory runs out, or `batch` exceeds 1 on a model whose caches grow.
+    /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch or for
+    /// fewer tokens.
     pub fn new_state(&self, batch: usize, capacity: usize) -> Result<State> {
         ensure!(
             batch == 1 || self.fixed_capacity,
             "this model's caches grow with every step: it decodes one sequence at a time"
         );
-        State::new(self, batch, capacity)
+        let declared = self.interface.batch.unwrap_or(batch);
+        ensure!(
+            declared == batch,
+            "this model takes batches of {declared}, by its declared shapes, not of {batch}"
+        );
+        let most = self.interface.capacity.unwrap_or(capacity);
+        ensure!(
+            capacity <= most,
+            "this model's caches hold {most} tokens, by their declared shapes, not {capacity}"
+        );
+        // A buffer of declared size has that size however little is asked for.
+        State::new(self, batch, most)
     }
 
     pub(crate) fn session(&self) -> &Session {
@@ -328,7 +351,7 @@ impl Model {
         let inputs = inputs(interface, batch, longest, feed, true)?;
         match state.store_mut() {
             Store::Bound(bound) => {
-                let Bound { binding, .. } = &mut **bound;
+                let Bound { binding, buffers, .. } = &mut **bound;
                 for (name, value) in &inputs {
                     binding
                         .bind_input(*name, value)
@@ -341,9 +364,12 @@ impl Model {
                     .map_err(|e| anyhow!("{}", one_line(&e)))?;
                 let outputs = session.run_binding(binding).map_err(|e| anyhow!("{}", one_line(&e)))?;
                 let logits = outputs.get(&interface.logits).context("the graph gave no logits")?;
-                last_rows(logits, interface.logits_type, batch)
+                let logits = last_rows(logits, interface.logits_type, batch)?;
+                drop(outputs);
+                buffers.iter_mut().try_for_each(|b| b.take_turns(binding))?;
+                Ok(logits)
             }
-            Store::Growing { past } => {
+            Store::Growing { past, .. } => {
                 let mut all: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
                 all.extend(
                     inputs
@@ -366,11 +392,28 @@ impl Model {
                     .map(|slot| outputs.remove(&slot.present))
                     .collect();
                 drop(outputs);
-                *past = next.context("the graph did not give all its present outputs")?;
+                let next = next.context("the graph did not give all its present outputs")?;
+                for (slot, value) in interface.slots.iter().zip(&next) {
+                    keeps_its_size(slot, value)?;
+                }
+                *past = next;
                 Ok(logits)
             }
         }
     }
+}
+
+/// Whether what came out goes in again where sizes are declared.
+fn keeps_its_size(slot: &Slot, value: &DynValue) -> Result<()> {
+    let shape = value.dtype().tensor_shape().map(|s| s.to_vec()).unwrap_or_default();
+    let fits = |(want, have): (&Option<usize>, &i64)| want.is_none_or(|want| usize::try_from(*have) == Ok(want));
+    ensure!(
+        shape.len() == slot.dims.len() && slot.dims.iter().zip(&shape).all(fits),
+        "{} came out as {shape:?}, which {} does not take: retro-run needs it to keep its declared size",
+        slot.present,
+        slot.past
+    );
+    Ok(())
 }
 
 /// The inputs other than caches and state, with the mask or without.
@@ -382,26 +425,40 @@ pub(crate) fn inputs<'a>(
     mask: bool,
 ) -> Result<Vec<(&'a str, DynValue)>> {
     let fed = feed.ids.len() / batch;
-    let mut inputs = vec![(interface.input_ids.as_str(), int64([batch, fed], feed.ids.clone())?)];
-    if let Some(name) = interface.attention_mask.as_ref().filter(|_| mask) {
-        // Shorter sequences are padded on the left.
-        let row = |&n: &usize| (0..longest).map(move |i| i64::from(i + n >= longest));
+    let ids = &interface.input_ids;
+    let give = |input: &Fed, tokens: usize, numbers: Vec<i64>| {
+        let numbers = input.numbers(numbers).into_iter();
+        numbers::tensor(input.element, &input.shape(batch, tokens), numbers)
+    };
+    let mut inputs = vec![(ids.name.as_str(), give(ids, fed, feed.ids.clone())?)];
+    if let Some(input) = interface.attention_mask.as_ref().filter(|_| mask) {
+        let numbers = match input.width {
+            // As wide as the cache, where it says how much of it is filled.
+            Some(width) => {
+                ensure!(
+                    longest <= width,
+                    "{longest} tokens exceed the attention mask, which is declared for {width}"
+                );
+                let row = |&n: &usize| (0..width).map(move |i| i64::from(i < n));
+                feed.lengths.iter().flat_map(row).collect()
+            }
+            // Shorter sequences are padded on the left.
+            None => {
+                let row = |&n: &usize| (0..longest).map(move |i| i64::from(i + n >= longest));
+                feed.lengths.iter().flat_map(row).collect()
+            }
+        };
+        inputs.push((&input.name, give(input, input.width.unwrap_or(longest), numbers)?));
+    }
+    if let Some(input) = &interface.position_ids {
+        let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
         inputs.push((
-            name,
-            int64([batch, longest], feed.lengths.iter().flat_map(row).collect())?,
+            &input.name,
+            give(input, fed, feed.lengths.iter().flat_map(row).collect())?,
         ));
     }
-    if let Some(name) = &interface.position_ids {
-        let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
-        inputs.push((name, int64([batch, fed], feed.lengths.iter().flat_map(row).collect())?));
-    }
     for constant in &interface.constants {
-        let value = match (constant.element, constant.shape.as_slice()) {
-            (TensorElementType::Int32, []) => int32([], vec![constant.value as i32])?,
-            (TensorElementType::Int32, _) => int32([1], vec![constant.value as i32])?,
-            (_, []) => int64([], vec![constant.value])?,
-            _ => int64([1], vec![constant.value])?,
-        };
+        let value = numbers::tensor(constant.element, &constant.shape, std::iter::once(constant.value))?;
         inputs.push((&constant.name, value));
     }
     if interface.retro_length {
@@ -418,12 +475,6 @@ pub(crate) fn inputs<'a>(
         inputs.push((graph::PAGE_BUDGET, int32([shape], data)?));
     }
     Ok(inputs)
-}
-
-fn int64<const N: usize>(shape: [usize; N], data: Vec<i64>) -> Result<DynValue> {
-    Ok(Tensor::from_array((shape, data))
-        .map_err(|e| anyhow!("{}", one_line(&e)))?
-        .into_dyn())
 }
 
 fn int32<const N: usize>(shape: [usize; N], data: Vec<i32>) -> Result<DynValue> {

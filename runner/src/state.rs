@@ -1,4 +1,4 @@
-//! What a batch of sequences remembers: keys, values and the operator's state.
+//! What a batch of sequences remembers: keys, values, the operator's state, and that of convolutions and recurrent layers.
 //!
 //! B batch, C capacity in tokens, P pages. Every buffer's first dimension is B, so a sequence is one contiguous run of each.
 
@@ -25,6 +25,7 @@ pub(crate) enum Store {
     /// The outputs of the last run, in the order of the interface's slots.
     Growing {
         past: Vec<DynValue>,
+        kinds: Vec<Kind>,
     },
 }
 
@@ -38,10 +39,18 @@ pub(crate) struct Bound {
 
 pub(crate) struct Buffer {
     tensor: DynTensor,
+    /// Where the present is written, for state that nodes may read after another has written it.
+    next: Option<Next>,
     kind: Kind,
     bytes: usize,
     /// Where the tensor lies, if not on the host.
     gpu: Option<Arc<Gpu>>,
+}
+
+struct Next {
+    tensor: DynTensor,
+    past: String,
+    present: String,
 }
 
 /// A copy of a state's contents, to go back to.
@@ -65,7 +74,10 @@ impl State {
             return Ok(Self {
                 batch,
                 capacity,
-                store: Store::Growing { past },
+                store: Store::Growing {
+                    past,
+                    kinds: slots.iter().map(|s| s.kind).collect(),
+                },
             });
         }
         let mut binding = model
@@ -78,22 +90,37 @@ impl State {
             let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
             let bytes = elements.and_then(|n| slot.element.byte_size(n));
             let bytes = bytes.with_context(|| format!("the buffer {} of shape {shape:?} is too large", slot.past))?;
-            // `new` zeroes the memory of the host, and only that.
-            let mut tensor = DynTensor::new(&allocator, slot.element, dims(&shape)).map_err(|e| {
-                anyhow!(
-                    "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
-                    slot.past,
-                    one_line(&e)
-                )
-            })?;
+            let allocate = || {
+                // `new` zeroes the memory of the host, and only that.
+                DynTensor::new(&allocator, slot.element, dims(&shape)).map_err(|e| {
+                    anyhow!(
+                        "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
+                        slot.past,
+                        one_line(&e)
+                    )
+                })
+            };
+            let mut tensor = allocate()?;
+            // The operator and GroupQueryAttention update caches in place. Nothing says so of other nodes.
+            let mut next = (slot.kind == Kind::Recurrent)
+                .then(|| -> Result<Next> {
+                    Ok(Next {
+                        tensor: allocate()?,
+                        past: slot.past.clone(),
+                        present: slot.present.clone(),
+                    })
+                })
+                .transpose()?;
             binding
                 .bind_input(&slot.past, &tensor)
                 .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let output = next.as_mut().map_or(&mut tensor, |next| &mut next.tensor);
             binding
-                .bind_output(&slot.present, &mut tensor)
+                .bind_output(&slot.present, output)
                 .map_err(|e| anyhow!("{}", one_line(&e)))?;
             let mut buffer = Buffer {
                 tensor,
+                next,
                 kind: slot.kind,
                 bytes,
                 gpu: model.gpu().cloned(),
@@ -149,7 +176,7 @@ impl State {
         }
     }
 
-    /// Bytes of keys and values, and bytes of the operator's own state.
+    /// Bytes of keys and values, and bytes of other state.
     pub fn sizes(&self) -> (usize, usize) {
         let sum = |cache: bool| {
             self.buffers()
@@ -160,12 +187,16 @@ impl State {
         };
         match &self.store {
             Store::Bound(_) => (sum(true), sum(false)),
-            Store::Growing { past } => {
+            Store::Growing { past, kinds } => {
                 let bytes = |v: &DynValue| {
                     let elements = v.dtype().tensor_shape().map_or(0, |s| s.num_elements());
                     v.dtype().tensor_type().and_then(|t| t.byte_size(elements)).unwrap_or(0)
                 };
-                (past.iter().map(bytes).sum(), 0)
+                let sum = |cache: bool| {
+                    let of_kind = past.iter().zip(kinds).filter(|(_, k)| (**k == Kind::Cache) == cache);
+                    of_kind.map(|(v, _)| bytes(v)).sum()
+                };
+                (sum(true), sum(false))
             }
         }
     }
@@ -240,15 +271,16 @@ impl State {
                     let newest = i32::try_from(depth)? - 1;
                     buffer.tile(&newest.to_le_bytes().repeat(1024))?;
                 }
-                // Outputs and log-sum-exps of 0 are as good as any.
-                Kind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
+                // State, outputs and log-sum-exps of 0 are as good as any.
+                Kind::Recurrent | Kind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
             }
         }
         Ok(())
     }
 
     /// Goes back to the first `depth` tokens of a prompt, each of them read by every query so far. Rows behind them are stale:
-    /// each is written before it is read.
+    /// each is written before it is read. State of convolutions and recurrent layers, which cannot go back, becomes that of no
+    /// token: enough for measuring, not for text.
     ///
     /// # Errors
     /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
@@ -262,12 +294,11 @@ impl State {
             return Err(anyhow!("growing caches cannot be rewound"));
         };
         let newest = (i32::try_from(depth)? - 1).to_le_bytes().repeat(1024);
-        let steps = Kind::Retro(graph::State::PageSteps);
-        bound
-            .buffers
-            .iter_mut()
-            .filter(|b| b.kind == steps)
-            .try_for_each(|b| b.tile(&newest))
+        bound.buffers.iter_mut().try_for_each(|b| match b.kind {
+            Kind::Retro(graph::State::PageSteps) => b.tile(&newest),
+            Kind::Recurrent => b.clear(),
+            _ => Ok(()),
+        })
     }
 
     /// Goes back to a snapshot of this state.
@@ -360,6 +391,37 @@ impl Buffer {
                 for part in self.bytes_mut().chunks_mut(first.len().max(1)) {
                     part.copy_from_slice(first.get(..part.len()).unwrap_or(&[]));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// After a run: what it wrote is what the next one reads. The two tensors change places in the binding.
+    pub(crate) fn take_turns(&mut self, binding: &mut IoBinding) -> Result<()> {
+        let Some(next) = &mut self.next else { return Ok(()) };
+        std::mem::swap(&mut self.tensor, &mut next.tensor);
+        let bound = binding.bind_input(&next.past, &self.tensor);
+        let bound = bound.and_then(|()| binding.bind_output(&next.present, &mut next.tensor));
+        bound.map_err(|e| anyhow!("{}", one_line(&e)))
+    }
+
+    /// As [`Self::take_turns`], by a copy: a CUDA graph knows where the tensors lie.
+    pub(crate) fn carry(&mut self) -> Result<()> {
+        let Some(next) = &mut self.next else { return Ok(()) };
+        if let Some(gpu) = self.gpu.clone() {
+            return gpu
+                .tensor(&mut self.tensor)?
+                .copy_tensor(0, &next.tensor, 0, self.bytes);
+        }
+        if self.bytes > 0 {
+            // SAFETY: two tensors on the host, of `bytes` bytes each by one shape and type; both are borrowed exclusively, and
+            // nothing runs on them.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    next.tensor.data_ptr().cast::<u8>(),
+                    self.tensor.data_ptr_mut().cast::<u8>(),
+                    self.bytes,
+                );
             }
         }
         Ok(())

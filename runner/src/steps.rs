@@ -17,8 +17,9 @@ use crate::{
     Device,
     arena::{ALIGNMENT, Arena, View, bind_input, bind_output},
     gpu::Gpu,
-    interface::{Budgets, Interface},
+    interface::{Budgets, Fed, Interface},
     landing::Landing,
+    numbers,
     runtime::one_line,
     session::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
     state::Buffer,
@@ -56,10 +57,13 @@ struct Captured {
 
 impl Steps {
     pub(crate) fn new(gpu: Option<&Arc<Gpu>>, interface: &Interface, batch: usize, capacity: usize) -> Result<Self> {
-        let ones = (batch == 1 && interface.attention_mask.is_some())
-            .then(|| -> Result<Arena> {
-                let arena = Arena::new(gpu, capacity * 8)?;
-                arena.write(0, &1i64.to_le_bytes().repeat(capacity))?;
+        let mask = interface.attention_mask.as_ref();
+        let ones = mask
+            .filter(|mask| batch == 1 && mask.width.is_none())
+            .map(|mask| -> Result<Arena> {
+                let ones = numbers::bytes(mask.element, std::iter::repeat_n(1, capacity))?;
+                let arena = Arena::new(gpu, ones.len())?;
+                arena.write(0, &ones)?;
                 Ok(arena)
             })
             .transpose()?;
@@ -78,6 +82,25 @@ impl Steps {
         reason = "the parts of a model and of a state, which borrow apart"
     )]
     pub(crate) fn run(
+        &mut self,
+        gpu: Option<&Arc<Gpu>>,
+        session: &mut Session,
+        interface: &Interface,
+        binding: &mut IoBinding,
+        buffers: &mut [Buffer],
+        feed: &Feed,
+        graphs: &mut Option<usize>,
+    ) -> Result<Logits> {
+        let logits = self.step(gpu, session, interface, binding, buffers, feed, graphs)?;
+        buffers.iter_mut().try_for_each(Buffer::carry)?;
+        Ok(logits)
+    }
+
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the parts of a model and of a state, which borrow apart"
+    )]
+    fn step(
         &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
@@ -161,7 +184,7 @@ impl Steps {
         let device = gpu.map_or(Device::Cpu, |gpu| Device::Cuda(gpu.id()));
         let longest = feed.lengths.iter().copied().max().unwrap_or(0);
         let mask = match (&self.ones, &interface.attention_mask) {
-            (Some(ones), Some(name)) => Some((name, ones.tensor(0, TensorElementType::Int64, &[1, longest])?)),
+            (Some(ones), Some(mask)) => Some((&mask.name, ones.tensor(0, mask.element, &[1, longest])?)),
             _ => None,
         };
         let inputs = inputs(interface, self.batch, longest, feed, mask.is_none())?;
@@ -199,8 +222,11 @@ fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
     Ok(options)
 }
 
-fn longs(numbers: impl Iterator<Item = i64>) -> Vec<u8> {
-    numbers.flat_map(i64::to_le_bytes).collect()
+/// Bytes of a tensor.
+fn size(element: TensorElementType, shape: &[usize]) -> Result<usize> {
+    let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    let bytes = elements.and_then(|n| element.byte_size(n));
+    bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))
 }
 
 impl Captured {
@@ -223,15 +249,18 @@ impl Captured {
             Budgets::One => 1,
             Budgets::EachSequence => batch,
         });
-        let ids_at = take(8 * batch * fed);
-        let positions_at = take(8 * batch * fed);
-        let mask_at = take(8 * batch * capacity);
+        let mut place = |input: &Fed, tokens: usize| -> Result<_> {
+            let shape = input.shape(batch, tokens);
+            Ok((take(size(input.element, &shape)?), input.element, shape))
+        };
+        let ids = place(&interface.input_ids, fed)?;
+        let positions = interface.position_ids.as_ref().map(|p| place(p, fed)).transpose()?;
+        let mask = interface.attention_mask.as_ref();
+        let mask = mask.map(|m| place(m, m.width.unwrap_or(capacity))).transpose()?;
         let budgets_at = take(4 * batch);
         let arena = Arena::new(gpu, next)?;
         arena.fill(0, next, 0)?;
-        let long = TensorElementType::Int64;
-        let mask = interface.attention_mask.is_some();
-        let positions = interface.position_ids.is_some();
+        let view = |(at, element, shape): (usize, TensorElementType, Vec<usize>)| arena.tensor(at, element, &shape);
         let host = Arena::new(None, 4)?;
         let retro = host.tensor(0, TensorElementType::Int32, &[1])?;
         retro.write(0, &feed.retro_length.to_le_bytes())?;
@@ -239,17 +268,9 @@ impl Captured {
             id,
             fed,
             retro_length: feed.retro_length,
-            ids: arena.tensor(ids_at, long, &[batch, fed])?,
-            mask: mask
-                .then(|| {
-                    arena
-                        .tensor(mask_at, long, &[batch, capacity])
-                        .map(|v| (v, vec![0; batch]))
-                })
-                .transpose()?,
-            positions: positions
-                .then(|| arena.tensor(positions_at, long, &[batch, fed]))
-                .transpose()?,
+            ids: view(ids)?,
+            mask: mask.map(|m| view(m).map(|v| (v, vec![0; batch]))).transpose()?,
+            positions: positions.map(view).transpose()?,
             budgets: budgets
                 .map(|n| arena.tensor(budgets_at, TensorElementType::Int32, &[n]))
                 .transpose()?,
@@ -284,24 +305,30 @@ impl Captured {
         landing: &mut Landing,
     ) -> Result<Logits> {
         let batch = feed.lengths.len();
-        let mut parts = vec![self.ids.part(0, longs(feed.ids.iter().copied()))?];
-        bind_input(binding, &interface.input_ids, &self.ids)?;
-        if let Some((name, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_ref()) {
-            let capacity = mask.bytes() / 8 / batch;
+        let input = &interface.input_ids;
+        let ids = numbers::bytes(input.element, feed.ids.iter().copied())?;
+        let mut parts = vec![self.ids.part(0, ids)?];
+        bind_input(binding, &input.name, &self.ids)?;
+        if let Some((input, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_ref()) {
+            let one = size(input.element, &[1])?;
+            let capacity = mask.bytes() / one / batch;
             for (b, (&have, &want)) in ones.iter().zip(&feed.lengths).enumerate() {
                 ensure!(want <= capacity, "{want} tokens do not fit a cache of {capacity}");
                 // Usually one more.
                 let (from, to) = (have.min(want), have.max(want));
                 let value = i64::from(want > have);
-                parts.push(mask.part(8 * (b * capacity + from), longs((from..to).map(|_| value)))?);
+                let change = numbers::bytes(input.element, std::iter::repeat_n(value, to - from))?;
+                parts.push(mask.part(one * (b * capacity + from), change)?);
             }
-            bind_input(binding, name, mask)?;
+            bind_input(binding, &input.name, mask)?;
         }
-        if let Some((name, positions)) = interface.position_ids.as_ref().zip(self.positions.as_ref()) {
+        if let Some((input, positions)) = interface.position_ids.as_ref().zip(self.positions.as_ref()) {
             let row = |&n: &usize| (0..self.fed).map(move |i| (n + i) as i64);
             let fed = self.fed as i64;
-            parts.push(positions.part(0, longs(feed.lengths.iter().flat_map(row).map(|p| p - fed)))?);
-            bind_input(binding, name, positions)?;
+            let of_all = feed.lengths.iter().flat_map(row).map(|p| p - fed).collect();
+            let bytes = numbers::bytes(input.element, input.numbers(of_all).into_iter())?;
+            parts.push(positions.part(0, bytes)?);
+            bind_input(binding, &input.name, positions)?;
         }
         if interface.retro_length {
             bind_input(binding, graph::RETRO_LENGTH, &self.retro)?;

@@ -49,6 +49,15 @@ impl Text {
             .map_err(|e| anyhow!("the tokenizer cannot decode: {}", one_line(&e)))
     }
 
+    /// Tokens that end a text: those of the model's configuration, else the tokenizer's.
+    pub fn ends(&self, folder: &ModelFolder) -> Vec<u32> {
+        if !folder.eos.is_empty() {
+            return folder.eos.clone();
+        }
+        let token = folder.eos_token.as_deref();
+        token.and_then(|token| self.id(token)).into_iter().collect()
+    }
+
     /// The id of a token, by its text in the vocabulary.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)

@@ -10,10 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
 
-use crate::{
-    model::{ModelFolder, read_json},
-    runtime::one_line,
-};
+use crate::{model::ModelFolder, runtime::one_line};
 
 /// A tokenizer and what it writes around a text.
 pub struct Loaded {
@@ -85,7 +82,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
     })?;
     let mut tokenizer = Tokenizer::from_file(path)
         .map_err(|e| anyhow!("{} is no tokenizer that can be read: {}", path.display(), one_line(&e)))?;
-    let beside = |name: &str| read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
+    let beside = |name: &str| retro_model_io::read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
     let config = beside("tokenizer_config.json")?;
     let settings = Settings {
         config: &config,

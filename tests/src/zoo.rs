@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, io::Read, path::Path};
 
 use lzma_rust2::XzReader;
 use prost::Message;
-use retro_export::onnx::{DataType, GraphProto, ModelProto, StringStringEntryProto, TensorProto, read_model};
+use retro_export::onnx::{
+    AttributeProto, DataType, GraphProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto, ValueInfoProto,
+    read_model,
+};
 use serde_json::json;
 
 /// Tensors with fewer bytes stay.
@@ -130,6 +133,29 @@ fn fill(tensor: &mut TensorProto) {
     tensor.raw_data = Some(raw.into());
 }
 
+/// Declares a graph's input with another element type; a Cast brings it to what the graph works with.
+pub fn retype(graph: &mut GraphProto, name: &str, to: DataType) {
+    let input = graph.input.iter_mut().find(|i| i.name() == name).expect("the input");
+    let from = input.data_type().expect("a type");
+    *input = ValueInfoProto::tensor(name, to, input.dims().expect("a shape").to_vec());
+    let inner = format!("{name}_as_before");
+    for value in graph.node.iter_mut().flat_map(|n| &mut n.input).filter(|v| *v == name) {
+        value.clone_from(&inner);
+    }
+    let cast = NodeProto::new("", "Cast", &inner, &[name], &[&inner]);
+    graph.node.insert(0, cast.with(AttributeProto::int("to", from as i64)));
+}
+
+/// Reads a model whose weights are in its file, changes its graph and writes it again.
+pub fn change(path: &Path, how: impl FnOnce(&mut GraphProto)) {
+    let mut model = read_model(path).expect("a model").model;
+    how(model.graph.as_mut().expect("a graph"));
+    // The bytes that were read may be those of the file itself.
+    let bytes = model.encode_to_vec();
+    fs::remove_file(path).expect("it can be replaced");
+    fs::write(path, bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+}
+
 /// A folder with the case's graph and what a runner needs beside it: a tokenizer whose words are t0, t1, ...
 pub fn runnable(case: &str, folder: &Path) {
     fs::create_dir(folder).unwrap();
@@ -146,6 +172,8 @@ pub fn runnable(case: &str, folder: &Path) {
     fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let config = if case.contains("gpt2") {
         json!({"n_positions": 256, "n_head": 2, "n_embd": 64})
+    } else if case.contains("lfm2") {
+        json!({"max_position_embeddings": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
     } else {
         json!({"max_position_embeddings": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128})
     };

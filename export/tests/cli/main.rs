@@ -1,6 +1,7 @@
 //! The `retro-export` command as a user calls it, on real exports (tests/data/zoo) in temporary folders.
 
 mod bad_input;
+mod folders;
 mod hostile;
 mod interrupted;
 mod output;

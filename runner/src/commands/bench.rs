@@ -15,15 +15,19 @@ use crate::{
     },
     generate::{CHUNK, Decoder, Policy},
     interrupt::Signals,
+    model::chosen,
     named::Knobs,
     progress::{self, note},
 };
 
 #[derive(Args)]
 pub struct BenchArgs {
-    /// A model, converted or not: DIR[,window=W][,budget=B][,name=NAME]; may be given several times.
+    /// A model, converted or not: DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]; may be given several times.
     #[arg(short, long = "model", value_name = "DIR", required = true)]
     models: Vec<Spec>,
+    /// Which graph of a folder that holds several, for models without graph=NAME: its file's name or its variant.
+    #[arg(long, value_name = "NAME")]
+    graph: Option<String>,
     /// Tokens of a prompt; 0: no such test.
     #[arg(short = 'p', long, value_delimiter = ',', default_value = "512", value_name = "LIST")]
     n_prompt: Vec<usize>,
@@ -54,6 +58,7 @@ pub struct BenchArgs {
 struct Spec {
     folder: PathBuf,
     knobs: Knobs,
+    graph: Option<String>,
     name: Option<String>,
 }
 
@@ -65,13 +70,18 @@ impl FromStr for Spec {
         let mut spec = Self {
             folder: parts.next().unwrap_or_default().into(),
             knobs: Knobs::default(),
+            graph: None,
             name: None,
         };
         for option in parts {
             if let Some(name) = option.strip_prefix("name=") {
                 spec.name = Some(name.to_owned());
+            } else if let Some(graph) = option.strip_prefix("graph=") {
+                spec.graph = Some(graph.to_owned());
             } else if !spec.knobs.set(option)? {
-                return Err(format!("{option:?}: expected DIR[,window=W][,budget=B][,name=NAME]"));
+                return Err(format!(
+                    "{option:?}: expected DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]"
+                ));
             }
         }
         Ok(spec)
@@ -85,7 +95,8 @@ impl Spec {
             .file_name()
             .unwrap_or(self.folder.as_os_str())
             .to_string_lossy();
-        self.name.clone().unwrap_or_else(|| folder.into_owned())
+        let graph = self.graph.as_ref().map_or_else(String::new, |g| format!(" {g}"));
+        self.name.clone().unwrap_or_else(|| format!("{folder}{graph}"))
     }
 }
 
@@ -130,11 +141,18 @@ pub fn bench(args: &BenchArgs, signals: &Signals) -> Result<()> {
         .filter(|t| t.tokens() > 0)
         .collect();
     ensure!(!tests.is_empty(), "nothing to measure: -p and -n are both 0");
-    for spec in &args.models {
+    let mut specs = args.models.clone();
+    for spec in &mut specs {
         ensure!(spec.folder.exists(), "there is no model at {}", spec.folder.display());
+        if spec.graph.is_none() {
+            spec.graph.clone_from(&args.graph);
+        }
+        // The table names the model as the user does.
+        spec.name = Some(spec.label());
+        spec.folder = chosen(&spec.folder, spec.graph.as_deref())?;
     }
     let (runtime, open) = args.session.load()?;
-    let mut contenders = Contenders::open(&runtime, &open, &args.models)?;
+    let mut contenders = Contenders::open(&runtime, &open, &specs)?;
     contenders.interrupt = signals.listen();
     let mut table = Table::new(&COLUMNS);
     let measured = contenders.measure_all(args, &tests, &mut table);
@@ -371,6 +389,7 @@ fn feed(
     interrupt: &Interrupt,
 ) -> Result<()> {
     let all = tokens(depth + count);
+    let chunk = model.interface.input_ids.width.unwrap_or(chunk);
     let mut done = depth;
     for part in all.get(depth..).unwrap_or(&[]).chunks(chunk) {
         interrupt.check()?;

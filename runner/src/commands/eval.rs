@@ -26,6 +26,7 @@ use crate::{
     },
     generate::CHUNK,
     interrupt::Signals,
+    model::chosen,
     named::NamedModel,
     prepare::key,
     progress::{Items, note},
@@ -38,6 +39,9 @@ pub struct EvalArgs {
     /// policies need, in a temporary folder.
     #[arg(value_name = "MODEL", required_unless_present = "runs")]
     model: Option<PathBuf>,
+    /// Which graph of the model's folder, where it holds several: its file's name or its variant.
+    #[arg(long, value_name = "NAME", requires = "model")]
+    graph: Option<String>,
     /// Documents to generate over: JSON lines with prompt, answers and reference.
     #[arg(
         long,
@@ -70,7 +74,7 @@ pub struct EvalArgs {
         value_name = "B,B"
     )]
     budgets: Vec<Budget>,
-    /// A model as it is, converted or not: NAME=DIR[,window=W][,budget=B]; may be given several times.
+    /// A model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,graph=NAME]; may be given several times.
     #[arg(long = "run", value_name = "NAME=DIR")]
     runs: Vec<NamedModel>,
     /// Documents (or texts) decoded at a time.
@@ -106,14 +110,14 @@ pub struct EvalArgs {
 }
 
 /// The row of a model that is compared as it is.
-fn row(run: &NamedModel) -> Row {
-    Row {
+fn row(run: &NamedModel) -> Result<Row> {
+    Ok(Row {
         kind: Kind::Folder,
         label: run.name.clone(),
-        source: Source::Graph(run.folder.clone()),
+        source: Source::Graph(chosen(&run.folder, run.graph.as_deref())?),
         window: run.knobs.window,
         budget: run.knobs.budget,
-    }
+    })
 }
 
 /// Runs the verb.
@@ -159,7 +163,7 @@ impl Bench {
             .or_else(|| args.runs.first().map(|r| r.folder.as_path()));
         let named = named.context("name a model, or one with --run")?;
         let mut workshop = match &args.model {
-            Some(model) => Workshop::new(model)?,
+            Some(model) => Workshop::new(model, args.graph.as_deref())?,
             None => Workshop::of_nothing(named)?,
         };
         let mut all = Vec::new();
@@ -173,8 +177,8 @@ impl Bench {
             };
             all = rows(&specs, workshop.graph(), &args.windows, &args.budgets);
         }
-        for row in args.runs.iter().map(row) {
-            all.push(row);
+        for run in &args.runs {
+            all.push(row(run).with_context(|| run.name.clone())?);
         }
         for row in &all {
             if let Source::Converted(settings) = &row.source {
@@ -187,16 +191,25 @@ impl Bench {
             workshop.open(&row.source).with_context(|| row.label.clone())?;
         }
         let folder = if named.is_file() {
-            named.parent().unwrap_or(Path::new("."))
+            named
+                .parent()
+                .filter(|p| !p.as_os_str().is_empty())
+                .unwrap_or(Path::new("."))
         } else {
             named
+        };
+        // A folder's graphs are models of their own.
+        let graph = match (&args.graph, named.is_file()) {
+            (Some(graph), _) => format!(" {graph}"),
+            (None, true) => format!(" {}", named.file_name().unwrap_or_default().display()),
+            (None, false) => String::new(),
         };
         Ok(Self {
             runtime,
             open,
             workshop,
             rows: all,
-            model: key(folder)?,
+            model: key(folder)? + &graph,
             interrupt,
         })
     }

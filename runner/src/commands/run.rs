@@ -16,6 +16,7 @@ use crate::{
     Model, Text,
     generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
     interrupt::Signals,
+    model::chosen,
     prepare::prepare,
     progress::{self, note},
     sampling::Sampling,
@@ -30,6 +31,9 @@ pub struct RunArgs {
     /// The same as DIR.
     #[arg(short, long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Which graph of a folder that holds several: its file's name (model_q4f16.onnx) or its variant (q4f16).
+    #[arg(long, value_name = "NAME")]
+    graph: Option<String>,
     #[command(flatten)]
     prompt: PromptArgs,
     /// Tokens to generate at most [default: until the model ends the text or the context is full].
@@ -155,6 +159,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
         .as_ref()
         .or(args.model.as_ref())
         .context("name a model folder")?;
+    let named = &chosen(named, args.graph.as_deref())?;
     let (runtime, open) = args.session.load()?;
     let folder = prepare(
         named,

@@ -109,6 +109,7 @@ impl Job<'_> {
         let folder = workshop.open(&first.source)?;
         let mut model = Model::open(self.runtime, &folder, self.open)?;
         let text = Text::open(&model.folder)?;
+        model.folder.eos = text.ends(&model.folder);
         let policies = group
             .iter()
             .map(|row| Policy::new(&model, row.window, row.budget).with_context(|| row.label.clone()))
@@ -120,7 +121,7 @@ impl Job<'_> {
             .collect::<Result<Vec<_>>>()?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
-        let batch = if model.fixed_capacity { self.batch } else { 1 };
+        let batch = model.batch(self.batch);
         let step = |_| {
             bar.tick();
             Ok(self.interrupt.check()?)

@@ -88,7 +88,7 @@ impl Job<'_> {
         let mut dense = Model::open(self.runtime, &source, self.open)?;
         let text = Text::open(&dense.folder)?;
         let tokens = self.tokens(&dense, &text)?;
-        let batch = if dense.fixed_capacity { self.batch } else { 1 };
+        let batch = dense.batch(self.batch);
         let mut models: Vec<(usize, Model)> = Vec::new();
         let mut start = 0;
         for part in tokens.chunks(batch) {

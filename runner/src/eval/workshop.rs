@@ -7,7 +7,7 @@ use retro_contract::metadata;
 use retro_export::{ExternalMode, Options, Settings, onnx::read_model};
 
 use super::policy::Source;
-use crate::model::{ModelFolder, is_weights_folder};
+use crate::model::{ModelFolder, chosen, is_weights_folder};
 
 /// Makes models.
 pub struct Workshop {
@@ -18,12 +18,14 @@ pub struct Workshop {
 }
 
 impl Workshop {
-    /// A workshop for the source model at `path`: a model folder, an ONNX file, or a folder of Llama weights, built first.
+    /// A workshop for the source model at `path`: a model folder, of which `choice` may name a graph, an ONNX file, or a folder of
+    /// Llama weights, built first.
     ///
     /// # Errors
     /// When there is no model, it is converted already, or there is no place for temporary files.
-    pub fn new(path: &Path) -> Result<Self> {
+    pub fn new(path: &Path, choice: Option<&str>) -> Result<Self> {
         ensure!(path.exists(), "there is no model at {}", path.display());
+        let path = &chosen(path, choice)?;
         let folder = tempfile::tempdir().context("no place for temporary files: set TMPDIR to a folder with room")?;
         let graph = if is_weights_folder(path) {
             let built = folder.path().join("source");
@@ -32,7 +34,7 @@ impl Workshop {
         } else {
             path.to_owned()
         };
-        let file = ModelFolder::open(&graph)?.graph;
+        let file = ModelFolder::open(&graph, None)?.graph;
         let converted = read_model(&file).is_ok_and(|loaded| loaded.model.metadata(metadata::VERSION).is_some());
         ensure!(
             !converted,
@@ -92,7 +94,7 @@ impl Workshop {
         // Weights are linked where the file system can, else copied.
         convert(ExternalMode::Link).or_else(|_| convert(ExternalMode::Copy))?;
         if self.graph.is_file() {
-            // A file's companions lie beside it; the converted one has a folder of its own.
+            // A file's companions lie beside it or above; the converted one has a folder of its own.
             bring_companions(&self.graph, self.folder.path())?;
         }
         self.made.push((settings.clone(), target.clone()));
@@ -102,15 +104,16 @@ impl Workshop {
 
 /// Configuration and tokenizer of a model that is named by its file.
 fn bring_companions(graph: &Path, folder: &Path) -> Result<()> {
-    let beside = graph.parent().unwrap_or(Path::new("."));
+    let place = retro_model_io::locate(graph, None)?.folder;
     for name in [
         "config.json",
+        "generation_config.json",
         "genai_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
     ] {
-        let from = beside.join(name);
+        let from = place.join(name);
         if from.is_file() {
             std::fs::copy(&from, folder.join(name)).with_context(|| format!("cannot copy {}", from.display()))?;
         }

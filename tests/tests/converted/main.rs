@@ -2,6 +2,7 @@
 
 mod convert;
 mod exports;
+mod feeds;
 mod generated;
 mod model;
 mod padding;
