@@ -5,6 +5,7 @@ mod exports;
 mod generated;
 mod model;
 mod padding;
+mod rewind;
 mod variants;
 mod verify;
 mod zoo;
