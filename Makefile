@@ -60,15 +60,18 @@ test-rust: build
 	@$(ORT)
 	cargo test --release --locked --workspace --no-fail-fast
 
-# One binary of the plugin, three hosts. The oldest has no wheel for the newest Pythons.
+# One binary of the plugin, a host for each of these versions of ONNX Runtime. The older ones have no wheel for the newest Pythons.
 # -rs: what was skipped, and why.
 PYTESTS = -m pytest -q -rs tests/python
-test-python: build .venv/.made .cache/venv-1.24.4/.made .cache/venv-1.22.1/.made
+HOSTS := 1.32.0 1.31.1 1.24.4
+OLD_HOSTS := 1.23.2 1.22.1
+VENVS := $(foreach host,$(HOSTS) $(OLD_HOSTS),.cache/venv-$(host))
+test-python: build $(VENVS:=/.made)
 	@cargo build --release --locked --example generate --example cuda_op --example decode_depth
 	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
 	  echo "NOT TESTED: the C++ of README and examples/, for want of ONNX Runtime's headers (above)"
 	export ORT_INCLUDE_DIR
-	for venv in .venv .cache/venv-1.24.4 .cache/venv-1.22.1; do
+	for venv in $(VENVS); do
 	  if [ -f $$venv/.made ]; then
 	    $$venv/bin/python $(PYTESTS)
 	  else
@@ -76,18 +79,18 @@ test-python: build .venv/.made .cache/venv-1.24.4/.made .cache/venv-1.22.1/.made
 	  fi
 	done
 
-# A virtual environment is made anew when what goes into it changes. An optional one may find no wheel for this Python.
+# A virtual environment is made anew when what goes into it changes. The old hosts have wheels for Pythons up to 3.13.
 define venv
-$(1)/.made: tests/python/requirements.txt Makefile
-	@echo "making $(1): onnxruntime $(2)"
-	$(PYTHON) -m venv --clear $(1)
-	pip="$(1)/bin/python -m pip install -q --disable-pip-version-check --only-binary=:all:"
-	$$$$pip onnxruntime==$(2) -r tests/python/requirements.txt || [ "$(3)" = optional ]
-	if $(1)/bin/python -c 'import onnxruntime' 2>/dev/null; then touch $$@; fi
+.cache/venv-$(1)/.made: tests/python/requirements.txt tests/python/onnxruntime-$(1).txt Makefile
+	@if [ "$(2)" = old ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 14))'; then exit; fi
+	echo "making .cache/venv-$(1): onnxruntime $(1)"
+	$(PYTHON) -m venv --clear .cache/venv-$(1)
+	pip=".cache/venv-$(1)/bin/python -m pip install -q --disable-pip-version-check --only-binary=:all: --require-hashes"
+	$$$$pip -r tests/python/requirements.txt -r tests/python/onnxruntime-$(1).txt
+	touch $$@
 endef
-$(eval $(call venv,.venv,1.31.1,required))
-$(eval $(call venv,.cache/venv-1.24.4,1.24.4,required))
-$(eval $(call venv,.cache/venv-1.22.1,1.22.1,optional))
+$(foreach host,$(HOSTS),$(eval $(call venv,$(host),new)))
+$(foreach host,$(OLD_HOSTS),$(eval $(call venv,$(host),old)))
 
 # ---- upkeep --------------------------------------------------------------------------------------------------------------
 
@@ -105,4 +108,4 @@ notice:
 
 clean:
 	@cargo clean
-	rm -rf $(OUT) .venv .cache
+	rm -rf $(OUT) .cache

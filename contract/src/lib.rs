@@ -116,6 +116,26 @@ pub mod attribute {
     pub const SELECTOR_LAMBDA: &str = "selector_lambda";
     pub const SELECTOR_CORRELATION: &str = "selector_correlation";
     pub const MODE: &str = "mode";
+    /// All of them.
+    pub const ALL: [&str; 17] = [
+        NUM_HEADS,
+        KV_NUM_HEADS,
+        SCALE,
+        SOFTCAP,
+        DO_ROTARY,
+        ROTARY_INTERLEAVED,
+        LOCAL_WINDOW_SIZE,
+        PAGE_SIZE,
+        WINDOW,
+        BUDGET_RATIO,
+        BUDGET_MIN_PAGES,
+        SINK_PAGES,
+        SELECTOR,
+        GROUP_SCORE,
+        SELECTOR_LAMBDA,
+        SELECTOR_CORRELATION,
+        MODE,
+    ];
 }
 
 /// Attribute defaults (the paper's) and bounds.

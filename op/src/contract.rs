@@ -14,6 +14,10 @@ pub trait AttributeSource {
     fn int(&self, name: &str) -> Result<Option<i64>>;
     fn float(&self, name: &str) -> Result<Option<f32>>;
     fn string(&self, name: &str) -> Result<Option<String>>;
+    /// Whether there is an attribute of this name, whatever its type.
+    fn has(&self, _name: &str) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// The node's attributes, checked.
@@ -49,6 +53,7 @@ impl Attributes {
     /// Reads and checks the attributes of a node.
     pub fn read(source: &impl AttributeSource) -> Result<Self> {
         use retro_contract::attribute as name;
+        unknown::refuse(source)?;
         let flag = |n: &str| -> Result<bool> {
             match source.int(n)?.unwrap_or(0) {
                 0 => Ok(false),
@@ -478,6 +483,8 @@ impl Plan {
         Ok(Self { phase, sequences })
     }
 }
+
+mod unknown;
 
 #[cfg(test)]
 mod tests;

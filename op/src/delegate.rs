@@ -6,8 +6,12 @@
 use retro_contract::input;
 
 use crate::contract::Attributes;
-use crate::host::{Attribute, Context, DataType, Info, Result, Standalone, Tensor};
+use crate::host::{Attribute, Context, DataType, Info, Result, Standalone, Tensor, host_version};
 use crate::ports::Operands;
+
+/// The first version of ONNX Runtime (1.x) whose GroupQueryAttention has the sliding window that our contract asks for. Before, its
+/// prefill attends to one token more.
+const RIGHT_WINDOWS: u32 = 24;
 
 /// The host's GroupQueryAttention with a node's attributes.
 pub struct Delegate {
@@ -19,8 +23,12 @@ pub struct Delegate {
 const INPUTS: usize = 9;
 
 impl Delegate {
-    /// Creates the operator for element type `data_type`; `None`, and a line in the host's log, where the host has none for it.
+    /// Creates the operator for element type `data_type`; `None` where the host's computes something else, and, with a line in the
+    /// host's log, where the host has none for it.
     pub fn new(info: &Info, attributes: &Attributes, data_type: DataType) -> Result<Option<Self>> {
+        if attributes.local_window.is_some() && host_version() < RIGHT_WINDOWS {
+            return Ok(None);
+        }
         match Self::create(info, attributes, data_type) {
             Ok(delegate) => Ok(Some(delegate)),
             Err(e) => {

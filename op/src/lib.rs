@@ -47,4 +47,8 @@ impl contract::AttributeSource for host::Info {
     fn string(&self, name: &str) -> host::Result<Option<String>> {
         host::Info::string(self, name)
     }
+
+    fn has(&self, name: &str) -> host::Result<bool> {
+        host::Info::has_attribute(self, name)
+    }
 }

@@ -149,7 +149,7 @@ pub fn run(
     in_place: &mut [(&str, &str, &mut Tens)],
 ) -> Result<(), String> {
     if let Some(gpu) = opened.gpu {
-        return mirror::run(opened, gpu, inputs, outputs, in_place);
+        return mirror::run(0, opened, gpu, inputs, outputs, in_place);
     }
     let mut binding = opened.create_binding().map_err(|e| e.to_string())?;
     for (name, tensor) in inputs {
@@ -167,6 +167,20 @@ pub fn run(
             .map_err(|e| e.to_string())?;
     }
     run_binding(opened, &binding)
+}
+
+/// As [`run`], with every tensor so many bytes behind an address that serves any type.
+pub fn run_at(
+    offset: usize,
+    opened: &Opened,
+    inputs: &[(&str, &Tens)],
+    outputs: &mut [(&str, &mut Tens)],
+    in_place: &mut [(&str, &str, &mut Tens)],
+) -> Result<(), String> {
+    match opened.gpu {
+        Some(gpu) => mirror::run(offset, opened, gpu, inputs, outputs, in_place),
+        None => mirror::run_on_host(offset, opened, inputs, outputs, in_place),
+    }
 }
 
 pub(crate) fn run_binding(session: &Session, binding: &IoBinding) -> Result<(), String> {

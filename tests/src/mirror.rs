@@ -68,8 +68,9 @@ impl Drop for View {
     }
 }
 
-/// As [`host::run`], on a GPU.
+/// As [`host::run`], on a GPU, every tensor `offset` bytes behind a multiple of 256.
 pub fn run(
+    offset: usize,
     opened: &Opened,
     gpu: &Arc<Gpu>,
     inputs: &[(&str, &Tens)],
@@ -80,7 +81,7 @@ pub fn run(
         let lengths = (inputs.iter().map(|(_, t)| t.bytes().len()))
             .chain(outputs.iter().map(|(_, t)| t.bytes().len()))
             .chain(in_place.iter().map(|(.., t)| t.bytes().len()));
-        let (places, total) = layout(lengths);
+        let (places, total) = layout(offset, lengths);
         if memory.as_ref().is_none_or(|m| m.bytes() < total) {
             *memory = None;
             *memory = Some(gpu.allocate(total.next_power_of_two()).expect("memory on the GPU"));
@@ -90,11 +91,58 @@ pub fn run(
     })
 }
 
+/// As [`host::run`] on the CPU, every tensor `offset` bytes behind a multiple of 64, in memory of ours.
+pub fn run_on_host(
+    offset: usize,
+    opened: &Opened,
+    inputs: &[(&str, &Tens)],
+    outputs: &mut [(&str, &mut Tens)],
+    in_place: &mut [(&str, &str, &mut Tens)],
+) -> Result<(), String> {
+    let mut held: Vec<(View, Vec<u8>, usize)> = Vec::new();
+    let binding = opened.create_binding().map_err(|e| e.to_string())?;
+    let mut bind = |tensor: &Tens, as_input: Option<&str>, as_output: Option<&str>| {
+        let bytes = tensor.bytes();
+        let mut memory = vec![0u8; bytes.len() + offset + 64];
+        let start = memory.as_ptr().align_offset(64) + offset;
+        memory[start..start + bytes.len()].copy_from_slice(bytes);
+        let view = View::new(tensor, Device::Cpu, memory[start..].as_mut_ptr().cast());
+        let (api, c_name) = (ort::api(), |name: &str| CString::new(name).expect("a name"));
+        if let Some(name) = as_input {
+            // SAFETY: binding and value are alive; the name is read during the call; the binding shares the value's ownership.
+            check(unsafe { (api.BindInput)(binding.ptr().cast_mut(), c_name(name).as_ptr(), view.0) })?;
+        }
+        if let Some(name) = as_output {
+            // SAFETY: as above.
+            check(unsafe { (api.BindOutput)(binding.ptr().cast_mut(), c_name(name).as_ptr(), view.0) })?;
+        }
+        held.push((view, memory, start));
+        Ok::<(), String>(())
+    };
+    for (name, tensor) in inputs {
+        bind(tensor, Some(name), None)?;
+    }
+    for (name, tensor) in outputs.iter() {
+        bind(tensor, None, Some(name))?;
+    }
+    for (past, present, tensor) in in_place.iter() {
+        bind(tensor, Some(past), Some(present))?;
+    }
+    let result = host::run_binding(opened, &binding);
+    drop(binding);
+    let tensors = (outputs.iter_mut().map(|(_, t)| &mut **t)).chain(in_place.iter_mut().map(|(.., t)| &mut **t));
+    for (tensor, (_, memory, start)) in tensors.zip(&held[inputs.len()..]) {
+        let bytes = tensor.bytes_mut();
+        bytes.copy_from_slice(&memory[*start..*start + bytes.len()]);
+    }
+    result
+}
+
 /// Where tensors of these lengths lie, and the end.
-fn layout(lengths: impl Iterator<Item = usize>) -> (Vec<Range<usize>>, usize) {
+fn layout(offset: usize, lengths: impl Iterator<Item = usize>) -> (Vec<Range<usize>>, usize) {
     let mut next = GUARD;
     let place = |length: usize| {
-        let place = next..next + length;
+        let place = next + offset..next + offset + length;
         next = (place.end + GUARD).next_multiple_of(ALIGNMENT);
         place
     };
@@ -205,7 +253,7 @@ mod tests {
 
     #[test]
     fn tensors_have_guards_on_both_sides() {
-        let (places, total) = layout([100, 0, 4096].into_iter());
+        let (places, total) = layout(0, [100, 0, 4096].into_iter());
         assert!(places[0].start >= GUARD && total - places[2].end >= GUARD);
         for pair in places.windows(2) {
             assert!(pair[1].start - pair[0].end >= GUARD && pair[1].start % ALIGNMENT == 0);

@@ -9,6 +9,13 @@ struct Node {
     strings: HashMap<&'static str, &'static str>,
 }
 
+impl Node {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let names = self.ints.keys().chain(self.floats.keys()).chain(self.strings.keys());
+        names.copied()
+    }
+}
+
 impl AttributeSource for Node {
     fn int(&self, name: &str) -> Result<Option<i64>> {
         Ok(self.ints.get(name).copied())
@@ -18,6 +25,27 @@ impl AttributeSource for Node {
     }
     fn string(&self, name: &str) -> Result<Option<String>> {
         Ok(self.strings.get(name).map(|s| (*s).to_owned()))
+    }
+    fn has(&self, name: &str) -> Result<bool> {
+        Ok(self.names().any(|n| n == name))
+    }
+}
+
+#[test]
+fn attributes_of_other_operators_and_slips_are_named() {
+    let bad = |i: &[(&'static str, i64)]| message(Attributes::read(&node(i)));
+    assert!(bad(&[("smooth_softmax", 1)]).contains("attribute smooth_softmax is not one of RetroAttention's"));
+    for (slip, meant) in [
+        ("page_sze", "page_size"),
+        ("widnow", "window"),
+        ("sink_page", "sink_pages"),
+        ("num_headss", "num_heads"),
+    ] {
+        let error = bad(&[(slip, 1)]);
+        assert!(
+            error.contains(&format!("attribute {slip} is not")) && error.contains(&format!("is {meant} meant?")),
+            "{error}"
+        );
     }
 }
 

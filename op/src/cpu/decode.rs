@@ -202,10 +202,24 @@ impl<E: Element> Step<'_, E> {
         let (b, head) = self.pair(task);
         append(self.call, &self.rows, b, head, scratch);
         summarize_touched(self.call, b, head, scratch);
+        self.forget_future(task, b);
         // SAFETY: this task's own part.
         let query = unsafe { self.query.write(task, self.query_len(b)) };
         let fed = self.call.plan.sequences[b].fed;
         query_rows(self.call, &self.rows, b, head, 0..fed, query, &mut scratch.angles);
+    }
+
+    /// A page step at or behind the newest position is left over from tokens that a rewind took back (docs/method.md,
+    /// Truncation): the page counts as loaded just before the rows that this step feeds.
+    fn forget_future(&self, task: usize, b: usize) {
+        let (dims, sequence) = (self.call.dims, &self.call.plan.sequences[b]);
+        let pages = sequence.len.div_ceil(self.call.attributes.page_size);
+        let (newest, before) = ((sequence.len - 1) as i32, sequence.first_position() as i32 - 1);
+        // SAFETY: this task owns its KV head's page steps.
+        let steps = unsafe { self.call.state.steps.range_mut(task * dims.pages, pages) };
+        for step in steps {
+            *step = if *step >= newest { before } else { *step };
+        }
     }
 
     /// The newest query's rows.
@@ -411,7 +425,7 @@ fn share(count: usize, parts: usize, index: usize) -> (usize, usize) {
 fn join(into: &mut Partial<'_>, other: &Partial<'_>, d: usize) {
     for row in 0..into.max.len() {
         let (a, b) = (into.max[row], other.max[row]);
-        if b == f32::NEG_INFINITY {
+        if !other.has_seen(row) {
             continue;
         }
         let m = a.max(b);
@@ -452,9 +466,14 @@ fn finish<E: Element>(call: &Call<'_, E>, b: usize, head: usize, partial: &mut P
                     &mut call.state.lse.range_mut(at, 1)[0],
                 )
             };
-            if partial.sum[row] > 0.0 {
+            if partial.has_seen(row) {
                 let (old, new, merged) = merge::weights(*lse, partial.lse(row));
-                let new = new / partial.sum[row];
+                // Tokens with logits of -inf alone weigh nothing; a sum of NaN goes on.
+                let new = if partial.sum[row] == 0.0 {
+                    0.0
+                } else {
+                    new / partial.sum[row]
+                };
                 for (o, a) in cached.iter_mut().zip(&partial.acc[row * d..][..d]) {
                     *o = old * *o + new * a;
                 }

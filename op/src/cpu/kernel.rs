@@ -8,7 +8,7 @@ use retro_contract::{input, output};
 use super::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
 use crate::contract::{Attributes, Dims, Lengths, Phase, Plan};
 use crate::delegate::Delegate;
-use crate::host::{Context, Info, Operator, OwnedScalar, Port, Result, ShapeContext};
+use crate::host::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
 use crate::method::element::Element;
 use crate::ports::{self, Operands, STATE};
 
@@ -19,6 +19,8 @@ pub struct CpuOperator<E>(PhantomData<E>);
 pub struct CpuKernel {
     attributes: Attributes,
     delegate: Option<Delegate>,
+    /// Copies of the weights among the inputs that the host keeps at misaligned addresses.
+    weights: Vec<Elements>,
     scratch: ScratchPool,
     width: usize,
 }
@@ -48,10 +50,21 @@ impl<E: Element> Operator for CpuOperator<E> {
     fn create(info: &Info) -> Result<CpuKernel> {
         let attributes = Attributes::read(info)?;
         let delegate = Delegate::new(info, &attributes, E::DATA_TYPE)?;
+        let mut weights = Vec::new();
+        for slot in [input::COS_CACHE, input::SIN_CACHE, input::HEAD_SINK] {
+            if slot < info.input_count()?
+                && let Some(weight) = info.constant_input(slot)?
+            {
+                // SAFETY: a weight of a node on the CPU, which nobody writes.
+                weights.push(unsafe { Elements::of(&weight)? });
+            }
+        }
+        weights.retain(Elements::is_copy);
         let width = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(CpuKernel {
             attributes,
             delegate,
+            weights,
             scratch: ScratchPool::default(),
             width,
         })
@@ -84,11 +97,18 @@ impl CpuKernel {
         let required = |slot: usize| operands.required(slot);
         // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
         let plan = unsafe {
+            let [last, total, retro] = [input::SEQLENS_K, input::TOTAL_SEQUENCE_LENGTH, input::RETRO_LENGTH];
+            let [last, total, retro] = [
+                Elements::of(&required(last)?)?,
+                Elements::of(&required(total)?)?,
+                Elements::of(&required(retro)?)?,
+            ];
+            let budget = tensors[input::PAGE_BUDGET].map(|t| Elements::of(&t)).transpose()?;
             let lengths = Lengths {
-                seqlens_k: required(input::SEQLENS_K)?.slice()?,
-                total_sequence_length: required(input::TOTAL_SEQUENCE_LENGTH)?.slice()?[0],
-                retro_length: required(input::RETRO_LENGTH)?.slice()?,
-                page_budget: tensors[input::PAGE_BUDGET].map(|t| t.slice()).transpose()?,
+                seqlens_k: last.slice()?,
+                total_sequence_length: total.slice()?[0],
+                retro_length: retro.slice()?,
+                page_budget: budget.as_ref().map(|b| b.slice()).transpose()?,
             };
             Plan::read(attributes, &dims, &lengths)?
         };
@@ -120,34 +140,68 @@ impl CpuKernel {
             context,
             width: self.width,
         };
+        let mut places: [Option<Elements>; 6] = Default::default();
+        let [query, key, value, cos, sin, head_sink] = &mut places;
         // SAFETY: CPU tensors; the inputs are not written while the kernel runs, and each output is a buffer of its own
         // (a past that shares it is not read again).
-        let call = unsafe {
-            let read = |slot: usize| tensors[slot].map_or(Ok(&[][..]), |t| t.slice::<E>());
-            Call {
+        unsafe {
+            let mut output = Elements::of(&result)?;
+            let [mut keys, mut values, mut summary, mut steps, mut outputs, mut lse] = [
+                Elements::of(&presents[0])?,
+                Elements::of(&presents[1])?,
+                Elements::of(&presents[2])?,
+                Elements::of(&presents[3])?,
+                Elements::of(&presents[4])?,
+                Elements::of(&presents[5])?,
+            ];
+            let call = Call {
                 attributes,
                 dims: &dims,
                 plan: &plan,
                 inputs: Inputs {
-                    query: read(input::QUERY)?,
-                    key: read(input::KEY)?,
-                    value: read(input::VALUE)?,
-                    cos: read(input::COS_CACHE)?,
-                    sin: read(input::SIN_CACHE)?,
-                    head_sink: read(input::HEAD_SINK)?,
+                    query: self.elements(tensors[input::QUERY], query)?,
+                    key: self.elements(tensors[input::KEY], key)?,
+                    value: self.elements(tensors[input::VALUE], value)?,
+                    cos: self.elements(tensors[input::COS_CACHE], cos)?,
+                    sin: self.elements(tensors[input::SIN_CACHE], sin)?,
+                    head_sink: self.elements(tensors[input::HEAD_SINK], head_sink)?,
                 },
-                output: Shared::new(result.slice_mut()?),
+                output: Shared::new(output.slice_mut::<E>()?),
                 state: State {
-                    key: Shared::new(presents[0].slice_mut()?),
-                    value: Shared::new(presents[1].slice_mut()?),
-                    summary: Shared::new(presents[2].slice_mut()?),
-                    steps: Shared::new(presents[3].slice_mut()?),
-                    outputs: Shared::new(presents[4].slice_mut()?),
-                    lse: Shared::new(presents[5].slice_mut()?),
+                    key: Shared::new(keys.slice_mut()?),
+                    value: Shared::new(values.slice_mut()?),
+                    summary: Shared::new(summary.slice_mut()?),
+                    steps: Shared::new(steps.slice_mut()?),
+                    outputs: Shared::new(outputs.slice_mut()?),
+                    lse: Shared::new(lse.slice_mut()?),
                 },
                 scratch: &self.scratch,
+            };
+            run(&call, &pool, dense)?;
+            for written in [&output, &keys, &values, &summary, &steps, &outputs, &lse] {
+                written.write_back()?;
             }
-        };
-        run(&call, &pool, dense)
+        }
+        Ok(())
+    }
+
+    /// The elements of an input, empty where it is absent. `place` keeps a copy, if one is needed, for the call.
+    ///
+    /// # Safety
+    /// The tensor lives on the CPU, and nothing writes to it while the slice is in use.
+    unsafe fn elements<'a, E: Element>(
+        &'a self,
+        tensor: Option<Tensor>,
+        place: &'a mut Option<Elements>,
+    ) -> Result<&'a [E]> {
+        let Some(tensor) = tensor else { return Ok(&[]) };
+        for weight in &self.weights {
+            if weight.is_of(&tensor)? {
+                // SAFETY: the caller's promise.
+                return unsafe { weight.slice() };
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { place.insert(Elements::of(&tensor)?).slice() }
     }
 }

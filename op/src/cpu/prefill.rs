@@ -1,5 +1,7 @@
 //! Prefill: dense causal attention over a prompt or a chunk of it, and the state that decoding starts from.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::scratch::TaskScratch;
 use super::tensors::{AngleCache, Rows};
 use super::{Call, Dense, Pool};
@@ -16,6 +18,7 @@ const BLOCK_TOKENS: usize = 16;
 pub(super) fn prefill<E: Element>(call: &Call<'_, E>, pool: &dyn Pool, dense: Dense) -> Result<()> {
     let kv_heads = call.attributes.kv_heads;
     let rows = Rows::new(call.attributes, call.dims, call.inputs);
+    let broken = AtomicBool::new(false);
     pool.run(call.dims.batch * kv_heads, &|task| {
         let (b, head) = (task / kv_heads, task % kv_heads);
         call.scratch.with_task(|scratch| {
@@ -24,8 +27,13 @@ pub(super) fn prefill<E: Element>(call: &Call<'_, E>, pool: &dyn Pool, dense: De
             }
             summarize_touched(call, b, head, scratch);
             stamp_pages(call, b, head);
+            if dense == Dense::Done && is_broken(call, &rows, b, head, scratch) {
+                broken.store(true, Ordering::Relaxed);
+            }
         });
     })?;
+    // ONNX Runtime 1.32's operator takes a row that sees nothing but NaNs for one that sees nothing.
+    let dense = if broken.into_inner() { Dense::Own } else { dense };
 
     // The rows whose attention we compute: all of them, or only those that the output cache keeps.
     let cached = call.attributes.window - 1;
@@ -60,6 +68,30 @@ pub(super) fn prefill<E: Element>(call: &Call<'_, E>, pool: &dyn Pool, dense: De
         clear_ignored_rows(call);
     }
     Ok(())
+}
+
+/// Whether a NaN or an infinity is among the queries of a KV head's group or in its pages' summaries, and so perhaps among its keys.
+fn is_broken<E: Element>(
+    call: &Call<'_, E>,
+    rows: &Rows<'_, E>,
+    b: usize,
+    head: usize,
+    scratch: &mut TaskScratch,
+) -> bool {
+    let (dims, sequence) = (call.dims, &call.plan.sequences[b]);
+    let (d, group) = (dims.head_size, call.attributes.heads / call.attributes.kv_heads);
+    let buffer = scratch.rows.fit(d);
+    let mut all_finite = |elements: &[E]| {
+        let row = E::widen(elements, &mut *buffer);
+        row.iter().fold(true, |all, x| all & x.is_finite())
+    };
+    let pages = sequence.len.div_ceil(call.attributes.page_size);
+    let pair = b * call.attributes.kv_heads + head;
+    // SAFETY: each task owns its sequence's KV head in the summaries.
+    let summaries = unsafe { call.state.summary.range(pair * dims.pages * 2 * d, pages * 2 * d) };
+    let mut queries = (dims.tokens - sequence.fed..dims.tokens)
+        .flat_map(|s| (head * group..(head + 1) * group).map(move |h| rows.query(b, s, h)));
+    !(summaries.chunks_exact(d).all(&mut all_finite) && queries.all(all_finite))
 }
 
 /// Writes the fed rows' keys (rotated) and values into the cache.
@@ -235,7 +267,8 @@ pub(super) fn finish_row<E: Element>(call: &Call<'_, E>, partial: &mut Partial<'
     let mut inverse = 1.0 / partial.sum[row];
     if let Some(sink) = call.inputs.head_sink.get(head) {
         let (seen, _, joined) = crate::method::merge::weights(lse, sink.to_f32());
-        inverse *= seen;
+        // With logits of -inf alone the sink has all the weight; without a sink that is 0 / 0, as in any softmax.
+        inverse = if partial.sum[row] == 0.0 { 0.0 } else { inverse * seen };
         lse = joined;
     }
     partial.acc[row * d..][..d].iter_mut().for_each(|v| *v *= inverse);

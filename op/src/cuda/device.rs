@@ -29,6 +29,8 @@ pub struct Device {
     /// CUDA 12.5 and up: a launch may say how multiprocessors divide their memory.
     pub gathers: bool,
     pub scratch: Scratch,
+    /// Places of tensors at addresses that the kernels cannot use.
+    pub staged: Scratch,
     /// By element type and head size.
     kernels: Mutex<BTreeMap<(&'static str, usize), Arc<Kernels>>>,
 }
@@ -87,6 +89,7 @@ impl Device {
             overlaps: capability >= (9, 0),
             gathers: driver >= 12050,
             scratch: Scratch::default(),
+            staged: Scratch::default(),
             kernels: Mutex::default(),
         })
     }

@@ -10,11 +10,12 @@ use retro_contract::{input, output};
 use super::call::{Attend, Call, Kernels, Score, Select, params};
 use super::device::Device;
 use super::launch::{Kernel, Stream};
-use super::params::MAX_RAGGED;
+use super::params::{MAX_RAGGED, Params};
 use super::scratch::lock;
+use super::staging::{Staging, Used, WRITTEN};
 use crate::contract::{Attributes, Dims, Phase};
 use crate::delegate::Delegate;
-use crate::host::{Context, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
+use crate::host::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
 use crate::ports::{self, Operands, STATE};
 
 /// Element types that have kernels.
@@ -205,14 +206,8 @@ impl<E: CudaElement> Operator for CudaOperator<E> {
     }
 }
 
-/// Address of a device tensor whose rows are read 16 bytes at a time.
-fn aligned(tensor: &Tensor, name: &str) -> Result<*mut c_void> {
-    let address = tensor.address()?;
-    require!(
-        address.addr().is_multiple_of(16),
-        "{name} lies at an address that is not a multiple of 16 bytes"
-    );
-    Ok(address)
+fn in_sixteens(address: *const c_void) -> bool {
+    address.addr().is_multiple_of(16)
 }
 
 impl CudaKernel {
@@ -237,10 +232,12 @@ impl CudaKernel {
         // SAFETY: these two inputs are declared to lie in host memory, and ORT does not write them while the kernel runs.
         let (retro, total) = unsafe {
             (
-                required(input::RETRO_LENGTH)?.slice::<i32>()?,
-                required(input::TOTAL_SEQUENCE_LENGTH)?.slice::<i32>()?[0],
+                Elements::of(&required(input::RETRO_LENGTH)?)?,
+                Elements::of(&required(input::TOTAL_SEQUENCE_LENGTH)?)?,
             )
         };
+        // SAFETY: as above.
+        let (retro, total) = unsafe { (retro.slice::<i32>()?, total.slice::<i32>()?[0]) };
         require!(
             total >= 1,
             "input total_sequence_length is {total}, expected at least 1"
@@ -267,34 +264,11 @@ impl CudaKernel {
             *r = given.max(0) as u8;
         }
 
-        let address = |slot: usize| tensors[slot].map_or(Ok(std::ptr::null_mut()), |t| t.address());
-        p.query = address(input::QUERY)?;
-        if dims.packed {
-            let size = size_of::<E>();
-            let behind = |heads: usize| p.query.cast::<u8>().wrapping_add(heads * d * size).cast();
-            p.key = behind(attributes.heads);
-            p.value = behind(attributes.heads + attributes.kv_heads);
-        } else {
-            p.key = address(input::KEY)?;
-            p.value = address(input::VALUE)?;
-        }
-        p.seqlens_k = address(input::SEQLENS_K)?;
-        p.page_budget = address(input::PAGE_BUDGET)?;
         p.budget_stride = i32::from(
             shapes[input::PAGE_BUDGET]
                 .as_ref()
                 .is_some_and(|s| *s == [dims.batch as i64]),
         );
-        if attributes.do_rotary {
-            p.cos = address(input::COS_CACHE)?;
-            p.sin = address(input::SIN_CACHE)?;
-        }
-        p.head_sink = address(input::HEAD_SINK)?;
-        let in_sixteens = |pointer: *const c_void| pointer.addr().is_multiple_of(16);
-        let rotates_halves = !attributes.rotary_interleaved && dims.rotary_half.is_multiple_of(8);
-        let octets = [p.query, p.key, p.value].into_iter().all(in_sixteens)
-            && (!attributes.do_rotary || (rotates_halves && in_sixteens(p.cos) && in_sixteens(p.sin)));
-        p.octets = i32::from(octets);
 
         // Everything that the host can see is checked: from here on outputs are written.
         self.device.make_current()?;
@@ -310,8 +284,11 @@ impl CudaKernel {
             *slot = context.output(present, shapes[past].as_deref().unwrap_or_default())?;
             stream.copy(slot, &required(past)?)?;
         }
-        p.output = aligned(&result, "output")?;
-        let state = |i: usize| aligned(&presents[i], input::NAMES[STATE[i].0]);
+        let staged = self.device.staged.of_stream(stream.raw.addr());
+        let staging = Staging::of(&self.used::<E>(&operands, result, presents), &staged, stream)?;
+        self.set_addresses::<E>(&mut p, &operands, &dims, &staging)?;
+        p.output = staging.address(&result)?;
+        let state = |i: usize| staging.address(&presents[i]);
         p.key_cache = state(0)?;
         p.value_cache = state(1)?;
         p.summary = state(2)?;
@@ -330,18 +307,85 @@ impl CudaKernel {
         };
         let buffer = self.device.scratch.of_stream(stream.raw.addr());
         if phase == Phase::Decode {
-            return call.decode(&mut p, &mut lock(&buffer));
+            call.decode(&mut p, &mut lock(&buffer))?;
+            return staging.write_back();
         }
+        // ORT's kernels read 16 bytes at a time, too.
+        let rows = [p.query, p.key, p.value, p.cos, p.sin];
+        let aligned = staging.is_empty() && rows.into_iter().all(in_sixteens);
         let delegate = self
             .delegate
             .as_ref()
-            .filter(|_| delegate_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
+            .filter(|_| aligned && delegate_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
         if let Some(delegate) = delegate {
             call.before_delegate(&p)?;
             let total = required(input::TOTAL_SEQUENCE_LENGTH)?;
             delegate.run(context, &operands, total, result, [presents[0], presents[1]])?;
         }
-        call.prefill(&mut p, &mut lock(&buffer), delegate.is_some())
+        call.prefill(&mut p, &mut lock(&buffer), delegate.is_some())?;
+        staging.write_back()
+    }
+
+    /// The tensors that the kernels read and write, and the addresses that they need.
+    fn used<E: CudaElement>(&self, operands: &Operands, result: Tensor, presents: [Tensor; STATE.len()]) -> Vec<Used> {
+        let read = |slot: usize, multiple: usize| {
+            operands.tensors[slot].map(|tensor| Used {
+                tensor,
+                multiple,
+                written: false,
+            })
+        };
+        let elements = [
+            input::QUERY,
+            input::KEY,
+            input::VALUE,
+            input::COS_CACHE,
+            input::SIN_CACHE,
+            input::HEAD_SINK,
+        ];
+        let elements = elements.iter().filter_map(|&slot| read(slot, size_of::<E>()));
+        let numbers = [input::SEQLENS_K, input::PAGE_BUDGET];
+        let numbers = numbers.iter().filter_map(|&slot| read(slot, size_of::<i32>()));
+        let written = [result].into_iter().chain(presents).map(|tensor| Used {
+            tensor,
+            multiple: WRITTEN,
+            written: true,
+        });
+        elements.chain(numbers).chain(written).collect()
+    }
+
+    /// Where the inputs that are no state are, and whether their rows can be read 16 bytes at a time.
+    fn set_addresses<E: CudaElement>(
+        &self,
+        p: &mut Params,
+        operands: &Operands,
+        dims: &Dims,
+        staging: &Staging<'_>,
+    ) -> Result<()> {
+        let (attributes, d) = (&self.attributes, dims.head_size);
+        let address = |slot: usize| operands.tensors[slot].map_or(Ok(std::ptr::null_mut()), |t| staging.address(&t));
+        p.query = address(input::QUERY)?;
+        if dims.packed {
+            let size = size_of::<E>();
+            let behind = |heads: usize| p.query.cast::<u8>().wrapping_add(heads * d * size).cast();
+            p.key = behind(attributes.heads);
+            p.value = behind(attributes.heads + attributes.kv_heads);
+        } else {
+            p.key = address(input::KEY)?;
+            p.value = address(input::VALUE)?;
+        }
+        p.seqlens_k = address(input::SEQLENS_K)?;
+        p.page_budget = address(input::PAGE_BUDGET)?;
+        if attributes.do_rotary {
+            p.cos = address(input::COS_CACHE)?;
+            p.sin = address(input::SIN_CACHE)?;
+        }
+        p.head_sink = address(input::HEAD_SINK)?;
+        let rotates_halves = !attributes.rotary_interleaved && dims.rotary_half.is_multiple_of(8);
+        let octets = [p.query, p.key, p.value].into_iter().all(in_sixteens)
+            && (!attributes.do_rotary || (rotates_halves && in_sixteens(p.cos) && in_sixteens(p.sin)));
+        p.octets = i32::from(octets);
+        Ok(())
     }
 }
 

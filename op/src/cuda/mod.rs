@@ -14,6 +14,7 @@ mod kernel;
 mod launch;
 mod params;
 mod scratch;
+mod staging;
 
 pub use kernel::{CudaElement, CudaKernel, CudaOperator};
 

@@ -11,6 +11,7 @@ use super::{Error, Result};
 
 static API: AtomicPtr<OrtApi> = AtomicPtr::new(ptr::null_mut());
 static API_VERSION: AtomicU32 = AtomicU32::new(0);
+static HOST_VERSION: AtomicU32 = AtomicU32::new(0);
 
 /// The oldest host on which the plugin is tested, as an API version (the minor version of ONNX Runtime).
 const MIN_API: u32 = 22;
@@ -24,6 +25,11 @@ pub(super) fn api() -> *const OrtApi {
 /// Version of the table in use: the host's or ours, whichever is older.
 pub(super) fn api_version() -> u32 {
     API_VERSION.load(Ordering::Acquire)
+}
+
+/// The host's own version: the minor version of ONNX Runtime 1.x.
+pub fn host_version() -> u32 {
+    HOST_VERSION.load(Ordering::Acquire)
 }
 
 /// Where the table of [`MIN_API`] ends: a slot from here on is not there in every host.
@@ -76,6 +82,7 @@ pub(super) unsafe fn negotiate(base: *const OrtApiBase) -> std::result::Result<(
     let table = unsafe { ((*base).GetApi)(version) };
     API.store(table.cast_mut(), Ordering::Release);
     API_VERSION.store(version, Ordering::Release);
+    HOST_VERSION.store(minor, Ordering::Release);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::ptr;
 use ort_sys::{OrtKernelInfo, OrtLoggingLevel};
 
 use super::api::{api, ort};
-use super::{Error, Result};
+use super::{Error, Result, Tensor};
 
 /// A node's kernel info, valid during kernel creation.
 pub struct Info(pub(super) *const OrtKernelInfo);
@@ -72,11 +72,45 @@ impl Info {
             bytes.as_mut_ptr().cast(),
             &mut len
         ))?;
-        let text = CStr::from_bytes_until_nul(&bytes)
-            .ok()
-            .and_then(|s| s.to_str().ok())
-            .ok_or_else(|| Error::invalid(format!("attribute {name} is not UTF-8 text")))?;
-        Ok(Some(text.to_owned()))
+        // The host's terminator.
+        bytes.pop();
+        if bytes.contains(&0) {
+            return Err(Error::invalid(format!(
+                "attribute {name} has a NUL byte inside its text"
+            )));
+        }
+        String::from_utf8(bytes)
+            .map(Some)
+            .map_err(|_| Error::invalid(format!("attribute {name} is not UTF-8 text")))
+    }
+
+    /// Whether the node has an attribute of this name, whatever its type. A host names no attributes: it can only be asked.
+    pub fn has_attribute(&self, name: &str) -> Result<bool> {
+        let c = c_name(name)?;
+        let mut v = 0;
+        match ort!(KernelInfoGetAttribute_int64(self.0, c.as_ptr(), &mut v)) {
+            Ok(()) => Ok(true),
+            Err(e) => Ok(!absent(&e)),
+        }
+    }
+
+    /// Input slots of the node.
+    pub fn input_count(&self) -> Result<usize> {
+        let mut count = 0;
+        ort!(KernelInfo_GetInputCount(self.0, &mut count))?;
+        Ok(count)
+    }
+
+    /// An input whose value is the same in every call, a weight; `None` for others. It lives as long as the kernel.
+    pub fn constant_input(&self, index: usize) -> Result<Option<Tensor>> {
+        let (mut constant, mut value) = (0, ptr::null());
+        ort!(KernelInfoGetConstantInput_tensor(
+            self.0,
+            index,
+            &mut constant,
+            &mut value
+        ))?;
+        Ok((constant != 0 && !value.is_null()).then_some(Tensor(value.cast_mut())))
     }
 
     /// Name of the node, for messages; empty when the model gives none.

@@ -9,6 +9,7 @@ mod shape;
 mod standalone;
 mod tensor;
 
+pub use api::host_version;
 pub use context::Context;
 pub use custom_op::{Operator, Port, Registry, register};
 pub(crate) use error::require;
@@ -17,7 +18,7 @@ pub use info::Info;
 pub use ort_sys::ONNXTensorElementDataType as DataType;
 pub use shape::ShapeContext;
 pub use standalone::{Attribute, Standalone};
-pub use tensor::{OwnedScalar, Plain, Tensor};
+pub use tensor::{Elements, OwnedScalar, Plain, Tensor};
 
 /// Entry for [`crate::RegisterCustomOps`]: takes the host's table, then runs `body`.
 ///

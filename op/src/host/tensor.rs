@@ -30,6 +30,15 @@ impl Plain for i32 {
     const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 }
 
+/// Size of an element.
+fn element_bytes(data_type: DataType) -> Result<usize> {
+    match data_type {
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 => Ok(4),
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 => Ok(2),
+        other => Err(Error::runtime(format!("a tensor of the operator holds {other:?}"))),
+    }
+}
+
 impl Tensor {
     pub fn shape(&self) -> Result<Vec<i64>> {
         self.with_info(|info| {
@@ -82,13 +91,7 @@ impl Tensor {
 
     /// Size of the data.
     pub fn bytes(&self) -> Result<usize> {
-        let element = self.data_type()?;
-        let size = match element {
-            DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 => 4,
-            DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 => 2,
-            other => return Err(Error::runtime(format!("a state tensor holds {other:?}"))),
-        };
-        Ok(self.elements()? * size)
+        Ok(self.elements()? * element_bytes(self.data_type()?)?)
     }
 
     fn elements(&self) -> Result<usize> {
@@ -96,48 +99,116 @@ impl Tensor {
         let count = self.shape()?.iter().try_fold(1, product);
         count.ok_or_else(|| Error::invalid("a tensor's shape overflows"))
     }
+}
 
-    /// Address and element count, after checking the element type and that the memory is there.
-    fn raw<T: Plain>(&self) -> Result<(*mut T, usize)> {
-        let got = self.data_type()?;
-        if got != T::DATA_TYPE {
+/// The data of a CPU tensor for one call, or for as long as a constant lives: the host's own memory, or a copy where that lies
+/// at an address that its elements cannot be used at. A host may hand over memory at any address, as ONNX Runtime does with
+/// weights that it maps from a file.
+pub struct Elements {
+    data_type: DataType,
+    len: usize,
+    /// Where the host has the data.
+    address: *mut c_void,
+    /// In words that every element type can be read from.
+    copy: Option<Vec<u64>>,
+}
+
+// SAFETY: the pointer is the host's, which hands tensors to any thread; what is done with their memory is up to the callers of
+// the unsafe functions.
+unsafe impl Send for Elements {}
+// SAFETY: as above.
+unsafe impl Sync for Elements {}
+
+impl Elements {
+    /// # Safety
+    /// The tensor lives on the CPU, for as long as this does, and nothing writes to its memory meanwhile.
+    pub unsafe fn of(tensor: &Tensor) -> Result<Self> {
+        let (data_type, len, address) = (tensor.data_type()?, tensor.elements()?, tensor.address()?);
+        if len > 0 && address.is_null() {
+            return Err(Error::runtime("a tensor's memory is null"));
+        }
+        let mut all = Self {
+            data_type,
+            len,
+            address,
+            copy: None,
+        };
+        let size = element_bytes(data_type)?;
+        if len > 0 && !address.addr().is_multiple_of(size) {
+            let mut words = vec![0u64; (len * size).div_ceil(size_of::<u64>())];
+            // SAFETY: the tensor has `len * size` bytes at `address`, and the words have as many.
+            unsafe { ptr::copy_nonoverlapping(address.cast::<u8>(), words.as_mut_ptr().cast(), len * size) };
+            all.copy = Some(words);
+        }
+        Ok(all)
+    }
+
+    /// Whether the host's memory is misaligned.
+    pub fn is_copy(&self) -> bool {
+        self.copy.is_some()
+    }
+
+    /// Whether this is the data of a tensor.
+    pub fn is_of(&self, tensor: &Tensor) -> Result<bool> {
+        Ok(self.address == tensor.address()? && self.len == tensor.elements()?)
+    }
+
+    fn check_type<T: Plain>(&self) -> Result<()> {
+        if self.data_type != T::DATA_TYPE {
             return Err(Error::invalid(format!(
-                "a tensor holds {got:?}, expected {:?}",
+                "a tensor holds {:?}, expected {:?}",
+                self.data_type,
                 T::DATA_TYPE
             )));
         }
-        let len = self.elements()?;
-        let p = self.address()?.cast::<T>();
-        if len > 0 && (p.is_null() || !p.is_aligned()) {
-            return Err(Error::runtime("a tensor's memory is null or misaligned"));
-        }
-        Ok((p, len))
+        Ok(())
     }
 
     /// The elements.
     ///
     /// # Safety
-    /// The tensor lives on the CPU and nothing writes to its memory while the slice is in use.
-    pub unsafe fn slice<'a, T: Plain>(&self) -> Result<&'a [T]> {
-        let (p, len) = self.raw()?;
-        if len == 0 {
+    /// Nothing writes to the tensor's memory while the slice is in use.
+    pub unsafe fn slice<T: Plain>(&self) -> Result<&[T]> {
+        self.check_type::<T>()?;
+        if self.len == 0 {
             return Ok(&[]);
         }
-        // SAFETY: `raw` checked type, length and alignment; the rest is the caller's promise.
-        Ok(unsafe { std::slice::from_raw_parts(p, len) })
+        let data = self
+            .copy
+            .as_ref()
+            .map_or(self.address.cast_const().cast(), |c| c.as_ptr().cast());
+        // SAFETY: `len` elements, as `of` found; a tensor at a misaligned address has a copy; the rest is the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts(data, self.len) })
     }
 
-    /// The elements, mutable.
+    /// The elements, mutable. What is written to a copy reaches the tensor by [`Self::write_back`].
     ///
     /// # Safety
-    /// The tensor lives on the CPU and nothing else reads or writes its memory while the slice is in use.
-    pub unsafe fn slice_mut<'a, T: Plain>(&self) -> Result<&'a mut [T]> {
-        let (p, len) = self.raw()?;
-        if len == 0 {
+    /// Nothing else reads or writes the tensor's memory while the slice is in use.
+    pub unsafe fn slice_mut<T: Plain>(&mut self) -> Result<&mut [T]> {
+        self.check_type::<T>()?;
+        if self.len == 0 {
             return Ok(&mut []);
         }
-        // SAFETY: `raw` checked type, length and alignment; the rest is the caller's promise.
-        Ok(unsafe { std::slice::from_raw_parts_mut(p, len) })
+        let data = self
+            .copy
+            .as_mut()
+            .map_or(self.address.cast(), |c| c.as_mut_ptr().cast());
+        // SAFETY: as in `slice`.
+        Ok(unsafe { std::slice::from_raw_parts_mut(data, self.len) })
+    }
+
+    /// Hands what was written over to the tensor.
+    ///
+    /// # Safety
+    /// The tensor is an output, and nothing else reads or writes its memory meanwhile.
+    pub unsafe fn write_back(&self) -> Result<()> {
+        if let Some(copy) = &self.copy {
+            let bytes = self.len * element_bytes(self.data_type)?;
+            // SAFETY: both have as many bytes.
+            unsafe { ptr::copy_nonoverlapping(copy.as_ptr().cast::<u8>(), self.address.cast(), bytes) };
+        }
+        Ok(())
     }
 }
 

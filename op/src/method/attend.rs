@@ -7,7 +7,7 @@ use crate::simd::{Isa, Simd, dispatched, exp};
 /// Softmax attention over the tokens seen so far, for a block of rows. Row `i` is query head `i % group` of token
 /// `i / group`; tokens stand at consecutive positions.
 pub struct Partial<'a> {
-    /// Running maximum of the logits, `rows`.
+    /// Running maximum of the logits, `rows`: -inf before a row has seen any token, at least `f32::MIN` from then on.
     pub max: &'a mut [f32],
     /// Sum of e^(logit - max), `rows`.
     pub sum: &'a mut [f32],
@@ -23,7 +23,12 @@ impl Partial<'_> {
         self.acc.fill(0.0);
     }
 
-    /// Log-sum-exp of a row; -inf when it has seen nothing.
+    /// Whether a row has seen any token.
+    pub fn has_seen(&self, row: usize) -> bool {
+        self.max[row] > f32::NEG_INFINITY
+    }
+
+    /// Log-sum-exp of a row; -inf when it has seen nothing, or logits of -inf alone.
     pub fn lse(&self, row: usize) -> f32 {
         if self.sum[row] == 0.0 {
             f32::NEG_INFINITY
@@ -192,20 +197,20 @@ impl<E: Element> Tile<'_, E> {
             let mut sums = [S::splat(0.0); ROWS];
             for r in 0..R {
                 let line = &mut logits[r * STRIDE..][..padded];
-                let seen = low[r].clamp(start, end) - start..high[r].clamp(start, end) - start;
-                line[..seen.start].fill(f32::NEG_INFINITY);
-                line[seen.end.max(seen.start)..].fill(f32::NEG_INFINITY);
-                // A NaN is never the largest; its weight is NaN, and so is the sum.
-                let mut top = S::splat(f32::NEG_INFINITY);
+                if low[r] >= high[r] {
+                    line.fill(0.0);
+                    continue;
+                }
+                line[..low[r] - start].fill(f32::NEG_INFINITY);
+                line[high[r] - start..].fill(f32::NEG_INFINITY);
+                // A NaN is never the largest; its weight is NaN, and so is the sum. Where every logit is NaN or -inf the finite
+                // maximum keeps the NaNs and gives -inf the weight 0.
+                let mut top = S::splat(f32::MIN);
                 for at in (0..padded).step_by(S::LANES) {
                     top = S::max(S::load(line.as_ptr().add(at)), top);
                 }
                 let (old, top) = (partial.max[row + r], S::largest(top));
                 let new = if top > old { top } else { old };
-                if new == f32::NEG_INFINITY {
-                    line.fill(0.0);
-                    continue;
-                }
                 if new > old {
                     shrink[r] = (old - new).exp();
                     partial.max[row + r] = new;

@@ -69,6 +69,9 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn log_sum_exp(scores: &[f64]) -> f64 {
+    if scores.iter().any(|s| s.is_nan()) {
+        return f64::NAN;
+    }
     let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if top == f64::NEG_INFINITY {
         return top;
@@ -116,6 +119,13 @@ impl Oracle {
 
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()
+    }
+
+    /// Forgets all but the first `len` tokens, as a host that rewinds does: it says nothing but a shorter length.
+    pub fn truncate(&mut self, len: usize) {
+        self.keys.truncate(len);
+        self.values.truncate(len);
+        self.cache.retain(|&position, _| position < len);
     }
 
     fn write(&mut self, first: usize, rows: &Rows) {
@@ -322,6 +332,10 @@ impl Oracle {
         let t = self.len();
         let first = t - retro;
         self.write(first, rows);
+        // What only tokens that were taken back again have loaded counts as loaded just before the rows fed now.
+        for step in self.page_steps.iter_mut().flatten().filter(|step| **step >= t as i64) {
+            *step = first as i64 - 1;
+        }
         // The decimal that the attribute was written as, not the float's own value.
         let budget =
             budget.unwrap_or_else(|| budget_pages(attrs.budget_ratio, attrs.budget_min_pages, t + 1, attrs.page_size));

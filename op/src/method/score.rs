@@ -209,8 +209,8 @@ unsafe fn group_body<S: Simd>(
     scores.copy_from_slice(&heads[..count]);
     for head in heads.chunks_exact(count).skip(1) {
         for (best, &s) in scores.iter_mut().zip(head) {
-            // A NaN never replaces a number.
-            *best = if s > *best || best.is_nan() { s } else { *best };
+            // A NaN stays.
+            *best = if s > *best || s.is_nan() { s } else { *best };
         }
     }
     if scoring.group_score == GroupScore::Softmax {
@@ -218,16 +218,14 @@ unsafe fn group_body<S: Simd>(
         unsafe { add_spread::<S>(heads, scores) };
     }
     for score in scores.iter_mut() {
-        // A NaN (a broken model) ranks last; adding 0 turns -0 into 0, so that the two tie.
-        *score = if score.is_nan() {
-            f32::NEG_INFINITY
-        } else {
-            *score + 0.0
-        };
+        // A page that cannot be scored (a NaN among its keys, or a number beyond f32's range) is read first, so that what is wrong
+        // with it shows, as with dense attention. Adding 0 turns -0 into 0, so that the two tie.
+        *score = if score.is_nan() { f32::INFINITY } else { *score + 0.0 };
     }
 }
 
-/// The logarithm of the sum of e^s.
+/// The logarithm of the sum of e^s over the numbers among the values: a page that cannot be scored leaves the others' shares
+/// alone. 0 where all are -inf or NaN.
 ///
 /// # Safety
 /// The machine has the instruction set.
@@ -235,18 +233,24 @@ unsafe fn group_body<S: Simd>(
 unsafe fn log_sum_exp<S: Simd>(values: &[f32]) -> f32 {
     let top = values.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
     if top == f32::NEG_INFINITY {
+        return 0.0;
+    }
+    if top == f32::INFINITY {
         return top;
     }
     // SAFETY: chunks have LANES elements, the padded one too.
     unsafe {
-        let (shift, mut sum) = (S::splat(top), S::splat(0.0));
+        let (shift, lowest, mut sum) = (S::splat(top), S::splat(f32::NEG_INFINITY), S::splat(0.0));
         let chunks = values.chunks_exact(S::LANES);
         let mut rest = [f32::NEG_INFINITY; 16];
         rest[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
         for chunk in chunks {
-            sum = S::add(sum, exp::<S>(S::sub(S::load(chunk.as_ptr()), shift)));
+            // -inf where there is a NaN.
+            let numbers = S::max(S::load(chunk.as_ptr()), lowest);
+            sum = S::add(sum, exp::<S>(S::sub(numbers, shift)));
         }
-        sum = S::add(sum, exp::<S>(S::sub(S::load(rest.as_ptr()), shift)));
+        let numbers = S::max(S::load(rest.as_ptr()), lowest);
+        sum = S::add(sum, exp::<S>(S::sub(numbers, shift)));
         let zero = S::splat(0.0);
         top + S::sums([sum, zero, zero, zero])[0].ln()
     }

@@ -201,9 +201,30 @@ mod tests {
         // Every score is 0, some of them -0.
         let zero = flat(&[[0., 0.], [-0., 0.], [0., -0.], [0., 0.]]);
         assert_eq!(pick(&s, &[-1.0, 1.0], &zero, 0, 3), [0, 1, 3]);
-        // A NaN ranks last instead of winning.
-        let nan = flat(&[[0., 0.], [f32::NAN, 0.], [-9., 0.], [0., 0.]]);
-        assert_eq!(pick(&s, &[1.0, 0.0], &nan, 1, 3), [0, 2, 3]);
+    }
+
+    /// A page whose score is NaN is read before any other, whatever the selector and the number of heads, and the others keep their order.
+    #[test]
+    fn pages_that_cannot_be_scored_come_first() {
+        for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
+            for group_score in [GroupScore::Max, GroupScore::Softmax] {
+                let s = scoring(selector, group_score);
+                for broken in [f32::NAN, f32::INFINITY] {
+                    // Infinite times 0 is NaN too.
+                    let mut summary = flat(&[[0., 0.], [5., 0.], [-9., broken], [1., 0.], [4., 0.], [0., 0.]]);
+                    // No spread.
+                    if selector != Selector::Bounds {
+                        summary.chunks_exact_mut(4).for_each(|page| page[2..].fill(0.0));
+                    }
+                    let what = format!("{selector} {group_score} {broken}");
+                    for query in [&[1.0, 0.0][..], &[1.0, 0.0, 0.5, 0.0]] {
+                        assert_eq!(pick(&s, query, &summary, 1, 3), [0, 2, 5], "{what}");
+                        assert_eq!(pick(&s, query, &summary, 1, 4), [0, 1, 2, 5], "{what}");
+                        assert_eq!(pick(&s, query, &summary, 1, 5), [0, 1, 2, 4, 5], "{what}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -21,10 +21,20 @@ pub fn summarize<E: Element>(selector: Selector, rows: &[E], summary: &mut [E], 
         Selector::Bounds => {
             a.copy_from_slice(first);
             b.copy_from_slice(first);
+            let (sums, _) = direction.split_at_mut(d);
+            sums.copy_from_slice(first);
             for row in others.chunks_exact(d) {
-                for ((lo, hi), &x) in a.iter_mut().zip(b.iter_mut()).zip(row) {
-                    *lo = lo.min(x);
-                    *hi = hi.max(x);
+                let bounds = a.iter_mut().zip(b.iter_mut()).zip(sums.iter_mut());
+                for (((lo, hi), sum), &x) in bounds.zip(row) {
+                    *lo = if x < *lo { x } else { *lo };
+                    *hi = if x > *hi { x } else { *hi };
+                    *sum += x;
+                }
+            }
+            // A NaN among the keys makes both bounds NaN, and so the page's score. Comparisons pass over it, sums do not.
+            for (i, _) in sums.iter().enumerate().filter(|(_, sum)| sum.is_nan()) {
+                if rows[i..].iter().step_by(d).any(|x| x.is_nan()) {
+                    (a[i], b[i]) = (f32::NAN, f32::NAN);
                 }
             }
         }
@@ -123,6 +133,16 @@ mod tests {
         );
         summarize(Selector::Moments, &rows[..2], &mut s, &mut scratch);
         assert_eq!(s, [1.0, -2.0, 0.0, 0.0]);
+        // A NaN in any row shows in its element.
+        for at in [0, 2, 4] {
+            let mut rows = rows;
+            rows[at] = f32::NAN;
+            summarize(Selector::Bounds, &rows, &mut s, &mut scratch);
+            assert!(
+                s[0].is_nan() && s[2].is_nan() && s[1] == -2.0 && s[3] == 5.0,
+                "row {at}: {s:?}"
+            );
+        }
     }
 
     #[test]

@@ -373,7 +373,7 @@ fn one_token_is_quest_for_every_window<E: Element>(shape: &Shape, prompt: usize,
     Ok(())
 }
 
-/// After truncation by the method's rule, decoding goes on as if the later tokens had never been.
+/// After a rewind, of which the operator learns nothing but a shorter length, decoding goes on as if the later tokens had never been.
 fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize, keep: usize, seed: u64) -> Check {
     let a = &shape.attributes;
     let end = prompt + steps;
@@ -384,18 +384,14 @@ fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize, ke
         let r = (a.window - 1).min(t - prompt);
         fixed.run(&mut bed, t - r, t + 1, Phase::Decode, None)?;
     }
-    // The rule: A[j] = min(A[j], len - 1), -1 for pages without a token. The operator recomputes the summary of the page
-    // that the next token falls into; a page that ends at `keep` is complete, as is its summary.
+    // The operator recomputes the summary of the page that the next token falls into; a page that ends at `keep` is complete, as is its
+    // summary. The rule for page steps: A[j] = min(A[j], len - 1).
     let keep = 1 + keep % (end - 1);
-    for steps in bed.steps.chunks_exact_mut(bed.pages) {
-        for (page, step) in steps.iter_mut().enumerate() {
-            *step = if page * a.page_size < keep {
-                (*step).min(keep as i32 - 1)
-            } else {
-                -1
-            };
-        }
-    }
+    let ruled: Vec<Vec<i32>> = bed
+        .page_steps(0, keep)
+        .iter()
+        .map(|head| head.iter().map(|&step| step.min(keep as i32 - 1)).collect())
+        .collect();
     let mut fresh = Bed::<E>::new(shape, 1, end);
     fixed.run(&mut fresh, 0, keep, Phase::Prefill, None)?;
     let other = Fixed::new::<E>(shape, !seed, end);
@@ -408,6 +404,99 @@ fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize, ke
             "t = {}",
             t
         );
+        if t == keep && a.mode != Mode::Dense {
+            for (got, ruled) in bed.page_steps(0, keep).iter().zip(&ruled) {
+                for (got, ruled) in got.iter().zip(ruled) {
+                    prop_assert!(
+                        got == ruled || *got == keep as i32,
+                        "page steps after a rewind to {}",
+                        keep
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rewinds of a ragged batch between its other calls: everything is the oracle's.
+fn rewinds_agree_with_the_oracle<E: Element>(shape: &Shape, history: &History, backs: &[usize]) -> Check {
+    let a = &shape.attributes;
+    let batch = history.firsts.len();
+    let mut bed = Bed::<E>::new(shape, batch, history.capacity() + 3);
+    bed.threads = [1, 2, 24][(history.seed % 3) as usize];
+    let sinks = bed.sinks();
+    let mut oracles: Vec<Oracle> = (0..batch)
+        .map(|_| Oracle::new(a, shape.head_size, sinks.as_deref()))
+        .collect();
+    let mut random = Random(history.seed);
+    let mut lens = vec![0; batch];
+    let mut most = vec![0; batch];
+    let mut calls: Vec<Option<&Next>> = vec![None];
+    calls.extend(history.calls.iter().map(Some));
+    for (number, next) in calls.into_iter().enumerate() {
+        // One sequence after another, so that some go on while others go back.
+        let (b, back) = (number % batch, backs[number % backs.len()]);
+        if back > 0 && back < lens[b] {
+            lens[b] -= back;
+            most[b] = 0;
+            oracles[b].truncate(lens[b]);
+        }
+        let (phase, counts, budget) = match next {
+            None => (Phase::Prefill, history.firsts.clone(), None),
+            Some(Next::Chunk(n)) => (Phase::Prefill, vec![*n; batch], None),
+            Some(Next::Step { budget, .. }) => {
+                let counts = (0..batch).map(|b| most[b].min(a.window - 1).min(lens[b]) + 1).collect();
+                (Phase::Decode, counts, budget.clone())
+            }
+        };
+        for b in 0..batch {
+            most[b] = if phase == Phase::Decode { counts[b] } else { 0 };
+            lens[b] += if phase == Phase::Decode { 1 } else { counts[b] };
+        }
+        let rows: Vec<Rows> = counts
+            .iter()
+            .map(|&n| random.rows::<E>(a, shape.head_size, n))
+            .collect();
+        let got = run(
+            &mut bed,
+            &Feed {
+                rows: &rows,
+                lens: &lens,
+                phase,
+                budget: budget.as_deref(),
+            },
+        )?;
+        for b in 0..batch {
+            let turned = bed.rotated(&rows[b], lens[b]);
+            let want = match phase {
+                Phase::Prefill => oracles[b].prefill(&turned),
+                Phase::Decode => {
+                    let asked = budget.as_ref().map_or(0, |v| v[b % v.len()]);
+                    let stepped = oracles[b].step(&turned, (asked > 0).then_some(asked as usize));
+                    // What is chosen within rounding of a tie is anyone's.
+                    if stepped.margin < 1e-4 {
+                        return Ok(());
+                    }
+                    stepped.output
+                }
+            };
+            close(
+                &format!("call {number}, sequence {b}"),
+                &got[b],
+                &want,
+                output_tolerance::<E>(),
+            )?;
+            if a.mode != Mode::Dense {
+                prop_assert_eq!(
+                    bed.page_steps(b, lens[b]),
+                    oracles[b].page_steps(),
+                    "call {}, sequence {}",
+                    number,
+                    b
+                );
+            }
+        }
     }
     Ok(())
 }
@@ -456,8 +545,14 @@ proptest! {
     }
 
     #[test]
-    fn truncation(shape in shape(), prompt in 1usize..120, steps in 1usize..20, keep: usize, seed: u64) {
-        truncation_forgets::<f32>(&shape, prompt, steps, keep, seed)?;
+    fn truncation(shape in shape(), mode in mode(), prompt in 1usize..120, steps in 1usize..20, keep: usize, seed: u64, half in any::<bool>()) {
+        let shape = with_mode(shape, mode);
+        if half { truncation_forgets::<f16>(&shape, prompt, steps, keep, seed)? } else { truncation_forgets::<f32>(&shape, prompt, steps, keep, seed)? }
+    }
+
+    #[test]
+    fn rewinds(shape in shape(), mode in mode(), history in history(3), backs in prop::collection::vec(prop_oneof![2 => Just(0usize), 1 => 1usize..30], 1..6)) {
+        rewinds_agree_with_the_oracle::<f32>(&with_mode(shape, mode), &history, &backs)?;
     }
 }
 

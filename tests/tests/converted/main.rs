@@ -6,6 +6,7 @@ mod feeds;
 mod generated;
 mod model;
 mod padding;
+mod rewind;
 mod structure;
 mod variants;
 mod verify;

@@ -327,7 +327,7 @@ fn dense_nodes_follow_group_query_attention() {
     }
 }
 
-/// A broken model shows, as with dense attention: what a NaN or an infinite key touches is NaN, not some finite number.
+/// A broken model shows, as with dense attention (more in broken.rs): what a NaN or an infinite key touches is NaN, not some finite number.
 #[test]
 fn broken_keys_are_not_hidden() {
     for broken in [f32::NAN, f32::INFINITY] {

@@ -80,6 +80,36 @@ fn unknown_choices() {
     refuse_value(AttributeProto::string("mode", ""), &["retro", "dense", "streaming"]);
 }
 
+/// Text with a NUL inside is not what stands before the NUL.
+#[test]
+fn text_with_a_nul() {
+    for (name, text) in [
+        ("selector", "moments\0"),
+        ("selector", "bounds\0x"),
+        ("group_score", "softmax\0max"),
+        ("mode", "dense\0"),
+        ("mode", "\0"),
+    ] {
+        refuse_value(AttributeProto::string(name, text), &["NUL"]);
+    }
+}
+
+/// Attributes that the operator does not have: of operators that it stands in for, and slips of its own. Whatever their type.
+#[test]
+fn attributes_of_other_operators_and_slips() {
+    for attribute in [
+        AttributeProto::int("smooth_softmax", 1),
+        AttributeProto::int("is_causal", 1),
+        AttributeProto::float("mask_filter_value", -1e4),
+        AttributeProto::int("sliding_window", 32),
+        AttributeProto::string("page_sizes", "16"),
+        AttributeProto::int("widnow", 4),
+        AttributeProto::int("sinkPages", 4),
+    ] {
+        refuse_value(attribute, &["is not one of RetroAttention's", "num_heads", "mode"]);
+    }
+}
+
 #[test]
 fn required_attributes() {
     for name in ["num_heads", "kv_num_heads"] {

@@ -35,8 +35,12 @@ struct Groups {
     while (!asked) asked = ask(group);
     return asked - 1;
   }
-  // The least position of a query that may take the page.
-  DEVICE int from(int page) const { return steps ? max(min(steps[page], newest - 1) + 1, 0) : 0; }
+  // The least position of a query that may take the page: the first behind the step that loaded it. A page step at or behind the newest
+  // position is left over from tokens that a rewind took back: every query may.
+  DEVICE int from(int page) const {
+    const int step = steps ? steps[page] : -1;
+    return step < newest ? max(step + 1, 0) : 0;
+  }
 };
 DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, int size, int b, int pair) {
   Groups g = {};
@@ -106,8 +110,11 @@ DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, i
 #pragma unroll
     for (int w = 0; w < PARTS; w++) m = fmaxf(m, block.stats[w][n][0]);
 #pragma unroll
-    for (int w = 0; w < PARTS; w++)
-      if (block.stats[w][n][0] != NEG_INF) sum += block.stats[w][n][1] * exp2_fast(block.stats[w][n][0] - m);
+    for (int w = 0; w < PARTS; w++) {
+      const float of = block.stats[w][n][1];
+      // Without a largest logit it is 0, or NaN if all were, which must not be lost.
+      sum += block.stats[w][n][0] == NEG_INF ? of : of * exp2_fast(block.stats[w][n][0] - m);
+    }
     float4 o = {};
 #pragma unroll
     for (int w = 0; w < PARTS; w++) {

@@ -70,6 +70,7 @@ constexpr int MAX_RAGGED = 512;
 constexpr int MAX_HEAD_SIZE = 256, MAX_PAGE_SIZE = 128;
 // NVRTC has no constant for it.
 #define NEG_INF __uint_as_float(0xff800000u)
+#define NOT_A_NUMBER __uint_as_float(0x7fffffffu)
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -353,7 +354,7 @@ DEVICE void wait_for_copies(int left) {
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN (a broken model) ranks as -inf.
+// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN ranks as -inf; scores are none (or_first).
 DEVICE u32 ordered(float x) {
   if (!(x == x)) x = NEG_INF;
   const u32 bits = __float_as_uint(x);
@@ -387,6 +388,21 @@ DEVICE float warp_sum(float x) {
   for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);
   return x;
 }
+
+// The lesser and the larger; NaN where one is.
+DEVICE float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+DEVICE float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+// A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is read first,
+// so that what is wrong with it shows, as with dense attention.
+DEVICE float or_first(float score) { return score == score ? score : -NEG_INF; }
 
 // A largest value and the sum of e^(x - largest), joined with another such pair.
 DEVICE float2 joined_sums(float2 a, float2 b) {

@@ -21,7 +21,8 @@ template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head,
 }
 
 // A of every page that a step loaded becomes its newest position; a dense layer has seen every page. The list of those that were
-// chosen is cleared.
+// chosen is cleared. A at or behind the newest position is left over from tokens that a rewind took back: the page counts as loaded just
+// before the rows that the step feeds (docs/method.md, Truncation).
 DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   constexpr int AT_ONCE = 8;
   const int pair = b * p.kv_heads + kv_head, newest = s.len - 1;
@@ -29,6 +30,11 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   int* const steps = p.page_steps + size_t(pair) * p.cache_pages;
   int* const list = p.pages + size_t(pair) * p.max_pages;
   const int count = chooses(p, all) ? listed_pages(p, all) : 0;
+  // While the attention runs, for which both numbers mean the same (Groups::from).
+#pragma unroll 4
+  for (int page = threadIdx.x; page < all.pages; page += MERGE_THREADS)
+    if (steps[page] >= newest) steps[page] = s.first - 1;
+  __syncthreads();
   wait_for_previous();
   let_next_start();
   if (threadIdx.x == 0) p.progress[pair] = 0;
@@ -65,7 +71,7 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     const int dead = s.valid ? s.skipped : p.tokens;
 #pragma unroll 1
     for (int row = blockIdx.z * MERGE_WARPS + warp; row < dead; row += gridDim.z * MERGE_WARPS)
-      fill_row<T>(p, b, row, head, s.valid ? 0.f : __uint_as_float(0x7fffffffu));
+      fill_row<T>(p, b, row, head, s.valid ? 0.f : NOT_A_NUMBER);
   }
   // The end of this kernel is the end of the step.
   if (!s.valid || !p.part_outputs) return wait_for_previous();
@@ -118,15 +124,16 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     for (int i = lane; i < p.splits; i += 32) {
       const float2 of_split = *reinterpret_cast<const float2*>(p.part_stats + (part + size_t(i) * p.rows) * 2);
       const float top = fmaxf(m, of_split.x);
-      if (top != NEG_INF) {
-        sum = sum * exp2_fast(m - top) + of_split.y * exp2_fast(of_split.x - top);
-        m = top;
-      }
+      // Without a largest logit the sum is 0, or NaN if all were, which must not be lost.
+      if (top == NEG_INF)
+        sum += of_split.y;
+      else
+        sum = sum * (m == NEG_INF ? 1.f : exp2_fast(m - top)) + of_split.y * (of_split.x == NEG_INF ? 1.f : exp2_fast(of_split.x - top)), m = top;
       weights[warp][i] = of_split.x;
     }
     const float mine = m;
     m = warp_max(m);
-    sum = warp_sum(mine == NEG_INF ? 0.f : sum * exp2_fast(mine - m));
+    sum = warp_sum(mine == NEG_INF ? sum : sum * exp2_fast(mine - m));
     // A lane's own logits become weights.
 #pragma unroll 1
     for (int i = lane; i < p.splits; i += 32) weights[warp][i] = m == NEG_INF ? 0.f : exp2_fast(weights[warp][i] - m);

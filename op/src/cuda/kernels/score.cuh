@@ -39,9 +39,9 @@ DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head,
 template <bool MOMENT> DEVICE float head_score(const Params& p, float first, float second, float line, float log_count) {
   if (!is_bounds<MOMENT>(p)) {
     if (p.selector == SIGNED_MOMENTS) second = p.correlation * line * line + (1.f - p.correlation) * second;
-    return p.scale * (first + p.lambda * sqrt_fast(second)) + log_count;
+    return or_first(p.scale * (first + p.lambda * sqrt_fast(second)) + log_count);
   }
-  return p.group_score == SOFTMAX ? p.scale * (first + second) : first + second;
+  return or_first(p.group_score == SOFTMAX ? p.scale * (first + second) : first + second);
 }
 
 // The inputs are there; the next kernels read them, and so may start no earlier.

@@ -72,6 +72,9 @@ DEVICE u32 sum_upto(u32 x) {
   return x;
 }
 
+// The log-sum-exp (base 2) of scores with this largest one and sum. An infinite one is all of it.
+DEVICE float lse_of(float most, float sum) { return most == -NEG_INF ? most : most + log2_fast(sum); }
+
 // Joined over a warp: the largest first, so that a lane needs one exponential.
 DEVICE float2 warp_sums(float2 a) {
   const float top = warp_max(a.x);
@@ -99,7 +102,7 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
     }
     sums = warp_sums(sums);
     least = warp_min(least);
-    const float most = sums.x * LOG2E, lse = most + log2_fast(sums.y);
+    const float most = sums.x * LOG2E, lse = lse_of(most, sums.y);
     if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
   }
   __syncthreads();
@@ -119,7 +122,7 @@ RARE void page_lse(const Params& p, const float* scores, int from, int pages, Se
     __syncthreads();
     if (warp == 0) {
       sums = warp_sums(lane < SELECT_WARPS ? sh.part[lane] : float2{NEG_INF, 0.f});
-      if (lane == 0) sh.lse[h] = sums.x * LOG2E + log2_fast(sums.y);
+      if (lane == 0) sh.lse[h] = lse_of(sums.x * LOG2E, sums.y);
     }
     __syncthreads();
   }
@@ -186,7 +189,7 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
     }
 #pragma unroll
     for (int i = 0; i < JOINED_AT_ONCE; i++)
-      if (page + i * SELECT_THREADS < count) joined[page + i * SELECT_THREADS] = top[i] + log2_fast(sum[i]) + 0.f;
+      if (page + i * SELECT_THREADS < count) joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
   }
   __syncthreads();
 }

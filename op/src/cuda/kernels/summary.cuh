@@ -126,7 +126,8 @@ DEVICE void summarize(const Params& p, int pair, int page, int rows, const T* ke
 #pragma unroll 4
       for (int r = 1; r < rows; r++) {
         const float x = widen(keys[size_t(r) * d + c]);
-        a = fminf(a, x), b = fmaxf(b, x);
+        // A NaN stays: the page's score becomes NaN too.
+        a = min_or_nan(a, x), b = max_or_nan(b, x);
       }
     } else {
       float square = 0.f;
@@ -289,7 +290,7 @@ template <class T, int PARTS, int KEPT> DEVICE void summarize_by_warp(const Para
     for (int r = 1; r < rows; r++) {
       Columns<PARTS> row;
       row.load(keys + size_t(r) * d, d);
-      Columns<PARTS>::each([&](int k, int e) { a.x[k][e] = fminf(a.x[k][e], row.x[k][e]), b.x[k][e] = fmaxf(b.x[k][e], row.x[k][e]); });
+      Columns<PARTS>::each([&](int k, int e) { a.x[k][e] = min_or_nan(a.x[k][e], row.x[k][e]), b.x[k][e] = max_or_nan(b.x[k][e], row.x[k][e]); });
     }
   } else {
     const Deviations<T, PARTS, KEPT> deviations(keys, d, rows);
