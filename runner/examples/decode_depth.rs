@@ -10,9 +10,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use retro_run::{
     Device, Model, OpenOptions, Runtime,
-    generate::Policy,
-    named::NamedModel,
-    pretend::decode_at,
+    bench::synthetic_cache::decode_at,
+    decoder::generate::Policy,
+    model_spec::NamedModel,
     runtime::{check_threads, find_plugin},
 };
 

@@ -5,5 +5,5 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { retro_run::disable_telemetry() };
-    retro_run::commands::main()
+    retro_run::cli::main()
 }

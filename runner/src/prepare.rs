@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::model::is_weights_folder;
+use crate::model_folder::is_weights_folder;
 
 /// The folder to open for what the user named: itself if it has a graph, else one built from its weights, converted for
 /// windows up to `window` when `convert` says so (the plugin is there). `say` gets a line for people when something is made.

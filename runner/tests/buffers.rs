@@ -3,7 +3,11 @@
 
 use std::path::Path;
 
-use retro_run::{Model, OpenOptions, Runtime, batch::Prefilled, generate::Policy, runtime::find_plugin};
+use retro_run::{
+    Model, OpenOptions, Runtime,
+    decoder::{batch::Prefilled, generate::Policy},
+    runtime::find_plugin,
+};
 
 #[test]
 fn fixed_buffers_change_nothing() {

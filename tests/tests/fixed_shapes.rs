@@ -3,7 +3,10 @@
 use std::{fs, path::Path};
 
 use retro_export::{onnx::DataType, onnx::GraphProto};
-use retro_run::{Model, OpenOptions, Runtime, batch::Prefilled, generate::Policy};
+use retro_run::{
+    Model, OpenOptions, Runtime,
+    decoder::{batch::Prefilled, generate::Policy},
+};
 use retro_tests::{paths, zoo};
 
 fn convert(source: &Path, target: &Path, window: usize) {

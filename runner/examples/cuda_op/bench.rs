@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use retro_contract::{Budget, Mode, Selector};
-use retro_run::arena::{Bindings, View};
+use retro_run::decoder::device_buffers::{Bindings, View};
 
 use crate::{
     args::{Args, Dtype, When},

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use retro_contract::Selector;
 use retro_export::onnx::DataType;
-use retro_run::arena::Arena;
+use retro_run::decoder::device_buffers::Arena;
 
 /// A prime, so that repeated chunks start at other places of rows and pages, and no two pages are alike.
 const CHUNK: usize = 8_388_593;

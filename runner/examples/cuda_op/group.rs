@@ -3,7 +3,7 @@
 use anyhow::Result;
 use ort::{session::Session, value::TensorElementType};
 use retro_contract::{Budget, limits, pages_for, ring_slots};
-use retro_run::arena::{Arena, Bindings, View};
+use retro_run::decoder::device_buffers::{Arena, Bindings, View};
 
 use crate::{
     fill,

@@ -27,7 +27,7 @@ use clap::Parser;
 use group::Group;
 use host::Host;
 use plan::Plan;
-use retro_run::arena::Arena;
+use retro_run::decoder::device_buffers::Arena;
 
 /// Left to ONNX Runtime's own buffers.
 const RESERVE: usize = 6 << 30;

@@ -1,7 +1,7 @@
 //! The memory of a context and batch.
 
 use retro_contract::{pages_for, ring_slots};
-use retro_run::arena::ALIGNMENT;
+use retro_run::decoder::device_buffers::ALIGNMENT;
 
 use crate::{args::Summaries, fill, graph, host::Host, summaries::CHUNK};
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use retro_contract::Budget;
-use retro_run::arena::Arena;
+use retro_run::decoder::device_buffers::Arena;
 
 use crate::{
     bench::Entry,

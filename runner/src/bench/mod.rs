@@ -2,6 +2,7 @@
 
 pub mod memory;
 pub mod op;
+pub mod synthetic_cache;
 pub mod table;
 
 /// Times of repetitions, in seconds.

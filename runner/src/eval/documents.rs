@@ -3,14 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{journal::Journal, policy::Row, workshop::Workshop};
+use super::{converted_models::Workshop, journal::Journal, policy::Row};
 use crate::{
     Interrupt, Model, OpenOptions, Runtime, Text,
-    batch::Prefilled,
-    generate::Policy,
-    measure::Reading,
+    decoder::{batch::Prefilled, generate::Policy, page_reads::Reading},
+    eval::score::{Document, Scorer},
     progress::Items,
-    score::{Document, Scorer},
 };
 
 /// What one document gave under one policy.

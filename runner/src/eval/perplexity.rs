@@ -6,15 +6,17 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    converted_models::Workshop,
     journal::Journal,
     policy::{Kind, Row},
-    workshop::Workshop,
 };
 use crate::{
     Interrupt, Model, OpenOptions, Runtime, Text,
-    batch::{Observer, Prefilled},
-    generate::Policy,
-    measure::Reading,
+    decoder::{
+        batch::{Observer, Prefilled},
+        generate::Policy,
+        page_reads::Reading,
+    },
     progress::Items,
 };
 
@@ -227,7 +229,7 @@ impl Sums {
             .filter(|(d, _)| d.is_finite())
             .map(|(&d, &o)| f64::from(d).exp() * (f64::from(d) - f64::from(o)))
             .sum();
-        let best = |of: &[f32]| crate::sampling::argmax(of);
+        let best = |of: &[f32]| crate::decoder::sampling::argmax(of);
         let slots = self.divergence.get_mut(part).zip(self.surprise.get_mut(part));
         if let Some(((d, s), n)) = slots.zip(self.tokens.get_mut(part)) {
             *d += divergence;

@@ -9,7 +9,7 @@ use super::{
     perplexity::{Fidelity, PARTS},
     policy::{Kind, Row},
 };
-use crate::{measure::Reading, score::mean_and_error};
+use crate::{decoder::page_reads::Reading, eval::score::mean_and_error};
 
 /// A mean and its standard error; none for a single document.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -17,7 +17,11 @@ use super::{
     data::{Caches, Rows, element},
     graph::{STATE, model, name_of},
 };
-use crate::{OpenOptions, Runtime, measure::Meter, runtime::one_line, session::session_builder};
+use crate::{
+    OpenOptions, Runtime,
+    decoder::{model::session_builder, page_reads::Meter},
+    runtime::one_line,
+};
 
 /// What is measured, ready to run.
 pub struct Node {

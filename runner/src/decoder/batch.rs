@@ -7,12 +7,12 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{
+use crate::decoder::{
     generate::{Decoder, Policy, prefill},
-    measure::Reading,
+    kv_cache::{Snapshot, State},
+    model::{Logits, Model},
+    page_reads::Reading,
     sampling::argmax,
-    session::{Logits, Model},
-    state::{Snapshot, State},
     stats::Stats,
 };
 

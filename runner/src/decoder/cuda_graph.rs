@@ -15,14 +15,16 @@ use retro_contract::graph;
 
 use crate::{
     Device,
-    arena::{ALIGNMENT, Arena, View, bind_input, bind_output},
+    decoder::{
+        device_buffers::{ALIGNMENT, Arena, View, bind_input, bind_output},
+        integers,
+        io::{Budgets, Fed, Interface},
+        kv_cache::Buffer,
+        logits::Landing,
+        model::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
+    },
     gpu::Gpu,
-    interface::{Budgets, Fed, Interface},
-    landing::Landing,
-    numbers,
     runtime::one_line,
-    session::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
-    state::Buffer,
 };
 
 /// Of one state; bound to its binding.
@@ -61,7 +63,7 @@ impl Steps {
         let ones = mask
             .filter(|mask| batch == 1 && mask.width.is_none())
             .map(|mask| -> Result<Arena> {
-                let ones = numbers::bytes(mask.element, std::iter::repeat_n(1, capacity))?;
+                let ones = integers::bytes(mask.element, std::iter::repeat_n(1, capacity))?;
                 let arena = Arena::new(gpu, ones.len())?;
                 arena.write(0, &ones)?;
                 Ok(arena)
@@ -306,7 +308,7 @@ impl Captured {
     ) -> Result<Logits> {
         let batch = feed.lengths.len();
         let input = &interface.input_ids;
-        let ids = numbers::bytes(input.element, feed.ids.iter().copied())?;
+        let ids = integers::bytes(input.element, feed.ids.iter().copied())?;
         let mut parts = vec![self.ids.part(0, ids)?];
         bind_input(binding, &input.name, &self.ids)?;
         if let Some((input, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_ref()) {
@@ -317,7 +319,7 @@ impl Captured {
                 // Usually one more.
                 let (from, to) = (have.min(want), have.max(want));
                 let value = i64::from(want > have);
-                let change = numbers::bytes(input.element, std::iter::repeat_n(value, to - from))?;
+                let change = integers::bytes(input.element, std::iter::repeat_n(value, to - from))?;
                 parts.push(mask.part(one * (b * capacity + from), change)?);
             }
             bind_input(binding, &input.name, mask)?;
@@ -326,7 +328,7 @@ impl Captured {
             let row = |&n: &usize| (0..self.fed).map(move |i| (n + i) as i64);
             let fed = self.fed as i64;
             let of_all = feed.lengths.iter().flat_map(row).map(|p| p - fed).collect();
-            let bytes = numbers::bytes(input.element, input.numbers(of_all).into_iter())?;
+            let bytes = integers::bytes(input.element, input.numbers(of_all).into_iter())?;
             parts.push(positions.part(0, bytes)?);
             bind_input(binding, &input.name, positions)?;
         }
@@ -348,7 +350,7 @@ impl Captured {
         let (view, shape) = self.logits.as_ref().context("logits without a place")?;
         bind_output(binding, &interface.logits, view)?;
         let options = options(Some(&self.id.to_string()))?;
-        crate::arena::run(session, binding, &options)?;
+        crate::decoder::device_buffers::run(session, binding, &options)?;
         landing.newest(interface.logits_type, batch, shape, |at, row| view.read(at, row))
     }
 }

@@ -7,7 +7,7 @@ use retro_contract::metadata;
 use retro_export::{ExternalMode, Options, Settings, onnx::read_model};
 
 use super::policy::Source;
-use crate::model::{ModelFolder, chosen, is_weights_folder};
+use crate::model_folder::{ModelFolder, chosen, is_weights_folder};
 
 /// Makes models.
 pub struct Workshop {

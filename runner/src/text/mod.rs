@@ -1,12 +1,14 @@
 //! Text in and out: the tokenizer, text that grows token by token, and strings that end it.
 
+mod tokenizer;
+
 use anyhow::{Result, anyhow};
 use tokenizers::Tokenizer;
 
 use crate::{
-    model::ModelFolder,
+    model_folder::ModelFolder,
     runtime::one_line,
-    tokenizer::{Around, Loaded, load},
+    text::tokenizer::{Around, Loaded, load},
 };
 
 /// A folder's tokenizer and what it writes around a text.

@@ -19,14 +19,16 @@ use retro_export::onnx::{external_files, folder_of, read_model};
 
 use crate::{
     Device,
+    decoder::{
+        integers,
+        io::{Budgets, Fed, Interface, Kind, Slot},
+        kv_cache::{Bound, State, Store},
+        page_reads::Reading,
+    },
     device::{Placed, left_to_cpu, placement},
     gpu::Gpu,
-    interface::{Budgets, Fed, Interface, Kind, Slot},
-    measure::Reading,
-    model::ModelFolder,
-    numbers,
+    model_folder::ModelFolder,
     runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
-    state::{Bound, State, Store},
 };
 
 /// What a converted model says about itself.
@@ -428,7 +430,7 @@ pub(crate) fn inputs<'a>(
     let ids = &interface.input_ids;
     let give = |input: &Fed, tokens: usize, numbers: Vec<i64>| {
         let numbers = input.numbers(numbers).into_iter();
-        numbers::tensor(input.element, &input.shape(batch, tokens), numbers)
+        integers::tensor(input.element, &input.shape(batch, tokens), numbers)
     };
     let mut inputs = vec![(ids.name.as_str(), give(ids, fed, feed.ids.clone())?)];
     if let Some(input) = interface.attention_mask.as_ref().filter(|_| mask) {
@@ -458,7 +460,7 @@ pub(crate) fn inputs<'a>(
         ));
     }
     for constant in &interface.constants {
-        let value = numbers::tensor(constant.element, &constant.shape, std::iter::once(constant.value))?;
+        let value = integers::tensor(constant.element, &constant.shape, std::iter::once(constant.value))?;
         inputs.push((&constant.name, value));
     }
     if interface.retro_length {

@@ -13,10 +13,10 @@ use crate::{
         Samples,
         table::{Cell, Column, Format, Table},
     },
-    generate::{CHUNK, Decoder, Policy},
+    decoder::generate::{CHUNK, Decoder, Policy},
     interrupt::Signals,
-    model::chosen,
-    named::Knobs,
+    model_folder::chosen,
+    model_spec::Knobs,
     progress::{self, note},
 };
 
@@ -278,7 +278,7 @@ impl Contenders {
 
     fn measure(&mut self, args: &BenchArgs, depth: usize, test: Test, table: &mut Table) -> Result<()> {
         let mut samples = vec![Samples::default(); self.list.len()];
-        let mut readings = vec![crate::measure::Reading::default(); self.list.len()];
+        let mut readings = vec![crate::decoder::page_reads::Reading::default(); self.list.len()];
         let total = args.repetitions * self.list.len();
         let bar = progress::bar(total, &format!("{} @ {depth}", test.name()), true);
         for _ in 0..args.repetitions {

@@ -14,13 +14,15 @@ use serde_json::json;
 use super::{STDOUT, SessionArgs};
 use crate::{
     Model, Text,
-    generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
+    decoder::{
+        generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
+        sampling::Sampling,
+    },
+    eval::score::read_documents,
     interrupt::Signals,
-    model::chosen,
+    model_folder::chosen,
     prepare::prepare,
     progress::{self, note},
-    sampling::Sampling,
-    score::read_documents,
 };
 
 #[derive(Args)]

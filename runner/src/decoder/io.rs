@@ -12,8 +12,8 @@ use retro_export::verify::LOGITS_TO_KEEP;
 use retro_model_io::present_names;
 
 use crate::{
-    model::ModelFolder,
-    numbers::{INTEGERS, MASKS},
+    decoder::integers::{INTEGERS, MASKS},
+    model_folder::ModelFolder,
 };
 
 /// What a buffer holds, and so which of its dimensions a caller chooses.

@@ -7,10 +7,10 @@ use half::{bf16, f16};
 use ort::value::TensorElementType;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use crate::{
+use crate::decoder::{
     generate::{Decoder, Policy},
+    model::Model,
     sampling::argmax,
-    session::Model,
 };
 
 /// Numbers of a pattern. A prime, so that repetitions start at other places of rows and pages, and no two pages are alike.

@@ -11,7 +11,12 @@ use ort::{
 };
 use retro_contract::graph;
 
-use crate::{gpu::Gpu, interface::Kind, pretend, runtime::one_line, session::Model, steps::Steps};
+use crate::{
+    bench::synthetic_cache,
+    decoder::{cuda_graph::Steps, io::Kind, model::Model},
+    gpu::Gpu,
+    runtime::one_line,
+};
 
 /// State of a batch. It belongs to the model that made it.
 pub struct State {
@@ -66,7 +71,7 @@ impl State {
                 model.gpu().is_none(),
                 "this model's caches grow with every step, which on a GPU would copy them every time: set past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or use --device cpu"
             );
-            let empty = |slot: &crate::interface::Slot| -> Result<DynValue> {
+            let empty = |slot: &crate::decoder::io::Slot| -> Result<DynValue> {
                 let tensor = DynTensor::new(&allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
                 Ok(tensor.map_err(|e| anyhow!("{}", one_line(&e)))?.into_dyn())
             };
@@ -265,8 +270,10 @@ impl State {
                 .last()
                 .map_or(1, |&d| usize::try_from(d).unwrap_or(1));
             match buffer.kind {
-                Kind::Cache => buffer.tile(&pretend::keys(element)?)?,
-                Kind::Retro(graph::State::PageSummary) => buffer.tile(&pretend::summaries(element, width, moments)?)?,
+                Kind::Cache => buffer.tile(&synthetic_cache::keys(element)?)?,
+                Kind::Retro(graph::State::PageSummary) => {
+                    buffer.tile(&synthetic_cache::summaries(element, width, moments)?)?
+                }
                 Kind::Retro(graph::State::PageSteps) => {
                     let newest = i32::try_from(depth)? - 1;
                     buffer.tile(&newest.to_le_bytes().repeat(1024))?;

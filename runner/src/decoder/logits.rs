@@ -8,9 +8,11 @@ use half::bf16;
 use ort::value::TensorElementType;
 
 use crate::{
+    decoder::{
+        model::{Logits, ValueShape},
+        upcast::widen,
+    },
     gpu::Gpu,
-    session::{Logits, ValueShape},
-    widen::widen,
 };
 
 /// Of one state.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
 
-use crate::{model::ModelFolder, runtime::one_line};
+use crate::{model_folder::ModelFolder, runtime::one_line};
 
 /// A tokenizer and what it writes around a text.
 pub struct Loaded {

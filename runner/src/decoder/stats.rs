@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::measure::Reading;
+use crate::decoder::page_reads::Reading;
 
 /// Figures of one generation (or of a batch). Times leave measuring and printing out.
 #[derive(Clone, Debug, Default)]

@@ -16,21 +16,21 @@ use serde::Serialize;
 use super::{SessionArgs, print};
 use crate::{
     Interrupt, Interrupted, OpenOptions, Runtime,
+    decoder::generate::CHUNK,
     eval::{
+        converted_models::Workshop,
         documents, html,
         journal::{Header, Journal},
         perplexity,
         policy::{Kind, PolicySpec, Row, Source, rows},
+        score::{Scorer, read_documents},
         summary::{documents as summarize_documents, documents_table, fidelities, fidelity_table, markdown},
-        workshop::Workshop,
     },
-    generate::CHUNK,
     interrupt::Signals,
-    model::chosen,
-    named::NamedModel,
+    model_folder::chosen,
+    model_spec::NamedModel,
     prepare::key,
     progress::{Items, note},
-    score::{Scorer, read_documents},
 };
 
 #[derive(Args)]

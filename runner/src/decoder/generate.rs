@@ -9,12 +9,14 @@ use anyhow::{Context, Result, ensure};
 use retro_contract::{Budget, limits};
 
 use crate::{
+    decoder::{
+        kv_cache::State,
+        model::{Feed, Logits, Model, sparse_layers},
+        page_reads::{Meter, Reading},
+        sampling::{Sampler, Sampling},
+        stats::Stats,
+    },
     interrupt::{Interrupt, Interrupted},
-    measure::{Meter, Reading},
-    sampling::{Sampler, Sampling},
-    session::{Feed, Logits, Model, sparse_layers},
-    state::State,
-    stats::Stats,
     text::{Detokenizer, StopFilter, Text},
 };
 
