@@ -12,7 +12,7 @@ use retro_run::{
     Device, Model, OpenOptions, Runtime,
     bench::synthetic_cache::decode_at,
     decoder::generate::Policy,
-    model_spec::NamedModel,
+    model_spec::ModelSpec,
     runtime::{check_threads, find_plugin},
 };
 
@@ -21,7 +21,7 @@ use retro_run::{
 struct Args {
     /// A policy: NAME=DIR[,window=W][,budget=B]; may be given several times. The first is what the others are compared with.
     #[arg(long = "run", value_name = "NAME=DIR", required = true)]
-    runs: Vec<NamedModel>,
+    runs: Vec<ModelSpec>,
     /// Tokens before the first step, like 4096 or 128k.
     #[arg(long, value_delimiter = ',', default_value = "8k,32k,128k")]
     depth: Vec<Tokens>,
@@ -107,7 +107,7 @@ fn run(args: &Args) -> Result<()> {
             for (spec, millis) in args.runs.iter().zip(&mut millis) {
                 let model = models.get_mut(&spec.folder).context("opened above")?;
                 let policy =
-                    Policy::new(model, spec.knobs.window, spec.knobs.budget).with_context(|| spec.name.clone())?;
+                    Policy::new(model, spec.options.window, spec.options.budget).with_context(|| spec.name.clone())?;
                 let time = decode_at(model, depth.0, policy, args.warm_up, args.steps)
                     .with_context(|| format!("{} at {}", spec.name, depth.0))?;
                 millis.push(1e3 * time.as_secs_f64() / args.steps as f64);

@@ -27,4 +27,4 @@ pub use interrupt::{Interrupt, Interrupted};
 pub use model_folder::ModelFolder;
 pub use retro_runtime::{Device, device, disable_telemetry, gpu};
 pub use runtime::Runtime;
-pub use text::Text;
+pub use text::ModelTokenizer;

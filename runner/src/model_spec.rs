@@ -6,12 +6,12 @@ use retro_contract::Budget;
 
 /// Window and budget of a run; none: as converted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Knobs {
+pub struct PolicyOptions {
     pub window: Option<usize>,
     pub budget: Option<Budget>,
 }
 
-impl Knobs {
+impl PolicyOptions {
     /// Takes `window=W` or `budget=B`; false for any other option.
     ///
     /// # Errors
@@ -26,39 +26,39 @@ impl Knobs {
     }
 }
 
-/// A named model and its knobs.
+/// A named model and its options.
 #[derive(Clone, Debug, PartialEq)]
-pub struct NamedModel {
+pub struct ModelSpec {
     pub name: String,
     pub folder: PathBuf,
-    pub knobs: Knobs,
+    pub options: PolicyOptions,
     /// Which graph of the folder; none: the usual one.
     pub graph: Option<String>,
 }
 
-impl FromStr for NamedModel {
+impl FromStr for ModelSpec {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
         const FORM: &str = "expected NAME=DIR[,window=W][,budget=B][,graph=NAME]";
         // A name may hold "=" ("Retro w=2"): the folder starts after the last one before the first comma.
-        let (head, options) = s.split_once(',').unwrap_or((s, ""));
+        let (head, rest) = s.split_once(',').unwrap_or((s, ""));
         let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
         if name.is_empty() || folder.is_empty() {
             return Err(FORM.into());
         }
-        let (mut knobs, mut graph) = (Knobs::default(), None);
-        for option in options.split(',').filter(|o| !o.is_empty()) {
+        let (mut options, mut graph) = (PolicyOptions::default(), None);
+        for option in rest.split(',').filter(|o| !o.is_empty()) {
             if let Some(name) = option.strip_prefix("graph=") {
                 graph = Some(name.to_owned());
-            } else if !knobs.set(option)? {
+            } else if !options.set(option)? {
                 return Err(format!("{option:?}: {FORM}"));
             }
         }
         Ok(Self {
             name: name.into(),
             folder: folder.into(),
-            knobs,
+            options,
             graph,
         })
     }
@@ -70,21 +70,21 @@ mod tests {
 
     #[test]
     fn models_parse_with_equals_signs_in_their_names() {
-        let spec: NamedModel = "Retro w=2=out/ledger-retro,window=2,budget=0.25".parse().unwrap();
+        let spec: ModelSpec = "Retro w=2=out/ledger-retro,window=2,budget=0.25".parse().unwrap();
         assert_eq!(
             (spec.name.as_str(), spec.folder.to_str()),
             ("Retro w=2", Some("out/ledger-retro"))
         );
         assert_eq!(
-            (spec.knobs.window, spec.knobs.budget),
+            (spec.options.window, spec.options.budget),
             (Some(2), Some(Budget::Ratio(0.25)))
         );
-        let plain: NamedModel = "dense=out/ledger".parse().unwrap();
-        assert_eq!((plain.knobs, plain.graph), (Knobs::default(), None));
-        let one: NamedModel = "q4=out/js,graph=q4f16,window=2".parse().unwrap();
-        assert_eq!((one.graph.as_deref(), one.knobs.window), (Some("q4f16"), Some(2)));
+        let plain: ModelSpec = "dense=out/ledger".parse().unwrap();
+        assert_eq!((plain.options, plain.graph), (PolicyOptions::default(), None));
+        let one: ModelSpec = "q4=out/js,graph=q4f16,window=2".parse().unwrap();
+        assert_eq!((one.graph.as_deref(), one.options.window), (Some("q4f16"), Some(2)));
         for bad in ["dense", "=out", "a=", "a=b,window=x", "a=b,pages=3", "a=b,budget=2.5"] {
-            assert!(bad.parse::<NamedModel>().is_err(), "{bad}");
+            assert!(bad.parse::<ModelSpec>().is_err(), "{bad}");
         }
     }
 }

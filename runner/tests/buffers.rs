@@ -43,7 +43,7 @@ fn fixed_buffers_change_nothing() {
                 };
                 let mut model = Model::open(&runtime, folder, &options).unwrap();
                 model.folder.eos.clear();
-                let layers = model.interface.layers();
+                let layers = model.io.layers();
                 let op = if model.retro.is_some() {
                     "RetroAttention"
                 } else {

@@ -4,7 +4,7 @@
 
 use std::{fs, path::Path};
 
-use retro_run::{ModelFolder, Text, text::Detokenizer};
+use retro_run::{ModelFolder, ModelTokenizer, text::Detokenizer};
 use serde_json::Value;
 
 fn data() -> std::path::PathBuf {
@@ -12,13 +12,13 @@ fn data() -> std::path::PathBuf {
 }
 
 /// The text of a folder with these files and a graph that nobody looks at.
-fn open(files: &[(&str, &[u8])]) -> Text {
+fn open(files: &[(&str, &[u8])]) -> ModelTokenizer {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("model.onnx"), "").unwrap();
     for (name, bytes) in files {
         fs::write(dir.path().join(name), bytes).unwrap();
     }
-    Text::open(&ModelFolder::open(dir.path(), None).unwrap()).unwrap()
+    ModelTokenizer::open(&ModelFolder::open(dir.path(), None).unwrap()).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -81,7 +81,7 @@ fn a_token_that_is_asked_for_and_not_there_is_an_error() {
     fs::copy(data().join("bare/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     let config = r#"{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "bos_token": "<start>"}"#;
     fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
-    let error = Text::open(&ModelFolder::open(dir.path(), None).unwrap())
+    let error = ModelTokenizer::open(&ModelFolder::open(dir.path(), None).unwrap())
         .map(drop)
         .unwrap_err();
     assert!(format!("{error:#}").contains("bos_token \"<start>\""), "{error:#}");

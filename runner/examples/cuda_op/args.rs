@@ -10,8 +10,8 @@ use retro_export::onnx::DataType;
 use retro_run::Device;
 
 use crate::{
-    graph::{Feeding, Kind},
-    plan::ROOM,
+    graph::{Feeding, NodeKind},
+    layout::ROOM,
     timing::most_steps,
 };
 
@@ -143,8 +143,8 @@ impl FromStr for Tokens {
 pub struct Selection(pub Selector, pub GroupScore);
 
 impl Selection {
-    pub fn kind(self, mode: Mode, window: usize) -> Kind {
-        Kind::Retro {
+    pub fn kind(self, mode: Mode, window: usize) -> NodeKind {
+        NodeKind::Retro {
             mode,
             selector: self.0,
             group_score: self.1,

@@ -3,11 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use retro_contract::{Budget, Mode, Selector};
-use retro_run::decoder::device_buffers::{Bindings, View};
+use retro_run::decoder::device_buffers::{DeviceBindings, DeviceTensor};
 
 use crate::{
     args::{Args, Dtype, When},
-    graph::{Feeding, Kind},
+    graph::{Feeding, NodeKind},
     group::Group,
     host::Host,
     rows,
@@ -18,7 +18,7 @@ use crate::{
 
 /// A session that is measured.
 pub struct Variant {
-    pub kind: Kind,
+    pub kind: NodeKind,
     pub cuda_graph: bool,
     pub session: Session,
 }
@@ -28,11 +28,11 @@ pub struct Entry<'a> {
     pub variant: &'a Variant,
     pub tokens: usize,
     pub budget: Option<Budget>,
-    pub bindings: Bindings,
+    pub bindings: DeviceBindings,
     pub options: RunOptions<NoSelectedOutputs>,
     pub micros: Vec<f64>,
     /// Host and device tensors that only this entry has.
-    _own: Vec<View>,
+    _own: Vec<DeviceTensor>,
 }
 
 impl<'a> Entry<'a> {
@@ -43,7 +43,7 @@ impl<'a> Entry<'a> {
         budget: Option<Budget>,
         graph_id: usize,
     ) -> Result<Self> {
-        let (context, args) = (group.plan.context, group.host.args);
+        let (context, args) = (group.layout.context, group.host.args);
         let total = if args.prompt() {
             context
         } else {
@@ -62,21 +62,21 @@ impl<'a> Entry<'a> {
     }
 }
 
-pub struct Bench<'a> {
+pub struct Measurement<'a> {
     host: &'a Host<'a>,
     variants: Vec<Variant>,
     filling: Filling,
     graphs_used: usize,
 }
 
-impl<'a> Bench<'a> {
+impl<'a> Measurement<'a> {
     pub fn new(host: &'a Host<'a>) -> Result<Self> {
         let args = host.args;
         let feeding = args.feeding();
         let mut kinds = Vec::new();
         // GroupQueryAttention has no float32 on CUDA.
         if args.dtype != Dtype::F32 || host.gpu.is_none() {
-            kinds.push(Kind::Gqa);
+            kinds.push(NodeKind::Gqa);
         }
         for &mode in &args.mode {
             for &selection in &args.select {
@@ -130,7 +130,7 @@ impl<'a> Bench<'a> {
             }
             let mut entries = Vec::new();
             for variant in &self.variants {
-                if matches!(variant.kind, Kind::Retro { selector: s, .. } if s != selector) {
+                if matches!(variant.kind, NodeKind::Retro { selector: s, .. } if s != selector) {
                     continue;
                 }
                 for (tokens, budget) in lines(args, variant.kind, group) {
@@ -154,21 +154,21 @@ impl<'a> Bench<'a> {
 }
 
 /// Which lines a kind has in the table: tokens fed, budget.
-fn lines(args: &Args, kind: Kind, group: &Group<'_>) -> Vec<(usize, Option<Budget>)> {
+fn lines(args: &Args, kind: NodeKind, group: &Group<'_>) -> Vec<(usize, Option<Budget>)> {
     match kind {
-        _ if args.prompt() => vec![(group.plan.context, None)],
+        _ if args.prompt() => vec![(group.layout.context, None)],
         // ONNX Runtime's node takes several tokens after a past for one sequence only.
-        Kind::Gqa => args
+        NodeKind::Gqa => args
             .gqa_tokens
             .iter()
-            .filter(|&&t| t == 1 || group.plan.batch == 1)
+            .filter(|&&t| t == 1 || group.layout.batch == 1)
             .map(|&t| (t, None))
             .collect(),
-        Kind::Retro {
+        NodeKind::Retro {
             mode: Mode::Dense,
             window,
             ..
         } => vec![(window, None)],
-        Kind::Retro { window, .. } => args.budget.iter().map(|&b| (window, Some(b))).collect(),
+        NodeKind::Retro { window, .. } => args.budget.iter().map(|&b| (window, Some(b))).collect(),
     }
 }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use retro_contract::Selector;
 use retro_export::onnx::DataType;
-use retro_run::decoder::device_buffers::Arena;
+use retro_run::decoder::device_buffers::DeviceBuffer;
 
 /// A prime, so that repeated chunks start at other places of rows and pages, and no two pages are alike.
 const CHUNK: usize = 8_388_593;
@@ -47,23 +47,23 @@ fn chunk(seed: u64, count: usize, make: impl Fn(&mut StdRng, usize) -> f32 + Syn
 }
 
 /// Lays `bytes` out from `offset` on as often as `length` wants it.
-fn tile(arena: &Arena, offset: usize, length: usize, bytes: &[u8]) -> Result<()> {
+fn tile(buffer: &DeviceBuffer, offset: usize, length: usize, bytes: &[u8]) -> Result<()> {
     let first = bytes.get(..length.min(bytes.len())).context("a chunk")?;
-    arena.write(offset, first)?;
+    buffer.write(offset, first)?;
     let mut at = first.len();
     while at < length {
         let count = bytes.len().min(length - at);
-        arena.copy(offset + at, offset, count)?;
+        buffer.copy(offset + at, offset, count)?;
         at += count;
     }
     Ok(())
 }
 
 /// Random keys, values and queries.
-pub fn normals(arena: &Arena, offset: usize, length: usize, dtype: DataType) -> Result<()> {
+pub fn normals(buffer: &DeviceBuffer, offset: usize, length: usize, dtype: DataType) -> Result<()> {
     let count = CHUNK.min(length / bytes_of(dtype));
     tile(
-        arena,
+        buffer,
         offset,
         length,
         &encode(dtype, &chunk(1, count, |r, _| normal(r))),
@@ -73,7 +73,7 @@ pub fn normals(arena: &Arena, offset: usize, length: usize, dtype: DataType) -> 
 /// Page summaries `[..., 2, size]` as pages of 16 such keys have them: extremes about 1.8 away from 0, or means of deviation
 /// 1/4 and standard deviations about 1.
 pub fn summaries(
-    arena: &Arena,
+    buffer: &DeviceBuffer,
     offset: usize,
     length: usize,
     dtype: DataType,
@@ -94,5 +94,5 @@ pub fn summaries(
             }
         }
     };
-    tile(arena, offset, length, &encode(dtype, &chunk(2, count, make)))
+    tile(buffer, offset, length, &encode(dtype, &chunk(2, count, make)))
 }

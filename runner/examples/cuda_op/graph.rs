@@ -9,7 +9,7 @@ use retro_export::onnx::{
 
 /// Sizes that all nodes share.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct NodeShape {
     pub layers: usize,
     pub heads: usize,
     pub kv_heads: usize,
@@ -19,7 +19,7 @@ pub struct Shape {
     pub dtype: DataType,
 }
 
-impl Shape {
+impl NodeShape {
     /// Width of a token's packed query, key and value.
     pub fn packed(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.size
@@ -28,7 +28,7 @@ impl Shape {
 
 /// Which operator.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Kind {
+pub enum NodeKind {
     Gqa,
     Retro {
         mode: Mode,
@@ -70,7 +70,7 @@ fn value(name: &str, data_type: DataType) -> ValueInfoProto {
 }
 
 /// The model as bytes.
-pub fn model(kind: Kind, feeding: Feeding, shape: &Shape) -> Vec<u8> {
+pub fn model(kind: NodeKind, feeding: Feeding, shape: &NodeShape) -> Vec<u8> {
     let int = DataType::Int32;
     let mut graph = GraphProto {
         name: Some("nodes".to_owned()),
@@ -105,7 +105,7 @@ pub fn model(kind: Kind, feeding: Feeding, shape: &Shape) -> Vec<u8> {
             .input
             .extend([value("cos", shape.dtype), value("sin", shape.dtype)]);
     }
-    if kind != Kind::Gqa {
+    if kind != NodeKind::Gqa {
         graph
             .input
             .extend([value("retro_length", int), value("page_budget", int)]);
@@ -132,8 +132,8 @@ pub fn model(kind: Kind, feeding: Feeding, shape: &Shape) -> Vec<u8> {
         let types = [shape.dtype, int, DataType::Float, DataType::Float];
         graph.output.extend(outputs.iter().map(|n| value(n, shape.dtype)));
         let (domain, op) = match kind {
-            Kind::Gqa => ("com.microsoft", "GroupQueryAttention"),
-            Kind::Retro { .. } => {
+            NodeKind::Gqa => ("com.microsoft", "GroupQueryAttention"),
+            NodeKind::Retro { .. } => {
                 inputs.push("retro_length");
                 inputs.extend(state.iter().map(String::as_str));
                 inputs.push("page_budget");
@@ -145,7 +145,7 @@ pub fn model(kind: Kind, feeding: Feeding, shape: &Shape) -> Vec<u8> {
                 (DOMAIN, OP_TYPE)
             }
         };
-        if kind == Kind::Gqa {
+        if kind == NodeKind::Gqa {
             let last = inputs.iter().rposition(|n| !n.is_empty()).unwrap_or(0);
             inputs.truncate(last + 1);
         }
@@ -167,13 +167,13 @@ pub fn model(kind: Kind, feeding: Feeding, shape: &Shape) -> Vec<u8> {
     model.encode_to_vec()
 }
 
-fn attributes(kind: Kind, shape: &Shape) -> Vec<AttributeProto> {
+fn attributes(kind: NodeKind, shape: &NodeShape) -> Vec<AttributeProto> {
     let mut list = vec![
         AttributeProto::int(attribute::NUM_HEADS, shape.heads as i64),
         AttributeProto::int(attribute::KV_NUM_HEADS, shape.kv_heads as i64),
         AttributeProto::int(attribute::DO_ROTARY, shape.rotary.into()),
     ];
-    if let Kind::Retro {
+    if let NodeKind::Retro {
         mode,
         selector,
         group_score,

@@ -3,25 +3,25 @@
 use anyhow::Result;
 use ort::{session::Session, value::TensorElementType};
 use retro_contract::{Budget, limits, pages_for, ring_slots};
-use retro_run::decoder::device_buffers::{Arena, Bindings, View};
+use retro_run::decoder::device_buffers::{DeviceBindings, DeviceBuffer, DeviceTensor};
 
 use crate::{
     fill,
-    graph::{self, Feeding, Kind, of_layer},
+    graph::{self, Feeding, NodeKind, of_layer},
     host::Host,
-    plan::Plan,
+    layout::MemoryLayout,
 };
 
 pub struct Group<'a> {
     pub host: &'a Host<'a>,
-    pub arena: &'a Arena,
-    pub plan: Plan,
+    pub buffer: &'a DeviceBuffer,
+    pub layout: MemoryLayout,
 }
 
 impl Group<'_> {
     /// Pages that a budget loads.
     pub fn pages_of(&self, budget: Option<Budget>) -> usize {
-        let (context, page) = (self.plan.context, self.host.shape.page);
+        let (context, page) = (self.layout.context, self.host.shape.page);
         budget.map_or(pages_for(context, page), |b| {
             b.pages(limits::BUDGET_MIN_PAGES, context, page)
         })
@@ -29,123 +29,131 @@ impl Group<'_> {
 
     /// An earlier group may have had other things here: queries, keys and values fed, RoPE's angles and output caches.
     pub fn refill(&self) -> Result<()> {
-        let (plan, dtype) = (&self.plan, self.host.shape.dtype);
-        fill::normals(self.arena, plan.bank, plan.output - plan.bank, dtype)?;
-        fill::normals(self.arena, plan.rotary[0], plan.state[0][0] - plan.rotary[0], dtype)?;
-        for state in &plan.state {
-            self.arena.fill(state[2], state[3] - state[2], 0)?;
+        let (layout, dtype) = (&self.layout, self.host.shape.dtype);
+        fill::normals(self.buffer, layout.bank, layout.output - layout.bank, dtype)?;
+        fill::normals(
+            self.buffer,
+            layout.rotary[0],
+            layout.state[0][0] - layout.rotary[0],
+            dtype,
+        )?;
+        for state in &layout.state {
+            self.buffer.fill(state[2], state[3] - state[2], 0)?;
         }
         Ok(())
     }
 
     pub fn set_lengths(&self, last: i32) -> Result<()> {
-        self.arena.write(self.plan.lengths, &ints(&vec![last; self.plan.batch]))
+        self.buffer
+            .write(self.layout.lengths, &ints(&vec![last; self.layout.batch]))
     }
 
     pub fn set_budget(&self, pages: i32) -> Result<()> {
-        self.arena.write(self.plan.budget, &ints(&vec![pages; self.plan.batch]))
+        self.buffer
+            .write(self.layout.budget, &ints(&vec![pages; self.layout.batch]))
     }
 
     /// A tensor of the model's type.
-    pub fn tensor(&self, offset: usize, shape: &[usize]) -> Result<View> {
-        self.arena.tensor(offset, self.host.args.dtype.element(), shape)
+    pub fn tensor(&self, offset: usize, shape: &[usize]) -> Result<DeviceTensor> {
+        self.buffer.tensor(offset, self.host.args.dtype.element(), shape)
     }
 
     /// A number for each sequence.
-    fn numbers(&self, offset: usize) -> Result<View> {
-        self.arena.tensor(offset, TensorElementType::Int32, &[self.plan.batch])
+    fn numbers(&self, offset: usize) -> Result<DeviceTensor> {
+        self.buffer
+            .tensor(offset, TensorElementType::Int32, &[self.layout.batch])
     }
 
     /// Binds everything that a session of this kind has; the tensors returned are only in these bindings.
     pub fn bind(
         &self,
         session: &Session,
-        kind: Kind,
+        kind: NodeKind,
         feeding: Feeding,
         tokens: usize,
         total: usize,
-    ) -> Result<(Bindings, Vec<View>)> {
-        let (s, plan) = (&self.host.shape, &self.plan);
-        let mut bindings = Bindings::new(session)?;
+    ) -> Result<(DeviceBindings, Vec<DeviceTensor>)> {
+        let (s, layout) = (&self.host.shape, &self.layout);
+        let mut bindings = DeviceBindings::new(session)?;
         self.bind_state(kind, &mut bindings)?;
         match feeding {
             Feeding::Direct => {
-                bindings.input("qkv", &self.tensor(plan.bank, &[plan.batch, tokens, s.packed()])?)?;
-                bindings.input("seqlens_k", &self.numbers(plan.lengths)?)?;
+                bindings.input("qkv", &self.tensor(layout.bank, &[layout.batch, tokens, s.packed()])?)?;
+                bindings.input("seqlens_k", &self.numbers(layout.lengths)?)?;
             }
             Feeding::Steps => self.bind_steps(tokens, &mut bindings)?,
         }
-        let output = self.tensor(plan.output, &[plan.batch, tokens, s.heads * s.size])?;
+        let output = self.tensor(layout.output, &[layout.batch, tokens, s.heads * s.size])?;
         for layer in 0..s.layers {
             bindings.output(&of_layer("output", layer), &output)?;
         }
         let mut own = vec![host_int(total as i32)?];
         bindings.input("total_sequence_length", &own[0])?;
-        if kind != Kind::Gqa {
+        if kind != NodeKind::Gqa {
             own.push(host_int(match feeding {
                 Feeding::Direct => -1,
                 Feeding::Steps => tokens as i32 - 1,
             })?);
             bindings.input("retro_length", &own[1])?;
-            bindings.input("page_budget", &self.numbers(plan.budget)?)?;
+            bindings.input("page_budget", &self.numbers(layout.budget)?)?;
         }
         Ok((bindings, own))
     }
 
     /// Binds a step's counter and picking of rows alone: the session has no attention node.
-    pub fn bind_overhead(&self, session: &Session) -> Result<(Bindings, View)> {
-        let (packed, plan) = (self.host.shape.packed(), &self.plan);
-        let mut bindings = Bindings::new(session)?;
+    pub fn bind_overhead(&self, session: &Session) -> Result<(DeviceBindings, DeviceTensor)> {
+        let (packed, layout) = (self.host.shape.packed(), &self.layout);
+        let mut bindings = DeviceBindings::new(session)?;
         self.bind_steps(1, &mut bindings)?;
-        bindings.output("qkv", &self.tensor(plan.output, &[plan.batch, 1, packed])?)?;
-        let total = host_int(plan.context as i32)?;
+        bindings.output("qkv", &self.tensor(layout.output, &[layout.batch, 1, packed])?)?;
+        let total = host_int(layout.context as i32)?;
         bindings.input("total_sequence_length", &total)?;
         Ok((bindings, total))
     }
 
-    fn bind_steps(&self, tokens: usize, bindings: &mut Bindings) -> Result<()> {
-        let bank = self.tensor(self.plan.bank, &[graph::BANK, tokens, self.host.shape.packed()])?;
+    fn bind_steps(&self, tokens: usize, bindings: &mut DeviceBindings) -> Result<()> {
+        let bank = self.tensor(self.layout.bank, &[graph::BANK, tokens, self.host.shape.packed()])?;
         bindings.input("bank", &bank)?;
-        bindings.in_place("lengths", "seqlens_k", &self.numbers(self.plan.lengths)?)
+        bindings.in_place("lengths", "seqlens_k", &self.numbers(self.layout.lengths)?)
     }
 
     /// Binds caches and state, all in place.
-    fn bind_state(&self, kind: Kind, bindings: &mut Bindings) -> Result<()> {
-        let (s, plan, element) = (&self.host.shape, &self.plan, self.host.args.dtype.element());
-        let batch = plan.batch;
-        for (layer, (caches, state)) in plan.caches.iter().zip(&plan.state).enumerate() {
+    fn bind_state(&self, kind: NodeKind, bindings: &mut DeviceBindings) -> Result<()> {
+        let (s, layout, element) = (&self.host.shape, &self.layout, self.host.args.dtype.element());
+        let batch = layout.batch;
+        for (layer, (caches, state)) in layout.caches.iter().zip(&layout.state).enumerate() {
             for (names, &offset) in [("past_key", "present_key"), ("past_value", "present_value")]
                 .iter()
                 .zip(caches)
             {
-                let view = self.tensor(offset, &[batch, s.kv_heads, plan.capacity, s.size])?;
+                let view = self.tensor(offset, &[batch, s.kv_heads, layout.capacity, s.size])?;
                 bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &view)?;
             }
-            if let Kind::Retro { window, .. } = kind {
+            if let NodeKind::Retro { window, .. } = kind {
                 let ring = ring_slots(window);
                 let tensors: [(TensorElementType, Vec<usize>); 4] = [
-                    (element, vec![batch, s.kv_heads, plan.pages, 2, s.size]),
-                    (TensorElementType::Int32, vec![batch, s.kv_heads, plan.pages]),
+                    (element, vec![batch, s.kv_heads, layout.pages, 2, s.size]),
+                    (TensorElementType::Int32, vec![batch, s.kv_heads, layout.pages]),
                     (TensorElementType::Float32, vec![batch, ring, s.heads, s.size]),
                     (TensorElementType::Float32, vec![batch, ring, s.heads]),
                 ];
                 for ((names, (element, shape)), &offset) in graph::STATE.iter().zip(&tensors).zip(state) {
-                    let view = self.arena.tensor(offset, *element, shape)?;
+                    let view = self.buffer.tensor(offset, *element, shape)?;
                     bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &view)?;
                 }
             }
         }
         if s.rotary {
-            for (name, &offset) in ["cos", "sin"].iter().zip(&plan.rotary) {
-                bindings.input(name, &self.tensor(offset, &[plan.capacity, s.size / 2])?)?;
+            for (name, &offset) in ["cos", "sin"].iter().zip(&layout.rotary) {
+                bindings.input(name, &self.tensor(offset, &[layout.capacity, s.size / 2])?)?;
             }
         }
         Ok(())
     }
 }
 
-fn host_int(value: i32) -> Result<View> {
-    let view = Arena::new(None, 4)?.tensor(0, TensorElementType::Int32, &[1])?;
+fn host_int(value: i32) -> Result<DeviceTensor> {
+    let view = DeviceBuffer::new(None, 4)?.tensor(0, TensorElementType::Int32, &[1])?;
     view.write(0, &value.to_le_bytes())?;
     Ok(view)
 }

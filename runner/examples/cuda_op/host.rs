@@ -8,7 +8,7 @@ use retro_run::{Runtime, device::left_to_cpu, gpu::Gpu, runtime};
 
 use crate::{
     args::Args,
-    graph::{self, Feeding, Kind, Shape},
+    graph::{self, Feeding, NodeKind, NodeShape},
 };
 
 pub struct Host<'a> {
@@ -16,7 +16,7 @@ pub struct Host<'a> {
     runtime: Runtime,
     plugin: PathBuf,
     pub gpu: Option<Arc<Gpu>>,
-    pub shape: Shape,
+    pub shape: NodeShape,
 }
 
 impl<'a> Host<'a> {
@@ -25,7 +25,7 @@ impl<'a> Host<'a> {
         let plugin = runtime::find_plugin(args.plugin.as_deref())?
             .context("no plugin: build it with `cargo build --release`, or name it with --plugin")?;
         let gpu = args.device.gpu()?;
-        let shape = Shape {
+        let shape = NodeShape {
             layers: args.layers,
             heads: args.heads,
             kv_heads: args.kv_heads,
@@ -43,8 +43,8 @@ impl<'a> Host<'a> {
         })
     }
 
-    pub fn session(&self, kind: Kind, feeding: Feeding, layers: usize, cuda_graph: bool) -> Result<Session> {
-        let shape = Shape {
+    pub fn session(&self, kind: NodeKind, feeding: Feeding, layers: usize, cuda_graph: bool) -> Result<Session> {
+        let shape = NodeShape {
             layers,
             rotary: self.shape.rotary && layers > 0,
             ..self.shape

@@ -12,7 +12,7 @@ mod fill;
 mod graph;
 mod group;
 mod host;
-mod plan;
+mod layout;
 mod rows;
 mod summaries;
 mod table;
@@ -22,12 +22,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use args::{Args, Format};
-use bench::Bench;
+use bench::Measurement;
 use clap::Parser;
 use group::Group;
 use host::Host;
-use plan::Plan;
-use retro_run::decoder::device_buffers::Arena;
+use layout::MemoryLayout;
+use retro_run::decoder::device_buffers::DeviceBuffer;
 
 /// Left to ONNX Runtime's own buffers.
 const RESERVE: usize = 6 << 30;
@@ -47,25 +47,25 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     args.check()?;
     let host = Host::new(args)?;
-    let plans = plans_that_fit(&host)?;
-    let most = plans.iter().map(|p| p.bytes).max().context("nothing fits")?;
-    let arena = Arena::new(host.gpu.as_ref(), most)?;
-    let bandwidth = timing::copy_bandwidth(&host, &arena)?;
+    let layouts = layouts_that_fit(&host)?;
+    let most = layouts.iter().map(|p| p.bytes).max().context("nothing fits")?;
+    let buffer = DeviceBuffer::new(host.gpu.as_ref(), most)?;
+    let bandwidth = timing::copy_bandwidth(&host, &buffer)?;
     let about = host.about(bandwidth)?;
     let title = about["text"].as_str().unwrap_or_default();
     eprintln!("{title}");
-    fill::normals(&arena, 0, most, host.shape.dtype)?;
+    fill::normals(&buffer, 0, most, host.shape.dtype)?;
 
-    let mut bench = Bench::new(&host)?;
+    let mut bench = Measurement::new(&host)?;
     let mut rows = Vec::new();
-    for plan in plans {
+    for layout in layouts {
         let group = Group {
             host: &host,
-            arena: &arena,
-            plan,
+            buffer: &buffer,
+            layout,
         };
         rows.extend(bench.measure(&group, bandwidth)?);
-        eprintln!("done: context {}, batch {}", group.plan.context, group.plan.batch);
+        eprintln!("done: context {}, batch {}", group.layout.context, group.layout.batch);
     }
     let text = match args.output {
         Format::Md => format!("{title}\n\n{}", table::markdown(&rows)),
@@ -76,23 +76,25 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn plans_that_fit(host: &Host<'_>) -> Result<Vec<Plan>> {
+fn layouts_that_fit(host: &Host<'_>) -> Result<Vec<MemoryLayout>> {
     let free = host.free_memory()?;
     let groups = host.args.groups().into_iter();
-    let mut plans: Vec<Plan> = groups.map(|(context, batch)| Plan::new(host, context, batch)).collect();
-    plans.retain(|plan| {
-        let need = plan.bytes + RESERVE;
+    let mut layouts: Vec<MemoryLayout> = groups
+        .map(|(context, batch)| MemoryLayout::new(host, context, batch))
+        .collect();
+    layouts.retain(|layout| {
+        let need = layout.bytes + RESERVE;
         let fits = need <= free;
         if !fits {
             eprintln!(
                 "left out: context {}, batch {} needs {:.1} GB, {:.1} GB are free",
-                plan.context,
-                plan.batch,
+                layout.context,
+                layout.batch,
                 need as f64 / 1e9,
                 free as f64 / 1e9
             );
         }
         fits
     });
-    Ok(plans)
+    Ok(layouts)
 }

@@ -2,7 +2,7 @@
 
 use retro_contract::{Mode, pages_for};
 
-use crate::{bench::Entry, fill, graph::Kind, group::Group, table::Row};
+use crate::{bench::Entry, fill, graph::NodeKind, group::Group, table::Row};
 
 /// Median, least, most.
 fn spread(numbers: &[f64]) -> [f64; 3] {
@@ -15,14 +15,16 @@ pub fn of_entries(group: &Group<'_>, entries: &[Entry<'_>], bandwidth: f64) -> V
     let prompt = group.host.args.prompt();
     let row = |entry: &Entry<'_>| {
         let reference = entries.iter().find(|e| {
-            e.variant.kind == Kind::Gqa && e.variant.cuda_graph == entry.variant.cuda_graph && (prompt || e.tokens == 1)
+            e.variant.kind == NodeKind::Gqa
+                && e.variant.cuda_graph == entry.variant.cuda_graph
+                && (prompt || e.tokens == 1)
         });
         let (what, selector) = names(entry.variant.kind, prompt);
         let (micros, bytes) = (spread(&entry.micros), bytes(group, entry));
         Row {
             what,
-            context: group.plan.context,
-            batch: group.plan.batch,
+            context: group.layout.context,
+            batch: group.layout.batch,
             tokens: entry.tokens,
             budget: entry.budget.map_or_else(|| "-".to_owned(), |b| b.to_string()),
             selector,
@@ -39,8 +41,8 @@ pub fn of_entries(group: &Group<'_>, entries: &[Entry<'_>], bandwidth: f64) -> V
 pub fn of_overhead(group: &Group<'_>, micros: &[f64]) -> Row {
     Row {
         what: "no attention".to_owned(),
-        context: group.plan.context,
-        batch: group.plan.batch,
+        context: group.layout.context,
+        batch: group.layout.batch,
         tokens: 1,
         budget: "-".to_owned(),
         selector: "-".to_owned(),
@@ -54,25 +56,25 @@ pub fn of_overhead(group: &Group<'_>, micros: &[f64]) -> Row {
 
 /// Bytes of keys, values and summaries that a layer must read.
 fn bytes(group: &Group<'_>, entry: &Entry<'_>) -> f64 {
-    let (s, context) = (&group.host.shape, group.plan.context);
+    let (s, context) = (&group.host.shape, group.layout.context);
     let loaded = || group.pages_of(entry.budget) * s.page;
     let (loaded, summaries) = match entry.variant.kind {
-        Kind::Retro { mode: Mode::Retro, .. } => (loaded(), 2.0 * pages_for(context, s.page) as f64),
-        Kind::Retro {
+        NodeKind::Retro { mode: Mode::Retro, .. } => (loaded(), 2.0 * pages_for(context, s.page) as f64),
+        NodeKind::Retro {
             mode: Mode::Streaming, ..
         } => (loaded(), 0.0),
         _ => (context, 0.0),
     };
-    let row = (group.plan.batch * s.kv_heads * s.size) as f64 * fill::bytes_of(s.dtype) as f64;
+    let row = (group.layout.batch * s.kv_heads * s.size) as f64 * fill::bytes_of(s.dtype) as f64;
     let summaries = if group.host.args.prompt() { 0.0 } else { summaries };
     row * (2.0 * loaded.min(context) as f64 + summaries)
 }
 
 /// Of the node and of its page selection.
-fn names(kind: Kind, prompt: bool) -> (String, String) {
+fn names(kind: NodeKind, prompt: bool) -> (String, String) {
     match kind {
-        Kind::Gqa => ("GQA".to_owned(), "-".to_owned()),
-        Kind::Retro {
+        NodeKind::Gqa => ("GQA".to_owned(), "-".to_owned()),
+        NodeKind::Retro {
             mode,
             selector,
             group_score,

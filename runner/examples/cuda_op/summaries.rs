@@ -7,7 +7,7 @@ use retro_contract::{Mode, Selector};
 use crate::{
     args::Summaries,
     fill,
-    graph::{Feeding, Kind},
+    graph::{Feeding, NodeKind},
     group::Group,
     host::Host,
 };
@@ -16,12 +16,12 @@ use crate::{
 pub const CHUNK: usize = 2048;
 
 /// The sessions that compute summaries: none where they are random.
-pub struct Filling(Vec<(Selector, Kind, Session)>);
+pub struct Filling(Vec<(Selector, NodeKind, Session)>);
 
 impl Filling {
     pub fn new(host: &Host<'_>) -> Result<Self> {
         let args = host.args;
-        let mut sessions: Vec<(Selector, Kind, Session)> = Vec::new();
+        let mut sessions: Vec<(Selector, NodeKind, Session)> = Vec::new();
         if args.summaries == Summaries::Prefill && !args.prompt() {
             for selection in &args.select {
                 if sessions.iter().all(|(s, ..)| *s != selection.0) {
@@ -39,30 +39,30 @@ impl Filling {
             return prefill(group, *kind, session);
         }
         let s = &group.host.shape;
-        for state in &group.plan.state {
-            fill::summaries(group.arena, state[0], state[1] - state[0], s.dtype, selector, s.size)?;
+        for state in &group.layout.state {
+            fill::summaries(group.buffer, state[0], state[1] - state[0], s.dtype, selector, s.size)?;
         }
         Ok(())
     }
 }
 
 /// Chunks of random tokens, so that caches and summaries belong together.
-fn prefill(group: &Group<'_>, kind: Kind, session: &Session) -> Result<()> {
-    let (s, plan) = (&group.host.shape, &group.plan);
-    ensure!(plan.batch == 1, "--summaries prefill: for --batch 1");
+fn prefill(group: &Group<'_>, kind: NodeKind, session: &Session) -> Result<()> {
+    let (s, layout) = (&group.host.shape, &group.layout);
+    ensure!(layout.batch == 1, "--summaries prefill: for --batch 1");
     let mut done = 0;
-    while done < plan.context {
-        let count = CHUNK.min(plan.context - done);
+    while done < layout.context {
+        let count = CHUNK.min(layout.context - done);
         done += count;
         group.set_lengths(done as i32 - 1)?;
         group.set_budget(0)?;
         let (bindings, _own) = group.bind(session, kind, Feeding::Direct, count, done)?;
         bindings.run(session, None)?;
         // The next chunk has other tokens.
-        let bytes = plan.batch * CHUNK * s.packed() * fill::bytes_of(s.dtype);
-        let from = plan.caches[done / CHUNK % s.layers][1];
-        if bytes <= plan.caches[0][1] {
-            group.arena.copy(plan.bank, from, bytes)?;
+        let bytes = layout.batch * CHUNK * s.packed() * fill::bytes_of(s.dtype);
+        let from = layout.caches[done / CHUNK % s.layers][1];
+        if bytes <= layout.caches[0][1] {
+            group.buffer.copy(layout.bank, from, bytes)?;
         }
     }
     Ok(())

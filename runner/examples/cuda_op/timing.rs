@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use retro_contract::Budget;
-use retro_run::decoder::device_buffers::Arena;
+use retro_run::decoder::device_buffers::DeviceBuffer;
 
 use crate::{
     bench::Entry,
-    graph::{Feeding, Kind},
+    graph::{Feeding, NodeKind},
     group::Group,
     host::Host,
 };
@@ -22,13 +22,13 @@ pub fn most_steps(runs: usize) -> usize {
 }
 
 /// Bytes read and written a second by a copy inside the block.
-pub fn copy_bandwidth(host: &Host<'_>, arena: &Arena) -> Result<f64> {
-    let bytes = (arena.bytes() / 2).min(2 << 30);
+pub fn copy_bandwidth(host: &Host<'_>, buffer: &DeviceBuffer) -> Result<f64> {
+    let bytes = (buffer.bytes() / 2).min(2 << 30);
     let mut best = f64::INFINITY;
     for _ in 0..6 {
         host.synchronize()?;
         let start = Instant::now();
-        arena.copy(bytes, 0, bytes)?;
+        buffer.copy(bytes, 0, bytes)?;
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok(2.0 * bytes as f64 / best)
@@ -50,10 +50,10 @@ fn micros(host: &Host<'_>, warm_up: usize, runs: usize, run: impl Fn() -> Result
 
 /// Microseconds a layer of one run of an entry.
 pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
-    let (host, plan) = (group.host, &group.plan);
+    let (host, layout) = (group.host, &group.layout);
     let prompt = host.args.prompt();
     // The first step is at position context - 1; a prompt fills the cache up to there.
-    let before = if prompt { plan.context - 1 } else { plan.context - 2 } as i32;
+    let before = if prompt { layout.context - 1 } else { layout.context - 2 } as i32;
     // Everything stays everything when the steps pass the first context's pages.
     let everything = entry.budget == Some(Budget::Ratio(1.0));
     let pages = if everything {
@@ -63,9 +63,9 @@ pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
     };
     group.set_budget(pages)?;
     group.set_lengths(before)?;
-    for state in &plan.state {
+    for state in &layout.state {
         // No page was loaded of late: the first tokens fed again have the most to catch up with.
-        group.arena.fill(state[1], state[2] - state[1], 0)?;
+        group.buffer.fill(state[1], state[2] - state[1], 0)?;
     }
     let (warm_up, runs) = if prompt { (1, 1) } else { (WARM_UP, host.args.runs) };
     let micros = micros(host, warm_up, runs, || {
@@ -74,7 +74,7 @@ pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
     if !prompt {
         // The counter must have moved with every run, else nothing was measured.
         let mut bytes = [0; 4];
-        group.arena.read(plan.lengths, &mut bytes)?;
+        group.buffer.read(layout.lengths, &mut bytes)?;
         let expected = before + (warm_up + runs) as i32;
         let got = i32::from_le_bytes(bytes);
         ensure!(
@@ -90,7 +90,7 @@ pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
 /// The counter and the picking of rows alone, as if they were one layer of as many as there are.
 pub fn overhead(group: &Group<'_>) -> Result<Vec<f64>> {
     let (host, args) = (group.host, group.host.args);
-    let session = host.session(Kind::Gqa, Feeding::Steps, 0, false)?;
+    let session = host.session(NodeKind::Gqa, Feeding::Steps, 0, false)?;
     let (bindings, _own) = group.bind_overhead(&session)?;
     group.set_lengths(0)?;
     let options = host.run_options(None)?;

@@ -3,7 +3,7 @@
 use std::{thread, time::Instant};
 
 /// A buffer that no cache of the machine holds, read by several threads at once.
-pub struct Memory {
+pub struct MemoryProbe {
     words: Vec<u64>,
     threads: usize,
 }
@@ -11,7 +11,7 @@ pub struct Memory {
 /// 512 MiB: beyond the last-level cache of any machine that we know.
 const WORDS: usize = (512 << 20) / 8;
 
-impl Memory {
+impl MemoryProbe {
     /// Takes and touches the buffer; `threads` as the measured sessions have.
     pub fn new(threads: usize) -> Self {
         // Not zeros: those would all be one page of the kernel's.

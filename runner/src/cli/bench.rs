@@ -16,7 +16,7 @@ use crate::{
     decoder::generate::{CHUNK, Decoder, Policy},
     interrupt::Signals,
     model_folder::chosen,
-    model_spec::Knobs,
+    model_spec::PolicyOptions,
     progress::{self, note},
 };
 
@@ -24,7 +24,7 @@ use crate::{
 pub struct BenchArgs {
     /// A model, converted or not: DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]; may be given several times.
     #[arg(short, long = "model", value_name = "DIR", required = true)]
-    models: Vec<Spec>,
+    models: Vec<BenchModel>,
     /// Which graph of a folder that holds several, for models without graph=NAME: its file's name or its variant.
     #[arg(long, value_name = "NAME")]
     graph: Option<String>,
@@ -55,21 +55,21 @@ pub struct BenchArgs {
 
 /// A model and how to run it.
 #[derive(Clone, Debug, PartialEq)]
-struct Spec {
+struct BenchModel {
     folder: PathBuf,
-    knobs: Knobs,
+    options: PolicyOptions,
     graph: Option<String>,
     name: Option<String>,
 }
 
-impl FromStr for Spec {
+impl FromStr for BenchModel {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
         let mut parts = s.split(',');
         let mut spec = Self {
             folder: parts.next().unwrap_or_default().into(),
-            knobs: Knobs::default(),
+            options: PolicyOptions::default(),
             graph: None,
             name: None,
         };
@@ -78,7 +78,7 @@ impl FromStr for Spec {
                 spec.name = Some(name.to_owned());
             } else if let Some(graph) = option.strip_prefix("graph=") {
                 spec.graph = Some(graph.to_owned());
-            } else if !spec.knobs.set(option)? {
+            } else if !spec.options.set(option)? {
                 return Err(format!(
                     "{option:?}: expected DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]"
                 ));
@@ -88,7 +88,7 @@ impl FromStr for Spec {
     }
 }
 
-impl Spec {
+impl BenchModel {
     fn label(&self) -> String {
         let folder = self
             .folder
@@ -208,7 +208,7 @@ struct Opened {
 }
 
 impl Contenders {
-    fn open(runtime: &Runtime, options: &OpenOptions, specs: &[Spec]) -> Result<Self> {
+    fn open(runtime: &Runtime, options: &OpenOptions, specs: &[BenchModel]) -> Result<Self> {
         let mut opened: Vec<Opened> = Vec::new();
         let mut list = Vec::new();
         for spec in specs {
@@ -227,7 +227,8 @@ impl Contenders {
                 }
             };
             let one = opened.get_mut(at).context("no such model")?;
-            let policy = Policy::new(&one.model, spec.knobs.window, spec.knobs.budget).with_context(|| spec.label())?;
+            let policy =
+                Policy::new(&one.model, spec.options.window, spec.options.budget).with_context(|| spec.label())?;
             one.window = one.window.max(policy.window);
             list.push((spec.label(), at, policy));
         }
@@ -278,7 +279,7 @@ impl Contenders {
 
     fn measure(&mut self, args: &BenchArgs, depth: usize, test: Test, table: &mut Table) -> Result<()> {
         let mut samples = vec![Samples::default(); self.list.len()];
-        let mut readings = vec![crate::decoder::page_reads::Reading::default(); self.list.len()];
+        let mut readings = vec![crate::decoder::page_reads::PageReads::default(); self.list.len()];
         let total = args.repetitions * self.list.len();
         let bar = progress::bar(total, &format!("{} @ {depth}", test.name()), true);
         for _ in 0..args.repetitions {
@@ -389,7 +390,7 @@ fn feed(
     interrupt: &Interrupt,
 ) -> Result<()> {
     let all = tokens(depth + count);
-    let chunk = model.interface.input_ids.width.unwrap_or(chunk);
+    let chunk = model.io.input_ids.width.unwrap_or(chunk);
     let mut done = depth;
     for part in all.get(depth..).unwrap_or(&[]).chunks(chunk) {
         interrupt.check()?;

@@ -13,9 +13,9 @@ use crate::{
     Device, Interrupt, Interrupted, OpenOptions, Runtime,
     bench::{
         Samples,
-        memory::Memory,
+        memory::MemoryProbe,
         op::{
-            Operator, Retro, Shape,
+            AttentionShape, Operator, RetroVariant,
             data::{Caches, Rows},
             node::Node,
         },
@@ -121,7 +121,7 @@ impl BenchOpArgs {
                         } else {
                             Default::default()
                         };
-                        let operator = Operator::Retro(Retro {
+                        let operator = Operator::Retro(RetroVariant {
                             window,
                             budget,
                             mode,
@@ -273,7 +273,7 @@ fn measure(
         context,
         threads,
     } = case;
-    let shape = Shape {
+    let shape = AttentionShape {
         heads: args.heads,
         kv_heads: args.kv_heads,
         head_size: args.head_size,
@@ -300,7 +300,7 @@ fn measure(
         .map(|&operator| Node::new(runtime, &options, &shape, operator, &mut caches))
         .collect::<Result<Vec<_>>>()?;
 
-    let memory = Memory::new(threads);
+    let memory = MemoryProbe::new(threads);
     memory.pass();
     let mut bandwidth: f64 = 0.0;
     let mut samples = vec![Samples::default(); measured.len()];

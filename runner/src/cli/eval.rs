@@ -18,17 +18,17 @@ use crate::{
     Interrupt, Interrupted, OpenOptions, Runtime,
     decoder::generate::CHUNK,
     eval::{
-        converted_models::Workshop,
+        converted_models::ConvertedModelCache,
         documents, html,
         journal::{Header, Journal},
         perplexity,
-        policy::{Kind, PolicySpec, Row, Source, rows},
+        policy::{ModelSource, PolicyKind, PolicyRow, PolicySpec, rows},
         score::{Scorer, read_documents},
         summary::{documents as summarize_documents, documents_table, fidelities, fidelity_table, markdown},
     },
     interrupt::Signals,
     model_folder::chosen,
-    model_spec::NamedModel,
+    model_spec::ModelSpec,
     prepare::key,
     progress::{Items, note},
 };
@@ -76,7 +76,7 @@ pub struct EvalArgs {
     budgets: Vec<Budget>,
     /// A model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,graph=NAME]; may be given several times.
     #[arg(long = "run", value_name = "NAME=DIR")]
-    runs: Vec<NamedModel>,
+    runs: Vec<ModelSpec>,
     /// Documents (or texts) decoded at a time.
     #[arg(long, default_value_t = 8, value_name = "N")]
     batch: usize,
@@ -110,13 +110,13 @@ pub struct EvalArgs {
 }
 
 /// The row of a model that is compared as it is.
-fn row(run: &NamedModel) -> Result<Row> {
-    Ok(Row {
-        kind: Kind::Folder,
+fn row(run: &ModelSpec) -> Result<PolicyRow> {
+    Ok(PolicyRow {
+        kind: PolicyKind::Folder,
         label: run.name.clone(),
-        source: Source::Graph(chosen(&run.folder, run.graph.as_deref())?),
-        window: run.knobs.window,
-        budget: run.knobs.budget,
+        source: ModelSource::Graph(chosen(&run.folder, run.graph.as_deref())?),
+        window: run.options.window,
+        budget: run.options.budget,
     })
 }
 
@@ -144,17 +144,17 @@ pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
 }
 
 /// What both kinds of comparison share: the libraries, the source model, the rows.
-struct Bench {
+struct Comparison {
     runtime: Runtime,
     open: OpenOptions,
-    workshop: Workshop,
-    rows: Vec<Row>,
+    converted: ConvertedModelCache,
+    rows: Vec<PolicyRow>,
     /// Name and key of the model for the file of results.
     model: String,
     interrupt: Interrupt,
 }
 
-impl Bench {
+impl Comparison {
     fn new(args: &EvalArgs, interrupt: Interrupt) -> Result<Self> {
         // Whatever is wrong with a model or a policy is said before ONNX Runtime is looked for.
         let named = args
@@ -162,9 +162,9 @@ impl Bench {
             .as_deref()
             .or_else(|| args.runs.first().map(|r| r.folder.as_path()));
         let named = named.context("name a model, or one with --run")?;
-        let mut workshop = match &args.model {
-            Some(model) => Workshop::new(model, args.graph.as_deref())?,
-            None => Workshop::of_nothing(named)?,
+        let mut converted = match &args.model {
+            Some(model) => ConvertedModelCache::new(model, args.graph.as_deref())?,
+            None => ConvertedModelCache::of_nothing(named)?,
         };
         let mut all = Vec::new();
         if args.model.is_some() {
@@ -175,20 +175,20 @@ impl Bench {
             } else {
                 args.policies.clone()
             };
-            all = rows(&specs, workshop.graph(), &args.windows, &args.budgets);
+            all = rows(&specs, converted.graph(), &args.windows, &args.budgets);
         }
         for run in &args.runs {
             all.push(row(run).with_context(|| run.name.clone())?);
         }
         for row in &all {
-            if let Source::Converted(settings) = &row.source {
+            if let ModelSource::Converted(settings) = &row.source {
                 settings.check().with_context(|| row.label.clone())?;
             }
         }
         let (runtime, open) = args.session.load()?;
         for row in &all {
             interrupt.check()?;
-            workshop.open(&row.source).with_context(|| row.label.clone())?;
+            converted.open(&row.source).with_context(|| row.label.clone())?;
         }
         let folder = if named.is_file() {
             named
@@ -207,7 +207,7 @@ impl Bench {
         Ok(Self {
             runtime,
             open,
-            workshop,
+            converted,
             rows: all,
             model: key(folder)? + &graph,
             interrupt,
@@ -238,27 +238,27 @@ fn fingerprint(parts: &[&dyn AsRef<[u8]>]) -> u64 {
 
 fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<()> {
     let documents = read_documents(data, args.docs.unwrap_or(usize::MAX))?;
-    let mut bench = Bench::new(args, interrupt)?;
+    let mut comparison = Comparison::new(args, interrupt)?;
     let text = fs::read(data).with_context(|| format!("cannot read {}", data.display()))?;
     // Documents that are not asked for change the length that outputs may have.
     let print = fingerprint(&[&text]);
     let what = format!("{} documents {print:016x}, -n {:?}", documents.len(), args.n_predict);
-    let mut results = journal(args, &bench.header(what))?;
-    let bar = Items::new("eval", bench.rows.len() * documents.len(), "documents");
-    let job = documents::Job {
-        runtime: &bench.runtime,
-        open: &bench.open,
+    let mut results = journal(args, &comparison.header(what))?;
+    let bar = Items::new("eval", comparison.rows.len() * documents.len(), "documents");
+    let job = documents::DocumentsJob {
+        runtime: &comparison.runtime,
+        open: &comparison.open,
         documents: &documents,
-        rows: &bench.rows,
+        rows: &comparison.rows,
         batch: args.batch,
         chunk: args.chunk,
         n_predict: args.n_predict,
         scorer: args.score,
-        interrupt: &bench.interrupt,
+        interrupt: &comparison.interrupt,
     };
-    let interrupted = interruption(job.run(&mut bench.workshop, &mut results, &bar))?;
+    let interrupted = interruption(job.run(&mut comparison.converted, &mut results, &bar))?;
     bar.finish();
-    let mut rows = summarize_documents(&bench.rows, &results, documents.len());
+    let mut rows = summarize_documents(&comparison.rows, &results, documents.len());
     if interrupted.is_some() {
         rows.retain(|row| row.documents == documents.len());
     }
@@ -275,7 +275,7 @@ fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<
             &facts,
             &documents_table(&rows),
             &rows,
-            bench.rows.len(),
+            comparison.rows.len(),
         )?
         .into());
     }
@@ -291,7 +291,7 @@ fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
     let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
     let texts = args.perplexity.iter().map(read).collect::<Result<Vec<String>>>()?;
     let names: Vec<String> = args.perplexity.iter().map(|p| p.display().to_string()).collect();
-    let mut bench = Bench::new(args, interrupt)?;
+    let mut comparison = Comparison::new(args, interrupt)?;
     let predict = args.n_predict.unwrap_or(1024);
     let print = fingerprint(&texts.iter().map(|t| t as &dyn AsRef<[u8]>).collect::<Vec<_>>());
     let what = format!(
@@ -299,27 +299,27 @@ fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
         texts.len(),
         args.prompt_tokens
     );
-    let mut results = journal(args, &bench.header(what))?;
-    let bar = Items::new("eval", bench.rows.len() * texts.len(), "texts");
+    let mut results = journal(args, &comparison.header(what))?;
+    let bar = Items::new("eval", comparison.rows.len() * texts.len(), "texts");
     ensure!(
         args.model.is_some(),
         "--perplexity compares with dense attention: name the MODEL as its exporter made it"
     );
-    let job = perplexity::Job {
-        runtime: &bench.runtime,
-        open: &bench.open,
+    let job = perplexity::FidelityJob {
+        runtime: &comparison.runtime,
+        open: &comparison.open,
         texts: &texts,
         names: &names,
-        rows: &bench.rows,
+        rows: &comparison.rows,
         batch: args.batch,
         chunk: args.chunk,
         prompt: args.prompt_tokens,
         predict,
-        interrupt: &bench.interrupt,
+        interrupt: &comparison.interrupt,
     };
-    let interrupted = interruption(job.run(&mut bench.workshop, &mut results, &bar))?;
+    let interrupted = interruption(job.run(&mut comparison.converted, &mut results, &bar))?;
     bar.finish();
-    let mut rows = fidelities(&bench.rows, &results, texts.len());
+    let mut rows = fidelities(&comparison.rows, &results, texts.len());
     if interrupted.is_some() {
         rows.retain(|row| row.texts == texts.len());
     }
@@ -341,7 +341,7 @@ fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
             &facts,
             &fidelity_table(&rows),
             &rows,
-            bench.rows.len(),
+            comparison.rows.len(),
         )?
         .into());
     }

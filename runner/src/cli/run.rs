@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{STDOUT, SessionArgs};
 use crate::{
-    Model, Text,
+    Model, ModelTokenizer,
     decoder::{
         generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
         sampling::Sampling,
@@ -170,7 +170,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
         &mut note,
     )?;
     let mut model = Model::open(&runtime, &folder, &open)?;
-    let text = Text::open(&model.folder)?;
+    let text = ModelTokenizer::open(&model.folder)?;
     let tokens = text.encode(&prompt)?;
     let interrupt = signals.listen();
     let options = Generation {

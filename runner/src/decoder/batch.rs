@@ -11,7 +11,7 @@ use crate::decoder::{
     generate::{Decoder, Policy, prefill},
     kv_cache::{Snapshot, State},
     model::{Logits, Model},
-    page_reads::Reading,
+    page_reads::PageReads,
     sampling::argmax,
     stats::Stats,
 };
@@ -34,7 +34,7 @@ pub type Observer<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 pub struct Decoded {
     pub outputs: Vec<Vec<u32>>,
     /// What each sequence read.
-    pub readings: Vec<Reading>,
+    pub readings: Vec<PageReads>,
     pub stats: Stats,
 }
 
@@ -170,7 +170,7 @@ impl Prefilled {
         policy: Policy,
         texts: &[&[u32]],
         observe: &mut Observer<'_>,
-    ) -> Result<(Vec<Reading>, Duration)> {
+    ) -> Result<(Vec<PageReads>, Duration)> {
         if let Some(snapshot) = &self.snapshot {
             self.state.restore(snapshot)?;
         }

@@ -16,64 +16,64 @@ use retro_contract::graph;
 use crate::{
     Device,
     decoder::{
-        device_buffers::{ALIGNMENT, Arena, View, bind_input, bind_output},
+        device_buffers::{ALIGNMENT, DeviceBuffer, DeviceTensor, bind_input, bind_output},
         integers,
-        io::{Budgets, Fed, Interface},
+        io::{BudgetInput, ModelIo, TokenInput},
         kv_cache::Buffer,
-        logits::Landing,
-        model::{Feed, Logits, ValueShape, inputs, last_rows, logits_shape},
+        logits::LogitsReadback,
+        model::{Feed, Logits, LogitsShape, inputs, last_rows, logits_shape},
     },
     gpu::Gpu,
     runtime::one_line,
 };
 
 /// Of one state; bound to its binding.
-pub(crate) struct Steps {
+pub(crate) struct DeviceRunner {
     batch: usize,
     capacity: usize,
     /// For sequences of one length: ones `[C]`, of which a step is shown as many as tokens are valid.
-    ones: Option<Arena>,
-    landing: Landing,
-    captured: Option<Captured>,
+    ones: Option<DeviceBuffer>,
+    readback: LogitsReadback,
+    captured: Option<CapturedStep>,
 }
 
 /// Buffers whose addresses a CUDA graph knows.
-struct Captured {
+struct CapturedStep {
     id: usize,
     /// Tokens fed and how many of them are retrospective: another step needs another graph.
     fed: usize,
     retro_length: i32,
     /// The block in which ids, mask, positions and budgets lie.
-    arena: Arena,
-    ids: View,
+    buffer: DeviceBuffer,
+    ids: DeviceTensor,
     /// The mask `[B, C]`, and how many ones each row has.
-    mask: Option<(View, Vec<usize>)>,
-    positions: Option<View>,
-    budgets: Option<View>,
+    mask: Option<(DeviceTensor, Vec<usize>)>,
+    positions: Option<DeviceTensor>,
+    budgets: Option<DeviceTensor>,
     /// Rows are known after a run that was not captured.
-    logits: Option<(View, ValueShape)>,
-    retro: View,
+    logits: Option<(DeviceTensor, LogitsShape)>,
+    retro: DeviceTensor,
     /// The graph exists.
     ready: bool,
 }
 
-impl Steps {
-    pub(crate) fn new(gpu: Option<&Arc<Gpu>>, interface: &Interface, batch: usize, capacity: usize) -> Result<Self> {
-        let mask = interface.attention_mask.as_ref();
+impl DeviceRunner {
+    pub(crate) fn new(gpu: Option<&Arc<Gpu>>, io: &ModelIo, batch: usize, capacity: usize) -> Result<Self> {
+        let mask = io.attention_mask.as_ref();
         let ones = mask
             .filter(|mask| batch == 1 && mask.width.is_none())
-            .map(|mask| -> Result<Arena> {
+            .map(|mask| -> Result<DeviceBuffer> {
                 let ones = integers::bytes(mask.element, std::iter::repeat_n(1, capacity))?;
-                let arena = Arena::new(gpu, ones.len())?;
-                arena.write(0, &ones)?;
-                Ok(arena)
+                let buffer = DeviceBuffer::new(gpu, ones.len())?;
+                buffer.write(0, &ones)?;
+                Ok(buffer)
             })
             .transpose()?;
         Ok(Self {
             batch,
             capacity,
             ones,
-            landing: Landing::new(gpu),
+            readback: LogitsReadback::new(gpu),
             captured: None,
         })
     }
@@ -87,13 +87,13 @@ impl Steps {
         &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
-        interface: &Interface,
+        io: &ModelIo,
         binding: &mut IoBinding,
         buffers: &mut [Buffer],
         feed: &Feed,
         graphs: &mut Option<usize>,
     ) -> Result<Logits> {
-        let logits = self.step(gpu, session, interface, binding, buffers, feed, graphs)?;
+        let logits = self.step(gpu, session, io, binding, buffers, feed, graphs)?;
         buffers.iter_mut().try_for_each(Buffer::carry)?;
         Ok(logits)
     }
@@ -106,7 +106,7 @@ impl Steps {
         &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
-        interface: &Interface,
+        io: &ModelIo,
         binding: &mut IoBinding,
         buffers: &mut [Buffer],
         feed: &Feed,
@@ -114,17 +114,17 @@ impl Steps {
     ) -> Result<Logits> {
         let fed = feed.ids.len() / self.batch;
         let Some(number) = graphs else {
-            return self.run_once(gpu, session, interface, binding, feed, None);
+            return self.run_once(gpu, session, io, binding, feed, None);
         };
-        if !feed.steady {
-            return self.run_once(gpu, session, interface, binding, feed, Some("-1"));
+        if !feed.graph_capturable {
+            return self.run_once(gpu, session, io, binding, feed, Some("-1"));
         }
         let known = self.captured.as_ref();
         if known.is_none_or(|c| c.fed != fed || c.retro_length != feed.retro_length) {
             *number += 1;
-            self.captured = Some(Captured::new(
+            self.captured = Some(CapturedStep::new(
                 gpu,
-                interface,
+                io,
                 self.batch,
                 self.capacity,
                 fed,
@@ -132,11 +132,11 @@ impl Steps {
                 *number,
             )?);
         }
-        // The shape of the logits is the graph's to say: the first steady step is an ordinary one.
+        // The shape of the logits is the graph's to say: the first capturable step is an ordinary one.
         if self.captured.as_ref().is_some_and(|c| c.logits.is_none()) {
-            let (logits, shape) = self.run_shaped(gpu, session, interface, binding, feed, Some("-1"))?;
+            let (logits, shape) = self.run_shaped(gpu, session, io, binding, feed, Some("-1"))?;
             if let Some(captured) = &mut self.captured {
-                captured.take_shape(gpu, interface, self.batch, shape)?;
+                captured.take_shape(gpu, io, self.batch, shape)?;
             }
             return Ok(logits);
         }
@@ -148,7 +148,7 @@ impl Steps {
             let memory = memory.collect::<Result<Vec<_>>>()?;
             // Where nothing is captured (in tests on the CPU) a second run makes up for it.
             for _ in 0..if gpu.is_some() { 1 } else { 2 } {
-                captured.run(session, interface, binding, feed, &mut self.landing)?;
+                captured.run(session, io, binding, feed, &mut self.readback)?;
             }
             let buffers = buffers.iter_mut().filter(|b| b.is_memory_of_steps());
             buffers
@@ -156,19 +156,19 @@ impl Steps {
                 .try_for_each(|(buffer, bytes)| buffer.load(bytes))?;
             captured.ready = true;
         }
-        captured.run(session, interface, binding, feed, &mut self.landing)
+        captured.run(session, io, binding, feed, &mut self.readback)
     }
 
     fn run_once(
         &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
-        interface: &Interface,
+        io: &ModelIo,
         binding: &mut IoBinding,
         feed: &Feed,
         graph_id: Option<&str>,
     ) -> Result<Logits> {
-        self.run_shaped(gpu, session, interface, binding, feed, graph_id)
+        self.run_shaped(gpu, session, io, binding, feed, graph_id)
             .map(|(logits, _)| logits)
     }
 
@@ -177,19 +177,19 @@ impl Steps {
         &mut self,
         gpu: Option<&Arc<Gpu>>,
         session: &mut Session,
-        interface: &Interface,
+        io: &ModelIo,
         binding: &mut IoBinding,
         feed: &Feed,
         graph_id: Option<&str>,
-    ) -> Result<(Logits, ValueShape)> {
+    ) -> Result<(Logits, LogitsShape)> {
         let error = |e: ort::Error| anyhow!("{}", one_line(&e));
         let device = gpu.map_or(Device::Cpu, |gpu| Device::Cuda(gpu.id()));
         let longest = feed.lengths.iter().copied().max().unwrap_or(0);
-        let mask = match (&self.ones, &interface.attention_mask) {
+        let mask = match (&self.ones, &io.attention_mask) {
             (Some(ones), Some(mask)) => Some((&mask.name, ones.tensor(0, mask.element, &[1, longest])?)),
             _ => None,
         };
-        let inputs = inputs(interface, self.batch, longest, feed, mask.is_none())?;
+        let inputs = inputs(io, self.batch, longest, feed, mask.is_none())?;
         for (name, value) in &inputs {
             binding.bind_input(*name, value).map_err(error)?;
         }
@@ -198,18 +198,18 @@ impl Steps {
         }
         // Bound anew each time: its shape changes with S, and a binding remembers the last output.
         binding
-            .bind_output_to_device(&interface.logits, &device.memory()?)
+            .bind_output_to_device(&io.logits, &device.memory()?)
             .map_err(error)?;
         let options = options(graph_id)?;
         let mut outputs = session.run_binding_with_options(binding, &options).map_err(error)?;
-        let logits = outputs.remove(&interface.logits).context("the graph gave no logits")?;
+        let logits = outputs.remove(&io.logits).context("the graph gave no logits")?;
         let shape = logits_shape(&logits, self.batch)?;
         let Some(gpu) = gpu else {
-            return Ok((last_rows(&logits, interface.logits_type, self.batch)?, shape));
+            return Ok((last_rows(&logits, io.logits_type, self.batch)?, shape));
         };
         let tensor = logits.downcast::<DynTensorValueType>().map_err(error)?;
         let read = |at: usize, row: &mut [u8]| gpu.read_tensor(&tensor, at, row);
-        let logits = self.landing.newest(interface.logits_type, self.batch, &shape, read)?;
+        let logits = self.readback.newest(io.logits_type, self.batch, &shape, read)?;
         Ok((logits, shape))
     }
 }
@@ -231,10 +231,10 @@ fn size(element: TensorElementType, shape: &[usize]) -> Result<usize> {
     bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))
 }
 
-impl Captured {
+impl CapturedStep {
     fn new(
         gpu: Option<&Arc<Gpu>>,
-        interface: &Interface,
+        io: &ModelIo,
         batch: usize,
         capacity: usize,
         fed: usize,
@@ -247,23 +247,23 @@ impl Captured {
             next = (next + bytes).next_multiple_of(ALIGNMENT);
             at
         };
-        let budgets = interface.page_budget.map(|b| match b {
-            Budgets::One => 1,
-            Budgets::EachSequence => batch,
+        let budgets = io.page_budget.map(|b| match b {
+            BudgetInput::PerBatch => 1,
+            BudgetInput::PerSequence => batch,
         });
-        let mut place = |input: &Fed, tokens: usize| -> Result<_> {
+        let mut place = |input: &TokenInput, tokens: usize| -> Result<_> {
             let shape = input.shape(batch, tokens);
             Ok((take(size(input.element, &shape)?), input.element, shape))
         };
-        let ids = place(&interface.input_ids, fed)?;
-        let positions = interface.position_ids.as_ref().map(|p| place(p, fed)).transpose()?;
-        let mask = interface.attention_mask.as_ref();
+        let ids = place(&io.input_ids, fed)?;
+        let positions = io.position_ids.as_ref().map(|p| place(p, fed)).transpose()?;
+        let mask = io.attention_mask.as_ref();
         let mask = mask.map(|m| place(m, m.width.unwrap_or(capacity))).transpose()?;
         let budgets_at = take(4 * batch);
-        let arena = Arena::new(gpu, next)?;
-        arena.fill(0, next, 0)?;
-        let view = |(at, element, shape): (usize, TensorElementType, Vec<usize>)| arena.tensor(at, element, &shape);
-        let host = Arena::new(None, 4)?;
+        let buffer = DeviceBuffer::new(gpu, next)?;
+        buffer.fill(0, next, 0)?;
+        let view = |(at, element, shape): (usize, TensorElementType, Vec<usize>)| buffer.tensor(at, element, &shape);
+        let host = DeviceBuffer::new(None, 4)?;
         let retro = host.tensor(0, TensorElementType::Int32, &[1])?;
         retro.write(0, &feed.retro_length.to_le_bytes())?;
         Ok(Self {
@@ -274,26 +274,20 @@ impl Captured {
             mask: mask.map(|m| view(m).map(|v| (v, vec![0; batch]))).transpose()?,
             positions: positions.map(view).transpose()?,
             budgets: budgets
-                .map(|n| arena.tensor(budgets_at, TensorElementType::Int32, &[n]))
+                .map(|n| buffer.tensor(budgets_at, TensorElementType::Int32, &[n]))
                 .transpose()?,
             logits: None,
             retro,
-            arena,
+            buffer,
             ready: false,
         })
     }
 
-    fn take_shape(
-        &mut self,
-        gpu: Option<&Arc<Gpu>>,
-        interface: &Interface,
-        batch: usize,
-        shape: ValueShape,
-    ) -> Result<()> {
+    fn take_shape(&mut self, gpu: Option<&Arc<Gpu>>, io: &ModelIo, batch: usize, shape: LogitsShape) -> Result<()> {
         let dims = [batch, shape.rows, shape.vocab];
-        let size = interface.logits_type.byte_size(dims.iter().product());
-        let arena = Arena::new(gpu, size.context("logits of no size")?)?;
-        self.logits = Some((arena.tensor(0, interface.logits_type, &dims)?, shape));
+        let size = io.logits_type.byte_size(dims.iter().product());
+        let buffer = DeviceBuffer::new(gpu, size.context("logits of no size")?)?;
+        self.logits = Some((buffer.tensor(0, io.logits_type, &dims)?, shape));
         Ok(())
     }
 
@@ -301,17 +295,17 @@ impl Captured {
     fn run(
         &mut self,
         session: &mut Session,
-        interface: &Interface,
+        io: &ModelIo,
         binding: &mut IoBinding,
         feed: &Feed,
-        landing: &mut Landing,
+        readback: &mut LogitsReadback,
     ) -> Result<Logits> {
         let batch = feed.lengths.len();
-        let input = &interface.input_ids;
+        let input = &io.input_ids;
         let ids = integers::bytes(input.element, feed.ids.iter().copied())?;
         let mut parts = vec![self.ids.part(0, ids)?];
         bind_input(binding, &input.name, &self.ids)?;
-        if let Some((input, (mask, ones))) = interface.attention_mask.as_ref().zip(self.mask.as_ref()) {
+        if let Some((input, (mask, ones))) = io.attention_mask.as_ref().zip(self.mask.as_ref()) {
             let one = size(input.element, &[1])?;
             let capacity = mask.bytes() / one / batch;
             for (b, (&have, &want)) in ones.iter().zip(&feed.lengths).enumerate() {
@@ -324,7 +318,7 @@ impl Captured {
             }
             bind_input(binding, &input.name, mask)?;
         }
-        if let Some((input, positions)) = interface.position_ids.as_ref().zip(self.positions.as_ref()) {
+        if let Some((input, positions)) = io.position_ids.as_ref().zip(self.positions.as_ref()) {
             let row = |&n: &usize| (0..self.fed).map(move |i| (n + i) as i64);
             let fed = self.fed as i64;
             let of_all = feed.lengths.iter().flat_map(row).map(|p| p - fed).collect();
@@ -332,7 +326,7 @@ impl Captured {
             parts.push(positions.part(0, bytes)?);
             bind_input(binding, &input.name, positions)?;
         }
-        if interface.retro_length {
+        if io.retro_length {
             bind_input(binding, graph::RETRO_LENGTH, &self.retro)?;
         }
         if let Some(view) = &self.budgets {
@@ -343,14 +337,14 @@ impl Captured {
             parts.push(view.part(0, numbers.iter().flat_map(|n| n.to_le_bytes()).collect())?);
             bind_input(binding, graph::PAGE_BUDGET, view)?;
         }
-        self.arena.write_all(&parts)?;
+        self.buffer.write_all(&parts)?;
         if let Some((_, ones)) = &mut self.mask {
             ones.clone_from(&feed.lengths);
         }
         let (view, shape) = self.logits.as_ref().context("logits without a place")?;
-        bind_output(binding, &interface.logits, view)?;
+        bind_output(binding, &io.logits, view)?;
         let options = options(Some(&self.id.to_string()))?;
         crate::decoder::device_buffers::run(session, binding, &options)?;
-        landing.newest(interface.logits_type, batch, shape, |at, row| view.read(at, row))
+        readback.newest(io.logits_type, batch, shape, |at, row| view.read(at, row))
     }
 }

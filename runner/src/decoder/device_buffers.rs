@@ -30,7 +30,7 @@ pub const ALIGNMENT: usize = 256;
 
 /// A block of memory. It lives as long as a tensor in it does.
 #[derive(Clone)]
-pub struct Arena(Rc<Block>);
+pub struct DeviceBuffer(Rc<Block>);
 
 struct Block {
     device: Device,
@@ -46,13 +46,13 @@ enum Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if let Self::Host(data, layout) = self {
-            // SAFETY: allocated with this layout by `Arena::new`, freed once.
+            // SAFETY: allocated with this layout by `DeviceBuffer::new`, freed once.
             unsafe { dealloc(*data, *layout) };
         }
     }
 }
 
-impl Arena {
+impl DeviceBuffer {
     /// A block on the host (zeroed) or on the GPU (undefined).
     ///
     /// # Errors
@@ -145,7 +145,7 @@ impl Arena {
     ///
     /// # Errors
     /// When it would not fit or is not aligned.
-    pub fn tensor(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<View> {
+    pub fn tensor(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<DeviceTensor> {
         let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| element.byte_size(n));
         let bytes = bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))?;
@@ -173,24 +173,24 @@ impl Arena {
                 &mut value,
             )
         })?;
-        Ok(View {
+        Ok(DeviceTensor {
             value,
             offset,
             bytes,
-            arena: self.clone(),
+            buffer: self.clone(),
         })
     }
 }
 
-/// A tensor in an [`Arena`].
-pub struct View {
+/// A tensor in a [`DeviceBuffer`].
+pub struct DeviceTensor {
     value: *mut ort_sys::OrtValue,
     offset: usize,
     bytes: usize,
-    arena: Arena,
+    buffer: DeviceBuffer,
 }
 
-impl View {
+impl DeviceTensor {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -198,10 +198,10 @@ impl View {
     /// Replaces the contents from byte `at` on.
     pub fn write(&self, at: usize, from: &[u8]) -> Result<()> {
         let (offset, from) = self.part(at, from)?;
-        self.arena.write(offset, from)
+        self.buffer.write(offset, from)
     }
 
-    /// What replaces the contents from byte `at` on, as [`Arena::write_all`] takes it.
+    /// What replaces the contents from byte `at` on, as [`DeviceBuffer::write_all`] takes it.
     ///
     /// # Errors
     /// When the tensor ends before.
@@ -222,54 +222,54 @@ impl View {
             to.len(),
             self.bytes
         );
-        self.arena.read(self.offset + at, to)
+        self.buffer.read(self.offset + at, to)
     }
 
     pub fn fill(&self, value: u8) -> Result<()> {
-        self.arena.fill(self.offset, self.bytes, value)
+        self.buffer.fill(self.offset, self.bytes, value)
     }
 }
 
-impl Drop for View {
+impl Drop for DeviceTensor {
     fn drop(&mut self) {
-        // SAFETY: made by `Arena::tensor`, released once; a binding that holds the value shares its ownership.
+        // SAFETY: made by `DeviceBuffer::tensor`, released once; a binding that holds the value shares its ownership.
         unsafe { (ort::api().ReleaseValue)(self.value) };
     }
 }
 
 /// Tensors bound to a session's inputs and outputs, one of them to both where it is updated in place.
-pub struct Bindings {
+pub struct DeviceBindings {
     io: IoBinding,
-    kept: Vec<(String, Arena)>,
+    kept: Vec<(String, DeviceBuffer)>,
 }
 
-impl Bindings {
+impl DeviceBindings {
     pub fn new(session: &Session) -> Result<Self> {
         let io = session.create_binding().map_err(|e| anyhow!("{}", one_line(&e)))?;
         Ok(Self { io, kept: Vec::new() })
     }
 
-    pub fn input(&mut self, name: &str, view: &View) -> Result<()> {
+    pub fn input(&mut self, name: &str, view: &DeviceTensor) -> Result<()> {
         bind_input(&self.io, name, view)?;
         self.keep(name, view);
         Ok(())
     }
 
-    pub fn output(&mut self, name: &str, view: &View) -> Result<()> {
+    pub fn output(&mut self, name: &str, view: &DeviceTensor) -> Result<()> {
         bind_output(&self.io, name, view)?;
         self.keep(name, view);
         Ok(())
     }
 
     /// Past and present in one buffer.
-    pub fn in_place(&mut self, past: &str, present: &str, view: &View) -> Result<()> {
+    pub fn in_place(&mut self, past: &str, present: &str, view: &DeviceTensor) -> Result<()> {
         self.input(past, view)?;
         self.output(present, view)
     }
 
-    fn keep(&mut self, name: &str, view: &View) {
+    fn keep(&mut self, name: &str, view: &DeviceTensor) {
         self.kept.retain(|(other, _)| other != name);
-        self.kept.push((name.to_owned(), view.arena.clone()));
+        self.kept.push((name.to_owned(), view.buffer.clone()));
     }
 
     /// Runs the session that the bindings were made for.
@@ -287,14 +287,14 @@ pub(crate) fn run(session: &mut Session, io: &IoBinding, options: &RunOptions<No
 }
 
 /// Binds a tensor as an input of a binding that must not outlive the tensor's block.
-pub(crate) fn bind_input(io: &IoBinding, name: &str, view: &View) -> Result<()> {
+pub(crate) fn bind_input(io: &IoBinding, name: &str, view: &DeviceTensor) -> Result<()> {
     let name = CString::new(name)?;
     // SAFETY: both objects are alive; the name is read during the call; the binding takes a share of the value.
     check(unsafe { (ort::api().BindInput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })
 }
 
 /// As [`bind_input`], for an output.
-pub(crate) fn bind_output(io: &IoBinding, name: &str, view: &View) -> Result<()> {
+pub(crate) fn bind_output(io: &IoBinding, name: &str, view: &DeviceTensor) -> Result<()> {
     let name = CString::new(name)?;
     // SAFETY: as in `bind_input`.
     check(unsafe { (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })

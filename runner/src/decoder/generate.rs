@@ -12,12 +12,12 @@ use crate::{
     decoder::{
         kv_cache::State,
         model::{Feed, Logits, Model, sparse_layers},
-        page_reads::{Meter, Reading},
+        page_reads::{PageMeter, PageReads},
         sampling::{Sampler, Sampling},
         stats::Stats,
     },
     interrupt::{Interrupt, Interrupted},
-    text::{Detokenizer, StopFilter, Text},
+    text::{Detokenizer, ModelTokenizer, StopFilter},
 };
 
 /// Tokens of a prompt that are fed at a time.
@@ -45,7 +45,7 @@ impl Policy {
                 "--budget: the model was not converted; convert it with retro-export"
             );
             ensure!(
-                model.interface.page_budget.is_some(),
+                model.io.page_budget.is_some(),
                 "--budget: this model takes no budget at run time; convert it again with retro-export --budget"
             );
         }
@@ -55,7 +55,7 @@ impl Policy {
 
 /// Room for a prompt and what follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct ContextPlan {
     /// Tokens that the cache must hold.
     pub capacity: usize,
     /// Tokens to generate at most, at least 1.
@@ -66,7 +66,12 @@ pub struct Plan {
 ///
 /// # Errors
 /// When prompt and output exceed `context` (-c) or what the model can hold, or neither is known.
-pub fn plan(prompt: usize, n_predict: Option<usize>, context: Option<usize>, model: Option<usize>) -> Result<Plan> {
+pub fn plan(
+    prompt: usize,
+    n_predict: Option<usize>,
+    context: Option<usize>,
+    model: Option<usize>,
+) -> Result<ContextPlan> {
     if let (Some(c), Some(most)) = (context, model) {
         ensure!(c <= most, "-c {c} exceeds the model's context of {most} tokens");
     }
@@ -85,7 +90,7 @@ pub fn plan(prompt: usize, n_predict: Option<usize>, context: Option<usize>, mod
                 total <= limit,
                 "a prompt of {prompt} tokens and {n} more (-n) exceed {what}, {limit} tokens"
             );
-            Ok(Plan {
+            Ok(ContextPlan {
                 capacity: context.unwrap_or(total),
                 max_new: n,
             })
@@ -95,14 +100,14 @@ pub fn plan(prompt: usize, n_predict: Option<usize>, context: Option<usize>, mod
                 prompt < limit,
                 "a prompt of {prompt} tokens leaves no room in {what}, {limit} tokens"
             );
-            Ok(Plan {
+            Ok(ContextPlan {
                 capacity: limit,
                 max_new: limit - prompt,
             })
         }
         (Some(n), None) => {
             let capacity = prompt.checked_add(n).context("-n is too large")?;
-            Ok(Plan { capacity, max_new: n })
+            Ok(ContextPlan { capacity, max_new: n })
         }
         (None, None) => anyhow::bail!("the model does not say how long its context is: give -n or -c"),
     }
@@ -123,7 +128,7 @@ pub fn prefill(
     ensure!(!prompt.is_empty(), "the prompt is empty");
     ensure!(chunk >= 1, "--chunk 0: a chunk has at least one token");
     // A graph may take a token a call, by its declared shape.
-    let chunk = model.interface.input_ids.width.unwrap_or(chunk);
+    let chunk = model.io.input_ids.width.unwrap_or(chunk);
     let mut logits = Logits::default();
     let mut done = 0;
     for part in prompt.chunks(chunk) {
@@ -150,7 +155,7 @@ struct Sequence {
     prompt: usize,
     /// A finished one is fed as before, so that the batch keeps its shape; nobody looks at its rows.
     finished: bool,
-    meter: Meter,
+    meter: PageMeter,
 }
 
 /// The decoding loop of a batch whose prompts are in the state already and which starts together.
@@ -185,7 +190,7 @@ impl<'a> Decoder<'a> {
             tokens: prompt.to_vec(),
             prompt: prompt.len(),
             finished: false,
-            meter: Meter::new(policy.window, page_size),
+            meter: PageMeter::new(policy.window, page_size),
         };
         let sequences = prompts.iter().map(sequence).collect();
         Ok(Self {
@@ -270,7 +275,7 @@ impl<'a> Decoder<'a> {
                 lengths,
                 retro_length: r as i32,
                 budgets,
-                steady: r + 1 == self.policy.window,
+                graph_capturable: r + 1 == self.policy.window,
             },
         )?;
         self.time += start.elapsed();
@@ -300,14 +305,14 @@ impl<'a> Decoder<'a> {
     }
 
     /// What all sequences read so far.
-    pub fn reading(&self) -> Reading {
-        let mut sum = Reading::default();
+    pub fn reading(&self) -> PageReads {
+        let mut sum = PageReads::default();
         self.readings().for_each(|r| sum.add(r));
         sum
     }
 
     /// What each sequence read so far.
-    pub fn readings(&self) -> impl Iterator<Item = &Reading> {
+    pub fn readings(&self) -> impl Iterator<Item = &PageReads> {
         self.sequences.iter().map(|s| &s.meter.reading)
     }
 }
@@ -320,7 +325,7 @@ fn retrospective(window: usize, step: usize) -> usize {
 /// How a generation is to go.
 #[derive(Clone, Debug)]
 pub struct Generation {
-    pub plan: Plan,
+    pub plan: ContextPlan,
     pub policy: Policy,
     pub chunk: usize,
     pub sampling: Sampling,
@@ -368,7 +373,7 @@ pub enum Event<'a> {
 /// When the model fails or `observe` does (then at once).
 pub fn generate(
     model: &mut Model,
-    text: &Text,
+    text: &ModelTokenizer,
     prompt: &[u32],
     options: &Generation,
     observe: &mut dyn FnMut(Event<'_>) -> Result<()>,
@@ -485,35 +490,35 @@ mod tests {
     fn plans_hold_the_prompt_and_what_is_asked_for() {
         assert_eq!(
             plan(100, Some(50), None, Some(2048)).unwrap(),
-            Plan {
+            ContextPlan {
                 capacity: 150,
                 max_new: 50
             }
         );
         assert_eq!(
             plan(100, Some(50), Some(512), Some(2048)).unwrap(),
-            Plan {
+            ContextPlan {
                 capacity: 512,
                 max_new: 50
             }
         );
         assert_eq!(
             plan(100, None, None, Some(2048)).unwrap(),
-            Plan {
+            ContextPlan {
                 capacity: 2048,
                 max_new: 1948
             }
         );
         assert_eq!(
             plan(100, None, Some(101), None).unwrap(),
-            Plan {
+            ContextPlan {
                 capacity: 101,
                 max_new: 1
             }
         );
         assert_eq!(
             plan(100, Some(5), None, None).unwrap(),
-            Plan {
+            ContextPlan {
                 capacity: 105,
                 max_new: 5
             }

@@ -18,7 +18,7 @@ use crate::{
 
 /// What a buffer holds, and so which of its dimensions a caller chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum SlotKind {
     /// Keys or values `[B, Hkv, C, D]`.
     Cache,
     /// State of a convolution or a recurrent layer, of declared sizes but for B. It starts as zeros.
@@ -29,23 +29,23 @@ pub enum Kind {
 
 /// One past/present pair.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Slot {
+pub struct StateSlot {
     pub past: String,
     pub present: String,
-    pub kind: Kind,
+    pub kind: SlotKind,
     pub layer: usize,
     pub element: TensorElementType,
     /// Fixed dimensions; `None` stands for B, C or P.
     pub dims: Vec<Option<usize>>,
 }
 
-impl Slot {
+impl StateSlot {
     /// The buffer's shape for a batch and a capacity in tokens and pages; a cache length of 0 is an empty past.
     pub fn shape(&self, batch: usize, capacity: usize, pages: usize) -> Vec<usize> {
         let open = |axis: usize| match (self.kind, axis) {
-            (_, 0) | (Kind::Recurrent, _) => batch,
-            (Kind::Cache, _) => capacity,
-            (Kind::Retro(_), _) => pages,
+            (_, 0) | (SlotKind::Recurrent, _) => batch,
+            (SlotKind::Cache, _) => capacity,
+            (SlotKind::Retro(_), _) => pages,
         };
         self.dims
             .iter()
@@ -57,7 +57,7 @@ impl Slot {
     /// Tokens that a cache of declared size holds.
     fn capacity(&self) -> Option<usize> {
         match self.kind {
-            Kind::Cache => self.dims.get(2).copied().flatten(),
+            SlotKind::Cache => self.dims.get(2).copied().flatten(),
             _ => None,
         }
     }
@@ -65,7 +65,7 @@ impl Slot {
 
 /// An input of whole numbers that a step brings.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Fed {
+pub struct TokenInput {
     pub name: String,
     pub element: TensorElementType,
     /// How often `[B, S]` is given, one after the other: positions of models that see pictures have three of each token.
@@ -74,7 +74,7 @@ pub struct Fed {
     pub width: Option<usize>,
 }
 
-impl Fed {
+impl TokenInput {
     /// The shape for so many sequences and tokens.
     pub(crate) fn shape(&self, batch: usize, tokens: usize) -> Vec<usize> {
         self.planes.into_iter().chain([batch, tokens]).collect()
@@ -88,17 +88,17 @@ impl Fed {
 
 /// A graph's inputs and outputs by their meaning.
 #[derive(Clone, Debug)]
-pub struct Interface {
-    pub input_ids: Fed,
-    pub attention_mask: Option<Fed>,
-    pub position_ids: Option<Fed>,
+pub struct ModelIo {
+    pub input_ids: TokenInput,
+    pub attention_mask: Option<TokenInput>,
+    pub position_ids: Option<TokenInput>,
     pub logits: String,
     pub logits_type: TensorElementType,
-    pub slots: Vec<Slot>,
-    pub constants: Vec<Constant>,
+    pub slots: Vec<StateSlot>,
+    pub constants: Vec<ConstantInput>,
     /// The graph takes `retro_length` (it was converted).
     pub retro_length: bool,
-    pub page_budget: Option<Budgets>,
+    pub page_budget: Option<BudgetInput>,
     /// Sequences that the graph takes at once, where that is declared.
     pub batch: Option<usize>,
     /// Tokens that caches of declared size hold: the least of them.
@@ -107,7 +107,7 @@ pub struct Interface {
 
 /// An input that is the same number in every call.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Constant {
+pub struct ConstantInput {
     pub name: String,
     pub element: TensorElementType,
     /// A single number has none.
@@ -120,15 +120,15 @@ const SLIDING_WINDOW: &str = "_sliding_window_tensor";
 
 /// What the input `retro_page_budget` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Budgets {
+pub enum BudgetInput {
     /// One number for the whole batch.
-    One,
+    PerBatch,
     /// One number a sequence.
-    EachSequence,
+    PerSequence,
 }
 
-impl Interface {
-    /// Reads the interface of a loaded graph, with the folder's configuration for what the graph leaves open.
+impl ModelIo {
+    /// Reads the inputs and outputs of a loaded graph, with the folder's configuration for what the graph leaves open.
     ///
     /// # Errors
     /// When an input cannot be given a meaning, or a cache input has no output that goes with it.
@@ -164,7 +164,7 @@ impl Interface {
             .collect();
         let takes = |name: &str| find(name).is_some() || optional.iter().any(|o| o == name);
         let known = [&names.input_ids, &names.attention_mask, &names.position_ids];
-        let (mut slots, mut constants) = (Vec::<Slot>::new(), Vec::new());
+        let (mut slots, mut constants) = (Vec::<StateSlot>::new(), Vec::new());
         for input in session.inputs() {
             let name = input.name();
             if known.iter().any(|k| *k == name) || name == RETRO_LENGTH || name == PAGE_BUDGET {
@@ -187,7 +187,7 @@ impl Interface {
         let logits_type = logits.dtype().tensor_type().context("the logits are no tensor")?;
         Ok(Self {
             batch: batch(session, &slots)?,
-            capacity: slots.iter().filter_map(Slot::capacity).min(),
+            capacity: slots.iter().filter_map(StateSlot::capacity).min(),
             input_ids,
             attention_mask,
             position_ids,
@@ -205,7 +205,7 @@ impl Interface {
         let layers: std::collections::BTreeSet<usize> = self
             .slots
             .iter()
-            .filter(|s| s.kind == Kind::Cache)
+            .filter(|s| s.kind == SlotKind::Cache)
             .map(|s| s.layer)
             .collect();
         layers.len()
@@ -213,7 +213,7 @@ impl Interface {
 }
 
 /// An input of whole numbers `[B, S]` or `[planes, B, S]`, of one of these types.
-fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<Fed> {
+fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
     let name = input.name();
     let (element, shape) = match input.dtype() {
         ValueType::Tensor { ty, shape, .. } => (*ty, shape),
@@ -234,7 +234,7 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<Fed> {
         3 => (Some(fixed(0).unwrap_or(3)), fixed(2)),
         n => bail!("the graph's input {name:?} has {n} dimensions: retro-run gives [sequences, tokens]"),
     };
-    Ok(Fed {
+    Ok(TokenInput {
         name: name.to_owned(),
         element,
         planes,
@@ -243,7 +243,7 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<Fed> {
 }
 
 /// How many sequences the graph's declared shapes fix.
-fn batch(session: &Session, slots: &[Slot]) -> Result<Option<usize>> {
+fn batch(session: &Session, slots: &[StateSlot]) -> Result<Option<usize>> {
     let mut batch = None;
     for input in session.inputs() {
         let shape = input.dtype().tensor_shape();
@@ -254,7 +254,7 @@ fn batch(session: &Session, slots: &[Slot]) -> Result<Option<usize>> {
         let ids = shape.is_some_and(|s| s.len() == 2) && slot.is_none();
         let fixed = match slot {
             // State without a dimension for sequences is of one.
-            Some(s) if s.kind == Kind::Recurrent => s.dims.first().is_none_or(Option::is_some).then_some(1),
+            Some(s) if s.kind == SlotKind::Recurrent => s.dims.first().is_none_or(Option::is_some).then_some(1),
             Some(_) => first,
             None if ids => first,
             None => None,
@@ -271,7 +271,7 @@ fn batch(session: &Session, slots: &[Slot]) -> Result<Option<usize>> {
     Ok(batch)
 }
 
-fn constant(input: &Outlet, folder: &ModelFolder) -> Option<Constant> {
+fn constant(input: &Outlet, folder: &ModelFolder) -> Option<ConstantInput> {
     let (name, ValueType::Tensor { ty, shape, .. }) = (input.name(), input.dtype()) else {
         return None;
     };
@@ -284,7 +284,7 @@ fn constant(input: &Outlet, folder: &ModelFolder) -> Option<Constant> {
     };
     let integer = matches!(ty, TensorElementType::Int64 | TensorElementType::Int32);
     let one = shape.len() <= 1 && shape.iter().all(|d| *d == 1 || *d == -1);
-    (integer && one).then(|| Constant {
+    (integer && one).then(|| ConstantInput {
         name: name.to_owned(),
         element: *ty,
         shape: vec![1; shape.len()],
@@ -292,17 +292,21 @@ fn constant(input: &Outlet, folder: &ModelFolder) -> Option<Constant> {
     })
 }
 
-fn budgets(session: &Session) -> Option<Budgets> {
+fn budgets(session: &Session) -> Option<BudgetInput> {
     let optional = session.overridable_initializers();
     let declared = session.inputs().iter().map(|i| (i.name(), i.dtype()));
     let mut declared = declared.chain(optional.iter().map(|o| (o.name(), o.dtype())));
     let (_, dtype) = declared.find(|(name, _)| *name == PAGE_BUDGET)?;
     // A fixed dimension is enforced by ONNX Runtime; an open one (-1) takes as many as there are sequences.
     let one = dtype.tensor_shape().is_some_and(|shape| shape.first() == Some(&1));
-    Some(if one { Budgets::One } else { Budgets::EachSequence })
+    Some(if one {
+        BudgetInput::PerBatch
+    } else {
+        BudgetInput::PerSequence
+    })
 }
 
-fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot> {
+fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<StateSlot> {
     let name = input.name();
     let ValueType::Tensor {
         ty,
@@ -323,14 +327,14 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot
         format!("the graph wants the input {name:?} and has no output that goes with it: retro-run does not know what to give it")
     })?;
     let kind = match retro(name) {
-        Some((state, _)) => Kind::Retro(state),
+        Some((state, _)) => SlotKind::Retro(state),
         None => kind(name, shape, &folder.names.caches),
     };
     let rank = match kind {
-        Kind::Recurrent => shape.len(),
-        Kind::Cache | Kind::Retro(State::Outputs) => 4,
-        Kind::Retro(State::PageSummary) => 5,
-        Kind::Retro(State::PageSteps | State::Lse) => 3,
+        SlotKind::Recurrent => shape.len(),
+        SlotKind::Cache | SlotKind::Retro(State::Outputs) => 4,
+        SlotKind::Retro(State::PageSummary) => 5,
+        SlotKind::Retro(State::PageSteps | State::Lse) => 3,
     };
     ensure!(
         shape.len() == rank,
@@ -343,23 +347,23 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot
         let symbol = dimension_symbols.get(axis).map_or("", |s| s.as_str());
         let declared = usize::try_from(declared).ok();
         let ours = match kind {
-            Kind::Cache | Kind::Retro(State::PageSummary | State::PageSteps) => [0, 2].contains(&axis),
-            Kind::Retro(State::Outputs | State::Lse) => axis == 0,
-            Kind::Recurrent => axis == 0 || symbol.to_lowercase().contains("batch"),
+            SlotKind::Cache | SlotKind::Retro(State::PageSummary | State::PageSteps) => [0, 2].contains(&axis),
+            SlotKind::Retro(State::Outputs | State::Lse) => axis == 0,
+            SlotKind::Recurrent => axis == 0 || symbol.to_lowercase().contains("batch"),
         };
         if ours {
             // ONNX Runtime takes no other capacity than a declared one. A batch is asked about elsewhere.
-            let sequences = axis == 0 && kind != Kind::Recurrent;
+            let sequences = axis == 0 && kind != SlotKind::Recurrent;
             dims.push(declared.filter(|_| !sequences));
             continue;
         }
         // Some exporters write fixed dimensions as names: "32" is 32.
         let known = declared.or_else(|| symbol.parse().ok()).or(match (kind, axis) {
-            (Kind::Cache, 1) | (Kind::Retro(State::PageSummary | State::PageSteps), 1) => folder.kv_heads,
-            (Kind::Cache, 3) | (Kind::Retro(State::PageSummary), 4) | (Kind::Retro(State::Outputs), 3) => {
+            (SlotKind::Cache, 1) | (SlotKind::Retro(State::PageSummary | State::PageSteps), 1) => folder.kv_heads,
+            (SlotKind::Cache, 3) | (SlotKind::Retro(State::PageSummary), 4) | (SlotKind::Retro(State::Outputs), 3) => {
                 folder.head_dim
             }
-            (Kind::Retro(State::PageSummary), 3) => Some(2),
+            (SlotKind::Retro(State::PageSummary), 3) => Some(2),
             _ => None,
         });
         ensure!(
@@ -368,7 +372,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Slot
         );
         dims.push(known);
     }
-    Ok(Slot {
+    Ok(StateSlot {
         past: name.to_owned(),
         present: present.name().to_owned(),
         kind,
@@ -412,7 +416,7 @@ fn retro(name: &str) -> Option<(State, String)> {
 }
 
 /// Whether an input is a cache of keys or values or other state: by its name, or by a length that is open.
-fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> Kind {
+fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> SlotKind {
     let named = templates.iter().filter_map(|(past, _)| past.split_once("%d"));
     let by_template = named.into_iter().any(|(a, b)| name.starts_with(a) && name.ends_with(b));
     let rest = name.to_lowercase().replace("past_key_values", "");
@@ -420,9 +424,9 @@ fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> Kind {
     let by_word = words.any(|w| ["key", "value", "keys", "values", "k", "v"].contains(&w));
     let open = shape.len() == 4 && shape.get(2).is_some_and(|d| *d < 0);
     if by_template || by_word || open {
-        Kind::Cache
+        SlotKind::Cache
     } else {
-        Kind::Recurrent
+        SlotKind::Recurrent
     }
 }
 
@@ -448,7 +452,7 @@ mod tests {
             "past_value_2",
             "input.past.layers.0.keys",
         ] {
-            assert_eq!(kind(name, &fixed), Kind::Cache, "{name}: of declared capacity");
+            assert_eq!(kind(name, &fixed), SlotKind::Cache, "{name}: of declared capacity");
         }
         for name in [
             "past_key_values.0.recurrent_state",
@@ -456,10 +460,10 @@ mod tests {
             "past.0.conv",
             "past_recurrent.1",
         ] {
-            assert_eq!(kind(name, &fixed), Kind::Recurrent, "{name}");
-            assert_eq!(kind(name, &[-1, 128, 3]), Kind::Recurrent, "{name}");
+            assert_eq!(kind(name, &fixed), SlotKind::Recurrent, "{name}");
+            assert_eq!(kind(name, &[-1, 128, 3]), SlotKind::Recurrent, "{name}");
         }
-        assert_eq!(kind("past_0", &open), Kind::Cache);
+        assert_eq!(kind("past_0", &open), SlotKind::Cache);
         assert_eq!(
             retro("past_retro.4.page_steps"),
             Some((State::PageSteps, "present_retro.4.page_steps".into()))
@@ -469,7 +473,7 @@ mod tests {
 
     #[test]
     fn open_dimensions_are_filled_by_kind() {
-        let slot = |kind, dims: &[Option<usize>]| Slot {
+        let slot = |kind, dims: &[Option<usize>]| StateSlot {
             past: String::new(),
             present: String::new(),
             kind,
@@ -477,13 +481,13 @@ mod tests {
             element: TensorElementType::Float32,
             dims: dims.to_vec(),
         };
-        let cache = slot(Kind::Cache, &[None, Some(2), None, Some(64)]);
+        let cache = slot(SlotKind::Cache, &[None, Some(2), None, Some(64)]);
         assert_eq!(cache.shape(3, 100, 7), [3, 2, 100, 64]);
-        let steps = slot(Kind::Retro(State::PageSteps), &[None, Some(2), None]);
+        let steps = slot(SlotKind::Retro(State::PageSteps), &[None, Some(2), None]);
         assert_eq!(steps.shape(3, 100, 7), [3, 2, 7]);
-        let conv = slot(Kind::Recurrent, &[None, Some(128), Some(3)]);
+        let conv = slot(SlotKind::Recurrent, &[None, Some(128), Some(3)]);
         assert_eq!((conv.shape(2, 100, 7), conv.capacity()), (vec![2, 128, 3], None));
-        let fixed = slot(Kind::Cache, &[None, Some(2), Some(32), Some(64)]);
+        let fixed = slot(SlotKind::Cache, &[None, Some(2), Some(32), Some(64)]);
         assert_eq!(
             (fixed.shape(1, 100, 7), fixed.capacity()),
             (vec![1, 2, 32, 64], Some(32))

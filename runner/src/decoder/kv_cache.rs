@@ -13,7 +13,7 @@ use retro_contract::graph;
 
 use crate::{
     bench::synthetic_cache,
-    decoder::{cuda_graph::Steps, io::Kind, model::Model},
+    decoder::{cuda_graph::DeviceRunner, io::SlotKind, model::Model},
     gpu::Gpu,
     runtime::one_line,
 };
@@ -27,10 +27,10 @@ pub struct State {
 
 pub(crate) enum Store {
     Bound(Box<Bound>),
-    /// The outputs of the last run, in the order of the interface's slots.
+    /// The outputs of the last run, in the order of the model's slots.
     Growing {
         past: Vec<DynValue>,
-        kinds: Vec<Kind>,
+        kinds: Vec<SlotKind>,
     },
 }
 
@@ -39,14 +39,14 @@ pub(crate) struct Bound {
     pub(crate) binding: IoBinding,
     pub(crate) buffers: Vec<Buffer>,
     /// What steps on a GPU are fed from.
-    pub(crate) steps: Option<Steps>,
+    pub(crate) steps: Option<DeviceRunner>,
 }
 
 pub(crate) struct Buffer {
     tensor: DynTensor,
     /// Where the present is written, for state that nodes may read after another has written it.
     next: Option<Next>,
-    kind: Kind,
+    kind: SlotKind,
     bytes: usize,
     /// Where the tensor lies, if not on the host.
     gpu: Option<Arc<Gpu>>,
@@ -63,7 +63,7 @@ pub struct Snapshot(Vec<Vec<u8>>);
 
 impl State {
     pub(crate) fn new(model: &Model, batch: usize, capacity: usize) -> Result<Self> {
-        let slots = &model.interface.slots;
+        let slots = &model.io.slots;
         let allocator = model.device().allocator(model.session())?;
         let pages = model.pages(capacity);
         if !model.fixed_capacity {
@@ -71,7 +71,7 @@ impl State {
                 model.gpu().is_none(),
                 "this model's caches grow with every step, which on a GPU would copy them every time: set past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or use --device cpu"
             );
-            let empty = |slot: &crate::decoder::io::Slot| -> Result<DynValue> {
+            let empty = |slot: &crate::decoder::io::StateSlot| -> Result<DynValue> {
                 let tensor = DynTensor::new(&allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
                 Ok(tensor.map_err(|e| anyhow!("{}", one_line(&e)))?.into_dyn())
             };
@@ -107,7 +107,7 @@ impl State {
             };
             let mut tensor = allocate()?;
             // The operator and GroupQueryAttention update caches in place. Nothing says so of other nodes.
-            let mut next = (slot.kind == Kind::Recurrent)
+            let mut next = (slot.kind == SlotKind::Recurrent)
                 .then(|| -> Result<Next> {
                     Ok(Next {
                         tensor: allocate()?,
@@ -143,7 +143,7 @@ impl State {
                 buffers,
                 steps: model
                     .feeds_from_buffers()
-                    .then(|| Steps::new(model.gpu(), &model.interface, batch, capacity))
+                    .then(|| DeviceRunner::new(model.gpu(), &model.io, batch, capacity))
                     .transpose()?,
             })),
         })
@@ -186,7 +186,7 @@ impl State {
         let sum = |cache: bool| {
             self.buffers()
                 .iter()
-                .filter(|b| (b.kind == Kind::Cache) == cache)
+                .filter(|b| (b.kind == SlotKind::Cache) == cache)
                 .map(|b| b.bytes)
                 .sum()
         };
@@ -198,7 +198,10 @@ impl State {
                     v.dtype().tensor_type().and_then(|t| t.byte_size(elements)).unwrap_or(0)
                 };
                 let sum = |cache: bool| {
-                    let of_kind = past.iter().zip(kinds).filter(|(_, k)| (**k == Kind::Cache) == cache);
+                    let of_kind = past
+                        .iter()
+                        .zip(kinds)
+                        .filter(|(_, k)| (**k == SlotKind::Cache) == cache);
                     of_kind.map(|(v, _)| bytes(v)).sum()
                 };
                 (sum(true), sum(false))
@@ -270,16 +273,16 @@ impl State {
                 .last()
                 .map_or(1, |&d| usize::try_from(d).unwrap_or(1));
             match buffer.kind {
-                Kind::Cache => buffer.tile(&synthetic_cache::keys(element)?)?,
-                Kind::Retro(graph::State::PageSummary) => {
+                SlotKind::Cache => buffer.tile(&synthetic_cache::keys(element)?)?,
+                SlotKind::Retro(graph::State::PageSummary) => {
                     buffer.tile(&synthetic_cache::summaries(element, width, moments)?)?
                 }
-                Kind::Retro(graph::State::PageSteps) => {
+                SlotKind::Retro(graph::State::PageSteps) => {
                     let newest = i32::try_from(depth)? - 1;
                     buffer.tile(&newest.to_le_bytes().repeat(1024))?;
                 }
                 // State, outputs and log-sum-exps of 0 are as good as any.
-                Kind::Recurrent | Kind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
+                SlotKind::Recurrent | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
             }
         }
         Ok(())
@@ -302,8 +305,8 @@ impl State {
         };
         let newest = (i32::try_from(depth)? - 1).to_le_bytes().repeat(1024);
         bound.buffers.iter_mut().try_for_each(|b| match b.kind {
-            Kind::Retro(graph::State::PageSteps) => b.tile(&newest),
-            Kind::Recurrent => b.clear(),
+            SlotKind::Retro(graph::State::PageSteps) => b.tile(&newest),
+            SlotKind::Recurrent => b.clear(),
             _ => Ok(()),
         })
     }
@@ -332,7 +335,7 @@ impl State {
         let buffer = self
             .buffers()
             .get(slot)
-            .filter(|b| b.kind == Kind::Retro(graph::State::PageSteps))?;
+            .filter(|b| b.kind == SlotKind::Retro(graph::State::PageSteps))?;
         let &[b, heads, pages] = &buffer.tensor.shape()[..] else {
             return None;
         };
@@ -362,7 +365,7 @@ fn dims(shape: &[usize]) -> Vec<i64> {
 impl Buffer {
     /// Page steps start as -1: no page was ever loaded.
     fn counts_from_minus_one(&self) -> bool {
-        self.kind == Kind::Retro(graph::State::PageSteps)
+        self.kind == SlotKind::Retro(graph::State::PageSteps)
     }
 
     fn clear(&mut self) -> Result<()> {
@@ -439,7 +442,7 @@ impl Buffer {
     pub(crate) fn is_memory_of_steps(&self) -> bool {
         matches!(
             self.kind,
-            Kind::Retro(graph::State::PageSteps | graph::State::Outputs | graph::State::Lse)
+            SlotKind::Retro(graph::State::PageSteps | graph::State::Outputs | graph::State::Lse)
         )
     }
 

@@ -9,21 +9,21 @@ use ort::value::TensorElementType;
 
 use crate::{
     decoder::{
-        model::{Logits, ValueShape},
-        upcast::widen,
+        model::{Logits, LogitsShape},
+        upcast::upcast_f16,
     },
     gpu::Gpu,
 };
 
 /// Of one state.
-pub(crate) struct Landing {
+pub(crate) struct LogitsReadback {
     gpu: Option<Arc<Gpu>>,
     bytes: Box<dyn DerefMut<Target = [u8]>>,
     /// The caller may hold the last step's scores while it makes the next ones.
     rooms: [Arc<Vec<f32>>; 2],
 }
 
-impl Landing {
+impl LogitsReadback {
     pub(crate) fn new(gpu: Option<&Arc<Gpu>>) -> Self {
         Self {
             gpu: gpu.cloned(),
@@ -37,10 +37,10 @@ impl Landing {
         &mut self,
         element: TensorElementType,
         batch: usize,
-        shape: &ValueShape,
+        shape: &LogitsShape,
         read: impl Fn(usize, &mut [u8]) -> Result<()>,
     ) -> Result<Logits> {
-        let &ValueShape { rows, vocab } = shape;
+        let &LogitsShape { rows, vocab } = shape;
         let size = element.byte_size(vocab).context("logits of no size")?;
         for (b, row) in self.bytes(batch * size)?.chunks_mut(size).enumerate() {
             read(((b + 1) * rows - 1) * size, row)?;
@@ -79,7 +79,7 @@ impl Landing {
             TensorElementType::Float16 => {
                 let halves = bytes.as_chunks::<2>().0;
                 to.resize(halves.len(), 0.0);
-                widen(halves, to);
+                upcast_f16(halves, to);
             }
             TensorElementType::Bfloat16 => {
                 to.clear();
@@ -105,31 +105,31 @@ mod tests {
 
     #[test]
     fn numbers_come_back_and_memory_is_used_again() {
-        let mut landing = Landing::new(None);
+        let mut readback = LogitsReadback::new(None);
         let numbers: Vec<f32> = (0..2051).map(|i| i as f32 / 8.0 - 100.0).collect();
         let halves: Vec<u8> = numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
-        landing.bytes(halves.len()).unwrap().copy_from_slice(&halves);
-        let first = landing.floats(TensorElementType::Float16).unwrap();
+        readback.bytes(halves.len()).unwrap().copy_from_slice(&halves);
+        let first = readback.floats(TensorElementType::Float16).unwrap();
         assert_eq!(*first, numbers);
         let wide: Vec<u8> = numbers
             .iter()
             .rev()
             .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
             .collect();
-        landing.bytes(wide.len()).unwrap().copy_from_slice(&wide);
-        let second = landing.floats(TensorElementType::Bfloat16).unwrap();
+        readback.bytes(wide.len()).unwrap().copy_from_slice(&wide);
+        let second = readback.floats(TensorElementType::Bfloat16).unwrap();
         let rounded: Vec<f32> = numbers.iter().rev().map(|x| bf16::from_f32(*x).to_f32()).collect();
         assert_eq!((&*first, &*second), (&numbers, &rounded));
         // Both are held: a third is new. One is given back: its memory comes again.
-        let third = landing.floats(TensorElementType::Bfloat16).unwrap();
+        let third = readback.floats(TensorElementType::Bfloat16).unwrap();
         assert_eq!((&*first, &*second, &*third), (&numbers, &rounded, &rounded));
         let at = second.as_ptr();
         drop(second);
         let floats: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
-        landing.bytes(floats.len()).unwrap().copy_from_slice(&floats);
-        let fourth = landing.floats(TensorElementType::Float32).unwrap();
+        readback.bytes(floats.len()).unwrap().copy_from_slice(&floats);
+        let fourth = readback.floats(TensorElementType::Float32).unwrap();
         assert_eq!(*fourth, numbers);
         assert_eq!(fourth.as_ptr(), at);
-        assert!(landing.floats(TensorElementType::Int64).is_err());
+        assert!(readback.floats(TensorElementType::Int64).is_err());
     }
 }

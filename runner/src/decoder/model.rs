@@ -1,4 +1,4 @@
-//! A loaded model: the ONNX Runtime session, its interface, and one call that runs a step.
+//! A loaded model: the ONNX Runtime session, its inputs and outputs, and one call that runs a step.
 
 use std::{
     borrow::Cow,
@@ -21,9 +21,9 @@ use crate::{
     Device,
     decoder::{
         integers,
-        io::{Budgets, Fed, Interface, Kind, Slot},
+        io::{BudgetInput, ModelIo, SlotKind, StateSlot, TokenInput},
         kv_cache::{Bound, State, Store},
-        page_reads::Reading,
+        page_reads::PageReads,
     },
     device::{Placed, left_to_cpu, placement},
     gpu::Gpu,
@@ -33,7 +33,7 @@ use crate::{
 
 /// What a converted model says about itself.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Retro {
+pub struct RetroMetadata {
     /// The window w it was converted with: the most tokens a step may feed.
     pub window: usize,
     pub page_size: usize,
@@ -73,8 +73,8 @@ pub struct OpenOptions {
 pub struct Model {
     session: Session,
     pub folder: ModelFolder,
-    pub interface: Interface,
-    pub retro: Option<Retro>,
+    pub io: ModelIo,
+    pub retro: Option<RetroMetadata>,
     /// Caches have a fixed capacity and are updated in place; otherwise every step's outputs are the next one's inputs.
     pub fixed_capacity: bool,
     device: Device,
@@ -97,7 +97,7 @@ pub struct Feed {
     /// Pages per KV head of each sequence; `None`: as converted.
     pub budgets: Option<Vec<i32>>,
     /// A decoding step like those to come: as many tokens, as many of them retrospective. Such steps share a CUDA graph.
-    pub steady: bool,
+    pub graph_capturable: bool,
 }
 
 /// Scores of the next token: B rows of `vocab`.
@@ -141,13 +141,12 @@ impl Model {
              shape: run it without --cuda-graph",
             folder.graph.display()
         );
-        let interface =
-            Interface::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
-        let fixed_capacity = retro.is_some() || interface.retro_length || folder.share_buffer == Some(true);
+        let io = ModelIo::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
+        let fixed_capacity = retro.is_some() || io.retro_length || folder.share_buffer == Some(true);
         Ok(Self {
             session,
             folder,
-            interface,
+            io,
             retro,
             fixed_capacity,
             device: options.device,
@@ -193,7 +192,7 @@ impl Model {
 
     /// One line for people: whether and how the plugin works in this model.
     pub fn plugin_line(&self) -> String {
-        let total = self.interface.layers();
+        let total = self.io.layers();
         match &self.retro {
             None => format!("dense attention on all {total} layers (not converted; see retro-export)"),
             Some(r) => {
@@ -216,13 +215,13 @@ impl Model {
 
     /// The longest context of a sequence, as far as it is known.
     pub fn context_length(&self) -> Option<usize> {
-        let lengths = [self.interface.capacity, self.folder.context_length];
+        let lengths = [self.io.capacity, self.folder.context_length];
         lengths.into_iter().flatten().min()
     }
 
     /// How many of `asked` sequences the model decodes at a time.
     pub fn batch(&self, asked: usize) -> usize {
-        if self.fixed_capacity && self.interface.batch.is_none() {
+        if self.fixed_capacity && self.io.batch.is_none() {
             asked
         } else {
             1
@@ -266,14 +265,14 @@ impl Model {
 
     /// Bytes of keys, values and, if pages are `scored`, page summaries that a decoding step of one sequence reads in all
     /// layers. A layer that selects no pages reads every valid token.
-    pub fn bytes_per_step(&self, reading: &Reading, scored: bool) -> f64 {
+    pub fn bytes_per_step(&self, reading: &PageReads, scored: bool) -> f64 {
         let length = reading.length().unwrap_or(0.0);
         let sparse = sparse_layers(self);
         let selects = |layer: usize| {
-            let mut slots = sparse.iter().filter_map(|&i| self.interface.slots.get(i));
+            let mut slots = sparse.iter().filter_map(|&i| self.io.slots.get(i));
             slots.any(|s| s.layer == layer)
         };
-        let caches = self.interface.slots.iter().filter(|s| s.kind == Kind::Cache);
+        let caches = self.io.slots.iter().filter(|s| s.kind == SlotKind::Cache);
         let bytes = caches.map(|slot| {
             // One token of a cache, all its heads: as many bytes as one of a page summary's two vectors.
             let elements: usize = slot.shape(1, 1, 1).iter().product();
@@ -297,12 +296,12 @@ impl Model {
             batch == 1 || self.fixed_capacity,
             "this model's caches grow with every step: it decodes one sequence at a time"
         );
-        let declared = self.interface.batch.unwrap_or(batch);
+        let declared = self.io.batch.unwrap_or(batch);
         ensure!(
             declared == batch,
             "this model takes batches of {declared}, by its declared shapes, not of {batch}"
         );
-        let most = self.interface.capacity.unwrap_or(capacity);
+        let most = self.io.capacity.unwrap_or(capacity);
         ensure!(
             capacity <= most,
             "this model's caches hold {most} tokens, by their declared shapes, not {capacity}"
@@ -336,7 +335,7 @@ impl Model {
 
         let Self {
             session,
-            interface,
+            io,
             gpu,
             graphs,
             ..
@@ -348,9 +347,9 @@ impl Model {
                 buffers,
             } = &mut **bound
         {
-            return steps.run(gpu.as_ref(), session, interface, binding, buffers, feed, graphs);
+            return steps.run(gpu.as_ref(), session, io, binding, buffers, feed, graphs);
         }
-        let inputs = inputs(interface, batch, longest, feed, true)?;
+        let inputs = inputs(io, batch, longest, feed, true)?;
         match state.store_mut() {
             Store::Bound(bound) => {
                 let Bound { binding, buffers, .. } = &mut **bound;
@@ -362,11 +361,11 @@ impl Model {
                 // Bound anew each time: its shape changes with S, and a binding remembers the last output.
                 let cpu = Allocator::default();
                 binding
-                    .bind_output_to_device(&interface.logits, &cpu.memory_info().to_owned())
+                    .bind_output_to_device(&io.logits, &cpu.memory_info().to_owned())
                     .map_err(|e| anyhow!("{}", one_line(&e)))?;
                 let outputs = session.run_binding(binding).map_err(|e| anyhow!("{}", one_line(&e)))?;
-                let logits = outputs.get(&interface.logits).context("the graph gave no logits")?;
-                let logits = last_rows(logits, interface.logits_type, batch)?;
+                let logits = outputs.get(&io.logits).context("the graph gave no logits")?;
+                let logits = last_rows(logits, io.logits_type, batch)?;
                 drop(outputs);
                 buffers.iter_mut().try_for_each(|b| b.take_turns(binding))?;
                 Ok(logits)
@@ -379,23 +378,18 @@ impl Model {
                         .map(|(name, value)| (Cow::from(*name), SessionInputValue::from(value))),
                 );
                 all.extend(
-                    interface
-                        .slots
+                    io.slots
                         .iter()
                         .zip(past.iter())
                         .map(|(slot, v)| (Cow::from(slot.past.as_str()), v.into())),
                 );
                 let mut outputs = session.run(all).map_err(|e| anyhow!("{}", one_line(&e)))?;
-                let logits = outputs.get(&interface.logits).context("the graph gave no logits")?;
-                let logits = last_rows(logits, interface.logits_type, batch)?;
-                let next: Option<Vec<DynValue>> = interface
-                    .slots
-                    .iter()
-                    .map(|slot| outputs.remove(&slot.present))
-                    .collect();
+                let logits = outputs.get(&io.logits).context("the graph gave no logits")?;
+                let logits = last_rows(logits, io.logits_type, batch)?;
+                let next: Option<Vec<DynValue>> = io.slots.iter().map(|slot| outputs.remove(&slot.present)).collect();
                 drop(outputs);
                 let next = next.context("the graph did not give all its present outputs")?;
-                for (slot, value) in interface.slots.iter().zip(&next) {
+                for (slot, value) in io.slots.iter().zip(&next) {
                     keeps_its_size(slot, value)?;
                 }
                 *past = next;
@@ -406,7 +400,7 @@ impl Model {
 }
 
 /// Whether what came out goes in again where sizes are declared.
-fn keeps_its_size(slot: &Slot, value: &DynValue) -> Result<()> {
+fn keeps_its_size(slot: &StateSlot, value: &DynValue) -> Result<()> {
     let shape = value.dtype().tensor_shape().map(|s| s.to_vec()).unwrap_or_default();
     let fits = |(want, have): (&Option<usize>, &i64)| want.is_none_or(|want| usize::try_from(*have) == Ok(want));
     ensure!(
@@ -420,20 +414,20 @@ fn keeps_its_size(slot: &Slot, value: &DynValue) -> Result<()> {
 
 /// The inputs other than caches and state, with the mask or without.
 pub(crate) fn inputs<'a>(
-    interface: &'a Interface,
+    io: &'a ModelIo,
     batch: usize,
     longest: usize,
     feed: &Feed,
     mask: bool,
 ) -> Result<Vec<(&'a str, DynValue)>> {
     let fed = feed.ids.len() / batch;
-    let ids = &interface.input_ids;
-    let give = |input: &Fed, tokens: usize, numbers: Vec<i64>| {
+    let ids = &io.input_ids;
+    let give = |input: &TokenInput, tokens: usize, numbers: Vec<i64>| {
         let numbers = input.numbers(numbers).into_iter();
         integers::tensor(input.element, &input.shape(batch, tokens), numbers)
     };
     let mut inputs = vec![(ids.name.as_str(), give(ids, fed, feed.ids.clone())?)];
-    if let Some(input) = interface.attention_mask.as_ref().filter(|_| mask) {
+    if let Some(input) = io.attention_mask.as_ref().filter(|_| mask) {
         let numbers = match input.width {
             // As wide as the cache, where it says how much of it is filled.
             Some(width) => {
@@ -452,27 +446,27 @@ pub(crate) fn inputs<'a>(
         };
         inputs.push((&input.name, give(input, input.width.unwrap_or(longest), numbers)?));
     }
-    if let Some(input) = &interface.position_ids {
+    if let Some(input) = &io.position_ids {
         let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
         inputs.push((
             &input.name,
             give(input, fed, feed.lengths.iter().flat_map(row).collect())?,
         ));
     }
-    for constant in &interface.constants {
+    for constant in &io.constants {
         let value = integers::tensor(constant.element, &constant.shape, std::iter::once(constant.value))?;
         inputs.push((&constant.name, value));
     }
-    if interface.retro_length {
+    if io.retro_length {
         inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
     }
-    if let Some(takes) = interface.page_budget {
+    if let Some(takes) = io.page_budget {
         // Always bound, since a binding remembers: 0 is what the model was converted with.
         let budgets = feed.budgets.clone().unwrap_or_else(|| vec![0; batch]);
         let (shape, data) = match takes {
-            Budgets::EachSequence => (budgets.len(), budgets),
+            BudgetInput::PerSequence => (budgets.len(), budgets),
             // The longest sequence's: the others of a batch read at most the few pages more that it has.
-            Budgets::One => (1, vec![budgets.iter().copied().max().unwrap_or(0)]),
+            BudgetInput::PerBatch => (1, vec![budgets.iter().copied().max().unwrap_or(0)]),
         };
         inputs.push((graph::PAGE_BUDGET, int32([shape], data)?));
     }
@@ -487,7 +481,7 @@ fn int32<const N: usize>(shape: [usize; N], data: Vec<i32>) -> Result<DynValue> 
 
 /// The last of each sequence's rows of logits `[B, S, V]` (S may be 1 whatever was fed), as f32.
 pub(crate) fn last_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
-    let ValueShape { rows, vocab } = logits_shape(logits, batch)?;
+    let LogitsShape { rows, vocab } = logits_shape(logits, batch)?;
     let mut values = Vec::with_capacity(batch * vocab);
     let newest = |b: usize| {
         let start = (b * rows + rows - 1) * vocab;
@@ -530,12 +524,12 @@ where
     halves.convert_to_f32_slice(to.get_mut(at..).unwrap_or_default());
 }
 
-pub(crate) struct ValueShape {
+pub(crate) struct LogitsShape {
     pub(crate) rows: usize,
     pub(crate) vocab: usize,
 }
 
-pub(crate) fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape> {
+pub(crate) fn logits_shape(logits: &DynValue, batch: usize) -> Result<LogitsShape> {
     let shape: Vec<usize> = logits
         .dtype()
         .tensor_shape()
@@ -550,7 +544,7 @@ pub(crate) fn logits_shape(logits: &DynValue, batch: usize) -> Result<ValueShape
         rows > 0 && vocab > 0,
         "the logits have shape {shape:?}: nothing is in them"
     );
-    Ok(ValueShape { rows, vocab })
+    Ok(LogitsShape { rows, vocab })
 }
 
 /// Errors as text: `ort`'s builder errors carry the builder, which cannot leave the thread.
@@ -622,7 +616,7 @@ fn weights_fault(graph: &Path) -> Option<String> {
     external_files(&model, folder_of(graph)).err().map(|e| format!("{e:#}"))
 }
 
-fn retro_metadata(session: &Session) -> Result<Option<Retro>> {
+fn retro_metadata(session: &Session) -> Result<Option<RetroMetadata>> {
     let metadata = session
         .metadata()
         .map_err(|e| anyhow!("cannot read the model's metadata: {}", one_line(&e)))?;
@@ -650,7 +644,7 @@ fn retro_metadata(session: &Session) -> Result<Option<Retro>> {
             .collect()
     };
     let text = |key: &str, default: &str| metadata.custom(key).unwrap_or_else(|| default.to_owned());
-    Ok(Some(Retro {
+    Ok(Some(RetroMetadata {
         window: number(metadata::WINDOW, limits::WINDOW)?,
         page_size: number(metadata::PAGE_SIZE, limits::PAGE_SIZE)?,
         budget: text(metadata::BUDGET, "?"),
@@ -666,8 +660,8 @@ fn retro_metadata(session: &Session) -> Result<Option<Retro>> {
 /// Slots of the sparse layers' page steps, in layer order: what measuring looks at.
 pub(crate) fn sparse_layers(model: &Model) -> Vec<usize> {
     let dense = model.retro.as_ref().map(|r| r.dense_layers.as_slice()).unwrap_or(&[]);
-    let steps = Kind::Retro(graph::State::PageSteps);
-    let slots = model.interface.slots.iter().enumerate();
+    let steps = SlotKind::Retro(graph::State::PageSteps);
+    let slots = model.io.slots.iter().enumerate();
     slots
         .filter(|(_, s)| s.kind == steps && !dense.contains(&s.layer))
         .map(|(i, _)| i)

@@ -12,7 +12,7 @@ type Pages = Vec<u64>;
 
 /// Sums over the steps, layers, sequences and KV heads measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Reading {
+pub struct PageReads {
     pages: f64,
     shares: f64,
     /// Tokens of the pages loaded, and valid pages, each a sample a layer and KV head.
@@ -26,7 +26,7 @@ pub struct Reading {
     lengths: f64,
 }
 
-impl Reading {
+impl PageReads {
     /// Mean pages loaded per KV head and step; `None` before the first step.
     pub fn pages(&self) -> Option<f64> {
         (self.samples > 0.0).then(|| self.pages / self.samples)
@@ -64,7 +64,7 @@ impl Reading {
         self.lengths += length as f64;
     }
 
-    pub fn add(&mut self, other: &Reading) {
+    pub fn add(&mut self, other: &PageReads) {
         self.pages += other.pages;
         self.shares += other.shares;
         self.tokens += other.tokens;
@@ -78,22 +78,22 @@ impl Reading {
 }
 
 /// Follows the selections of the last w steps of one sequence.
-pub struct Meter {
+pub struct PageMeter {
     window: usize,
     page_size: usize,
     /// Per layer and KV head, the selections of the last steps, oldest first.
     history: Vec<VecDeque<Pages>>,
-    pub reading: Reading,
+    pub reading: PageReads,
 }
 
-impl Meter {
+impl PageMeter {
     /// A meter for a sequence decoded with window `window`.
     pub fn new(window: usize, page_size: usize) -> Self {
         Self {
             window: window.max(1),
             page_size: page_size.max(1),
             history: Vec::new(),
-            reading: Reading::default(),
+            reading: PageReads::default(),
         }
     }
 
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn pages_read_are_those_stamped_with_the_newest_position() {
-        let mut m = Meter::new(1, 16);
+        let mut m = PageMeter::new(1, 16);
         // t = 70: pages 0..=4 are valid; 0, 2 and 4 were loaded, 5 is beyond the sequence whatever it says.
         m.take(0, &[70, 69, 70, -1, 70, 70], 70);
         assert_eq!(m.reading.pages(), Some(3.0));
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn exposure_is_the_union_over_a_tokens_window_in_tokens_it_can_see() {
-        let mut m = Meter::new(2, 16);
+        let mut m = PageMeter::new(2, 16);
         m.take(0, &[39, -1, 39], 39); // own: page 0 (16 tokens) and page 2 up to 39 (8 tokens)
         assert_eq!(m.reading.exposure(), None);
         m.take(0, &[39, 40, 40], 40); // corrected by page 1 (16); page 2's token 40 is not visible to 39
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn heads_are_apart_and_many_pages_fit() {
-        let mut m = Meter::new(2, 16);
+        let mut m = PageMeter::new(2, 16);
         let mut steps = vec![-1; 200];
         steps[130] = 2100;
         steps[131] = 2100;

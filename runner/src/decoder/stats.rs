@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::decoder::page_reads::Reading;
+use crate::decoder::page_reads::PageReads;
 
 /// Figures of one generation (or of a batch). Times leave measuring and printing out.
 #[derive(Clone, Debug, Default)]
@@ -17,7 +17,7 @@ pub struct Stats {
     /// Tokens whose making needed a decoding step: the first comes from the prompt.
     pub decoded_tokens: usize,
     pub decode_time: Duration,
-    pub reading: Reading,
+    pub reading: PageReads,
     pub kv_bytes: usize,
     pub state_bytes: usize,
 }

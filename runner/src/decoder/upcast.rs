@@ -9,7 +9,7 @@ use half::{f16, slice::HalfFloatSliceExt};
 const AT_ONCE: usize = 1024;
 
 /// Little-endian numbers, as many as `to` has room for.
-pub(crate) fn widen(from: &[[u8; 2]], to: &mut [f32]) {
+pub(crate) fn upcast_f16(from: &[[u8; 2]], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("f16c") {
         // SAFETY: the processor has the instructions.
@@ -56,7 +56,7 @@ mod tests {
         // Lengths that are no multiples of eight, too.
         for count in [all.len(), all.len() - 3, 5, 0] {
             let mut wide = vec![1.0; count];
-            widen(&all[..count], &mut wide);
+            upcast_f16(&all[..count], &mut wide);
             for (bytes, wide) in all.iter().zip(wide) {
                 let expected = f16::from_le_bytes(*bytes).to_f32();
                 assert!(wide.to_bits() == expected.to_bits() || (wide.is_nan() && expected.is_nan()));

@@ -6,19 +6,19 @@ use anyhow::{Context, Result, ensure};
 use retro_contract::metadata;
 use retro_export::{ExternalMode, Options, Settings, onnx::read_model};
 
-use super::policy::Source;
+use super::policy::ModelSource;
 use crate::model_folder::{ModelFolder, chosen, is_weights_folder};
 
 /// Makes models.
-pub struct Workshop {
+pub struct ConvertedModelCache {
     folder: tempfile::TempDir,
     /// The source model's graph: a folder or a file.
     graph: PathBuf,
     made: Vec<(Settings, PathBuf)>,
 }
 
-impl Workshop {
-    /// A workshop for the source model at `path`: a model folder, of which `choice` may name a graph, an ONNX file, or a folder of
+impl ConvertedModelCache {
+    /// A cache for the source model at `path`: a model folder, of which `choice` may name a graph, an ONNX file, or a folder of
     /// Llama weights, built first.
     ///
     /// # Errors
@@ -48,7 +48,7 @@ impl Workshop {
         })
     }
 
-    /// A workshop that makes nothing: every model is run as it is.
+    /// A cache that converts nothing: every model is run as it is.
     ///
     /// # Errors
     /// When there is no place for temporary files.
@@ -69,10 +69,10 @@ impl Workshop {
     ///
     /// # Errors
     /// When it cannot be converted.
-    pub fn open(&mut self, source: &Source) -> Result<PathBuf> {
+    pub fn open(&mut self, source: &ModelSource) -> Result<PathBuf> {
         let settings = match source {
-            Source::Graph(path) => return Ok(path.clone()),
-            Source::Converted(settings) => &**settings,
+            ModelSource::Graph(path) => return Ok(path.clone()),
+            ModelSource::Converted(settings) => &**settings,
         };
         if let Some((_, path)) = self.made.iter().find(|(s, _)| s == settings) {
             return Ok(path.clone());

@@ -3,20 +3,20 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{converted_models::Workshop, journal::Journal, policy::Row};
+use super::{converted_models::ConvertedModelCache, journal::Journal, policy::PolicyRow};
 use crate::{
-    Interrupt, Model, OpenOptions, Runtime, Text,
-    decoder::{batch::Prefilled, generate::Policy, page_reads::Reading},
+    Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
+    decoder::{batch::Prefilled, generate::Policy, page_reads::PageReads},
     eval::score::{Document, Scorer},
     progress::Items,
 };
 
 /// What one document gave under one policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Outcome {
+pub struct DocumentResult {
     /// Which answers were right, in order.
     pub right: Vec<bool>,
-    pub reading: Reading,
+    pub reading: PageReads,
     pub generated: usize,
     /// This document's share of the batch's decoding time, in seconds.
     pub seconds: f64,
@@ -24,7 +24,7 @@ pub struct Outcome {
     pub bytes: f64,
 }
 
-impl Outcome {
+impl DocumentResult {
     /// Share of right answers, 0 to 1.
     pub fn share(&self) -> f64 {
         share(&self.right)
@@ -51,11 +51,11 @@ fn share(right: &[bool]) -> f64 {
 }
 
 /// What is to be measured.
-pub struct Job<'a> {
+pub struct DocumentsJob<'a> {
     pub runtime: &'a Runtime,
     pub open: &'a OpenOptions,
     pub documents: &'a [Document],
-    pub rows: &'a [Row],
+    pub rows: &'a [PolicyRow],
     pub batch: usize,
     pub chunk: usize,
     pub n_predict: Option<usize>,
@@ -64,8 +64,8 @@ pub struct Job<'a> {
     pub interrupt: &'a Interrupt,
 }
 
-impl Job<'_> {
-    fn pending(&self, journal: &Journal<Outcome>, row: &Row, first: usize, count: usize) -> bool {
+impl DocumentsJob<'_> {
+    fn pending(&self, journal: &Journal<DocumentResult>, row: &PolicyRow, first: usize, count: usize) -> bool {
         (first..first + count).any(|i| journal.get(&row.key(), i).is_none())
     }
 
@@ -73,8 +73,13 @@ impl Job<'_> {
     ///
     /// # Errors
     /// Whatever keeps a policy from being measured.
-    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Outcome>, bar: &Items) -> Result<()> {
-        let mut groups: Vec<Vec<&Row>> = Vec::new();
+    pub fn run(
+        &self,
+        converted: &mut ConvertedModelCache,
+        journal: &mut Journal<DocumentResult>,
+        bar: &Items,
+    ) -> Result<()> {
+        let mut groups: Vec<Vec<&PolicyRow>> = Vec::new();
         for row in self.rows {
             match groups.iter_mut().find(|g| g.iter().any(|r| r.source == row.source)) {
                 Some(group) => group.push(row),
@@ -86,7 +91,7 @@ impl Job<'_> {
                 .iter()
                 .any(|row| self.pending(journal, row, 0, self.documents.len()));
             if open {
-                self.run_group(workshop, journal, bar, &group)?;
+                self.run_group(converted, journal, bar, &group)?;
             } else {
                 bar.inc(group.len() * self.documents.len());
             }
@@ -97,16 +102,16 @@ impl Job<'_> {
     /// Rows of one model, which share its session and the state of its prompts.
     fn run_group(
         &self,
-        workshop: &mut Workshop,
-        journal: &mut Journal<Outcome>,
+        converted: &mut ConvertedModelCache,
+        journal: &mut Journal<DocumentResult>,
         bar: &Items,
-        group: &[&Row],
+        group: &[&PolicyRow],
     ) -> Result<()> {
         self.interrupt.check()?;
         let first = group.first().context("no row")?;
-        let folder = workshop.open(&first.source)?;
+        let folder = converted.open(&first.source)?;
         let mut model = Model::open(self.runtime, &folder, self.open)?;
-        let text = Text::open(&model.folder)?;
+        let text = ModelTokenizer::open(&model.folder)?;
         model.folder.eos = text.ends(&model.folder);
         let policies = group
             .iter()
@@ -142,7 +147,7 @@ impl Job<'_> {
                 let seconds = decoded.stats.decode_time.as_secs_f64() / part.len() as f64;
                 for (i, (document, output)) in documents.iter().zip(&decoded.outputs).enumerate() {
                     let reading = decoded.readings.get(i).copied().unwrap_or_default();
-                    let outcome = Outcome {
+                    let outcome = DocumentResult {
                         right: self.scorer.judge(&text.decode(output)?, &document.answers),
                         reading,
                         generated: output.len(),
@@ -160,7 +165,7 @@ impl Job<'_> {
     }
 
     /// Tokens that an output may have: those of the longest reference and a few more, within the context.
-    fn max_new(&self, model: &Model, text: &Text, longest: usize) -> Result<usize> {
+    fn max_new(&self, model: &Model, text: &ModelTokenizer, longest: usize) -> Result<usize> {
         let room = model.context_length().map(|c| c.saturating_sub(longest));
         let references = self
             .documents
@@ -185,9 +190,9 @@ mod tests {
 
     #[test]
     fn answers_are_counted_by_place() {
-        let outcome = |right: &[u8]| Outcome {
+        let outcome = |right: &[u8]| DocumentResult {
             right: right.iter().map(|&r| r == 1).collect(),
-            reading: Reading::default(),
+            reading: PageReads::default(),
             generated: 0,
             seconds: 0.0,
             bytes: 0.0,

@@ -7,12 +7,12 @@ use plotters::prelude::*;
 
 use super::{
     perplexity::PARTS,
-    policy::Kind,
+    policy::PolicyKind,
     summary::{Cost, DocumentsRow, Estimate, FidelityRow, Subject},
 };
 
 /// A line of a figure: a name, and x, y, the standard error of y.
-pub struct Line {
+pub struct Series {
     pub name: String,
     pub points: Vec<(f64, f64, f64)>,
 }
@@ -35,7 +35,7 @@ const SIZE: (u32, u32) = (760, 420);
 ///
 /// # Errors
 /// When there is nothing to draw or the drawing fails.
-pub fn figure(title: &str, x: &str, y: &str, lines: &[Line]) -> Result<String> {
+pub fn figure(title: &str, x: &str, y: &str, lines: &[Series]) -> Result<String> {
     let finite = |(x, y, e): &(f64, f64, f64)| x.is_finite() && y.is_finite() && e.is_finite();
     let points: Vec<(f64, f64, f64)> = lines
         .iter()
@@ -123,9 +123,9 @@ fn number(budget: Option<&str>) -> Option<f64> {
 }
 
 /// Lines of one policy each over its budgets.
-fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&Subject, Estimate)) -> Vec<Line> {
+fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&Subject, Estimate)) -> Vec<Series> {
     let budgets: Vec<f64> = rows.iter().filter_map(|r| number(of(r).0.budget.as_deref())).collect();
-    let mut lines: Vec<Line> = Vec::new();
+    let mut lines: Vec<Series> = Vec::new();
     for row in rows {
         let (subject, value) = of(row);
         let point = |b| (b, value.mean, value.error.unwrap_or(0.0));
@@ -143,13 +143,13 @@ fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&Subject, Estimate)) -> Vec<L
 
 /// Exposure against the window, a line for each selection and budget; none with one window alone.
 fn exposures<'a>(rows: impl Iterator<Item = (&'a Subject, &'a Cost)>) -> Result<Option<(String, String)>> {
-    let mut lines: Vec<Line> = Vec::new();
+    let mut lines: Vec<Series> = Vec::new();
     for (subject, cost) in rows {
         let (Some(budget), Some(window), Some(exposure)) = (&subject.budget, subject.window, cost.effective_exposure)
         else {
             continue;
         };
-        if !matches!(subject.kind, Kind::Retro | Kind::Quest) {
+        if !matches!(subject.kind, PolicyKind::Retro | PolicyKind::Quest) {
             continue;
         }
         // The name without its window; Quest is Retro with w = 1.
@@ -173,10 +173,10 @@ fn exposures<'a>(rows: impl Iterator<Item = (&'a Subject, &'a Cost)>) -> Result<
 }
 
 /// Adds points to the line of a name.
-fn push(lines: &mut Vec<Line>, name: &str, points: impl IntoIterator<Item = (f64, f64, f64)>) {
+fn push(lines: &mut Vec<Series>, name: &str, points: impl IntoIterator<Item = (f64, f64, f64)>) {
     match lines.iter_mut().find(|l| l.name == name) {
         Some(line) => line.points.extend(points),
-        None => lines.push(Line {
+        None => lines.push(Series {
             name: name.to_owned(),
             points: points.into_iter().collect(),
         }),
@@ -201,8 +201,8 @@ fn by_place<T>(
         let of_budget = rows
             .iter()
             .filter(|r| subject(r).budget.as_deref().is_none_or(|b| b == budget));
-        let lines: Vec<Line> = of_budget
-            .map(|r| Line {
+        let lines: Vec<Series> = of_budget
+            .map(|r| Series {
                 name: subject(r).policy.clone(),
                 points: (points(r).into_iter().zip(1..))
                     .filter_map(|(p, i)| p.map(|(value, error)| (f64::from(i), value, error)))
@@ -244,7 +244,11 @@ pub fn documents_figures(rows: &[DocumentsRow]) -> Result<Vec<(String, String)>>
 /// # Errors
 /// When drawing fails.
 pub fn fidelity_figures(rows: &[FidelityRow]) -> Result<Vec<(String, String)>> {
-    let sparse: Vec<FidelityRow> = rows.iter().filter(|r| r.subject.kind != Kind::Dense).cloned().collect();
+    let sparse: Vec<FidelityRow> = rows
+        .iter()
+        .filter(|r| r.subject.kind != PolicyKind::Dense)
+        .cloned()
+        .collect();
     let mut figures = Vec::new();
     let kl = "KL, nats a token";
     let lines = over_budgets(&sparse, |r| (&r.subject, r.divergence));
@@ -309,7 +313,7 @@ mod tests {
 
     #[test]
     fn figures_hold_their_lines_and_refuse_nothing() {
-        let line = Line {
+        let line = Series {
             name: "Retro <w>".into(),
             points: vec![(0.1, 20.0, 1.0), (0.2, 40.0, f64::NAN), (0.3, 60.0, 0.0)],
         };
@@ -326,7 +330,7 @@ mod tests {
         let rows = rows.map(|(policy, budget, mean)| {
             let subject = Subject {
                 policy: policy.to_owned(),
-                kind: Kind::Retro,
+                kind: PolicyKind::Retro,
                 window: None,
                 budget: budget.map(str::to_owned),
             };

@@ -22,7 +22,7 @@ pub struct Header {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Line<T> {
+struct JournalLine<T> {
     policy: String,
     item: usize,
     result: T,
@@ -75,7 +75,7 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
             for line in lines {
                 let line = line.with_context(|| format!("cannot read {shown}"))?;
                 // The last line of a run that was killed may be half a line.
-                let Ok(Line { policy, item, result }) = serde_json::from_str::<Line<T>>(&line) else {
+                let Ok(JournalLine { policy, item, result }) = serde_json::from_str::<JournalLine<T>>(&line) else {
                     break;
                 };
                 good += line.len() as u64 + 1;
@@ -109,7 +109,7 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
     pub fn put(&mut self, policy: &str, item: usize, result: T) -> Result<()> {
         let policy = policy.to_owned();
         if let Some(file) = &mut self.file {
-            let line = Line {
+            let line = JournalLine {
                 policy: policy.clone(),
                 item,
                 result: result.clone(),

@@ -6,16 +6,16 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    converted_models::Workshop,
+    converted_models::ConvertedModelCache,
     journal::Journal,
-    policy::{Kind, Row},
+    policy::{PolicyKind, PolicyRow},
 };
 use crate::{
-    Interrupt, Model, OpenOptions, Runtime, Text,
+    Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
     decoder::{
         batch::{Observer, Prefilled},
         generate::Policy,
-        page_reads::Reading,
+        page_reads::PageReads,
     },
     progress::Items,
 };
@@ -33,7 +33,7 @@ pub struct Fidelity {
     pub surprise: [f64; PARTS],
     /// Tokens for which policy and dense attention have one best guess.
     pub agreed: usize,
-    pub reading: Reading,
+    pub reading: PageReads,
     pub seconds: f64,
     pub bytes: f64,
 }
@@ -59,14 +59,14 @@ impl Fidelity {
 }
 
 /// What is to be measured.
-pub struct Job<'a> {
+pub struct FidelityJob<'a> {
     pub runtime: &'a Runtime,
     pub open: &'a OpenOptions,
     /// Texts in full.
     pub texts: &'a [String],
     /// Names of the texts, for messages.
     pub names: &'a [String],
-    pub rows: &'a [Row],
+    pub rows: &'a [PolicyRow],
     pub batch: usize,
     pub chunk: usize,
     /// Tokens of a text that are read densely.
@@ -80,21 +80,21 @@ pub struct Job<'a> {
 /// Log-probabilities of every next token of a text, `[tokens, vocabulary]`.
 type Distributions = Vec<f32>;
 
-impl Job<'_> {
+impl FidelityJob<'_> {
     /// Measures what `journal` does not have yet; rows without dense attention among them are compared with it all the same.
     ///
     /// # Errors
     /// Whatever keeps a policy from being measured.
-    pub fn run(&self, workshop: &mut Workshop, journal: &mut Journal<Fidelity>, bar: &Items) -> Result<()> {
-        let source = workshop.graph().to_owned();
+    pub fn run(&self, converted: &mut ConvertedModelCache, journal: &mut Journal<Fidelity>, bar: &Items) -> Result<()> {
+        let source = converted.graph().to_owned();
         let mut dense = Model::open(self.runtime, &source, self.open)?;
-        let text = Text::open(&dense.folder)?;
+        let text = ModelTokenizer::open(&dense.folder)?;
         let tokens = self.tokens(&dense, &text)?;
         let batch = dense.batch(self.batch);
         let mut models: Vec<(usize, Model)> = Vec::new();
         let mut start = 0;
         for part in tokens.chunks(batch) {
-            let pending = |row: &Row| (start..start + part.len()).any(|i| journal.get(&row.key(), i).is_none());
+            let pending = |row: &PolicyRow| (start..start + part.len()).any(|i| journal.get(&row.key(), i).is_none());
             if !self.rows.iter().any(pending) {
                 bar.inc(part.len() * self.rows.len());
                 start += part.len();
@@ -120,8 +120,8 @@ impl Job<'_> {
                 bar.set_prefix(&row.label);
                 let place = self.rows.iter().position(|r| r.source == row.source).unwrap_or(0);
                 self.interrupt.check()?;
-                if row.kind != Kind::Dense && !models.iter().any(|(p, _)| *p == place) {
-                    let folder = workshop.open(&row.source)?;
+                if row.kind != PolicyKind::Dense && !models.iter().any(|(p, _)| *p == place) {
+                    let folder = converted.open(&row.source)?;
                     models.push((place, Model::open(self.runtime, &folder, self.open)?));
                 }
                 let model = match models.iter_mut().find(|(p, _)| *p == place) {
@@ -168,7 +168,7 @@ impl Job<'_> {
     }
 
     /// The texts' tokens, cut to what is read of them.
-    fn tokens(&self, model: &Model, text: &Text) -> Result<Vec<Vec<u32>>> {
+    fn tokens(&self, model: &Model, text: &ModelTokenizer) -> Result<Vec<Vec<u32>>> {
         let most = model.context_length().unwrap_or(usize::MAX);
         let most = most.min(self.prompt.saturating_add(self.predict));
         let tokens = self.texts.iter().zip(self.names).map(|(full, name)| {
@@ -202,7 +202,7 @@ impl Job<'_> {
         part: &[Vec<u32>],
         bar: &Items,
         observe: &mut Observer<'_>,
-    ) -> Result<(Vec<Reading>, f64)> {
+    ) -> Result<(Vec<PageReads>, f64)> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
         let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {
             bar.tick();
@@ -239,7 +239,7 @@ impl Sums {
         self.agreed += usize::from(best(dense) == best(&own));
     }
 
-    fn fidelity(self, reading: Reading, seconds: f64, bytes: f64) -> Fidelity {
+    fn fidelity(self, reading: PageReads, seconds: f64, bytes: f64) -> Fidelity {
         Fidelity {
             tokens: self.tokens,
             divergence: self.divergence,

@@ -8,7 +8,7 @@ use retro_export::Settings;
 /// How a policy reads the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum PolicyKind {
     /// The model as its exporter made it.
     Dense,
     /// Sink pages and the newest ones.
@@ -24,7 +24,7 @@ pub enum Kind {
 /// A policy as it was asked for: `NAME[,option=value]...`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PolicySpec {
-    kind: Kind,
+    kind: PolicyKind,
     name: &'static str,
     /// Of a retro policy; none: every window asked for.
     window: Option<usize>,
@@ -41,14 +41,14 @@ impl FromStr for PolicySpec {
         let (name, options) = s.split_once(',').unwrap_or((s, ""));
         let paper = Settings::paper();
         let (kind, name, settings) = match name {
-            "dense" => (Kind::Dense, "dense", paper),
+            "dense" => (PolicyKind::Dense, "dense", paper),
             "streaming" => {
                 let mode = Mode::Streaming;
-                (Kind::Streaming, "StreamingLLM", Settings { mode, ..paper })
+                (PolicyKind::Streaming, "StreamingLLM", Settings { mode, ..paper })
             }
-            "quest" => (Kind::Quest, "Quest", paper),
-            "retro" => (Kind::Retro, "Retro", paper),
-            "recommended" => (Kind::Retro, "recommended", Settings::default()),
+            "quest" => (PolicyKind::Quest, "Quest", paper),
+            "retro" => (PolicyKind::Retro, "Retro", paper),
+            "recommended" => (PolicyKind::Retro, "recommended", Settings::default()),
             other => return Err(format!("policy {other:?}: expected {NAMES}")),
         };
         let mut spec = Self {
@@ -60,7 +60,7 @@ impl FromStr for PolicySpec {
         for option in options.split(',').filter(|o| !o.is_empty()) {
             spec.set(option)?;
         }
-        if spec.kind == Kind::Dense && !options.is_empty() {
+        if spec.kind == PolicyKind::Dense && !options.is_empty() {
             return Err("policy dense has no options: it is the model as its exporter made it".into());
         }
         let mut check = spec.settings.clone();
@@ -80,7 +80,7 @@ impl PolicySpec {
             .ok_or_else(|| format!("{option:?}: expected NAME[,option=value]... with an option of {OPTIONS}"))?;
         let s = &mut self.settings;
         match key {
-            "window" | "w" if self.kind == Kind::Retro => self.window = Some(number(key, value)?),
+            "window" | "w" if self.kind == PolicyKind::Retro => self.window = Some(number(key, value)?),
             "selector" => s.selector = value.parse().map_err(|e| format!("{e}"))?,
             "group-score" => s.group_score = value.parse().map_err(|e| format!("{e}"))?,
             "lambda" => s.selector_lambda = number(key, value)?,
@@ -129,7 +129,7 @@ impl PolicySpec {
 
 /// Which model a row runs.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Source {
+pub enum ModelSource {
     /// A graph as it is.
     Graph(PathBuf),
     /// The source model converted with these settings; their window is the largest of the rows that share them.
@@ -138,27 +138,27 @@ pub enum Source {
 
 /// One policy at one budget and window.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Row {
-    pub kind: Kind,
+pub struct PolicyRow {
+    pub kind: PolicyKind,
     pub label: String,
-    pub source: Source,
+    pub source: ModelSource,
     /// `None`: as converted.
     pub window: Option<usize>,
     /// `None`: as converted, or dense.
     pub budget: Option<Budget>,
 }
 
-impl Row {
+impl PolicyRow {
     /// Whether a step reads page summaries.
     pub fn scores(&self) -> bool {
-        !matches!(self.kind, Kind::Dense | Kind::Streaming)
+        !matches!(self.kind, PolicyKind::Dense | PolicyKind::Streaming)
     }
 
     /// Names the row in a file of results: everything that its figures depend on beside the model and the documents.
     pub fn key(&self) -> String {
         let settings = match &self.source {
-            Source::Graph(path) => format!("graph {}", path.display()),
-            Source::Converted(s) => {
+            ModelSource::Graph(path) => format!("graph {}", path.display()),
+            ModelSource::Converted(s) => {
                 let mut s = (**s).clone();
                 // The window that the model has room for changes nothing.
                 s.window = 1;
@@ -171,34 +171,34 @@ impl Row {
 }
 
 /// The rows that `specs` stand for, those of one model together.
-pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], budgets: &[Budget]) -> Vec<Row> {
-    let mut rows: Vec<Row> = Vec::new();
+pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], budgets: &[Budget]) -> Vec<PolicyRow> {
+    let mut rows: Vec<PolicyRow> = Vec::new();
     for spec in specs {
-        if spec.kind == Kind::Dense {
-            rows.push(Row {
-                kind: Kind::Dense,
+        if spec.kind == PolicyKind::Dense {
+            rows.push(PolicyRow {
+                kind: PolicyKind::Dense,
                 label: spec.name.into(),
-                source: Source::Graph(graph.to_owned()),
+                source: ModelSource::Graph(graph.to_owned()),
                 window: None,
                 budget: None,
             });
             continue;
         }
         let wanted = match (spec.kind, spec.window) {
-            (Kind::Retro, Some(w)) => vec![w],
-            (Kind::Retro, None) => windows.to_vec(),
+            (PolicyKind::Retro, Some(w)) => vec![w],
+            (PolicyKind::Retro, None) => windows.to_vec(),
             _ => vec![1],
         };
         for &budget in budgets {
             for &window in &wanted {
                 let label = match spec.kind {
-                    Kind::Streaming => format!("{}{}", spec.name, spec.changes()),
+                    PolicyKind::Streaming => format!("{}{}", spec.name, spec.changes()),
                     _ => format!("{} (w = {window}){}", spec.name, spec.changes()),
                 };
-                rows.push(Row {
+                rows.push(PolicyRow {
                     kind: spec.kind,
                     label,
-                    source: Source::Converted(Box::new(Settings {
+                    source: ModelSource::Converted(Box::new(Settings {
                         window,
                         ..spec.settings.clone()
                     })),
@@ -209,7 +209,7 @@ pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], bu
         }
     }
     share_models(&mut rows);
-    let mut unique: Vec<Row> = Vec::new();
+    let mut unique: Vec<PolicyRow> = Vec::new();
     for row in rows {
         if !unique.iter().any(|u| u.key() == row.key()) {
             unique.push(row);
@@ -219,7 +219,7 @@ pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], bu
 }
 
 /// Gives rows that differ in window alone one model, with room for the largest of their windows.
-fn share_models(rows: &mut [Row]) {
+fn share_models(rows: &mut [PolicyRow]) {
     let alike = |a: &Settings, b: &Settings| {
         let window = a.window;
         Settings { window, ..b.clone() } == *a
@@ -227,12 +227,12 @@ fn share_models(rows: &mut [Row]) {
     let all: Vec<Settings> = rows
         .iter()
         .filter_map(|r| match &r.source {
-            Source::Converted(s) => Some((**s).clone()),
-            Source::Graph(_) => None,
+            ModelSource::Converted(s) => Some((**s).clone()),
+            ModelSource::Graph(_) => None,
         })
         .collect();
     for row in rows {
-        if let Source::Converted(s) = &mut row.source {
+        if let ModelSource::Converted(s) = &mut row.source {
             let largest = all.iter().filter(|other| alike(s, other)).map(|o| o.window).max();
             s.window = largest.unwrap_or(s.window);
         }
@@ -261,7 +261,7 @@ mod tests {
         assert_eq!(labels[9], "Retro (w = 3), pages of 8");
         // Quest and Retro are one model with room for w = 8.
         assert_eq!(rows[3].source, rows[5].source);
-        assert!(matches!(&rows[3].source, Source::Converted(s) if s.window == 8));
+        assert!(matches!(&rows[3].source, ModelSource::Converted(s) if s.window == 8));
         assert_ne!(rows[1].source, rows[3].source);
         assert_ne!(rows[3].key(), rows[4].key());
     }

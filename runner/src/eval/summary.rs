@@ -4,12 +4,12 @@
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    documents::Outcome,
+    documents::DocumentResult,
     journal::Journal,
     perplexity::{Fidelity, PARTS},
-    policy::{Kind, Row},
+    policy::{PolicyKind, PolicyRow},
 };
-use crate::{decoder::page_reads::Reading, eval::score::mean_and_error};
+use crate::{decoder::page_reads::PageReads, eval::score::mean_and_error};
 
 /// A mean and its standard error; none for a single document.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -54,7 +54,7 @@ pub struct Cost {
 
 /// What one document or text gave, whatever was measured on it.
 trait Measured: Clone + Serialize + DeserializeOwned {
-    fn reading(&self) -> &Reading;
+    fn reading(&self) -> &PageReads;
     /// Tokens that were decoded in `seconds`.
     fn decoded(&self) -> usize;
     fn seconds(&self) -> f64;
@@ -62,8 +62,8 @@ trait Measured: Clone + Serialize + DeserializeOwned {
     fn bytes(&self) -> f64;
 }
 
-impl Measured for Outcome {
-    fn reading(&self) -> &Reading {
+impl Measured for DocumentResult {
+    fn reading(&self) -> &PageReads {
         &self.reading
     }
 
@@ -81,7 +81,7 @@ impl Measured for Outcome {
 }
 
 impl Measured for Fidelity {
-    fn reading(&self) -> &Reading {
+    fn reading(&self) -> &PageReads {
         &self.reading
     }
 
@@ -99,8 +99,8 @@ impl Measured for Fidelity {
 }
 
 impl Cost {
-    fn new<T: Measured>(row: &Row, parts: &[&T]) -> Self {
-        let mut reading = Reading::default();
+    fn new<T: Measured>(row: &PolicyRow, parts: &[&T]) -> Self {
+        let mut reading = PageReads::default();
         parts.iter().for_each(|p| reading.add(p.reading()));
         let sum = |of: &dyn Fn(&T) -> f64| parts.iter().map(|p| of(p)).sum::<f64>();
         let bytes = sum(&|p| p.bytes()) / parts.len().max(1) as f64;
@@ -122,13 +122,13 @@ impl Cost {
 #[derive(Clone, Debug, Serialize)]
 pub struct Subject {
     pub policy: String,
-    pub kind: Kind,
+    pub kind: PolicyKind,
     pub window: Option<usize>,
     pub budget: Option<String>,
 }
 
 impl Subject {
-    fn new(row: &Row) -> Self {
+    fn new(row: &PolicyRow) -> Self {
         Self {
             policy: row.label.clone(),
             kind: row.kind,
@@ -179,28 +179,28 @@ pub struct FidelityRow {
     pub cost: Cost,
 }
 
-fn results<'a, T: Measured>(journal: &'a Journal<T>, row: &Row, count: usize) -> Vec<&'a T> {
+fn results<'a, T: Measured>(journal: &'a Journal<T>, row: &PolicyRow, count: usize) -> Vec<&'a T> {
     (0..count).filter_map(|i| journal.get(&row.key(), i)).collect()
 }
 
 /// A row against Quest at its budget, item by item; none for dense attention, Quest itself, and without such a Quest.
 fn against_quest<T: Measured>(
-    rows: &[Row],
-    row: &Row,
+    rows: &[PolicyRow],
+    row: &PolicyRow,
     journal: &Journal<T>,
     count: usize,
     compare: impl Fn(&T, &T) -> f64,
 ) -> Option<Estimate> {
     let quest = rows
         .iter()
-        .find(|r| r.kind == Kind::Quest && r.budget == row.budget)
-        .filter(|q| row.kind != Kind::Dense && q.key() != row.key())?;
+        .find(|r| r.kind == PolicyKind::Quest && r.budget == row.budget)
+        .filter(|q| row.kind != PolicyKind::Dense && q.key() != row.key())?;
     let pair = |i| Some(compare(journal.get(&row.key(), i)?, journal.get(&quest.key(), i)?));
     Estimate::of((0..count).filter_map(pair))
 }
 
 /// What dense attention reads on the same lengths.
-fn dense_bytes(bytes: f64, reading: &Reading, scored: bool) -> f64 {
+fn dense_bytes(bytes: f64, reading: &PageReads, scored: bool) -> f64 {
     match (reading.tokens(), reading.valid_pages(), reading.length()) {
         // Every layer is sparse or its bytes are those of dense attention: exact when all are sparse.
         (Some(tokens), Some(pages), Some(length)) => bytes * length / (tokens + if scored { pages } else { 0.0 }),
@@ -209,11 +209,11 @@ fn dense_bytes(bytes: f64, reading: &Reading, scored: bool) -> f64 {
 }
 
 /// Rows of documents.
-pub fn documents(rows: &[Row], journal: &Journal<Outcome>, count: usize) -> Vec<DocumentsRow> {
-    let summarize = |row: &Row| {
+pub fn documents(rows: &[PolicyRow], journal: &Journal<DocumentResult>, count: usize) -> Vec<DocumentsRow> {
+    let summarize = |row: &PolicyRow| {
         let own = results(journal, row, count);
         let quarter = |q: usize| {
-            let of = |o: &&Outcome| 100.0 * o.quarters().get(q).copied().unwrap_or(f64::NAN);
+            let of = |o: &&DocumentResult| 100.0 * o.quarters().get(q).copied().unwrap_or(f64::NAN);
             Estimate::of(own.iter().map(of))
         };
         Some(DocumentsRow {
@@ -231,8 +231,8 @@ pub fn documents(rows: &[Row], journal: &Journal<Outcome>, count: usize) -> Vec<
 }
 
 /// Rows of texts.
-pub fn fidelities(rows: &[Row], journal: &Journal<Fidelity>, count: usize) -> Vec<FidelityRow> {
-    let summarize = |row: &Row| {
+pub fn fidelities(rows: &[PolicyRow], journal: &Journal<Fidelity>, count: usize) -> Vec<FidelityRow> {
+    let summarize = |row: &PolicyRow| {
         let own = results(journal, row, count);
         let tokens: usize = own.iter().map(|o| o.count()).sum();
         let sum = |of: &dyn Fn(&Fidelity) -> f64| own.iter().map(|o| of(o)).sum::<f64>();

@@ -8,24 +8,24 @@ use tokenizers::Tokenizer;
 use crate::{
     model_folder::ModelFolder,
     runtime::one_line,
-    text::tokenizer::{Around, Loaded, load},
+    text::tokenizer::{BosEos, Loaded, load},
 };
 
 /// A folder's tokenizer and what it writes around a text.
-pub struct Text {
+pub struct ModelTokenizer {
     tokenizer: Tokenizer,
     /// Instead of what the tokenizer's post-processor adds.
-    around: Option<Around>,
+    bos_eos: Option<BosEos>,
 }
 
-impl Text {
+impl ModelTokenizer {
     /// Loads the tokenizer of a model folder.
     ///
     /// # Errors
     /// When there is none or it is damaged.
     pub fn open(folder: &ModelFolder) -> Result<Self> {
-        let Loaded { tokenizer, around } = load(folder)?;
-        Ok(Self { tokenizer, around })
+        let Loaded { tokenizer, bos_eos } = load(folder)?;
+        Ok(Self { tokenizer, bos_eos })
     }
 
     /// The prompt's tokens, the special ones with them that transformers puts around a text.
@@ -33,11 +33,11 @@ impl Text {
     /// # Errors
     /// When the tokenizer fails or gives no token at all.
     pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(prompt, self.around.is_none());
+        let encoding = self.tokenizer.encode(prompt, self.bos_eos.is_none());
         let encoding = encoding.map_err(|e| anyhow!("the tokenizer refuses the prompt: {}", one_line(&e)))?;
-        let Around { before, after } = self.around.unwrap_or_default();
+        let BosEos { bos, eos } = self.bos_eos.unwrap_or_default();
         let own = encoding.get_ids().iter().copied();
-        let ids: Vec<u32> = before.into_iter().chain(own).chain(after).collect();
+        let ids: Vec<u32> = bos.into_iter().chain(own).chain(eos).collect();
         if ids.is_empty() {
             return Err(anyhow!("the prompt is empty"));
         }
@@ -92,17 +92,17 @@ impl Detokenizer {
     }
 
     /// Takes one token; returns the text that became certain, often empty.
-    pub fn push(&mut self, text: &Text, id: u32) -> Result<String> {
+    pub fn push(&mut self, text: &ModelTokenizer, id: u32) -> Result<String> {
         self.ids.push(id);
         self.settle(text, false)
     }
 
     /// The text still held back when nothing follows.
-    pub fn finish(&mut self, text: &Text) -> Result<String> {
+    pub fn finish(&mut self, text: &ModelTokenizer) -> Result<String> {
         self.settle(text, true)
     }
 
-    fn settle(&mut self, text: &Text, all: bool) -> Result<String> {
+    fn settle(&mut self, text: &ModelTokenizer, all: bool) -> Result<String> {
         let before = text.decode(self.ids.get(self.context..self.fresh).unwrap_or(&[]))?;
         let now = text.decode(self.ids.get(self.context..).unwrap_or(&[]))?;
         // U+FFFD at the end: a character whose other bytes are still to come.
@@ -176,15 +176,15 @@ fn overlap(text: &str, stop: &str) -> usize {
 mod tests {
     use super::*;
 
-    fn text(json: &str) -> Text {
-        Text {
+    fn text(json: &str) -> ModelTokenizer {
+        ModelTokenizer {
             tokenizer: json.parse().unwrap(),
-            around: None,
+            bos_eos: None,
         }
     }
 
     /// Byte-level tokens: "é" is two of them.
-    fn bytes() -> Text {
+    fn bytes() -> ModelTokenizer {
         text(
             r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [
             {"id": 5, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
@@ -198,7 +198,7 @@ mod tests {
         )
     }
 
-    fn words() -> Text {
+    fn words() -> ModelTokenizer {
         text(
             r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
             "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
@@ -242,9 +242,9 @@ mod tests {
         let mut t = bytes();
         assert_eq!(t.encode("ab").unwrap(), [0, 4]);
         assert!(t.encode("").is_err());
-        t.around = Some(Around {
-            before: Some(5),
-            after: None,
+        t.bos_eos = Some(BosEos {
+            bos: Some(5),
+            eos: None,
         });
         assert_eq!(t.encode("ab").unwrap(), [5, 0, 4]);
         assert_eq!(t.encode("<s>ab").unwrap(), [5, 5, 0, 4]);

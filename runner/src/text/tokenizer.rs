@@ -16,14 +16,14 @@ use crate::{model_folder::ModelFolder, runtime::one_line};
 pub struct Loaded {
     pub tokenizer: Tokenizer,
     /// Instead of the post-processor's tokens.
-    pub around: Option<Around>,
+    pub bos_eos: Option<BosEos>,
 }
 
 /// Tokens before and after a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Around {
-    pub before: Option<u32>,
-    pub after: Option<u32>,
+pub struct BosEos {
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
 }
 
 /// A class whose flags count: its name, the `model_type`s that have it where the class is not named, and its own beginning and
@@ -84,7 +84,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         .map_err(|e| anyhow!("{} is no tokenizer that can be read: {}", path.display(), one_line(&e)))?;
     let beside = |name: &str| retro_model_io::read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
     let config = beside("tokenizer_config.json")?;
-    let settings = Settings {
+    let settings = TokenizerConfig {
         config: &config,
         special_tokens_map: &beside("special_tokens_map.json")?,
         model: &beside("config.json")?,
@@ -110,18 +110,18 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         level.add_prefix_space = add;
         tokenizer.with_pre_tokenizer(Some(level));
     }
-    let around = settings.around(&tokenizer, folder)?;
-    Ok(Loaded { tokenizer, around })
+    let bos_eos = settings.bos_eos(&tokenizer, folder)?;
+    Ok(Loaded { tokenizer, bos_eos })
 }
 
 /// What a folder's files say of its tokenizer; null for a file that is not there.
-struct Settings<'a> {
+struct TokenizerConfig<'a> {
     config: &'a Value,
     special_tokens_map: &'a Value,
     model: &'a Value,
 }
 
-impl Settings<'_> {
+impl TokenizerConfig<'_> {
     /// Tokens that the configuration knows and tokenizer.json does not, or otherwise. Only those of the vocabulary: the model
     /// has no others.
     fn add_tokens(&self, tokenizer: &mut Tokenizer) -> Result<()> {
@@ -187,7 +187,7 @@ impl Settings<'_> {
         }
     }
 
-    fn around(&self, tokenizer: &Tokenizer, folder: &ModelFolder) -> Result<Option<Around>> {
+    fn bos_eos(&self, tokenizer: &Tokenizer, folder: &ModelFolder) -> Result<Option<BosEos>> {
         let Some(class) = self.class() else { return Ok(None) };
         let flag = |name: &str| self.config.get(name).and_then(Value::as_bool);
         let (bos, eos) = (flag("add_bos_token"), flag("add_eos_token"));
@@ -208,14 +208,14 @@ impl Settings<'_> {
             })?;
             Ok(Some(id))
         };
-        let mut around = Around::default();
+        let mut bos_eos = BosEos::default();
         if bos.unwrap_or(class.name != NEOX) {
-            around.before = id("bos_token", class.bos, folder.bos)?;
+            bos_eos.bos = id("bos_token", class.bos, folder.bos)?;
         }
         if eos.unwrap_or(false) {
-            around.after = id("eos_token", class.eos, folder.eos.first().copied())?;
+            bos_eos.eos = id("eos_token", class.eos, folder.eos.first().copied())?;
         }
-        Ok(Some(around))
+        Ok(Some(bos_eos))
     }
 }
 

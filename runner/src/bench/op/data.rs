@@ -9,7 +9,7 @@ use ort::{
 use retro_contract::{Selector, pages_for, ring_slots};
 use retro_models::Dtype;
 
-use super::{Retro, Shape};
+use super::{AttentionShape, RetroVariant};
 use crate::runtime::one_line;
 
 /// xorshift64*: fast, and good enough for data that only has to be no pattern.
@@ -42,7 +42,7 @@ pub struct Rows {
 
 impl Rows {
     /// `drift`: how far a query turns from one token to the next, 0 (not at all) to 1 (into another random one).
-    pub fn new(shape: &Shape, steps: usize, drift: f32) -> Self {
+    pub fn new(shape: &AttentionShape, steps: usize, drift: f32) -> Self {
         let mut random = Random::new(1);
         let width = shape.heads * shape.head_size;
         let keep = (1.0 - drift * drift).max(0.0).sqrt();
@@ -72,7 +72,7 @@ pub struct Caches {
 }
 
 impl Caches {
-    pub fn new(shape: &Shape, nodes: usize, prompt: usize, steps: usize) -> Result<Self> {
+    pub fn new(shape: &AttentionShape, nodes: usize, prompt: usize, steps: usize) -> Result<Self> {
         let capacity = prompt + steps;
         let dims = [1, shape.kv_heads, capacity, shape.head_size];
         let tensor = |seed: usize| -> Result<DynTensor> {
@@ -92,7 +92,7 @@ impl Caches {
     }
 
     /// The state of `node` after a prefill of the prompt: summaries, page steps, an output cache that nobody reads yet.
-    pub fn state(&self, shape: &Shape, retro: &Retro, node: usize) -> Result<[DynTensor; 4]> {
+    pub fn state(&self, shape: &AttentionShape, retro: &RetroVariant, node: usize) -> Result<[DynTensor; 4]> {
         let (pages, d) = (pages_for(self.capacity, shape.page_size), shape.head_size);
         let keys = &self.nodes[node][0];
         let mut summary = allocate(element(shape.dtype), &[1, shape.kv_heads, pages, 2, d])?;
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn queries_turn_as_asked() {
-        let shape = Shape {
+        let shape = AttentionShape {
             heads: 64,
             kv_heads: 1,
             head_size: 64,

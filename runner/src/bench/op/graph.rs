@@ -6,7 +6,7 @@ use retro_export::onnx::{
     AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
 };
 
-use super::{Operator, Retro, Shape};
+use super::{AttentionShape, Operator, RetroVariant};
 
 /// Inputs that all nodes share.
 const SHARED: [&str; 6] = [
@@ -34,7 +34,7 @@ pub fn name_of(name: &str, node: usize) -> String {
 }
 
 /// A model of `nodes` nodes, serialized.
-pub fn model(shape: &Shape, operator: &Operator, nodes: usize) -> Vec<u8> {
+pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u8> {
     let mut graph = GraphProto {
         name: Some("bench".to_owned()),
         ..Default::default()
@@ -126,7 +126,7 @@ pub fn model(shape: &Shape, operator: &Operator, nodes: usize) -> Vec<u8> {
     model.encode_to_vec()
 }
 
-fn data_type(plain: &str, shape: &Shape) -> DataType {
+fn data_type(plain: &str, shape: &AttentionShape) -> DataType {
     match plain {
         "seqlens_k" | "total_sequence_length" | "retro_length" | "past_page_steps" | "present_page_steps" => {
             DataType::Int32
@@ -136,13 +136,13 @@ fn data_type(plain: &str, shape: &Shape) -> DataType {
     }
 }
 
-fn attributes(shape: &Shape, operator: &Operator) -> Vec<AttributeProto> {
+fn attributes(shape: &AttentionShape, operator: &Operator) -> Vec<AttributeProto> {
     let mut list = vec![
         AttributeProto::int(attribute::NUM_HEADS, shape.heads as i64),
         AttributeProto::int(attribute::KV_NUM_HEADS, shape.kv_heads as i64),
     ];
     if let Operator::Retro(retro) = operator {
-        let Retro {
+        let RetroVariant {
             window,
             budget,
             mode,

@@ -15,7 +15,7 @@ use retro_models::Dtype;
 
 /// Sizes of a node.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct AttentionShape {
     /// Hq.
     pub heads: usize,
     /// Hkv.
@@ -26,7 +26,7 @@ pub struct Shape {
     pub dtype: Dtype,
 }
 
-impl Shape {
+impl AttentionShape {
     /// Bytes of keys and values a token.
     pub fn token_bytes(&self) -> usize {
         2 * self.kv_heads * self.head_size * self.dtype.size()
@@ -39,12 +39,12 @@ pub enum Operator {
     /// `com.microsoft::GroupQueryAttention`.
     Gqa,
     /// `ai.retro::RetroAttention`.
-    Retro(Retro),
+    Retro(RetroVariant),
 }
 
 /// The attributes that a measurement varies.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Retro {
+pub struct RetroVariant {
     pub window: usize,
     pub budget: Budget,
     pub mode: Mode,
@@ -62,7 +62,7 @@ impl Operator {
     }
 
     /// Whether a step with `len` valid tokens scores pages: it does not when the budget holds them all.
-    fn scores(&self, shape: &Shape, len: usize) -> bool {
+    fn scores(&self, shape: &AttentionShape, len: usize) -> bool {
         match self {
             Self::Retro(r) if r.mode == Mode::Retro => {
                 let most = r
@@ -76,7 +76,7 @@ impl Operator {
 
     /// Bytes that one step of one node must move: keys and values of the pages read, the summaries of all valid pages when
     /// it chooses among them, and of the output cache what the retrospective rows read and write. `pages`: read per KV head.
-    pub fn bytes(&self, shape: &Shape, len: usize, pages: Option<f64>) -> f64 {
+    pub fn bytes(&self, shape: &AttentionShape, len: usize, pages: Option<f64>) -> f64 {
         let tokens = pages.map_or(len as f64, |p| (p * shape.page_size as f64).min(len as f64));
         let caches = tokens * shape.token_bytes() as f64;
         let summaries = if self.scores(shape, len) {
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn bytes_are_pages_and_summaries() {
-        let shape = Shape {
+        let shape = AttentionShape {
             heads: 4,
             kv_heads: 2,
             head_size: 8,
@@ -113,7 +113,7 @@ mod tests {
         };
         assert_eq!(Operator::Gqa.bytes(&shape, 100, None), 100.0 * 128.0);
         let retro = |budget, window| {
-            Operator::Retro(Retro {
+            Operator::Retro(RetroVariant {
                 window,
                 budget,
                 mode: Mode::Retro,

@@ -13,27 +13,27 @@ use retro_contract::{Mode, input, output};
 use retro_models::Dtype;
 
 use super::{
-    Operator, Shape,
+    AttentionShape, Operator,
     data::{Caches, Rows, element},
     graph::{STATE, model, name_of},
 };
 use crate::{
     OpenOptions, Runtime,
-    decoder::{model::session_builder, page_reads::Meter},
+    decoder::{model::session_builder, page_reads::PageMeter},
     runtime::one_line,
 };
 
 /// What is measured, ready to run.
 pub struct Node {
     pub operator: Operator,
-    shape: Shape,
+    shape: AttentionShape,
     session: Session,
     binding: IoBinding,
     /// Per node: summaries, page steps, outputs, log-sum-exps.
     state: Vec<[DynTensor; 4]>,
     prompt: usize,
     nodes: usize,
-    meter: Meter,
+    meter: PageMeter,
     /// The newest token's output of node 0.
     pub newest: Vec<f32>,
 }
@@ -42,7 +42,7 @@ impl Node {
     pub fn new(
         runtime: &Runtime,
         options: &OpenOptions,
-        shape: &Shape,
+        shape: &AttentionShape,
         operator: Operator,
         caches: &mut Caches,
     ) -> Result<Self> {
@@ -93,7 +93,7 @@ impl Node {
             state,
             prompt: caches.prompt,
             nodes,
-            meter: Meter::new(operator.window(), shape.page_size),
+            meter: PageMeter::new(operator.window(), shape.page_size),
             newest: Vec::new(),
         })
     }

@@ -9,7 +9,7 @@ use crate::{args::Summaries, fill, graph, host::Host, summaries::CHUNK};
 pub const ROOM: usize = 256;
 
 /// Where the buffers of a context and batch lie.
-pub struct Plan {
+pub struct MemoryLayout {
     pub context: usize,
     pub batch: usize,
     pub capacity: usize,
@@ -26,7 +26,7 @@ pub struct Plan {
     pub bytes: usize,
 }
 
-impl Plan {
+impl MemoryLayout {
     pub fn new(host: &Host<'_>, context: usize, batch: usize) -> Self {
         let (s, args) = (&host.shape, host.args);
         let element = fill::bytes_of(s.dtype);
