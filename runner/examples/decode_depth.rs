@@ -11,7 +11,7 @@ use clap::Parser;
 use retro_run::{
     Device, Model, OpenOptions, Runtime,
     bench::synthetic_cache::decode_at,
-    decoder::generate::Policy,
+    decoder::decode_loop::Policy,
     model_spec::ModelSpec,
     runtime::{check_threads, find_plugin},
 };

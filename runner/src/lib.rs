@@ -19,10 +19,7 @@ mod progress;
 pub mod runtime;
 pub mod text;
 
-pub use decoder::{
-    kv_cache::State,
-    model::{Feed, Logits, Model, OpenOptions},
-};
+pub use decoder::{inputs::Feed, logits::Logits, model::Model, session::OpenOptions, step::DecoderState};
 pub use interrupt::{Interrupt, Interrupted};
 pub use model_folder::ModelFolder;
 pub use retro_runtime::{Device, device, disable_telemetry, gpu};

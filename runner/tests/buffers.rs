@@ -5,7 +5,7 @@ use std::path::Path;
 
 use retro_run::{
     Model, OpenOptions, Runtime,
-    decoder::{batch::Prefilled, generate::Policy},
+    decoder::{batch::Prefilled, decode_loop::Policy},
     runtime::find_plugin,
 };
 

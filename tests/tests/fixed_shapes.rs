@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use retro_export::{onnx::DataType, onnx::GraphProto};
 use retro_run::{
     Model, OpenOptions, Runtime,
-    decoder::{batch::Prefilled, generate::Policy},
+    decoder::{batch::Prefilled, decode_loop::Policy},
 };
 use retro_tests::{paths, zoo};
 

@@ -1,4 +1,4 @@
-//! Contents of caches that nobody filled by reading: what a step costs does not depend on what it reads.
+//! Caches filled with random numbers instead of a prompt: what a step costs does not depend on what it reads.
 
 use std::time::Duration;
 
@@ -6,9 +6,12 @@ use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use ort::value::TensorElementType;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+use retro_contract::{Selector, graph};
 
 use crate::decoder::{
-    generate::{Decoder, Policy},
+    decode_loop::{Decoder, Policy},
+    io::SlotKind,
+    kv_cache::KvCache,
     model::Model,
     sampling::argmax,
 };
@@ -32,23 +35,61 @@ fn encode(element: TensorElementType, count: usize, make: impl Fn(&mut StdRng, u
     })
 }
 
-pub(crate) fn keys(element: TensorElementType) -> Result<Vec<u8>> {
+fn keys(element: TensorElementType) -> Result<Vec<u8>> {
     encode(element, NUMBERS, |random, _| normal(random))
 }
 
-/// Two vectors of `size` a page, as 16 such keys have them: extremes, or means and standard deviations.
-pub(crate) fn summaries(element: TensorElementType, size: usize, moments: bool) -> Result<Vec<u8>> {
+/// Page summaries, two vectors of `size` each, as pages of 16 such keys have them.
+fn summaries(element: TensorElementType, size: usize, selector: Selector) -> Result<Vec<u8>> {
     // An odd number of pages.
     let pages = (NUMBERS / (2 * size.max(1))) | 1;
     encode(element, pages * 2 * size, |random, i| {
-        let noise = normal(random);
-        match (moments, (i / size).is_multiple_of(2)) {
-            (false, true) => (-1.77 + 0.5 * noise).min(-0.1),
-            (false, false) => (1.77 + 0.5 * noise).max(0.1),
-            (true, true) => 0.25 * noise,
-            (true, false) => (0.97 + 0.17 * noise).max(0.05),
-        }
+        summary(selector, normal(random), (i / size) % 2, i)
     })
+}
+
+/// Element `i` of a page's first or second vector, from noise about N(0, 1): extremes about 1.8 away from 0, or means of
+/// deviation 1/4 and standard deviations about 1.
+pub fn summary(selector: Selector, noise: f32, vector: usize, i: usize) -> f32 {
+    match (selector, vector) {
+        (Selector::Bounds, 0) => (-1.77 + 0.5 * noise).min(-0.1),
+        (Selector::Bounds, _) => (1.77 + 0.5 * noise).max(0.1),
+        (Selector::Moments | Selector::SignedMoments, 0) => 0.25 * noise,
+        (Selector::Moments, _) => (0.97 + 0.17 * noise).max(0.05),
+        (Selector::SignedMoments, _) => (0.97 + 0.17 * noise).max(0.05) * if i.is_multiple_of(2) { 1.0 } else { -1.0 },
+    }
+}
+
+/// Fills a cache as if every sequence had read `depth` tokens: random keys, values and page summaries like those of such
+/// keys, no page loaded since. For measuring: what is generated from it means nothing.
+///
+/// # Errors
+/// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
+pub fn fill(kv: &mut KvCache, depth: usize, selector: Selector) -> Result<()> {
+    ensure!(
+        (1..=kv.capacity()).contains(&depth),
+        "{depth} tokens do not fit a cache of {}",
+        kv.capacity()
+    );
+    for buffer in kv.buffers_mut()? {
+        let (element, width) = (buffer.element(), buffer.width());
+        match buffer.kind() {
+            SlotKind::Cache => buffer.tile(&keys(element)?)?,
+            SlotKind::Retro(graph::State::PageSummary) => buffer.tile(&summaries(element, width, selector)?)?,
+            SlotKind::Retro(graph::State::PageSteps) => {
+                let newest = i32::try_from(depth)? - 1;
+                buffer.tile(&newest.to_le_bytes().repeat(1024))?;
+            }
+            // State, outputs and log-sum-exps of 0 are as good as any.
+            SlotKind::Recurrent | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
+        }
+    }
+    Ok(())
+}
+
+/// The selector whose summaries a model's caches hold; any will do for a model without the operator.
+pub fn selector(model: &Model) -> Selector {
+    model.retro.as_ref().and_then(|r| r.selector).unwrap_or_default()
 }
 
 /// Decodes at a depth that was never read: `warm_up` steps after the window is full, then `steps` whose time is returned.
@@ -65,9 +106,8 @@ pub fn decode_at(model: &mut Model, depth: usize, policy: Policy, warm_up: usize
             before + steps
         );
     }
-    let moments = model.retro.as_ref().is_some_and(|r| r.selector != "bounds");
     let mut state = model.new_state(1, capacity)?;
-    state.pretend(depth, moments)?;
+    fill(state.kv_mut(), depth, selector(model))?;
     let prompt: Vec<u32> = (0..depth as u32).map(|i| i % 251).collect();
     let mut decoder = Decoder::new(model, &mut state, &[&prompt], policy)?;
     decoder.measure_nothing();

@@ -8,12 +8,12 @@ use serde_json::Value;
 
 use super::{SessionArgs, print};
 use crate::{
-    Feed, Interrupt, Interrupted, Model, OpenOptions, Runtime, State,
+    DecoderState, Feed, Interrupt, Interrupted, Model, OpenOptions, Runtime,
     bench::{
-        Samples,
+        Samples, synthetic_cache,
         table::{Cell, Column, Format, Table},
     },
-    decoder::generate::{CHUNK, Decoder, Policy},
+    decoder::decode_loop::{CHUNK, Decoder, Policy},
     interrupt::Signals,
     model_folder::chosen,
     model_spec::PolicyOptions,
@@ -204,7 +204,7 @@ struct Opened {
     model: Model,
     /// Longest window that this model is run with.
     window: usize,
-    state: Option<State>,
+    state: Option<DecoderState>,
 }
 
 impl Contenders {
@@ -329,7 +329,10 @@ impl Contenders {
         for (((label, at, policy), samples), reading) in self.list.iter().zip(&samples).zip(&readings) {
             let retro = self.opened.get(*at).and_then(|o| o.model.retro.as_ref());
             let ratios = Samples(samples.0.iter().zip(&first.0).map(|(a, b)| a / b).collect());
-            let budget = policy.budget.map(|b| b.to_string()).or(retro.map(|r| r.budget.clone()));
+            let budget = policy
+                .budget
+                .map(|b| b.to_string())
+                .or(retro.and_then(|r| r.budget).map(|b| b.to_string()));
             let generates = matches!(test, Test::Generate(_));
             table.push(vec![
                 Cell::text(label.clone()),
@@ -353,24 +356,23 @@ impl Contenders {
 fn set(
     args: &BenchArgs,
     model: &mut Model,
-    state: &mut State,
+    state: &mut DecoderState,
     depth: usize,
     fresh: bool,
     interrupt: &Interrupt,
 ) -> Result<()> {
     if !fresh && model.fixed_capacity {
-        return state.rewind(depth);
+        return state.kv_mut().rewind(depth);
     }
     if depth > 0 && !args.prefill_depth {
-        let moments = model.retro.as_ref().is_some_and(|r| r.selector != "bounds");
-        return state.pretend(depth, moments).with_context(|| {
+        return synthetic_cache::fill(state.kv_mut(), depth, synthetic_cache::selector(model)).with_context(|| {
             format!(
                 "{}: give --prefill-depth to feed a prompt instead",
                 model.folder.graph.display()
             )
         });
     }
-    *state = model.new_state(1, state.capacity())?;
+    *state = model.new_state(1, state.kv().capacity())?;
     feed(model, state, 0, depth, args.chunk, interrupt)
 }
 
@@ -383,7 +385,7 @@ fn tokens(count: usize) -> Vec<u32> {
 /// Feeds `count` tokens of a prompt after `depth` others.
 fn feed(
     model: &mut Model,
-    state: &mut State,
+    state: &mut DecoderState,
     depth: usize,
     count: usize,
     chunk: usize,

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::{SessionArgs, print};
 use crate::{
     Interrupt, Interrupted, OpenOptions, Runtime,
-    decoder::generate::CHUNK,
+    decoder::decode_loop::CHUNK,
     eval::{
         converted_models::ConvertedModelCache,
         documents, html,

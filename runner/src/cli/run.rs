@@ -15,7 +15,8 @@ use super::{STDOUT, SessionArgs};
 use crate::{
     Model, ModelTokenizer,
     decoder::{
-        generate::{CHUNK, Event, Finish, Generation, Policy, generate, plan},
+        decode_loop::{CHUNK, Policy},
+        generate::{Event, Finish, Generation, generate, plan},
         sampling::Sampling,
     },
     eval::score::read_documents,

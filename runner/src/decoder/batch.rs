@@ -8,18 +8,20 @@ use std::{
 use anyhow::Result;
 
 use crate::decoder::{
-    generate::{Decoder, Policy, prefill},
-    kv_cache::{Snapshot, State},
-    model::{Logits, Model},
+    decode_loop::{Decoder, Policy, prefill},
+    kv_cache::Snapshot,
+    logits::Logits,
+    model::Model,
     page_reads::PageReads,
     sampling::argmax,
     stats::Stats,
+    step::DecoderState,
 };
 
 /// Documents whose prompts have been read, to be decoded once or several times under different policies.
 pub struct Prefilled {
     prompts: Vec<Vec<u32>>,
-    state: State,
+    state: DecoderState,
     /// The state right after the prompts; `None` when it is too simple to be needed (growing caches).
     snapshot: Option<Snapshot>,
     /// Scores of each sequence's first token.
@@ -62,16 +64,16 @@ impl Prefilled {
         } else {
             let mut single = model.new_state(1, capacity)?;
             for (row, prompt) in prompts.iter().enumerate() {
-                single.clear()?;
+                single.kv_mut().clear()?;
                 let start = Instant::now();
                 let logits = prefill(model, &mut single, prompt, chunk, &mut progress)?;
                 time += start.elapsed();
-                state.copy_row(row, &single, 0)?;
+                state.kv_mut().copy_row(row, single.kv(), 0)?;
                 first.vocab = logits.vocab;
                 Arc::make_mut(&mut first.values).extend_from_slice(&logits.values);
             }
         }
-        let snapshot = model.fixed_capacity.then(|| state.snapshot()).transpose()?;
+        let snapshot = model.fixed_capacity.then(|| state.kv().snapshot()).transpose()?;
         Ok(Self {
             prompts,
             state,
@@ -98,7 +100,7 @@ impl Prefilled {
         mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<Decoded> {
         if let Some(snapshot) = &self.snapshot {
-            self.state.restore(snapshot)?;
+            self.state.kv_mut().restore(snapshot)?;
         }
         let eos = model.folder.eos.clone();
         let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
@@ -140,7 +142,7 @@ impl Prefilled {
             .collect();
         let (reading, decode_time) = (decoder.reading(), decoder.time);
         let readings = decoder.readings().copied().collect();
-        let (kv_bytes, state_bytes) = self.state.sizes();
+        let (kv_bytes, state_bytes) = self.state.kv().sizes();
         let stats = Stats {
             prompt_tokens: self.prompts.iter().map(Vec::len).sum(),
             prompt_time: self.time,
@@ -172,7 +174,7 @@ impl Prefilled {
         observe: &mut Observer<'_>,
     ) -> Result<(Vec<PageReads>, Duration)> {
         if let Some(snapshot) = &self.snapshot {
-            self.state.restore(snapshot)?;
+            self.state.kv_mut().restore(snapshot)?;
         }
         let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
         let mut decoder = Decoder::new(model, &mut self.state, &prompts, policy)?;

@@ -6,27 +6,27 @@ use std::{borrow::Cow, sync::Arc};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use ort::{
-    session::IoBinding,
-    value::{DynTensor, DynValue},
+    memory::Allocator,
+    session::{IoBinding, Session},
+    value::{DynTensor, DynValue, TensorElementType},
 };
 use retro_contract::graph;
 
 use crate::{
-    bench::synthetic_cache,
-    decoder::{cuda_graph::DeviceRunner, io::SlotKind, model::Model},
+    decoder::io::{SlotKind, StateSlot},
     gpu::Gpu,
-    runtime::one_line,
+    runtime::{one_line, ort_error},
 };
 
-/// State of a batch. It belongs to the model that made it.
-pub struct State {
+/// Keys, values and other state of a batch.
+pub struct KvCache {
     batch: usize,
     capacity: usize,
-    store: Store,
+    storage: Storage,
 }
 
-pub(crate) enum Store {
-    Bound(Box<Bound>),
+pub(crate) enum Storage {
+    InPlace(Box<InPlace>),
     /// The outputs of the last run, in the order of the model's slots.
     Growing {
         past: Vec<DynValue>,
@@ -35,120 +35,71 @@ pub(crate) enum Store {
 }
 
 /// Buffers of fixed capacity, each bound as past and as present: updated in place.
-pub(crate) struct Bound {
+pub(crate) struct InPlace {
     pub(crate) binding: IoBinding,
-    pub(crate) buffers: Vec<Buffer>,
-    /// What steps on a GPU are fed from.
-    pub(crate) steps: Option<DeviceRunner>,
+    pub(crate) buffers: Vec<StateBuffer>,
 }
 
-pub(crate) struct Buffer {
+/// The memory of one past/present pair.
+pub(crate) struct StateBuffer {
     tensor: DynTensor,
     /// Where the present is written, for state that nodes may read after another has written it.
-    next: Option<Next>,
+    next: Option<NextBuffer>,
     kind: SlotKind,
     bytes: usize,
     /// Where the tensor lies, if not on the host.
     gpu: Option<Arc<Gpu>>,
 }
 
-struct Next {
+struct NextBuffer {
     tensor: DynTensor,
     past: String,
     present: String,
 }
 
-/// A copy of a state's contents, to go back to.
+/// A copy of a cache's contents, to go back to.
 pub struct Snapshot(Vec<Vec<u8>>);
 
-impl State {
-    pub(crate) fn new(model: &Model, batch: usize, capacity: usize) -> Result<Self> {
-        let slots = &model.io.slots;
-        let allocator = model.device().allocator(model.session())?;
-        let pages = model.pages(capacity);
-        if !model.fixed_capacity {
-            ensure!(
-                model.gpu().is_none(),
-                "this model's caches grow with every step, which on a GPU would copy them every time: set past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or use --device cpu"
-            );
-            let empty = |slot: &crate::decoder::io::StateSlot| -> Result<DynValue> {
-                let tensor = DynTensor::new(&allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
-                Ok(tensor.map_err(|e| anyhow!("{}", one_line(&e)))?.into_dyn())
-            };
-            let past = slots.iter().map(empty).collect::<Result<_>>()?;
-            return Ok(Self {
-                batch,
-                capacity,
-                store: Store::Growing {
-                    past,
-                    kinds: slots.iter().map(|s| s.kind).collect(),
-                },
-            });
-        }
-        let mut binding = model
-            .session()
-            .create_binding()
-            .map_err(|e| anyhow!("{}", one_line(&e)))?;
+impl KvCache {
+    /// Caches that grow: empty at first.
+    pub(crate) fn growing(slots: &[StateSlot], allocator: &Allocator, batch: usize, capacity: usize) -> Result<Self> {
+        let empty = |slot: &StateSlot| -> Result<DynValue> {
+            let tensor = DynTensor::new(allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
+            Ok(tensor.map_err(ort_error)?.into_dyn())
+        };
+        let past = slots.iter().map(empty).collect::<Result<_>>()?;
+        let kinds = slots.iter().map(|s| s.kind).collect();
+        Ok(Self {
+            batch,
+            capacity,
+            storage: Storage::Growing { past, kinds },
+        })
+    }
+
+    /// Caches of fixed capacity, bound to a session's inputs and outputs.
+    pub(crate) fn in_place(
+        session: &Session,
+        slots: &[StateSlot],
+        allocator: &Allocator,
+        gpu: Option<&Arc<Gpu>>,
+        batch: usize,
+        capacity: usize,
+        pages: usize,
+    ) -> Result<Self> {
+        let mut binding = session.create_binding().map_err(ort_error)?;
         let mut buffers = Vec::with_capacity(slots.len());
         for slot in slots {
             let shape = slot.shape(batch, capacity, pages);
-            let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-            let bytes = elements.and_then(|n| slot.element.byte_size(n));
-            let bytes = bytes.with_context(|| format!("the buffer {} of shape {shape:?} is too large", slot.past))?;
-            let allocate = || {
-                // `new` zeroes the memory of the host, and only that.
-                DynTensor::new(&allocator, slot.element, dims(&shape)).map_err(|e| {
-                    anyhow!(
-                        "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
-                        slot.past,
-                        one_line(&e)
-                    )
-                })
-            };
-            let mut tensor = allocate()?;
-            // The operator and GroupQueryAttention update caches in place. Nothing says so of other nodes.
-            let mut next = (slot.kind == SlotKind::Recurrent)
-                .then(|| -> Result<Next> {
-                    Ok(Next {
-                        tensor: allocate()?,
-                        past: slot.past.clone(),
-                        present: slot.present.clone(),
-                    })
-                })
-                .transpose()?;
-            binding
-                .bind_input(&slot.past, &tensor)
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
-            let output = next.as_mut().map_or(&mut tensor, |next| &mut next.tensor);
-            binding
-                .bind_output(&slot.present, output)
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
-            let mut buffer = Buffer {
-                tensor,
-                next,
-                kind: slot.kind,
-                bytes,
-                gpu: model.gpu().cloned(),
-            };
-            if buffer.counts_from_minus_one() || buffer.gpu.is_some() {
-                buffer.clear()?;
-            }
-            buffers.push(buffer);
+            buffers.push(StateBuffer::bound(slot, &shape, allocator, gpu, &mut binding)?);
         }
         Ok(Self {
             batch,
             capacity,
-            store: Store::Bound(Box::new(Bound {
-                binding,
-                buffers,
-                steps: model
-                    .feeds_from_buffers()
-                    .then(|| DeviceRunner::new(model.gpu(), &model.io, batch, capacity))
-                    .transpose()?,
-            })),
+            storage: Storage::InPlace(Box::new(InPlace { binding, buffers })),
         })
     }
 
+    /// Sequences.
     pub fn batch(&self) -> usize {
         self.batch
     }
@@ -158,14 +109,14 @@ impl State {
         self.capacity
     }
 
-    pub(crate) fn store_mut(&mut self) -> &mut Store {
-        &mut self.store
+    pub(crate) fn storage_mut(&mut self) -> &mut Storage {
+        &mut self.storage
     }
 
-    fn buffers(&self) -> &[Buffer] {
-        match &self.store {
-            Store::Bound(bound) => &bound.buffers,
-            Store::Growing { .. } => &[],
+    fn buffers(&self) -> &[StateBuffer] {
+        match &self.storage {
+            Storage::InPlace(bound) => &bound.buffers,
+            Storage::Growing { .. } => &[],
         }
     }
 
@@ -174,10 +125,10 @@ impl State {
     /// # Errors
     /// When a GPU fails.
     pub fn clear(&mut self) -> Result<()> {
-        match &mut self.store {
-            Store::Bound(bound) => bound.buffers.iter_mut().try_for_each(Buffer::clear),
+        match &mut self.storage {
+            Storage::InPlace(bound) => bound.buffers.iter_mut().try_for_each(StateBuffer::clear),
             // A growing cache is emptied by dropping the state and making another.
-            Store::Growing { .. } => Ok(()),
+            Storage::Growing { .. } => Ok(()),
         }
     }
 
@@ -190,9 +141,9 @@ impl State {
                 .map(|b| b.bytes)
                 .sum()
         };
-        match &self.store {
-            Store::Bound(_) => (sum(true), sum(false)),
-            Store::Growing { past, kinds } => {
+        match &self.storage {
+            Storage::InPlace(_) => (sum(true), sum(false)),
+            Storage::Growing { past, kinds } => {
                 let bytes = |v: &DynValue| {
                     let elements = v.dtype().tensor_shape().map_or(0, |s| s.num_elements());
                     v.dtype().tensor_type().and_then(|t| t.byte_size(elements)).unwrap_or(0)
@@ -209,17 +160,17 @@ impl State {
         }
     }
 
-    /// Copies one sequence of `from` (of the same model and capacity) over one of this state.
+    /// Copies one sequence of `from`, a cache of the same model and capacity, over one of this cache.
     ///
     /// # Errors
     /// When the two do not have the same layout or a row does not exist.
-    pub fn copy_row(&mut self, row: usize, from: &State, from_row: usize) -> Result<()> {
+    pub fn copy_row(&mut self, row: usize, from: &KvCache, from_row: usize) -> Result<()> {
         ensure!(
             row < self.batch && from_row < from.batch,
             "no such sequence in the batch"
         );
         let (batch, from_batch) = (self.batch, from.batch);
-        let Store::Bound(bound) = &mut self.store else {
+        let Storage::InPlace(bound) = &mut self.storage else {
             return Err(anyhow!("growing caches cannot be copied"));
         };
         ensure!(
@@ -247,45 +198,19 @@ impl State {
     /// # Errors
     /// When a GPU fails.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let copies = self.buffers().iter().map(Buffer::to_vec);
+        let copies = self.buffers().iter().map(StateBuffer::to_vec);
         copies.collect::<Result<_>>().map(Snapshot)
     }
 
-    /// Pretends that every sequence has read `depth` tokens: random keys, values and page summaries like those of such keys,
-    /// no page loaded since. For measuring: what is generated from it means nothing.
+    /// Buffers of fixed capacity, to be filled otherwise than by a step.
     ///
     /// # Errors
-    /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
-    pub fn pretend(&mut self, depth: usize, moments: bool) -> Result<()> {
-        ensure!(
-            (1..=self.capacity).contains(&depth),
-            "{depth} tokens do not fit a cache of {}",
-            self.capacity
-        );
-        let Store::Bound(bound) = &mut self.store else {
-            return Err(anyhow!("growing caches cannot be filled"));
-        };
-        for buffer in &mut bound.buffers {
-            let element = *buffer.tensor.data_type();
-            let width = buffer
-                .tensor
-                .shape()
-                .last()
-                .map_or(1, |&d| usize::try_from(d).unwrap_or(1));
-            match buffer.kind {
-                SlotKind::Cache => buffer.tile(&synthetic_cache::keys(element)?)?,
-                SlotKind::Retro(graph::State::PageSummary) => {
-                    buffer.tile(&synthetic_cache::summaries(element, width, moments)?)?
-                }
-                SlotKind::Retro(graph::State::PageSteps) => {
-                    let newest = i32::try_from(depth)? - 1;
-                    buffer.tile(&newest.to_le_bytes().repeat(1024))?;
-                }
-                // State, outputs and log-sum-exps of 0 are as good as any.
-                SlotKind::Recurrent | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
-            }
+    /// When the caches grow.
+    pub(crate) fn buffers_mut(&mut self) -> Result<&mut [StateBuffer]> {
+        match &mut self.storage {
+            Storage::InPlace(cache) => Ok(&mut cache.buffers),
+            Storage::Growing { .. } => Err(anyhow!("growing caches cannot be filled")),
         }
-        Ok(())
     }
 
     /// Goes back to the first `depth` tokens of a prompt, each of them read by every query so far. Rows behind them are stale:
@@ -300,7 +225,7 @@ impl State {
             "{depth} tokens do not fit a cache of {}",
             self.capacity
         );
-        let Store::Bound(bound) = &mut self.store else {
+        let Storage::InPlace(bound) = &mut self.storage else {
             return Err(anyhow!("growing caches cannot be rewound"));
         };
         let newest = (i32::try_from(depth)? - 1).to_le_bytes().repeat(1024);
@@ -311,12 +236,12 @@ impl State {
         })
     }
 
-    /// Goes back to a snapshot of this state.
+    /// Goes back to a snapshot of this cache.
     ///
     /// # Errors
     /// When the snapshot is of another layout.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let Store::Bound(bound) = &mut self.store else {
+        let Storage::InPlace(bound) = &mut self.storage else {
             return Err(anyhow!("growing caches have no snapshots"));
         };
         ensure!(
@@ -362,13 +287,75 @@ fn dims(shape: &[usize]) -> Vec<i64> {
     shape.iter().map(|&d| d as i64).collect()
 }
 
-impl Buffer {
+impl StateBuffer {
+    /// Allocates the buffer of a slot and binds it as past and as present.
+    fn bound(
+        slot: &StateSlot,
+        shape: &[usize],
+        allocator: &Allocator,
+        gpu: Option<&Arc<Gpu>>,
+        binding: &mut IoBinding,
+    ) -> Result<Self> {
+        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        let bytes = elements.and_then(|n| slot.element.byte_size(n));
+        let bytes = bytes.with_context(|| format!("the buffer {} of shape {shape:?} is too large", slot.past))?;
+        let allocate = || {
+            // `new` zeroes the memory of the host, and only that.
+            DynTensor::new(allocator, slot.element, dims(shape)).map_err(|e| {
+                anyhow!(
+                    "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
+                    slot.past,
+                    one_line(&e)
+                )
+            })
+        };
+        let mut tensor = allocate()?;
+        // The operator and GroupQueryAttention update caches in place. Nothing says so of other nodes.
+        let mut next = None;
+        if slot.kind == SlotKind::Recurrent {
+            next = Some(NextBuffer {
+                tensor: allocate()?,
+                past: slot.past.clone(),
+                present: slot.present.clone(),
+            });
+        }
+        binding.bind_input(&slot.past, &tensor).map_err(ort_error)?;
+        let output = next.as_mut().map_or(&mut tensor, |next| &mut next.tensor);
+        binding.bind_output(&slot.present, output).map_err(ort_error)?;
+        let mut buffer = Self {
+            tensor,
+            next,
+            kind: slot.kind,
+            bytes,
+            gpu: gpu.cloned(),
+        };
+        if buffer.counts_from_minus_one() || buffer.gpu.is_some() {
+            buffer.clear()?;
+        }
+        Ok(buffer)
+    }
+
+    pub(crate) fn kind(&self) -> SlotKind {
+        self.kind
+    }
+
+    pub(crate) fn element(&self) -> TensorElementType {
+        *self.tensor.data_type()
+    }
+
+    /// Elements of the last dimension.
+    pub(crate) fn width(&self) -> usize {
+        let last = self.tensor.shape().last().copied();
+        last.map_or(1, |d| usize::try_from(d).unwrap_or(1))
+    }
+
     /// Page steps start as -1: no page was ever loaded.
     fn counts_from_minus_one(&self) -> bool {
         self.kind == SlotKind::Retro(graph::State::PageSteps)
     }
 
-    fn clear(&mut self) -> Result<()> {
+    /// Zeros; -1 for page steps.
+    pub(crate) fn clear(&mut self) -> Result<()> {
         // All bits set is the int32 -1.
         let value = if self.counts_from_minus_one() { 0xff } else { 0 };
         match self.gpu.clone() {
@@ -381,7 +368,7 @@ impl Buffer {
     }
 
     /// Repeats a pattern over the whole buffer.
-    fn tile(&mut self, pattern: &[u8]) -> Result<()> {
+    pub(crate) fn tile(&mut self, pattern: &[u8]) -> Result<()> {
         let total = self.bytes;
         let first = pattern.get(..total.min(pattern.len())).unwrap_or(&[]);
         ensure!(total == 0 || !first.is_empty(), "a pattern of nothing");
@@ -412,7 +399,7 @@ impl Buffer {
         std::mem::swap(&mut self.tensor, &mut next.tensor);
         let bound = binding.bind_input(&next.past, &self.tensor);
         let bound = bound.and_then(|()| binding.bind_output(&next.present, &mut next.tensor));
-        bound.map_err(|e| anyhow!("{}", one_line(&e)))
+        bound.map_err(ort_error)
     }
 
     /// As [`Self::take_turns`], by a copy: a CUDA graph knows where the tensors lie.
@@ -439,7 +426,7 @@ impl Buffer {
 
     /// Part of what a step reads and replaces, so that doing it twice is not doing it once. (Keys, values and page summaries
     /// of the tokens fed are written from scratch.)
-    pub(crate) fn is_memory_of_steps(&self) -> bool {
+    pub(crate) fn is_replaced_by_steps(&self) -> bool {
         matches!(
             self.kind,
             SlotKind::Retro(graph::State::PageSteps | graph::State::Outputs | graph::State::Lse)
@@ -472,7 +459,7 @@ impl Buffer {
             return &[];
         }
         // SAFETY: the tensor owns `bytes` initialised bytes of CPU memory for as long as it lives, and nothing writes them
-        // during this borrow: ONNX Runtime writes only inside `Model::run`, which borrows the state mutably.
+        // during this borrow: ONNX Runtime writes only inside `Model::run`, which borrows the cache mutably.
         unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast::<u8>(), self.bytes) }
     }
 

@@ -1,26 +1,97 @@
-//! Where the scores of a step land on the host, time and again: at 10^5 tokens, fresh memory from the system would cost more than the copy
-//! and the conversion.
+//! The scores of the next token, and how they come back from a step: the newest row of each sequence, as float32.
 
 use std::{ops::DerefMut, sync::Arc};
 
-use anyhow::{Context, Result, anyhow};
-use half::bf16;
-use ort::value::TensorElementType;
+use anyhow::{Context, Result, bail, ensure};
+use ort::value::{DynValue, TensorElementType};
 
 use crate::{
-    decoder::{
-        model::{Logits, LogitsShape},
-        upcast::upcast_f16,
-    },
+    decoder::upcast::{upcast_bf16, upcast_f16},
     gpu::Gpu,
+    runtime::ort_error,
 };
 
-/// Of one state.
+/// Scores of the next token, `[B, vocab]`.
+#[derive(Clone, Debug, Default)]
+pub struct Logits {
+    pub values: Arc<Vec<f32>>,
+    pub vocab: usize,
+}
+
+impl Logits {
+    /// The scores of one sequence; empty when there is no such row.
+    pub fn row(&self, row: usize) -> &[f32] {
+        self.values.get(row * self.vocab..(row + 1) * self.vocab).unwrap_or(&[])
+    }
+}
+
+/// The shape of a graph's logits, `[B, rows, vocab]`.
+pub(crate) struct LogitsShape {
+    /// The tokens fed, or 1 where the graph gives the newest token's alone.
+    pub(crate) rows: usize,
+    pub(crate) vocab: usize,
+}
+
+impl LogitsShape {
+    /// The shape of a graph's output for `batch` sequences.
+    pub(crate) fn of(logits: &DynValue, batch: usize) -> Result<Self> {
+        let shape: Vec<usize> = logits
+            .dtype()
+            .tensor_shape()
+            .map(|s| s.iter().map(|&d| usize::try_from(d).unwrap_or(0)).collect())
+            .unwrap_or_default();
+        let (rows, vocab) = match shape.as_slice() {
+            [b, rows, vocab] if *b == batch => (*rows, *vocab),
+            [b, vocab] if *b == batch => (1, *vocab),
+            _ => bail!("the logits have shape {shape:?} for a batch of {batch}"),
+        };
+        ensure!(
+            rows > 0 && vocab > 0,
+            "the logits have shape {shape:?}: nothing is in them"
+        );
+        Ok(Self { rows, vocab })
+    }
+}
+
+/// The newest row of each sequence of logits that lie on the host.
+pub(crate) fn newest_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
+    let LogitsShape { rows, vocab } = LogitsShape::of(logits, batch)?;
+    let mut values = vec![0.0; batch * vocab];
+    let mut each = |copy: &dyn Fn(std::ops::Range<usize>, &mut [f32]) -> Option<()>| {
+        for (b, to) in values.chunks_mut(vocab).enumerate() {
+            let start = (b * rows + rows - 1) * vocab;
+            copy(start..start + vocab, to).context("the logits are shorter than their shape")?;
+        }
+        anyhow::Ok(())
+    };
+    match element {
+        TensorElementType::Float32 => {
+            let (_, data) = logits.try_extract_tensor::<f32>().map_err(ort_error)?;
+            each(&|row, to| Some(to.copy_from_slice(data.get(row)?)))?;
+        }
+        TensorElementType::Float16 => {
+            let (_, data) = logits.try_extract_tensor::<half::f16>().map_err(ort_error)?;
+            each(&|row, to| Some(upcast_f16(data.get(row)?, to)))?;
+        }
+        TensorElementType::Bfloat16 => {
+            let (_, data) = logits.try_extract_tensor::<half::bf16>().map_err(ort_error)?;
+            each(&|row, to| Some(upcast_bf16(data.get(row)?, to)))?;
+        }
+        other => bail!("the logits are {other}, expected float32, float16 or bfloat16"),
+    }
+    Ok(Logits {
+        values: Arc::new(values),
+        vocab,
+    })
+}
+
+/// Reads logits back from a device into memory that is used again: at 10^5 tokens, fresh memory from the system would cost
+/// more than the copy and the conversion. Belongs to one state.
 pub(crate) struct LogitsReadback {
     gpu: Option<Arc<Gpu>>,
     bytes: Box<dyn DerefMut<Target = [u8]>>,
     /// The caller may hold the last step's scores while it makes the next ones.
-    rooms: [Arc<Vec<f32>>; 2],
+    buffers: [Arc<Vec<f32>>; 2],
 }
 
 impl LogitsReadback {
@@ -28,7 +99,7 @@ impl LogitsReadback {
         Self {
             gpu: gpu.cloned(),
             bytes: Box::new(Vec::new()),
-            rooms: Default::default(),
+            buffers: Default::default(),
         }
     }
 
@@ -51,7 +122,7 @@ impl LogitsReadback {
         })
     }
 
-    /// Room for that many bytes as they come from the device.
+    /// Memory for that many bytes as they come from the device.
     fn bytes(&mut self, count: usize) -> Result<&mut [u8]> {
         if self.bytes.len() != count {
             self.bytes = match &self.gpu {
@@ -64,13 +135,13 @@ impl LogitsReadback {
 
     /// The numbers that [`Self::bytes`] was filled with, as f32.
     fn floats(&mut self, element: TensorElementType) -> Result<Arc<Vec<f32>>> {
-        let free = self.rooms.iter().position(|room| Arc::strong_count(room) == 1);
-        let room = &mut self.rooms[free.unwrap_or(0)];
+        let free = self.buffers.iter().position(|b| Arc::strong_count(b) == 1);
+        let buffer = &mut self.buffers[free.unwrap_or(0)];
         if free.is_none() {
-            *room = Arc::default();
+            *buffer = Arc::default();
         }
         let bytes = &self.bytes[..];
-        let to = Arc::make_mut(room);
+        let to = Arc::make_mut(buffer);
         match element {
             TensorElementType::Float32 => {
                 to.clear();
@@ -82,24 +153,19 @@ impl LogitsReadback {
                 upcast_f16(halves, to);
             }
             TensorElementType::Bfloat16 => {
-                to.clear();
-                to.extend(
-                    bytes
-                        .as_chunks::<2>()
-                        .0
-                        .iter()
-                        .map(|b| bf16::from_le_bytes(*b).to_f32()),
-                );
+                let halves = bytes.as_chunks::<2>().0;
+                to.resize(halves.len(), 0.0);
+                upcast_bf16(halves, to);
             }
-            other => return Err(anyhow!("the logits are {other}, expected float32, float16 or bfloat16")),
+            other => bail!("the logits are {other}, expected float32, float16 or bfloat16"),
         }
-        Ok(Arc::clone(room))
+        Ok(Arc::clone(buffer))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use half::f16;
+    use half::{bf16, f16};
 
     use super::*;
 

@@ -1,15 +1,34 @@
-//! From a loaded model to text: one call of ONNX Runtime a step, the state between steps, and the loops around it.
+//! From a loaded model to text: one call of ONNX Runtime a step, what sequences remember between steps, and the loops around
+//! it. Each file imports only those above it:
+//!
+//! ```text
+//! integers, upcast             numbers in the element types that graphs declare
+//! io, metadata, session        what a graph takes and gives, how it was converted, how it is opened
+//! model                        all of that together
+//! inputs, logits               what a step is fed, what comes back
+//! kv_cache, device_buffers     memory
+//! cuda_graph                   steps from buffers at fixed addresses, captured and replayed
+//! step                         one call
+//! page_reads, sampling, stats  what a step read, which token comes next, figures of a generation
+//! decode_loop                  prefill and the windowed loop
+//! generate, batch              one prompt as text, many at once
+//! ```
 
 pub mod batch;
 mod cuda_graph;
+pub mod decode_loop;
 pub mod device_buffers;
 pub mod generate;
+pub mod inputs;
 mod integers;
 pub mod io;
 pub mod kv_cache;
-mod logits;
+pub mod logits;
+pub mod metadata;
 pub mod model;
 pub mod page_reads;
 pub mod sampling;
+pub mod session;
 pub mod stats;
-mod upcast;
+pub mod step;
+pub(crate) mod upcast;

@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use crate::decoder::{io::SlotKind, model::Model};
+
 /// Pages of one selection, one bit each.
 type Pages = Vec<u64>;
 
@@ -64,6 +66,30 @@ impl PageReads {
         self.lengths += length as f64;
     }
 
+    /// Bytes of keys, values and, if pages are `scored`, page summaries that a decoding step of one sequence of `model`
+    /// reads in all layers. A layer that selects no pages reads every valid token.
+    pub fn bytes_per_step(&self, model: &Model, scored: bool) -> f64 {
+        let length = self.length().unwrap_or(0.0);
+        let sparse = model.page_step_slots();
+        let selects = |layer: usize| {
+            let mut slots = sparse.iter().filter_map(|&i| model.io.slots.get(i));
+            slots.any(|s| s.layer == layer)
+        };
+        let caches = model.io.slots.iter().filter(|s| s.kind == SlotKind::Cache);
+        let bytes = caches.map(|slot| {
+            // One token of a cache, all its heads: as many bytes as one of a page summary's two vectors.
+            let elements: usize = slot.shape(1, 1, 1).iter().product();
+            let vector = slot.element.byte_size(elements).unwrap_or(0) as f64;
+            let read = match (self.tokens(), self.valid_pages()) {
+                (Some(tokens), Some(pages)) if selects(slot.layer) => tokens + if scored { pages } else { 0.0 },
+                _ => length,
+            };
+            vector * read
+        });
+        bytes.sum()
+    }
+
+    /// Adds what other steps read.
     pub fn add(&mut self, other: &PageReads) {
         self.pages += other.pages;
         self.shares += other.shares;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{converted_models::ConvertedModelCache, journal::Journal, policy::PolicyRow};
 use crate::{
     Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
-    decoder::{batch::Prefilled, generate::Policy, page_reads::PageReads},
+    decoder::{batch::Prefilled, decode_loop::Policy, page_reads::PageReads},
     eval::score::{Document, Scorer},
     progress::Items,
 };
@@ -152,7 +152,7 @@ impl DocumentsJob<'_> {
                         reading,
                         generated: output.len(),
                         seconds,
-                        bytes: model.bytes_per_step(&reading, row.scores()),
+                        bytes: reading.bytes_per_step(&model, row.scores()),
                     };
                     journal.put(&row.key(), start + i, outcome)?;
                 }

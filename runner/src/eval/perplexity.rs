@@ -14,7 +14,7 @@ use crate::{
     Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
     decoder::{
         batch::{Observer, Prefilled},
-        generate::Policy,
+        decode_loop::Policy,
         page_reads::PageReads,
     },
     progress::Items,
@@ -152,7 +152,7 @@ impl FidelityJob<'_> {
                 })?;
                 for (i, sum) in sums.into_iter().enumerate() {
                     let reading = readings.get(i).copied().unwrap_or_default();
-                    let bytes = model.bytes_per_step(&reading, row.scores());
+                    let bytes = reading.bytes_per_step(model, row.scores());
                     journal.put(
                         &row.key(),
                         start + i,

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     OpenOptions, Runtime,
-    decoder::{model::session_builder, page_reads::PageMeter},
+    decoder::{page_reads::PageMeter, session::session_builder},
     runtime::one_line,
 };
 

@@ -1,0 +1,276 @@
+//! Prefill and the windowed decoding loop, for one sequence or a batch.
+//!
+//! A step at position t feeds the r+1 tokens at t-r..t: the newest and the r before it, embedded again so that the pages
+//! which the newest one selects correct them. r grows by one a step from 0 to w-1 and never reaches into the prompt.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use retro_contract::{Budget, limits};
+
+use crate::decoder::{
+    inputs::Feed,
+    logits::Logits,
+    model::Model,
+    page_reads::{PageMeter, PageReads},
+    step::DecoderState,
+};
+
+/// Tokens of a prompt that are fed at a time.
+pub const CHUNK: usize = 512;
+
+/// How much a decoding step feeds and reads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Policy {
+    /// The window w: a step feeds up to w tokens; 1 is Quest, without correction.
+    pub window: usize,
+    /// Pages that a step reads; `None`: as converted.
+    pub budget: Option<Budget>,
+}
+
+impl Policy {
+    /// The policy that was asked for, completed from what the model was converted with.
+    ///
+    /// # Errors
+    /// When the model has no room for the window, or cannot take a budget at run time.
+    pub fn new(model: &Model, window: Option<usize>, budget: Option<Budget>) -> Result<Self> {
+        let window = model.window(window)?;
+        if budget.is_some() {
+            ensure!(
+                model.retro.is_some(),
+                "--budget: the model was not converted; convert it with retro-export"
+            );
+            ensure!(
+                model.io.page_budget.is_some(),
+                "--budget: this model takes no budget at run time; convert it again with retro-export --budget"
+            );
+        }
+        Ok(Self { window, budget })
+    }
+}
+
+/// Runs a prompt through a fresh state of batch 1, in chunks; returns the newest token's logits. `progress` hears of every
+/// chunk and may end the work with an error.
+///
+/// # Errors
+/// When ONNX Runtime or `progress` fails.
+pub fn prefill(
+    model: &mut Model,
+    state: &mut DecoderState,
+    prompt: &[u32],
+    chunk: usize,
+    mut progress: impl FnMut(usize) -> Result<()>,
+) -> Result<Logits> {
+    ensure!(!prompt.is_empty(), "the prompt is empty");
+    ensure!(chunk >= 1, "--chunk 0: a chunk has at least one token");
+    // A graph may take a token a call, by its declared shape.
+    let chunk = model.io.input_ids.width.unwrap_or(chunk);
+    let mut logits = Logits::default();
+    let mut done = 0;
+    for part in prompt.chunks(chunk) {
+        done += part.len();
+        let ids = part.iter().map(|&id| i64::from(id)).collect();
+        logits = model.run(
+            state,
+            &Feed {
+                ids,
+                lengths: vec![done],
+                retro_length: -1,
+                ..Feed::default()
+            },
+        )?;
+        progress(part.len())?;
+    }
+    Ok(logits)
+}
+
+/// One sequence of a batch that is being decoded.
+struct Sequence {
+    /// Prompt and output.
+    tokens: Vec<u32>,
+    prompt: usize,
+    /// A finished one is fed as before, so that the batch keeps its shape; nobody looks at its rows.
+    finished: bool,
+    meter: PageMeter,
+}
+
+/// The decoding loop of a batch whose prompts are in the state already and which starts together.
+pub struct Decoder<'a> {
+    model: &'a mut Model,
+    state: &'a mut DecoderState,
+    policy: Policy,
+    sequences: Vec<Sequence>,
+    steps: usize,
+    /// Slots of the layers that select pages.
+    measured: Vec<usize>,
+    /// Time in the steps themselves.
+    pub time: Duration,
+}
+
+impl<'a> Decoder<'a> {
+    /// A decoder for the prompts that `state` holds, one a row.
+    ///
+    /// # Errors
+    /// When the model has no room for the policy's window, or cannot take a budget at run time.
+    pub fn new(model: &'a mut Model, state: &'a mut DecoderState, prompts: &[&[u32]], policy: Policy) -> Result<Self> {
+        ensure!(
+            prompts.len() == state.kv().batch(),
+            "{} prompts for a batch of {}",
+            prompts.len(),
+            state.kv().batch()
+        );
+        let policy = Policy::new(model, Some(policy.window), policy.budget)?;
+        let page_size = model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size);
+        let measured = model.page_step_slots();
+        let sequence = |prompt: &&[u32]| Sequence {
+            tokens: prompt.to_vec(),
+            prompt: prompt.len(),
+            finished: false,
+            meter: PageMeter::new(policy.window, page_size),
+        };
+        let sequences = prompts.iter().map(sequence).collect();
+        Ok(Self {
+            model,
+            state,
+            policy,
+            sequences,
+            steps: 0,
+            measured,
+            time: Duration::ZERO,
+        })
+    }
+
+    /// Does not look at which pages steps read.
+    pub fn measure_nothing(&mut self) {
+        self.measured.clear();
+    }
+
+    /// Appends the token chosen for a sequence.
+    pub fn push(&mut self, row: usize, token: u32) {
+        if let Some(s) = self.sequences.get_mut(row).filter(|s| !s.finished) {
+            s.tokens.push(token);
+        }
+    }
+
+    /// Takes a sequence out of the counting; it must have got its last token.
+    pub fn finish(&mut self, row: usize) {
+        if let Some(s) = self.sequences.get_mut(row) {
+            s.finished = true;
+        }
+    }
+
+    pub fn finished(&self, row: usize) -> bool {
+        self.sequences.get(row).is_none_or(|s| s.finished)
+    }
+
+    /// Prompt and output of a sequence.
+    pub fn tokens(&self, row: usize) -> &[u32] {
+        self.sequences.get(row).map_or(&[], |s| &s.tokens)
+    }
+
+    /// Output of a sequence.
+    pub fn output(&self, row: usize) -> &[u32] {
+        self.sequences
+            .get(row)
+            .and_then(|s| s.tokens.get(s.prompt..))
+            .unwrap_or(&[])
+    }
+
+    /// Feeds the last tokens of every sequence, each of which got one since the last step; returns the logits of the next.
+    ///
+    /// # Errors
+    /// When a sequence outgrows the cache or ONNX Runtime fails.
+    pub fn step(&mut self) -> Result<Logits> {
+        let r = retrospective(self.policy.window, self.steps);
+        let lengths: Vec<usize> = self.sequences.iter().map(|s| s.tokens.len()).collect();
+        let mut ids = Vec::with_capacity(self.sequences.len() * (r + 1));
+        for s in &self.sequences {
+            let start = s
+                .tokens
+                .len()
+                .checked_sub(r + 1)
+                .context("a sequence is shorter than the window")?;
+            ids.extend(s.tokens.get(start..).unwrap_or(&[]).iter().map(|&id| i64::from(id)));
+        }
+        let budgets = self
+            .policy
+            .budget
+            .zip(self.model.retro.as_ref())
+            .map(|(budget, retro)| {
+                let pages = |&n: &usize| budget.pages(retro.min_pages, n, retro.page_size).max(1);
+                lengths
+                    .iter()
+                    .map(|n| i32::try_from(pages(n)).unwrap_or(i32::MAX))
+                    .collect()
+            });
+        let start = Instant::now();
+        let logits = self.model.run(
+            self.state,
+            &Feed {
+                ids,
+                lengths,
+                retro_length: r as i32,
+                budgets,
+                graph_capturable: r + 1 == self.policy.window,
+            },
+        )?;
+        self.time += start.elapsed();
+        self.steps += 1;
+        self.measure();
+        Ok(logits)
+    }
+
+    fn measure(&mut self) {
+        for s in self.sequences.iter_mut().filter(|s| !s.finished) {
+            s.meter.reading.step(s.tokens.len());
+        }
+        let mut head0 = 0;
+        for &slot in &self.measured {
+            let Some((steps, [_, heads, pages])) = self.state.kv().page_steps(slot) else {
+                continue;
+            };
+            for (row, s) in self.sequences.iter_mut().enumerate().filter(|(_, s)| !s.finished) {
+                for head in 0..heads {
+                    let start = (row * heads + head) * pages;
+                    let own = steps.get(start..start + pages).unwrap_or(&[]);
+                    s.meter.take(head0 + head, own, s.tokens.len() - 1);
+                }
+            }
+            head0 += heads;
+        }
+    }
+
+    /// Steps run so far.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// What all sequences read so far.
+    pub fn reading(&self) -> PageReads {
+        let mut sum = PageReads::default();
+        self.readings().for_each(|r| sum.add(r));
+        sum
+    }
+
+    /// What each sequence read so far.
+    pub fn readings(&self) -> impl Iterator<Item = &PageReads> {
+        self.sequences.iter().map(|s| &s.meter.reading)
+    }
+}
+
+/// Retrospective tokens of step number `step`, counted from 0: the step at t = n + `step` may look back to the prompt's end.
+fn retrospective(window: usize, step: usize) -> usize {
+    window.saturating_sub(1).min(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_fills_one_token_a_step() {
+        let r: Vec<usize> = (0..6).map(|step| retrospective(4, step)).collect();
+        assert_eq!(r, [0, 1, 2, 3, 3, 3]);
+        assert_eq!(retrospective(1, 9), 0);
+    }
+}

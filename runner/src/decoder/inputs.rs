@@ -1,0 +1,102 @@
+//! The inputs of a step other than caches and state: token ids, mask, positions, and what the operator adds.
+
+use anyhow::{Result, ensure};
+use ort::value::{DynValue, Tensor};
+use retro_contract::graph;
+
+use crate::{
+    decoder::{
+        integers,
+        io::{BudgetInput, ModelIo, TokenInput},
+    },
+    runtime::ort_error,
+};
+
+/// The tokens of one step, or of one chunk of a prompt: S tokens of each of B sequences.
+#[derive(Clone, Debug, Default)]
+pub struct Feed {
+    /// Token ids, `[B, S]`.
+    pub ids: Vec<i64>,
+    /// Valid tokens of each of the B sequences after the step.
+    pub lengths: Vec<usize>,
+    /// Retrospective tokens among the S, or -1 for prefill. Ignored by models that were not converted.
+    pub retro_length: i32,
+    /// Pages that each KV head of a sequence reads, `[B]`; `None`: as converted.
+    pub budgets: Option<Vec<i32>>,
+    /// The steps to come have the same shape: as many tokens, as many of them retrospective. Such steps share a CUDA graph.
+    pub graph_capturable: bool,
+}
+
+impl Feed {
+    /// Tokens of the longest sequence after the step.
+    pub(crate) fn longest(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Positions of the tokens fed, `[B, S]`.
+    pub(crate) fn positions(&self) -> Vec<i64> {
+        let fed = self.ids.len() / self.lengths.len().max(1);
+        let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
+        self.lengths.iter().flat_map(row).collect()
+    }
+
+    /// What the input for page budgets gets. 0: as the operator's attributes say.
+    pub(crate) fn page_budgets(&self, takes: BudgetInput) -> Vec<i32> {
+        let budgets = self.budgets.clone().unwrap_or_else(|| vec![0; self.lengths.len()]);
+        match takes {
+            BudgetInput::PerSequence => budgets,
+            // The longest sequence's: the others of a batch read at most the few pages more that it has.
+            BudgetInput::PerBatch => vec![budgets.iter().copied().max().unwrap_or(0)],
+        }
+    }
+}
+
+/// Names and values of these inputs, with the attention mask or without.
+pub(crate) fn inputs<'a>(io: &'a ModelIo, batch: usize, feed: &Feed, mask: bool) -> Result<Vec<(&'a str, DynValue)>> {
+    let (fed, longest) = (feed.ids.len() / batch, feed.longest());
+    let ids = &io.input_ids;
+    let give = |input: &TokenInput, tokens: usize, numbers: Vec<i64>| {
+        let numbers = input.numbers(numbers).into_iter();
+        integers::tensor(input.element, &input.shape(batch, tokens), numbers)
+    };
+    let mut inputs = vec![(ids.name.as_str(), give(ids, fed, feed.ids.clone())?)];
+    if let Some(input) = io.attention_mask.as_ref().filter(|_| mask) {
+        let numbers = match input.width {
+            // As wide as the cache, where it says how much of it is filled.
+            Some(width) => {
+                ensure!(
+                    longest <= width,
+                    "{longest} tokens exceed the attention mask, which is declared for {width}"
+                );
+                let row = |&n: &usize| (0..width).map(move |i| i64::from(i < n));
+                feed.lengths.iter().flat_map(row).collect()
+            }
+            // Shorter sequences are padded on the left.
+            None => {
+                let row = |&n: &usize| (0..longest).map(move |i| i64::from(i + n >= longest));
+                feed.lengths.iter().flat_map(row).collect()
+            }
+        };
+        inputs.push((&input.name, give(input, input.width.unwrap_or(longest), numbers)?));
+    }
+    if let Some(input) = &io.position_ids {
+        inputs.push((&input.name, give(input, fed, feed.positions())?));
+    }
+    for constant in &io.constants {
+        let value = integers::tensor(constant.element, &constant.shape, std::iter::once(constant.value))?;
+        inputs.push((&constant.name, value));
+    }
+    if io.retro_length {
+        inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
+    }
+    if let Some(takes) = io.page_budget {
+        // Bound in every step, since a binding remembers.
+        let budgets = feed.page_budgets(takes);
+        inputs.push((graph::PAGE_BUDGET, int32([budgets.len()], budgets)?));
+    }
+    Ok(inputs)
+}
+
+fn int32<const N: usize>(shape: [usize; N], data: Vec<i32>) -> Result<DynValue> {
+    Ok(Tensor::from_array((shape, data)).map_err(ort_error)?.into_dyn())
+}

@@ -1,0 +1,104 @@
+//! What `retro-export` wrote into a converted model.
+
+use std::{fmt::Display, str::FromStr};
+
+use anyhow::{Context, Result, ensure};
+use ort::session::Session;
+use retro_contract::{Budget, GroupScore, Selector, limits, metadata};
+
+use crate::runtime::ort_error;
+
+/// The metadata of a converted model: the settings it was converted with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RetroMetadata {
+    /// The window w it was converted with: the most tokens that a step may feed.
+    pub window: usize,
+    /// Tokens a page.
+    pub page_size: usize,
+    /// Pages that a step reads unless it is told otherwise.
+    pub budget: Option<Budget>,
+    /// The least number of pages that a share of the context stands for.
+    pub min_pages: usize,
+    /// What a page summary holds.
+    pub selector: Option<Selector>,
+    /// How a query group's heads agree on pages.
+    pub group_score: Option<GroupScore>,
+    /// Layers that carry the operator.
+    pub layers: Vec<usize>,
+    /// Those of them that attend to every page.
+    pub dense_layers: Vec<usize>,
+    /// The graph takes the sequence length from the width of the attention mask.
+    pub lengths_from_width: bool,
+}
+
+impl RetroMetadata {
+    /// Reads a session's metadata; `None` for a model that was not converted.
+    ///
+    /// # Errors
+    /// When the model was converted for another version of the operator, or a value is none.
+    pub fn read(session: &Session) -> Result<Option<Self>> {
+        let found = session
+            .metadata()
+            .map_err(|e| ort_error(e).context("cannot read the model's metadata"))?;
+        let Some(version) = found.custom(metadata::VERSION) else {
+            return Ok(None);
+        };
+        ensure!(
+            version == retro_contract::OPSET_VERSION.to_string(),
+            "the model was converted for version {version} of the operator, this program knows version {}",
+            retro_contract::OPSET_VERSION
+        );
+        let number = |key: &str, default: usize| -> Result<usize> {
+            let Some(text) = found.custom(key) else {
+                return Ok(default);
+            };
+            let n = text.parse().ok().filter(|&n| n >= 1);
+            n.with_context(|| format!("the model's metadata {key} is {text:?}, expected a positive number"))
+        };
+        let list = |key: &str| -> Vec<usize> {
+            found
+                .custom(key)
+                .unwrap_or_default()
+                .split(',')
+                .filter_map(|n| n.trim().parse().ok())
+                .collect()
+        };
+        Ok(Some(Self {
+            window: number(metadata::WINDOW, limits::WINDOW)?,
+            page_size: number(metadata::PAGE_SIZE, limits::PAGE_SIZE)?,
+            budget: choice(metadata::BUDGET, found.custom(metadata::BUDGET))?,
+            min_pages: number(metadata::MIN_PAGES, limits::BUDGET_MIN_PAGES)?,
+            selector: choice(metadata::SELECTOR, found.custom(metadata::SELECTOR))?,
+            group_score: choice(metadata::GROUP_SCORE, found.custom(metadata::GROUP_SCORE))?,
+            layers: list(metadata::LAYERS),
+            dense_layers: list(metadata::DENSE_LAYERS),
+            lengths_from_width: found.custom(metadata::LENGTHS).as_deref() == Some(metadata::MASK_WIDTH),
+        }))
+    }
+}
+
+/// A value, if there is one.
+fn choice<T: FromStr<Err: Display>>(key: &str, text: Option<String>) -> Result<Option<T>> {
+    let parse = |text: String| {
+        text.parse()
+            .map_err(|e| anyhow::anyhow!("the model's metadata {key} cannot be used: {e}"))
+    };
+    text.map(parse).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_values_are_refused_and_missing_ones_are_none() {
+        assert_eq!(choice::<Selector>("k", None).unwrap(), None);
+        let moments = choice("k", Some("moments".into())).unwrap();
+        assert_eq!(moments, Some(Selector::Moments));
+        let error = choice::<Selector>("k", Some("hadamard".into()))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("metadata k") && error.contains("bounds"), "{error}");
+        assert!(choice::<Budget>("k", Some("?".into())).is_err());
+    }
+}

@@ -1,0 +1,202 @@
+//! One call of ONNX Runtime: a decoding step, or a chunk of a prompt.
+//!
+//! B sequences, S tokens fed, C capacity in tokens.
+
+use std::borrow::Cow;
+
+use anyhow::{Context, Result, ensure};
+use ort::{
+    memory::Allocator,
+    session::{Session, SessionInputValue},
+    value::DynValue,
+};
+
+use crate::{
+    decoder::{
+        cuda_graph::{DeviceRunner, SessionParts},
+        inputs::{Feed, inputs},
+        io::{ModelIo, StateSlot},
+        kv_cache::{InPlace, KvCache, Storage},
+        logits::{Logits, newest_rows},
+        model::Model,
+    },
+    runtime::ort_error,
+};
+
+/// What a batch of sequences remembers between steps. It belongs to the model that made it.
+pub struct DecoderState {
+    kv: KvCache,
+    /// Feeds steps from buffers at fixed addresses: on a GPU, and where steps are captured.
+    runner: Option<DeviceRunner>,
+}
+
+impl DecoderState {
+    /// The buffers of keys, values and other state.
+    pub fn kv(&self) -> &KvCache {
+        &self.kv
+    }
+
+    /// The same, to be changed: cleared, rewound, restored.
+    pub fn kv_mut(&mut self) -> &mut KvCache {
+        &mut self.kv
+    }
+}
+
+impl Model {
+    /// Fresh state for `batch` sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch or for
+    /// fewer tokens.
+    pub fn new_state(&self, batch: usize, capacity: usize) -> Result<DecoderState> {
+        ensure!(
+            batch == 1 || self.fixed_capacity,
+            "this model's caches grow with every step: it decodes one sequence at a time"
+        );
+        let declared = self.io.batch.unwrap_or(batch);
+        ensure!(
+            declared == batch,
+            "this model takes batches of {declared}, by its declared shapes, not of {batch}"
+        );
+        let most = self.io.capacity.unwrap_or(capacity);
+        ensure!(
+            capacity <= most,
+            "this model's caches hold {most} tokens, by their declared shapes, not {capacity}"
+        );
+        // A buffer of declared size has that size however little is asked for.
+        let kv = self.new_cache(batch, most)?;
+        let runner = self
+            .feeds_from_buffers()
+            .then(|| DeviceRunner::new(self.gpu.as_ref(), &self.io, batch, most))
+            .transpose()?;
+        Ok(DecoderState { kv, runner })
+    }
+
+    fn new_cache(&self, batch: usize, capacity: usize) -> Result<KvCache> {
+        let allocator = self.device().allocator(&self.session)?;
+        if self.fixed_capacity {
+            let pages = self.pages(capacity);
+            return KvCache::in_place(
+                &self.session,
+                &self.io.slots,
+                &allocator,
+                self.gpu.as_ref(),
+                batch,
+                capacity,
+                pages,
+            );
+        }
+        ensure!(
+            self.gpu.is_none(),
+            "this model's caches grow with every step, which on a GPU would copy them every time: set \
+             past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or \
+             use --device cpu"
+        );
+        KvCache::growing(&self.io.slots, &allocator, batch, capacity)
+    }
+
+    /// Runs one step or one chunk of a prompt: updates the caches and the operator's state, returns the newest tokens'
+    /// logits, `[B, vocab]`.
+    ///
+    /// # Errors
+    /// When the feed contradicts itself or ONNX Runtime fails.
+    pub fn run(&mut self, state: &mut DecoderState, feed: &Feed) -> Result<Logits> {
+        let DecoderState { kv, runner } = state;
+        check(feed, kv)?;
+        let Self {
+            session,
+            io,
+            gpu,
+            last_graph,
+            ..
+        } = self;
+        match (kv.storage_mut(), runner) {
+            (Storage::InPlace(cache), Some(runner)) => {
+                let InPlace { binding, buffers } = &mut **cache;
+                let mut parts = SessionParts {
+                    gpu: gpu.as_ref(),
+                    session,
+                    io,
+                    binding,
+                };
+                runner.run(&mut parts, buffers, feed, last_graph)
+            }
+            (Storage::InPlace(cache), None) => run_in_place(session, io, cache, feed),
+            (Storage::Growing { past, .. }, _) => run_growing(session, io, past, feed),
+        }
+    }
+}
+
+fn check(feed: &Feed, kv: &KvCache) -> Result<()> {
+    let batch = kv.batch();
+    ensure!(
+        batch > 0 && feed.lengths.len() == batch && !feed.ids.is_empty() && feed.ids.len().is_multiple_of(batch),
+        "a step of {} tokens and {} lengths does not fit a batch of {batch}",
+        feed.ids.len(),
+        feed.lengths.len()
+    );
+    let longest = feed.longest();
+    ensure!(
+        longest <= kv.capacity(),
+        "{longest} tokens do not fit a cache of {}",
+        kv.capacity()
+    );
+    Ok(())
+}
+
+/// On caches that are bound as past and as present.
+fn run_in_place(session: &mut Session, io: &ModelIo, cache: &mut InPlace, feed: &Feed) -> Result<Logits> {
+    let batch = feed.lengths.len();
+    let InPlace { binding, buffers } = cache;
+    let inputs = inputs(io, batch, feed, true)?;
+    for (name, value) in &inputs {
+        binding.bind_input(*name, value).map_err(ort_error)?;
+    }
+    // Bound anew each time: its shape changes with S, and a binding remembers the last output.
+    let cpu = Allocator::default();
+    binding
+        .bind_output_to_device(&io.logits, &cpu.memory_info().to_owned())
+        .map_err(ort_error)?;
+    let outputs = session.run_binding(binding).map_err(ort_error)?;
+    let logits = outputs.get(&io.logits).context("the graph gave no logits")?;
+    let logits = newest_rows(logits, io.logits_type, batch)?;
+    drop(outputs);
+    buffers.iter_mut().try_for_each(|b| b.take_turns(binding))?;
+    Ok(logits)
+}
+
+/// On caches that grow: what comes out is what goes in next.
+fn run_growing(session: &mut Session, io: &ModelIo, past: &mut Vec<DynValue>, feed: &Feed) -> Result<Logits> {
+    let batch = feed.lengths.len();
+    let inputs = inputs(io, batch, feed, true)?;
+    let fed = inputs
+        .iter()
+        .map(|(name, value)| (Cow::from(*name), SessionInputValue::from(value)));
+    let past_values = io.slots.iter().zip(past.iter());
+    let past_values = past_values.map(|(slot, v)| (Cow::from(slot.past.as_str()), v.into()));
+    let all: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = fed.chain(past_values).collect();
+    let mut outputs = session.run(all).map_err(ort_error)?;
+    let logits = outputs.get(&io.logits).context("the graph gave no logits")?;
+    let logits = newest_rows(logits, io.logits_type, batch)?;
+    let next: Option<Vec<DynValue>> = io.slots.iter().map(|slot| outputs.remove(&slot.present)).collect();
+    drop(outputs);
+    let next = next.context("the graph did not give all its present outputs")?;
+    for (slot, value) in io.slots.iter().zip(&next) {
+        keeps_its_size(slot, value)?;
+    }
+    *past = next;
+    Ok(logits)
+}
+
+/// Whether what came out goes in again where sizes are declared.
+fn keeps_its_size(slot: &StateSlot, value: &DynValue) -> Result<()> {
+    let shape = value.dtype().tensor_shape().map(|s| s.to_vec()).unwrap_or_default();
+    let fits = |(want, have): (&Option<usize>, &i64)| want.is_none_or(|want| usize::try_from(*have) == Ok(want));
+    ensure!(
+        shape.len() == slot.dims.len() && slot.dims.iter().zip(&shape).all(fits),
+        "{} came out as {shape:?}, which {} does not take: retro-run needs it to keep its declared size",
+        slot.present,
+        slot.past
+    );
+    Ok(())
+}
