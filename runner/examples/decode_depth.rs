@@ -4,16 +4,17 @@
 //!     cargo run --release -p retro-run --example decode_depth -- --device cuda --depth 8k,32k,128k \\
 //!       --run "dense=MODEL" --run "retro=CONVERTED,window=2,budget=0.15"
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, str::FromStr};
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use retro_run::{
     Device, Model, OpenOptions, Runtime,
-    bench::synthetic_cache::decode_at,
+    bench::{args::TokenCount, synthetic_cache::decode_at},
     decoder::decode_loop::Policy,
     model_spec::ModelSpec,
     runtime::{check_threads, find_plugin},
+    tables::{Alignment, markdown},
 };
 
 #[derive(Parser)]
@@ -24,7 +25,7 @@ struct Args {
     runs: Vec<ModelSpec>,
     /// Tokens before the first step, like 4096 or 128k.
     #[arg(long, value_delimiter = ',', default_value = "8k,32k,128k")]
-    depth: Vec<Tokens>,
+    depth: Vec<TokenCount>,
     /// Steps that are timed together.
     #[arg(short, long, default_value_t = 32)]
     steps: usize,
@@ -47,21 +48,6 @@ struct Args {
     /// One JSON object instead of the table.
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Tokens(usize);
-
-impl FromStr for Tokens {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        let (digits, unit) = s.strip_suffix(['k', 'K']).map_or((s, 1), |d| (d, 1024));
-        match digits.parse::<usize>().ok().and_then(|n| n.checked_mul(unit)) {
-            Some(n @ 1..=0x100_0000) => Ok(Self(n)),
-            _ => Err(format!("{s:?}: expected a number of tokens like 4096 or 128k")),
-        }
-    }
 }
 
 fn main() -> ExitCode {
@@ -136,16 +122,19 @@ fn run(args: &Args) -> Result<()> {
         );
         return Ok(());
     }
-    println!(
-        "| depth | policy | tokens/s | ms/token | min..max | faster than {} |",
-        args.runs[0].name
-    );
-    println!("|---:|---|---:|---:|---:|---:|");
+    let title = format!("faster than {}", args.runs[0].name);
+    let titles = ["depth", "policy", "tokens/s", "ms/token", "min..max", &title];
+    let mut lines = vec![titles.map(str::to_owned).to_vec()];
     for (name, depth, median, least, most, faster) in rows {
-        println!(
-            "| {depth} | {name} | {:.1} | {median:.3} | {least:.3}..{most:.3} | {faster:.2} |",
-            1e3 / median
-        );
+        lines.push(vec![
+            depth.to_string(),
+            name,
+            format!("{:.1}", 1e3 / median),
+            format!("{median:.3}"),
+            format!("{least:.3}..{most:.3}"),
+            format!("{faster:.2}"),
+        ]);
     }
+    print!("{}", markdown(&lines, Alignment::Right));
     Ok(())
 }

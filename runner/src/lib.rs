@@ -17,6 +17,7 @@ pub mod model_spec;
 pub mod prepare;
 mod progress;
 pub mod runtime;
+pub mod tables;
 pub mod text;
 
 pub use decoder::{inputs::Feed, logits::Logits, model::Model, session::OpenOptions, step::DecoderState};

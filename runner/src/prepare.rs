@@ -3,12 +3,12 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
 
 use anyhow::{Context, Result, ensure};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::model_folder::is_weights_folder;
 
@@ -172,8 +172,8 @@ pub(crate) fn key(folder: &Path) -> Result<String> {
     let place = folder
         .canonicalize()
         .with_context(|| format!("cannot open {}", folder.display()))?;
-    let mut hasher = DefaultHasher::new();
-    (env!("CARGO_PKG_VERSION"), &place).hash(&mut hasher);
+    // A text of it all: what std's Hash feeds a hasher may change with the compiler.
+    let mut all = format!("{}\n{}\n", env!("CARGO_PKG_VERSION"), place.display());
     let mut files: Vec<_> = fs::read_dir(&place)
         .with_context(|| format!("cannot read {}", folder.display()))?
         .flatten()
@@ -183,11 +183,11 @@ pub(crate) fn key(folder: &Path) -> Result<String> {
         let Ok(metadata) = file.metadata() else { continue };
         if metadata.is_file() {
             let time = metadata.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-            (file.file_name(), metadata.len(), time).hash(&mut hasher);
+            all += &format!("{:?} {} {time:?}\n", file.file_name(), metadata.len());
         }
     }
     let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(format!("{name}-{:016x}", hasher.finish()))
+    Ok(format!("{name}-{:016x}", xxh3_64(all.as_bytes())))
 }
 
 #[cfg(test)]

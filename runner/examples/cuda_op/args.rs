@@ -1,18 +1,23 @@
 //! The command line and its types.
 
-use std::{path::PathBuf, str::FromStr};
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use ort::value::TensorElementType;
-use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
+use retro_contract::{Budget, Mode, limits};
 use retro_export::onnx::DataType;
-use retro_run::Device;
+use retro_run::{
+    Device,
+    bench::{
+        args::{PageSelection, TokenCount},
+        table::Format,
+    },
+};
 
 use crate::{
-    graph::{Feeding, NodeKind},
-    layout::ROOM,
-    timing::most_steps,
+    graph::Feeding,
+    steps::{ROOM, most_steps},
 };
 
 #[derive(Parser)]
@@ -23,7 +28,7 @@ pub struct Args {
     pub device: Device,
     /// Valid tokens, like 4096 or 128k.
     #[arg(long, value_delimiter = ',', default_value = "1k,8k,32k,128k")]
-    pub context: Vec<Tokens>,
+    pub context: Vec<TokenCount>,
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
     /// Shares of the context like 0.15, or tokens like 2048.
@@ -36,7 +41,7 @@ pub struct Args {
     pub mode: Vec<Mode>,
     /// Page selections, like bounds+max or moments+softmax.
     #[arg(long, value_delimiter = ',', default_value = "bounds+max")]
-    pub select: Vec<Selection>,
+    pub select: Vec<PageSelection>,
     /// Under a CUDA graph: off, on or both.
     #[arg(long, default_value = "off")]
     pub cuda_graph: When,
@@ -45,7 +50,7 @@ pub struct Args {
     pub gqa_tokens: Vec<usize>,
     /// Instead of steps: prompts of so many tokens, fed to an empty cache.
     #[arg(long, value_delimiter = ',')]
-    pub prefill: Vec<Tokens>,
+    pub prefill: Vec<TokenCount>,
     /// Page summaries: random numbers like those of random keys, or computed from the cache by a prefill.
     #[arg(long, default_value = "random")]
     pub summaries: Summaries,
@@ -124,45 +129,6 @@ impl Args {
     }
 }
 
-#[derive(Clone, Copy)]
-pub struct Tokens(pub usize);
-
-impl FromStr for Tokens {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        let (digits, unit) = s.strip_suffix(['k', 'K']).map_or((s, 1), |d| (d, 1024));
-        match digits.parse::<usize>().ok().and_then(|n| n.checked_mul(unit)) {
-            Some(n @ 1..=0x100_0000) => Ok(Self(n)),
-            _ => Err(format!("{s:?}: expected a number of tokens like 4096 or 128k")),
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq)]
-pub struct Selection(pub Selector, pub GroupScore);
-
-impl Selection {
-    pub fn kind(self, mode: Mode, window: usize) -> NodeKind {
-        NodeKind::Retro {
-            mode,
-            selector: self.0,
-            group_score: self.1,
-            window,
-        }
-    }
-}
-
-impl FromStr for Selection {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        let (selector, score) = s.split_once('+').ok_or("expected SELECTOR+SCORE like bounds+max")?;
-        let selector = selector.parse().map_err(|e| format!("{e}"))?;
-        Ok(Self(selector, score.parse().map_err(|e| format!("{e}"))?))
-    }
-}
-
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum When {
     Off,
@@ -174,13 +140,6 @@ pub enum When {
 pub enum Summaries {
     Random,
     Prefill,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum Format {
-    Md,
-    Json,
-    Csv,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]

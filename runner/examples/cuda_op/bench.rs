@@ -1,67 +1,21 @@
-//! The variants that are compared, and their entries in the table.
+//! The variants that are compared, and the order in which they run.
 
 use anyhow::{Context, Result, ensure};
-use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use retro_contract::{Budget, Mode, Selector};
-use retro_run::decoder::device_buffers::{DeviceBindings, DeviceTensor};
 
 use crate::{
     args::{Args, Dtype, When},
+    entry::{Entry, Variant},
     graph::{Feeding, NodeKind},
     group::Group,
     host::Host,
     rows,
     summaries::Filling,
     table::Row,
-    timing::{self, most_steps},
+    timing,
 };
 
-/// A session that is measured.
-pub struct Variant {
-    pub kind: NodeKind,
-    pub cuda_graph: bool,
-    pub session: Session,
-}
-
-/// One line of the table in the making.
-pub struct Entry<'a> {
-    pub variant: &'a Variant,
-    pub tokens: usize,
-    pub budget: Option<Budget>,
-    pub bindings: DeviceBindings,
-    pub options: RunOptions<NoSelectedOutputs>,
-    pub micros: Vec<f64>,
-    /// Host and device tensors that only this entry has.
-    _own: Vec<DeviceTensor>,
-}
-
-impl<'a> Entry<'a> {
-    fn new(
-        group: &Group<'_>,
-        variant: &'a Variant,
-        tokens: usize,
-        budget: Option<Budget>,
-        graph_id: usize,
-    ) -> Result<Self> {
-        let (context, args) = (group.layout.context, group.host.args);
-        let total = if args.prompt() {
-            context
-        } else {
-            context + most_steps(args.runs)
-        };
-        let (bindings, own) = group.bind(&variant.session, variant.kind, args.feeding(), tokens, total)?;
-        Ok(Self {
-            variant,
-            tokens,
-            budget,
-            bindings,
-            options: group.host.run_options(variant.cuda_graph.then_some(graph_id))?,
-            micros: Vec::new(),
-            _own: own,
-        })
-    }
-}
-
+/// Every variant's session, and what fills the caches they run on.
 pub struct Measurement<'a> {
     host: &'a Host<'a>,
     variants: Vec<Variant>,
@@ -81,7 +35,11 @@ impl<'a> Measurement<'a> {
         for &mode in &args.mode {
             for &selection in &args.select {
                 if mode == Mode::Retro || selection == args.select[0] {
-                    kinds.extend(args.window.iter().map(|&window| selection.kind(mode, window)));
+                    kinds.extend(args.window.iter().map(|&window| NodeKind::Retro {
+                        mode,
+                        selection,
+                        window,
+                    }));
                 }
             }
         }
@@ -120,7 +78,7 @@ impl<'a> Measurement<'a> {
         let args = self.host.args;
         group.refill()?;
         let mut rows = Vec::new();
-        let mut selectors: Vec<Selector> = args.select.iter().map(|s| s.0).collect();
+        let mut selectors: Vec<Selector> = args.select.iter().map(|s| s.selector).collect();
         selectors.dedup();
         // All variants by turns; summaries are of one kind at a time, so variants of another selector take turns of their own,
         // with GroupQueryAttention again among them.
@@ -130,7 +88,7 @@ impl<'a> Measurement<'a> {
             }
             let mut entries = Vec::new();
             for variant in &self.variants {
-                if matches!(variant.kind, NodeKind::Retro { selector: s, .. } if s != selector) {
+                if matches!(variant.kind, NodeKind::Retro { selection, .. } if selection.selector != selector) {
                     continue;
                 }
                 for (tokens, budget) in lines(args, variant.kind, group) {

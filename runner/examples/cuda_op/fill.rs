@@ -2,10 +2,13 @@
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::{SeedableRng, rngs::StdRng};
 use retro_contract::Selector;
 use retro_export::onnx::DataType;
-use retro_run::decoder::device_buffers::DeviceBuffer;
+use retro_run::{
+    bench::synthetic_cache::{normal, summary},
+    decoder::device_buffers::DeviceBuffer,
+};
 
 /// A prime, so that repeated chunks start at other places of rows and pages, and no two pages are alike.
 const CHUNK: usize = 8_388_593;
@@ -20,12 +23,6 @@ fn encode(dtype: DataType, numbers: &[f32]) -> Vec<u8> {
         DataType::Bfloat16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         _ => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
     }
-}
-
-/// About N(0, 1): twelve uniform numbers would be better, three are enough here.
-fn normal(random: &mut StdRng) -> f32 {
-    2.0 * (random.random_range(-1.0f32..1.0) + random.random_range(-1.0f32..1.0) + random.random_range(-1.0f32..1.0))
-        / 2.0
 }
 
 fn chunk(seed: u64, count: usize, make: impl Fn(&mut StdRng, usize) -> f32 + Sync) -> Vec<f32> {
@@ -70,8 +67,7 @@ pub fn normals(buffer: &DeviceBuffer, offset: usize, length: usize, dtype: DataT
     )
 }
 
-/// Page summaries `[..., 2, size]` as pages of 16 such keys have them: extremes about 1.8 away from 0, or means of deviation
-/// 1/4 and standard deviations about 1.
+/// Page summaries `[..., 2, size]`.
 pub fn summaries(
     buffer: &DeviceBuffer,
     offset: usize,
@@ -82,17 +78,6 @@ pub fn summaries(
 ) -> Result<()> {
     let vectors = (CHUNK / (2 * size)) | 1;
     let count = (vectors * 2 * size).min(length / bytes_of(dtype));
-    let make = |random: &mut StdRng, i: usize| {
-        let (noise, second) = (normal(random), (i / size) % 2 == 1);
-        match (selector, second) {
-            (Selector::Bounds, false) => (-1.77 + 0.5 * noise).min(-0.1),
-            (Selector::Bounds, true) => (1.77 + 0.5 * noise).max(0.1),
-            (Selector::Moments | Selector::SignedMoments, false) => 0.25 * noise,
-            (Selector::Moments, true) => (0.97 + 0.17 * noise).max(0.05),
-            (Selector::SignedMoments, true) => {
-                (0.97 + 0.17 * noise).max(0.05) * if i.is_multiple_of(2) { 1.0 } else { -1.0 }
-            }
-        }
-    };
+    let make = |random: &mut StdRng, i: usize| summary(selector, normal(random), (i / size) % 2, i);
     tile(buffer, offset, length, &encode(dtype, &chunk(2, count, make)))
 }

@@ -1,11 +1,13 @@
 //! Graphs of N attention nodes side by side.
 
 use prost::Message;
-use retro_contract::{DOMAIN, GroupScore, Mode, OP_TYPE, OPSET_VERSION, Selector, attribute, limits};
+use retro_contract::{DOMAIN, Mode, OP_TYPE, OPSET_VERSION, attribute, limits};
 use retro_export::onnx::{
     AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
     ValueInfoProto,
 };
+
+use retro_run::bench::args::PageSelection;
 
 /// Sizes that all nodes share.
 #[derive(Clone, Copy, Debug)]
@@ -32,8 +34,7 @@ pub enum NodeKind {
     Gqa,
     Retro {
         mode: Mode,
-        selector: Selector,
-        group_score: GroupScore,
+        selection: PageSelection,
         window: usize,
     },
 }
@@ -175,8 +176,7 @@ fn attributes(kind: NodeKind, shape: &NodeShape) -> Vec<AttributeProto> {
     ];
     if let NodeKind::Retro {
         mode,
-        selector,
-        group_score,
+        selection,
         window,
     } = kind
     {
@@ -184,8 +184,8 @@ fn attributes(kind: NodeKind, shape: &NodeShape) -> Vec<AttributeProto> {
             AttributeProto::int(attribute::PAGE_SIZE, shape.page as i64),
             AttributeProto::int(attribute::WINDOW, window as i64),
             AttributeProto::int(attribute::SINK_PAGES, limits::SINK_PAGES as i64),
-            AttributeProto::string(attribute::SELECTOR, selector.as_str()),
-            AttributeProto::string(attribute::GROUP_SCORE, group_score.as_str()),
+            AttributeProto::string(attribute::SELECTOR, selection.selector.as_str()),
+            AttributeProto::string(attribute::GROUP_SCORE, selection.group_score.as_str()),
             AttributeProto::string(attribute::MODE, mode.as_str()),
         ]);
     }

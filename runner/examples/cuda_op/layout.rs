@@ -3,10 +3,12 @@
 use retro_contract::{pages_for, ring_slots};
 use retro_run::decoder::device_buffers::ALIGNMENT;
 
-use crate::{args::Summaries, fill, graph, host::Host, summaries::CHUNK};
-
-/// Room behind the context for the steps that are timed.
-pub const ROOM: usize = 256;
+use crate::{
+    args::Summaries,
+    fill, graph,
+    host::Host,
+    steps::{PREFILL_CHUNK, ROOM},
+};
 
 /// Where the buffers of a context and batch lie.
 pub struct MemoryLayout {
@@ -35,7 +37,11 @@ impl MemoryLayout {
         let ring = ring_slots(args.widest_window());
         let most = args.window.iter().chain(&args.gqa_tokens).copied().max().unwrap_or(1);
         let prompt = if args.prompt() { context } else { 0 };
-        let chunk = if args.summaries == Summaries::Prefill { CHUNK } else { 0 };
+        let chunk = if args.summaries == Summaries::Prefill {
+            PREFILL_CHUNK
+        } else {
+            0
+        };
         let mut next = 0usize;
         let mut take = |bytes: usize| {
             let at = next;

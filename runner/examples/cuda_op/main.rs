@@ -8,12 +8,14 @@
 
 mod args;
 mod bench;
+mod entry;
 mod fill;
 mod graph;
 mod group;
 mod host;
 mod layout;
 mod rows;
+mod steps;
 mod summaries;
 mod table;
 mod timing;
@@ -21,7 +23,7 @@ mod timing;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use args::{Args, Format};
+use args::Args;
 use bench::Measurement;
 use clap::Parser;
 use group::Group;
@@ -67,11 +69,7 @@ fn run(args: &Args) -> Result<()> {
         rows.extend(bench.measure(&group, bandwidth)?);
         eprintln!("done: context {}, batch {}", group.layout.context, group.layout.batch);
     }
-    let text = match args.output {
-        Format::Md => format!("{title}\n\n{}", table::markdown(&rows)),
-        Format::Json => table::json(&rows, &about),
-        Format::Csv => table::csv(&rows),
-    };
+    let text = table::print(&rows, args.output, &about)?;
     print!("{text}");
     Ok(())
 }

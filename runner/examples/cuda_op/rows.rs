@@ -2,7 +2,7 @@
 
 use retro_contract::{Mode, pages_for};
 
-use crate::{bench::Entry, fill, graph::NodeKind, group::Group, table::Row};
+use crate::{entry::Entry, fill, graph::NodeKind, group::Group, table::Row};
 
 /// Median, least, most.
 fn spread(numbers: &[f64]) -> [f64; 3] {
@@ -74,19 +74,14 @@ fn bytes(group: &Group<'_>, entry: &Entry<'_>) -> f64 {
 fn names(kind: NodeKind, prompt: bool) -> (String, String) {
     match kind {
         NodeKind::Gqa => ("GQA".to_owned(), "-".to_owned()),
-        NodeKind::Retro {
-            mode,
-            selector,
-            group_score,
-            ..
-        } => (
+        NodeKind::Retro { mode, selection, .. } => (
             if prompt {
                 "RetroAttention".to_owned()
             } else {
                 mode.to_string()
             },
             if mode == Mode::Retro {
-                format!("{selector}+{group_score}")
+                selection.to_string()
             } else {
                 "-".to_owned()
             },

@@ -10,10 +10,8 @@ use crate::{
     graph::{Feeding, NodeKind},
     group::Group,
     host::Host,
+    steps::PREFILL_CHUNK,
 };
-
-/// Tokens of a chunk of the prefill that computes summaries.
-pub const CHUNK: usize = 2048;
 
 /// The sessions that compute summaries: none where they are random.
 pub struct Filling(Vec<(Selector, NodeKind, Session)>);
@@ -24,10 +22,14 @@ impl Filling {
         let mut sessions: Vec<(Selector, NodeKind, Session)> = Vec::new();
         if args.summaries == Summaries::Prefill && !args.prompt() {
             for selection in &args.select {
-                if sessions.iter().all(|(s, ..)| *s != selection.0) {
-                    let kind = selection.kind(Mode::Retro, args.widest_window());
+                if sessions.iter().all(|(s, ..)| *s != selection.selector) {
+                    let kind = NodeKind::Retro {
+                        mode: Mode::Retro,
+                        selection: *selection,
+                        window: args.widest_window(),
+                    };
                     let session = host.session(kind, Feeding::Direct, args.layers, false)?;
-                    sessions.push((selection.0, kind, session));
+                    sessions.push((selection.selector, kind, session));
                 }
             }
         }
@@ -52,15 +54,15 @@ fn prefill(group: &Group<'_>, kind: NodeKind, session: &Session) -> Result<()> {
     ensure!(layout.batch == 1, "--summaries prefill: for --batch 1");
     let mut done = 0;
     while done < layout.context {
-        let count = CHUNK.min(layout.context - done);
+        let count = PREFILL_CHUNK.min(layout.context - done);
         done += count;
         group.set_lengths(done as i32 - 1)?;
         group.set_budget(0)?;
         let (bindings, _own) = group.bind(session, kind, Feeding::Direct, count, done)?;
         bindings.run(session, None)?;
         // The next chunk has other tokens.
-        let bytes = layout.batch * CHUNK * s.packed() * fill::bytes_of(s.dtype);
-        let from = layout.caches[done / CHUNK % s.layers][1];
+        let bytes = layout.batch * PREFILL_CHUNK * s.packed() * fill::bytes_of(s.dtype);
+        let from = layout.caches[done / PREFILL_CHUNK % s.layers][1];
         if bytes <= layout.caches[0][1] {
             group.buffer.copy(layout.bank, from, bytes)?;
         }

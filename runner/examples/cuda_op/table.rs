@@ -1,5 +1,10 @@
 //! What was measured, as Markdown, JSON or CSV.
 
+use anyhow::Result;
+use retro_run::{
+    bench::table::Format,
+    tables::{Alignment, csv, markdown},
+};
 use serde_json::{Value, json};
 
 /// One line.
@@ -66,35 +71,21 @@ impl Row {
     }
 }
 
-pub fn markdown(rows: &[Row]) -> String {
-    let lines: Vec<[String; 12]> = std::iter::once(TITLES.map(str::to_owned))
-        .chain(rows.iter().map(Row::cells))
+/// The table in a format; `about` is what JSON says beside the rows.
+pub fn print(rows: &[Row], format: Format, about: &Value) -> Result<String> {
+    let titles = TITLES.map(str::to_owned).to_vec();
+    let lines: Vec<Vec<String>> = std::iter::once(titles)
+        .chain(rows.iter().map(|row| row.cells().to_vec()))
         .collect();
-    let widths: Vec<usize> = (0..12)
-        .map(|c| lines.iter().map(|l| l[c].chars().count()).max().unwrap_or(0))
-        .collect();
-    let mut out = String::new();
-    for (i, line) in lines.iter().enumerate() {
-        for (cell, width) in line.iter().zip(&widths) {
-            out += &format!("| {cell}{} ", " ".repeat(width - cell.chars().count()));
+    match format {
+        Format::Md => {
+            let title = about["text"].as_str().unwrap_or_default();
+            Ok(format!("{title}\n\n{}", markdown(&lines, Alignment::Left)))
         }
-        out += "|\n";
-        if i == 0 {
-            widths.iter().for_each(|w| out += &format!("|{}", "-".repeat(w + 2)));
-            out += "|\n";
+        Format::Csv => csv(&lines),
+        Format::Json => {
+            let rows: Vec<Value> = rows.iter().map(Row::json).collect();
+            Ok(json!({ "about": about, "rows": rows }).to_string() + "\n")
         }
     }
-    out
-}
-
-pub fn csv(rows: &[Row]) -> String {
-    let mut out = TITLES.join(",") + "\n";
-    for row in rows {
-        out += &(row.cells().join(",") + "\n");
-    }
-    out
-}
-
-pub fn json(rows: &[Row], about: &Value) -> String {
-    json!({ "about": about, "rows": rows.iter().map(Row::json).collect::<Vec<_>>() }).to_string() + "\n"
 }

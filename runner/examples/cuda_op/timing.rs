@@ -7,19 +7,12 @@ use retro_contract::Budget;
 use retro_run::decoder::device_buffers::DeviceBuffer;
 
 use crate::{
-    bench::Entry,
+    entry::Entry,
     graph::{Feeding, NodeKind},
     group::Group,
     host::Host,
+    steps::WARM_UP,
 };
-
-/// Runs before the timed ones; a CUDA graph is captured in the first.
-const WARM_UP: usize = 3;
-
-/// An upper bound of the steps that so many timed runs take; capturing a graph takes steps, too.
-pub fn most_steps(runs: usize) -> usize {
-    WARM_UP + runs + 8
-}
 
 /// Bytes read and written a second by a copy inside the block.
 pub fn copy_bandwidth(host: &Host<'_>, buffer: &DeviceBuffer) -> Result<f64> {

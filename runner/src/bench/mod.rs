@@ -1,5 +1,6 @@
 //! Measuring: repetitions, their mean and deviation, the machine's memory bandwidth, and tables of it all.
 
+pub mod args;
 pub mod memory;
 pub mod op;
 pub mod synthetic_cache;

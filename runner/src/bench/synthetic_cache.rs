@@ -19,8 +19,8 @@ use crate::decoder::{
 /// Numbers of a pattern. A prime, so that repetitions start at other places of rows and pages, and no two pages are alike.
 const NUMBERS: usize = 4_194_301;
 
-/// About N(0, 1).
-fn normal(random: &mut StdRng) -> f32 {
+/// A number of about N(0, 1): the sum of three uniform ones.
+pub fn normal(random: &mut StdRng) -> f32 {
     (0..3).map(|_| random.random_range(-1.0f32..1.0)).sum()
 }
 

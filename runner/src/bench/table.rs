@@ -1,29 +1,21 @@
 //! Tables as Markdown, JSON or CSV.
 
-use std::{fmt::Write as _, str::FromStr};
-
+use anyhow::Result;
+use clap::ValueEnum;
 use serde_json::{Map, Value};
 
+use crate::tables::{Alignment, csv, markdown};
+
 /// How a table is printed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
+    /// Markdown.
     #[default]
     Md,
+    /// One JSON object.
     Json,
+    /// Comma-separated values.
     Csv,
-}
-
-impl FromStr for Format {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "md" => Ok(Self::Md),
-            "json" => Ok(Self::Json),
-            "csv" => Ok(Self::Csv),
-            _ => Err(format!("{s:?} is none of md, json, csv")),
-        }
-    }
 }
 
 /// One cell: the value for programs, and the text for people.
@@ -98,11 +90,14 @@ impl Table {
     }
 
     /// The whole text; `facts` are what holds for all rows.
-    pub fn print(&self, format: Format, facts: &[(&str, Value)]) -> String {
+    ///
+    /// # Errors
+    /// When the rows are not as long as there are columns.
+    pub fn print(&self, format: Format, facts: &[(&str, Value)]) -> Result<String> {
         match format {
-            Format::Md => self.markdown(),
-            Format::Json => self.json(facts),
-            Format::Csv => self.csv(),
+            Format::Md => Ok(markdown(&self.readable(), Alignment::Right)),
+            Format::Json => Ok(self.json(facts)),
+            Format::Csv => csv(&self.plain()),
         }
     }
 
@@ -116,63 +111,34 @@ impl Table {
         format!("{}\n", Value::Object(all))
     }
 
-    fn csv(&self) -> String {
-        let quoted = |v: &Value| match v {
-            Value::String(s) if s.contains(['"', ',', '\n']) => format!("\"{}\"", s.replace('"', "\"\"")),
+    /// Keys and values, for programs.
+    fn plain(&self) -> Vec<Vec<String>> {
+        let text = |v: &Value| match v {
             Value::String(s) => s.clone(),
             Value::Null => String::new(),
             other => other.to_string(),
         };
-        let keys: Vec<&str> = self.columns.iter().map(|c| c.key).collect();
-        let mut out = format!("{}\n", keys.join(","));
-        for row in &self.rows {
-            let cells: Vec<String> = row.iter().map(|c| quoted(&c.value)).collect();
-            let _ = writeln!(out, "{}", cells.join(","));
-        }
-        out
+        let header = self.columns.iter().map(|c| c.key.to_owned()).collect();
+        let rows = self.rows.iter().map(|row| row.iter().map(|c| text(&c.value)).collect());
+        std::iter::once(header).chain(rows).collect()
     }
 
-    /// With columns wide enough to be read as they are; a deviation joins the cell before it.
-    fn markdown(&self) -> String {
-        let mut lines: Vec<Vec<String>> = vec![Vec::new(); self.rows.len() + 1];
-        for (i, column) in self.columns.iter().enumerate() {
-            let texts = self.rows.iter().map(|r| r.get(i).map_or("", |c| c.text.as_str()));
-            if column.heading.is_empty() {
-                for (line, text) in lines.iter_mut().skip(1).zip(texts) {
-                    if let Some(last) = line.last_mut().filter(|_| !text.is_empty()) {
-                        let _ = write!(last, " ± {text}");
-                    }
+    /// Headings and texts, for people; a deviation joins the cell before it.
+    fn readable(&self) -> Vec<Vec<String>> {
+        let headings = self.columns.iter().map(|c| c.heading);
+        let header = headings.filter(|h| !h.is_empty()).map(str::to_owned).collect();
+        let rows = self.rows.iter().map(|row| {
+            let mut cells: Vec<String> = Vec::new();
+            for (column, cell) in self.columns.iter().zip(row) {
+                match cells.last_mut().filter(|_| column.heading.is_empty()) {
+                    None => cells.push(cell.text.clone()),
+                    Some(_) if cell.text.is_empty() => {}
+                    Some(last) => *last += &format!(" ± {}", cell.text),
                 }
-            } else {
-                let all = std::iter::once(column.heading).chain(texts);
-                lines
-                    .iter_mut()
-                    .zip(all)
-                    .for_each(|(line, text)| line.push(text.to_owned()));
             }
-        }
-        let width = |i: usize| {
-            lines
-                .iter()
-                .filter_map(|l| l.get(i))
-                .map(|t| t.chars().count())
-                .max()
-                .unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..lines.first().map_or(0, Vec::len)).map(width).collect();
-        let mut out = String::new();
-        for (n, line) in lines.iter().enumerate() {
-            let cells: Vec<String> = line.iter().zip(&widths).map(|(t, w)| format!("{t:>w$}")).collect();
-            let _ = writeln!(out, "| {} |", cells.join(" | "));
-            if n == 0 {
-                let rules: Vec<String> = widths
-                    .iter()
-                    .map(|&w| format!("{}:", "-".repeat(w.max(2) - 1)))
-                    .collect();
-                let _ = writeln!(out, "| {} |", rules.join(" | "));
-            }
-        }
-        out
+            cells
+        });
+        std::iter::once(header).chain(rows).collect()
     }
 }
 
@@ -196,18 +162,18 @@ mod tests {
     fn three_formats() {
         let t = table();
         assert_eq!(
-            t.print(Format::Md, &[]),
-            "|   what |        ms |\n| -----: | --------: |\n| a, \"b\" | 1.2 ± 0.5 |\n|      c |           |\n"
+            t.print(Format::Md, &[]).unwrap(),
+            "|   what |        ms |\n|-------:|----------:|\n| a, \"b\" | 1.2 ± 0.5 |\n|      c |           |\n"
         );
         assert_eq!(
-            t.print(Format::Csv, &[]),
+            t.print(Format::Csv, &[]).unwrap(),
             "what,ms,ms_deviation\n\"a, \"\"b\"\"\",1.25,0.5\nc,,\n"
         );
-        let json: Value = serde_json::from_str(&t.print(Format::Json, &[("threads", 2.into())])).unwrap();
+        let json: Value = serde_json::from_str(&t.print(Format::Json, &[("threads", 2.into())]).unwrap()).unwrap();
         assert_eq!(json["threads"], 2);
         assert_eq!(json["rows"][0]["ms"], 1.25);
         assert!(json["rows"][1]["ms"].is_null());
-        assert_eq!("md".parse(), Ok(Format::Md));
-        assert!("xml".parse::<Format>().is_err());
+        assert_eq!(Format::from_str("md", false), Ok(Format::Md));
+        assert!(Format::from_str("xml", false).is_err());
     }
 }

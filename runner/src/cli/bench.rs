@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use super::{SessionArgs, print};
+use super::{args::SessionArgs, output::print};
 use crate::{
     DecoderState, Feed, Interrupt, Interrupted, Model, OpenOptions, Runtime,
     bench::{
@@ -46,7 +46,7 @@ pub struct BenchArgs {
     /// Repetitions of every test, one of each model in turn.
     #[arg(short, long, default_value_t = 5, value_name = "N")]
     repetitions: usize,
-    /// md, json or csv.
+    /// How the table is printed.
     #[arg(short, long, default_value = "md", value_name = "FORMAT")]
     output: Format,
     #[command(flatten)]
@@ -158,7 +158,7 @@ pub fn bench(args: &BenchArgs, signals: &Signals) -> Result<()> {
     let measured = contenders.measure_all(args, &tests, &mut table);
     // The rows measured so far are worth something if the work was interrupted, not if it failed.
     if !measured.as_ref().is_err_and(|e| !e.is::<Interrupted>()) {
-        print(&table.print(args.output, &facts(args, &runtime)))?;
+        print(&table.print(args.output, &facts(args, &runtime))?)?;
     }
     measured
 }

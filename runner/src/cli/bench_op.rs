@@ -1,23 +1,22 @@
 //! `retro-run bench-op`: the operator alone against ONNX Runtime's GroupQueryAttention, as a table.
 
-use std::str::FromStr;
-
 use anyhow::{Result, ensure};
 use clap::Args;
-use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
+use retro_contract::{Budget, Mode, limits};
 use retro_models::Dtype;
 use serde_json::Value;
 
-use super::{LibraryArgs, print};
+use super::{args::LibraryArgs, output::print};
 use crate::{
     Device, Interrupt, Interrupted, OpenOptions, Runtime,
     bench::{
         Samples,
+        args::PageSelection,
         memory::MemoryProbe,
         op::{
-            AttentionShape, Operator, RetroVariant,
             data::{Caches, Rows},
             node::Node,
+            operator::{AttentionShape, Operator, RetroVariant},
         },
         table::{Cell, Column, Format, Table},
     },
@@ -48,7 +47,7 @@ pub struct BenchOpArgs {
     mode: Vec<Mode>,
     /// Page selections, each a selector and a group score: bounds, moments or signed_moments, + max or softmax.
     #[arg(long, value_delimiter = ',', default_value = "bounds+max", value_name = "LIST")]
-    select: Vec<Select>,
+    select: Vec<PageSelection>,
     /// Element types of caches and rows: f32, f16.
     #[arg(long, value_delimiter = ',', default_value = "f32", value_name = "LIST")]
     dtype: Vec<Dtype>,
@@ -75,27 +74,11 @@ pub struct BenchOpArgs {
     /// Measured steps; two more and those that fill the window come before them, off the clock.
     #[arg(short, long, default_value_t = 10, value_name = "N")]
     repetitions: usize,
-    /// md, json or csv.
+    /// How the table is printed.
     #[arg(short, long, default_value = "md", value_name = "FORMAT")]
     output: Format,
     #[command(flatten)]
     libraries: LibraryArgs,
-}
-
-/// A selector and a group score: `moments+softmax`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Select(Selector, GroupScore);
-
-impl FromStr for Select {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        let (selector, score) = s
-            .split_once('+')
-            .ok_or(format!("{s:?}: expected SELECTOR+SCORE, as bounds+max"))?;
-        let selector = selector.parse().map_err(|e| format!("{e}"))?;
-        Ok(Self(selector, score.parse().map_err(|e| format!("{e}"))?))
-    }
 }
 
 /// Bytes of caches that the nodes of a session have together, unless told otherwise.
@@ -108,7 +91,7 @@ impl BenchOpArgs {
         let mut list = vec![Operator::Gqa];
         for &mode in &self.mode {
             for &budget in &self.budget {
-                for &Select(selector, group_score) in &self.select {
+                for &selection in &self.select {
                     for &window in &self.window {
                         // What a mode does not look at is as its first value.
                         let budget = if mode == Mode::Dense {
@@ -116,17 +99,16 @@ impl BenchOpArgs {
                         } else {
                             budget
                         };
-                        let (selector, group_score) = if mode == Mode::Retro {
-                            (selector, group_score)
+                        let selection = if mode == Mode::Retro {
+                            selection
                         } else {
-                            Default::default()
+                            PageSelection::default()
                         };
                         let operator = Operator::Retro(RetroVariant {
                             window,
                             budget,
                             mode,
-                            selector,
-                            group_score,
+                            selection,
                         });
                         if !list.contains(&operator) {
                             list.push(operator);
@@ -247,7 +229,7 @@ pub fn bench_op(args: &BenchOpArgs, signals: &Signals) -> Result<()> {
         .map(|&(threads, b)| serde_json::json!({"threads": threads, "read_gbytes_per_second": b / 1e9}))
         .collect();
     facts.push(("memory", ceiling.into()));
-    print(&table.print(args.output, &facts))?;
+    print(&table.print(args.output, &facts)?)?;
     measured
 }
 
@@ -335,7 +317,7 @@ fn measure(
             Operator::Retro(r) => (
                 r.budget.to_string(),
                 if r.mode == Mode::Retro {
-                    format!("{}+{}", r.selector, r.group_score)
+                    r.selection.to_string()
                 } else {
                     String::new()
                 },

@@ -2,9 +2,6 @@
 
 use std::{
     fs,
-    hash::{DefaultHasher, Hash, Hasher},
-    io::Write,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -12,8 +9,12 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use retro_contract::Budget;
 use serde::Serialize;
+use xxhash_rust::xxh3::Xxh3;
 
-use super::{SessionArgs, print};
+use super::{
+    args::SessionArgs,
+    output::{print, write_whole},
+};
 use crate::{
     Interrupt, Interrupted, OpenOptions, Runtime,
     decoder::decode_loop::CHUNK,
@@ -24,13 +25,14 @@ use crate::{
         perplexity,
         policy::{ModelSource, PolicyKind, PolicyRow, PolicySpec, rows},
         score::{Scorer, read_documents},
-        summary::{documents as summarize_documents, documents_table, fidelities, fidelity_table, markdown},
+        summary::{documents as summarize_documents, documents_table, fidelities, fidelity_table},
     },
     interrupt::Signals,
     model_folder::chosen,
     model_spec::ModelSpec,
     prepare::key,
     progress::{Items, note},
+    tables::{Alignment, markdown},
 };
 
 #[derive(Args)]
@@ -230,10 +232,15 @@ fn journal<T: Clone + Serialize + serde::de::DeserializeOwned>(args: &EvalArgs, 
     }
 }
 
+/// A number that changes with any of the parts, whatever the compiler and the machine.
 fn fingerprint(parts: &[&dyn AsRef<[u8]>]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    parts.iter().for_each(|p| p.as_ref().hash(&mut hasher));
-    hasher.finish()
+    let mut hasher = Xxh3::new();
+    for part in parts {
+        let bytes = part.as_ref();
+        hasher.update(&(bytes.len() as u64).to_le_bytes());
+        hasher.update(bytes);
+    }
+    hasher.digest()
 }
 
 fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<()> {
@@ -402,7 +409,7 @@ fn print_rows(args: &EvalArgs, facts: &[String], table: &[Vec<String>], rows: &i
     if args.json {
         print(&format!("{}\n", serde_json::json!({ "facts": facts, "rows": rows })))
     } else {
-        print(&markdown(table))
+        print(&markdown(table, Alignment::Left))
     }
 }
 
@@ -425,21 +432,4 @@ fn finish(
         }
     }
     print_rows(args, facts, table, rows)
-}
-
-/// Writes beside and renames, so that a failure leaves what was there.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let write = || -> Result<()> {
-        // As readable as any file that the user makes: temporary files are the owner's alone otherwise.
-        let open_to_all = fs::Permissions::from_mode(0o666);
-        let mut file = tempfile::Builder::new().permissions(open_to_all).tempfile_in(folder)?;
-        file.write_all(text.as_bytes())?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
 }

@@ -1,20 +1,18 @@
 //! The program: verbs, their options, and what the shell gets to see.
 
+mod args;
 mod bench;
 mod bench_op;
 mod eval;
+mod output;
 mod run;
 
-use std::{
-    io::{self, Write},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{io, process::ExitCode};
 
-use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use anyhow::Context;
+use clap::{Parser, Subcommand};
 
-use crate::{Device, Interrupted, OpenOptions, Runtime, interrupt::Signals, progress::note, runtime};
+use crate::{Interrupted, interrupt::Signals, progress::note, runtime::one_line};
 
 /// Generates text with ONNX language models, with retrospective sparse attention where they were converted for it.
 #[derive(Parser)]
@@ -34,59 +32,6 @@ enum Command {
     Bench(Box<bench::BenchArgs>),
     /// Measure the operator alone against ONNX Runtime's GroupQueryAttention.
     BenchOp(Box<bench_op::BenchOpArgs>),
-}
-
-/// How many threads ONNX Runtime gets, and where the libraries are.
-#[derive(Args, Clone, Debug)]
-struct SessionArgs {
-    /// Where to run: cpu, cuda or cuda:N, the GPU of that number. The models' element type is best float16 there.
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    device: Device,
-    /// Replay decoding steps as a CUDA graph: less work for the host, where the graph allows it.
-    #[arg(long)]
-    cuda_graph: bool,
-    /// Threads [default: one per core].
-    #[arg(short, long, value_name = "N")]
-    threads: Option<usize>,
-    #[command(flatten)]
-    libraries: LibraryArgs,
-}
-
-impl SessionArgs {
-    fn load(&self) -> Result<(Runtime, OpenOptions)> {
-        runtime::check_threads(self.threads)?;
-        let (runtime, options) = self.libraries.load(self.device)?;
-        let options = OpenOptions {
-            threads: self.threads,
-            cuda_graph: self.cuda_graph,
-            ..options
-        };
-        Ok((runtime, options))
-    }
-}
-
-/// Where the libraries are.
-#[derive(Args, Clone, Debug)]
-struct LibraryArgs {
-    /// The plugin libretro_attention.so [default: $RETRO_ATTENTION_PLUGIN, else beside this program].
-    #[arg(long, value_name = "PATH")]
-    plugin: Option<PathBuf>,
-    /// ONNX Runtime's library [default: $ORT_DYLIB_PATH, else beside this program, .cache/onnxruntime of its tree, the system's].
-    #[arg(long, value_name = "PATH")]
-    ort: Option<PathBuf>,
-}
-
-impl LibraryArgs {
-    fn load(&self, device: Device) -> Result<(Runtime, OpenOptions)> {
-        let plugin = runtime::find_plugin(self.plugin.as_deref())?;
-        let runtime = Runtime::load_for(device, self.ort.as_deref())?;
-        let options = OpenOptions {
-            plugin,
-            device,
-            ..Default::default()
-        };
-        Ok((runtime, options))
-    }
 }
 
 /// Runs the command line and says how it went: one line on stderr for an error, nothing for a closed pipe. The exit code is 130
@@ -111,22 +56,12 @@ pub fn main() -> ExitCode {
             // Whoever read our text has had enough of it.
             None if is_broken_pipe(&e) => ExitCode::SUCCESS,
             None => {
-                note(&format!("error: {}", runtime::one_line(&format!("{e:#}"))));
+                note(&format!("error: {}", one_line(&format!("{e:#}"))));
                 ExitCode::FAILURE
             }
         },
     }
 }
-
-/// Writes a verb's result to stdout.
-fn print(text: &str) -> Result<()> {
-    let mut stdout = io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    written.context(STDOUT)
-}
-
-/// What failed when stdout did.
-const STDOUT: &str = "cannot write to stdout";
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let pipe = |e: &(dyn std::error::Error + 'static)| {

@@ -11,7 +11,7 @@ use clap::Args;
 use retro_contract::{Budget, limits};
 use serde_json::json;
 
-use super::{STDOUT, SessionArgs};
+use super::{args::SessionArgs, output::STDOUT};
 use crate::{
     Model, ModelTokenizer,
     decoder::{

@@ -1,8 +1,9 @@
 //! Documents with known answers, and how an output is judged.
 
-use std::{fs, path::Path, str::FromStr};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use serde::Deserialize;
 
 /// One line of a documents file.
@@ -38,21 +39,10 @@ pub fn read_documents(path: &Path, limit: usize) -> Result<Vec<Document>> {
 }
 
 /// How outputs are judged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Scorer {
     /// The word after the first "so value of #k" is the k-th answer.
     Ledger,
-}
-
-impl FromStr for Scorer {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "ledger" => Ok(Self::Ledger),
-            _ => Err(format!("no scorer {s:?}, expected ledger")),
-        }
-    }
 }
 
 impl Scorer {

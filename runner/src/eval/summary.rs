@@ -361,32 +361,6 @@ pub fn fidelity_table(rows: &[FidelityRow]) -> Vec<Vec<String>> {
     lines
 }
 
-/// Markdown, with columns wide enough to be read as they are.
-pub fn markdown(lines: &[Vec<String>]) -> String {
-    let columns = lines.first().map_or(0, Vec::len);
-    let width = |column: usize| {
-        lines
-            .iter()
-            .filter_map(|l| l.get(column))
-            .map(|c| c.chars().count())
-            .max()
-            .unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut out = String::new();
-    for (i, line) in lines.iter().enumerate() {
-        for (cell, &width) in line.iter().zip(&widths) {
-            out += &format!("| {cell}{} ", " ".repeat(width - cell.chars().count().min(width)));
-        }
-        out += "|\n";
-        if i == 0 {
-            widths.iter().for_each(|w| out += &format!("|{}", "-".repeat(w + 2)));
-            out += "|\n";
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -399,17 +373,5 @@ mod tests {
         let e = Estimate::of([1.0, f64::NAN, 3.0]).unwrap();
         assert_eq!((e.mean, e.error), (2.0, Some(1.0)));
         assert_eq!(e.text(1), "2.0 ± 1.0");
-    }
-
-    #[test]
-    fn the_table_is_aligned_markdown() {
-        let cells = |line: [&str; 2]| line.map(str::to_owned).to_vec();
-        let text = markdown(&[cells(["policy", "right"]), cells(["dense", "100.0 ± 0.0"])]);
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[2], "| dense  | 100.0 ± 0.0 |");
-        assert!(
-            lines.iter().all(|l| l.chars().count() == lines[0].chars().count()),
-            "{text}"
-        );
     }
 }

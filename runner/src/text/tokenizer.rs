@@ -1,250 +1,120 @@
-//! A folder's tokenizer, set up as transformers sets it up: tokenizer.json, and what tokenizer_config.json changes of it.
-//!
-//! What stands before and after a text is the post-processor's business. Tokenizers of some classes replace it by what
-//! `add_bos_token` and `add_eos_token` say; for all others these flags say nothing. So does transformers 4 with what it and
-//! its authors wrote (transformers 5 writes no such flags, and leaves tokenizer.json to decide).
+//! Text to token ids and back.
 
-use std::path::Path;
+use anyhow::{Result, anyhow};
+use tokenizers::Tokenizer;
 
-use anyhow::{Context, Result, anyhow};
-use serde_json::Value;
-use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
+use crate::{
+    model_folder::ModelFolder,
+    runtime::one_line,
+    text::tokenizer_config::{BosEos, Loaded, load},
+};
 
-use crate::{model_folder::ModelFolder, runtime::one_line};
-
-/// A tokenizer and what it writes around a text.
-pub struct Loaded {
-    pub tokenizer: Tokenizer,
-    /// Instead of the post-processor's tokens.
-    pub bos_eos: Option<BosEos>,
+/// A folder's tokenizer and what it writes around a text.
+pub struct ModelTokenizer {
+    tokenizer: Tokenizer,
+    /// Instead of what the tokenizer's post-processor adds.
+    bos_eos: Option<BosEos>,
 }
 
-/// Tokens before and after a text.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BosEos {
-    pub bos: Option<u32>,
-    pub eos: Option<u32>,
+impl ModelTokenizer {
+    /// Loads the tokenizer of a model folder.
+    ///
+    /// # Errors
+    /// When there is none or it is damaged.
+    pub fn open(folder: &ModelFolder) -> Result<Self> {
+        let Loaded { tokenizer, bos_eos } = load(folder)?;
+        Ok(Self { tokenizer, bos_eos })
+    }
+
+    /// The prompt's tokens, the special ones with them that transformers puts around a text.
+    ///
+    /// # Errors
+    /// When the tokenizer fails or gives no token at all.
+    pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode(prompt, self.bos_eos.is_none());
+        let encoding = encoding.map_err(|e| anyhow!("the tokenizer refuses the prompt: {}", one_line(&e)))?;
+        let BosEos { bos, eos } = self.bos_eos.unwrap_or_default();
+        let own = encoding.get_ids().iter().copied();
+        let ids: Vec<u32> = bos.into_iter().chain(own).chain(eos).collect();
+        if ids.is_empty() {
+            return Err(anyhow!("the prompt is empty"));
+        }
+        Ok(ids)
+    }
+
+    /// Text of some tokens, special tokens left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer
+            .decode(ids, true)
+            .map_err(|e| anyhow!("the tokenizer cannot decode: {}", one_line(&e)))
+    }
+
+    /// Tokens that end a text: those of the model's configuration, else the tokenizer's.
+    pub fn ends(&self, folder: &ModelFolder) -> Vec<u32> {
+        if !folder.eos.is_empty() {
+            return folder.eos.clone();
+        }
+        let token = folder.eos_token.as_deref();
+        token.and_then(|token| self.id(token)).into_iter().collect()
+    }
+
+    /// The id of a token, by its text in the vocabulary.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// The text in the vocabulary of a token.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
 }
 
-/// A class whose flags count: its name, the `model_type`s that have it where the class is not named, and its own beginning and
-/// end of text.
-struct Class {
-    name: &'static str,
-    model_types: &'static [&'static str],
-    bos: &'static str,
-    eos: &'static str,
-}
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
 
-const CLASSES: [Class; 5] = [
-    Class {
-        name: "LlamaTokenizer",
-        model_types: &["llama", "mistral", "mixtral", "phi3"],
-        bos: "<s>",
-        eos: "</s>",
-    },
-    Class {
-        name: "CodeLlamaTokenizer",
-        model_types: &["code_llama"],
-        bos: "<s>",
-        eos: "</s>",
-    },
-    Class {
-        name: "GemmaTokenizer",
-        model_types: &["gemma", "gemma2", "gemma3", "gemma3_text"],
-        bos: "<bos>",
-        eos: "<eos>",
-    },
-    Class {
-        name: "CohereTokenizer",
-        model_types: &["cohere", "cohere2"],
-        bos: "<BOS_TOKEN>",
-        eos: "<|END_OF_TURN_TOKEN|>",
-    },
-    Class {
-        name: NEOX,
-        model_types: &["gpt_neox", "olmo", "olmoe"],
-        bos: "<|endoftext|>",
-        eos: "<|endoftext|>",
-    },
-];
+    fn text(json: &str) -> ModelTokenizer {
+        ModelTokenizer {
+            tokenizer: json.parse().unwrap(),
+            bos_eos: None,
+        }
+    }
 
-/// The one class that replaces the post-processor without flags, too, then by nothing.
-const NEOX: &str = "GPTNeoXTokenizer";
-
-/// Loads the tokenizer of a model folder.
-///
-/// # Errors
-/// When there is none, a file is damaged, or a token that is to be added is not in the vocabulary.
-pub fn load(folder: &ModelFolder) -> Result<Loaded> {
-    let path = folder.tokenizer.as_deref().ok_or_else(|| {
-        let place = folder.graph.parent().unwrap_or(Path::new("."));
-        anyhow!("{} has no tokenizer.json: copy the model's there", place.display())
-    })?;
-    let mut tokenizer = Tokenizer::from_file(path)
-        .map_err(|e| anyhow!("{} is no tokenizer that can be read: {}", path.display(), one_line(&e)))?;
-    let beside = |name: &str| retro_model_io::read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
-    let config = beside("tokenizer_config.json")?;
-    let settings = TokenizerConfig {
-        config: &config,
-        special_tokens_map: &beside("special_tokens_map.json")?,
-        model: &beside("config.json")?,
-    };
-    // Set for whoever saved the file, say for training: a prompt is taken whole and alone.
-    tokenizer
-        .with_truncation(None)
-        .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e)))?;
-    tokenizer.with_padding(None);
-    settings.add_tokens(&mut tokenizer).with_context(|| {
-        format!(
-            "cannot add the tokens that tokenizer_config.json names to {}",
-            path.display()
+    /// Byte-level tokens: "é" is two of them.
+    pub fn bytes() -> ModelTokenizer {
+        text(
+            r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [
+            {"id": 5, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+            "normalizer": null,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+            "post_processor": null,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": {"a": 0, "Ã": 1, "©": 2, "Ġ": 3, "b": 4}, "merges": []}}"#,
         )
-    })?;
-    if let Some(split) = config.get("split_special_tokens").and_then(Value::as_bool) {
-        tokenizer.set_encode_special_tokens(split);
-    }
-    if let (Some(add), Some(PreTokenizerWrapper::ByteLevel(mut level))) = (
-        config.get("add_prefix_space").and_then(Value::as_bool),
-        tokenizer.get_pre_tokenizer().cloned(),
-    ) {
-        level.add_prefix_space = add;
-        tokenizer.with_pre_tokenizer(Some(level));
-    }
-    let bos_eos = settings.bos_eos(&tokenizer, folder)?;
-    Ok(Loaded { tokenizer, bos_eos })
-}
-
-/// What a folder's files say of its tokenizer; null for a file that is not there.
-struct TokenizerConfig<'a> {
-    config: &'a Value,
-    special_tokens_map: &'a Value,
-    model: &'a Value,
-}
-
-impl TokenizerConfig<'_> {
-    /// Tokens that the configuration knows and tokenizer.json does not, or otherwise. Only those of the vocabulary: the model
-    /// has no others.
-    fn add_tokens(&self, tokenizer: &mut Tokenizer) -> Result<()> {
-        let known = tokenizer.get_added_tokens_decoder();
-        let mut wanted: Vec<(u64, AddedToken)> = Vec::new();
-        for (id, value) in self
-            .config
-            .get("added_tokens_decoder")
-            .and_then(Value::as_object)
-            .into_iter()
-            .flatten()
-        {
-            let token = added_token(value, false);
-            let token = token.with_context(|| format!("added_tokens_decoder: {id} is no token"))?;
-            if !known.values().any(|k| same(k, &token)) {
-                wanted.push((id.parse().unwrap_or(u64::MAX), token));
-            }
-        }
-        wanted.sort_by_key(|(id, _)| *id);
-        let mut wanted: Vec<AddedToken> = wanted.into_iter().map(|(_, token)| token).collect();
-        for name in [
-            "bos_token",
-            "eos_token",
-            "unk_token",
-            "sep_token",
-            "pad_token",
-            "cls_token",
-            "mask_token",
-        ] {
-            wanted.extend(
-                self.special(name)
-                    .and_then(|v| added_token(v, true))
-                    .filter(|t| is_new(t, &known, &wanted)),
-            );
-        }
-        for name in ["additional_special_tokens", "extra_special_tokens"] {
-            for value in self.special(name).and_then(Value::as_array).into_iter().flatten() {
-                wanted.extend(added_token(value, true).filter(|t| is_new(t, &known, &wanted)));
-            }
-        }
-        wanted.retain(|token| tokenizer.token_to_id(&token.content).is_some());
-        tokenizer.add_tokens(wanted).map_err(|e| anyhow!("{}", one_line(&e)))?;
-        Ok(())
     }
 
-    /// A special token by its name in tokenizer_config.json, else in special_tokens_map.json. `null` there is an answer.
-    fn special(&self, name: &str) -> Option<&Value> {
-        self.config.get(name).or_else(|| self.special_tokens_map.get(name))
+    pub fn words() -> ModelTokenizer {
+        text(
+            r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"so": 0, "value": 1, "of": 2}, "unk_token": "so"}}"#,
+        )
     }
 
-    fn class(&self) -> Option<&'static Class> {
-        let text = |json: &Value, key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
-        let named = text(self.config, "tokenizer_class").or_else(|| text(self.model, "tokenizer_class"));
-        match named {
-            Some(name) => {
-                let name = name.strip_suffix("Fast").unwrap_or(&name);
-                CLASSES.iter().find(|c| c.name == name)
-            }
-            None => {
-                let kind = text(self.model, "model_type")?;
-                CLASSES.iter().find(|c| c.model_types.contains(&kind.as_str()))
-            }
-        }
+    /// As transformers does it: what is asked for is added, whatever the prompt begins with.
+    #[test]
+    fn tokens_around_a_text_are_added() {
+        let mut t = bytes();
+        assert_eq!(t.encode("ab").unwrap(), [0, 4]);
+        assert!(t.encode("").is_err());
+        t.bos_eos = Some(BosEos {
+            bos: Some(5),
+            eos: None,
+        });
+        assert_eq!(t.encode("ab").unwrap(), [5, 0, 4]);
+        assert_eq!(t.encode("<s>ab").unwrap(), [5, 5, 0, 4]);
+        assert_eq!(t.encode("").unwrap(), [5]);
     }
-
-    fn bos_eos(&self, tokenizer: &Tokenizer, folder: &ModelFolder) -> Result<Option<BosEos>> {
-        let Some(class) = self.class() else { return Ok(None) };
-        let flag = |name: &str| self.config.get(name).and_then(Value::as_bool);
-        let (bos, eos) = (flag("add_bos_token"), flag("add_eos_token"));
-        if bos.is_none() && eos.is_none() && class.name != NEOX {
-            return Ok(None);
-        }
-        let id = |name: &str, default: &str, configured: Option<u32>| -> Result<Option<u32>> {
-            let text = match self.special(name) {
-                Some(Value::Null) => return Ok(None),
-                Some(value) => content(value).with_context(|| format!("tokenizer_config.json: {name} is no token"))?,
-                None => default,
-            };
-            let id = tokenizer.token_to_id(text).or(configured);
-            let id = id.with_context(|| {
-                format!(
-                    "tokenizer_config.json asks for {name} {text:?} around a text, which tokenizer.json does not have"
-                )
-            })?;
-            Ok(Some(id))
-        };
-        let mut bos_eos = BosEos::default();
-        if bos.unwrap_or(class.name != NEOX) {
-            bos_eos.bos = id("bos_token", class.bos, folder.bos)?;
-        }
-        if eos.unwrap_or(false) {
-            bos_eos.eos = id("eos_token", class.eos, folder.eos.first().copied())?;
-        }
-        Ok(Some(bos_eos))
-    }
-}
-
-fn content(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value.get("content")?.as_str())
-}
-
-/// A token with its flags, or by its text alone.
-fn added_token(value: &Value, special: bool) -> Option<AddedToken> {
-    let flag = |name: &str, default: bool| value.get(name).and_then(Value::as_bool).unwrap_or(default);
-    let special = special || flag("special", false);
-    let token = AddedToken::from(content(value)?, special)
-        .single_word(flag("single_word", false))
-        .lstrip(flag("lstrip", false))
-        .rstrip(flag("rstrip", false));
-    let normalized = flag("normalized", token.normalized);
-    Some(token.normalized(normalized))
-}
-
-fn same(a: &AddedToken, b: &AddedToken) -> bool {
-    let flags = |t: &AddedToken| (t.single_word, t.lstrip, t.rstrip, t.normalized, t.special);
-    a.content == b.content && flags(a) == flags(b)
-}
-
-fn is_new<'a>(
-    token: &AddedToken,
-    known: impl IntoIterator<Item = (&'a u32, &'a AddedToken)>,
-    wanted: &[AddedToken],
-) -> bool {
-    let known = known.into_iter().map(|(_, k)| k);
-    !known.chain(wanted).any(|k| k.content == token.content)
 }

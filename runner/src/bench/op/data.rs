@@ -9,7 +9,7 @@ use ort::{
 use retro_contract::{Selector, pages_for, ring_slots};
 use retro_models::Dtype;
 
-use super::{AttentionShape, RetroVariant};
+use super::operator::{AttentionShape, RetroVariant};
 use crate::runtime::one_line;
 
 /// xorshift64*: fast, and good enough for data that only has to be no pattern.
@@ -103,7 +103,7 @@ impl Caches {
             if from < to {
                 let rows = &mut rows[..(to - from) * d];
                 if read(keys, shape.dtype, (head * self.capacity + from) * d, rows).is_ok() {
-                    summarize(retro.selector, rows, d, out);
+                    summarize(retro.selection.selector, rows, d, out);
                 }
             }
         })?;

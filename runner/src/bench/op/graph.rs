@@ -6,7 +6,7 @@ use retro_export::onnx::{
     AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
 };
 
-use super::{AttentionShape, Operator, RetroVariant};
+use super::operator::{AttentionShape, Operator, RetroVariant};
 
 /// Inputs that all nodes share.
 const SHARED: [&str; 6] = [
@@ -146,8 +146,7 @@ fn attributes(shape: &AttentionShape, operator: &Operator) -> Vec<AttributeProto
             window,
             budget,
             mode,
-            selector,
-            group_score,
+            selection,
         } = retro;
         let (ratio, pages) = budget.attributes(retro_contract::limits::BUDGET_MIN_PAGES, shape.page_size);
         list.extend([
@@ -156,8 +155,8 @@ fn attributes(shape: &AttentionShape, operator: &Operator) -> Vec<AttributeProto
             AttributeProto::float(attribute::BUDGET_RATIO, ratio),
             AttributeProto::int(attribute::BUDGET_MIN_PAGES, pages as i64),
             AttributeProto::string(attribute::MODE, mode.as_str()),
-            AttributeProto::string(attribute::SELECTOR, selector.as_str()),
-            AttributeProto::string(attribute::GROUP_SCORE, group_score.as_str()),
+            AttributeProto::string(attribute::SELECTOR, selection.selector.as_str()),
+            AttributeProto::string(attribute::GROUP_SCORE, selection.group_score.as_str()),
         ]);
     }
     list

@@ -13,9 +13,9 @@ use retro_contract::{Mode, input, output};
 use retro_models::Dtype;
 
 use super::{
-    AttentionShape, Operator,
     data::{Caches, Rows, element},
     graph::{STATE, model, name_of},
+    operator::{AttentionShape, Operator},
 };
 use crate::{
     OpenOptions, Runtime,

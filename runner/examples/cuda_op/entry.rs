@@ -1,0 +1,54 @@
+//! One variant with one budget: a line of the table in the making.
+
+use anyhow::Result;
+use ort::session::{NoSelectedOutputs, RunOptions, Session};
+use retro_contract::Budget;
+use retro_run::decoder::device_buffers::{DeviceBindings, DeviceTensor};
+
+use crate::{graph::NodeKind, group::Group, steps::most_steps};
+
+/// A session that is measured.
+pub struct Variant {
+    pub kind: NodeKind,
+    pub cuda_graph: bool,
+    pub session: Session,
+}
+
+/// One line of the table in the making.
+pub struct Entry<'a> {
+    pub variant: &'a Variant,
+    pub tokens: usize,
+    pub budget: Option<Budget>,
+    pub bindings: DeviceBindings,
+    pub options: RunOptions<NoSelectedOutputs>,
+    pub micros: Vec<f64>,
+    /// Host and device tensors that only this entry has.
+    _own: Vec<DeviceTensor>,
+}
+
+impl<'a> Entry<'a> {
+    pub fn new(
+        group: &Group<'_>,
+        variant: &'a Variant,
+        tokens: usize,
+        budget: Option<Budget>,
+        graph_id: usize,
+    ) -> Result<Self> {
+        let (context, args) = (group.layout.context, group.host.args);
+        let total = if args.prompt() {
+            context
+        } else {
+            context + most_steps(args.runs)
+        };
+        let (bindings, own) = group.bind(&variant.session, variant.kind, args.feeding(), tokens, total)?;
+        Ok(Self {
+            variant,
+            tokens,
+            budget,
+            bindings,
+            options: group.host.run_options(variant.cuda_graph.then_some(graph_id))?,
+            micros: Vec::new(),
+            _own: own,
+        })
+    }
+}

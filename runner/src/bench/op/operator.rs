@@ -1,0 +1,126 @@
+//! What is measured: the operators and the sizes of a node.
+
+use std::fmt;
+
+use retro_contract::{Budget, Mode, pages_for};
+use retro_models::Dtype;
+
+use crate::bench::args::PageSelection;
+
+/// Sizes of a node.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// Hq.
+    pub heads: usize,
+    /// Hkv.
+    pub kv_heads: usize,
+    /// D.
+    pub head_size: usize,
+    pub page_size: usize,
+    pub dtype: Dtype,
+}
+
+impl AttentionShape {
+    /// Bytes of keys and values a token.
+    pub fn token_bytes(&self) -> usize {
+        2 * self.kv_heads * self.head_size * self.dtype.size()
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Operator {
+    /// `com.microsoft::GroupQueryAttention`.
+    Gqa,
+    /// `ai.retro::RetroAttention`.
+    Retro(RetroVariant),
+}
+
+/// The attributes that a measurement varies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RetroVariant {
+    pub window: usize,
+    pub budget: Budget,
+    pub mode: Mode,
+    pub selection: PageSelection,
+}
+
+impl Operator {
+    /// Tokens that a step feeds once the window is full.
+    pub fn window(&self) -> usize {
+        match self {
+            Self::Gqa => 1,
+            Self::Retro(retro) => retro.window,
+        }
+    }
+
+    /// Whether a step with `len` valid tokens scores pages: it does not when the budget holds them all.
+    pub(super) fn scores(&self, shape: &AttentionShape, len: usize) -> bool {
+        match self {
+            Self::Retro(r) if r.mode == Mode::Retro => {
+                let most = r
+                    .budget
+                    .pages(retro_contract::limits::BUDGET_MIN_PAGES, len, shape.page_size);
+                most < pages_for(len, shape.page_size)
+            }
+            _ => false,
+        }
+    }
+
+    /// Bytes that one step of one node must move: keys and values of the pages read, the summaries of all valid pages when
+    /// it chooses among them, and of the output cache what the retrospective rows read and write. `pages`: read per KV head.
+    pub fn bytes(&self, shape: &AttentionShape, len: usize, pages: Option<f64>) -> f64 {
+        let tokens = pages.map_or(len as f64, |p| (p * shape.page_size as f64).min(len as f64));
+        let caches = tokens * shape.token_bytes() as f64;
+        let summaries = if self.scores(shape, len) {
+            pages_for(len, shape.page_size) * shape.token_bytes()
+        } else {
+            0
+        };
+        let ring = 2 * (self.window() - 1) * shape.heads * shape.head_size * size_of::<f32>();
+        caches + (summaries + ring) as f64
+    }
+}
+
+impl fmt::Display for Operator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gqa => f.write_str("GQA"),
+            Self::Retro(r) => f.write_str(r.mode.as_str()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_pages_and_summaries() {
+        let shape = AttentionShape {
+            heads: 4,
+            kv_heads: 2,
+            head_size: 8,
+            page_size: 16,
+            dtype: Dtype::F32,
+        };
+        assert_eq!(Operator::Gqa.bytes(&shape, 100, None), 100.0 * 128.0);
+        let retro = |budget, window| {
+            Operator::Retro(RetroVariant {
+                window,
+                budget,
+                mode: Mode::Retro,
+                selection: PageSelection::default(),
+            })
+        };
+        // 2 of 7 pages, 7 summaries of two rows.
+        let few = retro(Budget::Tokens(32), 1);
+        assert_eq!(few.bytes(&shape, 100, Some(2.0)), 32.0 * 128.0 + 7.0 * 128.0);
+        // The whole budget scores nothing and reads no more than there is; two rows read and write 4 * 8 floats each.
+        let all = retro(Budget::Ratio(1.0), 3);
+        assert_eq!(
+            all.bytes(&shape, 100, Some(7.0)),
+            100.0 * 128.0 + 2.0 * 2.0 * 4.0 * 8.0 * 4.0
+        );
+    }
+}
