@@ -51,37 +51,52 @@ impl LogitsShape {
         );
         Ok(Self { rows, vocab })
     }
+
+    /// The newest row of each sequence in `data`, and its place in `values`, `[B, vocab]`.
+    fn newest<'a, T>(
+        &self,
+        data: &'a [T],
+        values: &'a mut [f32],
+    ) -> Result<impl Iterator<Item = (&'a [T], &'a mut [f32])>> {
+        let sequences = data.chunks_exact(self.rows * self.vocab);
+        ensure!(
+            sequences.len() * self.vocab == values.len(),
+            "the logits are shorter than their shape"
+        );
+        let newest = (self.rows - 1) * self.vocab;
+        let rows = sequences.map(move |rows| rows.split_at(newest).1);
+        Ok(rows.zip(values.chunks_exact_mut(self.vocab)))
+    }
 }
 
 /// The newest row of each sequence of logits that lie on the host.
 pub(crate) fn newest_rows(logits: &DynValue, element: TensorElementType, batch: usize) -> Result<Logits> {
-    let LogitsShape { rows, vocab } = LogitsShape::of(logits, batch)?;
-    let mut values = vec![0.0; batch * vocab];
-    let mut each = |copy: &dyn Fn(std::ops::Range<usize>, &mut [f32]) -> Option<()>| {
-        for (b, to) in values.chunks_mut(vocab).enumerate() {
-            let start = (b * rows + rows - 1) * vocab;
-            copy(start..start + vocab, to).context("the logits are shorter than their shape")?;
-        }
-        anyhow::Ok(())
-    };
+    let shape = LogitsShape::of(logits, batch)?;
+    let mut values = vec![0.0; batch * shape.vocab];
     match element {
         TensorElementType::Float32 => {
             let (_, data) = logits.try_extract_tensor::<f32>().map_err(ort_error)?;
-            each(&|row, to| Some(to.copy_from_slice(data.get(row)?)))?;
+            for (row, to) in shape.newest(data, &mut values)? {
+                to.copy_from_slice(row);
+            }
         }
         TensorElementType::Float16 => {
             let (_, data) = logits.try_extract_tensor::<half::f16>().map_err(ort_error)?;
-            each(&|row, to| Some(upcast_f16(data.get(row)?, to)))?;
+            for (row, to) in shape.newest(data, &mut values)? {
+                upcast_f16(row, to);
+            }
         }
         TensorElementType::Bfloat16 => {
             let (_, data) = logits.try_extract_tensor::<half::bf16>().map_err(ort_error)?;
-            each(&|row, to| Some(upcast_bf16(data.get(row)?, to)))?;
+            for (row, to) in shape.newest(data, &mut values)? {
+                upcast_bf16(row, to);
+            }
         }
         other => bail!("the logits are {other}, expected float32, float16 or bfloat16"),
     }
     Ok(Logits {
         values: Arc::new(values),
-        vocab,
+        vocab: shape.vocab,
     })
 }
 
