@@ -6,6 +6,7 @@
 
 // println! and its like panic when nobody reads: commands write with errors, progress::note without.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
+#![warn(missing_docs)]
 
 pub mod bench;
 pub mod cli;

@@ -7,7 +7,9 @@ use retro_contract::Budget;
 /// Window and budget of a run; none: as converted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PolicyOptions {
+    /// The window w.
     pub window: Option<usize>,
+    /// Pages that a step reads.
     pub budget: Option<Budget>,
 }
 
@@ -29,8 +31,11 @@ impl PolicyOptions {
 /// A named model and its options.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
+    /// The name in tables.
     pub name: String,
+    /// Model folder or ONNX file.
     pub folder: PathBuf,
+    /// Window and budget.
     pub options: PolicyOptions,
     /// Which graph of the folder; none: the usual one.
     pub graph: Option<String>,

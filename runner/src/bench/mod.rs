@@ -11,6 +11,7 @@ pub mod table;
 pub struct Samples(pub Vec<f64>);
 
 impl Samples {
+    /// The mean, in seconds; 0 without samples.
     pub fn mean(&self) -> f64 {
         self.0.iter().sum::<f64>() / self.0.len().max(1) as f64
     }
@@ -30,6 +31,7 @@ impl Samples {
         self.0.iter().copied().fold(f64::INFINITY, f64::min)
     }
 
+    /// The median, in seconds; 0 without samples.
     pub fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);

@@ -26,6 +26,7 @@ pub struct Cell {
 }
 
 impl Cell {
+    /// A text.
     pub fn text(text: impl Into<String>) -> Self {
         let text = text.into();
         Self {
@@ -42,6 +43,7 @@ impl Cell {
         }
     }
 
+    /// A number of things.
     pub fn count(value: usize) -> Self {
         Self {
             value: value.into(),
@@ -65,7 +67,9 @@ impl Cell {
 /// people: the second of them has no heading.
 #[derive(Clone, Copy, Debug)]
 pub struct Column {
+    /// Name for programs: JSON's key, CSV's header.
     pub key: &'static str,
+    /// Heading for people; empty where the column joins the one before it.
     pub heading: &'static str,
 }
 
@@ -77,6 +81,7 @@ pub struct Table {
 }
 
 impl Table {
+    /// A table without rows.
     pub fn new(columns: &[Column]) -> Self {
         Self {
             columns: columns.to_vec(),
@@ -84,6 +89,7 @@ impl Table {
         }
     }
 
+    /// Adds a row, a cell a column.
     pub fn push(&mut self, row: Vec<Cell>) {
         debug_assert_eq!(row.len(), self.columns.len());
         self.rows.push(row);

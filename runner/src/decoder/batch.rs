@@ -34,9 +34,11 @@ pub type Observer<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
 /// What came of decoding a batch.
 pub struct Decoded {
+    /// Token ids generated for each prompt, without the end-of-text token.
     pub outputs: Vec<Vec<u32>>,
     /// What each sequence read.
     pub readings: Vec<PageReads>,
+    /// Figures of the batch as a whole.
     pub stats: Stats,
 }
 

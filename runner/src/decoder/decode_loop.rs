@@ -159,6 +159,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// Whether a sequence was taken out of the counting; true for a row that does not exist.
     pub fn finished(&self, row: usize) -> bool {
         self.sequences.get(row).is_none_or(|s| s.finished)
     }

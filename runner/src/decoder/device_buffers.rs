@@ -71,6 +71,7 @@ impl DeviceBuffer {
         Ok(Self(Rc::new(Block { device, bytes, memory })))
     }
 
+    /// Its size.
     pub fn bytes(&self) -> usize {
         self.0.bytes
     }
@@ -88,6 +89,10 @@ impl DeviceBuffer {
         })
     }
 
+    /// Replaces the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// When the block ends before, or a GPU fails.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
         self.write_all(&[(offset, from)])
     }
@@ -109,6 +114,10 @@ impl DeviceBuffer {
         Ok(())
     }
 
+    /// Copies the bytes from `offset` on to the host.
+    ///
+    /// # Errors
+    /// When the block ends before, or a GPU fails.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         match (self.host(offset, to.len())?, &self.0.memory) {
             // SAFETY: as in `write`; the memory was zeroed when it was allocated.
@@ -119,6 +128,10 @@ impl DeviceBuffer {
         Ok(())
     }
 
+    /// Sets `bytes` bytes from `offset` on to one value.
+    ///
+    /// # Errors
+    /// When the block ends before, or a GPU fails.
     pub fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<()> {
         match (self.host(offset, bytes)?, &self.0.memory) {
             // SAFETY: as in `write`.
@@ -191,6 +204,7 @@ pub struct DeviceTensor {
 }
 
 impl DeviceTensor {
+    /// Its size.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -215,6 +229,10 @@ impl DeviceTensor {
         Ok((self.offset + at, from))
     }
 
+    /// Copies the contents from byte `at` on to the host.
+    ///
+    /// # Errors
+    /// When the tensor ends before, or a GPU fails.
     pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
         ensure!(
             at + to.len() <= self.bytes,
@@ -225,6 +243,10 @@ impl DeviceTensor {
         self.buffer.read(self.offset + at, to)
     }
 
+    /// Sets every byte to one value.
+    ///
+    /// # Errors
+    /// When a GPU fails.
     pub fn fill(&self, value: u8) -> Result<()> {
         self.buffer.fill(self.offset, self.bytes, value)
     }
@@ -244,17 +266,29 @@ pub struct DeviceBindings {
 }
 
 impl DeviceBindings {
+    /// Bindings for a session, empty at first.
+    ///
+    /// # Errors
+    /// When ONNX Runtime fails.
     pub fn new(session: &Session) -> Result<Self> {
         let io = session.create_binding().map_err(|e| anyhow!("{}", one_line(&e)))?;
         Ok(Self { io, kept: Vec::new() })
     }
 
+    /// Binds an input.
+    ///
+    /// # Errors
+    /// When the session has no such input.
     pub fn input(&mut self, name: &str, view: &DeviceTensor) -> Result<()> {
         bind_input(&self.io, name, view)?;
         self.keep(name, view);
         Ok(())
     }
 
+    /// Binds an output.
+    ///
+    /// # Errors
+    /// When the session has no such output.
     pub fn output(&mut self, name: &str, view: &DeviceTensor) -> Result<()> {
         bind_output(&self.io, name, view)?;
         self.keep(name, view);

@@ -78,11 +78,17 @@ pub fn plan(
 /// How a generation is to go.
 #[derive(Clone, Debug)]
 pub struct Generation {
+    /// Capacity, and the most tokens to generate.
     pub plan: ContextPlan,
+    /// Window and budget.
     pub policy: Policy,
+    /// Prompt tokens fed at a time.
     pub chunk: usize,
+    /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Strings that end the text; they are left out of it.
     pub stops: Vec<String>,
+    /// Go on when the model ends the text.
     pub ignore_eos: bool,
     /// Ends the generation between two steps, or two chunks of the prompt.
     pub interrupt: Interrupt,
@@ -105,10 +111,13 @@ pub enum Finish {
 /// What came out.
 #[derive(Clone, Debug)]
 pub struct Output {
+    /// The generated text.
     pub text: String,
     /// Generated tokens, the end-of-text token left out.
     pub tokens: Vec<u32>,
+    /// Why it ended.
     pub finish: Finish,
+    /// Times, rates and what was read.
     pub stats: Stats,
 }
 

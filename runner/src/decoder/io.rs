@@ -30,10 +30,15 @@ pub enum SlotKind {
 /// One past/present pair.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StateSlot {
+    /// Name of the input.
     pub past: String,
+    /// Name of the output.
     pub present: String,
+    /// What the buffer holds.
     pub kind: SlotKind,
+    /// The layer's number.
     pub layer: usize,
+    /// Element type of both.
     pub element: TensorElementType,
     /// Fixed dimensions; `None` stands for B, C or P.
     pub dims: Vec<Option<usize>>,
@@ -66,7 +71,9 @@ impl StateSlot {
 /// An input of whole numbers that a step brings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenInput {
+    /// Name of the input.
     pub name: String,
+    /// Element type that the graph declares.
     pub element: TensorElementType,
     /// How often `[B, S]` is given, one after the other: positions of models that see pictures have three of each token.
     pub planes: Option<usize>,
@@ -89,15 +96,23 @@ impl TokenInput {
 /// A graph's inputs and outputs by their meaning.
 #[derive(Clone, Debug)]
 pub struct ModelIo {
+    /// Token ids, `[B, S]`.
     pub input_ids: TokenInput,
+    /// Ones for valid tokens, `[B, T]`; `None`: the graph takes no mask.
     pub attention_mask: Option<TokenInput>,
+    /// Positions of the tokens fed, `[B, S]`; `None`: the graph counts itself.
     pub position_ids: Option<TokenInput>,
+    /// Name of the output with the scores, `[B, S, vocab]` or `[B, 1, vocab]`.
     pub logits: String,
+    /// Element type of the scores.
     pub logits_type: TensorElementType,
+    /// Caches and other state.
     pub slots: Vec<StateSlot>,
+    /// Inputs that are the same in every call.
     pub constants: Vec<ConstantInput>,
     /// The graph takes `retro_length` (it was converted).
     pub retro_length: bool,
+    /// What `retro_page_budget` takes; `None`: the graph has no such input.
     pub page_budget: Option<BudgetInput>,
     /// Sequences that the graph takes at once, where that is declared.
     pub batch: Option<usize>,
@@ -108,10 +123,13 @@ pub struct ModelIo {
 /// An input that is the same number in every call.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConstantInput {
+    /// Name of the input.
     pub name: String,
+    /// Element type that the graph declares.
     pub element: TensorElementType,
     /// A single number has none.
     pub shape: Vec<usize>,
+    /// The number.
     pub value: i64,
 }
 

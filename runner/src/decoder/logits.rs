@@ -14,7 +14,9 @@ use crate::{
 /// Scores of the next token, `[B, vocab]`.
 #[derive(Clone, Debug, Default)]
 pub struct Logits {
+    /// Row after row.
     pub values: Arc<Vec<f32>>,
+    /// Tokens of the vocabulary.
     pub vocab: usize,
 }
 

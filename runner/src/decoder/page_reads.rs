@@ -1,6 +1,6 @@
 //! What a step read: pages per KV head, and how much of the context each token has seen in the end.
 //!
-//! The operator leaves its selection in the page steps: after the step at position t, the pages j with A[j] = t are the ones
+//! The operator leaves its selection in the page steps: after the step at position t, the pages j with `A[j] = t` are the ones
 //! loaded, S_t. Nothing is asked of the operator, and nothing of this is on the clock.
 
 use std::collections::VecDeque;
@@ -109,6 +109,7 @@ pub struct PageMeter {
     page_size: usize,
     /// Per layer and KV head, the selections of the last steps, oldest first.
     history: Vec<VecDeque<Pages>>,
+    /// The sums so far.
     pub reading: PageReads,
 }
 

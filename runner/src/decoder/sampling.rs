@@ -21,6 +21,7 @@ pub struct Sampling {
     pub min_p: f32,
     /// Scores of the last 64 tokens are divided (if positive) or multiplied by it; 1: off.
     pub repeat_penalty: f32,
+    /// Seed of the random numbers.
     pub seed: u64,
 }
 
@@ -74,6 +75,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// A sampler; [`Sampling::check`] says whether its options are in range.
     pub fn new(options: Sampling) -> Self {
         Self {
             options,

@@ -21,6 +21,7 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// The plugin's file. Only models that were converted load it.
     pub plugin: Option<PathBuf>,
+    /// Where the model runs.
     pub device: Device,
     /// Replay decoding steps of one shape as a CUDA graph.
     pub cuda_graph: bool,

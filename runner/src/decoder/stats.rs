@@ -9,31 +9,48 @@ use crate::decoder::page_reads::PageReads;
 /// Figures of one generation (or of a batch). Times leave measuring and printing out.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
+    /// Tokens of the prompts.
     pub prompt_tokens: usize,
+    /// Time to read them.
     pub prompt_time: Duration,
     /// From the start of the prompt to the first token; none was made if there is no such time.
     pub first_token: Option<Duration>,
+    /// Tokens generated, the first of each sequence with them.
     pub generated_tokens: usize,
     /// Tokens whose making needed a decoding step: the first comes from the prompt.
     pub decoded_tokens: usize,
+    /// Time of the decoding steps and of sampling.
     pub decode_time: Duration,
+    /// What the steps read.
     pub reading: PageReads,
+    /// Bytes of keys and values.
     pub kv_bytes: usize,
+    /// Bytes of other state.
     pub state_bytes: usize,
 }
 
 /// As one JSON object.
 #[derive(Serialize)]
 pub struct StatsJson {
+    /// [`Stats::prompt_tokens`].
     pub prompt_tokens: usize,
+    /// [`Stats::prompt_rate`].
     pub prompt_tokens_per_second: Option<f64>,
+    /// [`Stats::first_token`], in milliseconds.
     pub time_to_first_token_ms: Option<f64>,
+    /// [`Stats::generated_tokens`].
     pub generated_tokens: usize,
+    /// [`Stats::decode_rate`].
     pub decode_tokens_per_second: Option<f64>,
+    /// [`PageReads::pages`].
     pub pages_per_kv_head_and_step: Option<f64>,
+    /// [`PageReads::share`].
     pub share_of_valid_pages: Option<f64>,
+    /// [`PageReads::exposure`].
     pub effective_exposure: Option<f64>,
+    /// [`Stats::kv_bytes`], in MiB.
     pub kv_mib: f64,
+    /// [`Stats::state_bytes`], in MiB.
     pub state_mib: f64,
 }
 
@@ -50,6 +67,7 @@ impl Stats {
         rate(self.decoded_tokens, self.decode_time)
     }
 
+    /// The figures as one JSON object has them.
     pub fn json(&self) -> StatsJson {
         StatsJson {
             prompt_tokens: self.prompt_tokens,

@@ -16,7 +16,9 @@ use crate::{
 pub struct DocumentResult {
     /// Which answers were right, in order.
     pub right: Vec<bool>,
+    /// What the steps read.
     pub reading: PageReads,
+    /// Tokens generated.
     pub generated: usize,
     /// This document's share of the batch's decoding time, in seconds.
     pub seconds: f64,
@@ -52,13 +54,21 @@ fn share(right: &[bool]) -> f64 {
 
 /// What is to be measured.
 pub struct DocumentsJob<'a> {
+    /// ONNX Runtime.
     pub runtime: &'a Runtime,
+    /// How models are opened.
     pub open: &'a OpenOptions,
+    /// The documents, in the order of their numbers in the journal.
     pub documents: &'a [Document],
+    /// What is compared.
     pub rows: &'a [PolicyRow],
+    /// Documents decoded at a time.
     pub batch: usize,
+    /// Prompt tokens fed at a time.
     pub chunk: usize,
+    /// Tokens to generate at most a document; `None`: by the references.
     pub n_predict: Option<usize>,
+    /// How outputs are judged.
     pub scorer: Scorer,
     /// Ends the work between two steps.
     pub interrupt: &'a Interrupt,

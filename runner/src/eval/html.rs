@@ -13,7 +13,9 @@ use super::{
 
 /// A line of a figure: a name, and x, y, the standard error of y.
 pub struct Series {
+    /// Name in the legend.
     pub name: String,
+    /// x, y and the standard error of y.
     pub points: Vec<(f64, f64, f64)>,
 }
 

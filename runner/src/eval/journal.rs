@@ -98,6 +98,7 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
         })
     }
 
+    /// The result of an item, if it is known.
     pub fn get(&self, policy: &str, item: usize) -> Option<&T> {
         self.known.get(&(policy.to_owned(), item))
     }

@@ -26,6 +26,7 @@ pub const PARTS: usize = 8;
 /// What one text gave under one policy. Sums are over tokens, by part of the text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fidelity {
+    /// Tokens predicted.
     pub tokens: [usize; PARTS],
     /// Kullback-Leibler divergence of this policy's next-token distribution from dense attention's, in nats.
     pub divergence: [f64; PARTS],
@@ -33,8 +34,11 @@ pub struct Fidelity {
     pub surprise: [f64; PARTS],
     /// Tokens for which policy and dense attention have one best guess.
     pub agreed: usize,
+    /// What the steps read.
     pub reading: PageReads,
+    /// This text's share of the batch's decoding time, in seconds.
     pub seconds: f64,
+    /// Bytes of keys, values and summaries read per step, all layers.
     pub bytes: f64,
 }
 
@@ -43,6 +47,7 @@ impl Fidelity {
         of.iter().sum()
     }
 
+    /// Tokens predicted, all parts together.
     pub fn count(&self) -> usize {
         self.tokens.iter().sum()
     }
@@ -60,14 +65,19 @@ impl Fidelity {
 
 /// What is to be measured.
 pub struct FidelityJob<'a> {
+    /// ONNX Runtime.
     pub runtime: &'a Runtime,
+    /// How models are opened.
     pub open: &'a OpenOptions,
     /// Texts in full.
     pub texts: &'a [String],
     /// Names of the texts, for messages.
     pub names: &'a [String],
+    /// What is compared.
     pub rows: &'a [PolicyRow],
+    /// Texts decoded at a time.
     pub batch: usize,
+    /// Prompt tokens fed at a time.
     pub chunk: usize,
     /// Tokens of a text that are read densely.
     pub prompt: usize,

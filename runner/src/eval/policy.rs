@@ -139,8 +139,11 @@ pub enum ModelSource {
 /// One policy at one budget and window.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PolicyRow {
+    /// How it reads the cache.
     pub kind: PolicyKind,
+    /// Its name in tables and figures.
     pub label: String,
+    /// Which model it runs.
     pub source: ModelSource,
     /// `None`: as converted.
     pub window: Option<usize>,

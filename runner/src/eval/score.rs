@@ -9,9 +9,12 @@ use serde::Deserialize;
 /// One line of a documents file.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Document {
+    /// Name of the document; nothing depends on it.
     #[serde(default)]
     pub id: String,
+    /// The text to go on from.
     pub prompt: String,
+    /// The right answers, in order.
     #[serde(default)]
     pub answers: Vec<String>,
     /// A right output as a whole; it tells how long outputs are.

@@ -14,7 +14,9 @@ use crate::{decoder::page_reads::PageReads, eval::score::mean_and_error};
 /// A mean and its standard error; none for a single document.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
+    /// The mean.
     pub mean: f64,
+    /// Its standard error.
     pub error: Option<f64>,
 }
 
@@ -47,6 +49,7 @@ pub struct Cost {
     pub kib_per_step: f64,
     /// The same over what dense attention reads.
     pub share_of_dense_bytes: Option<f64>,
+    /// [`PageReads::exposure`].
     pub effective_exposure: Option<f64>,
     /// Of decoding, all sequences together.
     pub tokens_per_second: Option<f64>,
@@ -121,9 +124,13 @@ impl Cost {
 /// What a row is of.
 #[derive(Clone, Debug, Serialize)]
 pub struct Subject {
+    /// The policy's name.
     pub policy: String,
+    /// How it reads the cache.
     pub kind: PolicyKind,
+    /// The window w; none where it is not set.
     pub window: Option<usize>,
+    /// As the command line has it; none for dense attention.
     pub budget: Option<String>,
 }
 
@@ -141,9 +148,12 @@ impl Subject {
 /// A policy over documents.
 #[derive(Clone, Debug, Serialize)]
 pub struct DocumentsRow {
+    /// Which policy.
     #[serde(flatten)]
     pub subject: Subject,
+    /// Documents measured.
     pub documents: usize,
+    /// Tokens generated over all of them.
     pub generated_tokens: usize,
     /// Right answers in percent.
     pub right: Estimate,
@@ -153,6 +163,7 @@ pub struct DocumentsRow {
     pub first_wrong: Option<Estimate>,
     /// Right answers in percent by quarter of the output.
     pub quarters: [Option<Estimate>; 4],
+    /// What it read, and how fast it was.
     #[serde(flatten)]
     pub cost: Cost,
 }
@@ -160,10 +171,14 @@ pub struct DocumentsRow {
 /// A policy over texts.
 #[derive(Clone, Debug, Serialize)]
 pub struct FidelityRow {
+    /// Which policy.
     #[serde(flatten)]
     pub subject: Subject,
+    /// Texts measured.
     pub texts: usize,
+    /// Tokens predicted over all of them.
     pub tokens: usize,
+    /// exp of the mean negative log-likelihood.
     pub perplexity: f64,
     /// Mean divergence from dense attention's next-token distribution, in nats a token.
     pub divergence: Estimate,
@@ -175,6 +190,7 @@ pub struct FidelityRow {
     pub perplexity_by_position: [Option<f64>; PARTS],
     /// Share of tokens for which dense attention has the same best guess.
     pub agreement: f64,
+    /// What it read, and how fast it was.
     #[serde(flatten)]
     pub cost: Cost,
 }

@@ -9,6 +9,7 @@ pub struct StopFilter {
 }
 
 impl StopFilter {
+    /// A filter for these strings; empty ones are left out.
     pub fn new(stops: &[String]) -> Self {
         let stops = stops.iter().filter(|s| !s.is_empty()).cloned().collect();
         Self {

@@ -67,11 +67,17 @@ impl Rows {
 pub struct Caches {
     /// Tokens before the first step.
     pub prompt: usize,
+    /// Tokens that a cache has room for.
     pub capacity: usize,
+    /// Keys and values of each node, `[1, Hkv, C, D]`.
     pub nodes: Vec<[DynTensor; 2]>,
 }
 
 impl Caches {
+    /// Caches of `prompt` random tokens, with room for `steps` more.
+    ///
+    /// # Errors
+    /// When memory runs out.
     pub fn new(shape: &AttentionShape, nodes: usize, prompt: usize, steps: usize) -> Result<Self> {
         let capacity = prompt + steps;
         let dims = [1, shape.kv_heads, capacity, shape.head_size];

@@ -25,6 +25,7 @@ use crate::{
 
 /// What is measured, ready to run.
 pub struct Node {
+    /// The operator of its nodes.
     pub operator: Operator,
     shape: AttentionShape,
     session: Session,
@@ -39,6 +40,10 @@ pub struct Node {
 }
 
 impl Node {
+    /// A session of as many nodes as `caches` has.
+    ///
+    /// # Errors
+    /// When ONNX Runtime refuses the graph, or the plugin is needed and missing.
     pub fn new(
         runtime: &Runtime,
         options: &OpenOptions,

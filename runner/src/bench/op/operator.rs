@@ -16,7 +16,9 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// D.
     pub head_size: usize,
+    /// Tokens a page.
     pub page_size: usize,
+    /// Element type of caches and rows.
     pub dtype: Dtype,
 }
 
@@ -39,9 +41,13 @@ pub enum Operator {
 /// The attributes that a measurement varies.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RetroVariant {
+    /// The window w: tokens that a step feeds.
     pub window: usize,
+    /// Pages that a step reads.
     pub budget: Budget,
+    /// Which pages are read: selected ones, all, or sink and newest.
     pub mode: Mode,
+    /// How pages are selected.
     pub selection: PageSelection,
 }
 
