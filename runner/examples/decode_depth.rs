@@ -1,5 +1,5 @@
-//! Decoding speed of models behind contexts of given depths, without reading such contexts: caches and state are filled with
-//! random numbers. Models and policies take turns in one process.
+//! Decoding speed of models at given context depths. The caches are synthetic (filled with random numbers, not by a
+//! prefill); models and policies are interleaved in one process.
 //!
 //!     cargo run --release -p retro-run --example decode_depth -- --device cuda --depth 8k,32k,128k \\
 //!       --run "dense=MODEL" --run "retro=CONVERTED,window=2,budget=0.15"
@@ -20,19 +20,19 @@ use retro_run::{
 #[derive(Parser)]
 #[command(about = "Decoding speed at depth")]
 struct Args {
-    /// A policy: NAME=DIR[,window=W][,budget=B]; may be given several times. The first is what the others are compared with.
+    /// Policy: NAME=DIR[,window=W][,budget=B]; may be given several times. The first is the baseline.
     #[arg(long = "run", value_name = "NAME=DIR", required = true)]
     runs: Vec<ModelSpec>,
-    /// Tokens before the first step, like 4096 or 128k.
+    /// Context depths in tokens, like 4096 or 128k.
     #[arg(long, value_delimiter = ',', default_value = "8k,32k,128k")]
     depth: Vec<TokenCount>,
-    /// Steps that are timed together.
+    /// Steps per timed sample.
     #[arg(short, long, default_value_t = 32)]
     steps: usize,
-    /// Steps before them, once the window is full.
+    /// Untimed steps before them, once the window is full.
     #[arg(long, default_value_t = 8)]
     warm_up: usize,
-    /// Times that every policy is measured, by turns; the median counts.
+    /// Samples per policy, interleaved; the median is reported.
     #[arg(short, long, default_value_t = 3)]
     repetitions: usize,
     #[arg(long, default_value = "cpu")]
@@ -74,7 +74,7 @@ fn run(args: &Args) -> Result<()> {
         fixed_buffers: false,
         ..Default::default()
     };
-    // One session a folder: weights are large.
+    // One session per folder: weights are large.
     let mut models: BTreeMap<&PathBuf, Model> = BTreeMap::new();
     for spec in &args.runs {
         if !models.contains_key(&spec.folder) {

@@ -1,4 +1,4 @@
-//! Ctrl-C (SIGINT) and SIGTERM: the first one asks the work under way to end, the second one ends the program.
+//! Ctrl-C (SIGINT) and SIGTERM: the first asks the running work to stop, the second ends the program.
 
 use std::{
     fmt, io,
@@ -13,7 +13,7 @@ use signal_hook::{
     flag,
 };
 
-/// A request to stop. Copies share it; one that nobody raises asks for nothing.
+/// A request to stop, shared by its clones.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
     /// The signal's number; 0: not asked to stop.
@@ -29,7 +29,7 @@ impl Interrupt {
         }
     }
 
-    /// Asks to stop, as the signal of that number does.
+    /// Requests a stop, as the signal of that number does.
     pub fn raise(&self, signal: usize) {
         self.signal.store(signal, Ordering::SeqCst);
     }
@@ -41,14 +41,14 @@ impl Interrupt {
     }
 }
 
-/// The error of work that ended because it was asked to.
+/// The error of work that was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interrupted {
     signal: usize,
 }
 
 impl Interrupted {
-    /// What a shell reports of a program that this signal ended: 130 for SIGINT, 143 for SIGTERM.
+    /// The exit code by the shell's convention: 130 for SIGINT, 143 for SIGTERM.
     pub fn exit_code(self) -> u8 {
         u8::try_from(self.signal + 128).unwrap_or(u8::MAX)
     }
@@ -74,7 +74,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes charge of SIGINT and SIGTERM, which end the program with exit code 130 or 143 until somebody [listens](Self::listen).
+    /// Installs handlers of SIGINT and SIGTERM. Until [`listen`](Self::listen) is called they end the program with exit
+    /// code 130 or 143.
     ///
     /// # Errors
     /// When the system refuses.
@@ -89,7 +90,7 @@ impl Signals {
         Ok(Self { interrupt, at_once })
     }
 
-    /// From now on the first signal raises the request that this gives, and the second one ends the program.
+    /// From now on the first signal raises the returned request, and the second ends the program.
     pub fn listen(&self) -> Interrupt {
         self.at_once.store(false, Ordering::SeqCst);
         self.interrupt.clone()

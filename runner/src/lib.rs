@@ -4,7 +4,7 @@
 //! [`generate`](decoder::generate::generate) makes text from a prompt, and [`Prefilled`](decoder::batch::Prefilled)
 //! decodes many documents at once. [`cli`] is the program around them.
 
-// println! and its like panic when nobody reads: commands write with errors, progress::note without.
+// println! and eprintln! panic on a closed pipe: commands write with errors, progress::note without.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 #![warn(missing_docs)]
 

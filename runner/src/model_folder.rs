@@ -1,4 +1,4 @@
-//! A model folder: which graph, which tokenizer, which tokens end a text, how long a context.
+//! Model folders: the graph, the tokenizer, end-of-text tokens, context length.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use retro_model_io::{Error, graphs, locate};
 
 pub use retro_model_io::{ModelFolder, Names};
 
-/// Whether `path` is a folder of Llama weights without a graph, which has to be built first.
+/// Whether `path` is a folder of Llama weights without a graph.
 pub fn is_weights_folder(path: &Path) -> bool {
     let weights = ["model.safetensors", "model.safetensors.index.json"];
     path.is_dir()
@@ -15,7 +15,7 @@ pub fn is_weights_folder(path: &Path) -> bool {
         && weights.iter().any(|w| path.join(w).is_file())
 }
 
-/// The graph's file that `choice` names in a folder; without a choice the path as it is.
+/// The graph file that `choice` names in a folder; without a choice `path` itself.
 ///
 /// # Errors
 /// The folder has no such graph, or several.

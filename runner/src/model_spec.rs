@@ -1,10 +1,10 @@
-//! A model and how to run it, as commands take it: `NAME=DIR[,window=W][,budget=B][,graph=NAME]`.
+//! A model and its options as command lines have them: `NAME=DIR[,window=W][,budget=B][,graph=NAME]`.
 
 use std::{path::PathBuf, str::FromStr};
 
 use retro_contract::Budget;
 
-/// Window and budget of a run; none: as converted.
+/// Window and budget to run a model with; `None`: as converted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PolicyOptions {
     /// The window w.
@@ -14,10 +14,10 @@ pub struct PolicyOptions {
 }
 
 impl PolicyOptions {
-    /// Takes `window=W` or `budget=B`; false for any other option.
+    /// Parses `window=W` or `budget=B`; returns false for any other option.
     ///
     /// # Errors
-    /// When the value is none.
+    /// When the value cannot be parsed.
     pub fn set(&mut self, option: &str) -> Result<bool, String> {
         match option.split_once('=') {
             Some(("window", w)) => self.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
@@ -37,7 +37,7 @@ pub struct ModelSpec {
     pub folder: PathBuf,
     /// Window and budget.
     pub options: PolicyOptions,
-    /// Which graph of the folder; none: the usual one.
+    /// Which graph of the folder; `None`: the default one.
     pub graph: Option<String>,
 }
 
@@ -46,7 +46,7 @@ impl FromStr for ModelSpec {
 
     fn from_str(s: &str) -> Result<Self, String> {
         const FORM: &str = "expected NAME=DIR[,window=W][,budget=B][,graph=NAME]";
-        // A name may hold "=" ("Retro w=2"): the folder starts after the last one before the first comma.
+        // A name may contain "=" ("Retro w=2"): the folder starts after the last "=" before the first comma.
         let (head, rest) = s.split_once(',').unwrap_or((s, ""));
         let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
         if name.is_empty() || folder.is_empty() {

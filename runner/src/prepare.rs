@@ -1,5 +1,5 @@
-//! Weights instead of a graph: a folder with config.json and model.safetensors is built and converted on the fly, once, into a
-//! cache folder.
+//! The cache of built models: a folder of weights (config.json and model.safetensors) becomes a graph, and is
+//! converted, once.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -12,8 +12,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::model_folder::is_weights_folder;
 
-/// The folder to open for what the user named: itself if it has a graph, else one built from its weights, converted for
-/// windows up to `window` when `convert` says so (the plugin is there). `say` gets a line for people when something is made.
+/// The folder to open for the user's path: itself if it has a graph, else one built from its weights and, with
+/// `convert`, converted for windows up to `window`. `say` gets a line for the user when something is built.
 ///
 /// # Errors
 /// When there is nothing at `path`, the weights cannot be built or converted, or the cache folder cannot be written.
@@ -35,7 +35,7 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
     let parent = folder.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).with_context(|| format!("cannot make the cache folder {}", parent.display()))?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    // Programs that start at once take turns: the first one makes the model, the others use it.
+    // Of several processes the first builds the model, the others wait and use it.
     let owned = own(&parent.join(format!(".{name}.lock")), path, say)?;
     if complete(&folder) {
         say(&using(path, &folder));
@@ -45,11 +45,12 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         remove_remains(parent, &name, &folder);
     }
     say(&format!(
-        "{} holds weights; making a graph of them in {}",
+        "{} holds weights; building a graph from them in {}",
         path.display(),
         folder.display()
     ));
-    // Made beside and renamed: half a model is never found. A name of its own, where no lock keeps others away.
+    // Built in a temporary folder and renamed, so that no one finds half a model. The name is unique: file systems
+    // without locks keep no one out.
     let part = tempfile::Builder::new()
         .prefix(&format!(".{name}."))
         .suffix(PART)
@@ -58,19 +59,19 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
     let made = part.path().join("model");
     make(path, &made, &part.path().join("dense"), window, convert)?;
     match fs::rename(&made, &folder) {
-        // Another program made the same model in the meantime.
+        // Another process built the same model in the meantime.
         Err(_) if complete(&folder) => {}
         other => other.with_context(|| format!("cannot make the folder {}", folder.display()))?,
     }
     Ok(folder)
 }
 
-/// What names of unfinished folders end with.
+/// Suffix of folders that are being built.
 const PART: &str = ".part";
 
 fn using(path: &Path, folder: &Path) -> String {
     format!(
-        "{} holds weights; using the graph made of them in {}",
+        "{} holds weights; using the graph built from them in {}",
         path.display(),
         folder.display()
     )
@@ -80,8 +81,8 @@ fn complete(folder: &Path) -> bool {
     folder.join("genai_config.json").is_file() && folder.join("model.onnx").is_file()
 }
 
-/// Waits until no other program makes the same model. The lock ends with the file that is given back, at the latest with the
-/// program. `None` where the file system has no locks: then programs that start at once each make the model.
+/// Waits until no other process builds the same model. The lock is held as long as the returned file is open. `None`
+/// where the file system has no locks: then each process builds the model.
 fn own(lock: &Path, path: &Path, say: &mut dyn FnMut(&str)) -> Result<Option<File>> {
     let cannot = || format!("cannot open {}", lock.display());
     let file = File::options()
@@ -92,7 +93,7 @@ fn own(lock: &Path, path: &Path, say: &mut dyn FnMut(&str)) -> Result<Option<Fil
     let locked = match file.try_lock() {
         Err(TryLockError::WouldBlock) => {
             say(&format!(
-                "{} holds weights; waiting for another retro-run that makes a graph of them",
+                "{} holds weights; waiting for another retro-run that builds a graph from them",
                 path.display()
             ));
             file.lock()
@@ -103,8 +104,8 @@ fn own(lock: &Path, path: &Path, say: &mut dyn FnMut(&str)) -> Result<Option<Fil
     Ok(locked.is_ok().then_some(file))
 }
 
-/// Removes what killed programs left: of this model, which nobody else works on now, and of others whose lock is free. That
-/// something could not be removed changes nothing, unless it is in the model's place, which then says so.
+/// Removes what killed processes left: unfinished folders of this model and of others whose lock is free. Failing to
+/// remove something is no error here; renaming to the model's folder reports it if it matters.
 fn remove_remains(parent: &Path, name: &str, folder: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let found = entry.file_name();
@@ -125,7 +126,7 @@ fn remove_remains(parent: &Path, name: &str, folder: &Path) {
     let _ = fs::remove_dir_all(folder);
 }
 
-/// Makes the model in `out`; `dense` is a place for what it is converted from.
+/// Builds the model in `out`; `dense` is a temporary folder for the unconverted one.
 fn make(weights: &Path, out: &Path, dense: &Path, window: usize, convert: bool) -> Result<()> {
     let options = retro_models::Options::default();
     if convert {
@@ -151,7 +152,7 @@ fn convert_built(
         source: dense.to_owned(),
         target: Some(out.to_owned()),
         settings,
-        // Linked, so that the weights outlive the graph that they were made for.
+        // Linked: the temporary folder of the unconverted model goes, its weights stay.
         external_data: Some(retro_export::ExternalMode::Link),
         force: true,
         ..Default::default()
@@ -159,20 +160,20 @@ fn convert_built(
     Ok(())
 }
 
-/// `retro-attention` in the user's cache folder.
+/// The folder `retro-attention` in the user's cache folder.
 fn cache_folder() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
     let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
-    let base = base.context("no place for a cache: set HOME or XDG_CACHE_HOME")?;
+    let base = base.context("no cache folder: set HOME or XDG_CACHE_HOME")?;
     Ok(base.join("retro-attention"))
 }
 
-/// The folder's name and a number that changes with its place, its files' sizes and times, and this program's version.
+/// The folder's name and a hash of its path, its files' sizes and times, and this program's version.
 pub(crate) fn key(folder: &Path) -> Result<String> {
     let place = folder
         .canonicalize()
         .with_context(|| format!("cannot open {}", folder.display()))?;
-    // A text of it all: what std's Hash feeds a hasher may change with the compiler.
+    // Hashed as text: std's Hash may feed a hasher otherwise with another compiler.
     let mut all = format!("{}\n{}\n", env!("CARGO_PKG_VERSION"), place.display());
     let mut files: Vec<_> = fs::read_dir(&place)
         .with_context(|| format!("cannot read {}", folder.display()))?

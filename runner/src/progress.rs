@@ -1,5 +1,4 @@
-//! Progress on stderr: bars on a terminal; elsewhere, for work that takes long, a line now and then. Never where generated
-//! text goes.
+//! Progress on stderr: a bar on a terminal, elsewhere a line every ten seconds for long work.
 
 use std::{
     cell::RefCell,
@@ -9,12 +8,12 @@ use std::{
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Writes a line for people to stderr. That nobody takes it (a closed pipe, a full disk) must not end the work.
+/// Writes a line to stderr. Errors (a closed pipe, a full disk) are ignored: they must not end the work.
 pub fn note(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// A bar of `total` tokens on stderr, invisible if that is no terminal or `show` is false.
+/// A progress bar of `total` tokens, hidden if stderr is no terminal or `show` is false.
 pub fn bar(total: usize, what: &str, show: bool) -> ProgressBar {
     if !show || !io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -61,19 +60,19 @@ impl Items {
         self.update(|lines| lines.done += count);
     }
 
-    /// Something was done, but no item yet.
+    /// Work goes on, but no item is done yet.
     pub fn tick(&self) {
         self.bar.tick();
         self.update(|_| ());
     }
 
-    /// What is being worked on.
+    /// Sets what is being worked on.
     pub fn set_prefix(&self, prefix: &str) {
         self.bar.set_prefix(prefix.to_owned());
         self.update(|lines| prefix.clone_into(&mut lines.prefix));
     }
 
-    /// Takes the bar away, or says for the last time how many items are done.
+    /// Removes the bar, or writes a last line.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
         if let Some(lines) = &self.lines {
@@ -102,7 +101,7 @@ struct Lines {
     done: usize,
     total: usize,
     start: Instant,
-    /// When the last line was written, since the start.
+    /// When the last line was written, counted from the start.
     last: Duration,
 }
 

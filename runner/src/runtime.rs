@@ -1,4 +1,4 @@
-//! ONNX Runtime and the plugin, as [`retro_runtime`] finds them, and how many threads they get.
+//! ONNX Runtime and the plugin, found and loaded by [`retro_runtime`], and their errors.
 
 use std::fmt::Display;
 
@@ -6,19 +6,19 @@ use anyhow::{Error, Result, anyhow, bail};
 pub use retro_runtime::{PLUGIN, PLUGIN_VARIABLE, RUNTIME_VARIABLE, Runtime, find_plugin};
 pub(crate) use retro_runtime::{check, one_line};
 
-/// Threads for ONNX Runtime's pool.
+/// Checks a number of threads for ONNX Runtime's pool.
 ///
 /// # Errors
-/// When the number is 0 or absurd.
+/// When the number is 0 or above 1024.
 pub fn check_threads(threads: Option<usize>) -> Result<()> {
     match threads {
         Some(0) => bail!("-t 0: ask for at least one thread"),
-        Some(n) if n > 1024 => bail!("-t {n}: that is more threads than any machine has"),
+        Some(n) if n > 1024 => bail!("-t {n}: expected 1 to 1024 threads"),
         _ => Ok(()),
     }
 }
 
-/// An error of the crate `ort` as one of ours: one line, without the builder that some of them carry.
+/// Turns an error of the crate `ort` into one line, without the builder that some of them carry.
 pub(crate) fn ort_error(error: impl Display) -> Error {
     anyhow!("{}", one_line(&error))
 }

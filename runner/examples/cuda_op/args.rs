@@ -26,32 +26,32 @@ pub struct Args {
     /// cuda, cuda:N or cpu.
     #[arg(long, default_value = "cuda")]
     pub device: Device,
-    /// Valid tokens, like 4096 or 128k.
+    /// Context lengths in tokens, like 4096 or 128k.
     #[arg(long, value_delimiter = ',', default_value = "1k,8k,32k,128k")]
     pub context: Vec<TokenCount>,
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
-    /// Shares of the context like 0.15, or tokens like 2048.
+    /// Budgets: shares of the context like 0.15, or tokens like 2048.
     #[arg(long, value_delimiter = ',', default_value = "0.15,2048")]
     pub budget: Vec<Budget>,
-    /// Tokens fed a step.
+    /// Windows: tokens fed per step.
     #[arg(long, value_delimiter = ',', default_value = "1,2,8")]
     pub window: Vec<usize>,
     #[arg(long, value_delimiter = ',', default_value = "retro")]
     pub mode: Vec<Mode>,
-    /// Page selections, like bounds+max or moments+softmax.
+    /// Page selections as SELECTOR+GROUP_SCORE, like bounds+max or moments+softmax.
     #[arg(long, value_delimiter = ',', default_value = "bounds+max")]
     pub select: Vec<PageSelection>,
-    /// Under a CUDA graph: off, on or both.
+    /// Run under a CUDA graph.
     #[arg(long, default_value = "off")]
     pub cuda_graph: When,
-    /// Tokens fed to GroupQueryAttention; it is what others are compared with at 1.
+    /// Tokens fed per step to GroupQueryAttention; the row with 1 is the baseline.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pub gqa_tokens: Vec<usize>,
-    /// Instead of steps: prompts of so many tokens, fed to an empty cache.
+    /// Time prefills of these lengths instead of decoding steps.
     #[arg(long, value_delimiter = ',')]
     pub prefill: Vec<TokenCount>,
-    /// Page summaries: random numbers like those of random keys, or computed from the cache by a prefill.
+    /// Page summaries: random, or computed from the cache by a prefill.
     #[arg(long, default_value = "random")]
     pub summaries: Summaries,
     #[arg(long, default_value_t = 16)]
@@ -66,19 +66,19 @@ pub struct Args {
     pub page_size: usize,
     #[arg(long, default_value = "f16")]
     pub dtype: Dtype,
-    /// RoPE inside the nodes.
+    /// Apply RoPE inside the nodes.
     #[arg(long)]
     pub rotary: bool,
-    /// Wait for the device after every run, as a host does that looks at its output.
+    /// Synchronize the device after every run, as a host does that reads the output.
     #[arg(long)]
     pub sync: bool,
-    /// Also the graph without attention nodes.
+    /// Also time the graph without attention nodes.
     #[arg(long)]
     pub overhead: bool,
-    /// Runs that are timed together.
+    /// Runs per timed sample.
     #[arg(long, default_value_t = 20)]
     pub runs: usize,
-    /// Times that all variants are run, by turns; the median counts.
+    /// Samples per variant, interleaved; the median is reported.
     #[arg(short, long, default_value_t = 7)]
     pub repetitions: usize,
     #[arg(short, long, default_value = "md")]
@@ -104,7 +104,7 @@ impl Args {
         Ok(())
     }
 
-    /// Prompts are measured, not steps.
+    /// Whether prefills are timed, not decoding steps.
     pub fn prompt(&self) -> bool {
         !self.prefill.is_empty()
     }
@@ -113,7 +113,7 @@ impl Args {
         if self.prompt() { Feeding::Direct } else { Feeding::Steps }
     }
 
-    /// Context and batch of everything that is measured.
+    /// All pairs of context length and batch size to measure.
     pub fn groups(&self) -> Vec<(usize, usize)> {
         if self.prompt() {
             return self.prefill.iter().map(|s| (s.0, 1)).collect();

@@ -15,7 +15,7 @@ use crate::{
     timing,
 };
 
-/// Every variant's session, and what fills the caches they run on.
+/// The sessions of all variants, and what fills their caches.
 pub struct Measurement<'a> {
     host: &'a Host<'a>,
     variants: Vec<Variant>,
@@ -80,8 +80,8 @@ impl<'a> Measurement<'a> {
         let mut rows = Vec::new();
         let mut selectors: Vec<Selector> = args.select.iter().map(|s| s.selector).collect();
         selectors.dedup();
-        // All variants by turns; summaries are of one kind at a time, so variants of another selector take turns of their own,
-        // with GroupQueryAttention again among them.
+        // Variants are interleaved. The summaries in memory are of one selector at a time, so each selector is measured
+        // in a round of its own, always with GroupQueryAttention.
         for selector in selectors {
             if !args.prompt() {
                 self.filling.fill(group, selector)?;
@@ -111,11 +111,11 @@ impl<'a> Measurement<'a> {
     }
 }
 
-/// Which lines a kind has in the table: tokens fed, budget.
+/// The rows of a kind: tokens fed and budget.
 fn lines(args: &Args, kind: NodeKind, group: &Group<'_>) -> Vec<(usize, Option<Budget>)> {
     match kind {
         _ if args.prompt() => vec![(group.layout.context, None)],
-        // ONNX Runtime's node takes several tokens after a past for one sequence only.
+        // ONNX Runtime's node takes several tokens after a past for batch 1 only.
         NodeKind::Gqa => args
             .gqa_tokens
             .iter()

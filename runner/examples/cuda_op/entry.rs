@@ -1,4 +1,4 @@
-//! One variant with one budget: a line of the table in the making.
+//! One variant with one budget: a row to be measured.
 
 use anyhow::Result;
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
@@ -14,7 +14,7 @@ pub struct Variant {
     pub session: Session,
 }
 
-/// One line of the table in the making.
+/// A row to be measured.
 pub struct Entry<'a> {
     pub variant: &'a Variant,
     pub tokens: usize,
@@ -22,7 +22,7 @@ pub struct Entry<'a> {
     pub bindings: DeviceBindings,
     pub options: RunOptions<NoSelectedOutputs>,
     pub micros: Vec<f64>,
-    /// Host and device tensors that only this entry has.
+    /// Tensors of this entry alone, kept alive.
     _own: Vec<DeviceTensor>,
 }
 

@@ -1,4 +1,4 @@
-//! Random contents for buffers of many gigabytes: one chunk made on the host, laid out over and over on the device.
+//! Random contents for buffers of many gigabytes: one chunk is made on the host and repeated on the device.
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
@@ -10,7 +10,7 @@ use retro_run::{
     decoder::device_buffers::DeviceBuffer,
 };
 
-/// A prime, so that repeated chunks start at other places of rows and pages, and no two pages are alike.
+/// Length of the repeated chunk. A prime, so that repetitions are not aligned with rows or pages.
 const CHUNK: usize = 8_388_593;
 
 pub fn bytes_of(dtype: DataType) -> usize {
@@ -43,7 +43,7 @@ fn chunk(seed: u64, count: usize, make: impl Fn(&mut StdRng, usize) -> f32 + Syn
     numbers
 }
 
-/// Lays `bytes` out from `offset` on as often as `length` wants it.
+/// Repeats `bytes` over `length` bytes from `offset` on.
 fn tile(buffer: &DeviceBuffer, offset: usize, length: usize, bytes: &[u8]) -> Result<()> {
     let first = bytes.get(..length.min(bytes.len())).context("a chunk")?;
     buffer.write(offset, first)?;

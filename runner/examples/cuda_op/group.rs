@@ -27,7 +27,7 @@ impl Group<'_> {
         })
     }
 
-    /// An earlier group may have had other things here: queries, keys and values fed, RoPE's angles and output caches.
+    /// Fills what an earlier group may have overwritten: rows fed, RoPE's angles and output caches.
     pub fn refill(&self) -> Result<()> {
         let (layout, dtype) = (&self.layout, self.host.shape.dtype);
         fill::normals(self.buffer, layout.bank, layout.output - layout.bank, dtype)?;
@@ -58,13 +58,13 @@ impl Group<'_> {
         self.buffer.tensor(offset, self.host.args.dtype.element(), shape)
     }
 
-    /// A number for each sequence.
+    /// An int32 per sequence.
     fn numbers(&self, offset: usize) -> Result<DeviceTensor> {
         self.buffer
             .tensor(offset, TensorElementType::Int32, &[self.layout.batch])
     }
 
-    /// Binds everything that a session of this kind has; the tensors returned are only in these bindings.
+    /// Binds all inputs and outputs of a session of this kind; the returned tensors belong to these bindings alone.
     pub fn bind(
         &self,
         session: &Session,
@@ -100,7 +100,7 @@ impl Group<'_> {
         Ok((bindings, own))
     }
 
-    /// Binds a step's counter and picking of rows alone: the session has no attention node.
+    /// Binds a session without attention nodes: the counter and the picking of rows.
     pub fn bind_overhead(&self, session: &Session) -> Result<(DeviceBindings, DeviceTensor)> {
         let (packed, layout) = (self.host.shape.packed(), &self.layout);
         let mut bindings = DeviceBindings::new(session)?;

@@ -1,4 +1,4 @@
-//! The memory of a context and batch.
+//! Memory layout for a context length and batch size.
 
 use retro_contract::{pages_for, ring_slots};
 use retro_run::decoder::device_buffers::ALIGNMENT;
@@ -10,7 +10,7 @@ use crate::{
     steps::{PREFILL_CHUNK, ROOM},
 };
 
-/// Where the buffers of a context and batch lie.
+/// Byte offsets of the buffers of a context length and batch size.
 pub struct MemoryLayout {
     pub context: usize,
     pub batch: usize,

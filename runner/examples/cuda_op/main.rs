@@ -1,10 +1,10 @@
-//! Times RetroAttention nodes against ONNX Runtime's GroupQueryAttention nodes on the same caches: N nodes in one session each,
-//! all tensors on the device, all variants by turns in one process.
+//! Benchmark of RetroAttention nodes against ONNX Runtime's GroupQueryAttention nodes on the same caches: N nodes per
+//! session, all tensors on the device, all variants interleaved in one process.
 //!
 //!     cargo run --release -p retro-run --example cuda_op -- --context 32k,128k --budget 0.15,2048 --window 1,2,8
 //!
-//! Each run is a decoding step one token further, with another query: a counter in the graph picks it, so that nothing
-//! waits for the host. Counting costs every variant the same three small kernels a run (`--overhead` times them alone).
+//! Each run is the next decoding step, with another query: a counter in the graph picks it, so that nothing waits for
+//! the host. The counter costs every variant the same three small kernels per run (`--overhead` times them alone).
 
 mod args;
 mod bench;
@@ -31,7 +31,7 @@ use host::Host;
 use layout::MemoryLayout;
 use retro_run::decoder::device_buffers::DeviceBuffer;
 
-/// Left to ONNX Runtime's own buffers.
+/// Bytes of GPU memory left to ONNX Runtime.
 const RESERVE: usize = 6 << 30;
 
 fn main() -> ExitCode {

@@ -1,10 +1,10 @@
-//! Rows of the table from what was timed.
+//! Rows of the table from timings.
 
 use retro_contract::{Mode, pages_for};
 
 use crate::{entry::Entry, fill, graph::NodeKind, group::Group, table::Row};
 
-/// Median, least, most.
+/// Median, minimum, maximum.
 fn spread(numbers: &[f64]) -> [f64; 3] {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -70,7 +70,7 @@ fn bytes(group: &Group<'_>, entry: &Entry<'_>) -> f64 {
     row * (2.0 * loaded.min(context) as f64 + summaries)
 }
 
-/// Of the node and of its page selection.
+/// Names of the node and of its page selection.
 fn names(kind: NodeKind, prompt: bool) -> (String, String) {
     match kind {
         NodeKind::Gqa => ("GQA".to_owned(), "-".to_owned()),

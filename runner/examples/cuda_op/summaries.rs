@@ -48,7 +48,7 @@ impl Filling {
     }
 }
 
-/// Chunks of random tokens, so that caches and summaries belong together.
+/// Prefills random tokens in chunks, so that summaries match the cache.
 fn prefill(group: &Group<'_>, kind: NodeKind, session: &Session) -> Result<()> {
     let (s, layout) = (&group.host.shape, &group.layout);
     ensure!(layout.batch == 1, "--summaries prefill: for --batch 1");

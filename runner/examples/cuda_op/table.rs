@@ -1,4 +1,4 @@
-//! What was measured, as Markdown, JSON or CSV.
+//! The result table as Markdown, JSON or CSV.
 
 use anyhow::Result;
 use retro_run::{
@@ -7,7 +7,7 @@ use retro_run::{
 };
 use serde_json::{Value, json};
 
-/// One line.
+/// One row.
 #[derive(Clone, Debug)]
 pub struct Row {
     pub what: String,
@@ -18,13 +18,13 @@ pub struct Row {
     pub budget: String,
     pub selector: String,
     pub graph: bool,
-    /// Microseconds a layer: median, least, most.
+    /// Microseconds per layer: median, minimum, maximum.
     pub micros: [f64; 3],
     /// Bytes of keys, values and summaries that a layer must read.
     pub bytes: f64,
-    /// Of the bandwidth of a copy.
+    /// Fraction of the bandwidth of a copy.
     pub share: f64,
-    /// How many times faster than GroupQueryAttention with one token (a prompt: with the same tokens).
+    /// Speedup over GroupQueryAttention with one token (for prefills: with the same tokens).
     pub speedup: Option<f64>,
 }
 
@@ -71,7 +71,7 @@ impl Row {
     }
 }
 
-/// The table in a format; `about` is what JSON says beside the rows.
+/// The table as text; `about`: device and sizes.
 pub fn print(rows: &[Row], format: Format, about: &Value) -> Result<String> {
     let titles = TITLES.map(str::to_owned).to_vec();
     let lines: Vec<Vec<String>> = std::iter::once(titles)

@@ -1,4 +1,4 @@
-//! Runs by the clock.
+//! Timing of runs.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::{
     steps::WARM_UP,
 };
 
-/// Bytes read and written a second by a copy inside the block.
+/// Bytes read and written per second by a copy inside the buffer.
 pub fn copy_bandwidth(host: &Host<'_>, buffer: &DeviceBuffer) -> Result<f64> {
     let bytes = (buffer.bytes() / 2).min(2 << 30);
     let mut best = f64::INFINITY;
@@ -27,7 +27,7 @@ pub fn copy_bandwidth(host: &Host<'_>, buffer: &DeviceBuffer) -> Result<f64> {
     Ok(2.0 * bytes as f64 / best)
 }
 
-/// Microseconds a layer of one run, without those that warm up.
+/// Microseconds per layer and run, after `warm_up` untimed runs.
 fn micros(host: &Host<'_>, warm_up: usize, runs: usize, run: impl Fn() -> Result<()>) -> Result<f64> {
     for _ in 0..warm_up {
         run()?;
@@ -41,13 +41,13 @@ fn micros(host: &Host<'_>, warm_up: usize, runs: usize, run: impl Fn() -> Result
     Ok(1e6 * start.elapsed().as_secs_f64() / (runs * host.shape.layers) as f64)
 }
 
-/// Microseconds a layer of one run of an entry.
+/// Microseconds per layer and run of an entry.
 pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
     let (host, layout) = (group.host, &group.layout);
     let prompt = host.args.prompt();
     // The first step is at position context - 1; a prompt fills the cache up to there.
     let before = if prompt { layout.context - 1 } else { layout.context - 2 } as i32;
-    // Everything stays everything when the steps pass the first context's pages.
+    // A budget of 1.0 must cover the pages of later steps, too.
     let everything = entry.budget == Some(Budget::Ratio(1.0));
     let pages = if everything {
         i32::MAX
@@ -57,7 +57,7 @@ pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
     group.set_budget(pages)?;
     group.set_lengths(before)?;
     for state in &layout.state {
-        // No page was loaded of late: the first tokens fed again have the most to catch up with.
+        // No page was loaded recently: the retrospective tokens have the most pages to catch up with.
         group.buffer.fill(state[1], state[2] - state[1], 0)?;
     }
     let (warm_up, runs) = if prompt { (1, 1) } else { (WARM_UP, host.args.runs) };
@@ -80,7 +80,7 @@ pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
     Ok(micros)
 }
 
-/// The counter and the picking of rows alone, as if they were one layer of as many as there are.
+/// Microseconds of the counter and the picking of rows alone, divided by the number of layers.
 pub fn overhead(group: &Group<'_>) -> Result<Vec<f64>> {
     let (host, args) = (group.host, group.host.args);
     let session = host.session(NodeKind::Gqa, Feeding::Steps, 0, false)?;

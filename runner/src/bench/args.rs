@@ -1,4 +1,4 @@
-//! Values of options that several benchmarks take.
+//! Option values that several benchmarks share.
 
 use std::{fmt, str::FromStr};
 
@@ -20,12 +20,12 @@ impl FromStr for TokenCount {
     }
 }
 
-/// How pages are selected: `moments+softmax` is a selector and a group score.
+/// Page selection: a selector and a group score, written `moments+softmax`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageSelection {
     /// What a page summary holds.
     pub selector: Selector,
-    /// How a query group's heads agree on pages.
+    /// Reduction of page scores over a KV head's query group.
     pub group_score: GroupScore,
 }
 

@@ -1,20 +1,20 @@
-//! How fast the machine reads its memory: the ceiling of every step that reads a cache once.
+//! The machine's read bandwidth: an upper bound for every step that reads a cache once.
 
 use std::{thread, time::Instant};
 
-/// A buffer that no cache of the machine holds, read by several threads at once.
+/// A buffer larger than the CPU's caches, read by several threads.
 pub struct MemoryProbe {
     words: Vec<u64>,
     threads: usize,
 }
 
-/// 512 MiB: beyond the last-level cache of any machine that we know.
+/// 512 MiB: larger than last-level caches.
 const WORDS: usize = (512 << 20) / 8;
 
 impl MemoryProbe {
-    /// Takes and touches the buffer; `threads` as the measured sessions have.
+    /// Allocates and fills the buffer; `threads`: as many as the measured sessions have.
     pub fn new(threads: usize) -> Self {
-        // Not zeros: those would all be one page of the kernel's.
+        // Not zeros: the kernel maps those to one shared page.
         let words = (0..WORDS as u64)
             .map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15))
             .collect();
@@ -29,7 +29,7 @@ impl MemoryProbe {
         self.read(&self.words)
     }
 
-    /// Reads enough of it that little of what was in the caches before is left.
+    /// Evicts the CPU's caches by reading a part of the buffer.
     pub fn flush(&self) {
         self.read(&self.words[..WORDS / 4]);
     }
@@ -39,7 +39,7 @@ impl MemoryProbe {
         let share = words.len().div_ceil(self.threads);
         let sum = thread::scope(|scope| {
             let workers: Vec<_> = words.chunks(share).map(|part| scope.spawn(move || sum(part))).collect();
-            // A reader cannot panic; if one did, its sum would be missing and nothing else.
+            // Readers do not panic.
             workers
                 .into_iter()
                 .filter_map(|w| w.join().ok())

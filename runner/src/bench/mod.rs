@@ -1,4 +1,4 @@
-//! Measuring: repetitions, their mean and deviation, the machine's memory bandwidth, and tables of it all.
+//! Benchmarks: samples and their statistics, memory bandwidth, synthetic caches, tables.
 
 pub mod args;
 pub mod memory;
@@ -6,17 +6,17 @@ pub mod op;
 pub mod synthetic_cache;
 pub mod table;
 
-/// Times of repetitions, in seconds.
+/// Samples of repeated measurements.
 #[derive(Clone, Debug, Default)]
 pub struct Samples(pub Vec<f64>);
 
 impl Samples {
-    /// The mean, in seconds; 0 without samples.
+    /// Mean; 0 without samples.
     pub fn mean(&self) -> f64 {
         self.0.iter().sum::<f64>() / self.0.len().max(1) as f64
     }
 
-    /// Standard deviation of the sample; 0 for a single one.
+    /// Sample standard deviation; 0 for fewer than two samples.
     pub fn deviation(&self) -> f64 {
         if self.0.len() < 2 {
             return 0.0;
@@ -26,12 +26,12 @@ impl Samples {
         (squares / (self.0.len() - 1) as f64).sqrt()
     }
 
-    /// The smallest.
+    /// Minimum.
     pub fn best(&self) -> f64 {
         self.0.iter().copied().fold(f64::INFINITY, f64::min)
     }
 
-    /// The median, in seconds; 0 without samples.
+    /// Median; 0 without samples.
     pub fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);

@@ -1,4 +1,5 @@
-//! Caches filled with random numbers instead of a prompt: what a step costs does not depend on what it reads.
+//! Synthetic caches: filled with random numbers instead of a prefill. The speed of a step does not depend on the
+//! values.
 
 use std::time::Duration;
 
@@ -16,10 +17,10 @@ use crate::decoder::{
     sampling::argmax,
 };
 
-/// Numbers of a pattern. A prime, so that repetitions start at other places of rows and pages, and no two pages are alike.
+/// Length of the repeated pattern. A prime, so that repetitions are not aligned with rows or pages.
 const NUMBERS: usize = 4_194_301;
 
-/// A number of about N(0, 1): the sum of three uniform ones.
+/// Approximately N(0, 1): a sum of three uniform numbers.
 pub fn normal(random: &mut StdRng) -> f32 {
     (0..3).map(|_| random.random_range(-1.0f32..1.0)).sum()
 }
@@ -39,7 +40,7 @@ fn keys(element: TensorElementType) -> Result<Vec<u8>> {
     encode(element, NUMBERS, |random, _| normal(random))
 }
 
-/// Page summaries, two vectors of `size` each, as pages of 16 such keys have them.
+/// Page summaries of two vectors of `size`, like those of pages of 16 such keys.
 fn summaries(element: TensorElementType, size: usize, selector: Selector) -> Result<Vec<u8>> {
     // An odd number of pages.
     let pages = (NUMBERS / (2 * size.max(1))) | 1;
@@ -48,8 +49,8 @@ fn summaries(element: TensorElementType, size: usize, selector: Selector) -> Res
     })
 }
 
-/// Element `i` of a page's first or second vector, from noise about N(0, 1): extremes about 1.8 away from 0, or means of
-/// deviation 1/4 and standard deviations about 1.
+/// Element `i` of the first or second vector of a page summary, from noise of N(0, 1): for pages of 16 normal keys,
+/// minima and maxima are about 1.8 away from 0, means have a deviation of 1/4, and standard deviations are about 1.
 pub fn summary(selector: Selector, noise: f32, vector: usize, i: usize) -> f32 {
     match (selector, vector) {
         (Selector::Bounds, 0) => (-1.77 + 0.5 * noise).min(-0.1),
@@ -60,8 +61,8 @@ pub fn summary(selector: Selector, noise: f32, vector: usize, i: usize) -> f32 {
     }
 }
 
-/// Fills a cache as if every sequence had read `depth` tokens: random keys, values and page summaries like those of such
-/// keys, no page loaded since. For measuring: what is generated from it means nothing.
+/// Fills a cache as after a prefill of `depth` tokens: random keys and values, page summaries like those of such keys,
+/// page steps of the last token. For benchmarks: what is generated from it means nothing.
 ///
 /// # Errors
 /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
@@ -80,19 +81,20 @@ pub fn fill(kv: &mut KvCache, depth: usize, selector: Selector) -> Result<()> {
                 let newest = i32::try_from(depth)? - 1;
                 buffer.tile(&newest.to_le_bytes().repeat(1024))?;
             }
-            // State, outputs and log-sum-exps of 0 are as good as any.
+            // Zeros are as good as any values.
             SlotKind::Recurrent | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
         }
     }
     Ok(())
 }
 
-/// The selector whose summaries a model's caches hold; any will do for a model without the operator.
+/// The model's selector; the default one for a model without the operator.
 pub fn selector(model: &Model) -> Selector {
     model.retro.as_ref().and_then(|r| r.selector).unwrap_or_default()
 }
 
-/// Decodes at a depth that was never read: `warm_up` steps after the window is full, then `steps` whose time is returned.
+/// Decodes behind a synthetic cache of `depth` tokens: fills the window, runs `warm_up` steps, then `steps` timed ones;
+/// returns their time.
 ///
 /// # Errors
 /// When the model fails or its context is too short.

@@ -1,4 +1,4 @@
-//! Tables as Markdown, JSON or CSV.
+//! Result tables as Markdown, JSON or CSV.
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::tables::{Alignment, csv, markdown};
 
-/// How a table is printed.
+/// Output format of a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// Markdown.
@@ -18,7 +18,7 @@ pub enum Format {
     Csv,
 }
 
-/// One cell: the value for programs, and the text for people.
+/// A cell: a value for JSON and CSV, a text for Markdown.
 #[derive(Clone, Debug)]
 pub struct Cell {
     value: Value,
@@ -26,7 +26,7 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// A text.
+    /// A text cell.
     pub fn text(text: impl Into<String>) -> Self {
         let text = text.into();
         Self {
@@ -35,7 +35,7 @@ impl Cell {
         }
     }
 
-    /// A number with so many decimals for people.
+    /// A number, with so many decimals in Markdown.
     pub fn number(value: f64, decimals: usize) -> Self {
         Self {
             value: value.into(),
@@ -43,7 +43,7 @@ impl Cell {
         }
     }
 
-    /// A number of things.
+    /// A count.
     pub fn count(value: usize) -> Self {
         Self {
             value: value.into(),
@@ -51,7 +51,7 @@ impl Cell {
         }
     }
 
-    /// A number if there is one.
+    /// An optional number.
     pub fn maybe(value: Option<f64>, decimals: usize) -> Self {
         value.map_or_else(
             || Self {
@@ -63,13 +63,12 @@ impl Cell {
     }
 }
 
-/// A column: its name for programs and its heading for people. Mean and deviation are two columns for programs and one for
-/// people: the second of them has no heading.
+/// A column. Mean and deviation are two columns in JSON and CSV, and one in Markdown: the deviation's heading is empty.
 #[derive(Clone, Copy, Debug)]
 pub struct Column {
-    /// Name for programs: JSON's key, CSV's header.
+    /// Key in JSON and CSV.
     pub key: &'static str,
-    /// Heading for people; empty where the column joins the one before it.
+    /// Heading in Markdown; empty where the column joins the one before it.
     pub heading: &'static str,
 }
 
@@ -89,16 +88,16 @@ impl Table {
         }
     }
 
-    /// Adds a row, a cell a column.
+    /// Adds a row of one cell per column.
     pub fn push(&mut self, row: Vec<Cell>) {
         debug_assert_eq!(row.len(), self.columns.len());
         self.rows.push(row);
     }
 
-    /// The whole text; `facts` are what holds for all rows.
+    /// The table as text; `facts`: JSON values beside the rows.
     ///
     /// # Errors
-    /// When the rows are not as long as there are columns.
+    /// When rows differ in length.
     pub fn print(&self, format: Format, facts: &[(&str, Value)]) -> Result<String> {
         match format {
             Format::Md => Ok(markdown(&self.readable(), Alignment::Right)),
@@ -117,7 +116,7 @@ impl Table {
         format!("{}\n", Value::Object(all))
     }
 
-    /// Keys and values, for programs.
+    /// Keys and values, for CSV.
     fn plain(&self) -> Vec<Vec<String>> {
         let text = |v: &Value| match v {
             Value::String(s) => s.clone(),
@@ -129,7 +128,7 @@ impl Table {
         std::iter::once(header).chain(rows).collect()
     }
 
-    /// Headings and texts, for people; a deviation joins the cell before it.
+    /// Headings and texts, for Markdown; a deviation joins the cell before it.
     fn readable(&self) -> Vec<Vec<String>> {
         let headings = self.columns.iter().map(|c| c.heading);
         let header = headings.filter(|h| !h.is_empty()).map(str::to_owned).collect();

@@ -7,16 +7,16 @@ use clap::Args;
 
 use crate::{Device, OpenOptions, Runtime, runtime};
 
-/// How many threads ONNX Runtime gets, and where the libraries are.
+/// Device, threads and libraries of a session.
 #[derive(Args, Clone, Debug)]
 pub struct SessionArgs {
-    /// Where to run: cpu, cuda or cuda:N, the GPU of that number. The models' element type is best float16 there.
+    /// Device to run on: cpu, cuda or cuda:N. On a GPU float16 models are fastest.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: Device,
-    /// Replay decoding steps as a CUDA graph: less work for the host, where the graph allows it.
+    /// Capture decoding steps as a CUDA graph and replay it, for less overhead on the host.
     #[arg(long)]
     cuda_graph: bool,
-    /// Threads [default: one per core].
+    /// Threads of ONNX Runtime's pool [default: one per core].
     #[arg(short, long, value_name = "N")]
     pub threads: Option<usize>,
     #[command(flatten)]
@@ -36,13 +36,14 @@ impl SessionArgs {
     }
 }
 
-/// Where the libraries are.
+/// Paths of the libraries.
 #[derive(Args, Clone, Debug)]
 pub struct LibraryArgs {
-    /// The plugin libretro_attention.so [default: $RETRO_ATTENTION_PLUGIN, else beside this program].
+    /// Path of the plugin libretro_attention.so [default: $RETRO_ATTENTION_PLUGIN, else beside this program].
     #[arg(long, value_name = "PATH")]
     plugin: Option<PathBuf>,
-    /// ONNX Runtime's library [default: $ORT_DYLIB_PATH, else beside this program, .cache/onnxruntime of its tree, the system's].
+    /// Path of libonnxruntime.so [default: $ORT_DYLIB_PATH, else beside this program, in .cache/onnxruntime of a folder
+    /// above it, or the system's].
     #[arg(long, value_name = "PATH")]
     ort: Option<PathBuf>,
 }

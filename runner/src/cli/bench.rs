@@ -1,4 +1,4 @@
-//! `retro-run bench`: prompt and generation speed of whole models at several depths of context, side by side in one run.
+//! `retro-run bench`: prompt and generation speed of models at several context depths, side by side in one run.
 
 use std::{path::PathBuf, str::FromStr, time::Instant};
 
@@ -22,31 +22,31 @@ use crate::{
 
 #[derive(Args)]
 pub struct BenchArgs {
-    /// A model, converted or not: DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]; may be given several times.
+    /// Model, converted or not: DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]; may be given several times.
     #[arg(short, long = "model", value_name = "DIR", required = true)]
     models: Vec<BenchModel>,
-    /// Which graph of a folder that holds several, for models without graph=NAME: its file's name or its variant.
+    /// Graph to use from folders with several, for models without graph=NAME: its file name or variant.
     #[arg(long, value_name = "NAME")]
     graph: Option<String>,
-    /// Tokens of a prompt; 0: no such test.
+    /// Prompt lengths to time (pp tests); 0: none.
     #[arg(short = 'p', long, value_delimiter = ',', default_value = "512", value_name = "LIST")]
     n_prompt: Vec<usize>,
-    /// Tokens to generate; 0: no such test.
+    /// Numbers of tokens to generate (tg tests); 0: none.
     #[arg(short, long, value_delimiter = ',', default_value = "32", value_name = "LIST")]
     n_gen: Vec<usize>,
-    /// Tokens in the cache before a test begins.
+    /// Context depths: tokens in the cache before a test.
     #[arg(short = 'd', long, value_delimiter = ',', default_value = "0", value_name = "LIST")]
     depth: Vec<usize>,
-    /// Feed a prompt of random tokens to reach the depth, instead of filling the caches with random keys and values.
+    /// Prefill random tokens to reach the depth, instead of filling the caches with synthetic keys and values.
     #[arg(long)]
     prefill_depth: bool,
-    /// Prompt tokens fed at a time.
+    /// Prompt tokens per prefill chunk.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     chunk: usize,
-    /// Repetitions of every test, one of each model in turn.
+    /// Repetitions of every test, models interleaved.
     #[arg(short, long, default_value_t = 5, value_name = "N")]
     repetitions: usize,
-    /// How the table is printed.
+    /// Output format.
     #[arg(short, long, default_value = "md", value_name = "FORMAT")]
     output: Format,
     #[command(flatten)]
@@ -123,13 +123,13 @@ impl Test {
     }
 }
 
-/// Tokens decoded off the clock beyond those that fill the window.
+/// Untimed decoding steps once the window is full.
 const WARM_UP: usize = 2;
 
-/// Runs the verb.
+/// Runs the command.
 ///
 /// # Errors
-/// Whatever keeps a model from being measured, in one line.
+/// When an option or a model cannot be used, or ONNX Runtime fails.
 pub fn bench(args: &BenchArgs, signals: &Signals) -> Result<()> {
     ensure!(args.repetitions >= 1, "-r 0: ask for at least one repetition");
     ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
@@ -156,7 +156,7 @@ pub fn bench(args: &BenchArgs, signals: &Signals) -> Result<()> {
     contenders.interrupt = signals.listen();
     let mut table = Table::new(&COLUMNS);
     let measured = contenders.measure_all(args, &tests, &mut table);
-    // The rows measured so far are worth something if the work was interrupted, not if it failed.
+    // Rows measured before an interruption are printed; after a failure they are not.
     if !measured.as_ref().is_err_and(|e| !e.is::<Interrupted>()) {
         print(&table.print(args.output, &facts(args, &runtime))?)?;
     }
@@ -190,10 +190,10 @@ const fn column(key: &'static str, heading: &'static str) -> Column {
     Column { key, heading }
 }
 
-/// The models, each opened once however often it is named.
+/// The models, each opened once however often it is given.
 struct Contenders {
     opened: Vec<Opened>,
-    /// Name, which of the opened ones, and how it is run.
+    /// Name, index among the opened models, policy.
     list: Vec<(String, usize, Policy)>,
     /// Ends the work between two steps.
     interrupt: Interrupt,
@@ -352,7 +352,7 @@ impl Contenders {
     }
 }
 
-/// Brings a state to `depth` tokens. A fresh one is filled; a used one need only be rewound.
+/// Brings a state to `depth` tokens: a fresh one is filled, a used one rewound.
 fn set(
     args: &BenchArgs,
     model: &mut Model,
@@ -376,7 +376,7 @@ fn set(
     feed(model, state, 0, depth, args.chunk, interrupt)
 }
 
-/// Tokens that any vocabulary has: which they are does not change what a step costs.
+/// Token ids below 64, which every vocabulary has.
 fn tokens(count: usize) -> Vec<u32> {
     let next = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
     (0..count).map(|i| next(i) as u32).collect()

@@ -1,4 +1,4 @@
-//! `retro-run bench-op`: the operator alone against ONNX Runtime's GroupQueryAttention, as a table.
+//! `retro-run bench-op`: the operator alone against ONNX Runtime's GroupQueryAttention.
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -27,7 +27,7 @@ use crate::{
 
 #[derive(Args)]
 pub struct BenchOpArgs {
-    /// Tokens in the cache.
+    /// Context lengths: tokens in the cache.
     #[arg(
         short,
         long,
@@ -36,19 +36,19 @@ pub struct BenchOpArgs {
         value_name = "LIST"
     )]
     context: Vec<usize>,
-    /// Shares of the context (0.15) or tokens (2048); 1.0 is everything.
+    /// Budgets: what a step reads of the cache, as shares (0.15) or in tokens (2048); 1.0 is everything.
     #[arg(short, long, value_delimiter = ',', default_value = "0.15", value_name = "LIST")]
     budget: Vec<Budget>,
-    /// Tokens that a step feeds.
+    /// Windows: tokens fed per step.
     #[arg(short, long, value_delimiter = ',', default_value = "1,2,8", value_name = "LIST")]
     window: Vec<usize>,
-    /// retro, dense, streaming.
+    /// Modes: retro, dense, streaming.
     #[arg(long, value_delimiter = ',', default_value = "retro", value_name = "LIST")]
     mode: Vec<Mode>,
-    /// Page selections, each a selector and a group score: bounds, moments or signed_moments, + max or softmax.
+    /// Page selections as SELECTOR+GROUP_SCORE: bounds, moments or signed_moments, with max or softmax.
     #[arg(long, value_delimiter = ',', default_value = "bounds+max", value_name = "LIST")]
     select: Vec<PageSelection>,
-    /// Element types of caches and rows: f32, f16.
+    /// Data types: f32, f16.
     #[arg(long, value_delimiter = ',', default_value = "f32", value_name = "LIST")]
     dtype: Vec<Dtype>,
     /// Threads of ONNX Runtime's pool [default: one per core].
@@ -57,31 +57,31 @@ pub struct BenchOpArgs {
     /// Query heads.
     #[arg(long, default_value_t = 32, value_name = "N")]
     heads: usize,
-    /// Key/value heads; they divide the query heads.
+    /// KV heads; must divide the query heads.
     #[arg(long, default_value_t = 8, value_name = "N")]
     kv_heads: usize,
     #[arg(long, default_value_t = 128, value_name = "N")]
     head_size: usize,
     #[arg(long, default_value_t = limits::PAGE_SIZE, value_name = "TOKENS")]
     page_size: usize,
-    /// Nodes in a session, each with caches of its own; 0: as many as make 128 MiB of caches, at most 16.
+    /// Nodes per session, each with its own caches; 0: enough for 128 MiB of caches, at most 16.
     #[arg(long, default_value_t = 0, value_name = "N")]
     nodes: usize,
-    /// How far queries turn from token to token: 0 not at all, 1 into another random one. It decides how many of a step's
-    /// pages are new to the tokens fed again (column exposure).
+    /// Change of the query from token to token: 0 none, 1 another random query. It sets how many of a step's pages are
+    /// new to the retrospective tokens (column exposure).
     #[arg(long, default_value_t = 0.15, value_name = "X")]
     drift: f32,
-    /// Measured steps; two more and those that fill the window come before them, off the clock.
+    /// Timed steps. Two more, and those that fill the window, run before them untimed.
     #[arg(short, long, default_value_t = 10, value_name = "N")]
     repetitions: usize,
-    /// How the table is printed.
+    /// Output format.
     #[arg(short, long, default_value = "md", value_name = "FORMAT")]
     output: Format,
     #[command(flatten)]
     libraries: LibraryArgs,
 }
 
-/// Bytes of caches that the nodes of a session have together, unless told otherwise.
+/// Default size of the caches of all nodes of a session, in bytes.
 const CACHES: usize = 128 << 20;
 const WARM_UP: usize = 2;
 
@@ -93,7 +93,7 @@ impl BenchOpArgs {
             for &budget in &self.budget {
                 for &selection in &self.select {
                     for &window in &self.window {
-                        // What a mode does not look at is as its first value.
+                        // Settings that a mode ignores get one value, so that the same operator is timed once.
                         let budget = if mode == Mode::Dense {
                             Budget::Ratio(1.0)
                         } else {
@@ -179,10 +179,10 @@ const fn column(key: &'static str, heading: &'static str) -> Column {
     Column { key, heading }
 }
 
-/// Runs the verb.
+/// Runs the command.
 ///
 /// # Errors
-/// Whatever keeps an operator from being measured, in one line.
+/// When an option cannot be used, ONNX Runtime fails, or an operator's output is wrong.
 pub fn bench_op(args: &BenchOpArgs, signals: &Signals) -> Result<()> {
     args.check()?;
     let (runtime, open) = args.libraries.load(Device::default())?;
@@ -212,7 +212,7 @@ pub fn bench_op(args: &BenchOpArgs, signals: &Signals) -> Result<()> {
         Ok(())
     };
     let measured = measure_all();
-    // The rows measured so far are worth something if the work was interrupted, not if it failed.
+    // Rows measured before an interruption are printed; after a failure they are not.
     if measured.as_ref().is_err_and(|e| !e.is::<Interrupted>()) {
         return measured;
     }
@@ -233,7 +233,7 @@ pub fn bench_op(args: &BenchOpArgs, signals: &Signals) -> Result<()> {
     measured
 }
 
-/// What rows are measured for.
+/// What a group of rows has in common.
 #[derive(Clone, Copy)]
 struct Case {
     dtype: Dtype,
@@ -241,7 +241,7 @@ struct Case {
     threads: usize,
 }
 
-/// Rows of one case; returns the machine's read bandwidth in bytes a second.
+/// Measures the rows of one case; returns the machine's read bandwidth in bytes per second.
 fn measure(
     args: &BenchOpArgs,
     runtime: &Runtime,
@@ -292,7 +292,7 @@ fn measure(
         if step >= before {
             bandwidth = bandwidth.max(memory.pass());
         }
-        // Interleaved, so that all meet the same moods of the machine.
+        // Interleaved, so that a slow moment of the machine meets all of them.
         for (node, samples) in measured.iter_mut().zip(&mut samples) {
             memory.flush();
             let seconds = node.step(&rows, context + step)?;
@@ -310,7 +310,7 @@ fn measure(
     for (node, samples) in measured.iter().zip(&samples) {
         let ratios = Samples(gqa.0.iter().zip(&samples.0).map(|(g, s)| g / s).collect());
         let bytes = node.operator.bytes(&shape, len, node.pages());
-        // The best against the best pass over memory: what a busy moment took from either is not the operator's.
+        // Best step against best pass over memory: other load on the machine shall not count.
         let rate = bytes / samples.best();
         let (budget, select) = match node.operator {
             Operator::Gqa => (String::new(), String::new()),
@@ -353,8 +353,8 @@ fn measure(
     Ok(bandwidth)
 }
 
-/// Figures of an operator that computes something else are worth nothing: where the newest token attends to everything, it
-/// must get what GroupQueryAttention gives it.
+/// Fails if an operator computes something else: where the newest token attends to every page, its output must be that
+/// of GroupQueryAttention.
 fn check_dense(measured: &[Node], len: usize, dtype: Dtype) -> Result<()> {
     let tolerance = if dtype == Dtype::F32 { 1e-4 } else { 1e-2 };
     let Some((gqa, others)) = measured.split_first() else {

@@ -1,4 +1,4 @@
-//! `retro-run eval`: policies compared over documents with known answers, or by how far they are from dense attention.
+//! `retro-run eval`: compares attention policies by answers on documents, or by KL divergence from dense attention.
 
 use std::{
     fs,
@@ -37,14 +37,14 @@ use crate::{
 
 #[derive(Args)]
 pub struct EvalArgs {
-    /// The model, as its exporter made it: a folder, an ONNX file, or a folder of Llama weights. It is converted as the
-    /// policies need, in a temporary folder.
+    /// Unconverted model: a folder, an ONNX file, or a folder of Llama weights. It is converted for each policy, in a
+    /// temporary folder.
     #[arg(value_name = "MODEL", required_unless_present = "runs")]
     model: Option<PathBuf>,
-    /// Which graph of the model's folder, where it holds several: its file's name or its variant.
+    /// Graph to use from a folder with several: its file name or variant.
     #[arg(long, value_name = "NAME", requires = "model")]
     graph: Option<String>,
-    /// Documents to generate over: JSON lines with prompt, answers and reference.
+    /// Documents with known answers to generate on: JSON lines with prompt, answers and reference.
     #[arg(
         long,
         value_name = "FILE",
@@ -52,21 +52,22 @@ pub struct EvalArgs {
         conflicts_with = "perplexity"
     )]
     data: Option<PathBuf>,
-    /// Compare next-token distributions over these texts instead; may be given several times.
+    /// Compare next-token distributions on these texts instead: perplexity, and KL divergence from dense attention.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     perplexity: Vec<PathBuf>,
-    /// How many documents [default: all].
+    /// Number of documents [default: all].
     #[arg(long, value_name = "N")]
     docs: Option<usize>,
-    /// A policy: dense, streaming (StreamingLLM), quest, retro (the paper's selection) or recommended (retro-export's
-    /// defaults), with options: retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,page-size=16,sink-pages=1,
-    /// dense-layers=0+1. May be given several times [default: all five].
+    /// Policy: dense, streaming (StreamingLLM), quest, retro (the paper's selection) or recommended (retro-export's
+    /// defaults). Options follow:
+    /// retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,page-size=16,
+    /// sink-pages=1,dense-layers=0+1. May be given several times [default: all five].
     #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
     policies: Vec<PolicySpec>,
     /// Windows of the policies retro and recommended.
     #[arg(short, long = "windows", value_delimiter = ',', default_values_t = [2, 4, 8], value_name = "W,W")]
     windows: Vec<usize>,
-    /// What a step reads: shares of the context like 0.15, or numbers of tokens like 2048.
+    /// Budgets: what a decoding step reads of the cache, as shares (0.15) or in tokens (2048).
     #[arg(
         short,
         long = "budgets",
@@ -76,32 +77,33 @@ pub struct EvalArgs {
         value_name = "B,B"
     )]
     budgets: Vec<Budget>,
-    /// A model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,graph=NAME]; may be given several times.
+    /// Also compare a model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,graph=NAME]; may be given
+    /// several times.
     #[arg(long = "run", value_name = "NAME=DIR")]
     runs: Vec<ModelSpec>,
-    /// Documents (or texts) decoded at a time.
+    /// Batch size: documents (or texts) decoded together.
     #[arg(long, default_value_t = 8, value_name = "N")]
     batch: usize,
-    /// How outputs are judged.
+    /// How answers are scored.
     #[arg(long, default_value = "ledger", value_name = "NAME")]
     score: Scorer,
-    /// Tokens to generate at most a document [default: a little more than the references have, else until the context is
-    /// full]; with --perplexity, tokens to predict at most a text [default: 1024].
+    /// Maximum tokens to generate per document [default: a few more than the longest reference, else until the context
+    /// is full]; with --perplexity, maximum tokens to predict per text [default: 1024].
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
-    /// With --perplexity: tokens of a text that are read densely before.
+    /// With --perplexity: tokens of each text that are prefilled with dense attention.
     #[arg(long, default_value_t = 1024, value_name = "TOKENS")]
     prompt_tokens: usize,
-    /// Prompt tokens fed at a time.
+    /// Prompt tokens per prefill chunk.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     chunk: usize,
-    /// Keep results in this file as they come, and go on from those that it holds.
+    /// Append results to this file, and skip those that it already has.
     #[arg(long, value_name = "FILE")]
     resume: Option<PathBuf>,
-    /// Write a page with the table and figures, which stands alone.
+    /// Write a self-contained HTML report with table and figures.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the figures into this folder as SVG files.
+    /// Write the figures to this folder as SVG files.
     #[arg(long, value_name = "DIR")]
     figures: Option<PathBuf>,
     /// Print one JSON object instead of the table.
@@ -111,7 +113,7 @@ pub struct EvalArgs {
     session: SessionArgs,
 }
 
-/// The row of a model that is compared as it is.
+/// The row of a model given by `--run`.
 fn row(run: &ModelSpec) -> Result<PolicyRow> {
     Ok(PolicyRow {
         kind: PolicyKind::Folder,
@@ -122,10 +124,10 @@ fn row(run: &ModelSpec) -> Result<PolicyRow> {
     })
 }
 
-/// Runs the verb.
+/// Runs the command.
 ///
 /// # Errors
-/// Whatever keeps a policy from being measured, in one line.
+/// When an option, a model or a policy cannot be used, ONNX Runtime fails, or a report cannot be written.
 pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
     ensure!(args.docs != Some(0), "--docs 0: ask for at least one document");
     ensure!(args.batch >= 1, "--batch 0: decode at least one document at a time");
@@ -151,14 +153,14 @@ struct Comparison {
     open: OpenOptions,
     converted: ConvertedModelCache,
     rows: Vec<PolicyRow>,
-    /// Name and key of the model for the file of results.
+    /// Identifies the model in the file of results.
     model: String,
     interrupt: Interrupt,
 }
 
 impl Comparison {
     fn new(args: &EvalArgs, interrupt: Interrupt) -> Result<Self> {
-        // Whatever is wrong with a model or a policy is said before ONNX Runtime is looked for.
+        // Models and policies are checked before ONNX Runtime is loaded.
         let named = args
             .model
             .as_deref()
@@ -200,7 +202,7 @@ impl Comparison {
         } else {
             named
         };
-        // A folder's graphs are models of their own.
+        // Each graph of a folder is a model of its own.
         let graph = match (&args.graph, named.is_file()) {
             (Some(graph), _) => format!(" {graph}"),
             (None, true) => format!(" {}", named.file_name().unwrap_or_default().display()),
@@ -232,7 +234,7 @@ fn journal<T: Clone + Serialize + serde::de::DeserializeOwned>(args: &EvalArgs, 
     }
 }
 
-/// A number that changes with any of the parts, whatever the compiler and the machine.
+/// A hash of the parts that does not depend on the compiler.
 fn fingerprint(parts: &[&dyn AsRef<[u8]>]) -> u64 {
     let mut hasher = Xxh3::new();
     for part in parts {
@@ -247,7 +249,7 @@ fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<
     let documents = read_documents(data, args.docs.unwrap_or(usize::MAX))?;
     let mut comparison = Comparison::new(args, interrupt)?;
     let text = fs::read(data).with_context(|| format!("cannot read {}", data.display()))?;
-    // Documents that are not asked for change the length that outputs may have.
+    // The whole file: documents beyond --docs still decide the longest reference.
     let print = fingerprint(&[&text]);
     let what = format!("{} documents {print:016x}, -n {:?}", documents.len(), args.n_predict);
     let mut results = journal(args, &comparison.header(what))?;
@@ -271,8 +273,8 @@ fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<
     }
     let facts = [
         format!("model {}, {} documents of {}", named(args), documents.len(), data.display()),
-        "Standard errors are over documents. Right answers by quarter of the output; the first wrong answer after so many percent of \
-         them; what a step of one sequence reads of keys, values and page summaries in all layers."
+        "Standard errors are over documents. First wrong: answers before the first wrong one. Read a step: keys, values and page \
+         summaries of one sequence in all layers."
             .to_owned(),
     ];
     if let Some(interrupted) = interrupted {
@@ -310,7 +312,7 @@ fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
     let bar = Items::new("eval", comparison.rows.len() * texts.len(), "texts");
     ensure!(
         args.model.is_some(),
-        "--perplexity compares with dense attention: name the MODEL as its exporter made it"
+        "--perplexity compares with dense attention: give the unconverted MODEL"
     );
     let job = perplexity::FidelityJob {
         runtime: &comparison.runtime,
@@ -373,7 +375,7 @@ fn named(args: &EvalArgs) -> String {
         .map_or_else(|| "as named".to_owned(), |m| m.display().to_string())
 }
 
-/// Whether work was interrupted; any other error stays one.
+/// Tells an interruption from other errors.
 fn interruption(result: Result<()>) -> Result<Option<Interrupted>> {
     match result {
         Ok(()) => Ok(None),
@@ -381,8 +383,8 @@ fn interruption(result: Result<()>) -> Result<Option<Interrupted>> {
     }
 }
 
-/// Prints the rows that were complete when the work was interrupted, and says where the other results are. Reports are left
-/// for a whole run.
+/// Prints the rows that were complete when the run was interrupted, and says how to resume it. Reports are written for
+/// a complete run alone.
 fn finished_rows<T: Serialize>(
     args: &EvalArgs,
     interrupted: Interrupted,
@@ -396,10 +398,10 @@ fn finished_rows<T: Serialize>(
     }
     let kept = match &args.resume {
         Some(path) => format!(
-            "{} keeps what was measured; the same command goes on from there",
+            "{} has the results so far; the same command resumes the run",
             path.display()
         ),
-        None => "give --resume FILE to go on from what was measured".to_owned(),
+        None => "give --resume FILE to make runs resumable".to_owned(),
     };
     note(&format!("{} of {total} rows are complete; {kept}", rows.len()));
     Ok(interrupted)
@@ -413,7 +415,7 @@ fn print_rows(args: &EvalArgs, facts: &[String], table: &[Vec<String>], rows: &i
     }
 }
 
-/// Prints and writes what was found.
+/// Prints the table and writes the reports.
 fn finish(
     args: &EvalArgs,
     title: &str,

@@ -1,4 +1,4 @@
-//! The program: verbs, their options, and what the shell gets to see.
+//! The command line: subcommands, their options, exit codes.
 
 mod args;
 mod bench;
@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{Interrupted, interrupt::Signals, progress::note, runtime::one_line};
 
-/// Generates text with ONNX language models, with retrospective sparse attention where they were converted for it.
+/// Generates text with ONNX language models. Models converted by retro-export decode with sparse attention.
 #[derive(Parser)]
 #[command(name = "retro-run", version, about)]
 struct Cli {
@@ -26,16 +26,16 @@ struct Cli {
 enum Command {
     /// Generate text from a prompt.
     Run(Box<run::RunArgs>),
-    /// Generate over documents with known answers under several policies, and compare.
+    /// Compare attention policies: answers on documents, or perplexity and KL divergence on texts.
     Eval(Box<eval::EvalArgs>),
-    /// Measure models, converted or not, side by side.
+    /// Benchmark models side by side: prompt and generation speed.
     Bench(Box<bench::BenchArgs>),
-    /// Measure the operator alone against ONNX Runtime's GroupQueryAttention.
+    /// Benchmark the operator alone against ONNX Runtime's GroupQueryAttention.
     BenchOp(Box<bench_op::BenchOpArgs>),
 }
 
-/// Runs the command line and says how it went: one line on stderr for an error, nothing for a closed pipe. The exit code is 130
-/// or 143 where SIGINT or SIGTERM ended the work.
+/// Runs the command line. An error is one line on stderr and exit code 1; a closed pipe is no error. After SIGINT the
+/// exit code is 130, after SIGTERM 143.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = Signals::install()
@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
                 note(&interrupted.to_string());
                 ExitCode::from(interrupted.exit_code())
             }
-            // Whoever read our text has had enough of it.
+            // The reader of our output closed it: `| head`, say.
             None if is_broken_pipe(&e) => ExitCode::SUCCESS,
             None => {
                 note(&format!("error: {}", one_line(&format!("{e:#}"))));

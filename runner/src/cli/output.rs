@@ -9,24 +9,24 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// Writes a verb's result to stdout.
+/// Writes the result of a command to stdout.
 pub fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     written.context(STDOUT)
 }
 
-/// What failed when stdout did.
+/// The context of an error of stdout.
 pub const STDOUT: &str = "cannot write to stdout";
 
-/// Writes beside and renames, so that a failure leaves what was there.
+/// Writes a file to a temporary one and renames it, so that a failure leaves the old file.
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = path
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
     let write = || -> Result<()> {
-        // As readable as any file that the user makes: temporary files are the owner's alone otherwise.
+        // The user's umask decides: temporary files would be readable by their owner alone.
         let open_to_all = fs::Permissions::from_mode(0o666);
         let mut file = tempfile::Builder::new().permissions(open_to_all).tempfile_in(folder)?;
         file.write_all(text.as_bytes())?;

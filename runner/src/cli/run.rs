@@ -1,4 +1,4 @@
-//! `retro-run run`: text from a prompt, streamed.
+//! `retro-run run`: generates text from a prompt.
 
 use std::{
     fs,
@@ -28,62 +28,63 @@ use crate::{
 
 #[derive(Args)]
 pub struct RunArgs {
-    /// Model folder (model.onnx, genai_config.json or config.json, tokenizer.json), an ONNX file, or a folder of Llama weights.
+    /// Model folder (model.onnx, genai_config.json or config.json, tokenizer.json), ONNX file, or folder of Llama
+    /// weights.
     #[arg(value_name = "DIR", required_unless_present = "model", conflicts_with = "model")]
     folder: Option<PathBuf>,
-    /// The same as DIR.
+    /// Same as DIR.
     #[arg(short, long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Which graph of a folder that holds several: its file's name (model_q4f16.onnx) or its variant (q4f16).
+    /// Graph to use from a folder with several: its file name (model_q4f16.onnx) or variant (q4f16).
     #[arg(long, value_name = "NAME")]
     graph: Option<String>,
     #[command(flatten)]
     prompt: PromptArgs,
-    /// Tokens to generate at most [default: until the model ends the text or the context is full].
+    /// Maximum number of tokens to generate [default: until end of text or the context is full].
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
-    /// Tokens that prompt and output may have together [default: as many as needed, at most the model's context].
+    /// Context size: maximum tokens of prompt and output [default: as needed, up to the model's context].
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
-    /// End the text where this string appears; may be given several times.
+    /// Stop string; may be given several times.
     #[arg(long, value_name = "STR")]
     stop: Vec<String>,
-    /// Go on when the model ends the text.
+    /// Continue past the end-of-text token.
     #[arg(long)]
     ignore_eos: bool,
-    /// Tokens fed a step, 1 (Quest) to the window the model was converted with [default: that one].
+    /// Window: tokens fed per decoding step, from 1 (Quest, no correction) to the converted model's [default: that].
     #[arg(short, long, value_name = "W")]
     window: Option<usize>,
-    /// What a step reads: a share of the context like 0.15 or a number of tokens like 2048 [default: as converted].
+    /// Budget: what a decoding step reads of the cache, as a share (0.15) or in tokens (2048) [default: as converted].
     #[arg(short, long, value_name = "B")]
     budget: Option<Budget>,
-    /// Prompt tokens fed at a time.
+    /// Prompt tokens per prefill chunk.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     chunk: usize,
-    /// Print the text at the end, not as it comes.
+    /// Print the text at the end instead of streaming it.
     #[arg(long)]
     no_stream: bool,
-    /// Print one JSON object with text, tokens and figures.
+    /// Print one JSON object: text, tokens, statistics.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     session: SessionArgs,
-    // Last: its heading holds for whatever follows.
+    // Last: its help heading holds for all options after it.
     #[command(flatten)]
     sampling: SamplingArgs,
 }
 
-/// The prompt, in one of three ways.
+/// The prompt: one of three options.
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct PromptArgs {
-    /// The prompt.
+    /// Prompt text.
     #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// File with the prompt.
+    /// Read the prompt from a file.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Prompt of a document: FILE.jsonl:N, counted from 0.
+    /// Use the prompt of document N (from 0) of a JSON-lines file: FILE.jsonl:N.
     #[arg(long, value_name = "FILE:N")]
     document: Option<String>,
 }
@@ -91,22 +92,22 @@ struct PromptArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Sampling")]
 struct SamplingArgs {
-    /// Seed of the random numbers.
+    /// Random seed.
     #[arg(short, long, default_value_t = 0, value_name = "N")]
     seed: u64,
-    /// Temperature; 0 always takes the best token.
+    /// Temperature; 0 is greedy decoding.
     #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
     temp: f32,
-    /// Choose among the best K tokens; 0: all.
+    /// Top-k sampling: keep the K most likely tokens; 0 keeps all.
     #[arg(long, default_value_t = 0, value_name = "K")]
     top_k: usize,
-    /// Choose among the best tokens that have this share of the probability.
+    /// Top-p sampling: keep the most likely tokens up to this cumulative probability.
     #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
     top_p: f32,
-    /// Choose among tokens with at least this share of the best one's probability.
+    /// Min-p sampling: keep tokens with at least this share of the top token's probability.
     #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
     min_p: f32,
-    /// Divide the scores of the last 64 tokens by this.
+    /// Repetition penalty over the last 64 tokens; 1 is off.
     #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
     repeat_penalty: f32,
 }
@@ -149,10 +150,10 @@ impl PromptArgs {
     }
 }
 
-/// Runs the verb.
+/// Runs the command.
 ///
 /// # Errors
-/// Whatever keeps text from being made, in one line.
+/// When an option, the model or the prompt cannot be used, or ONNX Runtime fails.
 pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let sampling = args.sampling.options()?;
     ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
@@ -190,7 +191,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
 
     let stream = !args.no_stream && !args.json;
     let mut stdout = io::stdout().lock();
-    // Where the text itself shows that something happens, a bar would only tear it.
+    // A bar would tear text that is streamed to the same terminal.
     let text_shows = stream && io::stdout().is_terminal();
     let reading = progress::bar(tokens.len(), "prompt", true);
     let writing = progress::bar(options.plan.max_new, "text", !text_shows);
@@ -221,7 +222,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
         });
         format!("{object}\n")
     } else {
-        // The text as it is, and a line end for whoever looks at it.
+        // The text unchanged, and a line end for the terminal.
         let text = if stream { "" } else { output.text.as_str() };
         format!("{text}\n")
     };

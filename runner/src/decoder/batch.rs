@@ -1,4 +1,4 @@
-//! Greedy decoding of several documents at once: the matrix products see a batch, the attention each its own sequence.
+//! Greedy decoding of several documents as a batch.
 
 use std::{
     sync::Arc,
@@ -18,32 +18,32 @@ use crate::decoder::{
     step::DecoderState,
 };
 
-/// Documents whose prompts have been read, to be decoded once or several times under different policies.
+/// Prefilled documents, to be decoded under one or several policies.
 pub struct Prefilled {
     prompts: Vec<Vec<u32>>,
     state: DecoderState,
-    /// The state right after the prompts; `None` when it is too simple to be needed (growing caches).
+    /// The state after the prefill; `None` for growing caches, which are decoded once.
     snapshot: Option<Snapshot>,
-    /// Scores of each sequence's first token.
+    /// Logits of each sequence's first token.
     first: Logits,
     time: Duration,
 }
 
-/// Takes a row of the batch, a position in its text, and the scores of the token there.
+/// Called with a row of the batch, a position in its text, and the logits of the token there.
 pub type Observer<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
-/// What came of decoding a batch.
+/// The result of decoding a batch.
 pub struct Decoded {
     /// Token ids generated for each prompt, without the end-of-text token.
     pub outputs: Vec<Vec<u32>>,
-    /// What each sequence read.
+    /// Page reads of each sequence.
     pub readings: Vec<PageReads>,
-    /// Figures of the batch as a whole.
+    /// Statistics of the whole batch.
     pub stats: Stats,
 }
 
 impl Prefilled {
-    /// Reads the prompts one at a time (they differ in length) and lays their states side by side.
+    /// Prefills the prompts one at a time (they differ in length) and copies their states into a batch.
     ///
     /// # Errors
     /// When a prompt does not fit `capacity`, or the model or `progress` fails.
@@ -90,7 +90,7 @@ impl Prefilled {
         self.snapshot.is_some()
     }
 
-    /// Decodes every document greedily until `eos` or `max_new` tokens; gives the outputs without the end token.
+    /// Decodes every document greedily up to an end-of-text token or `max_new` tokens.
     ///
     /// # Errors
     /// When the model or `progress` fails.
@@ -163,8 +163,9 @@ impl Prefilled {
         })
     }
 
-    /// Feeds given tokens, `texts` after each prompt, and hands every distribution over to `observe`: row, position in the
-    /// text, and the scores of the token at that position. The first one comes from the prompt alone.
+    /// Teacher forcing: feeds the tokens of `texts` after each prompt and calls `observe` with row, position in the
+    /// text, and the logits of the token at that position. The first logits come from the prefill. Returns page reads
+    /// and decoding time.
     ///
     /// # Errors
     /// When the model or `observe` fails.

@@ -1,8 +1,9 @@
-//! Steps fed from buffers at fixed addresses, so that little crosses to a GPU and a step can be captured as a CUDA graph.
+//! Steps fed from buffers at fixed addresses, so that little crosses to a GPU and a step can be captured as a CUDA
+//! graph.
 //!
-//! B sequences, S tokens fed, C capacity. In: token ids and, where the graph takes them, positions and budgets. The mask is
-//! ones that lie on the device already. Out: the scores of the newest tokens. Tests run the same on the CPU, where nothing is
-//! captured.
+//! B sequences, S tokens fed, C capacity. In: token ids and, where the graph takes them, positions and budgets. The
+//! mask is ones that lie on the device already. Out: the scores of the newest tokens. Tests run the same on the CPU,
+//! where nothing is captured.
 
 use std::sync::Arc;
 
@@ -42,16 +43,16 @@ pub(crate) struct SessionParts<'a> {
 pub(crate) struct DeviceRunner {
     batch: usize,
     capacity: usize,
-    /// For sequences of one length: ones `[C]`, of which a step is shown as many as tokens are valid.
+    /// For batch 1: ones `[C]`, the first of which are a step's mask.
     ones: Option<DeviceBuffer>,
     readback: LogitsReadback,
     captured: Option<CapturedStep>,
 }
 
-/// A step of one shape, and the buffers whose addresses its CUDA graph knows.
+/// A step of one shape, and the buffers at the addresses in its CUDA graph.
 struct CapturedStep {
     id: usize,
-    /// Tokens fed and how many of them are retrospective: another step needs another graph.
+    /// Tokens fed, and how many of them are retrospective. Another number needs another graph.
     fed: usize,
     retro_length: i32,
     /// Holds ids, mask, positions and budgets.
@@ -61,10 +62,10 @@ struct CapturedStep {
     mask: Option<(DeviceTensor, Vec<usize>)>,
     positions: Option<DeviceTensor>,
     budgets: Option<DeviceTensor>,
-    /// Rows are known after a run that was not captured.
+    /// `None` before a run that was not captured: its output tells the shape.
     logits: Option<(DeviceTensor, LogitsShape)>,
     retro_length_tensor: DeviceTensor,
-    /// The graph exists.
+    /// The graph is captured.
     ready: bool,
 }
 
@@ -90,7 +91,7 @@ impl DeviceRunner {
         })
     }
 
-    /// Runs a step or a chunk of a prompt. `last_graph` numbers the graphs of a model; without it none are captured.
+    /// Runs a step or a chunk of a prompt. `last_graph`: number of the model's last graph; `None` to capture none.
     pub(crate) fn run(
         &mut self,
         parts: &mut SessionParts<'_>,
@@ -107,7 +108,7 @@ impl DeviceRunner {
         Ok(logits)
     }
 
-    /// Replays the CUDA graph of such steps; captures it first where there is none.
+    /// Replays the CUDA graph of the step; captures it first if there is none.
     fn run_captured(
         &mut self,
         parts: &mut SessionParts<'_>,
@@ -121,7 +122,7 @@ impl DeviceRunner {
             *last_graph += 1;
             self.captured = Some(CapturedStep::new(parts, self.batch, self.capacity, feed, *last_graph)?);
         }
-        // The shape of the logits is the graph's to say: the first capturable step is an ordinary one.
+        // Only a run tells the shape of the logits: the first capturable step is not captured.
         if self.captured.as_ref().is_some_and(|c| c.logits.is_none()) {
             let (logits, shape) = self.run_plain(parts, feed, Some(NO_GRAPH))?;
             if let Some(captured) = &mut self.captured {
@@ -131,11 +132,11 @@ impl DeviceRunner {
         }
         let captured = self.captured.as_mut().context("set above")?;
         if !captured.ready {
-            // To capture a graph ONNX Runtime runs it once as it is and once more as what was captured. The second time the
-            // oldest token's place in the output cache is the newest one's already: go back, and do the step itself after.
+            // To capture a graph ONNX Runtime runs the step twice. The second run would read an output cache in which
+            // the newest token has replaced the oldest one: restore the state, and run the step itself after.
             let saved = buffers.iter().filter(|b| b.is_replaced_by_steps());
             let saved = saved.map(StateBuffer::to_vec).collect::<Result<Vec<_>>>()?;
-            // Where nothing is captured (in tests on the CPU) a second run makes up for it.
+            // On the CPU (in tests) nothing is captured: run twice, as a capture does.
             for _ in 0..if parts.gpu.is_some() { 1 } else { 2 } {
                 captured.run(parts, feed, &mut self.readback)?;
             }
@@ -146,7 +147,7 @@ impl DeviceRunner {
         captured.run(parts, feed, &mut self.readback)
     }
 
-    /// Runs without capturing. On a GPU the logits stay there but for the newest tokens'.
+    /// Runs without capturing. On a GPU only the newest tokens' logits are copied back.
     fn run_plain(
         &mut self,
         parts: &mut SessionParts<'_>,
@@ -171,7 +172,7 @@ impl DeviceRunner {
         if let Some((name, tensor)) = &mask {
             bind_input(binding, name, tensor)?;
         }
-        // Bound anew each time: its shape changes with S, and a binding remembers the last output.
+        // Bound in every step: its shape changes with S, and a binding keeps the last output.
         binding
             .bind_output_to_device(&io.logits, &device.memory()?)
             .map_err(ort_error)?;
@@ -197,7 +198,7 @@ fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
     Ok(options)
 }
 
-/// Bytes of a tensor.
+/// Size of a tensor in bytes.
 fn size(element: TensorElementType, shape: &[usize]) -> Result<usize> {
     let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
     let bytes = elements.and_then(|n| element.byte_size(n));
@@ -255,7 +256,7 @@ impl CapturedStep {
         Ok(())
     }
 
-    /// Fills the buffers and replays the graph, which the first time is captured.
+    /// Fills the buffers and replays the graph; the first run captures it.
     fn run(&mut self, parts: &mut SessionParts<'_>, feed: &Feed, readback: &mut LogitsReadback) -> Result<Logits> {
         let batch = feed.lengths.len();
         let SessionParts {

@@ -1,7 +1,8 @@
 //! Prefill and the windowed decoding loop, for one sequence or a batch.
 //!
-//! A step at position t feeds the r+1 tokens at t-r..t: the newest and the r before it, embedded again so that the pages
-//! which the newest one selects correct them. r grows by one a step from 0 to w-1 and never reaches into the prompt.
+//! A step at position t feeds the r+1 tokens at positions t-r to t: the newest one and r retrospective ones, which
+//! attend again to the pages that the newest one selects. r grows by one a step from 0 to w-1 and never reaches into
+//! the prompt.
 
 use std::time::{Duration, Instant};
 
@@ -16,10 +17,10 @@ use crate::decoder::{
     step::DecoderState,
 };
 
-/// Tokens of a prompt that are fed at a time.
+/// Default number of tokens per prefill chunk.
 pub const CHUNK: usize = 512;
 
-/// How much a decoding step feeds and reads.
+/// What a decoding step feeds and reads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
     /// The window w: a step feeds up to w tokens; 1 is Quest, without correction.
@@ -29,10 +30,10 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The policy that was asked for, completed from what the model was converted with.
+    /// A policy, with the converted model's window where none is given.
     ///
     /// # Errors
-    /// When the model has no room for the window, or cannot take a budget at run time.
+    /// When the model was converted for a smaller window, or takes no budget at run time.
     pub fn new(model: &Model, window: Option<usize>, budget: Option<Budget>) -> Result<Self> {
         let window = model.window(window)?;
         if budget.is_some() {
@@ -49,8 +50,8 @@ impl Policy {
     }
 }
 
-/// Runs a prompt through a fresh state of batch 1, in chunks; returns the newest token's logits. `progress` hears of every
-/// chunk and may end the work with an error.
+/// Prefills a prompt into a fresh state of batch 1, in chunks; returns the logits after its last token. `progress` is
+/// called with the tokens of each chunk and may stop with an error.
 ///
 /// # Errors
 /// When ONNX Runtime or `progress` fails.
@@ -63,7 +64,7 @@ pub fn prefill(
 ) -> Result<Logits> {
     ensure!(!prompt.is_empty(), "the prompt is empty");
     ensure!(chunk >= 1, "--chunk 0: a chunk has at least one token");
-    // A graph may take a token a call, by its declared shape.
+    // A graph may be declared for one token per call.
     let chunk = model.io.input_ids.width.unwrap_or(chunk);
     let mut logits = Logits::default();
     let mut done = 0;
@@ -89,21 +90,21 @@ struct Sequence {
     /// Prompt and output.
     tokens: Vec<u32>,
     prompt: usize,
-    /// A finished one is fed as before, so that the batch keeps its shape; nobody looks at its rows.
+    /// Fed as before, so that the batch keeps its shape; its logits are ignored.
     finished: bool,
     meter: PageMeter,
 }
 
-/// The decoding loop of a batch whose prompts are in the state already and which starts together.
+/// The decoding loop of a batch whose prompts are prefilled.
 pub struct Decoder<'a> {
     model: &'a mut Model,
     state: &'a mut DecoderState,
     policy: Policy,
     sequences: Vec<Sequence>,
     steps: usize,
-    /// Slots of the layers that select pages.
+    /// Slots of the page steps to measure.
     measured: Vec<usize>,
-    /// Time in the steps themselves.
+    /// Time spent in steps, without measuring.
     pub time: Duration,
 }
 
@@ -111,7 +112,7 @@ impl<'a> Decoder<'a> {
     /// A decoder for the prompts that `state` holds, one a row.
     ///
     /// # Errors
-    /// When the model has no room for the policy's window, or cannot take a budget at run time.
+    /// When the model was converted for a smaller window, or takes no budget at run time.
     pub fn new(model: &'a mut Model, state: &'a mut DecoderState, prompts: &[&[u32]], policy: Policy) -> Result<Self> {
         ensure!(
             prompts.len() == state.kv().batch(),
@@ -140,7 +141,7 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// Does not look at which pages steps read.
+    /// Turns off the measuring of page reads.
     pub fn measure_nothing(&mut self) {
         self.measured.clear();
     }
@@ -152,14 +153,14 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// Takes a sequence out of the counting; it must have got its last token.
+    /// Marks a sequence as finished: it is no longer counted.
     pub fn finish(&mut self, row: usize) {
         if let Some(s) = self.sequences.get_mut(row) {
             s.finished = true;
         }
     }
 
-    /// Whether a sequence was taken out of the counting; true for a row that does not exist.
+    /// Whether a sequence is finished; true for a row that does not exist.
     pub fn finished(&self, row: usize) -> bool {
         self.sequences.get(row).is_none_or(|s| s.finished)
     }
@@ -177,7 +178,8 @@ impl<'a> Decoder<'a> {
             .unwrap_or(&[])
     }
 
-    /// Feeds the last tokens of every sequence, each of which got one since the last step; returns the logits of the next.
+    /// Feeds the last tokens of every sequence, each of which got one since the last step; returns the logits of the
+    /// next token, `[B, vocab]`.
     ///
     /// # Errors
     /// When a sequence outgrows the cache or ONNX Runtime fails.
@@ -246,20 +248,20 @@ impl<'a> Decoder<'a> {
         self.steps
     }
 
-    /// What all sequences read so far.
+    /// Page reads of all sequences so far.
     pub fn reading(&self) -> PageReads {
         let mut sum = PageReads::default();
         self.readings().for_each(|r| sum.add(r));
         sum
     }
 
-    /// What each sequence read so far.
+    /// Page reads of each sequence so far.
     pub fn readings(&self) -> impl Iterator<Item = &PageReads> {
         self.sequences.iter().map(|s| &s.meter.reading)
     }
 }
 
-/// Retrospective tokens of step number `step`, counted from 0: the step at t = n + `step` may look back to the prompt's end.
+/// Retrospective tokens of step number `step`, counted from 0: the tokens generated before, at most w - 1.
 fn retrospective(window: usize, step: usize) -> usize {
     window.saturating_sub(1).min(step)
 }

@@ -1,7 +1,7 @@
-//! One block of memory on a device, tensors that lie in it, and bindings of such tensors to a session.
+//! Buffers on a device (CPU or GPU), tensors in them, and bindings of such tensors to a session.
 //!
-//! ONNX Runtime's own allocators give every tensor a place of its own. Where several sessions share buffers, or a buffer is
-//! looked at in several shapes, the memory must be ours.
+//! ONNX Runtime's allocators allocate one tensor at a time. Here sessions share buffers, and one buffer serves tensors
+//! of several shapes.
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ort::{
     AsPointer,
     session::{IoBinding, NoSelectedOutputs, RunOptions, Session},
@@ -22,13 +22,13 @@ use ort::{
 use crate::{
     Device,
     gpu::{Gpu, GpuMemory},
-    runtime::{check, one_line},
+    runtime::{check, ort_error},
 };
 
-/// Where tensors start: what any element type and any kernel's vector loads are content with.
+/// Alignment of tensors in bytes: enough for every element type and every kernel's vector loads.
 pub const ALIGNMENT: usize = 256;
 
-/// A block of memory. It lives as long as a tensor in it does.
+/// A buffer on one device. It is freed with the last clone and the last tensor in it.
 #[derive(Clone)]
 pub struct DeviceBuffer(Rc<Block>);
 
@@ -53,10 +53,10 @@ impl Drop for Memory {
 }
 
 impl DeviceBuffer {
-    /// A block on the host (zeroed) or on the GPU (undefined).
+    /// A buffer on the GPU (contents undefined), or on the host (zeroed) without one.
     ///
     /// # Errors
-    /// When there is not that much memory.
+    /// When memory runs out.
     pub fn new(gpu: Option<&Arc<Gpu>>, bytes: usize) -> Result<Self> {
         let (device, memory) = match gpu {
             Some(gpu) => (Device::Cuda(gpu.id()), Memory::Gpu(RefCell::new(gpu.allocate(bytes)?))),
@@ -64,14 +64,14 @@ impl DeviceBuffer {
                 let layout = Layout::from_size_align(bytes.max(1), ALIGNMENT)?;
                 // SAFETY: the layout's size is not 0.
                 let data = unsafe { alloc_zeroed(layout) };
-                ensure!(!data.is_null(), "no {bytes} bytes of memory");
+                ensure!(!data.is_null(), "no memory for {bytes} bytes");
                 (Device::Cpu, Memory::Host(data, layout))
             }
         };
         Ok(Self(Rc::new(Block { device, bytes, memory })))
     }
 
-    /// Its size.
+    /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.0.bytes
     }
@@ -79,7 +79,7 @@ impl DeviceBuffer {
     fn host(&self, offset: usize, bytes: usize) -> Result<Option<*mut u8>> {
         ensure!(
             offset.checked_add(bytes).is_some_and(|end| end <= self.0.bytes),
-            "{bytes} bytes from {offset} on exceed a block of {}",
+            "{bytes} bytes from {offset} on exceed a buffer of {}",
             self.0.bytes
         );
         Ok(match &self.0.memory {
@@ -92,12 +92,15 @@ impl DeviceBuffer {
     /// Replaces the bytes from `offset` on.
     ///
     /// # Errors
-    /// When the block ends before, or a GPU fails.
+    /// When the range exceeds the buffer, or a GPU fails.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
         self.write_all(&[(offset, from)])
     }
 
-    /// Replaces several parts, each from its offset on: on a GPU that costs little more than one.
+    /// Replaces several ranges, each from its offset on: on a GPU this costs little more than one.
+    ///
+    /// # Errors
+    /// When a range exceeds the buffer, or a GPU fails.
     pub fn write_all(&self, parts: &[(usize, impl AsRef<[u8]>)]) -> Result<()> {
         if let Memory::Gpu(memory) = &self.0.memory {
             return memory.borrow_mut().region().write_all(parts);
@@ -107,8 +110,8 @@ impl DeviceBuffer {
             let to = self
                 .host(*offset, from.len())?
                 .context("host memory without an address")?;
-            // SAFETY: the block holds the range; nothing runs on it meanwhile, as runs happen in this thread (`Rc`) and are
-            // complete on the host when they return.
+            // SAFETY: the block holds the range; nothing runs on it meanwhile, as runs happen in this thread (`Rc`) and
+            // are complete on the host when they return.
             unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
         }
         Ok(())
@@ -117,7 +120,7 @@ impl DeviceBuffer {
     /// Copies the bytes from `offset` on to the host.
     ///
     /// # Errors
-    /// When the block ends before, or a GPU fails.
+    /// When the range exceeds the buffer, or a GPU fails.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         match (self.host(offset, to.len())?, &self.0.memory) {
             // SAFETY: as in `write`; the memory was zeroed when it was allocated.
@@ -131,7 +134,7 @@ impl DeviceBuffer {
     /// Sets `bytes` bytes from `offset` on to one value.
     ///
     /// # Errors
-    /// When the block ends before, or a GPU fails.
+    /// When the range exceeds the buffer, or a GPU fails.
     pub fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<()> {
         match (self.host(offset, bytes)?, &self.0.memory) {
             // SAFETY: as in `write`.
@@ -142,9 +145,12 @@ impl DeviceBuffer {
         Ok(())
     }
 
-    /// Copies inside the block, between places that do not overlap.
+    /// Copies `bytes` bytes inside the buffer.
+    ///
+    /// # Errors
+    /// When the ranges overlap or exceed the buffer, or a GPU fails.
     pub fn copy(&self, to: usize, from: usize, bytes: usize) -> Result<()> {
-        ensure!(to.abs_diff(from) >= bytes, "a copy between places that overlap");
+        ensure!(to.abs_diff(from) >= bytes, "a copy between overlapping ranges");
         match (self.host(to, bytes)?, self.host(from, bytes)?, &self.0.memory) {
             // SAFETY: as in `write`, and the places do not overlap.
             (Some(to), Some(from), _) => unsafe { ptr::copy_nonoverlapping(from, to, bytes) },
@@ -154,17 +160,17 @@ impl DeviceBuffer {
         Ok(())
     }
 
-    /// A tensor at a place of the block.
+    /// A tensor at byte `offset` of the buffer.
     ///
     /// # Errors
-    /// When it would not fit or is not aligned.
+    /// When it exceeds the buffer, or `offset` is no multiple of [`ALIGNMENT`].
     pub fn tensor(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<DeviceTensor> {
         let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| element.byte_size(n));
         let bytes = bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))?;
         ensure!(
             offset.is_multiple_of(ALIGNMENT),
-            "a tensor at {offset}, which is not aligned"
+            "a tensor at offset {offset}, which is not aligned"
         );
         let data: *mut c_void = match (self.host(offset, bytes)?, &self.0.memory) {
             (Some(data), _) => data.cast(),
@@ -174,7 +180,8 @@ impl DeviceBuffer {
         let memory = self.0.device.memory()?;
         let dims: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
         let mut value = ptr::null_mut();
-        // SAFETY: the bytes lie in the block, which the view keeps alive; shape and description are read during the call.
+        // SAFETY: the bytes lie in the block, which the view keeps alive; shape and description are read during the
+        // call.
         check(unsafe {
             (ort::api().CreateTensorWithDataAsOrtValue)(
                 memory.ptr(),
@@ -204,21 +211,24 @@ pub struct DeviceTensor {
 }
 
 impl DeviceTensor {
-    /// Its size.
+    /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// Replaces the contents from byte `at` on.
+    ///
+    /// # Errors
+    /// When the range exceeds the tensor, or a GPU fails.
     pub fn write(&self, at: usize, from: &[u8]) -> Result<()> {
         let (offset, from) = self.part(at, from)?;
         self.buffer.write(offset, from)
     }
 
-    /// What replaces the contents from byte `at` on, as [`DeviceBuffer::write_all`] takes it.
+    /// A range for [`DeviceBuffer::write_all`] that replaces the contents from byte `at` on.
     ///
     /// # Errors
-    /// When the tensor ends before.
+    /// When the range exceeds the tensor.
     pub fn part<B: AsRef<[u8]>>(&self, at: usize, from: B) -> Result<(usize, B)> {
         let bytes = from.as_ref().len();
         ensure!(
@@ -232,7 +242,7 @@ impl DeviceTensor {
     /// Copies the contents from byte `at` on to the host.
     ///
     /// # Errors
-    /// When the tensor ends before, or a GPU fails.
+    /// When the range exceeds the tensor, or a GPU fails.
     pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
         ensure!(
             at + to.len() <= self.bytes,
@@ -259,7 +269,7 @@ impl Drop for DeviceTensor {
     }
 }
 
-/// Tensors bound to a session's inputs and outputs, one of them to both where it is updated in place.
+/// Tensors bound to a session's inputs and outputs: an io binding that keeps their buffers alive.
 pub struct DeviceBindings {
     io: IoBinding,
     kept: Vec<(String, DeviceBuffer)>,
@@ -271,7 +281,7 @@ impl DeviceBindings {
     /// # Errors
     /// When ONNX Runtime fails.
     pub fn new(session: &Session) -> Result<Self> {
-        let io = session.create_binding().map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let io = session.create_binding().map_err(ort_error)?;
         Ok(Self { io, kept: Vec::new() })
     }
 
@@ -295,7 +305,10 @@ impl DeviceBindings {
         Ok(())
     }
 
-    /// Past and present in one buffer.
+    /// Binds one tensor as past and as present.
+    ///
+    /// # Errors
+    /// When the session has no such input or output.
     pub fn in_place(&mut self, past: &str, present: &str, view: &DeviceTensor) -> Result<()> {
         self.input(past, view)?;
         self.output(present, view)
@@ -307,6 +320,9 @@ impl DeviceBindings {
     }
 
     /// Runs the session that the bindings were made for.
+    ///
+    /// # Errors
+    /// When ONNX Runtime fails.
     pub fn run(&self, session: &Session, options: Option<&RunOptions<NoSelectedOutputs>>) -> Result<()> {
         let options = options.map_or(ptr::null(), AsPointer::ptr);
         // SAFETY: session, binding and options are alive, and the blocks of all bound tensors are kept.
@@ -314,7 +330,7 @@ impl DeviceBindings {
     }
 }
 
-/// Runs a session whose outputs are all bound to tensors that the caller has.
+/// Runs a session whose outputs are all bound to the caller's tensors.
 pub(crate) fn run(session: &mut Session, io: &IoBinding, options: &RunOptions<NoSelectedOutputs>) -> Result<()> {
     // SAFETY: all three are alive; what is bound is alive as long as the state that owns the binding.
     check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), options.ptr(), io.ptr()) })

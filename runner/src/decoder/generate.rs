@@ -1,4 +1,4 @@
-//! Text from one prompt.
+//! Text generation from one prompt.
 
 use std::time::{Duration, Instant};
 
@@ -15,16 +15,17 @@ use crate::{
     text::{Detokenizer, ModelTokenizer, StopFilter},
 };
 
-/// Room for a prompt and what follows it.
+/// Cache capacity and output length of a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ContextPlan {
-    /// Tokens that the cache must hold.
+    /// Cache capacity in tokens.
     pub capacity: usize,
-    /// Tokens to generate at most, at least 1.
+    /// Maximum number of tokens to generate, at least 1.
     pub max_new: usize,
 }
 
-/// Decides the cache's capacity and the most tokens to generate, before anything runs.
+/// Decides cache capacity and output length before anything runs. `context`: as asked for; `model`: the model's
+/// maximum.
 ///
 /// # Errors
 /// When prompt and output exceed `context` (-c) or what the model can hold, or neither is known.
@@ -71,26 +72,26 @@ pub fn plan(
             let capacity = prompt.checked_add(n).context("-n is too large")?;
             Ok(ContextPlan { capacity, max_new: n })
         }
-        (None, None) => anyhow::bail!("the model does not say how long its context is: give -n or -c"),
+        (None, None) => anyhow::bail!("the model's context length is unknown: give -n or -c"),
     }
 }
 
-/// How a generation is to go.
+/// Options of a generation.
 #[derive(Clone, Debug)]
 pub struct Generation {
     /// Capacity, and the most tokens to generate.
     pub plan: ContextPlan,
     /// Window and budget.
     pub policy: Policy,
-    /// Prompt tokens fed at a time.
+    /// Prompt tokens per prefill chunk.
     pub chunk: usize,
     /// How tokens are chosen.
     pub sampling: Sampling,
-    /// Strings that end the text; they are left out of it.
+    /// Stop strings; they are not part of the text.
     pub stops: Vec<String>,
-    /// Go on when the model ends the text.
+    /// Continue past the end-of-text token.
     pub ignore_eos: bool,
-    /// Ends the generation between two steps, or two chunks of the prompt.
+    /// Stops the generation between two steps or two chunks of the prompt.
     pub interrupt: Interrupt,
 }
 
@@ -98,41 +99,41 @@ pub struct Generation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// The model ended the text.
+    /// End-of-text token.
     Eos,
     /// A stop string appeared.
     Stop,
-    /// The most tokens asked for, or the context's end.
+    /// Maximum number of tokens, or end of the context.
     Length,
-    /// [`Generation::interrupt`] asked for it.
+    /// [`Generation::interrupt`] was raised.
     Interrupted,
 }
 
-/// What came out.
+/// The result of a generation.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// The generated text.
     pub text: String,
-    /// Generated tokens, the end-of-text token left out.
+    /// Generated token ids, without the end-of-text token.
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
-    /// Times, rates and what was read.
+    /// Times, and what the steps read.
     pub stats: Stats,
 }
 
-/// What happens on the way.
+/// Progress of a generation.
 pub enum Event<'a> {
-    /// That many tokens of the prompt are done.
+    /// So many more tokens of the prompt are prefilled.
     Prompt(usize),
-    /// A token was made; the text that became certain with it, possibly none.
+    /// A token was generated; the text that is now final, possibly none.
     Text(&'a str),
 }
 
 /// Generates from one prompt.
 ///
 /// # Errors
-/// When the model fails or `observe` does (then at once).
+/// When the model or `observe` fails.
 pub fn generate(
     model: &mut Model,
     tokenizer: &ModelTokenizer,
@@ -159,7 +160,7 @@ pub fn generate(
         ..Stats::default()
     };
     let mut logits = match prefilled {
-        // What was read so far is all that there is to tell.
+        // No output, but figures of what was prefilled.
         Err(e) if e.is::<Interrupted>() => {
             return Ok(Output {
                 text: String::new(),
@@ -171,7 +172,7 @@ pub fn generate(
         other => other?,
     };
     let mut sampler = Sampler::new(options.sampling);
-    // On a GPU, looking at which pages were read would cost as much as reading them.
+    // On a GPU, copying the page steps back would cost as much as a step.
     let measure = model.gpu.is_none();
     let mut decoder = Decoder::new(model, &mut state, &[prompt], options.policy)?;
     if !measure {
@@ -224,7 +225,7 @@ pub fn generate(
     })
 }
 
-/// Turns tokens into text, and hands it on once it is certain.
+/// Decodes tokens and passes their text on once it is final.
 struct Writer<'a> {
     tokenizer: &'a ModelTokenizer,
     detokenizer: Detokenizer,
@@ -240,7 +241,7 @@ impl Writer<'_> {
         self.emit(&piece)
     }
 
-    /// The whole text, with what was held back.
+    /// Passes on what was held back; returns the whole text.
     fn finish(mut self) -> Result<String> {
         let last = self.detokenizer.finish(self.tokenizer)?;
         for piece in [self.filter.push(&last), self.filter.finish()] {

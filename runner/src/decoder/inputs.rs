@@ -1,4 +1,4 @@
-//! The inputs of a step other than caches and state: token ids, mask, positions, and what the operator adds.
+//! The inputs of a step other than caches: token ids, mask, positions, and those that the operator adds.
 
 use anyhow::{Result, ensure};
 use ort::value::{DynValue, Tensor};
@@ -23,7 +23,8 @@ pub struct Feed {
     pub retro_length: i32,
     /// Pages that each KV head of a sequence reads, `[B]`; `None`: as converted.
     pub budgets: Option<Vec<i32>>,
-    /// The steps to come have the same shape: as many tokens, as many of them retrospective. Such steps share a CUDA graph.
+    /// The steps to come have the same shape: as many tokens, as many of them retrospective. Such steps share a CUDA
+    /// graph.
     pub graph_capturable: bool,
 }
 
@@ -40,12 +41,12 @@ impl Feed {
         self.lengths.iter().flat_map(row).collect()
     }
 
-    /// What the input for page budgets gets. 0: as the operator's attributes say.
+    /// Values of the input for page budgets; 0 means the operator's attributes.
     pub(crate) fn page_budgets(&self, takes: BudgetInput) -> Vec<i32> {
         let budgets = self.budgets.clone().unwrap_or_else(|| vec![0; self.lengths.len()]);
         match takes {
             BudgetInput::PerSequence => budgets,
-            // The longest sequence's: the others of a batch read at most the few pages more that it has.
+            // The longest sequence's: others of the batch then read a few pages more.
             BudgetInput::PerBatch => vec![budgets.iter().copied().max().unwrap_or(0)],
         }
     }
@@ -62,7 +63,7 @@ pub(crate) fn inputs<'a>(io: &'a ModelIo, batch: usize, feed: &Feed, mask: bool)
     let mut inputs = vec![(ids.name.as_str(), give(ids, fed, feed.ids.clone())?)];
     if let Some(input) = io.attention_mask.as_ref().filter(|_| mask) {
         let numbers = match input.width {
-            // As wide as the cache, where it says how much of it is filled.
+            // As wide as the cache: ones for the part that is filled.
             Some(width) => {
                 ensure!(
                     longest <= width,
@@ -90,7 +91,7 @@ pub(crate) fn inputs<'a>(io: &'a ModelIo, batch: usize, feed: &Feed, mask: bool)
         inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
     }
     if let Some(takes) = io.page_budget {
-        // Bound in every step, since a binding remembers.
+        // Bound in every step: a binding keeps its last value.
         let budgets = feed.page_budgets(takes);
         inputs.push((graph::PAGE_BUDGET, int32([budgets.len()], budgets)?));
     }

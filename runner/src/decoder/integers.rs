@@ -1,15 +1,15 @@
-//! Whole numbers in the element type that a graph declares for an input.
+//! Integers in the element type that a graph declares for an input.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use half::{bf16, f16};
 use ort::value::{DynValue, Tensor, TensorElementType};
 
-use crate::runtime::one_line;
+use crate::runtime::ort_error;
 
-/// Element types that token ids and positions come in.
+/// Element types of token ids and positions.
 pub(crate) const INTEGERS: [TensorElementType; 2] = [TensorElementType::Int64, TensorElementType::Int32];
 
-/// Element types that a mask of ones and zeros comes in.
+/// Element types of attention masks.
 pub(crate) const MASKS: [TensorElementType; 8] = [
     TensorElementType::Int64,
     TensorElementType::Int32,
@@ -21,7 +21,7 @@ pub(crate) const MASKS: [TensorElementType; 8] = [
     TensorElementType::Bfloat16,
 ];
 
-/// Their bytes, one after the other.
+/// Integers as bytes of an element type.
 pub(crate) fn bytes(element: TensorElementType, numbers: impl Iterator<Item = i64>) -> Result<Vec<u8>> {
     Ok(match element {
         TensorElementType::Int64 => numbers.flat_map(i64::to_le_bytes).collect(),
@@ -31,11 +31,11 @@ pub(crate) fn bytes(element: TensorElementType, numbers: impl Iterator<Item = i6
         TensorElementType::Float32 => numbers.flat_map(|n| (n as f32).to_le_bytes()).collect(),
         TensorElementType::Float16 => numbers.flat_map(|n| f16::from_f32(n as f32).to_le_bytes()).collect(),
         TensorElementType::Bfloat16 => numbers.flat_map(|n| bf16::from_f32(n as f32).to_le_bytes()).collect(),
-        other => bail!("whole numbers cannot be given as {other}"),
+        other => bail!("retro-run cannot feed integers as {other}"),
     })
 }
 
-/// A tensor of them on the host.
+/// A tensor of integers on the host.
 pub(crate) fn tensor(
     element: TensorElementType,
     shape: &[usize],
@@ -51,9 +51,9 @@ pub(crate) fn tensor(
         TensorElementType::Float32 => make(shape, numbers.map(|n| n as f32).collect::<Vec<_>>()),
         TensorElementType::Float16 => make(shape, numbers.map(|n| f16::from_f32(n as f32)).collect::<Vec<_>>()),
         TensorElementType::Bfloat16 => make(shape, numbers.map(|n| bf16::from_f32(n as f32)).collect::<Vec<_>>()),
-        other => bail!("whole numbers cannot be given as {other}"),
+        other => bail!("retro-run cannot feed integers as {other}"),
     };
-    value.map_err(|e| anyhow!("{}", one_line(&e)))
+    value.map_err(ort_error)
 }
 
 fn make<T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static>(

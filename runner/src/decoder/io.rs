@@ -1,4 +1,4 @@
-//! What a graph wants and gives, found out from the session: which inputs are tokens, masks, caches, state.
+//! Names and shapes of a graph's inputs and outputs, by their meaning: tokens, mask, positions, caches, state.
 //!
 //! B batch, C cache capacity in tokens, P pages of the cache.
 
@@ -16,14 +16,14 @@ use crate::{
     model_folder::ModelFolder,
 };
 
-/// What a buffer holds, and so which of its dimensions a caller chooses.
+/// What a past/present pair holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotKind {
     /// Keys or values `[B, Hkv, C, D]`.
     Cache,
-    /// State of a convolution or a recurrent layer, of declared sizes but for B. It starts as zeros.
+    /// State of a convolution or a recurrent layer: declared dimensions except B, zeros at first.
     Recurrent,
-    /// State of the operator, `[B, ...]`, with P where the layout says.
+    /// State of the operator, `[B, ...]`; page summaries and page steps have P as third dimension.
     Retro(State),
 }
 
@@ -45,7 +45,7 @@ pub struct StateSlot {
 }
 
 impl StateSlot {
-    /// The buffer's shape for a batch and a capacity in tokens and pages; a cache length of 0 is an empty past.
+    /// The shape for a batch and a capacity in tokens and pages. Capacity 0 is an empty past.
     pub fn shape(&self, batch: usize, capacity: usize, pages: usize) -> Vec<usize> {
         let open = |axis: usize| match (self.kind, axis) {
             (_, 0) | (SlotKind::Recurrent, _) => batch,
@@ -59,7 +59,7 @@ impl StateSlot {
             .collect()
     }
 
-    /// Tokens that a cache of declared size holds.
+    /// The declared capacity of a cache, in tokens.
     fn capacity(&self) -> Option<usize> {
         match self.kind {
             SlotKind::Cache => self.dims.get(2).copied().flatten(),
@@ -68,26 +68,26 @@ impl StateSlot {
     }
 }
 
-/// An input of whole numbers that a step brings.
+/// An integer input, or the mask, that each step sets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenInput {
     /// Name of the input.
     pub name: String,
     /// Element type that the graph declares.
     pub element: TensorElementType,
-    /// How often `[B, S]` is given, one after the other: positions of models that see pictures have three of each token.
+    /// Leading dimension before `[B, S]`: multimodal models take three positions per token.
     pub planes: Option<usize>,
-    /// The second dimension, where it is declared.
+    /// The declared S, if it is fixed.
     pub width: Option<usize>,
 }
 
 impl TokenInput {
-    /// The shape for so many sequences and tokens.
+    /// The shape for a batch and a number of tokens.
     pub(crate) fn shape(&self, batch: usize, tokens: usize) -> Vec<usize> {
         self.planes.into_iter().chain([batch, tokens]).collect()
     }
 
-    /// The numbers of [`Self::shape`], given those of `[B, S]`.
+    /// The values for [`Self::shape`], from those for `[B, S]`.
     pub(crate) fn numbers(&self, of_all: Vec<i64>) -> Vec<i64> {
         of_all.repeat(self.planes.unwrap_or(1))
     }
@@ -100,11 +100,11 @@ pub struct ModelIo {
     pub input_ids: TokenInput,
     /// Ones for valid tokens, `[B, T]`; `None`: the graph takes no mask.
     pub attention_mask: Option<TokenInput>,
-    /// Positions of the tokens fed, `[B, S]`; `None`: the graph counts itself.
+    /// Positions of the tokens fed, `[B, S]`; `None`: the graph computes them.
     pub position_ids: Option<TokenInput>,
-    /// Name of the output with the scores, `[B, S, vocab]` or `[B, 1, vocab]`.
+    /// Name of the logits output, `[B, S, vocab]` or `[B, 1, vocab]`.
     pub logits: String,
-    /// Element type of the scores.
+    /// Element type of the logits.
     pub logits_type: TensorElementType,
     /// Caches and other state.
     pub slots: Vec<StateSlot>,
@@ -114,42 +114,43 @@ pub struct ModelIo {
     pub retro_length: bool,
     /// What `retro_page_budget` takes; `None`: the graph has no such input.
     pub page_budget: Option<BudgetInput>,
-    /// Sequences that the graph takes at once, where that is declared.
+    /// The declared batch size, if it is fixed.
     pub batch: Option<usize>,
-    /// Tokens that caches of declared size hold: the least of them.
+    /// The smallest declared cache capacity in tokens, if any is fixed.
     pub capacity: Option<usize>,
 }
 
-/// An input that is the same number in every call.
+/// An input with the same value in every call.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConstantInput {
     /// Name of the input.
     pub name: String,
     /// Element type that the graph declares.
     pub element: TensorElementType,
-    /// A single number has none.
+    /// Dimensions, all 1; none for a scalar.
     pub shape: Vec<usize>,
-    /// The number.
+    /// The value.
     pub value: i64,
 }
 
-/// The window of a layer's cache, which transformers' own exports take and hand on.
+/// Suffix of the inputs for a layer's sliding window in transformers' own exports.
 const SLIDING_WINDOW: &str = "_sliding_window_tensor";
 
 /// What the input `retro_page_budget` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BudgetInput {
-    /// One number for the whole batch.
+    /// One budget for the batch.
     PerBatch,
-    /// One number a sequence.
+    /// One budget per sequence.
     PerSequence,
 }
 
 impl ModelIo {
-    /// Reads the inputs and outputs of a loaded graph, with the folder's configuration for what the graph leaves open.
+    /// Reads the inputs and outputs of a session. Dimensions that the graph does not declare come from the folder's
+    /// configuration.
     ///
     /// # Errors
-    /// When an input cannot be given a meaning, or a cache input has no output that goes with it.
+    /// When an input is unknown, or a cache input has no matching output.
     pub fn read(session: &Session, folder: &ModelFolder) -> Result<Self> {
         let names = &folder.names;
         let outputs = session.outputs();
@@ -166,11 +167,11 @@ impl ModelIo {
         let position_ids = find(&names.position_ids).map(|i| fed(i, &INTEGERS)).transpose()?;
         ensure!(
             input_ids.planes.is_none() && attention_mask.as_ref().is_none_or(|m| m.planes.is_none()),
-            "the graph wants token ids or a mask of three dimensions: retro-run gives them as [sequences, tokens]"
+            "the graph takes token ids or a mask of three dimensions: retro-run feeds [sequences, tokens]"
         );
         ensure!(
             input_ids.width.is_none_or(|n| n == 1),
-            "the graph takes {} tokens a call, by its declared shape: retro-run needs one that takes one, or any number",
+            "the graph is declared for {} tokens per call: retro-run needs one token, or any number",
             input_ids.width.unwrap_or(0)
         );
         let logits = outputs.iter().find(|o| o.name() == names.logits);
@@ -195,7 +196,7 @@ impl ModelIo {
             let slot = slot(input, outputs, folder)?;
             if let Some(other) = slots.iter().find(|other| other.present == slot.present) {
                 bail!(
-                    "the inputs {:?} and {name:?} both go with the output {:?}",
+                    "the inputs {:?} and {name:?} both match the output {:?}",
                     other.past,
                     slot.present
                 );
@@ -218,7 +219,7 @@ impl ModelIo {
         })
     }
 
-    /// Layers that have a cache.
+    /// Number of layers with a cache.
     pub fn layers(&self) -> usize {
         let layers: std::collections::BTreeSet<usize> = self
             .slots
@@ -230,7 +231,7 @@ impl ModelIo {
     }
 }
 
-/// An input of whole numbers `[B, S]` or `[planes, B, S]`, of one of these types.
+/// An input `[B, S]` or `[planes, B, S]` of one of these element types.
 fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
     let name = input.name();
     let (element, shape) = match input.dtype() {
@@ -240,17 +241,17 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
     if !types.contains(&element) {
         let types: Vec<String> = types.iter().map(ToString::to_string).collect();
         bail!(
-            "the graph's input {name:?} is {element}: retro-run gives {}",
+            "the graph's input {name:?} is {element}: retro-run feeds {}",
             types.join(", ")
         );
     }
     let fixed = |axis: usize| shape.get(axis).and_then(|&d| usize::try_from(d).ok());
     let (planes, width) = match shape.len() {
-        // Nothing is declared.
+        // No shape is declared.
         0 => (None, None),
         2 => (None, fixed(1)),
         3 => (Some(fixed(0).unwrap_or(3)), fixed(2)),
-        n => bail!("the graph's input {name:?} has {n} dimensions: retro-run gives [sequences, tokens]"),
+        n => bail!("the graph's input {name:?} has {n} dimensions: retro-run feeds [sequences, tokens]"),
     };
     Ok(TokenInput {
         name: name.to_owned(),
@@ -260,7 +261,7 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
     })
 }
 
-/// How many sequences the graph's declared shapes fix.
+/// The batch size that the declared shapes fix.
 fn batch(session: &Session, slots: &[StateSlot]) -> Result<Option<usize>> {
     let mut batch = None;
     for input in session.inputs() {
@@ -271,7 +272,7 @@ fn batch(session: &Session, slots: &[StateSlot]) -> Result<Option<usize>> {
         let slot = slots.iter().find(|s| s.past == input.name());
         let ids = shape.is_some_and(|s| s.len() == 2) && slot.is_none();
         let fixed = match slot {
-            // State without a dimension for sequences is of one.
+            // State without a batch dimension is of one sequence.
             Some(s) if s.kind == SlotKind::Recurrent => s.dims.first().is_none_or(Option::is_some).then_some(1),
             Some(_) => first,
             None if ids => first,
@@ -332,7 +333,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
         dimension_symbols,
     } = input.dtype()
     else {
-        bail!("the graph wants the input {name:?}, which is no tensor: retro-run does not know what to give it");
+        bail!("the graph's input {name:?} is no tensor and no input that retro-run knows");
     };
     let candidates = match retro(name) {
         Some((_, present)) => vec![present],
@@ -342,7 +343,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
         .iter()
         .find_map(|c| outputs.iter().find(|o| o.name() == c.as_str()));
     let present = present.with_context(|| {
-        format!("the graph wants the input {name:?} and has no output that goes with it: retro-run does not know what to give it")
+        format!("the graph's input {name:?} is unknown to retro-run, and no output returns it as a cache")
     })?;
     let kind = match retro(name) {
         Some((state, _)) => SlotKind::Retro(state),
@@ -370,7 +371,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
             SlotKind::Recurrent => axis == 0 || symbol.to_lowercase().contains("batch"),
         };
         if ours {
-            // ONNX Runtime takes no other capacity than a declared one. A batch is asked about elsewhere.
+            // ONNX Runtime enforces a declared capacity. The batch size is checked when a state is made.
             let sequences = axis == 0 && kind != SlotKind::Recurrent;
             dims.push(declared.filter(|_| !sequences));
             continue;
@@ -386,7 +387,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
         });
         ensure!(
             known.is_some(),
-            "dimension {axis} of input {name:?} is known neither from the graph nor from the folder's configuration"
+            "dimension {axis} of input {name:?} is neither in the graph nor in the folder's configuration"
         );
         dims.push(known);
     }
@@ -400,12 +401,12 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
     })
 }
 
-/// Whether what comes out can go in again: of one type and, where both are declared, of one size.
+/// Checks that a present output can be the next past input: same element type, no contradicting dimensions.
 fn returns_as_it_came(past: &Outlet, present: &Outlet) -> Result<()> {
     let (a, b) = (past.dtype(), present.dtype());
     ensure!(
         a.tensor_type() == b.tensor_type(),
-        "the input {:?} is {:?}, but comes back as {:?} of another type",
+        "the input {:?} is {:?}, but its output {:?} is of another type",
         past.name(),
         a.tensor_type(),
         present.name()
@@ -417,14 +418,14 @@ fn returns_as_it_came(past: &Outlet, present: &Outlet) -> Result<()> {
     // An output without a declared shape has no dimensions.
     ensure!(
         b.is_empty() || (a.len() == b.len() && !differ),
-        "the input {:?} is declared as {a:?}, but comes back as {:?}, {b:?}: retro-run needs it to keep its size",
+        "the input {:?} is declared as {a:?}, but its output {:?} as {b:?}: retro-run needs both of one shape",
         past.name(),
         present.name()
     );
     Ok(())
 }
 
-/// The operator's state that an input is, judged by its name, and its output.
+/// Which state of the operator an input is, by its name, and the name of its output.
 fn retro(name: &str) -> Option<(State, String)> {
     State::ALL.into_iter().find_map(|state| {
         let layer = name.strip_prefix("past_retro.")?;
@@ -433,7 +434,7 @@ fn retro(name: &str) -> Option<(State, String)> {
     })
 }
 
-/// Whether an input is a cache of keys or values or other state: by its name, or by a length that is open.
+/// Tells caches of keys and values from other state, by the name or by an open third dimension.
 fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> SlotKind {
     let named = templates.iter().filter_map(|(past, _)| past.split_once("%d"));
     let by_template = named.into_iter().any(|(a, b)| name.starts_with(a) && name.ends_with(b));
@@ -448,7 +449,7 @@ fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> SlotKind {
     }
 }
 
-/// The first number in a name: the layer.
+/// The layer: the first number in a name.
 fn number(name: &str) -> usize {
     let digits = name.split(|c: char| !c.is_ascii_digit()).find(|s| !s.is_empty());
     digits.and_then(|d| d.parse().ok()).unwrap_or(0)

@@ -1,6 +1,7 @@
-//! What a batch of sequences remembers: keys, values, the operator's state, and that of convolutions and recurrent layers.
+//! The KV cache of a batch of sequences, with the operator's state and that of convolutions and recurrent layers.
 //!
-//! B batch, C capacity in tokens, P pages. Every buffer's first dimension is B, so a sequence is one contiguous run of each.
+//! B batch, C capacity in tokens, P pages. Every buffer's first dimension is B, so a sequence is one contiguous run of
+//! each.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -43,7 +44,7 @@ pub(crate) struct InPlace {
 /// The memory of one past/present pair.
 pub(crate) struct StateBuffer {
     tensor: DynTensor,
-    /// Where the present is written, for state that nodes may read after another has written it.
+    /// A second tensor for the present, for state that nodes may still read after another has written it.
     next: Option<NextBuffer>,
     kind: SlotKind,
     bytes: usize,
@@ -57,11 +58,11 @@ struct NextBuffer {
     present: String,
 }
 
-/// A copy of a cache's contents, to go back to.
+/// A copy of a cache's contents, for [`KvCache::restore`].
 pub struct Snapshot(Vec<Vec<u8>>);
 
 impl KvCache {
-    /// Caches that grow: empty at first.
+    /// Caches that grow with every step, empty at first.
     pub(crate) fn growing(slots: &[StateSlot], allocator: &Allocator, batch: usize, capacity: usize) -> Result<Self> {
         let empty = |slot: &StateSlot| -> Result<DynValue> {
             let tensor = DynTensor::new(allocator, slot.element, dims(&slot.shape(batch, 0, 0)));
@@ -99,12 +100,12 @@ impl KvCache {
         })
     }
 
-    /// Sequences.
+    /// Number of sequences.
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// Tokens that a sequence can hold.
+    /// Capacity of a sequence in tokens.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -120,14 +121,14 @@ impl KvCache {
         }
     }
 
-    /// Forgets everything: zeros, and no page ever loaded.
+    /// Resets all buffers: zeros, and page steps of -1 (no page was ever loaded).
     ///
     /// # Errors
     /// When a GPU fails.
     pub fn clear(&mut self) -> Result<()> {
         match &mut self.storage {
             Storage::InPlace(bound) => bound.buffers.iter_mut().try_for_each(StateBuffer::clear),
-            // A growing cache is emptied by dropping the state and making another.
+            // Growing caches are reset by making a new state.
             Storage::Growing { .. } => Ok(()),
         }
     }
@@ -163,7 +164,7 @@ impl KvCache {
     /// Copies one sequence of `from`, a cache of the same model and capacity, over one of this cache.
     ///
     /// # Errors
-    /// When the two do not have the same layout or a row does not exist.
+    /// When the two differ in layout, a row does not exist, or the caches grow.
     pub fn copy_row(&mut self, row: usize, from: &KvCache, from_row: usize) -> Result<()> {
         ensure!(
             row < self.batch && from_row < from.batch,
@@ -202,7 +203,7 @@ impl KvCache {
         copies.collect::<Result<_>>().map(Snapshot)
     }
 
-    /// Buffers of fixed capacity, to be filled otherwise than by a step.
+    /// The buffers, to be filled by other means than a step.
     ///
     /// # Errors
     /// When the caches grow.
@@ -213,9 +214,9 @@ impl KvCache {
         }
     }
 
-    /// Goes back to the first `depth` tokens of a prompt, each of them read by every query so far. Rows behind them are stale:
-    /// each is written before it is read. State of convolutions and recurrent layers, which cannot go back, becomes that of no
-    /// token: enough for measuring, not for text.
+    /// Goes back to the first `depth` tokens, as after a prefill. Rows after them are stale, and each is written before
+    /// it is read. State of convolutions and recurrent layers cannot go back and is zeroed: fit for benchmarks, not for
+    /// text.
     ///
     /// # Errors
     /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
@@ -236,7 +237,7 @@ impl KvCache {
         })
     }
 
-    /// Goes back to a snapshot of this cache.
+    /// Restores a snapshot of this cache.
     ///
     /// # Errors
     /// When the snapshot is of another layout.
@@ -255,7 +256,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Page steps `[B, Hkv, P]` of a slot, with their shape; `None` if the slot holds something else.
+    /// Page steps of a slot and their shape `[B, Hkv, P]`; `None` if the slot holds something else.
     pub(crate) fn page_steps(&self, slot: usize) -> Option<(Cow<'_, [i32]>, [usize; 3])> {
         let buffer = self
             .buffers()
@@ -310,7 +311,7 @@ impl StateBuffer {
             })
         };
         let mut tensor = allocate()?;
-        // The operator and GroupQueryAttention update caches in place. Nothing says so of other nodes.
+        // The operator and GroupQueryAttention update caches in place; other nodes may not.
         let mut next = None;
         if slot.kind == SlotKind::Recurrent {
             next = Some(NextBuffer {
@@ -343,13 +344,13 @@ impl StateBuffer {
         *self.tensor.data_type()
     }
 
-    /// Elements of the last dimension.
+    /// The last dimension.
     pub(crate) fn width(&self) -> usize {
         let last = self.tensor.shape().last().copied();
         last.map_or(1, |d| usize::try_from(d).unwrap_or(1))
     }
 
-    /// Page steps start as -1: no page was ever loaded.
+    /// Page steps start at -1: no page was ever loaded.
     fn counts_from_minus_one(&self) -> bool {
         self.kind == SlotKind::Retro(graph::State::PageSteps)
     }
@@ -371,14 +372,14 @@ impl StateBuffer {
     pub(crate) fn tile(&mut self, pattern: &[u8]) -> Result<()> {
         let total = self.bytes;
         let first = pattern.get(..total.min(pattern.len())).unwrap_or(&[]);
-        ensure!(total == 0 || !first.is_empty(), "a pattern of nothing");
+        ensure!(total == 0 || !first.is_empty(), "an empty pattern");
         match self.gpu.clone() {
             Some(gpu) => {
                 let mut region = gpu.tensor(&mut self.tensor)?;
                 region.write(0, first)?;
                 let mut done = first.len();
                 while done < total {
-                    // A whole number of patterns, more of them each time.
+                    // Doubles what is there, so that patterns stay whole.
                     let count = done.min(total - done);
                     region.copy_inside(done, 0, count)?;
                     done += count;
@@ -393,7 +394,7 @@ impl StateBuffer {
         Ok(())
     }
 
-    /// After a run: what it wrote is what the next one reads. The two tensors change places in the binding.
+    /// After a run: swaps the two tensors in the binding, so that the next run reads what this one wrote.
     pub(crate) fn take_turns(&mut self, binding: &mut IoBinding) -> Result<()> {
         let Some(next) = &mut self.next else { return Ok(()) };
         std::mem::swap(&mut self.tensor, &mut next.tensor);
@@ -402,7 +403,7 @@ impl StateBuffer {
         bound.map_err(ort_error)
     }
 
-    /// As [`Self::take_turns`], by a copy: a CUDA graph knows where the tensors lie.
+    /// As [`Self::take_turns`], by a copy: the addresses in a CUDA graph are fixed.
     pub(crate) fn carry(&mut self) -> Result<()> {
         let Some(next) = &mut self.next else { return Ok(()) };
         if let Some(gpu) = self.gpu.clone() {
@@ -411,8 +412,8 @@ impl StateBuffer {
                 .copy_tensor(0, &next.tensor, 0, self.bytes);
         }
         if self.bytes > 0 {
-            // SAFETY: two tensors on the host, of `bytes` bytes each by one shape and type; both are borrowed exclusively, and
-            // nothing runs on them.
+            // SAFETY: two tensors on the host, of `bytes` bytes each by one shape and type; both are borrowed
+            // exclusively, and nothing runs on them.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     next.tensor.data_ptr().cast::<u8>(),
@@ -424,8 +425,8 @@ impl StateBuffer {
         Ok(())
     }
 
-    /// Part of what a step reads and replaces, so that doing it twice is not doing it once. (Keys, values and page summaries
-    /// of the tokens fed are written from scratch.)
+    /// Whether a step reads and replaces it, so that a step run twice differs from one run once. (Keys, values and page
+    /// summaries of the tokens fed are computed anew.)
     pub(crate) fn is_replaced_by_steps(&self) -> bool {
         matches!(
             self.kind,
@@ -433,7 +434,7 @@ impl StateBuffer {
         )
     }
 
-    /// Replaces the contents by as many bytes.
+    /// Replaces the contents by `bytes`, of the same size.
     pub(crate) fn load(&mut self, bytes: &[u8]) -> Result<()> {
         match self.gpu.clone() {
             Some(gpu) => gpu.tensor(&mut self.tensor)?.write(0, bytes),
@@ -453,23 +454,23 @@ impl StateBuffer {
         Ok(bytes)
     }
 
-    /// Of a buffer on the host.
+    /// The contents of a buffer on the host; empty for one on a GPU.
     fn bytes(&self) -> &[u8] {
         if self.bytes == 0 || self.gpu.is_some() {
             return &[];
         }
-        // SAFETY: the tensor owns `bytes` initialised bytes of CPU memory for as long as it lives, and nothing writes them
-        // during this borrow: ONNX Runtime writes only inside `Model::run`, which borrows the cache mutably.
+        // SAFETY: the tensor owns `bytes` initialised bytes of CPU memory for as long as it lives, and nothing writes
+        // them during this borrow: ONNX Runtime writes only inside `Model::run`, which borrows the cache mutably.
         unsafe { std::slice::from_raw_parts(self.tensor.data_ptr().cast::<u8>(), self.bytes) }
     }
 
-    /// Of a buffer on the host.
+    /// As [`Self::bytes`], mutable.
     fn bytes_mut(&mut self) -> &mut [u8] {
         if self.bytes == 0 || self.gpu.is_some() {
             return &mut [];
         }
-        // SAFETY: as in `bytes`; the borrow is exclusive, and the binding's own handle on the tensor only reads or writes
-        // inside `Model::run`.
+        // SAFETY: as in `bytes`; the borrow is exclusive, and the binding's own handle on the tensor only reads or
+        // writes inside `Model::run`.
         unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr_mut().cast::<u8>(), self.bytes) }
     }
 }

@@ -1,4 +1,4 @@
-//! The scores of the next token, and how they come back from a step: the newest row of each sequence, as float32.
+//! Logits and their readback: the newest row of each sequence, as float32.
 
 use std::{ops::DerefMut, sync::Arc};
 
@@ -11,17 +11,17 @@ use crate::{
     runtime::ort_error,
 };
 
-/// Scores of the next token, `[B, vocab]`.
+/// Logits of the next token, `[B, vocab]`.
 #[derive(Clone, Debug, Default)]
 pub struct Logits {
-    /// Row after row.
+    /// The rows, one after another.
     pub values: Arc<Vec<f32>>,
-    /// Tokens of the vocabulary.
+    /// Size of the vocabulary.
     pub vocab: usize,
 }
 
 impl Logits {
-    /// The scores of one sequence; empty when there is no such row.
+    /// The logits of one sequence; empty when there is no such row.
     pub fn row(&self, row: usize) -> &[f32] {
         self.values.get(row * self.vocab..(row + 1) * self.vocab).unwrap_or(&[])
     }
@@ -102,12 +102,12 @@ pub(crate) fn newest_rows(logits: &DynValue, element: TensorElementType, batch: 
     })
 }
 
-/// Reads logits back from a device into memory that is used again: at 10^5 tokens, fresh memory from the system would cost
-/// more than the copy and the conversion. Belongs to one state.
+/// Reads logits back from a device into memory that it reuses: for a vocabulary of 10^5 tokens, fresh memory would cost
+/// more than the copy and the conversion. Each state has its own.
 pub(crate) struct LogitsReadback {
     gpu: Option<Arc<Gpu>>,
     bytes: Box<dyn DerefMut<Target = [u8]>>,
-    /// The caller may hold the last step's scores while it makes the next ones.
+    /// Two, because the caller may hold the last step's logits during the next step.
     buffers: [Arc<Vec<f32>>; 2],
 }
 
@@ -120,7 +120,8 @@ impl LogitsReadback {
         }
     }
 
-    /// The newest row of each sequence of logits of this shape: `read(first byte, row)`.
+    /// The newest row of each sequence of logits of this shape; `read(offset in bytes, row)` copies one from the
+    /// device.
     pub(crate) fn newest(
         &mut self,
         element: TensorElementType,
@@ -139,7 +140,7 @@ impl LogitsReadback {
         })
     }
 
-    /// Memory for that many bytes as they come from the device.
+    /// Pinned memory (on the CPU: any) for that many bytes from the device.
     fn bytes(&mut self, count: usize) -> Result<&mut [u8]> {
         if self.bytes.len() != count {
             self.bytes = match &self.gpu {
@@ -150,7 +151,7 @@ impl LogitsReadback {
         Ok(&mut self.bytes)
     }
 
-    /// The numbers that [`Self::bytes`] was filled with, as f32.
+    /// The numbers in [`Self::bytes`], as f32.
     fn floats(&mut self, element: TensorElementType) -> Result<Arc<Vec<f32>>> {
         let free = self.buffers.iter().position(|b| Arc::strong_count(b) == 1);
         let buffer = &mut self.buffers[free.unwrap_or(0)];

@@ -1,4 +1,4 @@
-//! What `retro-export` wrote into a converted model.
+//! Metadata of a converted model.
 
 use std::{fmt::Display, str::FromStr};
 
@@ -11,17 +11,17 @@ use crate::runtime::ort_error;
 /// The metadata of a converted model: the settings it was converted with.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetroMetadata {
-    /// The window w it was converted with: the most tokens that a step may feed.
+    /// The largest window: tokens that a step may feed.
     pub window: usize,
     /// Tokens a page.
     pub page_size: usize,
-    /// Pages that a step reads unless it is told otherwise.
+    /// Default budget of a step.
     pub budget: Option<Budget>,
-    /// The least number of pages that a share of the context stands for.
+    /// Minimum pages of a budget that is a share of the context.
     pub min_pages: usize,
     /// What a page summary holds.
     pub selector: Option<Selector>,
-    /// How a query group's heads agree on pages.
+    /// Reduction of page scores over a KV head's query group.
     pub group_score: Option<GroupScore>,
     /// Layers that carry the operator.
     pub layers: Vec<usize>,
@@ -35,7 +35,7 @@ impl RetroMetadata {
     /// Reads a session's metadata; `None` for a model that was not converted.
     ///
     /// # Errors
-    /// When the model was converted for another version of the operator, or a value is none.
+    /// When the model was converted for another version of the operator, or a value cannot be parsed.
     pub fn read(session: &Session) -> Result<Option<Self>> {
         let found = session
             .metadata()
@@ -77,7 +77,7 @@ impl RetroMetadata {
     }
 }
 
-/// A value, if there is one.
+/// Parses an optional value.
 fn choice<T: FromStr<Err: Display>>(key: &str, text: Option<String>) -> Result<Option<T>> {
     let parse = |text: String| {
         text.parse()

@@ -1,5 +1,5 @@
-//! From a loaded model to text: one call of ONNX Runtime a step, what sequences remember between steps, and the loops around
-//! it. Each file imports only those above it:
+//! From a loaded model to text: one call of ONNX Runtime a step, what sequences remember between steps, and the loops
+//! around it. Each file imports only those above it:
 //!
 //! ```text
 //! integers, upcast             numbers in the element types that graphs declare

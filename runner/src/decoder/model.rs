@@ -1,4 +1,4 @@
-//! A loaded model: its session, its inputs and outputs, and what it says about itself.
+//! A loaded model: session, inputs and outputs, settings it was converted with.
 
 use std::{fmt::Display, path::Path, sync::Arc};
 
@@ -19,8 +19,8 @@ use crate::{
     runtime::Runtime,
 };
 
-/// A model ready to run. What sequences remember lives apart from it, in a
-/// [`DecoderState`](crate::DecoderState), so one model serves many.
+/// A model ready to run. The KV cache is apart from it, in a [`DecoderState`](crate::DecoderState), so one model serves
+/// many sequences.
 pub struct Model {
     /// The model's files, context length and end-of-text tokens.
     pub folder: ModelFolder,
@@ -35,7 +35,7 @@ pub struct Model {
     /// Number of the last CUDA graph; `None`: steps are not captured.
     pub(crate) last_graph: Option<usize>,
     device: Device,
-    /// Nodes that a GPU leaves to the CPU, in words.
+    /// Description of the nodes that a GPU leaves to the CPU.
     left_to_cpu: Option<String>,
 }
 
@@ -62,8 +62,8 @@ impl Model {
         let graphs = options.cuda_graph || options.fixed_buffers;
         ensure!(
             !(graphs && retro.as_ref().is_some_and(|r| r.lengths_from_width)),
-            "{} takes its length from the width of the attention mask, which grows with the text, while a CUDA graph keeps every \
-             shape: run it without --cuda-graph",
+            "{} takes the sequence length from the width of the attention mask, which changes with every step and so cannot be \
+             captured: run it without --cuda-graph",
             folder.graph.display()
         );
         let io = ModelIo::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
@@ -81,7 +81,7 @@ impl Model {
         })
     }
 
-    /// One line for people: the GPU, and what does not run there. `None` on the CPU.
+    /// One line for the user: the GPU, and what does not run there. `None` on the CPU.
     pub fn device_line(&self) -> Option<String> {
         let gpu = self.gpu.as_ref()?;
         let name = gpu.describe().map_or_else(|_| "unknown".to_owned(), |(name, _)| name);
@@ -97,7 +97,7 @@ impl Model {
     /// Which execution provider runs which node.
     ///
     /// # Errors
-    /// When ONNX Runtime does not say.
+    /// When ONNX Runtime cannot tell.
     pub fn placement(&self) -> Result<Vec<Placed>> {
         placement(&self.session)
     }
@@ -112,7 +112,7 @@ impl Model {
         self.gpu.is_some() || self.last_graph.is_some()
     }
 
-    /// One line for people: whether and how the plugin works in this model.
+    /// One line for the user: whether the plugin is active, and its settings.
     pub fn plugin_line(&self) -> String {
         fn known(value: Option<impl Display>) -> String {
             value.map_or_else(|| "?".to_owned(), |v| v.to_string())
@@ -138,13 +138,14 @@ impl Model {
         }
     }
 
-    /// The longest context of a sequence, as far as it is known.
+    /// Maximum context length in tokens, if it is known.
     pub fn context_length(&self) -> Option<usize> {
         let lengths = [self.io.capacity, self.folder.context_length];
         lengths.into_iter().flatten().min()
     }
 
-    /// How many of `asked` sequences the model decodes at a time.
+    /// The batch size to use when `asked` sequences are to be decoded: `asked`, or 1 where the model takes one at a
+    /// time.
     pub fn batch(&self, asked: usize) -> usize {
         if self.fixed_capacity && self.io.batch.is_none() {
             asked
@@ -153,10 +154,10 @@ impl Model {
         }
     }
 
-    /// The window to decode with: `asked`, or the one the model was converted with; 1 for a model that was not.
+    /// The window to decode with: `asked`, else the converted model's, else 1.
     ///
     /// # Errors
-    /// When `asked` is more than the model has room for.
+    /// When `asked` is 0 or exceeds the window that the model was converted for.
     pub fn window(&self, asked: Option<usize>) -> Result<usize> {
         let exported = self.retro.as_ref().map(|r| r.window);
         match (asked, exported) {
@@ -188,7 +189,7 @@ impl Model {
             .map_or(0, |r| retro_contract::pages_for(capacity, r.page_size))
     }
 
-    /// Page steps of the layers that select pages: places in [`ModelIo::slots`], in layer order.
+    /// Indices in [`ModelIo::slots`] of the page steps of layers that select pages, in layer order.
     pub(crate) fn page_step_slots(&self) -> Vec<usize> {
         let dense = self.retro.as_ref().map(|r| r.dense_layers.as_slice()).unwrap_or(&[]);
         let steps = SlotKind::Retro(graph::State::PageSteps);

@@ -1,7 +1,7 @@
-//! What a step read: pages per KV head, and how much of the context each token has seen in the end.
+//! Statistics of page selection: pages read per KV head, and effective exposure.
 //!
-//! The operator leaves its selection in the page steps: after the step at position t, the pages j with `A[j] = t` are the ones
-//! loaded, S_t. Nothing is asked of the operator, and nothing of this is on the clock.
+//! The operator leaves its selection in the page steps: after the step at position t, the pages j with `A[j] = t` are
+//! the ones loaded, S_t. Reading them is not timed.
 
 use std::collections::VecDeque;
 
@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::decoder::{io::SlotKind, model::Model};
 
-/// Pages of one selection, one bit each.
+/// A selection of pages, one bit each.
 type Pages = Vec<u64>;
 
-/// Sums over the steps, layers, sequences and KV heads measured.
+/// Sums over steps, layers, sequences and KV heads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PageReads {
     pages: f64,
     shares: f64,
-    /// Tokens of the pages loaded, and valid pages, each a sample a layer and KV head.
+    /// Tokens of the loaded pages and valid pages, summed over samples (a layer and KV head in a step).
     tokens: f64,
     valid: f64,
     samples: f64,
@@ -39,8 +39,8 @@ impl PageReads {
         (self.samples > 0.0).then(|| self.shares / self.samples)
     }
 
-    /// Effective exposure: the tokens that a token has attended to at the end of its window, by its own selection and those of
-    /// the w - 1 steps that corrected it, over the tokens of its own selection. 1 for w = 1.
+    /// Effective exposure: the tokens that a token has attended to at the end of its window, by its own selection and
+    /// those of the w - 1 steps that corrected it, over the tokens of its own selection. 1 for w = 1.
     pub fn exposure(&self) -> Option<f64> {
         (self.exposed > 0.0).then(|| self.exposure / self.exposed)
     }
@@ -60,7 +60,7 @@ impl PageReads {
         (self.steps > 0.0).then(|| self.lengths / self.steps)
     }
 
-    /// Counts a step of one sequence with `length` valid tokens.
+    /// Counts a step of one sequence of `length` valid tokens.
     pub fn step(&mut self, length: usize) {
         self.steps += 1.0;
         self.lengths += length as f64;
@@ -89,7 +89,7 @@ impl PageReads {
         bytes.sum()
     }
 
-    /// Adds what other steps read.
+    /// Adds the sums of other steps.
     pub fn add(&mut self, other: &PageReads) {
         self.pages += other.pages;
         self.shares += other.shares;
@@ -103,7 +103,7 @@ impl PageReads {
     }
 }
 
-/// Follows the selections of the last w steps of one sequence.
+/// Keeps the selections of the last w steps of one sequence.
 pub struct PageMeter {
     window: usize,
     page_size: usize,
@@ -124,7 +124,7 @@ impl PageMeter {
         }
     }
 
-    /// Takes the page steps A of head number `head` (layers and KV heads counted through) after the step at position `t`.
+    /// Adds the page steps A of one head after the step at position `t`. Heads are numbered over layers and KV heads.
     pub fn take(&mut self, head: usize, steps: &[i32], t: usize) {
         let valid = t / self.page_size + 1;
         let mut selected = vec![0u64; valid.div_ceil(64)];
@@ -152,7 +152,7 @@ impl PageMeter {
         if history.len() > self.window {
             history.pop_front();
         }
-        // The token whose window ends now sits w - 1 positions back.
+        // The token whose window ends now is w - 1 positions back.
         if history.len() == self.window
             && let Some(token) = t.checked_sub(self.window - 1)
             && let Some(own) = history.front()

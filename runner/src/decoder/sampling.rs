@@ -1,27 +1,27 @@
-//! Choosing the next token from its scores.
+//! Sampling: the next token from its logits.
 
 use std::cmp::Ordering;
 
 use anyhow::{Result, ensure};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-/// Tokens back that the repetition penalty looks.
+/// Number of last tokens that the repetition penalty applies to.
 pub const PENALTY_WINDOW: usize = 64;
 
-/// How to choose. Filters apply in llama.cpp's order: repetition penalty, top-k, top-p, min-p, temperature.
+/// Sampling options, applied in llama.cpp's order: repetition penalty, top-k, top-p, min-p, temperature.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
-    /// 0: always the best token.
+    /// 0 is greedy decoding.
     pub temperature: f32,
-    /// Keep the best k tokens; 0: all.
+    /// Keep the k most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keep the best tokens until they have this share of the probability; 1: all.
+    /// Keep the most likely tokens up to this cumulative probability; 1 keeps all.
     pub top_p: f32,
-    /// Keep tokens with at least this share of the best one's probability; 0: all.
+    /// Keep tokens with at least this share of the top token's probability; 0 keeps all.
     pub min_p: f32,
-    /// Scores of the last 64 tokens are divided (if positive) or multiplied by it; 1: off.
+    /// Logits of the last 64 tokens are divided by it (if positive, else multiplied); 1 is off.
     pub repeat_penalty: f32,
-    /// Seed of the random numbers.
+    /// Random seed.
     pub seed: u64,
 }
 
@@ -42,7 +42,7 @@ impl Sampling {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// Names the option, what it is and what it may be.
+    /// When an option is out of range.
     pub fn check(&self) -> Result<()> {
         let Self {
             temperature,
@@ -68,14 +68,14 @@ impl Sampling {
     }
 }
 
-/// A sampler with its random numbers; the same seed gives the same choices.
+/// A sampler with its random generator: the same seed gives the same tokens.
 pub struct Sampler {
     options: Sampling,
     random: StdRng,
 }
 
 impl Sampler {
-    /// A sampler; [`Sampling::check`] says whether its options are in range.
+    /// A sampler; [`Sampling::check`] checks its options.
     pub fn new(options: Sampling) -> Self {
         Self {
             options,
@@ -83,10 +83,10 @@ impl Sampler {
         }
     }
 
-    /// Chooses from the scores of all tokens, given the tokens so far.
+    /// Chooses a token from the logits `[vocab]`, given the tokens so far.
     ///
     /// # Errors
-    /// When the scores are empty or hold no finite number.
+    /// When no logit is finite.
     pub fn choose(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
         let o = self.options;
         let penalised;
@@ -111,14 +111,14 @@ impl Sampler {
                 return Ok(token);
             }
         }
-        // Rounding left a sliver: it belongs to the last token kept.
+        // Rounding errors: the probabilities sum to a little less than 1.
         Ok(kept.last().map_or(best, |&(token, _)| token))
     }
 }
 
-/// The best token; the lower id of equals; `None` when no score is finite.
+/// The token of the largest finite logit, the first of equals; `None` when none is finite.
 pub fn argmax(logits: &[f32]) -> Option<u32> {
-    // In lanes, which the compiler turns into vectors: a vocabulary has 10^5 tokens, and each of them costs.
+    // In lanes, so that the compiler vectorizes: a vocabulary has 10^5 tokens.
     const LANES: usize = 16;
     let finite = |x: f32| if x < f32::INFINITY { x } else { f32::NEG_INFINITY };
     let (chunks, rest) = logits.as_chunks::<LANES>();
@@ -151,7 +151,7 @@ fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
     out
 }
 
-/// Tokens that top-k, top-p and min-p leave, best first; at least one if any score is finite.
+/// Tokens left by top-k, top-p and min-p, most likely first; at least one if any logit is finite.
 fn filter(logits: &[f32], o: &Sampling) -> Vec<(u32, f32)> {
     let mut kept: Vec<(u32, f32)> = logits
         .iter()
@@ -188,7 +188,7 @@ fn filter(logits: &[f32], o: &Sampling) -> Vec<(u32, f32)> {
     kept
 }
 
-/// Softmax of scores over a temperature; the first is the largest.
+/// Softmax of logits over a temperature; the first logit is the largest.
 fn probabilities(kept: &[(u32, f32)], temperature: f32) -> Vec<f64> {
     let best = kept.first().map_or(0.0, |&(_, x)| x);
     let weights: Vec<f64> = kept

@@ -1,4 +1,4 @@
-//! Opening a session: its options, and what an error of ONNX Runtime means for the user.
+//! Session options, opening a session, and what to do about its errors.
 
 use std::path::{Path, PathBuf};
 
@@ -19,20 +19,21 @@ use crate::{
 pub struct OpenOptions {
     /// Threads of ONNX Runtime's pool; `None`: one per core.
     pub threads: Option<usize>,
-    /// The plugin's file. Only models that were converted load it.
+    /// Path of the plugin. Only converted models load it.
     pub plugin: Option<PathBuf>,
     /// Where the model runs.
     pub device: Device,
-    /// Replay decoding steps of one shape as a CUDA graph.
+    /// Capture decoding steps as a CUDA graph and replay it.
     pub cuda_graph: bool,
-    /// Threads of the pool stop spinning after a run: where several sessions take turns, those of one would take the cores
-    /// of the next.
+    /// Threads of the pool stop spinning after a run: where several sessions take turns, those of one would take the
+    /// cores of the next.
     pub idle_between_runs: bool,
     /// Feed steps from buffers at fixed addresses, as a CUDA graph needs them. On the CPU this serves tests alone.
     pub fixed_buffers: bool,
 }
 
-/// Opens the session of a graph. Errors are text: those of `ort`'s builder carry the builder, which cannot leave the thread.
+/// Opens the session of a graph. Errors are text: those of `ort`'s builder carry the builder, which cannot leave the
+/// thread.
 pub(crate) fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> Result<Session, String> {
     let mut builder = session_builder(runtime, options, options.plugin.is_some() && may_need_plugin(graph))?;
     builder.commit_from_file(graph).map_err(|e| one_line(&e))
@@ -69,14 +70,14 @@ pub(crate) fn session_builder(
     Ok(builder)
 }
 
-/// Whether a graph imports the operator's domain; yes where only ONNX Runtime can tell.
+/// Whether a graph imports the operator's domain; true for a graph that cannot be read here.
 fn may_need_plugin(graph: &Path) -> bool {
     read_model(graph).map_or(true, |loaded| {
         loaded.model.opset_version(retro_contract::DOMAIN).is_some()
     })
 }
 
-/// Says what to do about an error of [`open_session`].
+/// The error of [`open_session`] with what to do about it.
 pub(crate) fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> anyhow::Error {
     let wants_plugin = text.contains(retro_contract::DOMAIN) || text.contains(retro_contract::OP_TYPE);
     if wants_plugin && options.plugin.is_none() {
@@ -86,7 +87,7 @@ pub(crate) fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> any
         )
     } else if options.cuda_graph && text.contains("graph capture") {
         anyhow!(
-            "--cuda-graph: the graph {} has nodes that only the CPU runs between nodes of the GPU, so its steps cannot be captured; leave --cuda-graph out ({text})",
+            "--cuda-graph: the graph {} has CPU nodes between GPU nodes, so its steps cannot be captured; run it without --cuda-graph ({text})",
             graph.display()
         )
     } else if let Some(why) = weights_fault(graph).filter(|_| text.to_lowercase().contains("external")) {
@@ -96,7 +97,7 @@ pub(crate) fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> any
     }
 }
 
-/// What is wrong with a model's external data, if something is.
+/// What is wrong with a model's external data; `None` if it is complete.
 fn weights_fault(graph: &Path) -> Option<String> {
     let model = read_model(graph).ok()?.model;
     external_files(&model, folder_of(graph)).err().map(|e| format!("{e:#}"))

@@ -1,4 +1,4 @@
-//! What a generation took and read.
+//! Statistics of a generation.
 
 use std::time::Duration;
 
@@ -6,18 +6,18 @@ use serde::Serialize;
 
 use crate::decoder::page_reads::PageReads;
 
-/// Figures of one generation (or of a batch). Times leave measuring and printing out.
+/// Statistics of one generation or of a batch. Times exclude measuring and printing.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
     /// Tokens of the prompts.
     pub prompt_tokens: usize,
-    /// Time to read them.
+    /// Prefill time.
     pub prompt_time: Duration,
-    /// From the start of the prompt to the first token; none was made if there is no such time.
+    /// Time from the start of the prefill to the first token; `None` if there was none.
     pub first_token: Option<Duration>,
-    /// Tokens generated, the first of each sequence with them.
+    /// Generated tokens.
     pub generated_tokens: usize,
-    /// Tokens whose making needed a decoding step: the first comes from the prompt.
+    /// Generated tokens that took a decoding step: all but the first, which the prefill gives.
     pub decoded_tokens: usize,
     /// Time of the decoding steps and of sampling.
     pub decode_time: Duration,
@@ -29,7 +29,7 @@ pub struct Stats {
     pub state_bytes: usize,
 }
 
-/// As one JSON object.
+/// [`Stats`] as a JSON object.
 #[derive(Serialize)]
 pub struct StatsJson {
     /// [`Stats::prompt_tokens`].
@@ -67,7 +67,7 @@ impl Stats {
         rate(self.decoded_tokens, self.decode_time)
     }
 
-    /// The figures as one JSON object has them.
+    /// The statistics as a JSON object.
     pub fn json(&self) -> StatsJson {
         StatsJson {
             prompt_tokens: self.prompt_tokens,
@@ -83,7 +83,7 @@ impl Stats {
         }
     }
 
-    /// Two or three lines for people.
+    /// Three lines for the user.
     pub fn lines(&self) -> Vec<String> {
         let rate = |r: Option<f64>| r.map_or_else(|| "-".to_owned(), |r| format!("{r:.1}"));
         let first = self.first_token.map_or_else(String::new, |t| {

@@ -1,4 +1,4 @@
-//! One call of ONNX Runtime: a decoding step, or a chunk of a prompt.
+//! One run of the session: a decoding step, or a chunk of a prefill.
 //!
 //! B sequences, S tokens fed, C capacity in tokens.
 
@@ -23,27 +23,27 @@ use crate::{
     runtime::ort_error,
 };
 
-/// What a batch of sequences remembers between steps. It belongs to the model that made it.
+/// The KV cache of a batch of sequences, and the buffers that its steps are fed from. It belongs to one model.
 pub struct DecoderState {
     kv: KvCache,
-    /// Feeds steps from buffers at fixed addresses: on a GPU, and where steps are captured.
+    /// On a GPU, and where steps are captured: feeds them from buffers at fixed addresses.
     runner: Option<DeviceRunner>,
 }
 
 impl DecoderState {
-    /// The buffers of keys, values and other state.
+    /// The KV cache.
     pub fn kv(&self) -> &KvCache {
         &self.kv
     }
 
-    /// The same, to be changed: cleared, rewound, restored.
+    /// The KV cache, to be cleared, rewound or restored.
     pub fn kv_mut(&mut self) -> &mut KvCache {
         &mut self.kv
     }
 }
 
 impl Model {
-    /// Fresh state for `batch` sequences of up to `capacity` tokens.
+    /// A state for `batch` sequences of up to `capacity` tokens.
     ///
     /// # Errors
     /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch or for
@@ -56,14 +56,14 @@ impl Model {
         let declared = self.io.batch.unwrap_or(batch);
         ensure!(
             declared == batch,
-            "this model takes batches of {declared}, by its declared shapes, not of {batch}"
+            "this model is declared for batches of {declared}, not of {batch}"
         );
         let most = self.io.capacity.unwrap_or(capacity);
         ensure!(
             capacity <= most,
-            "this model's caches hold {most} tokens, by their declared shapes, not {capacity}"
+            "this model's caches are declared for {most} tokens, not {capacity}"
         );
-        // A buffer of declared size has that size however little is asked for.
+        // Buffers of declared size have it, whatever capacity is asked for.
         let kv = self.new_cache(batch, most)?;
         let runner = self
             .feeds_from_buffers()
@@ -88,14 +88,14 @@ impl Model {
         }
         ensure!(
             self.gpu.is_none(),
-            "this model's caches grow with every step, which on a GPU would copy them every time: set \
+            "this model's caches grow with every step, which retro-run does not support on a GPU: set \
              past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or \
              use --device cpu"
         );
         KvCache::growing(&self.io.slots, &allocator, batch, capacity)
     }
 
-    /// Runs one step or one chunk of a prompt: updates the caches and the operator's state, returns the newest tokens'
+    /// Runs a step or a chunk of a prompt: updates the caches and the operator's state, returns the newest tokens'
     /// logits, `[B, vocab]`.
     ///
     /// # Errors
@@ -144,7 +144,7 @@ fn check(feed: &Feed, kv: &KvCache) -> Result<()> {
     Ok(())
 }
 
-/// On caches that are bound as past and as present.
+/// Runs on caches that are bound as past and as present.
 fn run_in_place(session: &mut Session, io: &ModelIo, cache: &mut InPlace, feed: &Feed) -> Result<Logits> {
     let batch = feed.lengths.len();
     let InPlace { binding, buffers } = cache;
@@ -152,7 +152,7 @@ fn run_in_place(session: &mut Session, io: &ModelIo, cache: &mut InPlace, feed: 
     for (name, value) in &inputs {
         binding.bind_input(*name, value).map_err(ort_error)?;
     }
-    // Bound anew each time: its shape changes with S, and a binding remembers the last output.
+    // Bound in every step: its shape changes with S, and a binding keeps the last output.
     let cpu = Allocator::default();
     binding
         .bind_output_to_device(&io.logits, &cpu.memory_info().to_owned())
@@ -165,7 +165,7 @@ fn run_in_place(session: &mut Session, io: &ModelIo, cache: &mut InPlace, feed: 
     Ok(logits)
 }
 
-/// On caches that grow: what comes out is what goes in next.
+/// Runs on caches that grow: the outputs are the next inputs.
 fn run_growing(session: &mut Session, io: &ModelIo, past: &mut Vec<DynValue>, feed: &Feed) -> Result<Logits> {
     let batch = feed.lengths.len();
     let inputs = inputs(io, batch, feed, true)?;
@@ -188,13 +188,13 @@ fn run_growing(session: &mut Session, io: &ModelIo, past: &mut Vec<DynValue>, fe
     Ok(logits)
 }
 
-/// Whether what came out goes in again where sizes are declared.
+/// Checks that an output has the declared dimensions of its input.
 fn keeps_its_size(slot: &StateSlot, value: &DynValue) -> Result<()> {
     let shape = value.dtype().tensor_shape().map(|s| s.to_vec()).unwrap_or_default();
     let fits = |(want, have): (&Option<usize>, &i64)| want.is_none_or(|want| usize::try_from(*have) == Ok(want));
     ensure!(
         shape.len() == slot.dims.len() && slot.dims.iter().zip(&shape).all(fits),
-        "{} came out as {shape:?}, which {} does not take: retro-run needs it to keep its declared size",
+        "the output {} has shape {shape:?}, which its input {} is not declared for: retro-run needs both of one shape",
         slot.present,
         slot.past
     );

@@ -1,7 +1,7 @@
 //! float16 and bfloat16 to float32, a vocabulary at a time.
 //!
-//! `half` calls a function for every eight numbers where it finds the processor's instruction at run time only: 48 to 75 us
-//! for 128,256 scores, against 8 us for a loop inside that function.
+//! `half` calls a function for every eight numbers where it finds the processor's instruction at run time only: 48 to
+//! 75 us for 128,256 scores, against 8 us for a loop inside that function.
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 

@@ -1,4 +1,4 @@
-//! The models that a comparison runs: the source as it is, and conversions of it in a folder that goes when the comparison ends.
+//! The converted-model cache of a comparison: the source model and its conversions, in a temporary folder.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use retro_export::{ExternalMode, Options, Settings, onnx::read_model};
 use super::policy::ModelSource;
 use crate::model_folder::{ModelFolder, chosen, is_weights_folder};
 
-/// Makes models.
+/// Converts the source model once per setting.
 pub struct ConvertedModelCache {
     folder: tempfile::TempDir,
     /// The source model's graph: a folder or a file.
@@ -18,15 +18,15 @@ pub struct ConvertedModelCache {
 }
 
 impl ConvertedModelCache {
-    /// A cache for the source model at `path`: a model folder, of which `choice` may name a graph, an ONNX file, or a folder of
-    /// Llama weights, built first.
+    /// A cache for the source model at `path`: a model folder (`choice` names one of its graphs), an ONNX file, or a
+    /// folder of Llama weights, which is built first.
     ///
     /// # Errors
-    /// When there is no model, it is converted already, or there is no place for temporary files.
+    /// When there is no model, it is converted already, or no temporary folder can be made.
     pub fn new(path: &Path, choice: Option<&str>) -> Result<Self> {
         ensure!(path.exists(), "there is no model at {}", path.display());
         let path = &chosen(path, choice)?;
-        let folder = tempfile::tempdir().context("no place for temporary files: set TMPDIR to a folder with room")?;
+        let folder = tempfile::tempdir().context("no temporary folder: set TMPDIR to a folder with free space")?;
         let graph = if is_weights_folder(path) {
             let built = folder.path().join("source");
             retro_models::build(path, &built, &retro_models::Options::default())?;
@@ -38,7 +38,7 @@ impl ConvertedModelCache {
         let converted = read_model(&file).is_ok_and(|loaded| loaded.model.metadata(metadata::VERSION).is_some());
         ensure!(
             !converted,
-            "{} was converted already: give the model it was made from, or compare it as it is with --run NAME=DIR",
+            "{} was converted already: give the unconverted model, or compare this one with --run NAME=DIR",
             path.display()
         );
         Ok(Self {
@@ -51,10 +51,10 @@ impl ConvertedModelCache {
     /// A cache that converts nothing: every model is run as it is.
     ///
     /// # Errors
-    /// When there is no place for temporary files.
+    /// When no temporary folder can be made.
     pub fn of_nothing(graph: &Path) -> Result<Self> {
         Ok(Self {
-            folder: tempfile::tempdir().context("no place for temporary files: set TMPDIR to a folder with room")?,
+            folder: tempfile::tempdir().context("no temporary folder: set TMPDIR to a folder with free space")?,
             graph: graph.to_owned(),
             made: Vec::new(),
         })
@@ -65,7 +65,7 @@ impl ConvertedModelCache {
         &self.graph
     }
 
-    /// The model of a source, converted now if it was not yet.
+    /// The path of a row's model, which is converted if it was not yet.
     ///
     /// # Errors
     /// When it cannot be converted.
@@ -91,10 +91,10 @@ impl ConvertedModelCache {
                 ..Default::default()
             })
         };
-        // Weights are linked where the file system can, else copied.
+        // Weights are hard links where the file system has them.
         convert(ExternalMode::Link).or_else(|_| convert(ExternalMode::Copy))?;
         if self.graph.is_file() {
-            // A file's companions lie beside it or above; the converted one has a folder of its own.
+            // The converted file has a folder of its own.
             bring_companions(&self.graph, self.folder.path())?;
         }
         self.made.push((settings.clone(), target.clone()));
@@ -102,7 +102,7 @@ impl ConvertedModelCache {
     }
 }
 
-/// Configuration and tokenizer of a model that is named by its file.
+/// Copies configuration and tokenizer of a model that is given as a file.
 fn bring_companions(graph: &Path, folder: &Path) -> Result<()> {
     let place = retro_model_io::locate(graph, None)?.folder;
     for name in [

@@ -11,12 +11,12 @@ use crate::{
     progress::Items,
 };
 
-/// What one document gave under one policy.
+/// The result of one document under one policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DocumentResult {
-    /// Which answers were right, in order.
+    /// Correctness of each answer, in order.
     pub right: Vec<bool>,
-    /// What the steps read.
+    /// Page reads of the steps.
     pub reading: PageReads,
     /// Tokens generated.
     pub generated: usize,
@@ -27,18 +27,18 @@ pub struct DocumentResult {
 }
 
 impl DocumentResult {
-    /// Share of right answers, 0 to 1.
+    /// Fraction of right answers, 0 to 1.
     pub fn share(&self) -> f64 {
         share(&self.right)
     }
 
-    /// Number of the first wrong answer over how many there are; 1 when all are right.
+    /// Fraction of answers before the first wrong one; 1 if all are right.
     pub fn first_wrong(&self) -> f64 {
         let first = self.right.iter().position(|r| !r);
         first.map_or(1.0, |i| i as f64 / self.right.len() as f64)
     }
 
-    /// Right answers by quarter of the output; a quarter without answers is NaN.
+    /// Fraction of right answers per quarter of the output; NaN for a quarter without answers.
     pub fn quarters(&self) -> [f64; 4] {
         let n = self.right.len();
         std::array::from_fn(|q| {
@@ -52,25 +52,25 @@ fn share(right: &[bool]) -> f64 {
     right.iter().filter(|&&r| r).count() as f64 / right.len().max(1) as f64
 }
 
-/// What is to be measured.
+/// Inputs and options of a run.
 pub struct DocumentsJob<'a> {
     /// ONNX Runtime.
     pub runtime: &'a Runtime,
     /// How models are opened.
     pub open: &'a OpenOptions,
-    /// The documents, in the order of their numbers in the journal.
+    /// The documents; the journal numbers them in this order.
     pub documents: &'a [Document],
-    /// What is compared.
+    /// Rows to measure.
     pub rows: &'a [PolicyRow],
-    /// Documents decoded at a time.
+    /// Batch size.
     pub batch: usize,
-    /// Prompt tokens fed at a time.
+    /// Prompt tokens per prefill chunk.
     pub chunk: usize,
-    /// Tokens to generate at most a document; `None`: by the references.
+    /// Maximum tokens to generate per document; `None`: from the references.
     pub n_predict: Option<usize>,
-    /// How outputs are judged.
+    /// How answers are scored.
     pub scorer: Scorer,
-    /// Ends the work between two steps.
+    /// Stops the run between two steps.
     pub interrupt: &'a Interrupt,
 }
 
@@ -82,7 +82,7 @@ impl DocumentsJob<'_> {
     /// Measures what `journal` does not have yet.
     ///
     /// # Errors
-    /// Whatever keeps a policy from being measured.
+    /// When a model or policy cannot be run, or the journal cannot be written.
     pub fn run(
         &self,
         converted: &mut ConvertedModelCache,
@@ -109,7 +109,7 @@ impl DocumentsJob<'_> {
         Ok(())
     }
 
-    /// Rows of one model, which share its session and the state of its prompts.
+    /// Measures the rows of one model, which share its session and the prefilled prompts.
     fn run_group(
         &self,
         converted: &mut ConvertedModelCache,
@@ -174,7 +174,7 @@ impl DocumentsJob<'_> {
         Ok(())
     }
 
-    /// Tokens that an output may have: those of the longest reference and a few more, within the context.
+    /// Maximum output length: the longest reference and a few tokens more, within the context.
     fn max_new(&self, model: &Model, text: &ModelTokenizer, longest: usize) -> Result<usize> {
         let room = model.context_length().map(|c| c.saturating_sub(longest));
         let references = self

@@ -1,4 +1,4 @@
-//! The report as a page that stands alone: the table, and figures as SVG inside it.
+//! The HTML report: a self-contained page with the table and SVG figures.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ use super::{
     summary::{Cost, DocumentsRow, Estimate, FidelityRow, Subject},
 };
 
-/// A line of a figure: a name, and x, y, the standard error of y.
+/// A line of a figure.
 pub struct Series {
     /// Name in the legend.
     pub name: String,
@@ -19,7 +19,7 @@ pub struct Series {
     pub points: Vec<(f64, f64, f64)>,
 }
 
-/// Colours that differ for most eyes (Okabe and Ito).
+/// The colour-blind safe palette of Okabe and Ito.
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 0, 0),
     RGBColor(213, 94, 0),
@@ -50,7 +50,7 @@ pub fn figure(title: &str, x: &str, y: &str, lines: &[Series]) -> Result<String>
         (low, high)
     };
     if points.is_empty() {
-        return Err(anyhow!("the figure {title:?} has nothing to show"));
+        return Err(anyhow!("the figure {title:?} has no data"));
     }
     let (x_low, x_high) = range(&|p| p.0);
     let (_, y_high) = range(&|p| p.1 + p.2);
@@ -108,7 +108,7 @@ pub fn figure(title: &str, x: &str, y: &str, lines: &[Series]) -> Result<String>
     Ok(svg)
 }
 
-/// A tick without needless digits.
+/// A tick label without trailing zeros.
 fn short(v: f64) -> String {
     let text = format!("{v:.3}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
@@ -119,19 +119,19 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-/// What a budget is on an axis: the share of dense attention's bytes would hide the summaries, so the budget itself.
+/// A budget as a number for the x axis.
 fn number(budget: Option<&str>) -> Option<f64> {
     budget?.parse().ok()
 }
 
-/// Lines of one policy each over its budgets.
+/// One line per policy, over its budgets.
 fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&Subject, Estimate)) -> Vec<Series> {
     let budgets: Vec<f64> = rows.iter().filter_map(|r| number(of(r).0.budget.as_deref())).collect();
     let mut lines: Vec<Series> = Vec::new();
     for row in rows {
         let (subject, value) = of(row);
         let point = |b| (b, value.mean, value.error.unwrap_or(0.0));
-        // A policy without a budget is a level line.
+        // A policy without a budget is a horizontal line.
         let points: Vec<_> = number(subject.budget.as_deref())
             .map_or_else(|| budgets.iter().copied().map(point).collect(), |b| vec![point(b)]);
         push(&mut lines, &subject.policy, points);
@@ -143,7 +143,7 @@ fn over_budgets<T>(rows: &[T], of: impl Fn(&T) -> (&Subject, Estimate)) -> Vec<S
     lines
 }
 
-/// Exposure against the window, a line for each selection and budget; none with one window alone.
+/// Exposure over windows, a line per selection and budget; `None` if each has one window.
 fn exposures<'a>(rows: impl Iterator<Item = (&'a Subject, &'a Cost)>) -> Result<Option<(String, String)>> {
     let mut lines: Vec<Series> = Vec::new();
     for (subject, cost) in rows {
@@ -154,7 +154,7 @@ fn exposures<'a>(rows: impl Iterator<Item = (&'a Subject, &'a Cost)>) -> Result<
         if !matches!(subject.kind, PolicyKind::Retro | PolicyKind::Quest) {
             continue;
         }
-        // The name without its window; Quest is Retro with w = 1.
+        // The name without the window; Quest is Retro with w = 1.
         let name = subject
             .policy
             .replace(&format!(" (w = {window})"), "")
@@ -185,7 +185,7 @@ fn push(lines: &mut Vec<Series>, name: &str, points: impl IntoIterator<Item = (f
     }
 }
 
-/// One line a policy over the parts of an output, a figure for each budget.
+/// One line per policy over the parts of an output, a figure per budget.
 fn by_place<T>(
     rows: &[T],
     (file, title, x, y): (&str, &str, &str, &str),
@@ -217,7 +217,7 @@ fn by_place<T>(
     Ok(figures)
 }
 
-/// The figures of a comparison over documents, with their file names.
+/// The figures for documents: file names and SVG.
 ///
 /// # Errors
 /// When drawing fails.
@@ -241,7 +241,7 @@ pub fn documents_figures(rows: &[DocumentsRow]) -> Result<Vec<(String, String)>>
     Ok(figures)
 }
 
-/// The figures of a comparison over texts, with their file names.
+/// The figures for texts: file names and SVG.
 ///
 /// # Errors
 /// When drawing fails.
@@ -278,7 +278,7 @@ pub fn fidelity_figures(rows: &[FidelityRow]) -> Result<Vec<(String, String)>> {
     Ok(figures)
 }
 
-/// One page of it all.
+/// The whole page.
 pub fn page(title: &str, facts: &[String], table: &[Vec<String>], figures: &[(String, String)]) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>{0}</title>\n<style>\n\

@@ -1,4 +1,4 @@
-//! Results as they come, one JSON line each, so that an interrupted evaluation goes on where it was.
+//! The file of results: one JSON line each, appended as they come, so that an interrupted run can be resumed.
 
 use std::{
     collections::HashMap,
@@ -10,14 +10,14 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-/// What the results in a file are of.
+/// The first line of the file: what the results belong to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
     /// The program's version.
     pub retro_run: String,
-    /// Name, place, sizes and times of the model's files, as one key.
+    /// The model: name and hash of its folder.
     pub model: String,
-    /// What is measured, and on what.
+    /// The documents or texts, and options that change results.
     pub data: String,
 }
 
@@ -28,14 +28,14 @@ struct JournalLine<T> {
     result: T,
 }
 
-/// Results by policy and item (a document, a text).
+/// Results by policy and item (document or text).
 pub struct Journal<T> {
     known: HashMap<(String, usize), T>,
     file: Option<File>,
 }
 
 impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
-    /// Results kept in memory alone.
+    /// A journal without a file.
     pub fn in_memory() -> Self {
         Self {
             known: HashMap::new(),
@@ -43,10 +43,10 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
         }
     }
 
-    /// Results kept in `path`, with those that it holds already.
+    /// Opens the journal at `path`, with the results it has; creates it if there is none.
     ///
     /// # Errors
-    /// When the file cannot be read or written, is no such file, or is of another model, other documents or other settings.
+    /// When the file cannot be read or written, is no journal, or belongs to another model, other documents or options.
     pub fn open(path: &Path, header: &Header) -> Result<Self> {
         let shown = path.display();
         let mut file = OpenOptions::new()
@@ -74,7 +74,7 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
             good += first.len() as u64 + 1;
             for line in lines {
                 let line = line.with_context(|| format!("cannot read {shown}"))?;
-                // The last line of a run that was killed may be half a line.
+                // A killed run may leave an incomplete last line.
                 let Ok(JournalLine { policy, item, result }) = serde_json::from_str::<JournalLine<T>>(&line) else {
                     break;
                 };
@@ -85,7 +85,7 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
             if good < length {
                 file.set_len(good).with_context(|| format!("cannot shorten {shown}"))?;
             } else if good > length {
-                // Everything was written but the last line's end.
+                // Only the last line's end is missing.
                 file.write_all(b"\n").with_context(|| format!("cannot write {shown}"))?;
             }
             file.seek(std::io::SeekFrom::End(0))?;

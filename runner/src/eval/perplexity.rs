@@ -1,6 +1,7 @@
-//! Teacher-forced fidelity: a short prompt, then the rest of a text token by token, each policy beside dense attention.
+//! Perplexity and KL divergence from dense attention, by teacher forcing: a dense prefill, then the text token by
+//! token.
 //!
-//! Every policy reads the same tokens, so nothing runs away: the divergence moves where right and wrong answers do not yet.
+//! Every policy is fed the same tokens, so differences do not accumulate, and small ones show.
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -20,21 +21,21 @@ use crate::{
     progress::Items,
 };
 
-/// Parts of a text whose figures are kept apart.
+/// Number of parts of a text with separate sums.
 pub const PARTS: usize = 8;
 
-/// What one text gave under one policy. Sums are over tokens, by part of the text.
+/// The result of one text under one policy: sums over tokens, per part of the text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fidelity {
     /// Tokens predicted.
     pub tokens: [usize; PARTS],
-    /// Kullback-Leibler divergence of this policy's next-token distribution from dense attention's, in nats.
+    /// KL divergence from dense attention's next-token distribution, in nats.
     pub divergence: [f64; PARTS],
     /// Negative log-likelihood of the text, in nats.
     pub surprise: [f64; PARTS],
-    /// Tokens for which policy and dense attention have one best guess.
+    /// Tokens for which policy and dense attention have the same top token.
     pub agreed: usize,
-    /// What the steps read.
+    /// Page reads of the steps.
     pub reading: PageReads,
     /// This text's share of the batch's decoding time, in seconds.
     pub seconds: f64,
@@ -63,7 +64,7 @@ impl Fidelity {
     }
 }
 
-/// What is to be measured.
+/// Inputs and options of a run.
 pub struct FidelityJob<'a> {
     /// ONNX Runtime.
     pub runtime: &'a Runtime,
@@ -73,17 +74,17 @@ pub struct FidelityJob<'a> {
     pub texts: &'a [String],
     /// Names of the texts, for messages.
     pub names: &'a [String],
-    /// What is compared.
+    /// Rows to measure.
     pub rows: &'a [PolicyRow],
-    /// Texts decoded at a time.
+    /// Batch size.
     pub batch: usize,
-    /// Prompt tokens fed at a time.
+    /// Prompt tokens per prefill chunk.
     pub chunk: usize,
-    /// Tokens of a text that are read densely.
+    /// Tokens of a text that are prefilled.
     pub prompt: usize,
-    /// Tokens of a text that are predicted at most.
+    /// Maximum tokens of a text to predict.
     pub predict: usize,
-    /// Ends the work between two steps.
+    /// Stops the run between two steps.
     pub interrupt: &'a Interrupt,
 }
 
@@ -91,10 +92,10 @@ pub struct FidelityJob<'a> {
 type Distributions = Vec<f32>;
 
 impl FidelityJob<'_> {
-    /// Measures what `journal` does not have yet; rows without dense attention among them are compared with it all the same.
+    /// Measures what `journal` does not have yet. The reference is dense attention, even if it is no row.
     ///
     /// # Errors
-    /// Whatever keeps a policy from being measured.
+    /// When a model or policy cannot be run, or the journal cannot be written.
     pub fn run(&self, converted: &mut ConvertedModelCache, journal: &mut Journal<Fidelity>, bar: &Items) -> Result<()> {
         let source = converted.graph().to_owned();
         let mut dense = Model::open(self.runtime, &source, self.open)?;
@@ -177,7 +178,7 @@ impl FidelityJob<'_> {
         Ok(())
     }
 
-    /// The texts' tokens, cut to what is read of them.
+    /// Token ids of the texts, truncated to prompt and predicted part.
     fn tokens(&self, model: &Model, text: &ModelTokenizer) -> Result<Vec<Vec<u32>>> {
         let most = model.context_length().unwrap_or(usize::MAX);
         let most = most.min(self.prompt.saturating_add(self.predict));

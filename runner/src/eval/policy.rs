@@ -1,4 +1,4 @@
-//! What is compared: policies as users name them, and the rows of a comparison that they become.
+//! Policies of the command line, and the rows of the comparison made from them.
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -9,24 +9,24 @@ use retro_export::Settings;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PolicyKind {
-    /// The model as its exporter made it.
+    /// Dense attention: the unconverted model.
     Dense,
-    /// Sink pages and the newest ones.
+    /// StreamingLLM: sink pages and the newest ones.
     Streaming,
-    /// The paper's selection without correction: what others are compared with.
+    /// Quest: the paper's selection without correction, the baseline.
     Quest,
-    /// Selection with correction; the paper's selection unless options say otherwise.
+    /// Selection with retrospective correction.
     Retro,
-    /// A converted model as it is.
+    /// A given model as it is.
     Folder,
 }
 
-/// A policy as it was asked for: `NAME[,option=value]...`.
+/// A policy as the command line has it: `NAME[,option=value]...`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PolicySpec {
     kind: PolicyKind,
     name: &'static str,
-    /// Of a retro policy; none: every window asked for.
+    /// For retro policies; `None`: all windows of the command line.
     window: Option<usize>,
     settings: Settings,
 }
@@ -96,7 +96,7 @@ impl PolicySpec {
         Ok(())
     }
 
-    /// What the options change, for the label.
+    /// Settings that differ from the defaults, for the label.
     fn changes(&self) -> String {
         let usual = match self.name {
             "recommended" => Settings::default(),

@@ -1,4 +1,4 @@
-//! Documents with known answers, and how an output is judged.
+//! Documents with known answers, and scoring.
 
 use std::{fs, path::Path};
 
@@ -6,18 +6,18 @@ use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use serde::Deserialize;
 
-/// One line of a documents file.
+/// A document: one line of a JSON-lines file.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Document {
-    /// Name of the document; nothing depends on it.
+    /// Name of the document, for the reader.
     #[serde(default)]
     pub id: String,
-    /// The text to go on from.
+    /// The prompt.
     pub prompt: String,
     /// The right answers, in order.
     #[serde(default)]
     pub answers: Vec<String>,
-    /// A right output as a whole; it tells how long outputs are.
+    /// A complete right output; it sets the output length.
     #[serde(default)]
     pub reference: Option<String>,
 }
@@ -25,7 +25,7 @@ pub struct Document {
 /// Reads the documents of a JSON-lines file, at most `limit`.
 ///
 /// # Errors
-/// When the file cannot be read, a line is no document, or there are none.
+/// When the file cannot be read, a line is no document, or there is none.
 pub fn read_documents(path: &Path, limit: usize) -> Result<Vec<Document>> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let lines = text
@@ -41,15 +41,15 @@ pub fn read_documents(path: &Path, limit: usize) -> Result<Vec<Document>> {
     Ok(documents)
 }
 
-/// How outputs are judged.
+/// How answers are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Scorer {
-    /// The word after the first "so value of #k" is the k-th answer.
+    /// The k-th answer is the word after the first "so value of #k".
     Ledger,
 }
 
 impl Scorer {
-    /// Which of `answers` the output has right.
+    /// For each of `answers`, whether the output has it.
     pub fn judge(self, output: &str, answers: &[String]) -> Vec<bool> {
         match self {
             Self::Ledger => ledger(output, answers),
@@ -75,7 +75,7 @@ fn ledger(output: &str, answers: &[String]) -> Vec<bool> {
         .collect()
 }
 
-/// Mean and its standard error of one number a document (answers of one output depend on each other, documents do not).
+/// Mean and standard error of one number per document; the error of fewer than two is NaN.
 pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n.max(1.0);

@@ -1,5 +1,5 @@
-//! From results to the rows of a table. Errors are standard errors over documents (or texts): answers of one output depend on
-//! each other, documents do not.
+//! From results to the rows of a table. Errors are standard errors over documents or texts, which are independent;
+//! answers of one output are not.
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -11,17 +11,17 @@ use super::{
 };
 use crate::{decoder::page_reads::PageReads, eval::score::mean_and_error};
 
-/// A mean and its standard error; none for a single document.
+/// A mean and its standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// The mean.
     pub mean: f64,
-    /// Its standard error.
+    /// Its standard error; `None` for a single document.
     pub error: Option<f64>,
 }
 
 impl Estimate {
-    /// Of one number a document; NaN is left out.
+    /// The estimate from one number per document; NaN is skipped. `None` without numbers.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
         let (mean, error) = mean_and_error(&values);
@@ -31,37 +31,37 @@ impl Estimate {
         })
     }
 
-    /// `mean ± error` with `digits` behind the point.
+    /// `mean ± error` with `digits` decimals.
     pub fn text(self, digits: usize) -> String {
         let error = self.error.map_or_else(String::new, |e| format!(" ± {e:.digits$}"));
         format!("{:.digits$}{error}", self.mean)
     }
 }
 
-/// What a policy read and how fast it was.
+/// Cost of a policy: what it read, and its speed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cost {
-    /// Pages loaded per KV head and step; none for dense attention.
+    /// Pages read per KV head and step; `None` for dense attention.
     pub pages_per_step: Option<f64>,
-    /// The same as a share of the valid pages, 0 to 1.
+    /// The same as a fraction of the valid pages, 0 to 1.
     pub share_of_valid_pages: Option<f64>,
-    /// Keys, values and page summaries that a step of one sequence reads in all layers.
+    /// Keys, values and page summaries that a step of one sequence reads in all layers, in KiB.
     pub kib_per_step: f64,
-    /// The same over what dense attention reads.
+    /// The same as a fraction of what dense attention reads.
     pub share_of_dense_bytes: Option<f64>,
     /// [`PageReads::exposure`].
     pub effective_exposure: Option<f64>,
-    /// Of decoding, all sequences together.
+    /// Decoding speed, all sequences together.
     pub tokens_per_second: Option<f64>,
 }
 
-/// What one document or text gave, whatever was measured on it.
+/// The result of a document or text.
 trait Measured: Clone + Serialize + DeserializeOwned {
     fn reading(&self) -> &PageReads;
     /// Tokens that were decoded in `seconds`.
     fn decoded(&self) -> usize;
     fn seconds(&self) -> f64;
-    /// Bytes that a step read.
+    /// Bytes read per step.
     fn bytes(&self) -> f64;
 }
 
@@ -107,7 +107,7 @@ impl Cost {
         parts.iter().for_each(|p| reading.add(p.reading()));
         let sum = |of: &dyn Fn(&T) -> f64| parts.iter().map(|p| of(p)).sum::<f64>();
         let bytes = sum(&|p| p.bytes()) / parts.len().max(1) as f64;
-        // Dense attention on the row's own lengths: outputs of two policies differ in length.
+        // For the row's own lengths: outputs of two policies differ in length.
         let dense = sum(&|p| dense_bytes(p.bytes(), p.reading(), row.scores())) / parts.len().max(1) as f64;
         let seconds = sum(&|p| p.seconds());
         Self {
@@ -121,7 +121,7 @@ impl Cost {
     }
 }
 
-/// What a row is of.
+/// Policy, window and budget of a row.
 #[derive(Clone, Debug, Serialize)]
 pub struct Subject {
     /// The policy's name.
@@ -145,7 +145,7 @@ impl Subject {
     }
 }
 
-/// A policy over documents.
+/// A row for documents.
 #[derive(Clone, Debug, Serialize)]
 pub struct DocumentsRow {
     /// Which policy.
@@ -155,20 +155,20 @@ pub struct DocumentsRow {
     pub documents: usize,
     /// Tokens generated over all of them.
     pub generated_tokens: usize,
-    /// Right answers in percent.
+    /// Right answers, in percent.
     pub right: Estimate,
-    /// Difference to Quest at the same budget, document by document, in percent points.
+    /// Paired difference to Quest at the same budget, in percentage points.
     pub difference_to_quest: Option<Estimate>,
-    /// How many of the answers are right before the first wrong one, in percent.
+    /// Answers before the first wrong one, in percent.
     pub first_wrong: Option<Estimate>,
-    /// Right answers in percent by quarter of the output.
+    /// Right answers per quarter of the output, in percent.
     pub quarters: [Option<Estimate>; 4],
     /// What it read, and how fast it was.
     #[serde(flatten)]
     pub cost: Cost,
 }
 
-/// A policy over texts.
+/// A row for texts.
 #[derive(Clone, Debug, Serialize)]
 pub struct FidelityRow {
     /// Which policy.
@@ -180,15 +180,15 @@ pub struct FidelityRow {
     pub tokens: usize,
     /// exp of the mean negative log-likelihood.
     pub perplexity: f64,
-    /// Mean divergence from dense attention's next-token distribution, in nats a token.
+    /// Mean KL divergence from dense attention's next-token distribution, in nats per token.
     pub divergence: Estimate,
-    /// Divergence over Quest's at the same budget, text by text.
+    /// Paired ratio of the divergence to Quest's at the same budget.
     pub share_of_quest: Option<Estimate>,
-    /// Divergence by eighth of the text behind the prompt.
+    /// Divergence per eighth of the predicted text.
     pub by_position: [Option<f64>; PARTS],
-    /// Perplexity by eighth of the text behind the prompt.
+    /// Perplexity per eighth of the predicted text.
     pub perplexity_by_position: [Option<f64>; PARTS],
-    /// Share of tokens for which dense attention has the same best guess.
+    /// Fraction of tokens for which dense attention has the same top token.
     pub agreement: f64,
     /// What it read, and how fast it was.
     #[serde(flatten)]
@@ -199,7 +199,8 @@ fn results<'a, T: Measured>(journal: &'a Journal<T>, row: &PolicyRow, count: usi
     (0..count).filter_map(|i| journal.get(&row.key(), i)).collect()
 }
 
-/// A row against Quest at its budget, item by item; none for dense attention, Quest itself, and without such a Quest.
+/// Compares a row with Quest at its budget, item by item; `None` for dense attention and Quest itself, and if there is
+/// no such Quest row.
 fn against_quest<T: Measured>(
     rows: &[PolicyRow],
     row: &PolicyRow,
@@ -215,10 +216,10 @@ fn against_quest<T: Measured>(
     Estimate::of((0..count).filter_map(pair))
 }
 
-/// What dense attention reads on the same lengths.
+/// Bytes that dense attention reads for the same lengths.
 fn dense_bytes(bytes: f64, reading: &PageReads, scored: bool) -> f64 {
     match (reading.tokens(), reading.valid_pages(), reading.length()) {
-        // Every layer is sparse or its bytes are those of dense attention: exact when all are sparse.
+        // Exact when all layers are sparse.
         (Some(tokens), Some(pages), Some(length)) => bytes * length / (tokens + if scored { pages } else { 0.0 }),
         _ => bytes,
     }

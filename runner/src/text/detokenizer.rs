@@ -1,22 +1,22 @@
-//! Text that grows token by token.
+//! Streaming detokenizer.
 
 use anyhow::Result;
 
 use crate::text::tokenizer::ModelTokenizer;
 
-/// Text of a growing list of tokens. A character's bytes may be spread over tokens and a token's text may depend on the one
-/// before it, so text comes out once it can no longer change.
+/// Decodes token by token. The bytes of a character may be spread over several tokens, and a token's text may depend on
+/// the one before it, so text comes out once it can no longer change.
 #[derive(Default)]
 pub struct Detokenizer {
     ids: Vec<u32>,
     /// Tokens from here on are decoded for context.
     context: usize,
-    /// Tokens from here on have given no text yet.
+    /// Text of tokens from here on has not come out yet.
     fresh: usize,
 }
 
 impl Detokenizer {
-    /// Starts after a prompt, whose last tokens are context: the first generated word knows that it is not the first of all.
+    /// Starts after a prompt, whose last tokens are context: tokenizers decode the first word of a text differently.
     pub fn after(prompt: &[u32]) -> Self {
         let tail = prompt.len().saturating_sub(6);
         let ids = prompt.get(tail..).unwrap_or(&[]).to_vec();
@@ -24,13 +24,19 @@ impl Detokenizer {
         Self { ids, context: 0, fresh }
     }
 
-    /// Takes one token; returns the text that became certain, often empty.
+    /// Adds a token; returns the text that is now final, often empty.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
     pub fn push(&mut self, text: &ModelTokenizer, id: u32) -> Result<String> {
         self.ids.push(id);
         self.settle(text, false)
     }
 
-    /// The text still held back when nothing follows.
+    /// The text still held back, at the end.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
     pub fn finish(&mut self, text: &ModelTokenizer) -> Result<String> {
         self.settle(text, true)
     }
@@ -38,7 +44,7 @@ impl Detokenizer {
     fn settle(&mut self, text: &ModelTokenizer, all: bool) -> Result<String> {
         let before = text.decode(self.ids.get(self.context..self.fresh).unwrap_or(&[]))?;
         let now = text.decode(self.ids.get(self.context..).unwrap_or(&[]))?;
-        // U+FFFD at the end: a character whose other bytes are still to come.
+        // U+FFFD at the end: an incomplete character.
         if !all && now.ends_with('\u{fffd}') {
             return Ok(String::new());
         }

@@ -1,4 +1,4 @@
-//! Text in and out: the tokenizer, text that grows token by token, and strings that end it.
+//! The tokenizer, the streaming detokenizer, and stop strings.
 
 mod detokenizer;
 mod stop_filter;

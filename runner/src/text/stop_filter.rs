@@ -1,6 +1,6 @@
-//! Strings that end a text.
+//! Stop strings.
 
-/// Passes text on until one of several strings appears in it, holding back what could be the beginning of one.
+/// Passes text through until a stop string appears, holding back what could be the beginning of one.
 #[derive(Default)]
 pub struct StopFilter {
     stops: Vec<String>,
@@ -18,7 +18,7 @@ impl StopFilter {
         }
     }
 
-    /// Takes new text; returns what may be shown. Nothing more comes out once [`Self::stopped`].
+    /// Adds text; returns what is certain to come before a stop string. Nothing more comes out once [`Self::stopped`].
     pub fn push(&mut self, text: &str) -> String {
         if self.stopped {
             return String::new();
@@ -34,7 +34,7 @@ impl StopFilter {
         std::mem::replace(&mut self.held, rest)
     }
 
-    /// The held text, when the end came without a stop string.
+    /// The text held back, at the end.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
@@ -45,7 +45,7 @@ impl StopFilter {
     }
 }
 
-/// Bytes at the end of `text` that are a beginning of `stop`.
+/// Length of the longest suffix of `text` that is a proper prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     let lengths = stop.char_indices().map(|(at, _)| at).skip(1);
     lengths

@@ -9,10 +9,10 @@ use crate::{
     text::tokenizer_config::{BosEos, Loaded, load},
 };
 
-/// A folder's tokenizer and what it writes around a text.
+/// A model's tokenizer, with the BOS and EOS tokens it adds.
 pub struct ModelTokenizer {
     tokenizer: Tokenizer,
-    /// Instead of what the tokenizer's post-processor adds.
+    /// Replaces the tokens of the post-processor.
     bos_eos: Option<BosEos>,
 }
 
@@ -20,16 +20,16 @@ impl ModelTokenizer {
     /// Loads the tokenizer of a model folder.
     ///
     /// # Errors
-    /// When there is none or it is damaged.
+    /// When there is no tokenizer or it cannot be read.
     pub fn open(folder: &ModelFolder) -> Result<Self> {
         let Loaded { tokenizer, bos_eos } = load(folder)?;
         Ok(Self { tokenizer, bos_eos })
     }
 
-    /// The prompt's tokens, the special ones with them that transformers puts around a text.
+    /// Token ids of a prompt, with the special tokens that transformers adds.
     ///
     /// # Errors
-    /// When the tokenizer fails or gives no token at all.
+    /// When the tokenizer fails or there is no token.
     pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode(prompt, self.bos_eos.is_none());
         let encoding = encoding.map_err(|e| anyhow!("the tokenizer refuses the prompt: {}", one_line(&e)))?;
@@ -42,14 +42,17 @@ impl ModelTokenizer {
         Ok(ids)
     }
 
-    /// Text of some tokens, special tokens left out.
+    /// Text of token ids, without special tokens.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.tokenizer
             .decode(ids, true)
             .map_err(|e| anyhow!("the tokenizer cannot decode: {}", one_line(&e)))
     }
 
-    /// Tokens that end a text: those of the model's configuration, else the tokenizer's.
+    /// End-of-text tokens: of the model's configuration, else the tokenizer's.
     pub fn ends(&self, folder: &ModelFolder) -> Vec<u32> {
         if !folder.eos.is_empty() {
             return folder.eos.clone();
@@ -63,7 +66,7 @@ impl ModelTokenizer {
         self.tokenizer.token_to_id(token)
     }
 
-    /// The text in the vocabulary of a token.
+    /// The token's text in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
         self.tokenizer.id_to_token(id)
     }

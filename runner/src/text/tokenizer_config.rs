@@ -1,8 +1,8 @@
-//! A folder's tokenizer, set up as transformers sets it up: tokenizer.json, and what tokenizer_config.json changes of it.
+//! Loads a tokenizer as transformers does: tokenizer.json, with the changes of tokenizer_config.json.
 //!
-//! What stands before and after a text is the post-processor's business. Tokenizers of some classes replace it by what
-//! `add_bos_token` and `add_eos_token` say; for all others these flags say nothing. So does transformers 4 with what it and
-//! its authors wrote (transformers 5 writes no such flags, and leaves tokenizer.json to decide).
+//! The post-processor of tokenizer.json adds BOS and EOS. Some tokenizer classes replace it by the flags
+//! `add_bos_token` and `add_eos_token`; all others ignore these flags. That is what transformers 4 does (transformers 5
+//! writes no such flags).
 
 use std::path::Path;
 
@@ -10,24 +10,26 @@ use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
 
-use crate::{model_folder::ModelFolder, runtime::one_line};
+use crate::{
+    model_folder::ModelFolder,
+    runtime::{one_line, ort_error},
+};
 
-/// A tokenizer and what it writes around a text.
+/// A tokenizer, with the BOS and EOS tokens it adds.
 pub struct Loaded {
     pub tokenizer: Tokenizer,
-    /// Instead of the post-processor's tokens.
+    /// Replaces the tokens of the post-processor.
     pub bos_eos: Option<BosEos>,
 }
 
-/// Tokens before and after a text.
+/// Tokens added before and after a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BosEos {
     pub bos: Option<u32>,
     pub eos: Option<u32>,
 }
 
-/// A class whose flags count: its name, the `model_type`s that have it where the class is not named, and its own beginning and
-/// end of text.
+/// A class that follows the flags: its name, the `model_type`s that imply it, and its default BOS and EOS.
 struct Class {
     name: &'static str,
     model_types: &'static [&'static str],
@@ -68,7 +70,7 @@ const CLASSES: [Class; 5] = [
     },
 ];
 
-/// The one class that replaces the post-processor without flags, too, then by nothing.
+/// The one class that also replaces the post-processor without flags: then it adds nothing.
 const NEOX: &str = "GPTNeoXTokenizer";
 
 /// Loads the tokenizer of a model folder.
@@ -81,7 +83,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         anyhow!("{} has no tokenizer.json: copy the model's there", place.display())
     })?;
     let mut tokenizer = Tokenizer::from_file(path)
-        .map_err(|e| anyhow!("{} is no tokenizer that can be read: {}", path.display(), one_line(&e)))?;
+        .map_err(|e| anyhow!("cannot read the tokenizer {}: {}", path.display(), one_line(&e)))?;
     let beside = |name: &str| retro_model_io::read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
     let config = beside("tokenizer_config.json")?;
     let settings = TokenizerConfig {
@@ -89,7 +91,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         special_tokens_map: &beside("special_tokens_map.json")?,
         model: &beside("config.json")?,
     };
-    // Set for whoever saved the file, say for training: a prompt is taken whole and alone.
+    // Settings of training: a prompt is neither truncated nor padded.
     tokenizer
         .with_truncation(None)
         .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e)))?;
@@ -114,7 +116,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
     Ok(Loaded { tokenizer, bos_eos })
 }
 
-/// What a folder's files say of its tokenizer; null for a file that is not there.
+/// The JSON files beside tokenizer.json; null for a missing file.
 struct TokenizerConfig<'a> {
     config: &'a Value,
     special_tokens_map: &'a Value,
@@ -122,8 +124,8 @@ struct TokenizerConfig<'a> {
 }
 
 impl TokenizerConfig<'_> {
-    /// Tokens that the configuration knows and tokenizer.json does not, or otherwise. Only those of the vocabulary: the model
-    /// has no others.
+    /// Adds tokens that are in the configuration and not, or otherwise, in tokenizer.json. Only those of the
+    /// vocabulary: the model has no others.
     fn add_tokens(&self, tokenizer: &mut Tokenizer) -> Result<()> {
         let known = tokenizer.get_added_tokens_decoder();
         let mut wanted: Vec<(u64, AddedToken)> = Vec::new();
@@ -163,11 +165,11 @@ impl TokenizerConfig<'_> {
             }
         }
         wanted.retain(|token| tokenizer.token_to_id(&token.content).is_some());
-        tokenizer.add_tokens(wanted).map_err(|e| anyhow!("{}", one_line(&e)))?;
+        tokenizer.add_tokens(wanted).map_err(ort_error)?;
         Ok(())
     }
 
-    /// A special token by its name in tokenizer_config.json, else in special_tokens_map.json. `null` there is an answer.
+    /// A special token by its name in tokenizer_config.json, else in special_tokens_map.json. `null` means none.
     fn special(&self, name: &str) -> Option<&Value> {
         self.config.get(name).or_else(|| self.special_tokens_map.get(name))
     }

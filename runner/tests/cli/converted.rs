@@ -98,7 +98,10 @@ fn weights_are_built_and_converted_on_the_fly_once() {
     };
     let first = run();
     let errors = String::from_utf8_lossy(&first.stderr).into_owned();
-    assert!(first.status.success() && errors.contains("making a graph"), "{errors}");
+    assert!(
+        first.status.success() && errors.contains("building a graph"),
+        "{errors}"
+    );
     assert!(errors.contains("plugin active on 6 of 6 layers"), "{errors}");
     let second = run();
     assert!(String::from_utf8_lossy(&second.stderr).contains("using the graph"));

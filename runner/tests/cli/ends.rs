@@ -288,7 +288,7 @@ fn first_runs_of_one_folder_of_weights_at_once_all_succeed() {
         outputs.collect()
     };
     let errors = all(6);
-    let made = |errors: &[String]| errors.iter().filter(|e| e.contains("making a graph")).count();
+    let made = |errors: &[String]| errors.iter().filter(|e| e.contains("building a graph")).count();
     assert_eq!(made(&errors), 1, "{errors:?}");
     let found = names();
     assert_eq!(found.len(), 2, "a lock and a model: {found:?}");

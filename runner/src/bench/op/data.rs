@@ -1,4 +1,4 @@
-//! Random caches, the rows that are fed, and the state that a prompt would have left.
+//! Random caches, the rows fed, and the operator's state as after a prefill.
 
 use anyhow::{Result, anyhow, bail};
 use half::{f16, slice::HalfFloatSliceExt};
@@ -10,9 +10,12 @@ use retro_contract::{Selector, pages_for, ring_slots};
 use retro_models::Dtype;
 
 use super::operator::{AttentionShape, RetroVariant};
-use crate::runtime::one_line;
+use crate::{
+    decoder::upcast::upcast_f16,
+    runtime::{one_line, ort_error},
+};
 
-/// xorshift64*: fast, and good enough for data that only has to be no pattern.
+/// xorshift64*: fast, and random enough for benchmarks.
 struct Random(u64);
 
 impl Random {
@@ -30,7 +33,7 @@ impl Random {
     }
 }
 
-/// The rows of the tokens decoded after the prompt, each position's one after another.
+/// Queries, keys and values of the tokens decoded after the prompt, in order of position.
 pub struct Rows {
     /// `[steps, Hq*D]`.
     pub query: Vec<f32>,
@@ -41,7 +44,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// `drift`: how far a query turns from one token to the next, 0 (not at all) to 1 (into another random one).
+    /// `drift`: change of the query from token to token, 0 (none) to 1 (another random query).
     pub fn new(shape: &AttentionShape, steps: usize, drift: f32) -> Self {
         let mut random = Random::new(1);
         let width = shape.heads * shape.head_size;
@@ -63,7 +66,7 @@ impl Rows {
     }
 }
 
-/// Keys and values of every node, `[1, Hkv, C, D]`: shared by all that is measured on them.
+/// Keys and values of every node, `[1, Hkv, C, D]`, shared by all operators.
 pub struct Caches {
     /// Tokens before the first step.
     pub prompt: usize,
@@ -97,7 +100,10 @@ impl Caches {
         })
     }
 
-    /// The state of `node` after a prefill of the prompt: summaries, page steps, an output cache that nobody reads yet.
+    /// The state of `node` as after a prefill: page summaries, page steps, an empty output cache and its log-sum-exps.
+    ///
+    /// # Errors
+    /// When memory runs out.
     pub fn state(&self, shape: &AttentionShape, retro: &RetroVariant, node: usize) -> Result<[DynTensor; 4]> {
         let (pages, d) = (pages_for(self.capacity, shape.page_size), shape.head_size);
         let keys = &self.nodes[node][0];
@@ -114,9 +120,7 @@ impl Caches {
             }
         })?;
         let mut steps = allocate(TensorElementType::Int32, &[1, shape.kv_heads, pages])?;
-        let (_, data) = steps
-            .try_extract_tensor_mut::<i32>()
-            .map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let (_, data) = steps.try_extract_tensor_mut::<i32>().map_err(ort_error)?;
         data.fill(self.prompt as i32 - 1);
         let ring = ring_slots(retro.window);
         let outputs = allocate(TensorElementType::Float32, &[1, ring, shape.heads, d])?;
@@ -125,7 +129,7 @@ impl Caches {
     }
 }
 
-/// The two vectors of a page, as docs/method.md has them.
+/// The summary of a page (docs/method.md, "Selectors").
 fn summarize(selector: Selector, rows: &[f32], d: usize, out: &mut [f32]) {
     let (first, second) = out.split_at_mut(d);
     let count = (rows.len() / d) as f32;
@@ -139,7 +143,7 @@ fn summarize(selector: Selector, rows: &[f32], d: usize, out: &mut [f32]) {
             Selector::Moments | Selector::SignedMoments => {
                 let mean = column().sum::<f32>() / count;
                 let variance = column().map(|x| (x - mean) * (x - mean)).sum::<f32>() / count;
-                // Random keys have no principal direction: any of their deviations will do for the signs.
+                // Random keys have no principal direction: any of them gives the signs.
                 let below = selector == Selector::SignedMoments && column().next().is_some_and(|x| x < mean);
                 (mean, if below { -variance.sqrt() } else { variance.sqrt() })
             }
@@ -147,7 +151,7 @@ fn summarize(selector: Selector, rows: &[f32], d: usize, out: &mut [f32]) {
     }
 }
 
-/// ONNX Runtime's name of an element type.
+/// The element type as ONNX Runtime names it.
 pub fn element(dtype: Dtype) -> TensorElementType {
     match dtype {
         Dtype::F32 => TensorElementType::Float32,
@@ -155,7 +159,10 @@ pub fn element(dtype: Dtype) -> TensorElementType {
     }
 }
 
-/// Zeroed memory of ONNX Runtime's, which can be bound as an output as well as an input.
+/// A zeroed tensor in ONNX Runtime's memory, which can be bound as input and as output.
+///
+/// # Errors
+/// When memory runs out.
 pub fn allocate(element: TensorElementType, dims: &[usize]) -> Result<DynTensor> {
     let shape: Vec<i64> = dims.iter().map(|&d| d as i64).collect();
     DynTensor::new(&Allocator::default(), element, shape)
@@ -166,15 +173,11 @@ pub fn allocate(element: TensorElementType, dims: &[usize]) -> Result<DynTensor>
 fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(usize, &mut [f32])) -> Result<()> {
     match dtype {
         Dtype::F32 => {
-            let (_, data) = tensor
-                .try_extract_tensor_mut::<f32>()
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let (_, data) = tensor.try_extract_tensor_mut::<f32>().map_err(ort_error)?;
             data.chunks_mut(part).enumerate().for_each(|(i, out)| make(i, out));
         }
         Dtype::F16 => {
-            let (_, data) = tensor
-                .try_extract_tensor_mut::<f16>()
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let (_, data) = tensor.try_extract_tensor_mut::<f16>().map_err(ort_error)?;
             let mut buffer = vec![0.0; part];
             for (i, out) in data.chunks_mut(part).enumerate() {
                 let buffer = &mut buffer[..out.len()];
@@ -186,27 +189,26 @@ fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(
     Ok(())
 }
 
-/// Reads `out.len()` elements from `start` on, in f32.
+/// Reads `out.len()` elements from `start` on, as f32.
+///
+/// # Errors
+/// When the tensor ends before.
 pub fn read(tensor: &DynTensor, dtype: Dtype, start: usize, out: &mut [f32]) -> Result<()> {
     let range = start..start + out.len();
     match dtype {
         Dtype::F32 => {
-            let (_, data) = tensor
-                .try_extract_tensor::<f32>()
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let (_, data) = tensor.try_extract_tensor::<f32>().map_err(ort_error)?;
             let Some(part) = data.get(range) else {
-                bail!("a buffer is too short")
+                bail!("a tensor is too short")
             };
             out.copy_from_slice(part);
         }
         Dtype::F16 => {
-            let (_, data) = tensor
-                .try_extract_tensor::<f16>()
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let (_, data) = tensor.try_extract_tensor::<f16>().map_err(ort_error)?;
             let Some(part) = data.get(range) else {
-                bail!("a buffer is too short")
+                bail!("a tensor is too short")
             };
-            part.convert_to_f32_slice(out);
+            upcast_f16(part, out);
         }
     }
     Ok(())

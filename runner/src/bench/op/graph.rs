@@ -1,4 +1,4 @@
-//! Models of N attention nodes side by side, as bytes: every node has caches and state of its own, all share the rows fed.
+//! Models of N parallel attention nodes: each has its own caches and state, all share the rows fed.
 
 use prost::Message;
 use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, attribute, input, output};
@@ -71,7 +71,7 @@ pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u
         ),
     };
     let typed = |name: &str, plain: &str| {
-        // Without declared shapes: the operators check them, and every step may have another number of rows.
+        // No declared shapes: steps differ in the number of rows, and the operators check them.
         let mut value = ValueInfoProto::tensor(name, data_type(plain, shape), std::iter::empty::<Dimension>());
         if let Some(tensor) = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut()) {
             tensor.shape = None;

@@ -1,8 +1,8 @@
-//! The operator alone, beside ONNX Runtime's GroupQueryAttention on the same caches and the same rows.
+//! Benchmark of the operator alone against ONNX Runtime's GroupQueryAttention, on the same caches and rows.
 //!
-//! Nothing is prefilled: caches hold random keys and values, page summaries are computed from them here, and page steps are
-//! those of a prompt. Then tokens are decoded one after another, so that retrospective rows, page steps and the output cache
-//! are what they are in a generation.
+//! Caches hold random keys and values instead of a prefill; page summaries are computed from them, page steps are those
+//! of a prompt. Then tokens are decoded one by one, so that retrospective rows, page steps and the output cache are as
+//! in a generation.
 
 pub mod data;
 pub mod graph;

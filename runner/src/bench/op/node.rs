@@ -1,4 +1,4 @@
-//! A session of N nodes whose caches and state are bound in place, and one timed step of it.
+//! A session of N attention nodes with caches and state bound in place, and its timed step.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use half::{f16, slice::HalfFloatSliceExt};
 use ort::{
     memory::Allocator,
     session::{IoBinding, Session},
-    value::{DynTensor, DynValue, Tensor},
+    value::{DynTensor, DynValue, Tensor, TensorElementType},
 };
 use retro_contract::{Mode, input, output};
 use retro_models::Dtype;
@@ -19,11 +19,11 @@ use super::{
 };
 use crate::{
     OpenOptions, Runtime,
-    decoder::{page_reads::PageMeter, session::session_builder},
-    runtime::one_line,
+    decoder::{page_reads::PageMeter, session::session_builder, upcast::upcast_f16},
+    runtime::{one_line, ort_error},
 };
 
-/// What is measured, ready to run.
+/// A session of nodes of one operator.
 pub struct Node {
     /// The operator of its nodes.
     pub operator: Operator,
@@ -65,17 +65,13 @@ impl Node {
             .map_err(|e| anyhow!("{e}"))?
             .commit_from_memory(&model(shape, &operator, nodes))
             .map_err(|e| anyhow!("cannot make a session: {}", one_line(&e)))?;
-        let mut binding = session.create_binding().map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let mut binding = session.create_binding().map_err(ort_error)?;
         let mut bind = |slot: usize, node: usize, tensor: &mut DynTensor| -> Result<()> {
             let (past, present) = STATE[slot];
             let past = name_of(input::NAMES[past], node);
-            binding
-                .bind_input(past, tensor)
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            binding.bind_input(past, tensor).map_err(ort_error)?;
             let present = name_of(output::NAMES[present], node);
-            binding
-                .bind_output(present, tensor)
-                .map_err(|e| anyhow!("{}", one_line(&e)))
+            binding.bind_output(present, tensor).map_err(ort_error)
         };
         let mut state = Vec::new();
         for node in 0..nodes {
@@ -103,8 +99,11 @@ impl Node {
         })
     }
 
-    /// Feeds the token at `position` and as many before it as the window takes and the prompt leaves; returns the seconds
-    /// that the session took, per node. All else is off the clock.
+    /// Runs a step at `position` with as many retrospective tokens as the window has by then; returns the session's
+    /// time per node in seconds.
+    ///
+    /// # Errors
+    /// When ONNX Runtime fails.
     pub fn step(&mut self, rows: &Rows, position: usize) -> Result<f64> {
         let shape = self.shape;
         let at = position - self.prompt;
@@ -128,22 +127,15 @@ impl Node {
             inputs.push(("retro_length", integer(retro as i32)?));
         }
         for (name, value) in &inputs {
-            self.binding
-                .bind_input(*name, value)
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            self.binding.bind_input(*name, value).map_err(ort_error)?;
         }
         let memory = Allocator::default().memory_info().to_owned();
         for node in 0..self.nodes {
             let name = name_of(output::NAMES[output::OUTPUT], node);
-            self.binding
-                .bind_output_to_device(name, &memory)
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            self.binding.bind_output_to_device(name, &memory).map_err(ort_error)?;
         }
         let start = Instant::now();
-        let outputs = self
-            .session
-            .run_binding(&self.binding)
-            .map_err(|e| anyhow!("{}", one_line(&e)))?;
+        let outputs = self.session.run_binding(&self.binding).map_err(ort_error)?;
         let seconds = start.elapsed().as_secs_f64() / self.nodes as f64;
 
         let output = outputs
@@ -151,9 +143,7 @@ impl Node {
             .context("no output")?;
         self.newest = newest_row(output, shape.dtype, shape.heads * shape.head_size)?;
         if let Some([_, steps, ..]) = self.state.first() {
-            let (dims, data) = steps
-                .try_extract_tensor::<i32>()
-                .map_err(|e| anyhow!("{}", one_line(&e)))?;
+            let (dims, data) = steps.try_extract_tensor::<i32>().map_err(ort_error)?;
             let pages = dims.last().map_or(1, |&p| p as usize);
             for (head, own) in data.chunks(pages).enumerate() {
                 self.meter.take(head, own, position);
@@ -162,17 +152,17 @@ impl Node {
         Ok(seconds)
     }
 
-    /// Pages read per KV head and step, of node 0; none for GroupQueryAttention.
+    /// Mean pages read per KV head and step, of node 0; `None` for GroupQueryAttention.
     pub fn pages(&self) -> Option<f64> {
         self.meter.reading.pages()
     }
 
-    /// How many tokens a token has attended to when its window is over, in units of those it selected itself.
+    /// Effective exposure; `None` for a window of 1.
     pub fn exposure(&self) -> Option<f64> {
         self.meter.reading.exposure().filter(|_| self.operator.window() > 1)
     }
 
-    /// Whether the newest token attends to everything: then its output must be GroupQueryAttention's.
+    /// Whether the newest token attends to every page: then its output must be that of GroupQueryAttention.
     pub fn is_dense(&self, len: usize) -> bool {
         match self.operator {
             Operator::Gqa => true,
@@ -194,23 +184,30 @@ fn floats(dtype: Dtype, dims: [usize; 3], data: &[f32]) -> Result<DynValue> {
             Tensor::from_array((dims, narrow)).map(Tensor::into_dyn)
         }
     }
-    .map_err(|e| anyhow!("{}", one_line(&e)))
+    .map_err(ort_error)
 }
 
 fn integer(value: i32) -> Result<DynValue> {
-    let tensor = Tensor::from_array(([1usize], vec![value])).map_err(|e| anyhow!("{}", one_line(&e)))?;
+    let tensor = Tensor::from_array(([1usize], vec![value])).map_err(ort_error)?;
     Ok(tensor.into_dyn())
 }
 
+/// The last `width` elements, as f32.
 fn newest_row(output: &DynValue, dtype: Dtype, width: usize) -> Result<Vec<f32>> {
-    let error = |e: ort::Error| anyhow!("{}", one_line(&e));
-    let all: Vec<f32> = match element(dtype) {
-        ort::value::TensorElementType::Float16 => {
-            let (_, data) = output.try_extract_tensor::<f16>().map_err(error)?;
-            data.iter().map(|x| x.to_f32()).collect()
+    fn last<T>(data: &[T], width: usize) -> Result<&[T]> {
+        let start = data.len().checked_sub(width).context("the output is too short")?;
+        Ok(&data[start..])
+    }
+    match element(dtype) {
+        TensorElementType::Float16 => {
+            let (_, data) = output.try_extract_tensor::<f16>().map_err(ort_error)?;
+            let mut row = vec![0.0; width];
+            upcast_f16(last(data, width)?, &mut row);
+            Ok(row)
         }
-        _ => output.try_extract_tensor::<f32>().map_err(error)?.1.to_vec(),
-    };
-    let start = all.len().checked_sub(width).context("the output is too short")?;
-    Ok(all[start..].to_vec())
+        _ => {
+            let (_, data) = output.try_extract_tensor::<f32>().map_err(ort_error)?;
+            Ok(last(data, width)?.to_vec())
+        }
+    }
 }

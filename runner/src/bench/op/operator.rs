@@ -1,4 +1,4 @@
-//! What is measured: the operators and the sizes of a node.
+//! The operators measured, and the sizes of a node.
 
 use std::fmt;
 
@@ -10,11 +10,11 @@ use crate::bench::args::PageSelection;
 /// Sizes of a node.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
-    /// Hq.
+    /// Query heads Hq.
     pub heads: usize,
-    /// Hkv.
+    /// KV heads Hkv.
     pub kv_heads: usize,
-    /// D.
+    /// Head size D.
     pub head_size: usize,
     /// Tokens a page.
     pub page_size: usize,
@@ -29,7 +29,7 @@ impl AttentionShape {
     }
 }
 
-/// What is measured.
+/// An operator to measure.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Operator {
     /// `com.microsoft::GroupQueryAttention`.
@@ -60,7 +60,7 @@ impl Operator {
         }
     }
 
-    /// Whether a step with `len` valid tokens scores pages: it does not when the budget holds them all.
+    /// Whether a step with `len` valid tokens scores pages: not if the budget covers them all.
     pub(super) fn scores(&self, shape: &AttentionShape, len: usize) -> bool {
         match self {
             Self::Retro(r) if r.mode == Mode::Retro => {
@@ -73,8 +73,8 @@ impl Operator {
         }
     }
 
-    /// Bytes that one step of one node must move: keys and values of the pages read, the summaries of all valid pages when
-    /// it chooses among them, and of the output cache what the retrospective rows read and write. `pages`: read per KV head.
+    /// Bytes that a step of one node must move: keys and values of the pages read, summaries of all valid pages if it
+    /// scores them, and the output cache of the retrospective rows. `pages`: read per KV head.
     pub fn bytes(&self, shape: &AttentionShape, len: usize, pages: Option<f64>) -> f64 {
         let tokens = pages.map_or(len as f64, |p| (p * shape.page_size as f64).min(len as f64));
         let caches = tokens * shape.token_bytes() as f64;
