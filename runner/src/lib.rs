@@ -9,13 +9,13 @@
 #![warn(missing_docs)]
 
 pub mod bench;
+pub mod built_model_cache;
 pub mod cli;
 pub mod decoder;
 pub mod eval;
 pub mod interrupt;
 pub mod model_folder;
 pub mod model_spec;
-pub mod prepare;
 mod progress;
 pub mod runtime;
 pub mod tables;

@@ -126,8 +126,8 @@ impl Group<'_> {
                 .iter()
                 .zip(caches)
             {
-                let view = self.tensor(offset, &[batch, s.kv_heads, layout.capacity, s.size])?;
-                bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &view)?;
+                let tensor = self.tensor(offset, &[batch, s.kv_heads, layout.capacity, s.size])?;
+                bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &tensor)?;
             }
             if let NodeKind::Retro { window, .. } = kind {
                 let ring = ring_slots(window);
@@ -138,8 +138,8 @@ impl Group<'_> {
                     (TensorElementType::Float32, vec![batch, ring, s.heads]),
                 ];
                 for ((names, (element, shape)), &offset) in graph::STATE.iter().zip(&tensors).zip(state) {
-                    let view = self.buffer.tensor(offset, *element, shape)?;
-                    bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &view)?;
+                    let tensor = self.buffer.tensor(offset, *element, shape)?;
+                    bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &tensor)?;
                 }
             }
         }
@@ -153,9 +153,9 @@ impl Group<'_> {
 }
 
 fn host_int(value: i32) -> Result<DeviceTensor> {
-    let view = DeviceBuffer::new(None, 4)?.tensor(0, TensorElementType::Int32, &[1])?;
-    view.write(0, &value.to_le_bytes())?;
-    Ok(view)
+    let tensor = DeviceBuffer::new(None, 4)?.tensor(0, TensorElementType::Int32, &[1])?;
+    tensor.write(0, &value.to_le_bytes())?;
+    Ok(tensor)
 }
 
 fn ints(values: &[i32]) -> Vec<u8> {

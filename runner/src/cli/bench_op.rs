@@ -60,8 +60,10 @@ pub struct BenchOpArgs {
     /// KV heads; must divide the query heads.
     #[arg(long, default_value_t = 8, value_name = "N")]
     kv_heads: usize,
+    /// Elements per head.
     #[arg(long, default_value_t = 128, value_name = "N")]
     head_size: usize,
+    /// Tokens per page, a power of two.
     #[arg(long, default_value_t = limits::PAGE_SIZE, value_name = "TOKENS")]
     page_size: usize,
     /// Nodes per session, each with its own caches; 0: enough for 128 MiB of caches, at most 16.
@@ -308,40 +310,8 @@ fn measure(
     let gqa = samples.first().cloned().unwrap_or_default();
     let len = context + before + args.repetitions.div_ceil(2);
     for (node, samples) in measured.iter().zip(&samples) {
-        let ratios = Samples(gqa.0.iter().zip(&samples.0).map(|(g, s)| g / s).collect());
         let bytes = node.operator.bytes(&shape, len, node.pages());
-        // Best step against best pass over memory: other load on the machine shall not count.
-        let rate = bytes / samples.best();
-        let (budget, select) = match node.operator {
-            Operator::Gqa => (String::new(), String::new()),
-            Operator::Retro(r) => (
-                r.budget.to_string(),
-                if r.mode == Mode::Retro {
-                    r.selection.to_string()
-                } else {
-                    String::new()
-                },
-            ),
-        };
-        let sparse = node.operator != Operator::Gqa;
-        table.push(vec![
-            Cell::text(if dtype == Dtype::F32 { "f32" } else { "f16" }),
-            Cell::count(context),
-            Cell::count(threads),
-            Cell::text(node.operator.to_string()),
-            Cell::text(budget),
-            Cell::count(node.operator.window()),
-            Cell::text(select),
-            Cell::maybe(node.exposure(), 2),
-            Cell::number(samples.mean() * 1e6, 0),
-            Cell::number(samples.deviation() * 1e6, 0),
-            Cell::number(samples.best() * 1e6, 0),
-            Cell::number(bytes / 1e6, 1),
-            Cell::number(rate / 1e9, 1),
-            Cell::number(100.0 * rate / bandwidth, 0),
-            Cell::maybe(sparse.then(|| ratios.median()), 2),
-            Cell::maybe(sparse.then(|| gqa.best() / samples.best()), 2),
-        ]);
+        table.push(row(case, node, samples, &gqa, bytes, bandwidth));
     }
     note(&format!(
         "{context} tokens, {threads} threads: {nodes} nodes of Hq {}, Hkv {}, D {}; memory reads {:.1} GB/s",
@@ -351,6 +321,37 @@ fn measure(
         bandwidth / 1e9
     ));
     Ok(bandwidth)
+}
+
+/// The row of an operator: `bytes` moved per step, against `gqa`'s samples and the machine's bandwidth.
+fn row(case: Case, node: &Node, samples: &Samples, gqa: &Samples, bytes: f64, bandwidth: f64) -> Vec<Cell> {
+    let ratios = Samples(gqa.0.iter().zip(&samples.0).map(|(g, s)| g / s).collect());
+    // Best step against best pass over memory: other load on the machine shall not count.
+    let rate = bytes / samples.best();
+    let (budget, selection) = match node.operator {
+        Operator::Gqa => (String::new(), String::new()),
+        Operator::Retro(r) if r.mode == Mode::Retro => (r.budget.to_string(), r.selection.to_string()),
+        Operator::Retro(r) => (r.budget.to_string(), String::new()),
+    };
+    let sparse = node.operator != Operator::Gqa;
+    vec![
+        Cell::text(if case.dtype == Dtype::F32 { "f32" } else { "f16" }),
+        Cell::count(case.context),
+        Cell::count(case.threads),
+        Cell::text(node.operator.to_string()),
+        Cell::text(budget),
+        Cell::count(node.operator.window()),
+        Cell::text(selection),
+        Cell::maybe(node.exposure(), 2),
+        Cell::number(samples.mean() * 1e6, 0),
+        Cell::number(samples.deviation() * 1e6, 0),
+        Cell::number(samples.best() * 1e6, 0),
+        Cell::number(bytes / 1e6, 1),
+        Cell::number(rate / 1e9, 1),
+        Cell::number(100.0 * rate / bandwidth, 0),
+        Cell::maybe(sparse.then(|| ratios.median()), 2),
+        Cell::maybe(sparse.then(|| gqa.best() / samples.best()), 2),
+    ]
 }
 
 /// Fails if an operator computes something else: where the newest token attends to every page, its output must be that

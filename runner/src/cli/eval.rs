@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     Interrupt, Interrupted, OpenOptions, Runtime,
+    built_model_cache::folder_key,
     decoder::decode_loop::CHUNK,
     eval::{
         converted_models::ConvertedModelCache,
@@ -30,7 +31,6 @@ use crate::{
     interrupt::Signals,
     model_folder::chosen,
     model_spec::ModelSpec,
-    prepare::key,
     progress::{Items, note},
     tables::{Alignment, markdown},
 };
@@ -213,7 +213,7 @@ impl Comparison {
             open,
             converted,
             rows: all,
-            model: key(folder)? + &graph,
+            model: folder_key(folder)? + &graph,
             interrupt,
         })
     }
@@ -273,7 +273,7 @@ fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<
     }
     let facts = [
         format!("model {}, {} documents of {}", named(args), documents.len(), data.display()),
-        "Standard errors are over documents. First wrong: answers before the first wrong one. Read a step: keys, values and page \
+        "Standard errors are over documents. First wrong at: answers before the first wrong one. Read a step: keys, values and page \
          summaries of one sequence in all layers."
             .to_owned(),
     ];

@@ -16,7 +16,7 @@ use crate::{Interrupted, interrupt::Signals, progress::note, runtime::one_line};
 
 /// Generates text with ONNX language models. Models converted by retro-export decode with sparse attention.
 #[derive(Parser)]
-#[command(name = "retro-run", version, about)]
+#[command(name = "retro-run", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -14,6 +14,7 @@ use serde_json::json;
 use super::{args::SessionArgs, output::STDOUT};
 use crate::{
     Model, ModelTokenizer,
+    built_model_cache::prepare,
     decoder::{
         decode_loop::{CHUNK, Policy},
         generate::{Event, Finish, Generation, generate, plan},
@@ -22,7 +23,6 @@ use crate::{
     eval::score::read_documents,
     interrupt::Signals,
     model_folder::chosen,
-    prepare::prepare,
     progress::{self, note},
 };
 

@@ -180,7 +180,7 @@ impl DeviceBuffer {
         let memory = self.0.device.memory()?;
         let dims: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
         let mut value = ptr::null_mut();
-        // SAFETY: the bytes lie in the block, which the view keeps alive; shape and description are read during the
+        // SAFETY: the bytes lie in the block, which the tensor keeps alive; shape and description are read during the
         // call.
         check(unsafe {
             (ort::api().CreateTensorWithDataAsOrtValue)(
@@ -289,9 +289,9 @@ impl DeviceBindings {
     ///
     /// # Errors
     /// When the session has no such input.
-    pub fn input(&mut self, name: &str, view: &DeviceTensor) -> Result<()> {
-        bind_input(&self.io, name, view)?;
-        self.keep(name, view);
+    pub fn input(&mut self, name: &str, tensor: &DeviceTensor) -> Result<()> {
+        bind_input(&self.io, name, tensor)?;
+        self.keep(name, tensor);
         Ok(())
     }
 
@@ -299,9 +299,9 @@ impl DeviceBindings {
     ///
     /// # Errors
     /// When the session has no such output.
-    pub fn output(&mut self, name: &str, view: &DeviceTensor) -> Result<()> {
-        bind_output(&self.io, name, view)?;
-        self.keep(name, view);
+    pub fn output(&mut self, name: &str, tensor: &DeviceTensor) -> Result<()> {
+        bind_output(&self.io, name, tensor)?;
+        self.keep(name, tensor);
         Ok(())
     }
 
@@ -309,14 +309,14 @@ impl DeviceBindings {
     ///
     /// # Errors
     /// When the session has no such input or output.
-    pub fn in_place(&mut self, past: &str, present: &str, view: &DeviceTensor) -> Result<()> {
-        self.input(past, view)?;
-        self.output(present, view)
+    pub fn in_place(&mut self, past: &str, present: &str, tensor: &DeviceTensor) -> Result<()> {
+        self.input(past, tensor)?;
+        self.output(present, tensor)
     }
 
-    fn keep(&mut self, name: &str, view: &DeviceTensor) {
+    fn keep(&mut self, name: &str, tensor: &DeviceTensor) {
         self.kept.retain(|(other, _)| other != name);
-        self.kept.push((name.to_owned(), view.buffer.clone()));
+        self.kept.push((name.to_owned(), tensor.buffer.clone()));
     }
 
     /// Runs the session that the bindings were made for.
@@ -337,15 +337,15 @@ pub(crate) fn run(session: &mut Session, io: &IoBinding, options: &RunOptions<No
 }
 
 /// Binds a tensor as an input of a binding that must not outlive the tensor's block.
-pub(crate) fn bind_input(io: &IoBinding, name: &str, view: &DeviceTensor) -> Result<()> {
+pub(crate) fn bind_input(io: &IoBinding, name: &str, tensor: &DeviceTensor) -> Result<()> {
     let name = CString::new(name)?;
     // SAFETY: both objects are alive; the name is read during the call; the binding takes a share of the value.
-    check(unsafe { (ort::api().BindInput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })
+    check(unsafe { (ort::api().BindInput)(io.ptr().cast_mut(), name.as_ptr(), tensor.value) })
 }
 
 /// As [`bind_input`], for an output.
-pub(crate) fn bind_output(io: &IoBinding, name: &str, view: &DeviceTensor) -> Result<()> {
+pub(crate) fn bind_output(io: &IoBinding, name: &str, tensor: &DeviceTensor) -> Result<()> {
     let name = CString::new(name)?;
     // SAFETY: as in `bind_input`.
-    check(unsafe { (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), view.value) })
+    check(unsafe { (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), tensor.value) })
 }

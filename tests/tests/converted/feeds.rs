@@ -151,7 +151,7 @@ fn a_declared_cache_size_is_the_context() {
     let folder = tempfile::tempdir().unwrap();
     // A cache that grows from a declared size fits no second call.
     let model = case(LLAMA, &folder, |graph| declare_capacity(graph, 40, 41));
-    assert!(refusal(&model, &["-n", "3"]).contains("needs it to keep its"));
+    assert!(refusal(&model, &["-n", "3"]).contains("needs both of one shape"));
 }
 
 #[test]

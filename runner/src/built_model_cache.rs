@@ -27,7 +27,7 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
     } else {
         "dense".to_owned()
     };
-    let folder = cache_folder()?.join(format!("{}-{kind}", key(path)?));
+    let folder = cache_folder()?.join(format!("{}-{kind}", folder_key(path)?));
     if complete(&folder) {
         say(&using(path, &folder));
         return Ok(folder);
@@ -169,7 +169,7 @@ fn cache_folder() -> Result<PathBuf> {
 }
 
 /// The folder's name and a hash of its path, its files' sizes and times, and this program's version.
-pub(crate) fn key(folder: &Path) -> Result<String> {
+pub(crate) fn folder_key(folder: &Path) -> Result<String> {
     let place = folder
         .canonicalize()
         .with_context(|| format!("cannot open {}", folder.display()))?;
@@ -199,10 +199,10 @@ mod tests {
     fn the_key_changes_with_the_weights() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("model.safetensors"), "a").unwrap();
-        let one = key(dir.path()).unwrap();
-        assert_eq!(one, key(dir.path()).unwrap());
+        let one = folder_key(dir.path()).unwrap();
+        assert_eq!(one, folder_key(dir.path()).unwrap());
         fs::write(dir.path().join("model.safetensors"), "ab").unwrap();
-        assert_ne!(one, key(dir.path()).unwrap());
+        assert_ne!(one, folder_key(dir.path()).unwrap());
     }
 
     #[test]
