@@ -5,6 +5,7 @@ pub(crate) mod copies;
 mod core;
 mod decomposed;
 pub(crate) mod gqa;
+mod inputs;
 mod mask;
 mod mentioned;
 mod mha;
@@ -14,8 +15,9 @@ mod probe;
 mod state;
 mod steady;
 
+pub use inputs::{Size, named_sizes, sizes, width};
 pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
-pub use state::carried;
+pub use state::{all_carried, carried};
 
 use crate::{
     graph::{GraphView, subgraphs},

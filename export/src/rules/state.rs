@@ -17,6 +17,11 @@ const DIRECTIONS: [&str; 16] = [
 
 /// An input and the output that it comes back as, changed; the first of these that is no cache of an attention.
 pub fn carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Option<[&'a str; 2]> {
+    all_carried(view, found).into_iter().next()
+}
+
+/// All of them.
+pub fn all_carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Vec<[&'a str; 2]> {
     let mut known: HashSet<&str> = [INPUT_IDS, INPUTS_EMBEDS, ATTENTION_MASK, POSITION_IDS, LOGITS].into();
     for attention in found {
         if let Ok(site) = &attention.found {
@@ -31,10 +36,10 @@ pub fn carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Option<[&'a str
     let other = |v: &&ValueInfoProto| !known.contains(v.name()) && view.initializer(v.name()).is_none();
     let outputs: Vec<&ValueInfoProto> = view.graph.output.iter().filter(other).collect();
     if outputs.is_empty() {
-        return None;
+        return Vec::new();
     }
     let tokens = dependents(view, &[INPUT_IDS, INPUTS_EMBEDS]);
-    view.graph.input.iter().filter(other).find_map(|past| {
+    let carried = view.graph.input.iter().filter(other).filter_map(|past| {
         let after = dependents(view, &[past.name()]);
         let present = outputs.iter().find(|present| {
             let name = present.name();
@@ -42,7 +47,8 @@ pub fn carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Option<[&'a str
             after.contains(name) && alike && fits(past, present) && !copies(view, past.name(), name)
         })?;
         Some([past.name(), present.name()])
-    })
+    });
+    carried.collect()
 }
 
 /// Values that depend on these other than through their shapes.

@@ -3,6 +3,7 @@
 mod convert;
 mod exports;
 mod generated;
+mod inputs;
 mod model;
 mod padding;
 mod variants;
