@@ -7,7 +7,7 @@ use crate::{
     merged::unfold,
     onnx::{
         Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, external_files, new_file_beside,
-        read_bytes, read_model, rename_locations,
+        read_bytes, read_model, rename_locations, stay_inside,
     },
     report::{Action, LayerReport, Report},
     revert,
@@ -224,6 +224,7 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
     } = loaded;
     let shown = path.display();
     is_unconverted(&model).with_context(|| format!("{shown}"))?;
+    stay_inside(&model, &path, folder).with_context(|| format!("{shown}"))?;
     let graph = model.graph.as_ref().context("the model has no graph")?;
     validate(graph).map_err(|why| anyhow!("{shown} is not a sound model as its exporter wrote it: {why}"))?;
     let merged = unfold(&mut model);

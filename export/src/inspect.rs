@@ -4,7 +4,7 @@ use crate::{
     files,
     graph::GraphView,
     merged::unfold,
-    onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model},
+    onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model, stay_inside},
     report::{Action, LayerReport, ModelReport},
     rules::{Probes, survey},
     validate::validate,
@@ -74,6 +74,7 @@ impl ValueReport {
 pub fn inspect(path: &Path) -> Result<Inspection> {
     let source = files::find_source(path)?;
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
+    stay_inside(&model, &source.model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
     let external = external_files(&model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
     let report = ModelReport::new(&model);
     let functions = model.functions.len();

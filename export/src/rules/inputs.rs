@@ -1,8 +1,9 @@
 //! Sizes of a graph's inputs, where its declarations leave them open: by the names that they share with tokens, mask and caches,
 //! else by what is computed with them.
 
-use super::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
+use super::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes};
 use crate::{
+    eval::reads,
     graph::GraphView,
     onnx::{Dimension, NodeProto, ValueInfoProto},
 };
@@ -84,6 +85,27 @@ pub fn sizes(view: &GraphView, names: &HashMap<&str, Size>, input: &ValueInfoPro
         })
     };
     dims.iter().enumerate().map(size).collect()
+}
+
+/// The input that a value comes from, where it depends on no token and no cache: of what an encoder gave, for instance.
+pub(super) fn foreign<'a>(probes: &Probes<'a>, value: &'a str) -> Option<&'a str> {
+    let view = probes.view;
+    let (mut open, mut seen, mut other) = (vec![value], HashSet::new(), None);
+    while let Some(name) = open.pop() {
+        if !seen.insert(name) || view.initializer(name).is_some() {
+            continue;
+        }
+        if view.is_input(name) {
+            match name {
+                INPUT_IDS | INPUTS_EMBEDS => return None,
+                ATTENTION_MASK | POSITION_IDS => {}
+                _ if probes.is_cache(name) => return None,
+                _ => other = Some(name),
+            }
+        }
+        open.extend(view.producer(name).into_iter().flat_map(reads));
+    }
+    other
 }
 
 /// The last dimension of a value, from what is computed with it.
