@@ -317,9 +317,7 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
         } else {
             Padding::Not
         },
-        again: conversions.len() == found.len()
-            && !carries
-            && known::tokens_at_once(view).is_none(),
+        again: conversions.len() == found.len() && !carries && known::tokens_at_once(view).is_none(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
         together: uses(&DYNAMIC),
         single_precision: sites().all(|s| {
@@ -383,7 +381,9 @@ fn verify(
             Ok(prepared) => prepared,
             // The result is not converted so.
             Err(why) => {
-                verification.notes.push(format!("wider windows are not compared: {why:#}"));
+                verification
+                    .notes
+                    .push(format!("wider windows are not compared: {why:#}"));
                 return Ok(verification);
             }
         };

@@ -17,6 +17,7 @@ mod rewrite;
 pub mod rules;
 mod settings;
 mod spill;
+mod table;
 mod validate;
 pub mod verify;
 

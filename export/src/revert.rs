@@ -38,7 +38,10 @@ const WEIGHTS: u8 = 1;
 fn longest(converted: u64) -> u64 {
     const LOST: u64 = 64 << 20;
     const TIMES: u64 = 16;
-    converted.saturating_mul(TIMES).saturating_add(LOST).min(MAX_MODEL_BYTES as u64)
+    converted
+        .saturating_mul(TIMES)
+        .saturating_add(LOST)
+        .min(MAX_MODEL_BYTES as u64)
 }
 
 /// Weights of a model that a record can refer to, in order.
@@ -281,7 +284,12 @@ pub fn revert(source: &Path, target: &Path, external: Option<ExternalMode>, forc
             file.location.clone_from(usual);
         }
     }
-    let fill = |sink: &mut dyn Sink| record.give(sink).map(drop).map_err(|e| io::Error::other(format!("{e:#}")));
+    let fill = |sink: &mut dyn Sink| {
+        record
+            .give(sink)
+            .map(drop)
+            .map_err(|e| io::Error::other(format!("{e:#}")))
+    };
     let written = output.write(&Content::Bytes(len, &fill), &files, &[])?;
     Ok((output.model_path(), written.bytes))
 }

@@ -59,7 +59,9 @@ impl NewFolder {
                 _ => {}
             }
         }
-        Err(io::Error::other("temporary folders are removed as soon as they are made"))
+        Err(io::Error::other(
+            "temporary folders are removed as soon as they are made",
+        ))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -172,9 +174,22 @@ mod tests {
         expected.sort();
         assert_eq!(names(here), expected);
         link.persist_noclobber(&here.join("linked")).unwrap();
-        assert!(Staged::link(&here.join("weights"), here).unwrap().persist_noclobber(&here.join("linked")).is_err());
+        assert!(
+            Staged::link(&here.join("weights"), here)
+                .unwrap()
+                .persist_noclobber(&here.join("linked"))
+                .is_err()
+        );
         drop((file, inside));
         assert_eq!(fs::read(here.join("linked")).unwrap(), b"weights");
-        assert_eq!(names(here), [".retro-export-link.tmp", ".retro-export-replaced-old", "linked", "weights"]);
+        assert_eq!(
+            names(here),
+            [
+                ".retro-export-link.tmp",
+                ".retro-export-replaced-old",
+                "linked",
+                "weights"
+            ]
+        );
     }
 }

@@ -220,7 +220,9 @@ fn first_call<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Setting, Strin
         match known.find_map(Result::err) {
             None => {
                 let operands = [("queries", core.query), ("keys", core.key), ("values", core.value)];
-                let foreign = operands.into_iter().find_map(|(what, from)| Some((what, foreign(probes, from)?)));
+                let foreign = operands
+                    .into_iter()
+                    .find_map(|(what, from)| Some((what, foreign(probes, from)?)));
                 return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
             }
             Some(first) if why.is_empty() => why = strange_input(probes, &env, core).unwrap_or(first),
@@ -249,7 +251,9 @@ fn strange_input(probes: &Probes, env: &Env, core: &Core) -> Option<String> {
 }
 
 fn strange(what: &str, input: &str) -> String {
-    format!("its {what} come from {input}, an input that is none of tokens, mask, positions and caches (cross-attention has such)")
+    format!(
+        "its {what} come from {input}, an input that is none of tokens, mask, positions and caches (cross-attention has such)"
+    )
 }
 
 /// A cache and what is appended to it. Keys, then values.

@@ -78,8 +78,18 @@ pub fn sizes(view: &GraphView, names: &HashMap<&str, Size>, input: &ValueInfoPro
             0 if dims.len() > 2 && dim.symbol().is_none() => Size::Sequences,
             1 if dims.len() > 2 && dim.symbol().is_none() => Size::Tokens,
             _ => {
-                let width = if axis + 1 == dims.len() { width(view, input.name()) } else { None };
-                let rows = || if axis + 2 == dims.len() { rows(view, input.name()) } else { None };
+                let width = if axis + 1 == dims.len() {
+                    width(view, input.name())
+                } else {
+                    None
+                };
+                let rows = || {
+                    if axis + 2 == dims.len() {
+                        rows(view, input.name())
+                    } else {
+                        None
+                    }
+                };
                 Size::Number(width.or_else(rows).unwrap_or(OPEN))
             }
         })
@@ -155,7 +165,11 @@ fn told_by(view: &GraphView, node: &NodeProto, value: &str) -> Option<usize> {
         "RMSNormalization" if node.input(0) == value => size(dims(node.input(1))?.last().copied()),
         "Add" | "Mul" | "Sub" | "Div" => {
             let mut others = node.input.iter().filter(|i| *i != value);
-            size(others.find_map(|other| dims(other).and_then(|d| d.last().copied()).or_else(|| columns(view, other))))
+            size(others.find_map(|other| {
+                dims(other)
+                    .and_then(|d| d.last().copied())
+                    .or_else(|| columns(view, other))
+            }))
         }
         _ => None,
     }
@@ -187,15 +201,36 @@ fn made_with(view: &GraphView, name: &str) -> Option<usize> {
     let made = || columns(view, name).and_then(|n| usize::try_from(n).ok());
     declared.or_else(made).or_else(|| width(view, name)).or_else(|| {
         let maker = view.producer(name)?;
-        let scale = maker.input.iter().skip(1).find_map(|i| view.tensor_dims(i)?.last().copied());
+        let scale = maker
+            .input
+            .iter()
+            .skip(1)
+            .find_map(|i| view.tensor_dims(i)?.last().copied());
         scale.and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 1)
     })
 }
 
 fn keeps_width(node: &NodeProto) -> bool {
     const KEEP: [&str; 19] = [
-        "Add", "Cast", "Clip", "Div", "Dropout", "Identity", "LayerNormalization", "Mul", "Neg", "Pow", "Sub", "Tanh",
-        "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "Sqrt", "Gelu", "Sigmoid", "QuickGelu",
+        "Add",
+        "Cast",
+        "Clip",
+        "Div",
+        "Dropout",
+        "Identity",
+        "LayerNormalization",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Sub",
+        "Tanh",
+        "DynamicQuantizeLinear",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Sqrt",
+        "Gelu",
+        "Sigmoid",
+        "QuickGelu",
     ];
     KEEP.contains(&node.op_type())
 }
@@ -220,9 +255,16 @@ mod tests {
         use Size::{Number, Past, Sequences, Tokens, Total};
         let mut graph = projected(2, 2);
         graph.input[0].dims_mut().unwrap()[2] = "hidden".into();
-        assert_eq!(sizes_of(&graph, "inputs_embeds"), [Sequences, Tokens, Number(8)], "the rows of wq");
+        assert_eq!(
+            sizes_of(&graph, "inputs_embeds"),
+            [Sequences, Tokens, Number(8)],
+            "the rows of wq"
+        );
         assert_eq!(sizes_of(&graph, "attention_mask"), [Sequences, Total]);
-        assert_eq!(sizes_of(&graph, "past_key_values.0.key"), [Sequences, Number(2), Past, Number(4)]);
+        assert_eq!(
+            sizes_of(&graph, "past_key_values.0.key"),
+            [Sequences, Number(2), Past, Number(4)]
+        );
         // An adapter of open rank beside the queries' weights.
         let adapter = |name: &str, dims: [Dimension; 2]| ValueInfoProto::tensor(name, DataType::Float, dims);
         graph.input.push(adapter("a", ["hidden".into(), "rank".into()]));

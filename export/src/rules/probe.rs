@@ -143,7 +143,8 @@ impl<'a> Probes<'a> {
                 (INPUT_IDS, _) => Tensor::unknown(vec![z.b, z.s], data_type),
                 (INPUTS_EMBEDS, Some(3)) => {
                     let width = fixed(2).or_else(|| inputs::width(self.view, name));
-                    let width = width.ok_or("inputs_embeds has no declared width, and nothing in the graph tells it")?;
+                    let width =
+                        width.ok_or("inputs_embeds has no declared width, and nothing in the graph tells it")?;
                     Tensor::unknown(vec![z.b, z.s, width], data_type)
                 }
                 (ATTENTION_MASK, Some(2) | None) => {

@@ -21,7 +21,9 @@ pub fn head_size(view: &GraphView, site: &Site) -> Option<usize> {
 pub fn weighed_head_size(view: &GraphView, site: &Site) -> Option<i64> {
     let share = |width: i64, heads: i64| (heads > 0 && width > 0 && width % heads == 0).then(|| width / heads);
     let flat = site.output_layout == Layout::Flat;
-    let rows = width(view, &site.output).filter(|_| flat).and_then(|n| i64::try_from(n).ok());
+    let rows = width(view, &site.output)
+        .filter(|_| flat)
+        .and_then(|n| i64::try_from(n).ok());
     let columns = view.producer(&site.query).and_then(|n| match n.op_type() {
         "MatMul" | "Add" => n.input.iter().find_map(|i| view.tensor_dims(i)?.last().copied()),
         "MatMulNBits" => n.attribute("N")?.i,

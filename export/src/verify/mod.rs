@@ -77,7 +77,10 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
     let converted = runtime.open(plan.converted, true);
     let converted = converted.map(|session| Model::new(session, plan, Some(plan.page_size)));
     let mut notes = Vec::new();
-    for (which, model) in [("the original", Some(&original)), ("the converted model", converted.as_ref().ok())] {
+    for (which, model) in [
+        ("the original", Some(&original)),
+        ("the converted model", converted.as_ref().ok()),
+    ] {
         let elsewhere = model.map(|m| m.elsewhere(runtime)).transpose().context(which)?;
         notes.extend(elsewhere.flatten().map(|what| format!("{which}: {what}")));
     }
@@ -142,11 +145,16 @@ impl Run<'_> {
         let plan = self.plan;
         let ids = tokens(plan.seed, way.batch, way.tokens(), plan.vocabulary);
         if way.pad > 0 && original.single() {
-            self.skip_all(way, "the model takes one token a call, and some calls would be padding alone");
+            self.skip_all(
+                way,
+                "the model takes one token a call, and some calls would be padding alone",
+            );
             return Ok(());
         }
         if let Some(batch) = original.fixed.batch.filter(|b| *b != way.batch) {
-            let why = format!("the original doesn't run: by its declared shapes it takes {batch} sequence(s) a call, no other number");
+            let why = format!(
+                "the original doesn't run: by its declared shapes it takes {batch} sequence(s) a call, no other number"
+            );
             self.skip_all(way, &why);
             return Ok(());
         }

@@ -1,12 +1,6 @@
 //! One model as a caller sees it: fed tokens, it keeps its caches and gives logits.
 
-use super::{
-    Plan,
-    others::OtherInput,
-    runtime::Runtime,
-    value::Value,
-    ways::CAPACITY,
-};
+use super::{Plan, others::OtherInput, runtime::Runtime, value::Value, ways::CAPACITY};
 use crate::rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 use anyhow::{Context, Result, anyhow, bail};
 use ort::{
@@ -247,7 +241,8 @@ impl Model {
                 if other.is_none() && ty == TensorElementType::Bool {
                     return Value::numbers(ty, &whole(shape), &[i64::from(first > 0)]);
                 }
-                let other = other.with_context(|| format!("the model takes {name}, which this comparison can't make"))?;
+                let other =
+                    other.with_context(|| format!("the model takes {name}, which this comparison can't make"))?;
                 other.value(ty, feed)?
             }
         })

@@ -5,9 +5,7 @@ use super::{model::Feed, value::Value};
 use crate::{
     graph::GraphView,
     onnx::{DataType, ValueInfoProto},
-    rules::{
-        ATTENTION_MASK, Attention, INPUT_IDS, POSITION_IDS, Site, Size, all_carried, named_sizes, noise, sizes,
-    },
+    rules::{ATTENTION_MASK, Attention, INPUT_IDS, POSITION_IDS, Site, Size, all_carried, named_sizes, noise, sizes},
 };
 use anyhow::Result;
 use ort::value::TensorElementType;
@@ -56,7 +54,10 @@ impl OtherInput {
 
     pub fn shape(&self, feed: &Feed) -> Vec<usize> {
         let past = feed.total - feed.count;
-        self.sizes.iter().map(|s| s.of(feed.ids.len(), feed.count, past)).collect()
+        self.sizes
+            .iter()
+            .map(|s| s.of(feed.ids.len(), feed.count, past))
+            .collect()
     }
 
     pub fn value(&self, ty: TensorElementType, feed: &Feed) -> Result<Value> {
@@ -106,7 +107,10 @@ pub fn other_inputs(view: &GraphView, found: &[Attention], known: &[&str]) -> Ve
     let carried = all_carried(view, found);
     let sites: Vec<&Site> = found.iter().filter_map(|a| a.found.as_deref().ok()).collect();
     let lengths: Vec<&str> = sites.iter().filter_map(|s| source(view, &s.seqlens_k)).collect();
-    let totals: Vec<&str> = sites.iter().filter_map(|s| source(view, &s.total_sequence_length)).collect();
+    let totals: Vec<&str> = sites
+        .iter()
+        .filter_map(|s| source(view, &s.total_sequence_length))
+        .collect();
     let mine = |input: &&ValueInfoProto| {
         let name = input.name();
         let usual = [INPUT_IDS, ATTENTION_MASK, POSITION_IDS, RETRO_LENGTH, PAGE_BUDGET];

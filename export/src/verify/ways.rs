@@ -114,7 +114,10 @@ mod tests {
             ..Fixed::default()
         };
         let four: Vec<_> = summary(four, Padding::Not).into_iter().map(|w| (w.0, w.1)).collect();
-        assert!(four.contains(&("whole", 4)) && four.contains(&("chunked", 4)), "{four:?}");
+        assert!(
+            four.contains(&("whole", 4)) && four.contains(&("chunked", 4)),
+            "{four:?}"
+        );
         let eight = Fixed {
             tokens: Some(8),
             rows: Some(16),

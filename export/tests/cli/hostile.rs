@@ -233,7 +233,10 @@ fn a_record_that_inflates_without_end_takes_little_memory() {
             .unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{error}");
-        assert!(error.starts_with("error: ") && error.lines().count() == 1 && error.contains("record"), "{error}");
+        assert!(
+            error.starts_with("error: ") && error.lines().count() == 1 && error.contains("record"),
+            "{error}"
+        );
         assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
         assert_eq!(names(folder.path()), ["converted", "genai-llama-fp32-cpu"]);
     }

@@ -435,7 +435,11 @@ fn what_killed_runs_left_is_removed() {
     let target = folder.path().join("converted");
     let live = leave(folder.path());
     convert(&args(&source, &target, &[]));
-    assert!(names(&target).iter().all(|name| !name.starts_with('.')), "{:?}", names(&target));
+    assert!(
+        names(&target).iter().all(|name| !name.starts_with('.')),
+        "{:?}",
+        names(&target)
+    );
     assert_eq!(names(folder.path()), [".retro-export-live.tmp", "converted", CASE]);
     drop(live);
     convert(&args(&source, &target, &["--force"]));

@@ -4,7 +4,9 @@
 use std::{fs, path::Path};
 
 use prost::Message;
-use retro_export::onnx::{AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
+use retro_export::onnx::{
+    AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model,
+};
 use retro_tests::{host, paths, zoo};
 use serde_json::Value;
 
@@ -43,7 +45,9 @@ fn verified(case: &str, options: &[&str], change: impl FnOnce(&mut GraphProto)) 
 
 fn input<'g>(graph: &'g mut GraphProto, name: &str) -> &'g mut ValueInfoProto {
     let mut inputs = graph.input.iter_mut();
-    inputs.find(|i| i.name() == name).unwrap_or_else(|| panic!("an input {name}"))
+    inputs
+        .find(|i| i.name() == name)
+        .unwrap_or_else(|| panic!("an input {name}"))
 }
 
 /// Gives one dimension of some inputs and outputs another size.
@@ -62,7 +66,14 @@ const CACHES: [&str; 2] = ["past_key_values", "present"];
 #[test]
 fn a_fixed_number_of_sequences() {
     for (case, batch) in [(GQA, 1), (GQA, 2), (GQA, 3), (DECOMPOSED, 1), (DECOMPOSED, 2)] {
-        let names = ["input_ids", "attention_mask", "position_ids", "past_key_values", "present", "logits"];
+        let names = [
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "present",
+            "logits",
+        ];
         let made = verified(case, &[], |graph| size(graph, &names, 0, batch.into())).unwrap();
         let (compared, skipped) = (ways(&made["compared"]), ways(&made["skipped"]));
         assert!(compared.iter().all(|(_, b, _)| *b == batch as u64), "{case}: {made}");
@@ -70,7 +81,11 @@ fn a_fixed_number_of_sequences() {
             for prompt in ["whole", "chunked"] {
                 assert!(compared.contains(&(window, batch as u64, prompt)), "{case}: {made}");
             }
-            assert_eq!(compared.contains(&(window, batch as u64, "padded")), batch > 1, "{case}: {made}");
+            assert_eq!(
+                compared.contains(&(window, batch as u64, "padded")),
+                batch > 1,
+                "{case}: {made}"
+            );
         }
         assert!(!skipped.is_empty(), "{made}");
     }
@@ -105,7 +120,10 @@ fn fixed_capacities() {
 
 /// Takes the table of embeddings out: the model is fed what came out of it.
 fn embeds(graph: &mut GraphProto, dims: [Dimension; 3]) {
-    let place = graph.node.iter().position(|n| n.op_type() == "Gather" && n.input(1) == "input_ids");
+    let place = graph
+        .node
+        .iter()
+        .position(|n| n.op_type() == "Gather" && n.input(1) == "input_ids");
     let gather = graph.node.remove(place.expect("a table of embeddings"));
     for node in &mut graph.node {
         for name in node.input.iter_mut().filter(|i| *i == gather.output(0)) {
@@ -114,9 +132,16 @@ fn embeds(graph: &mut GraphProto, dims: [Dimension; 3]) {
     }
     // What reads the ids' shape reads that of the embeddings.
     let lengths = graph.node.iter_mut().filter(|n| n.op_type() == "Shape");
-    lengths.flat_map(|n| &mut n.input).filter(|i| *i == "input_ids").for_each(|i| *i = "inputs_embeds".to_owned());
+    lengths
+        .flat_map(|n| &mut n.input)
+        .filter(|i| *i == "input_ids")
+        .for_each(|i| *i = "inputs_embeds".to_owned());
     assert!(graph.node.iter().all(|n| n.input.iter().all(|i| i != "input_ids")));
-    let place = graph.input.iter().position(|i| i.name() == "input_ids").expect("input_ids");
+    let place = graph
+        .input
+        .iter()
+        .position(|i| i.name() == "input_ids")
+        .expect("input_ids");
     graph.input[place] = ValueInfoProto::tensor("inputs_embeds", DataType::Float, dims);
 }
 
@@ -149,20 +174,35 @@ fn after(graph: &mut GraphProto, value: &str, make: impl FnOnce(&str, &str) -> V
     for name in graph.node.iter_mut().flat_map(|n| &mut n.input).filter(|i| *i == value) {
         name.clone_from(&changed);
     }
-    let place = graph.node.iter().position(|n| n.output.iter().any(|o| o == value)).expect("a maker");
+    let place = graph
+        .node
+        .iter()
+        .position(|n| n.output.iter().any(|o| o == value))
+        .expect("a maker");
     graph.node.splice(place + 1..=place, make(value, &changed));
 }
 
 /// The first product with weights that reads its input from the graph's middle, its input and its output.
 fn projection(graph: &GraphProto) -> (String, String) {
-    let product = graph.node.iter().find(|n| n.op_type() == "MatMul" && graph.initializer.iter().any(|t| t.name() == n.input(1) && t.dims.len() == 2));
+    let product = graph.node.iter().find(|n| {
+        n.op_type() == "MatMul"
+            && graph
+                .initializer
+                .iter()
+                .any(|t| t.name() == n.input(1) && t.dims.len() == 2)
+    });
     let product = product.expect("a product with weights");
     (product.input(0).to_owned(), product.output(0).to_owned())
 }
 
 fn width_of(graph: &GraphProto, value: &str) -> i64 {
     let product = graph.node.iter().find(|n| n.output(0) == value).expect("a maker");
-    graph.initializer.iter().find(|t| t.name() == product.input(1)).expect("weights").dims[1]
+    graph
+        .initializer
+        .iter()
+        .find(|t| t.name() == product.input(1))
+        .expect("weights")
+        .dims[1]
 }
 
 #[test]
@@ -172,14 +212,22 @@ fn adapters_that_must_be_given() {
             let made = verified(case, &[], |graph| {
                 let (from, value) = projection(graph);
                 let width = width_of(graph, &value);
-                let named = |n: i64, name: &str| if open { Dimension::from(name) } else { Dimension::from(n) };
+                let named = |n: i64, name: &str| {
+                    if open {
+                        Dimension::from(name)
+                    } else {
+                        Dimension::from(n)
+                    }
+                };
                 for (name, dims) in [
                     ("lora_A", [named(128, "in"), named(8, "rank")]),
                     ("lora_B", [named(8, "rank"), named(width, "out")]),
                 ] {
                     graph.input.push(ValueInfoProto::tensor(name, DataType::Float, dims));
                 }
-                graph.input.push(ValueInfoProto::tensor("lora_scale", DataType::Float, []));
+                graph
+                    .input
+                    .push(ValueInfoProto::tensor("lora_scale", DataType::Float, []));
                 after(graph, &value, |value, changed| {
                     vec![
                         node("MatMul", &[&from, "lora_A"], "lora_down"),
@@ -210,7 +258,11 @@ fn other_inputs_that_must_be_given() {
             graph.input.extend([
                 ValueInfoProto::tensor("token_type_ids", int, [batch.clone(), tokens.clone()]),
                 ValueInfoProto::tensor("per_layer_inputs", float, [batch.clone(), tokens.clone(), width.into()]),
-                ValueInfoProto::tensor("encoder_hidden_states", float, [batch, "encoder_length".into(), width.into()]),
+                ValueInfoProto::tensor(
+                    "encoder_hidden_states",
+                    float,
+                    [batch, "encoder_length".into(), width.into()],
+                ),
                 ValueInfoProto::tensor("use_adapter", DataType::Bool, [1.into()]),
                 ValueInfoProto::tensor("temperature", DataType::Float16, []),
                 ValueInfoProto::tensor("cache_position", int, [tokens]),
@@ -247,11 +299,17 @@ fn other_inputs_that_must_be_given() {
 #[test]
 fn lengths_that_must_be_given() {
     let made = verified(GQA, &[], |graph| {
-        let attention = graph.node.iter().find(|n| n.op_type() == "GroupQueryAttention").expect("one");
+        let attention = graph
+            .node
+            .iter()
+            .find(|n| n.op_type() == "GroupQueryAttention")
+            .expect("one");
         let [lengths, total] = [5, 6].map(|slot| attention.input(slot).to_owned());
         graph.node.retain(|n| n.output(0) != lengths && n.output(0) != total);
         graph.node.insert(0, node("Identity", &["total_seq_len"], &total));
-        graph.node.insert(0, node("Squeeze", &["past_seq_len", "column"], &lengths));
+        graph
+            .node
+            .insert(0, node("Squeeze", &["past_seq_len", "column"], &lengths));
         graph.initializer.push(TensorProto::int64s("column", &[1], &[1]));
         graph.input.extend([
             ValueInfoProto::tensor("past_seq_len", DataType::Int32, ["batch_size".into(), 1.into()]),
@@ -279,7 +337,12 @@ fn sizes_of_caches_are_declared_once_they_are_known() {
     fs::remove_file(&source).unwrap();
     fs::write(&source, bytes).unwrap();
     let target = folder.path().join("converted.onnx");
-    let (_, error) = export_with(&source, &target, &host::device().to_string(), &["--external-data", "reference"]);
+    let (_, error) = export_with(
+        &source,
+        &target,
+        &host::device().to_string(),
+        &["--external-data", "reference"],
+    );
     assert_eq!(error, "");
     declared_in_full(&target);
 }

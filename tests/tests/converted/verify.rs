@@ -24,7 +24,11 @@ pub fn export_with(source: &Path, target: &Path, device: &str, options: &[&str])
         .arg("-o")
         .arg(target)
         .args(["--json", "--device", device])
-        .args(if options.contains(&"--external-data") { &[][..] } else { &["--external-data", "copy"] })
+        .args(if options.contains(&"--external-data") {
+            &[][..]
+        } else {
+            &["--external-data", "copy"]
+        })
         .args(options)
         .output()
         .expect("retro-export starts");
@@ -282,7 +286,11 @@ fn ends(source: &Path, plugin: &Path, options: &[&str]) -> (Option<i32>, String,
         .output()
         .expect("retro-export starts");
     let text = [output.stdout, output.stderr].concat();
-    (output.status.code(), String::from_utf8_lossy(&text).into_owned(), target.exists())
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&text).into_owned(),
+        target.exists(),
+    )
 }
 
 /// Without a plugin that loads nothing is known of the result: that is said, and is an error where a comparison was asked for, before
@@ -296,9 +304,15 @@ fn without_a_plugin_nothing_is_compared() {
     for plugin in [damaged, folder.path().join("none.so")] {
         let (code, text, written) = ends(&source, &plugin, &[]);
         assert!(code == Some(0) && written, "{text}");
-        assert!(text.contains("NOT VERIFIED: ") && text.to_lowercase().contains("plugin"), "{text}");
+        assert!(
+            text.contains("NOT VERIFIED: ") && text.to_lowercase().contains("plugin"),
+            "{text}"
+        );
         let (code, text, written) = ends(&source, &plugin, &["--verify"]);
-        assert!(code == Some(1) && !written && text.to_lowercase().contains("plugin"), "{text}");
+        assert!(
+            code == Some(1) && !written && text.to_lowercase().contains("plugin"),
+            "{text}"
+        );
     }
 }
 
@@ -310,7 +324,10 @@ fn a_result_that_does_not_run_is_an_error() {
     let text = "#[unsafe(no_mangle)] pub extern \"C\" fn RegisterCustomOps(_: usize, _: usize) -> usize { 0 }\n";
     fs::write(&code, text).unwrap();
     let mut compiler = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
-    compiler.args(["--edition", "2024", "--crate-type", "cdylib", "-o"]).arg(&plugin).arg(&code);
+    compiler
+        .args(["--edition", "2024", "--crate-type", "cdylib", "-o"])
+        .arg(&plugin)
+        .arg(&code);
     match compiler.status() {
         Ok(status) => assert!(status.success()),
         Err(e) => return println!("skipped: there is no compiler here: {e}"),
@@ -318,7 +335,10 @@ fn a_result_that_does_not_run_is_an_error() {
     for options in [&[][..], &["--verify"]] {
         let (code, text, written) = ends(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx"), &plugin, options);
         assert!(code == Some(1) && written, "{text}");
-        assert!(text.contains("BROKEN") && text.contains("RetroAttention") && text.contains("do not use it"), "{text}");
+        assert!(
+            text.contains("BROKEN") && text.contains("RetroAttention") && text.contains("do not use it"),
+            "{text}"
+        );
     }
 }
 
@@ -334,7 +354,10 @@ fn an_original_that_does_not_run_is_not_held_against_the_result() {
     });
     let (code, text, written) = ends(&source, &paths::plugin(), &[]);
     assert!(code == Some(0) && written, "{text}");
-    assert!(text.contains("NOT VERIFIED: the original") && text.contains("nobody.knows"), "{text}");
+    assert!(
+        text.contains("NOT VERIFIED: the original") && text.contains("nobody.knows"),
+        "{text}"
+    );
     let (code, text, _) = ends(&source, &paths::plugin(), &["--verify"]);
     assert!(code == Some(1) && text.contains("the original"), "{text}");
 }
