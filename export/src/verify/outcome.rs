@@ -198,3 +198,80 @@ impl fmt::Display for Verification {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compared(window: usize, difference: f32, own: Option<(f32, &str)>) -> Compared {
+        let allowed = 0.7 + 2.0 * own.map_or(0.0, |(own, _)| own);
+        Compared {
+            window,
+            batch: 1,
+            prefill: "whole",
+            largest_difference: difference,
+            median_difference: 0.1,
+            own_difference: own.map(|(own, _)| own),
+            own_difference_by: own.map(|(_, by)| by.to_owned()),
+            allowed,
+            allowed_median: 0.7,
+            passed: difference <= allowed,
+            greedy_agreement: 1.0,
+            positions: 12,
+        }
+    }
+
+    fn verification(compared: Vec<Compared>, broken: Option<&str>) -> Verification {
+        Verification {
+            runtime: "libonnxruntime.so".into(),
+            device: "cpu".into(),
+            passed: broken.is_none() && compared.iter().all(|c| c.passed),
+            compared,
+            skipped: Vec::new(),
+            broken: broken.map(str::to_owned),
+            notes: Vec::new(),
+            largest_logit: 35.0,
+            tolerance: 0.7,
+        }
+    }
+
+    #[test]
+    fn what_is_allowed_is_said_and_why() {
+        let own = Some((0.4, "rounded otherwise"));
+        let text = verification(vec![compared(1, 1.1, own), compared(2, 0.2, own)], None).to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].contains("difference 1.1e0 of 1.5e0 allowed"), "{text}");
+        assert!(
+            lines[2].contains("the original differs from itself") && lines[2].contains("4.0e-1 rounded otherwise"),
+            "{text}"
+        );
+        assert!(
+            lines[3].contains("equal on cpu") && lines[3].contains("tolerance 7.0e-1, up to 1.5e0 allowed"),
+            "{text}"
+        );
+        let plain = verification(vec![compared(1, 0.1, None)], None).to_string();
+        assert!(
+            plain.lines().count() == 2 && plain.ends_with("tolerance 7.0e-1\n"),
+            "{plain}"
+        );
+        let failed = verification(vec![compared(1, 0.1, None), compared(2, 0.9, None)], None);
+        assert!(
+            failed.to_string().contains("9.0e-1 of 7.0e-1 allowed TOO MUCH"),
+            "{failed}"
+        );
+        assert_eq!(
+            failed.fault().unwrap(),
+            "differs from its original by 9.0e-1 in a logit, more than 7.0e-1"
+        );
+    }
+
+    #[test]
+    fn what_does_not_run_has_failed() {
+        let broken = verification(Vec::new(), Some("why"));
+        assert!(broken.fault().unwrap().ends_with("why"));
+        let mut all = verification(vec![compared(1, 0.1, None)], None);
+        assert_eq!(all.fault(), None);
+        all.join(broken);
+        assert!(!all.passed && all.fault().unwrap().contains("why"), "{all}");
+    }
+}

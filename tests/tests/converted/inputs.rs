@@ -320,6 +320,17 @@ fn lengths_that_must_be_given() {
     assert!(ways(&made["compared"]).contains(&(4, 2, "whole")), "{made}");
 }
 
+/// State of convolutions is carried from call to call.
+#[test]
+fn state_that_comes_back() {
+    let made = verified("genai-lfm2", &["--window", "1"], |_| ()).unwrap();
+    let compared = ways(&made["compared"]);
+    assert!(
+        compared.contains(&(1, 1, "whole")) && compared.contains(&(1, 2, "whole")),
+        "{made}"
+    );
+}
+
 /// Heads and their size, where an exporter left them open: hosts make their caches by the declared shapes.
 #[test]
 fn sizes_of_caches_are_declared_once_they_are_known() {
