@@ -7,6 +7,7 @@
 
 use super::{
     Layout, Lengths, Rope, Site, copies,
+    inputs::foreign,
     mask::{self, Bias, Mask},
     mentioned::Mentioned,
     probe::{Probes, Setting, noise},
@@ -209,7 +210,7 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
 }
 
 /// The first call in which the attention's inputs and output have shapes.
-fn first_call(probes: &Probes, core: &Core) -> Result<Setting, String> {
+fn first_call<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Setting, String> {
     let mut why = String::new();
     for z in FIRST {
         let env = probes.run(z)?;
@@ -217,7 +218,13 @@ fn first_call(probes: &Probes, core: &Core) -> Result<Setting, String> {
             .into_iter()
             .map(|name| env.need(name));
         match known.find_map(Result::err) {
-            None => return Ok(z),
+            None => {
+                let operands = [("queries", core.query), ("keys", core.key), ("values", core.value)];
+                let foreign = operands
+                    .into_iter()
+                    .find_map(|(what, from)| Some((what, foreign(probes, from)?)));
+                return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
+            }
             Some(first) if why.is_empty() => why = strange_input(probes, &env, core).unwrap_or(first),
             Some(_) => {}
         }
@@ -235,14 +242,18 @@ fn strange_input(probes: &Probes, env: &Env, core: &Core) -> Option<String> {
                 continue;
             }
             if probes.view.is_input(name) {
-                return Some(format!(
-                    "its {what} come from {name}, an input that is none of tokens, mask, positions and caches (cross-attention has such)"
-                ));
+                return Some(strange(what, name));
             }
             open.extend(probes.view.producer(name).into_iter().flat_map(reads));
         }
     }
     None
+}
+
+fn strange(what: &str, input: &str) -> String {
+    format!(
+        "its {what} come from {input}, an input that is none of tokens, mask, positions and caches (cross-attention has such)"
+    )
 }
 
 /// A cache and what is appended to it. Keys, then values.

@@ -1,6 +1,6 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
-use super::copies;
+use super::{copies, inputs};
 use crate::{
     eval::{Env, Program, Tensor},
     graph::GraphView,
@@ -130,6 +130,7 @@ impl<'a> Probes<'a> {
 
     fn inputs(&self, z: Setting, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, String> {
         let mut env = Env::default();
+        let names = inputs::named_sizes(self.view);
         for input in &self.view.graph.input {
             let name = input.name();
             if self.view.initializer(name).is_some() {
@@ -141,7 +142,9 @@ impl<'a> Probes<'a> {
             let value = match (name, rank) {
                 (INPUT_IDS, _) => Tensor::unknown(vec![z.b, z.s], data_type),
                 (INPUTS_EMBEDS, Some(3)) => {
-                    let width = fixed(2).ok_or("inputs_embeds has no declared width")?;
+                    let width = fixed(2).or_else(|| inputs::width(self.view, name));
+                    let width =
+                        width.ok_or("inputs_embeds has no declared width, and nothing in the graph tells it")?;
                     Tensor::unknown(vec![z.b, z.s, width], data_type)
                 }
                 (ATTENTION_MASK, Some(2) | None) => {
@@ -170,9 +173,12 @@ impl<'a> Probes<'a> {
                     let shape = vec![z.b, fixed(1).unwrap_or(h), z.past, fixed(3).unwrap_or(d)];
                     Tensor::unknown(shape, data_type)
                 }
-                // Whatever else it takes: its shape, if it is declared in full.
-                (_, Some(rank)) if rank <= 8 => match (0..rank).map(fixed).collect::<Option<Vec<_>>>() {
-                    Some(shape) => Tensor::unknown(shape, data_type),
+                // Whatever else it takes: its shape.
+                (_, Some(rank)) if rank <= 8 => match inputs::sizes(self.view, &names, input) {
+                    Some(sizes) => {
+                        let shape = sizes.iter().map(|size| size.of(z.b, z.s, z.past)).collect();
+                        Tensor::unknown(shape, data_type)
+                    }
                     None => continue,
                 },
                 _ => continue,
