@@ -97,7 +97,7 @@ pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, String> 
     let added = input(inputs, if standard { 3 } else { 5 });
     // Masks are mostly the same for all heads.
     let heads = match added.map(|m| m.shape.as_slice()) {
-        Some(&[.., heads, _, _]) if heads != 1 => heads,
+        Some(&[.., heads, _, _]) if heads == z.hq => heads,
         _ => 1,
     };
     let shape = [z.b, heads, z.s, z.t];
@@ -296,7 +296,7 @@ pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tenso
                     if softcap != 0.0 {
                         score = softcap * (score / softcap).tanh();
                     }
-                    *x = score + mask.at(((b * heads + h.min(heads - 1)) * z.s + i) * z.t + j);
+                    *x = score + mask.at(((b * heads + h.min(heads.saturating_sub(1))) * z.s + i) * z.t + j);
                 }
                 softmax(&mut row, z.t);
                 for d in 0..z.dv {

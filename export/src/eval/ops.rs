@@ -894,7 +894,7 @@ fn pad(call: &Call) -> Result<Tensor, String> {
     let numbers = Lazy::new(&[&numbers.clone()], move |place| {
         let mut from = 0;
         for (stride, wide, before, d, own) in &axes {
-            let at = (place / stride % (*wide).max(1)) as i64 - before;
+            let at = ((place / stride % (*wide).max(1)) as i64).wrapping_sub(*before);
             match usize::try_from(at) {
                 Ok(at) if at < *d => from += at * own,
                 _ => return around,

@@ -265,6 +265,9 @@ const LINES: usize = 30_011;
 /// different for a few tokens alone shows there.
 fn lines(bias: Read, end: usize, window: Option<usize>) -> Result<Option<(Setting, Bias)>, String> {
     let z = Setting::new(1, LINES.min(end), 0, 0);
+    if z.s < 5 {
+        return Ok(None);
+    }
     let of = |i: usize| {
         let edge = window.and_then(|w| (i + 1).checked_sub(w));
         let keys = [

@@ -237,6 +237,11 @@ mod tests {
     fn masks_and_heads_that_do_not_fit_are_refused_with_what_failed() {
         let why = refusal(|_, node| set(node, AttributeProto::int("is_causal", 0)));
         assert!(why.contains("token 0 sees token 1"), "bidirectional: {why}");
+        let why = refusal(|graph, node| {
+            graph.initializer.push(TensorProto::floats("m", &[3, 1, 1], &[0.0; 3]));
+            node.input[3] = "m".into();
+        });
+        assert!(why.contains("[3, 1, 1]"), "a mask of 3 heads for 4: {why}");
         let why = refusal(|_, node| set(node, AttributeProto::int("q_num_heads", 3)));
         assert!(why.contains("16 elements are not 3 heads"), "{why}");
         let why = refusal(|_, node| {
