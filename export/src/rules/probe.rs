@@ -2,7 +2,7 @@
 
 use super::{copies, inputs};
 use crate::{
-    eval::{Env, Program, Tensor},
+    eval::{Cone, Env, Program, Tensor},
     graph::GraphView,
     onnx::{DataType, ValueInfoProto},
 };
@@ -70,7 +70,12 @@ pub struct Probes<'a> {
     /// Sizes of caches whose declaration leaves them open: heads and head size.
     open_sizes: OnceCell<HashMap<&'a str, [usize; 2]>>,
     runs: RefCell<HashMap<Setting, Result<Rc<Env<'a>>, String>>>,
+    /// What masks were found to be, by all that they are computed from: layers share them.
+    pub masks: RefCell<HashMap<String, Result<Known, String>>>,
 }
+
+/// A mask's window, and whether it masks padding.
+pub type Known = (Option<usize>, bool);
 
 impl<'a> Probes<'a> {
     /// `folder`: where external data lies.
@@ -81,6 +86,7 @@ impl<'a> Probes<'a> {
             program: OnceCell::new(),
             open_sizes: OnceCell::new(),
             runs: RefCell::new(HashMap::new()),
+            masks: RefCell::new(HashMap::new()),
         }
     }
 
@@ -126,6 +132,16 @@ impl<'a> Probes<'a> {
         }
         drop(runs);
         run
+    }
+
+    /// The values of a part of the graph in a call.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_cone(&self, setting: Setting, cone: &Cone<'a>) -> Result<Env<'a>, String> {
+        let open = self.open_sizes.get_or_init(|| self.find_open_sizes());
+        let inputs = self.inputs(setting, open)?;
+        Ok(self.program().run_cone(inputs, cone))
     }
 
     fn inputs(&self, z: Setting, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, String> {
