@@ -55,7 +55,7 @@ def generate(model, device, count=40):
 
 
 def test_in_place_gives_what_copying_gives(converted):
-    """The steps of the README's host, which hands every array in and out."""
+    """The steps of the host in docs/hosts.md, which hands every array in and out."""
     made, count = generate(converted["f32"], "cpu"), 40
     generator = example.Generator(converted["f32"], plugin(), len(PROMPT) + count)
     session, past = generator.session, {}
