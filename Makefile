@@ -69,7 +69,7 @@ VENVS := $(foreach host,$(HOSTS) $(OLD_HOSTS),.cache/venv-$(host))
 test-python: build $(VENVS:=/.made)
 	@cargo build --release --locked --example generate --example cuda_op --example decode_depth
 	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
-	  echo "NOT TESTED: the C++ of README and examples/, for want of ONNX Runtime's headers (above)"
+	  echo "NOT TESTED: the C++ of docs/ and examples/, for want of ONNX Runtime's headers (above)"
 	export ORT_INCLUDE_DIR
 	for venv in $(VENVS); do
 	  if [ -f $$venv/.made ]; then

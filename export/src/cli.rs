@@ -54,7 +54,7 @@ pub struct Cli {
 
     /// Largest logit difference that counts as equal, per unit of the largest logit
     /// [default: 1e-4 for float32, 2e-2 for float16 and quantised models]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub tolerance: Option<f32>,
 
     /// Tokens that a decoding step feeds at most: the new one and window - 1 corrected ones; 1 is Quest

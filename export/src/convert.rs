@@ -7,7 +7,7 @@ use crate::{
     merged::unfold,
     onnx::{
         Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, external_files, new_file_beside,
-        read_bytes, read_model, rename_locations,
+        read_bytes, read_model, rename_locations, stay_inside,
     },
     report::{Action, LayerReport, Report},
     revert,
@@ -17,7 +17,9 @@ use crate::{
     source::{Source, find_source},
     spill::spill,
     validate::validate,
-    verify::{CacheFacts, DYNAMIC, Padding, Plan, Runtime, Verification, compare, known, nudge},
+    verify::{
+        CacheFacts, DYNAMIC, OtherInput, Padding, Plan, Runtime, Verification, compare, known, nudge, other_inputs,
+    },
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use prost::Message;
@@ -116,6 +118,12 @@ const WINDOWS: [usize; 3] = [1, 2, 4];
 /// Or a comparison that was asked for can't be made; its result is in the report, not an error.
 pub fn convert(options: &Options) -> Result<Report> {
     options.settings.check()?;
+    if let Some(tolerance) = options.tolerance {
+        ensure!(
+            tolerance.is_finite() && tolerance >= 0.0,
+            "the tolerance is {tolerance}; it must be a number of at least 0"
+        );
+    }
     let source = find_source(&options.source, options.graph.as_deref(), options.target.as_deref())?;
     let output = match &options.target {
         Some(target) => Some(Output::plan(&source, target, options.external_data, options.force)?),
@@ -188,6 +196,7 @@ struct Facts {
     caches: Vec<CacheFacts>,
     /// Inputs that may be fed anything.
     idle: Vec<String>,
+    others: Vec<OtherInput>,
     /// What comes out of attention, where a graph quantises activations.
     nudged: Vec<(String, DataType)>,
     vocabulary: usize,
@@ -218,6 +227,7 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
     } = loaded;
     let shown = path.display();
     is_unconverted(&model).with_context(|| format!("{shown}"))?;
+    stay_inside(&model, &path, folder).with_context(|| format!("{shown}"))?;
     let graph = model.graph.as_ref().context("the model has no graph")?;
     validate(graph).map_err(|why| anyhow!("{shown} is not a sound model as its exporter wrote it: {why}"))?;
     has_operators(&model).with_context(|| format!("{shown}"))?;
@@ -285,9 +295,16 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
     let grows = found.iter().any(|a| a.found.is_err() && !a.takes_tokens_again);
     caches.extend(known::other_caches(view, &caches, grows));
     let output = |site: &Site| (site.output.clone(), site.typed(site.output_type));
+    let idle = known::handed_on(view);
+    let taken = caches.iter().map(|c| &c.past).chain(&idle).map(String::as_str);
+    let others = other_inputs(view, found, &taken.collect::<Vec<_>>());
+    let carries = carried(view, found).is_some();
+    // Padding is no matter of the mask alone.
+    let padding_enters = carries || others.iter().any(OtherInput::counts);
     Facts {
+        others,
         caches,
-        idle: known::handed_on(view),
+        idle,
         nudged: if nudge::quantizes_activations(view) {
             sites().map(|site| output(site)).collect()
         } else {
@@ -299,14 +316,12 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
             .unwrap_or(32),
         padding: if sites().all(|s| s.lengths == Lengths::FromMask { padding: true }) {
             Padding::Both
-        } else if conversions.len() == found.len() && sites().all(|s| counted(s)) {
+        } else if conversions.len() == found.len() && sites().all(|s| counted(s)) && !padding_enters {
             Padding::Alone
         } else {
             Padding::Not
         },
-        again: conversions.len() == found.len()
-            && carried(view, found).is_none()
-            && known::tokens_at_once(view).is_none(),
+        again: conversions.len() == found.len() && !carries && known::tokens_at_once(view).is_none(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
         together: uses(&DYNAMIC),
         single_precision: sites().all(|s| {
@@ -340,6 +355,7 @@ fn verify(
         windows: &own,
         caches: &facts.caches,
         idle: &facts.idle,
+        others: &facts.others,
         page_size: settings.page_size,
         vocabulary: facts.vocabulary,
         padding: facts.padding,
@@ -349,7 +365,14 @@ fn verify(
         seed: 1,
     };
     let mut verification = compare(runtime, &plan)?;
-    if !wider.is_empty() && facts.again {
+    if let Some(first) = verification
+        .skipped
+        .first()
+        .filter(|_| verification.compared.is_empty() && verification.broken.is_none())
+    {
+        bail!("{}", first.why);
+    }
+    if !wider.is_empty() && facts.again && verification.broken.is_none() {
         let wide = Options {
             settings: Settings {
                 window: 4,
@@ -358,7 +381,16 @@ fn verify(
             sliding_cache: Some(SlidingCache::Full),
             ..options.clone()
         };
-        let mut prepared = prepare(read_model(&source.model)?, source.folder(), &wide)?;
+        let mut prepared = match prepare(read_model(&source.model)?, source.folder(), &wide) {
+            Ok(prepared) => prepared,
+            // The result is not converted so.
+            Err(why) => {
+                verification
+                    .notes
+                    .push(format!("wider windows are not compared: {why:#}"));
+                return Ok(verification);
+            }
+        };
         let name = output.spill_name();
         // Weights that were moved out of the output lie there for this one too.
         drop(spill(&mut prepared.model, name, 0));
@@ -374,13 +406,6 @@ fn verify(
             },
         )?;
         verification.join(more);
-    }
-    if let Some(first) = verification
-        .skipped
-        .first()
-        .filter(|_| verification.compared.is_empty())
-    {
-        bail!("{}", first.why);
     }
     Ok(verification)
 }

@@ -1,9 +1,12 @@
 //! Where a model comes from and where it goes: single files, and folders with all that lies beside the model.
 
+mod stale;
+
+use self::stale::stale;
 use crate::{
     onnx::{
-        Bytes, Content, ExternalFile, ModelProto, folder_of, inside, locations, map_file, new_file_beside, persist,
-        read_model, sync_folder, write_placed,
+        Bytes, Content, ExternalFile, ModelProto, NewFolder, Staged, folder_of, inside, is_temporary, map_file,
+        new_file_beside, persist, remove_abandoned, sync_folder, write_placed,
     },
     report::ExternalReport,
     source::Source,
@@ -164,38 +167,6 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Weights that were made or brought for the model that the output replaces, and that no other model there names.
-    fn stale(&self, new: &[ExternalFile]) -> Vec<PathBuf> {
-        let folder = folder_of(&self.target);
-        let Ok(old) = read_model(&self.target) else {
-            return Vec::new();
-        };
-        let named = locations(&old.model);
-        let mut own: BTreeSet<PathBuf> = brought(&old.model).into_keys().collect();
-        own.extend(old.model.metadata(SPILLED).map(PathBuf::from));
-        own.retain(|name| named.contains(name));
-        own.retain(|name| *name != Path::new(&self.spill_name) && new.iter().all(|f| f.location != *name));
-        if own.is_empty() {
-            return Vec::new();
-        }
-        let Ok(entries) = fs::read_dir(folder) else {
-            return Vec::new();
-        };
-        for path in entries.flatten().map(|e| e.path()) {
-            let other = path.extension().is_some_and(|e| e == "onnx") && !same_path(&path, &self.target);
-            match read_model(&path) {
-                _ if !other => {}
-                Ok(model) => {
-                    let named = locations(&model.model);
-                    own.retain(|name| !named.contains(name));
-                }
-                // What it needs is not known.
-                Err(_) => return Vec::new(),
-            }
-        }
-        own.into_iter().map(|name| folder.join(name)).collect()
-    }
-
     /// The file that will hold the converted model.
     pub fn model_path(&self) -> PathBuf {
         match &self.source.named_folder {
@@ -226,6 +197,11 @@ impl<'a> Output<'a> {
         spilled: &[(u64, Bytes)],
     ) -> Result<Written> {
         let bytes = model.len()?;
+        let target = match &self.source.named_folder {
+            Some(_) => absolute(&self.target)?,
+            None => self.target.clone(),
+        };
+        remove_abandoned(folder_of(&target));
         let written = match &self.source.named_folder {
             Some(folder) => self.write_folder(folder, model, external, spilled)?,
             None => self.write_file(model, external, spilled)?,
@@ -296,7 +272,7 @@ impl<'a> Output<'a> {
             let mut temp = new_file_beside(&place).with_context(|| format!("cannot write {}", place.display()))?;
             write_spilled(temp.as_file_mut(), spilled).with_context(|| format!("cannot write {}", place.display()))?;
             written.external.push(self.spill_report(spilled));
-            staged.push((temp.into_temp_path(), place));
+            staged.push((Staged::File(temp), place));
         }
         let mut temp = new_file_beside(&self.target).with_context(|| format!("cannot write {shown}"))?;
         model
@@ -305,7 +281,11 @@ impl<'a> Output<'a> {
         temp.as_file()
             .sync_all()
             .with_context(|| format!("cannot write {shown}"))?;
-        let stale = if self.force { self.stale(external) } else { Vec::new() };
+        let stale = if self.force {
+            stale(&self.target, external, &self.spill_name)
+        } else {
+            Vec::new()
+        };
         let mut new = Vec::new();
         let placed = staged.into_iter().try_for_each(|(temp, place)| {
             temp.persist_noclobber(&place)
@@ -336,12 +316,7 @@ impl<'a> Output<'a> {
         let shown = self.target.display();
         let target = absolute(&self.target)?;
         let parent = folder_of(&target);
-        let temp = tempfile::Builder::new()
-            .prefix(".retro-export-")
-            .suffix(".tmp")
-            .permissions_for_all()
-            .tempdir_in(parent)
-            .with_context(|| format!("cannot write {shown}"))?;
+        let temp = NewFolder::inside(parent).with_context(|| format!("cannot write {shown}"))?;
         let mut written = Written::default();
         let mut brought = Brought {
             how: self.external,
@@ -385,7 +360,11 @@ impl<'a> Output<'a> {
             old
         };
         if let Some(old) = old {
-            fs::remove_dir_all(&old).with_context(|| format!("cannot remove what was replaced, {}", old.display()))?;
+            match fs::remove_dir_all(&old) {
+                // Another run, which cleans up, was faster.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                done => done.with_context(|| format!("cannot remove what was replaced, {}", old.display()))?,
+            }
         }
         sync_folder(parent);
         written.files.sort();
@@ -397,22 +376,6 @@ impl<'a> Output<'a> {
 fn write_spilled(file: &mut File, spilled: &[(u64, Bytes)]) -> io::Result<()> {
     write_placed(file, spilled)?;
     file.sync_all()
-}
-
-trait OpenToOthers {
-    fn permissions_for_all(&mut self) -> &mut Self;
-}
-
-impl OpenToOthers for tempfile::Builder<'_, '_> {
-    /// As any new folder: the user's umask decides, not the 0700 of temporary ones.
-    fn permissions_for_all(&mut self) -> &mut Self {
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            self.permissions(fs::Permissions::from_mode(0o777));
-        }
-        self
-    }
 }
 
 /// Metadata: weights that were copied or linked for a converted model, an object of name here: name in the original.
@@ -498,7 +461,7 @@ impl Brought<'_> {
             let mut skip = |why: &str| self.written.skipped.push(format!("{}: {why}", relative.display()));
             let is_link = entry.file_type().is_ok_and(|t| t.is_symlink());
             match fs::metadata(&path) {
-                _ if same_path(&path, self.model) => {}
+                _ if same_path(&path, self.model) || is_temporary(&name) => {}
                 Ok(_) if self.behind.contains(&relative) => skip("of another variant of the graph"),
                 Err(_) if is_link => skip("a symbolic link to nothing"),
                 Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
@@ -531,7 +494,7 @@ impl Brought<'_> {
         let source = fs::canonicalize(path).with_context(cannot)?;
         let name = path.file_name().context("a file without a name").with_context(cannot)?;
         let (temp, how) = bring(&source, to, how).with_context(cannot)?;
-        temp.persist(to.join(name)).map_err(|e| e.error).with_context(cannot)?;
+        temp.persist_noclobber(&to.join(name)).with_context(cannot)?;
         match weights {
             Some(file) => {
                 let report = ExternalReport {
@@ -548,18 +511,16 @@ impl Brought<'_> {
 }
 
 /// A link to, or a copy of, a file under a temporary name in a folder, and which of the two.
-fn bring(source: &Path, folder: &Path, how: ExternalMode) -> io::Result<(tempfile::TempPath, &'static str)> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".retro-export-").suffix(".tmp");
+fn bring(source: &Path, folder: &Path, how: ExternalMode) -> io::Result<(Staged, &'static str)> {
     if how != ExternalMode::Copy
-        && let Ok(linked) = builder.make_in(folder, |place| fs::hard_link(source, place))
+        && let Ok(linked) = Staged::link(source, folder)
     {
-        return Ok((linked.into_temp_path(), "linked"));
+        return Ok((linked, "linked"));
     }
     let mut temp = new_file_beside(&folder.join("copy"))?;
     io::copy(&mut File::open(source)?, temp.as_file_mut())?;
     temp.as_file().sync_all()?;
-    Ok((temp.into_temp_path(), "copied"))
+    Ok((Staged::File(temp), "copied"))
 }
 
 fn plan_file(source: &Source, target: &Path, external: Option<ExternalMode>, force: bool) -> Result<ExternalMode> {

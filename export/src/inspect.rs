@@ -3,10 +3,11 @@
 use crate::{
     graph::GraphView,
     merged::unfold,
-    onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model},
+    onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model, stay_inside},
     report::{Action, LayerReport, ModelReport},
     rules::{Probes, survey},
     source::find_source,
+    table,
     validate::validate,
 };
 use anyhow::{Context, Result};
@@ -74,6 +75,7 @@ impl ValueReport {
 pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
     let source = find_source(path, graph, None)?;
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
+    stay_inside(&model, &source.model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
     let external = external_files(&model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
     let report = ModelReport::new(&model);
     let functions = model.functions.len();
@@ -144,12 +146,15 @@ impl fmt::Display for Inspection {
             writeln!(f, "weights  {location}, {bytes} bytes")?;
         }
         for (what, values) in [("input ", &self.inputs), ("output", &self.outputs)] {
-            for v in values {
+            let value = |v: &ValueReport| {
                 let shape = v
                     .shape
                     .as_ref()
                     .map_or_else(|| "of unknown rank".to_owned(), |s| format!("[{}]", s.join(", ")));
-                writeln!(f, "{what}   {}: {} {shape}", v.name, v.data_type.unwrap_or("?"))?;
+                (v.name.clone(), format!("{} {shape}", v.data_type.unwrap_or("?")))
+            };
+            for (names, is) in table::alike(&values.iter().map(value).collect::<Vec<_>>()) {
+                writeln!(f, "{what}   {names}: {is}")?;
             }
         }
         if let Some(why) = &self.unsound {
@@ -173,9 +178,7 @@ impl fmt::Display for Inspection {
         if let Some(merged) = &self.merged {
             writeln!(f, "merged   {merged}")?;
         }
-        for layer in &self.attention {
-            writeln!(f, "layer {:<3}{layer}", layer.layer)?;
-        }
+        f.write_str(&table::layers(&self.attention))?;
         if self.converted.is_none() && self.unsound.is_none() {
             let good = self
                 .attention

@@ -18,6 +18,7 @@ pub mod rules;
 mod settings;
 mod source;
 mod spill;
+mod table;
 mod validate;
 pub mod verify;
 

@@ -51,13 +51,9 @@ fn run(cli: &Cli) -> Result<()> {
     }
     let report = convert(&cli.options())?;
     say(&report, cli.json)?;
-    if let Some(failed) = report.verification.as_ref().filter(|v| !v.passed) {
+    if let Some(fault) = report.verification.as_ref().and_then(|v| v.fault()) {
         let target = report.target.unwrap_or_default();
-        let (difference, of, allowed) = failed.worst();
-        bail!(
-            "the converted model {} differs from its original by {difference:.1e} in a logit{of}, more than {allowed:.1e}: do not use it",
-            target.display(),
-        );
+        bail!("the converted model {} {fault}: do not use it", target.display());
     }
     Ok(())
 }

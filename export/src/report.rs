@@ -5,12 +5,13 @@ use crate::{
     onnx::{ModelProto, OperatorSetIdProto},
     rules::{Attention, Lengths, Rope, Site},
     settings::Settings,
+    table,
     verify::Verification,
 };
 use retro_contract::{Budget, Mode};
 use serde::{Serialize, Serializer};
 use std::{
-    fmt::{self, Write},
+    fmt,
     path::{Path, PathBuf},
 };
 
@@ -321,9 +322,7 @@ impl fmt::Display for Report {
         if let Some(merged) = &self.merged {
             writeln!(f, "merged   {merged}")?;
         }
-        for layer in &self.layers {
-            writeln!(f, "layer {:<3}{layer}", layer.layer)?;
-        }
+        f.write_str(&table::layers(&self.layers))?;
         writeln!(f, "logits   {}", self.logits.detail)?;
         for e in &self.external_data {
             writeln!(f, "weights  {} {}, {} bytes", e.location.display(), e.how, e.bytes)?;
@@ -350,40 +349,5 @@ impl fmt::Display for Report {
             (Some(target), Some(bytes)) => writeln!(f, "wrote    {} ({bytes} bytes): {share}", target.display()),
             _ => writeln!(f, "dry run  nothing is written; {share} otherwise"),
         }
-    }
-}
-
-impl fmt::Display for LayerReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut line = match &self.action {
-            Action::Converted { mode } => format!("{} -> RetroAttention, mode {mode}", self.op_type),
-            Action::Kept { why } => format!("{} kept: {why}", self.op_type),
-            Action::Convertible => format!("{} can be converted", self.op_type),
-        };
-        if let Some(found) = &self.found {
-            let size = found.head_size.map_or_else(|| "?".to_owned(), |d| d.to_string());
-            write!(
-                line,
-                "; rule {}, heads {}/{} of {size}, {}, {} q/k/v, rope {}, mask {}",
-                self.rule.unwrap_or("none"),
-                found.heads,
-                found.kv_heads,
-                found.data_type,
-                found.inputs,
-                found.rope,
-                found.mask
-            )?;
-            if found.softcap != 0.0 {
-                write!(line, ", softcap {}", found.softcap)?;
-            }
-            if found.sliding_cache && matches!(self.action, Action::Converted { .. }) {
-                line.push_str(", its sliding-window cache becomes one of the whole context");
-            }
-            if found.head_sink {
-                line.push_str(", head sink");
-            }
-            write!(line, ", past {}", found.past[0])?;
-        }
-        write!(f, "{line} ({})", self.node)
     }
 }

@@ -7,17 +7,19 @@
 use crate::{
     files::{self, ExternalMode, Output},
     onnx::{
-        Bytes, Content, DataType, LoadedModel, ModelProto, TensorProto, external_files, for_each_tensor, map_file,
-        read_model,
+        Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, Sink, TensorProto, external_files,
+        for_each_tensor, map_file, read_model, stay_inside,
     },
     source::find_source,
 };
 use anyhow::{Context, Result, bail, ensure};
-use base64::{Engine, engine::general_purpose::STANDARD};
+use base64::{Engine, engine::general_purpose::STANDARD, read::DecoderReader};
 use flate2::{Compression, read::DeflateDecoder, write::DeflateEncoder};
+use prost::Message;
 use std::{
+    cell::RefCell,
     collections::HashMap,
-    io::{Read, Write},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
 };
 use xxhash_rust::xxh3::Xxh3;
@@ -27,10 +29,21 @@ pub const RECORD: &str = "retro.original";
 /// Shorter weights are kept as bytes.
 const SHARED: usize = 1024;
 const VERSION: u8 = 1;
-/// A record is the original's graph without its weights: more than this is an attack.
-const MAX_RECORD: u64 = 1 << 30;
+/// Bytes that a record is inflated by at a time: nothing of it is kept.
+const CHUNK: usize = 1 << 16;
 const BYTES: u8 = 0;
 const WEIGHTS: u8 = 1;
+
+/// The longest original that a record of a converted model may speak of: what is in the converted model's file, and what a graph may
+/// have lost, tables of masks for instance. A record that inflates to more was made to do harm.
+fn longest(converted: u64) -> u64 {
+    const LOST: u64 = 64 << 20;
+    const TIMES: u64 = 16;
+    converted
+        .saturating_mul(TIMES)
+        .saturating_add(LOST)
+        .min(MAX_MODEL_BYTES as u64)
+}
 
 /// Weights of a model that a record can refer to, in order.
 enum Weights {
@@ -71,6 +84,12 @@ fn bytes_of(tensor: &TensorProto) -> Option<u64> {
 /// # Errors
 /// Compressing fails.
 pub fn record(converted: &mut ModelProto, original: &Bytes) -> Result<()> {
+    let (most, len) = (longest(converted.encoded_len() as u64), original.len() as u64);
+    ensure!(
+        len <= most,
+        "it has {len} bytes, of which the converted model keeps too few to give the others back with --revert (at most {most} bytes); save \
+         its large constants as external data first"
+    );
     let start = original.as_ptr() as usize;
     let mut shared: Vec<(usize, usize, u64)> = Vec::new();
     for (number, weights) in weights(converted)?.iter().enumerate() {
@@ -117,89 +136,128 @@ fn plain(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The original's bytes, in pieces.
-///
-/// # Errors
-/// The model has no record, or its weights are no longer those of the original.
-fn pieces(model: &ModelProto, folder: &Path) -> Result<Vec<Bytes>> {
-    let Some(text) = model.metadata(RECORD) else {
-        bail!(
-            "it was not converted by retro-export, or by a version that kept no record: the original can't be restored"
-        )
-    };
-    let packed = STANDARD.decode(text).context("its record of the original is damaged")?;
-    let mut record = Vec::new();
-    let length = DeflateDecoder::new(packed.as_slice())
-        .take(MAX_RECORD + 1)
-        .read_to_end(&mut record);
-    ensure!(
-        length.is_ok_and(|n| n as u64 <= MAX_RECORD),
-        "its record of the original is damaged"
-    );
-    let record = Bytes::from(record);
-    let weights = weights(model)?;
-    let mut maps: HashMap<String, Bytes> = HashMap::new();
-    let mut at = 0usize;
-    let mut take = |len: u64| -> Result<Bytes> {
-        let end = usize::try_from(len)
-            .ok()
-            .and_then(|len| at.checked_add(len))
-            .filter(|end| *end <= record.len());
-        let end = end.context("its record of the original is cut short")?;
-        let part = record.slice(at..end);
-        at = end;
-        Ok(part)
-    };
-    fn number(bytes: &Bytes) -> u64 {
-        bytes.as_ref().try_into().map_or(0, u64::from_le_bytes)
-    }
-    ensure!(
-        take(1)?.first() == Some(&VERSION),
-        "its record of the original is of another version"
-    );
-    let (length, wanted) = (number(&take(8)?), number(&take(8)?));
-    let mut pieces = Vec::new();
-    let mut done = 0u64;
-    while done < length {
-        let kind = take(1)?.first().copied();
-        let len = number(&take(8)?);
-        let piece = match kind {
-            Some(BYTES) => take(len)?,
-            Some(WEIGHTS) => {
-                let which = usize::try_from(number(&take(8)?)).ok().and_then(|n| weights.get(n));
-                let bytes = match which.context("its weights are no longer those of the original")? {
-                    Weights::Here(bytes) => bytes.clone(),
-                    Weights::There { location, offset, len } => {
-                        if !maps.contains_key(location) {
-                            maps.insert(location.clone(), map_file(&folder.join(location))?);
-                        }
-                        let file = maps.get(location).context("a file of weights is gone")?;
-                        let range = usize::try_from(*offset).ok().zip(usize::try_from(*len).ok());
-                        let range = range
-                            .and_then(|(o, l)| Some(o..o.checked_add(l)?))
-                            .filter(|r| r.end <= file.len());
-                        file.slice(range.context("a file of weights is too short")?)
-                    }
-                };
-                ensure!(
-                    bytes.len() as u64 == len,
-                    "its weights are no longer those of the original"
-                );
-                bytes
-            }
-            _ => bail!("its record of the original is damaged"),
+/// What a converted model remembers of its original.
+struct Record<'m> {
+    text: &'m str,
+    weights: Vec<Weights>,
+    folder: &'m Path,
+    /// Files of weights.
+    maps: RefCell<HashMap<String, Bytes>>,
+    /// Bytes that the original may have.
+    most: u64,
+}
+
+impl<'m> Record<'m> {
+    /// `len`: bytes of the model and its files of weights.
+    fn of(model: &'m ModelProto, folder: &'m Path, len: u64) -> Result<Self> {
+        let Some(text) = model.metadata(RECORD) else {
+            bail!(
+                "it was not converted by retro-export, or by a version that kept no record: the original can't be restored"
+            )
         };
-        ensure!(!piece.is_empty(), "its record of the original is damaged");
-        done += piece.len() as u64;
-        pieces.push(piece);
+        Ok(Self {
+            text,
+            weights: weights(model)?,
+            folder,
+            maps: RefCell::default(),
+            most: longest(len),
+        })
     }
-    let mut hash = Xxh3::new();
-    pieces.iter().for_each(|p| hash.update(p));
-    ensure!(
-        done == length && hash.digest() == wanted,
-        "its weights or its record were changed since the conversion: the original can't be restored byte for byte"
-    );
-    Ok(pieces)
+
+    /// Hands the original's bytes over, in pieces; how many there were.
+    ///
+    /// # Errors
+    /// The record is damaged, or the model's weights are no longer those of the original: known at the end only.
+    fn give(&self, sink: &mut dyn Sink) -> Result<u64> {
+        const DAMAGED: &str = "its record of the original is damaged";
+        const SHORT: &str = "its record of the original is cut short or damaged";
+        let mut record = DeflateDecoder::new(DecoderReader::new(self.text.as_bytes(), &STANDARD));
+        fn number(record: &mut impl Read) -> Result<u64> {
+            let mut bytes = [0; 8];
+            record.read_exact(&mut bytes).context(SHORT)?;
+            Ok(u64::from_le_bytes(bytes))
+        }
+        fn byte(record: &mut impl Read) -> Result<u8> {
+            let mut bytes = [0; 1];
+            record.read_exact(&mut bytes).context(SHORT)?;
+            Ok(bytes[0])
+        }
+        ensure!(
+            byte(&mut record)? == VERSION,
+            "its record of the original is of another version"
+        );
+        let (length, wanted) = (number(&mut record)?, number(&mut record)?);
+        ensure!(
+            length <= self.most,
+            "its record of the original is damaged: it speaks of {length} bytes, which this model can't have come from"
+        );
+        let mut hash = Xxh3::new();
+        let mut chunk = vec![0; CHUNK];
+        let mut left = length;
+        while left > 0 {
+            let kind = byte(&mut record)?;
+            let len = number(&mut record)?;
+            ensure!((1..=left).contains(&len), DAMAGED);
+            left -= len;
+            match kind {
+                BYTES => {
+                    let mut rest = len;
+                    while rest > 0 {
+                        let next = rest.min(CHUNK as u64) as usize;
+                        let part = chunk.get_mut(..next).unwrap_or_default();
+                        record.read_exact(part).context(SHORT)?;
+                        hash.update(part);
+                        sink.take(part)?;
+                        rest -= next as u64;
+                    }
+                }
+                WEIGHTS => {
+                    let bytes = self.weights(number(&mut record)?)?;
+                    ensure!(
+                        bytes.len() as u64 == len,
+                        "its weights are no longer those of the original"
+                    );
+                    hash.update(&bytes);
+                    sink.take(&bytes)?;
+                }
+                _ => bail!(DAMAGED),
+            }
+        }
+        ensure!(record.read(&mut [0]).is_ok_and(|n| n == 0), DAMAGED);
+        ensure!(
+            hash.digest() == wanted,
+            "its weights or its record were changed since the conversion: the original can't be restored byte for byte"
+        );
+        Ok(length)
+    }
+
+    fn weights(&self, number: u64) -> Result<Bytes> {
+        let which = usize::try_from(number).ok().and_then(|n| self.weights.get(n));
+        match which.context("its weights are no longer those of the original")? {
+            Weights::Here(bytes) => Ok(bytes.clone()),
+            Weights::There { location, offset, len } => {
+                let mut maps = self.maps.borrow_mut();
+                if !maps.contains_key(location) {
+                    maps.insert(location.clone(), map_file(&self.folder.join(location))?);
+                }
+                let file = maps.get(location).context("a file of weights is gone")?;
+                let range = usize::try_from(*offset).ok().zip(usize::try_from(*len).ok());
+                let range = range
+                    .and_then(|(o, l)| Some(o..o.checked_add(l)?))
+                    .filter(|r| r.end <= file.len());
+                Ok(file.slice(range.context("a file of weights is too short")?))
+            }
+        }
+    }
+}
+
+/// Takes bytes and forgets them.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn take(&mut self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Restores the original of a converted model, a file or a folder. Gives the model's path and the bytes written.
@@ -215,12 +273,17 @@ pub fn revert(
 ) -> Result<(PathBuf, u64)> {
     let source = find_source(source, graph, Some(target))?;
     let output = Output::plan(&source, target, external, force)?;
-    let LoadedModel { model, .. } = read_model(&source.model)?;
+    let LoadedModel { model, len, .. } = read_model(&source.model)?;
     let shown = source.model.display();
+    stay_inside(&model, &source.model, source.folder()).with_context(|| format!("{shown}"))?;
     // Weights are only looked up where a conversion would have put them.
     let mut files = external_files(&model, source.folder()).with_context(|| format!("{shown}"))?;
     let spilled = model.metadata(crate::spill::SPILLED);
-    let pieces = pieces(&model, source.folder()).with_context(|| format!("{shown}"))?;
+    // Weights that were moved out of the model are in a file of their own.
+    let len = files.iter().fold(len, |sum, file| sum.saturating_add(file.len));
+    let record = Record::of(&model, source.folder(), len).with_context(|| format!("{shown}"))?;
+    // Whether it is what it says is known before anything is written.
+    let len = record.give(&mut Nowhere).with_context(|| format!("{shown}"))?;
     files.retain(|f| spilled.is_none_or(|s| f.location != Path::new(s)));
     let brought = files::brought(&model);
     for file in &mut files {
@@ -228,7 +291,13 @@ pub fn revert(
             file.location.clone_from(usual);
         }
     }
-    let written = output.write(&Content::Pieces(&pieces), &files, &[])?;
+    let fill = |sink: &mut dyn Sink| {
+        record
+            .give(sink)
+            .map(drop)
+            .map_err(|e| io::Error::other(format!("{e:#}")))
+    };
+    let written = output.write(&Content::Bytes(len, &fill), &files, &[])?;
     Ok((output.model_path(), written.bytes))
 }
 
@@ -236,7 +305,21 @@ pub fn revert(
 mod tests {
     use super::*;
     use crate::testing::gqa_model;
-    use prost::Message;
+
+    struct Kept(Vec<u8>);
+
+    impl Sink for Kept {
+        fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
+            self.0.extend_from_slice(bytes);
+            Ok(())
+        }
+    }
+
+    fn restored(model: &ModelProto, folder: &Path) -> Result<Vec<u8>> {
+        let mut kept = Kept(Vec::new());
+        Record::of(model, folder, model.encoded_len() as u64)?.give(&mut kept)?;
+        Ok(kept.0)
+    }
 
     #[test]
     fn the_record_gives_the_bytes_back_and_notices_changes() {
@@ -251,7 +334,7 @@ mod tests {
             "weights are not in the record"
         );
         let nowhere = Path::new(".");
-        let back: Vec<u8> = pieces(&model, nowhere).unwrap().concat();
+        let back = restored(&model, nowhere).unwrap();
         assert!(back == bytes);
         let weight = model
             .graph
@@ -262,16 +345,45 @@ mod tests {
             .find(|t| t.name() == "lm_head.weight")
             .unwrap();
         *weight = TensorProto::floats("lm_head.weight", &[32, 10], &[0.2; 320]);
-        let why = format!("{:#}", pieces(&model, nowhere).unwrap_err());
+        let why = format!("{:#}", restored(&model, nowhere).unwrap_err());
         assert!(why.contains("changed since the conversion"), "{why}");
         model.set_metadata(RECORD, "????");
-        assert!(pieces(&model, nowhere).is_err());
+        assert!(restored(&model, nowhere).is_err());
         model.metadata_props.clear();
         assert!(
-            pieces(&model, nowhere)
+            restored(&model, nowhere)
                 .unwrap_err()
                 .to_string()
                 .contains("not converted by retro-export")
         );
+    }
+
+    /// A record of zeros without end, and ones that say too much or too little.
+    #[test]
+    fn what_a_record_inflates_to_is_bounded() {
+        let packed = |length: u64, piece: u64, given: usize| {
+            let mut out = DeflateEncoder::new(Vec::new(), Compression::best());
+            out.write_all(&[VERSION]).unwrap();
+            for number in [length, 0] {
+                out.write_all(&number.to_le_bytes()).unwrap();
+            }
+            out.write_all(&[BYTES]).unwrap();
+            out.write_all(&piece.to_le_bytes()).unwrap();
+            out.write_all(&vec![0; given]).unwrap();
+            let mut model = gqa_model(1);
+            model.set_metadata(RECORD, STANDARD.encode(out.finish().unwrap()));
+            format!("{:#}", restored(&model, Path::new(".")).unwrap_err())
+        };
+        for (length, piece, given, says) in [
+            (1 << 40, 1 << 40, 1 << 20, "can't have come from"),
+            (u64::MAX, u64::MAX, 0, "can't have come from"),
+            (1000, 1 << 40, 1 << 20, "damaged"),
+            (1000, 1000, 1 << 20, "damaged"),
+            (1000, 1000, 10, "cut short"),
+            (1000, 1000, 1000, "changed since"),
+        ] {
+            let why = packed(length, piece, given);
+            assert!(why.contains(says), "{length} {piece} {given}: {why}");
+        }
     }
 }

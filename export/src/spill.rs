@@ -16,7 +16,7 @@ pub fn spill(model: &mut ModelProto, name: &str, room: usize) -> Vec<(u64, Bytes
     spill_above(model, name, MAX_MODEL_BYTES.saturating_sub(room))
 }
 
-fn spill_above(model: &mut ModelProto, name: &str, most: usize) -> Vec<(u64, Bytes)> {
+pub(crate) fn spill_above(model: &mut ModelProto, name: &str, most: usize) -> Vec<(u64, Bytes)> {
     if model.encoded_len() <= most {
         return Vec::new();
     }

@@ -8,7 +8,7 @@ from paths import ROOT
 
 DOCUMENTS = sorted(
     path
-    for pattern in ["*.md", "docs/**/*.md", "[!.]*/README.md", "tests/data/**/*.md"]
+    for pattern in ["*.md", "docs/**/*.md", "[!.]*/README.md", "crates/*/README.md", "tests/data/**/*.md"]
     for path in ROOT.glob(pattern)
     if "target" not in path.parts[len(ROOT.parts) :]
 )
@@ -48,6 +48,11 @@ def blocks(file: Path) -> list[Block]:
         before = line
     assert not fence, f"{file}: a code block is not closed"
     return found
+
+
+def prose(file: Path) -> list[tuple[int, str]]:
+    """Lines outside tables, with their number. Code counts, for want of a place where a long line of it can be read."""
+    return [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if not line.startswith("|")]
 
 
 def spans(file: Path) -> list[tuple[int, str]]:

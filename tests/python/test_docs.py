@@ -68,6 +68,26 @@ def filled(block, values):
 PATHS = {"/path/to/libretro_attention.so": plugin()}
 
 
+WIDTH = 120
+
+
+def test_the_documents_are_found():
+    named = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "models/README.md", "runner/README.md", "docs/notes/cuda.md"}
+    named |= {f"docs/{name}.md" for name in ["accuracy", "cuda", "export", "glossary", "hosts", "method", "operator", "performance"]}
+    missing = named - {str(file.relative_to(ROOT)) for file in documents.DOCUMENTS}
+    assert not missing, missing
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("file", documents.DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_lines_wrap(file):
+    long = [f"{file.relative_to(ROOT)}:{number}: {len(line)} columns" for number, line in documents.prose(file) if len(line) > WIDTH]
+    assert not long, "\n".join(long)
+
+
 def test_the_blocks_are_found():
     found = {language: len(of(language)) for language in TESTED}
     assert found["python"] >= 2 and found["cpp"] >= 1 and found["rust"] >= 1 and found["shell"] >= 20, found
@@ -97,11 +117,11 @@ def test_python_blocks_run(file, ledger):
 
 
 @needs_newer
-def test_readmes_loop_writes_what_retro_run_writes(ledger):
+def test_the_loop_for_hosts_writes_what_retro_run_writes(ledger):
     ids, words = prompt()
-    readme = run_python(ROOT / "README.md", ledger / "retro" / "model.onnx")
-    readme["EOS"] = next(number for number, word in words.items() if word == "<eos>")
-    made = readme["generate"](list(ids), 80)[len(ids) :]
+    host_page = run_python(ROOT / "docs" / "hosts.md", ledger / "retro" / "model.onnx")
+    host_page["EOS"] = next(number for number, word in words.items() if word == "<eos>")
+    made = host_page["generate"](list(ids), 80)[len(ids) :]
     document = ROOT / "models" / "ledger" / "documents.jsonl"
     text = command(runner(), "run", ledger / "retro", "--document", f"{document}:0", "-n", "80")
     assert [words[token] for token in made] == text.split()
@@ -109,7 +129,7 @@ def test_readmes_loop_writes_what_retro_run_writes(ledger):
 
 @needs_newer
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
-def test_readmes_loop_gives_what_the_original_gives(dtype, tmp_path):
+def test_the_loop_for_hosts_gives_what_the_original_gives(dtype, tmp_path):
     """Pages for everything."""
     command(models(), "build", "--weights", DATA / "golden" / "model", "--dtype", dtype, "-o", tmp_path / "model")
     compare_with_original(tmp_path / "model" / "model.onnx", tmp_path, 1e-3 if dtype == "f32" else 2e-2)
@@ -121,21 +141,21 @@ EXPORTS = ["genai-llama-fp32-cpu", "genai-llama-fp16-dml", "genai-qwen3-fp32-cpu
 
 @pytest.mark.skipif(VERSION < (1, 31), reason="older ones load only some of these exports, the originals too")
 @pytest.mark.parametrize("name", EXPORTS)
-def test_readmes_loop_runs_exports(name, tmp_path):
+def test_the_loop_for_hosts_runs_exports(name, tmp_path):
     compare_with_original(DATA / "zoo" / name / "model.onnx", tmp_path, 2e-2 if "fp16" in name else 1e-3)
 
 
 def compare_with_original(source, folder, allowed):
     command(exporter(), source, "-o", folder / "retro.onnx", "--window", "4", "--budget", "4096", "--no-verify")
-    readme = run_python(ROOT / "README.md", folder / "retro.onnx")
-    readme["EOS"] = -1
+    host_page = run_python(ROOT / "docs" / "hosts.md", folder / "retro.onnx")
+    host_page["EOS"] = -1
     given = [int(token) for token in np.random.default_rng(3).integers(1, 60, 50)]
-    ids = readme["generate"](list(given), 20)
+    ids = host_page["generate"](list(given), 20)
     assert len(ids) == 70
     session = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"])
     feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64), "position_ids": np.arange(len(ids))[None]}
     feeds = {value.name: feeds[value.name] for value in session.get_inputs() if value.name in feeds}
-    feeds |= {name: array[:, :, : len(ids)] for name, array in readme["past"].items() if name.startswith("past_key_values.")}
+    feeds |= {name: array[:, :, : len(ids)] for name, array in host_page["past"].items() if name.startswith("past_key_values.")}
     scores = session.run(["logits"], feeds)[0][0].astype(np.float32)
     for position in range(len(given), len(ids)):
         row = scores[position - 1]

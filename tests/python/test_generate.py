@@ -55,7 +55,7 @@ def generate(model, device, count=40):
 
 
 def test_in_place_gives_what_copying_gives(converted):
-    """The steps of the README's host, which hands every array in and out."""
+    """The steps of the host in docs/hosts.md, which hands every array in and out."""
     made, count = generate(converted["f32"], "cpu"), 40
     generator = example.Generator(converted["f32"], plugin(), len(PROMPT) + count)
     session, past = generator.session, {}
@@ -90,11 +90,15 @@ def test_in_place_gives_what_copying_gives(converted):
 
 # Every budget reads everything, so that the original decides what is right.
 EXACT = ["--window", "4", "--budget", "4096", "--no-verify"]
-# Refused, with the reason: tests/tests/converted.
+# Refused at such a window, or without --partial, with the reason: tests/tests/converted.
 REFUSED = {
     "genai-llama-fp32-cuda",
     "genai-llama-paged-fp16-cuda",
     "genai-lfm2",
+    "mobius-qwen35",
+    "optimum-whisper-merged",
+    "optimum-whisper-with_past",
+    "plain-sink_window",
     "optimum-bloom",
     "optimum-mpt",
     "plain-one_layer_is_other",
@@ -137,7 +141,7 @@ def test_every_export_runs(name, tmp_path):
     path = zoo.graph(EXPORTS[name], tmp_path)
     command = [exporter(), path, "-o", tmp_path / "retro.onnx", *EXACT]
     converted = subprocess.run(command, capture_output=True, text=True)
-    if converted.returncode and name in REFUSED:
+    if converted.returncode and (name in REFUSED or name.startswith("refused-")):
         pytest.skip(converted.stderr.strip())
     assert converted.returncode == 0, converted.stderr
     ids = [int(token) for token in np.random.default_rng(7).integers(1, 60, 80)]

@@ -58,6 +58,7 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         windows: &[1, 2],
         caches: &caches(),
         idle: &[],
+        others: &[],
         page_size: 16,
         vocabulary: 256,
         padding: Padding::Alone,
@@ -101,5 +102,18 @@ fn rounding_that_is_enlarged_does_not_hide_them() {
             println!("{name} in layer {layer}\n{found}");
             assert!(!found.passed, "{name} in layer {layer}: {found}");
         }
+    }
+    // What doesn't load, and what the operator refuses when it runs, has failed: the original runs.
+    for (name, value, says) in [
+        ("page_size", 24, "does not load"),
+        ("kv_num_heads", 1, "the original runs, and the converted model doesn't"),
+    ] {
+        let found = with_fault(folder.path(), 1, Some((name, AttributeProto::int(name, value))));
+        assert!(!found.passed && found.compared.is_empty(), "{name}: {found}");
+        let fault = found.fault().expect("a fault");
+        assert!(
+            fault.contains(says) && fault.contains("does not do what its original does"),
+            "{fault}"
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! A program of its own, because ONNX Runtime has one environment a process and `retro-run`'s library makes it here.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::OnceLock};
 
 use retro_export::{onnx::DataType, onnx::GraphProto};
 use retro_run::{
@@ -8,6 +8,12 @@ use retro_run::{
     decoder::{batch::Prefilled, decode_loop::Policy},
 };
 use retro_tests::{paths, zoo};
+
+/// The program's one environment, whichever test comes first.
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| Runtime::load(Some(&paths::onnxruntime())).unwrap())
+}
 
 fn convert(source: &Path, target: &Path, window: usize) {
     let settings = retro_export::Settings {
@@ -51,7 +57,7 @@ fn outputs(
 /// In buffers that stay where they are, numbers lie in their declared types, and state that is not updated in place is carried.
 #[test]
 fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
-    let runtime = Runtime::load(Some(&paths::onnxruntime())).unwrap();
+    let runtime = runtime();
     let prompt = |length: u32, seed: u32| (0..length).map(|i| 3 + (i * seed) % 250).collect::<Vec<u32>>();
     let batches = [vec![prompt(40, 7)], vec![prompt(30, 11), prompt(17, 5)]];
     let genai = |folder: &Path, change: &dyn Fn(&mut GraphProto)| {
@@ -76,15 +82,15 @@ fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
         let converted = folder.path().join(format!("converted{i}"));
         convert(&typed, &converted, 2);
         for prompts in &batches {
-            let expected = outputs(&runtime, &plain, prompts, 1, false);
+            let expected = outputs(runtime, &plain, prompts, 1, false);
             for fixed in [false, true] {
                 assert_eq!(
-                    outputs(&runtime, &typed, prompts, 1, fixed),
+                    outputs(runtime, &typed, prompts, 1, fixed),
                     expected,
                     "{ids:?} {mask:?} {fixed}"
                 );
                 assert_eq!(
-                    outputs(&runtime, &converted, prompts, 2, fixed),
+                    outputs(runtime, &converted, prompts, 2, fixed),
                     expected,
                     "{ids:?} {mask:?} {fixed}"
                 );
@@ -99,7 +105,7 @@ fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
         let expected: Vec<Vec<u32>> = prompts
             .iter()
             .map(|prompt| {
-                let mut model = Model::open(&runtime, &hybrid, &OpenOptions::default()).unwrap();
+                let mut model = Model::open(runtime, &hybrid, &OpenOptions::default()).unwrap();
                 let policy = Policy::new(&model, None, None).unwrap();
                 let mut ready = Prefilled::new(&mut model, vec![prompt.clone()], 120, 16, |_| Ok(())).unwrap();
                 ready
@@ -111,7 +117,7 @@ fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
             .collect();
         for fixed in [false, true] {
             assert_eq!(
-                outputs(&runtime, &converted, prompts, 1, fixed),
+                outputs(runtime, &converted, prompts, 1, fixed),
                 expected,
                 "hybrid, {fixed}"
             );
@@ -131,14 +137,14 @@ fn a_model_that_reads_its_masks_width_refuses_them() {
         ..Default::default()
     })
     .unwrap();
-    let runtime = Runtime::load(Some(&paths::onnxruntime())).unwrap();
+    let runtime = runtime();
     let open = |fixed_buffers| {
         let options = OpenOptions {
             plugin: Some(paths::plugin()),
             fixed_buffers,
             ..OpenOptions::default()
         };
-        Model::open(&runtime, &target, &options)
+        Model::open(runtime, &target, &options)
     };
     assert!(open(false).unwrap().retro.unwrap().lengths_from_width);
     let error = format!("{:#}", open(true).err().expect("a refusal"));

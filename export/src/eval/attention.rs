@@ -1,6 +1,6 @@
 //! Attention nodes of one operator, as numbers: com.microsoft::MultiHeadAttention and ai.onnx::Attention.
 
-use super::tensor::{Tensor, numbers, numel};
+use super::tensor::{Lazy, Tensor, broadcast, numel};
 use crate::onnx::{DataType, NodeProto};
 use std::rc::Rc;
 
@@ -8,9 +8,9 @@ type Inputs<'i> = &'i [Option<Rc<Tensor>>];
 
 /// What a node adds to its scores, and the sizes that it works with.
 pub struct Scores {
-    /// `[B, Hq, S, T]`, row-major; -inf where nothing is attended to.
-    pub bias: Vec<f64>,
-    /// B, Hq, S, T.
+    /// B, heads, S, T, row-major; -inf where nothing is attended to.
+    pub bias: Tensor,
+    /// B, heads, S, T. One head stands for all where they don't differ.
     pub shape: [usize; 4],
 }
 
@@ -92,52 +92,79 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, String> {
 /// The node has an input or an attribute that isn't understood.
 pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, String> {
     let z = sizes(node, inputs)?;
-    let shape = [z.b, z.hq, z.s, z.t];
-    let n = numbers(&shape)?;
-    let mut bias = vec![0.0; n];
     let standard = node.is("", "Attention");
     let causal = attribute(node, if standard { "is_causal" } else { "unidirectional" }, 0) != 0;
-    if let Some(added) = input(inputs, if standard { 3 } else { 5 }) {
-        let mut added = added.clone();
-        // A standard mask may be shorter than the keys: the rest is masked.
-        if standard && let Some(last) = added.shape.last_mut().filter(|last| **last < z.t && **last != 1) {
-            return Err(format!("its mask has {last} columns for {} keys", z.t));
+    let added = input(inputs, if standard { 3 } else { 5 });
+    // Masks are mostly the same for all heads.
+    let heads = match added.map(|m| m.shape.as_slice()) {
+        Some(&[.., heads, _, _]) if heads == z.hq => heads,
+        _ => 1,
+    };
+    let shape = [z.b, heads, z.s, z.t];
+    let added = added.map(|mask| mask_numbers(mask, &shape, standard)).transpose()?;
+    let padding = match input(inputs, 4).filter(|_| !standard) {
+        Some(mask) => Some(key_padding(mask, z.b, z.t)?),
+        None => None,
+    };
+    let [left, right] = windows(node)?;
+    let (s, t, past) = (z.s, z.t, z.past);
+    let of = added.as_ref().map(|(numbers, _)| numbers.clone());
+    let bias = Lazy::new(&of.iter().collect::<Vec<_>>(), move |at| {
+        let (j, i, b) = (at % t, at / t % s, at / (t * s * heads));
+        let p = i + past;
+        let seen = (!causal || j <= p)
+            && left.is_none_or(|left| p.saturating_sub(left) <= j)
+            && right.is_none_or(|right| j <= p.saturating_add(right))
+            && padding.as_ref().is_none_or(|seen| seen(b, j));
+        if !seen {
+            return f64::NEG_INFINITY;
         }
-        let boolean = added.data_type == DataType::Bool;
-        let added = added.spread(&shape).map_err(|why| format!("its mask: {why}"))?;
-        for (b, a) in bias.iter_mut().zip(added) {
-            *b = match boolean {
-                true if a == 0.0 => f64::NEG_INFINITY,
-                true => *b,
-                false => *b + a,
-            };
+        match &added {
+            Some((numbers, true)) if numbers.at(at) == 0.0 => f64::NEG_INFINITY,
+            Some((numbers, false)) => numbers.at(at),
+            _ => 0.0,
         }
+    });
+    let first = input(inputs, 0).map_or(DataType::Float, |q| q.data_type);
+    Ok(Scores {
+        bias: Tensor::computed(shape.to_vec(), first, bias)?,
+        shape,
+    })
+}
+
+/// A mask's numbers by the place in `shape`, and whether they are truth values.
+fn mask_numbers(mask: &Tensor, shape: &[usize; 4], standard: bool) -> Result<(Lazy, bool), String> {
+    let t = shape[3];
+    if standard && let Some(last) = mask.shape.last().filter(|last| **last < t && **last != 1) {
+        return Err(format!("its mask has {last} columns for {t} keys"));
     }
-    if !standard && let Some(mask) = input(inputs, 4) {
-        let data = mask.data.as_ref().ok_or("its key_padding_mask is not known")?;
-        let seen = |b: usize, j: usize| match *mask.shape.as_slice() {
-            [rows] if rows == z.b => data.get(b).map(|n| (j as f64) < *n),
-            [rows, width] if rows == z.b && width == z.t => data.get(b * width + j).map(|x| *x != 0.0),
-            _ => None,
-        };
-        for (at, value) in bias.iter_mut().enumerate() {
-            let (j, b) = (at % z.t, at / (z.t * z.s * z.hq));
-            match seen(b, j) {
-                Some(true) => {}
-                Some(false) => *value = f64::NEG_INFINITY,
-                None => return Err(format!("its key_padding_mask has shape {:?}", mask.shape)),
-            }
-        }
+    let wrong = |why| format!("its mask: {why}");
+    if broadcast(&mask.shape, shape).map_err(wrong)? != shape {
+        return Err(format!("its mask has shape {:?}", mask.shape));
     }
-    if causal {
-        for (at, value) in bias.iter_mut().enumerate() {
-            let (j, i) = (at % z.t, at / z.t % z.s);
-            if j > i + z.past {
-                *value = f64::NEG_INFINITY;
-            }
-        }
+    let numbers = mask.spread_numbers(shape).map_err(wrong)?;
+    Ok((numbers, mask.data_type == DataType::Bool))
+}
+
+/// Whether a sequence sees a key.
+type Seen = Box<dyn Fn(usize, usize) -> bool>;
+
+fn key_padding(mask: &Tensor, b: usize, t: usize) -> Result<Seen, String> {
+    let numbers = mask.numbers().ok_or("its key_padding_mask is not known")?;
+    match *mask.shape.as_slice() {
+        [rows] if rows == b => Ok(Box::new(move |b, j| (j as f64) < numbers.at(b))),
+        [rows, width] if rows == b && width == t => Ok(Box::new(move |b, j| numbers.at(b * width + j) != 0.0)),
+        _ => Err(format!("its key_padding_mask has shape {:?}", mask.shape)),
     }
-    Ok(Scores { bias, shape })
+}
+
+/// How many tokens before and after itself a token sees at most (ai.onnx::Attention, opset 25).
+pub fn windows(node: &NodeProto) -> Result<[Option<usize>; 2], String> {
+    let read = |name: &str| match attribute(node, name, -1) {
+        -1 => Ok(None),
+        n => usize::try_from(n).map(Some).map_err(|_| format!("its {name} is {n}")),
+    };
+    Ok([read("left_window_size")?, read("right_window_size")?])
 }
 
 /// A tensor `[B, S, H*D]` or `[B, H, S, D]` as `[B, H, S, D]`, plus a bias of `H*D`.
@@ -254,6 +281,8 @@ pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tenso
     } else {
         0.0
     };
+    let heads = scores.shape[1];
+    let mask = scores.bias.numbers().ok_or("its mask is not known")?;
     let mut out = vec![0.0; numel(&shapes[0])?];
     let mut row = vec![0.0; z.t];
     for b in 0..z.b {
@@ -267,7 +296,7 @@ pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tenso
                     if softcap != 0.0 {
                         score = softcap * (score / softcap).tanh();
                     }
-                    *x = score + scores.bias[at * z.t + j];
+                    *x = score + mask.at(((b * heads + h.min(heads.saturating_sub(1))) * z.s + i) * z.t + j);
                 }
                 softmax(&mut row, z.t);
                 for d in 0..z.dv {

@@ -6,12 +6,12 @@ mod attention;
 mod ops;
 mod tensor;
 
-pub use attention::fused_scores;
+pub use attention::{fused_scores, windows};
 pub use tensor::Tensor;
 
 use crate::{
     graph::{GraphView, subgraphs},
-    onnx::{GraphProto, NodeProto, TensorProto},
+    onnx::{DataType, GraphProto, NodeProto, TensorProto},
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -66,6 +66,12 @@ impl<'a> Env<'a> {
     pub fn shape(&self, name: &str) -> Result<&[usize], String> {
         self.need(name).map(|t| t.shape.as_slice())
     }
+}
+
+/// Part of a graph: what some values are computed from.
+pub struct Cone<'a> {
+    nodes: Vec<usize>,
+    constants: HashSet<&'a str>,
 }
 
 /// A graph made ready to run.
@@ -129,6 +135,44 @@ impl<'a> Program<'a> {
             env.values.entry(name).or_insert_with(|| value.clone());
         }
         for node in self.order.iter().filter_map(|i| self.view.graph.node.get(*i)) {
+            if !(node.is("", "Constant") && env.values.contains_key(node.output(0))) {
+                self.step(node, &mut env, None);
+            }
+        }
+        env
+    }
+
+    /// What `targets` are computed from, to be run again and again.
+    pub fn cone(&self, targets: &[&'a str]) -> Cone<'a> {
+        let mut above: BTreeSet<usize> = BTreeSet::new();
+        let mut read: HashSet<&'a str> = HashSet::new();
+        let mut open = targets.to_vec();
+        while let Some(name) = open.pop() {
+            if !read.insert(name) {
+                continue;
+            }
+            if let Some(index) = self.view.producer_index(name)
+                && let Some(place) = self.place.get(index)
+                && above.insert(*place)
+                && let Some(node) = self.view.graph.node.get(index)
+            {
+                open.extend(reads(node));
+            }
+        }
+        let nodes = above.iter().filter_map(|at| self.order.get(*at).copied()).collect();
+        read.retain(|name| self.constants.contains_key(name));
+        Cone { nodes, constants: read }
+    }
+
+    /// Runs a part of the graph on these inputs.
+    pub fn run_cone(&self, inputs: Env<'a>, cone: &Cone<'a>) -> Env<'a> {
+        let mut env = inputs;
+        for name in &cone.constants {
+            if let Some(value) = self.constants.get(name) {
+                env.values.entry(name).or_insert_with(|| value.clone());
+            }
+        }
+        for node in cone.nodes.iter().filter_map(|i| self.view.graph.node.get(*i)) {
             if !(node.is("", "Constant") && env.values.contains_key(node.output(0))) {
                 self.step(node, &mut env, None);
             }
@@ -200,11 +244,14 @@ impl<'a> Program<'a> {
                         _ if base.is_some() && env.values.contains_key(name) => {}
                         Some(mut value) => {
                             if base.is_none() && self.data.contains(name) {
-                                value.data = None;
+                                value.forget();
+                            }
+                            if base.is_none() && value.data_type == DataType::Float {
+                                value.round(ops::calculates(node));
                             }
                             env.spent += value.data.as_ref().map_or(0, Vec::len);
                             if env.spent > MAX_SPENT {
-                                value.data = None;
+                                value.forget();
                             }
                             env.set(name, value);
                         }

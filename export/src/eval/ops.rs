@@ -3,10 +3,10 @@
 
 use super::{
     attention,
-    tensor::{Tensor, broadcast, numbers, numel, strided, strides},
+    tensor::{Lazy, Tensor, are_held, broadcast, numbers, numel, strided, strides},
 };
 use crate::onnx::{DataType, NodeProto};
-use std::rc::Rc;
+use std::{cell::RefCell, collections::HashMap, rc::Rc};
 
 type Inputs<'i> = &'i [Option<Rc<Tensor>>];
 type Outputs = Vec<Option<Tensor>>;
@@ -64,7 +64,56 @@ fn size(value: i64) -> Result<usize, String> {
     usize::try_from(value).map_err(|_| format!("a size is {value}"))
 }
 
+/// Operators that compute numbers when they are asked for, where there are many.
+const ON_DEMAND: [&str; 27] = [
+    "Identity",
+    "Dropout",
+    "Cast",
+    "CastLike",
+    "Shape",
+    "Size",
+    "Reshape",
+    "Flatten",
+    "Unsqueeze",
+    "Squeeze",
+    "Transpose",
+    "Expand",
+    "Tile",
+    "Concat",
+    "Slice",
+    "Split",
+    "Gather",
+    "GatherND",
+    "ScatterND",
+    "ConstantOfShape",
+    "EyeLike",
+    "Where",
+    "Trilu",
+    "Pad",
+    "ReduceMax",
+    "ReduceMin",
+    "Attention",
+];
+
 pub(super) fn evaluate(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, String> {
+    let op = node.op_type();
+    let on_demand = node.op_domain().is_empty()
+        && [&ON_DEMAND[..], &UNARY, &BINARY].iter().any(|ops| ops.contains(&op))
+        || node.is("com.microsoft", "MultiHeadAttention");
+    if on_demand || !inputs.iter().flatten().any(|t| t.lazy.is_some()) {
+        return compute(node, inputs, opset);
+    }
+    let hold = |t: &Option<Rc<Tensor>>| t.as_ref().map(|t| t.held().into_owned()).map(Rc::new);
+    compute(node, &inputs.iter().map(hold).collect::<Vec<_>>(), opset)
+}
+
+/// Whether a node makes other numbers than it reads.
+pub(super) fn calculates(node: &NodeProto) -> bool {
+    let op = node.op_type();
+    UNARY.contains(&op) || BINARY.contains(&op) || op == "Cast" || op == "CastLike"
+}
+
+fn compute(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, String> {
     let call = Call { node, inputs, opset };
     let one = |t: Tensor| Ok(vec![Some(t)]);
     match (node.op_domain(), node.op_type()) {
@@ -94,6 +143,8 @@ pub(super) fn evaluate(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<O
         ("", "ScatterND") => one(scatter_nd(&call)?),
         ("", "Range") => one(range(&call)?),
         ("", "ConstantOfShape") => one(constant_of_shape(&call)?),
+        ("", "EyeLike") => one(eye_like(&call)?),
+        ("", "Pad") => one(pad(&call)?),
         ("", "Where") => one(choose(&call)?),
         ("", "Trilu") => one(trilu(&call)?),
         ("", "CumSum") => one(cumsum(&call)?),
@@ -205,12 +256,23 @@ fn held(x: f64, t: DataType) -> f64 {
 fn cast(t: &Tensor, to: i64) -> Result<Tensor, String> {
     let to = i32::try_from(to).ok().and_then(|to| DataType::try_from(to).ok());
     let to = to.ok_or("a cast to an unknown type")?;
-    let data = t.data.as_ref().map(|d| d.iter().map(|x| held(*x, to)).collect());
-    Ok(Tensor {
-        shape: t.shape.clone(),
-        data_type: to,
-        data,
-    })
+    each(t, to, move |x| held(x, to))
+}
+
+/// A function of each number.
+fn each(t: &Tensor, data_type: DataType, f: impl Fn(f64) -> f64 + 'static) -> Result<Tensor, String> {
+    if let Some(data) = &t.data {
+        let data = data.iter().map(|x| f(*x)).collect();
+        return Ok(Tensor::new(t.shape.clone(), data_type, data));
+    }
+    match t.numbers() {
+        Some(numbers) => Tensor::computed(
+            t.shape.clone(),
+            data_type,
+            Lazy::new(&[&numbers.clone()], move |at| f(numbers.at(at))),
+        ),
+        None => Ok(Tensor::unknown(t.shape.clone(), data_type)),
+    }
 }
 
 fn shape(call: &Call) -> Result<Tensor, String> {
@@ -323,25 +385,19 @@ fn transpose(call: &Call) -> Result<Tensor, String> {
     let shape: Vec<usize> = order.iter().map(|a| t.shape[*a]).collect();
     let own = strides(&t.shape);
     let by: Vec<isize> = order.iter().map(|a| own[*a] as isize).collect();
-    let data = t.data.as_ref().map(|d| strided(d, 0, &shape, &by)).transpose()?;
-    Ok(Tensor {
-        shape,
-        data_type: t.data_type,
-        data,
-    })
+    t.rearranged(0, shape, &by)
 }
 
 fn spread_to(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, String> {
-    let data = if t.data.is_some() && numbers(&shape).is_ok() {
-        Some(t.spread(&shape)?)
-    } else {
-        None
-    };
-    Ok(Tensor {
-        shape,
-        data_type: t.data_type,
-        data,
-    })
+    if !t.is_known() {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    }
+    if t.data.is_some() && are_held(&shape) {
+        let data = t.spread(&shape)?;
+        return Ok(Tensor::new(shape, t.data_type, data));
+    }
+    let numbers = t.spread_numbers(&shape)?;
+    Tensor::computed(shape, t.data_type, numbers)
 }
 
 fn expand(call: &Call) -> Result<Tensor, String> {
@@ -370,9 +426,6 @@ fn tile(call: &Call) -> Result<Tensor, String> {
     }
     let shape: Vec<usize> = t.shape.iter().zip(&times).map(|(d, n)| d.saturating_mul(*n)).collect();
     numel(&shape)?;
-    let Some(data) = &t.data else {
-        return Ok(Tensor::unknown(shape, t.data_type));
-    };
     // Each axis twice: the repeat, which does not move, and the element.
     let own = strides(&t.shape);
     let (mut pairs, mut by) = (Vec::new(), Vec::new());
@@ -380,7 +433,7 @@ fn tile(call: &Call) -> Result<Tensor, String> {
         pairs.extend([*n, *d]);
         by.extend([0, *stride as isize]);
     }
-    Ok(Tensor::new(shape, t.data_type, strided(data, 0, &pairs, &by)?))
+    with_shape(&t.rearranged(0, pairs, &by)?, shape)
 }
 
 fn concat(call: &Call) -> Result<Tensor, String> {
@@ -407,8 +460,8 @@ fn concat(call: &Call) -> Result<Tensor, String> {
     }
     numel(&shape)?;
     let known: Option<Vec<&Vec<f64>>> = parts.iter().map(|p| p.data.as_ref()).collect();
-    let Some(known) = known.filter(|_| numbers(&shape).is_ok()) else {
-        return Ok(Tensor::unknown(shape, first.data_type));
+    let Some(known) = known.filter(|_| are_held(&shape)) else {
+        return concat_on_demand(&parts, shape, axis);
     };
     let outer = numel(&shape[..axis])?;
     let mut data = Vec::with_capacity(numel(&shape)?);
@@ -419,6 +472,30 @@ fn concat(call: &Call) -> Result<Tensor, String> {
         }
     }
     Ok(Tensor::new(shape, first.data_type, data))
+}
+
+fn concat_on_demand(parts: &[&Tensor], shape: Vec<usize>, axis: usize) -> Result<Tensor, String> {
+    let data_type = parts.first().map_or(DataType::Undefined, |t| t.data_type);
+    let mut blocks = Vec::with_capacity(parts.len());
+    for part in parts {
+        let Some(numbers) = part.numbers() else {
+            return Ok(Tensor::unknown(shape, data_type));
+        };
+        blocks.push((numel(&part.shape[axis..])?, numbers));
+    }
+    let row: usize = blocks.iter().map(|(n, _)| n).sum();
+    let all: Vec<Lazy> = blocks.iter().map(|(_, numbers)| numbers.clone()).collect();
+    let numbers = Lazy::new(&all.iter().collect::<Vec<_>>(), move |place| {
+        let (outer, mut at) = (place / row.max(1), place % row.max(1));
+        for (inner, numbers) in &blocks {
+            if at < *inner {
+                return numbers.at(outer * inner + at);
+            }
+            at -= inner;
+        }
+        f64::NAN
+    });
+    Tensor::computed(shape, data_type, numbers)
 }
 
 fn slice(call: &Call) -> Result<Tensor, String> {
@@ -466,12 +543,7 @@ fn slice(call: &Call) -> Result<Tensor, String> {
         offset += (from as isize).saturating_mul(own[axis] as isize);
         by[axis] = (own[axis] as isize).saturating_mul(*step as isize);
     }
-    let data = t.data.as_ref().map(|d| strided(d, offset, &shape, &by)).transpose()?;
-    Ok(Tensor {
-        shape,
-        data_type: t.data_type,
-        data,
-    })
+    t.rearranged(offset, shape, &by)
 }
 
 fn split(call: &Call) -> Result<Outputs, String> {
@@ -498,12 +570,7 @@ fn split(call: &Call) -> Result<Outputs, String> {
         let mut shape = t.shape.clone();
         shape[axis] = d;
         let at = (from * own[axis]) as isize;
-        let data = t.data.as_ref().map(|data| strided(data, at, &shape, &by)).transpose()?;
-        parts.push(Some(Tensor {
-            shape,
-            data_type: t.data_type,
-            data,
-        }));
+        parts.push(Some(t.rearranged(at, shape, &by)?));
         from += d;
     }
     Ok(parts)
@@ -516,11 +583,15 @@ fn gather(call: &Call) -> Result<Tensor, String> {
     shape.extend(&ids.shape);
     shape.extend(&t.shape[axis + 1..]);
     numel(&shape)?;
-    let (Some(data), Some(_)) = (&t.data, &ids.data) else {
-        return Ok(Tensor::unknown(shape, t.data_type));
-    };
     let inner = numel(&t.shape[axis + 1..])?;
     let d = t.shape[axis] as i64;
+    // A table of positions ends somewhere, and so do the calls that the model takes.
+    if let Some(id) = ids.data.iter().flatten().find(|id| !(-d..d).contains(&(**id as i64))) {
+        return Err(format!("index {id} of {d} is out of range"));
+    }
+    let (Some(data), true, true) = (&t.data, ids.data.is_some(), are_held(&shape)) else {
+        return gather_on_demand(t, ids, axis, shape);
+    };
     let ids = ids.as_ints()?;
     let mut out = Vec::with_capacity(numbers(&shape)?);
     for outer in 0..numel(&t.shape[..axis])? {
@@ -537,6 +608,28 @@ fn gather(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(shape, t.data_type, out))
 }
 
+fn gather_on_demand(t: &Tensor, ids: &Tensor, axis: usize, shape: Vec<usize>) -> Result<Tensor, String> {
+    let (Some(numbers), Some(places)) = (t.numbers(), ids.numbers()) else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    let (inner, n, d) = (numel(&t.shape[axis + 1..])?, numel(&ids.shape)?, t.shape[axis]);
+    let numbers = Lazy::new(&[&numbers.clone(), &places.clone()], move |place| {
+        let (outer, id, rest) = (place / inner / n, place / inner % n, place % inner);
+        match index_of(places.at(id), d) {
+            Some(row) => numbers.at((outer * d + row) * inner + rest),
+            None => f64::NAN,
+        }
+    });
+    Tensor::computed(shape, t.data_type, numbers)
+}
+
+/// An index, from the end if it is negative; none out of range.
+fn index_of(id: f64, d: usize) -> Option<usize> {
+    let id = id as i64;
+    let id = if id < 0 { id.checked_add(d as i64)? } else { id };
+    usize::try_from(id).ok().filter(|id| *id < d)
+}
+
 fn gather_nd(call: &Call) -> Result<Tensor, String> {
     let (t, ids) = (call.need(0)?, call.need(1)?);
     let batch = size(call.int("batch_dims", 0))?;
@@ -547,6 +640,9 @@ fn gather_nd(call: &Call) -> Result<Tensor, String> {
     let mut shape = ids.shape[..ids.shape.len() - 1].to_vec();
     shape.extend(&t.shape[batch + depth..]);
     numel(&shape)?;
+    if t.is_known() && ids.is_known() && (t.lazy.is_some() || ids.lazy.is_some() || !are_held(&shape)) {
+        return gather_nd_on_demand(t, ids, batch, shape);
+    }
     let (Some(data), Some(_)) = (&t.data, &ids.data) else {
         return Ok(Tensor::unknown(shape, t.data_type));
     };
@@ -568,6 +664,31 @@ fn gather_nd(call: &Call) -> Result<Tensor, String> {
         out.extend_from_slice(data.get(from..from + inner).ok_or("an index is out of range")?);
     }
     Ok(Tensor::new(shape, t.data_type, out))
+}
+
+fn gather_nd_on_demand(t: &Tensor, ids: &Tensor, batch: usize, shape: Vec<usize>) -> Result<Tensor, String> {
+    let (Some(numbers), Some(places)) = (t.numbers(), ids.numbers()) else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    let depth = ids.shape.last().copied().unwrap_or(0);
+    let inner = numel(&t.shape[batch + depth..])?;
+    let per_batch = numel(&ids.shape[batch..ids.shape.len() - 1])?.max(1);
+    let block = numel(&t.shape[batch..])?;
+    let own = strides(&t.shape);
+    let axes: Vec<(usize, usize)> = (batch..batch + depth).map(|axis| (t.shape[axis], own[axis])).collect();
+    let of = [vec![numbers.clone()], vec![places.clone(); depth]].concat();
+    let numbers = Lazy::new(&of.iter().collect::<Vec<_>>(), move |place| {
+        let (n, rest) = (place / inner, place % inner);
+        let mut from = n / per_batch * block;
+        for (i, (d, stride)) in axes.iter().enumerate() {
+            match index_of(places.at(n * depth + i), *d) {
+                Some(id) => from += id * stride,
+                None => return f64::NAN,
+            }
+        }
+        numbers.at(from + rest)
+    });
+    Tensor::computed(shape, t.data_type, numbers)
 }
 
 fn gather_elements(call: &Call) -> Result<Tensor, String> {
@@ -600,9 +721,9 @@ fn gather_elements(call: &Call) -> Result<Tensor, String> {
 
 fn scatter_nd(call: &Call) -> Result<Tensor, String> {
     let (t, ids, updates) = (call.need(0)?, call.need(1)?, call.need(2)?);
-    let (Some(data), Some(_), Some(new)) = (&t.data, &ids.data, &updates.data) else {
+    if [t, ids, updates].iter().any(|t| !t.is_known()) {
         return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
-    };
+    }
     let depth = *ids.shape.last().ok_or("indices without dimensions")?;
     if depth == 0
         || depth > t.shape.len()
@@ -613,6 +734,9 @@ fn scatter_nd(call: &Call) -> Result<Tensor, String> {
     {
         return Err("a scatter that is not understood".to_owned());
     }
+    let (Some(data), Some(_), Some(new)) = (&t.data, &ids.data, &updates.data) else {
+        return scatter_nd_on_demand(t, ids, updates, depth);
+    };
     let own = strides(&t.shape);
     let inner = numel(&t.shape[depth..])?;
     let mut out = data.clone();
@@ -632,6 +756,50 @@ fn scatter_nd(call: &Call) -> Result<Tensor, String> {
             .copy_from_slice(values);
     }
     Ok(Tensor::new(t.shape.clone(), t.data_type, out))
+}
+
+/// A scatter into a block that begins at the start of every axis, in order: exporters write assignments to a slice so.
+fn scatter_nd_on_demand(t: &Tensor, ids: &Tensor, updates: &Tensor, depth: usize) -> Result<Tensor, String> {
+    let (Some(old), Some(places), Some(new)) = (t.numbers(), ids.numbers(), updates.numbers()) else {
+        return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
+    };
+    let block = &ids.shape[..ids.shape.len() - 1];
+    let inner = numel(&t.shape[depth..])?;
+    let (n, own) = (numel(block)?, strides(block));
+    if block.len() != depth || block.iter().zip(&t.shape).any(|(b, d)| b > d) {
+        return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
+    }
+    let block = block.to_vec();
+    let check = places.clone();
+    // Each index must be its own place in the block; some are looked at here, others when they are read.
+    let in_place = {
+        let (block, own) = (block.clone(), own.clone());
+        move |row: usize| (0..depth).all(|i| places.at(row * depth + i) == (row / own[i] % block[i]) as f64)
+    };
+    const SAMPLES: usize = 4096;
+    let sampled = (0..SAMPLES.min(n)).map(|i| if n <= SAMPLES { i } else { i * ((n - 1) / (SAMPLES - 1)) });
+    if !sampled.chain(n.checked_sub(1)).all(&in_place) {
+        return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
+    }
+    let theirs = strides(&t.shape);
+    let dims = t.shape.clone();
+    let of = [vec![old.clone(), new.clone()], vec![check; depth]].concat();
+    let numbers = Lazy::new(&of.iter().collect::<Vec<_>>(), move |place| {
+        let mut row = 0;
+        for i in 0..depth {
+            let at = place / theirs[i] % dims[i];
+            if at >= block[i] {
+                return old.at(place);
+            }
+            row += at * own[i];
+        }
+        if in_place(row) {
+            new.at(row * inner + place % inner)
+        } else {
+            f64::NAN
+        }
+    });
+    Tensor::computed(t.shape.clone(), t.data_type, numbers)
 }
 
 fn range(call: &Call) -> Result<Tensor, String> {
@@ -663,16 +831,97 @@ fn constant_of_shape(call: &Call) -> Result<Tensor, String> {
     let fill = value
         .map_or(Some(0.0), |v| v.data?.first().copied())
         .ok_or("a value that is not known")?;
-    let data = vec![fill; numbers(&shape)?];
-    Ok(Tensor::new(shape, data_type, data))
+    Tensor::filled(shape, data_type, fill)
+}
+
+fn eye_like(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let &[_, columns] = t.shape.as_slice() else {
+        return Err("no matrix".to_owned());
+    };
+    let data_type = match call.int("dtype", 0) {
+        0 => t.data_type,
+        to => i32::try_from(to)
+            .ok()
+            .and_then(|to| DataType::try_from(to).ok())
+            .ok_or("a matrix of an unknown type")?,
+    };
+    let k = call.int("k", 0);
+    let numbers = Lazy::new(&[], move |at| {
+        let (i, j) = ((at / columns.max(1)) as i64, (at % columns.max(1)) as i64);
+        f64::from(u8::from(j - i == k))
+    });
+    Tensor::computed(t.shape.clone(), data_type, numbers)
+}
+
+/// A tensor with more around it, or, where the numbers are negative, with less.
+fn pad(call: &Call) -> Result<Tensor, String> {
+    let t = call.need(0)?;
+    let rank = t.shape.len();
+    let pads = call.ints(1, "pads")?.ok_or("how much to pad is not known")?;
+    let axes: Vec<usize> = match call.get(3) {
+        Some(axes) => axes
+            .as_ints()?
+            .iter()
+            .map(|a| axis_of(*a, rank))
+            .collect::<Result<_, _>>()?,
+        None => (0..rank).collect(),
+    };
+    if pads.len() != 2 * axes.len() {
+        return Err(format!("{} pads for {} axes", pads.len(), axes.len()));
+    }
+    let (mut shape, mut before) = (t.shape.clone(), vec![0i64; rank]);
+    for (i, axis) in axes.iter().enumerate() {
+        let wide = (t.shape[*axis] as i64)
+            .checked_add(pads[i])
+            .and_then(|d| d.checked_add(pads[axes.len() + i]));
+        shape[*axis] = size(wide.ok_or("an absurd pad")?)?;
+        before[*axis] = pads[i];
+    }
+    numel(&shape)?;
+    let mode = call.node.attribute("mode").map_or(&b"constant"[..], |a| a.s());
+    let around = match call.get(2) {
+        Some(value) => value.data.as_ref().and_then(|d| d.first().copied()),
+        None => Some(call.node.attribute("value").map_or(0.0, |a| f64::from(a.f()))),
+    };
+    let (Some(numbers), Some(around)) = (t.numbers(), around.filter(|_| mode == b"constant")) else {
+        return Ok(Tensor::unknown(shape, t.data_type));
+    };
+    let (own, new) = (strides(&t.shape), strides(&shape));
+    let axes: Vec<_> = (0..rank)
+        .map(|i| (new[i], shape[i], before[i], t.shape[i], own[i]))
+        .collect();
+    let numbers = Lazy::new(&[&numbers.clone()], move |place| {
+        let mut from = 0;
+        for (stride, wide, before, d, own) in &axes {
+            let at = ((place / stride % (*wide).max(1)) as i64).wrapping_sub(*before);
+            match usize::try_from(at) {
+                Ok(at) if at < *d => from += at * own,
+                _ => return around,
+            }
+        }
+        numbers.at(from)
+    });
+    Tensor::computed(shape, t.data_type, numbers)
 }
 
 fn choose(call: &Call) -> Result<Tensor, String> {
     let (c, a, b) = (call.need(0)?, call.need(1)?, call.need(2)?);
     let shape = broadcast(&broadcast(&c.shape, &a.shape)?, &b.shape)?;
     numel(&shape)?;
-    if c.data.is_none() || a.data.is_none() || b.data.is_none() || numbers(&shape).is_err() {
+    if [c, a, b].iter().any(|t| !t.is_known()) {
         return Ok(Tensor::unknown(shape, a.data_type));
+    }
+    if [c, a, b].iter().any(|t| t.data.is_none()) || !are_held(&shape) {
+        let [c, x, y] = [
+            c.spread_numbers(&shape)?,
+            a.spread_numbers(&shape)?,
+            b.spread_numbers(&shape)?,
+        ];
+        let numbers = Lazy::new(&[&c.clone(), &x.clone(), &y.clone()], move |at| {
+            if c.at(at) != 0.0 { x.at(at) } else { y.at(at) }
+        });
+        return Tensor::computed(shape, a.data_type, numbers);
     }
     let (c, x, y) = (c.spread(&shape)?, a.spread(&shape)?, b.spread(&shape)?);
     let data = c
@@ -684,7 +933,9 @@ fn choose(call: &Call) -> Result<Tensor, String> {
 
 fn trilu(call: &Call) -> Result<Tensor, String> {
     let t = call.need(0)?;
-    let Some(data) = &t.data else { return Ok(t.clone()) };
+    if !t.is_known() {
+        return Ok(t.clone());
+    }
     let k = match call.get(1) {
         Some(k) => k.as_ints()?.first().copied().unwrap_or(0),
         None => 0,
@@ -693,10 +944,19 @@ fn trilu(call: &Call) -> Result<Tensor, String> {
     let &[.., rows, columns] = t.shape.as_slice() else {
         return Err("no matrix".to_owned());
     };
-    let keep = |at: usize| {
-        let (i, j) = ((at / columns.max(1) % rows.max(1)) as i64, (at % columns.max(1)) as i64);
+    let (rows, columns) = (rows.max(1), columns.max(1));
+    let keep = move |at: usize| {
+        let (i, j) = ((at / columns % rows) as i64, (at % columns) as i64);
         let d = j - i;
         if upper { d >= k } else { d <= k }
+    };
+    let Some(data) = t.data.as_ref().filter(|_| are_held(&t.shape)) else {
+        let numbers = t.numbers().ok_or("its numbers are not known")?;
+        let numbers = Lazy::new(
+            &[&numbers.clone()],
+            move |at| if keep(at) { numbers.at(at) } else { 0.0 },
+        );
+        return Tensor::computed(t.shape.clone(), t.data_type, numbers);
     };
     let data = data
         .iter()
@@ -787,6 +1047,9 @@ fn reduce(call: &Call) -> Result<Tensor, String> {
             .map(|(_, d)| *d)
             .collect()
     };
+    if let (Some(lazy), [axis], op @ ("ReduceMax" | "ReduceMin")) = (&t.lazy, axes.as_slice(), call.node.op_type()) {
+        return extreme_on_demand(t, lazy.clone(), *axis, shape, op == "ReduceMax");
+    }
     let Some(data) = &t.data else {
         return Ok(Tensor::unknown(shape, t.data_type));
     };
@@ -813,6 +1076,27 @@ fn reduce(call: &Call) -> Result<Tensor, String> {
         out.iter_mut().for_each(|x| *x /= count as f64);
     }
     Ok(Tensor::new(shape, t.data_type, out))
+}
+
+/// The largest or smallest number along one axis of a tensor that is not held; each is remembered, a row reads it many times.
+fn extreme_on_demand(t: &Tensor, lazy: Lazy, axis: usize, shape: Vec<usize>, most: bool) -> Result<Tensor, String> {
+    let (d, inner) = (t.shape[axis], numel(&t.shape[axis + 1..])?);
+    let known: RefCell<HashMap<usize, f64>> = RefCell::default();
+    let numbers = Lazy::of_rows(&lazy.clone(), d, move |place| {
+        if let Some(x) = known.borrow().get(&place) {
+            return *x;
+        }
+        let (outer, rest) = (place / inner, place % inner);
+        let row = (0..d).map(|i| lazy.at((outer * d + i) * inner + rest));
+        let x = if most {
+            row.fold(f64::NEG_INFINITY, f64::max)
+        } else {
+            row.fold(f64::INFINITY, f64::min)
+        };
+        known.borrow_mut().insert(place, x);
+        x
+    });
+    Tensor::computed(shape, t.data_type, numbers)
 }
 
 fn arg_extreme(call: &Call) -> Result<Tensor, String> {
@@ -843,9 +1127,8 @@ fn arg_extreme(call: &Call) -> Result<Tensor, String> {
         shape.remove(axis);
     }
     Ok(Tensor {
-        shape,
-        data_type: DataType::Int64,
         data,
+        ..Tensor::unknown(shape, DataType::Int64)
     })
 }
 
@@ -911,12 +1194,7 @@ fn swapped(t: &Tensor) -> Result<Tensor, String> {
     shape.swap(rank - 1, rank - 2);
     let mut by: Vec<isize> = strides(&t.shape).iter().map(|s| *s as isize).collect();
     by.swap(rank - 1, rank - 2);
-    let data = t.data.as_ref().map(|d| strided(d, 0, &shape, &by)).transpose()?;
-    Ok(Tensor {
-        shape,
-        data_type: t.data_type,
-        data,
-    })
+    t.rearranged(0, shape, &by)
 }
 
 fn fused_matmul(call: &Call) -> Result<Tensor, String> {
@@ -1064,43 +1342,38 @@ fn unary(call: &Call, op: &str) -> Result<Tensor, String> {
         given.or_else(|| call.node.attribute(name).map(|a| f64::from(a.f())))
     };
     let truth = |x: bool| f64::from(u8::from(x));
-    let f: Box<dyn Fn(f64) -> f64> = match op {
-        "Neg" => Box::new(|x| -x),
-        "Abs" => Box::new(f64::abs),
-        "Sqrt" => Box::new(f64::sqrt),
-        "Exp" => Box::new(f64::exp),
-        "Log" => Box::new(f64::ln),
-        "Cos" => Box::new(f64::cos),
-        "Sin" => Box::new(f64::sin),
-        "Tanh" => Box::new(f64::tanh),
-        "Reciprocal" => Box::new(f64::recip),
-        "Floor" => Box::new(f64::floor),
-        "Ceil" => Box::new(f64::ceil),
-        "Round" => Box::new(f64::round_ties_even),
-        "Sigmoid" => Box::new(|x| 1.0 / (1.0 + (-x).exp())),
-        "IsNaN" => Box::new(move |x| truth(x.is_nan())),
-        "IsInf" => Box::new(move |x| truth(x.is_infinite())),
-        "Sign" => Box::new(|x| if x == 0.0 { 0.0 } else { x.signum() }),
-        "Not" => Box::new(move |x| truth(x == 0.0)),
-        "Relu" => Box::new(|x| x.max(0.0)),
+    let f: Rc<dyn Fn(f64) -> f64> = match op {
+        "Neg" => Rc::new(|x| -x),
+        "Abs" => Rc::new(f64::abs),
+        "Sqrt" => Rc::new(f64::sqrt),
+        "Exp" => Rc::new(f64::exp),
+        "Log" => Rc::new(f64::ln),
+        "Cos" => Rc::new(f64::cos),
+        "Sin" => Rc::new(f64::sin),
+        "Tanh" => Rc::new(f64::tanh),
+        "Reciprocal" => Rc::new(f64::recip),
+        "Floor" => Rc::new(f64::floor),
+        "Ceil" => Rc::new(f64::ceil),
+        "Round" => Rc::new(f64::round_ties_even),
+        "Sigmoid" => Rc::new(|x| 1.0 / (1.0 + (-x).exp())),
+        "IsNaN" => Rc::new(move |x| truth(x.is_nan())),
+        "IsInf" => Rc::new(move |x| truth(x.is_infinite())),
+        "Sign" => Rc::new(|x| if x == 0.0 { 0.0 } else { x.signum() }),
+        "Not" => Rc::new(move |x| truth(x == 0.0)),
+        "Relu" => Rc::new(|x| x.max(0.0)),
         "Clip" => {
             let (low, high) = (bound(1, "min"), bound(2, "max"));
-            Box::new(move |x| {
+            Rc::new(move |x| {
                 x.max(low.unwrap_or(f64::NEG_INFINITY))
                     .min(high.unwrap_or(f64::INFINITY))
             })
         }
         _ => return Ok(Tensor::unknown(t.shape.clone(), data_type)),
     };
-    let data = t.data.as_ref().map(|d| d.iter().map(|x| f(*x)).collect());
-    Ok(Tensor {
-        shape: t.shape.clone(),
-        data_type,
-        data,
-    })
+    each(t, data_type, move |x| f(x))
 }
 
-const BINARY: [&str; 18] = [
+const BINARY: [&str; 22] = [
     "Add",
     "Sub",
     "Mul",
@@ -1119,6 +1392,10 @@ const BINARY: [&str; 18] = [
     "GreaterOrEqual",
     "Sum",
     "PRelu",
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
 ];
 
 fn binary(call: &Call, op: &str) -> Result<Tensor, String> {
@@ -1132,38 +1409,270 @@ fn binary(call: &Call, op: &str) -> Result<Tensor, String> {
             "And" | "Or" | "Xor" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual"
         );
         let data_type = if compares { DataType::Bool } else { result.data_type };
-        if result.data.is_none() || other.data.is_none() || numbers(&shape).is_err() {
+        if !result.is_known() || !other.is_known() {
             result = Tensor::unknown(shape, data_type);
             continue;
         }
         let whole = result.is_int();
         let truth = |x: bool| f64::from(u8::from(x));
-        let f: Box<dyn Fn(f64, f64) -> f64> = match op {
-            "Add" | "Sum" => Box::new(|a, b| a + b),
-            "Sub" => Box::new(|a, b| a - b),
-            "Mul" => Box::new(|a, b| a * b),
-            "Div" if whole => Box::new(|a, b| if b == 0.0 { 0.0 } else { (a / b).trunc() }),
-            "Div" => Box::new(|a, b| a / b),
-            "Mod" => Box::new(|a, b| if b == 0.0 { 0.0 } else { a - b * (a / b).floor() }),
-            "Pow" => Box::new(f64::powf),
-            "Max" => Box::new(f64::max),
-            "Min" => Box::new(f64::min),
-            "And" => Box::new(move |a, b| truth(a != 0.0 && b != 0.0)),
-            "Or" => Box::new(move |a, b| truth(a != 0.0 || b != 0.0)),
-            "Xor" => Box::new(move |a, b| truth((a != 0.0) != (b != 0.0))),
-            "Equal" => Box::new(move |a, b| truth(a == b)),
-            "Less" => Box::new(move |a, b| truth(a < b)),
-            "LessOrEqual" => Box::new(move |a, b| truth(a <= b)),
-            "Greater" => Box::new(move |a, b| truth(a > b)),
-            "GreaterOrEqual" => Box::new(move |a, b| truth(a >= b)),
+        let f: Rc<dyn Fn(f64, f64) -> f64> = match op {
+            "Add" | "Sum" => Rc::new(|a, b| a + b),
+            "Sub" => Rc::new(|a, b| a - b),
+            "Mul" => Rc::new(|a, b| a * b),
+            "Div" if whole => Rc::new(|a, b| if b == 0.0 { 0.0 } else { (a / b).trunc() }),
+            "Div" => Rc::new(|a, b| a / b),
+            // As C's fmod: the sign is the dividend's.
+            "Mod" if call.int("fmod", 0) != 0 => Rc::new(|a, b| if b == 0.0 { 0.0 } else { a % b }),
+            "Mod" => Rc::new(|a, b| if b == 0.0 { 0.0 } else { a - b * (a / b).floor() }),
+            "BitShift" => {
+                let left = call.node.attribute("direction").is_some_and(|d| d.s() == b"LEFT");
+                Rc::new(move |a, b| {
+                    let (a, by) = (a as u64, b.clamp(0.0, 63.0) as u32);
+                    (if left { a << by } else { a >> by }) as f64
+                })
+            }
+            "BitwiseAnd" => Rc::new(|a, b| (a as i64 & b as i64) as f64),
+            "BitwiseOr" => Rc::new(|a, b| (a as i64 | b as i64) as f64),
+            "BitwiseXor" => Rc::new(|a, b| (a as i64 ^ b as i64) as f64),
+            "Pow" => Rc::new(f64::powf),
+            "Max" => Rc::new(f64::max),
+            "Min" => Rc::new(f64::min),
+            "And" => Rc::new(move |a, b| truth(a != 0.0 && b != 0.0)),
+            "Or" => Rc::new(move |a, b| truth(a != 0.0 || b != 0.0)),
+            "Xor" => Rc::new(move |a, b| truth((a != 0.0) != (b != 0.0))),
+            "Equal" => Rc::new(move |a, b| truth(a == b)),
+            "Less" => Rc::new(move |a, b| truth(a < b)),
+            "LessOrEqual" => Rc::new(move |a, b| truth(a <= b)),
+            "Greater" => Rc::new(move |a, b| truth(a > b)),
+            "GreaterOrEqual" => Rc::new(move |a, b| truth(a >= b)),
             _ => {
                 result = Tensor::unknown(shape, data_type);
                 continue;
             }
         };
+        if result.data.is_none() || other.data.is_none() || !are_held(&shape) {
+            let (x, y) = (result.spread_numbers(&shape)?, other.spread_numbers(&shape)?);
+            let numbers = Lazy::new(&[&x.clone(), &y.clone()], move |at| {
+                held(f(x.at(at), y.at(at)), data_type)
+            });
+            result = Tensor::computed(shape, data_type, numbers)?;
+            continue;
+        }
         let (x, y) = (result.spread(&shape)?, other.spread(&shape)?);
         let data = x.iter().zip(y).map(|(a, b)| held(f(*a, b), data_type)).collect();
         result = Tensor::new(shape, data_type, data);
     }
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{AttributeProto, TensorProto};
+
+    fn node(op: &str, attributes: &[AttributeProto]) -> NodeProto {
+        let mut node = NodeProto::new("", op, op, &["a", "b", "c", "d"], &["y"]);
+        node.attribute = attributes.to_vec();
+        node
+    }
+
+    fn ints(shape: &[usize], values: &[f64]) -> Tensor {
+        Tensor::new(shape.to_vec(), DataType::Int64, values.to_vec())
+    }
+
+    fn floats(shape: &[usize], values: &[f64]) -> Tensor {
+        Tensor::new(shape.to_vec(), DataType::Float, values.to_vec())
+    }
+
+    fn counted(shape: &[usize]) -> Tensor {
+        let n: usize = shape.iter().product();
+        floats(shape, &(0..n).map(|i| i as f64 - 3.0).collect::<Vec<_>>())
+    }
+
+    fn result(node: &NodeProto, inputs: &[Tensor]) -> Result<Tensor, String> {
+        let inputs: Vec<_> = inputs.iter().cloned().map(Rc::new).map(Some).collect();
+        Ok(evaluate(node, &inputs, 23)?.remove(0).expect("an output"))
+    }
+
+    /// The numbers of a tensor on demand only.
+    fn on_demand(t: &Tensor) -> Tensor {
+        Tensor {
+            lazy: t.numbers(),
+            ..Tensor::unknown(t.shape.clone(), t.data_type)
+        }
+    }
+
+    #[test]
+    fn numbers_on_demand_are_those_that_are_held() {
+        let (t, m) = (counted(&[2, 3, 4]), counted(&[3, 4]));
+        let int = AttributeProto::int;
+        type Case<'c> = (&'c str, &'c [AttributeProto], &'c [Tensor], &'c [usize]);
+        let cases: &[Case] = &[
+            ("Cast", &[int("to", 7)], std::slice::from_ref(&t), &[0]),
+            ("Neg", &[], std::slice::from_ref(&t), &[0]),
+            ("Reshape", &[], &[t.clone(), ints(&[2], &[4.0, 6.0])], &[0]),
+            (
+                "Transpose",
+                &[AttributeProto::ints("perm", &[2, 0, 1])],
+                std::slice::from_ref(&t),
+                &[0],
+            ),
+            ("Expand", &[], &[m.clone(), ints(&[3], &[2.0, 1.0, 1.0])], &[0]),
+            ("Tile", &[], &[m.clone(), ints(&[2], &[2.0, 3.0])], &[0]),
+            (
+                "Concat",
+                &[int("axis", 1)],
+                &[t.clone(), counted(&[2, 1, 4]), t.clone()],
+                &[0, 1, 2],
+            ),
+            (
+                "Slice",
+                &[],
+                &[t.clone(), ints(&[1], &[-1.0]), ints(&[1], &[-4.0]), ints(&[1], &[2.0])],
+                &[0],
+            ),
+            (
+                "Gather",
+                &[int("axis", 1)],
+                &[t.clone(), ints(&[2], &[-1.0, 1.0])],
+                &[0, 1],
+            ),
+            (
+                "GatherND",
+                &[],
+                &[t.clone(), ints(&[2, 2], &[1.0, 2.0, 0.0, -3.0])],
+                &[0, 1],
+            ),
+            ("Where", &[], &[counted(&[4]), t.clone(), m.clone()], &[0, 1, 2]),
+            ("Add", &[], &[t.clone(), m.clone()], &[0, 1]),
+            ("Less", &[], &[m.clone(), t.clone()], &[0, 1]),
+            ("Trilu", &[int("upper", 0)], &[t.clone(), ints(&[], &[1.0])], &[0]),
+            ("ReduceMax", &[], &[t.clone(), ints(&[1], &[1.0])], &[0]),
+            (
+                "ReduceMin",
+                &[int("keepdims", 0)],
+                &[t.clone(), ints(&[1], &[-1.0])],
+                &[0],
+            ),
+            (
+                "Pad",
+                &[],
+                &[m.clone(), ints(&[4], &[1.0, 0.0, -1.0, 2.0]), floats(&[], &[7.0])],
+                &[0],
+            ),
+            ("CumSum", &[], &[m.clone(), ints(&[], &[1.0])], &[0]),
+            (
+                "ScatterND",
+                &[],
+                &[
+                    m.clone(),
+                    ints(&[2, 2, 2], &[0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]),
+                    counted(&[2, 2]),
+                ],
+                &[0, 1, 2],
+            ),
+        ];
+        for (op, attributes, inputs, large) in cases {
+            let node = node(op, attributes);
+            let held = result(&node, inputs).unwrap();
+            assert!(held.data.is_some(), "{op}");
+            for slots in (0..large.len()).map(|i| vec![large[i]]).chain([large.to_vec()]) {
+                let mut inputs = inputs.to_vec();
+                slots.iter().for_each(|slot| inputs[*slot] = on_demand(&inputs[*slot]));
+                let other = result(&node, &inputs).unwrap();
+                let other = other.held();
+                assert_eq!((&other.shape, &other.data), (&held.shape, &held.data), "{op} {slots:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn scatters_on_demand_are_blocks_in_order_only() {
+        let m = counted(&[3, 4]);
+        let swapped = ints(&[2, 2, 2], &[0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
+        let out = result(&node("ScatterND", &[]), &[on_demand(&m), swapped, counted(&[2, 2])]).unwrap();
+        assert!(!out.is_known());
+    }
+
+    #[test]
+    fn operators_of_masks_give_their_numbers() {
+        let string = |name: &str, value: &str| AttributeProto {
+            name: Some(name.into()),
+            s: Some(value.as_bytes().to_vec().into()),
+            ..Default::default()
+        };
+        let numbers = |op: &str, attributes: &[AttributeProto], inputs: &[Tensor]| {
+            result(&node(op, attributes), inputs).unwrap().data.unwrap()
+        };
+        let left = string("direction", "LEFT");
+        assert_eq!(
+            numbers("BitShift", &[left], &[ints(&[], &[1.0]), ints(&[], &[12.0])]),
+            [4096.0]
+        );
+        let right = string("direction", "RIGHT");
+        assert_eq!(
+            numbers("BitShift", &[right], &[ints(&[], &[9000.0]), ints(&[], &[12.0])]),
+            [2.0]
+        );
+        assert_eq!(
+            numbers("BitwiseAnd", &[], &[ints(&[], &[9000.0]), ints(&[], &[-4096.0])]),
+            [8192.0]
+        );
+        let both = [floats(&[2], &[-7.0, 7.0]), floats(&[], &[4.0])];
+        assert_eq!(numbers("Mod", &[], &both), [1.0, 3.0]);
+        assert_eq!(numbers("Mod", &[AttributeProto::int("fmod", 1)], &both), [-3.0, 3.0]);
+        let eye = numbers("EyeLike", &[AttributeProto::int("k", 1)], &[counted(&[2, 3])]);
+        assert_eq!(eye, [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]);
+        // Pads of named axes, and a constant as it was written before opset 11.
+        let last = [
+            counted(&[1, 2]),
+            ints(&[2], &[0.0, 1.0]),
+            floats(&[], &[9.0]),
+            ints(&[1], &[-1.0]),
+        ];
+        assert_eq!(numbers("Pad", &[], &last), [-3.0, -2.0, 9.0]);
+        let reflected = [counted(&[1, 2]), ints(&[4], &[0.0, 1.0, 0.0, 0.0])];
+        let unknown = result(&node("Pad", &[string("mode", "reflect")]), &reflected).unwrap();
+        assert_eq!((unknown.shape, unknown.data), (vec![1, 3], None));
+    }
+
+    #[test]
+    fn a_table_ends_although_its_numbers_are_not_known() {
+        let table = Tensor::unknown(vec![100, 8], DataType::Float);
+        let gather = node("Gather", &[]);
+        assert!(result(&gather, &[table.clone(), ints(&[2], &[99.0, -100.0])]).is_ok());
+        let why = result(&gather, &[table, ints(&[1], &[100.0])]).expect_err("out of range");
+        assert!(why.contains("index 100 of 100 is out of range"), "{why}");
+    }
+
+    #[test]
+    fn numbers_that_take_too_many_steps_are_not_known() {
+        // Each of these is computed twice for the next.
+        let mut t = Tensor::filled(vec![1 << 20], DataType::Float, 1.0).unwrap();
+        for _ in 0..64 {
+            t = result(&node("Max", &[]), &[t.clone(), t]).unwrap();
+        }
+        let part = [t, ints(&[1], &[0.0]), ints(&[1], &[10.0])];
+        assert!(!result(&node("Slice", &[]), &part).unwrap().is_known());
+    }
+
+    #[test]
+    fn a_mask_of_all_tokens_by_all_tokens_is_read_without_being_held() {
+        let shape = ints(&[2], &[60_000.0, 60_000.0]);
+        let one = TensorProto::floats("value", &[1], &[1.0]);
+        let mut fill = node("ConstantOfShape", &[]);
+        fill.attribute.push(AttributeProto {
+            name: Some("value".into()),
+            t: Some(Box::new(one)),
+            ..Default::default()
+        });
+        let ones = result(&fill, &[shape]).unwrap();
+        let low = result(&node("Trilu", &[AttributeProto::int("upper", 0)]), &[ones]).unwrap();
+        let numbers = low.numbers().expect("numbers");
+        assert!(low.data.is_none());
+        assert_eq!(
+            [59_999, 50_000, 50_001].map(|j| numbers.at(50_000 * 60_000 + j)),
+            [0.0, 1.0, 0.0]
+        );
+    }
 }

@@ -1,24 +1,98 @@
 //! A tensor as the evaluator sees it: always a shape, sometimes numbers.
 
-use crate::onnx::{DataType, TensorProto};
+use super::ops;
+use crate::onnx::{DataType, NodeProto, TensorProto};
 use half::{bf16, f16};
 use std::{
+    borrow::Cow,
     fs::File,
     io::{Read, Seek, SeekFrom},
     path::{Component, Path},
+    rc::Rc,
 };
 
 /// Numbers that one tensor may hold.
 const MAX_NUMBERS: usize = 1 << 23;
+/// From here on results are computed number by number, when they are asked for: a mask of all tokens by all tokens is read in a few
+/// rows only.
+const MAX_HELD: usize = 1 << 18;
+/// Steps that are worth doing for numbers that are asked for together.
+const MAX_STEPS: f64 = 4e8;
 /// Elements that a shape may have.
 const MAX_ELEMENTS: usize = 1 << 46;
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Tensor {
     pub shape: Vec<usize>,
     pub data_type: DataType,
     /// Row-major; integers and booleans too.
     pub data: Option<Vec<f64>>,
+    /// The numbers of a tensor that is too large to hold them.
+    pub lazy: Option<Lazy>,
+}
+
+/// Gives a number by its place in row-major order; NaN where there is none.
+#[derive(Clone)]
+pub struct Lazy {
+    number: Rc<dyn Fn(usize) -> f64>,
+    /// Steps that a number takes: values that are read several times are computed as often, which may double with each node.
+    each: f64,
+    /// Steps that the first number of a row takes besides.
+    row: f64,
+}
+
+impl Lazy {
+    /// `of`: the numbers that one of these is computed from.
+    pub(super) fn new(of: &[&Self], number: impl Fn(usize) -> f64 + 'static) -> Self {
+        Self {
+            number: Rc::new(number),
+            each: 1.0 + of.iter().map(|l| l.each).sum::<f64>(),
+            row: of.iter().map(|l| l.row).sum(),
+        }
+    }
+
+    /// Numbers that are computed from whole rows of `d` others, once a row.
+    pub(super) fn of_rows(of: &Self, d: usize, number: impl Fn(usize) -> f64 + 'static) -> Self {
+        Self {
+            number: Rc::new(number),
+            each: 1.0,
+            row: of.row + of.each * d as f64,
+        }
+    }
+
+    pub fn at(&self, place: usize) -> f64 {
+        (self.number)(place)
+    }
+
+    /// Whether so many numbers of so many rows are worth computing.
+    pub fn is_affordable(&self, numbers: usize, rows: usize) -> bool {
+        self.each * numbers as f64 + self.row * rows as f64 <= MAX_STEPS
+    }
+
+    /// Elements of `shape`, each axis by its own stride.
+    pub(super) fn strided(self, offset: isize, shape: &[usize], by: &[isize]) -> Self {
+        let own = strides(shape);
+        // Axes of one element never move.
+        let axes: Vec<(usize, usize, isize)> = own
+            .iter()
+            .zip(shape)
+            .zip(by)
+            .filter(|((_, d), _)| **d > 1)
+            .map(|((s, d), by)| (*s, *d, *by))
+            .collect();
+        let of = self.clone();
+        Self::new(&[&of], move |place| {
+            let steps = axes.iter().map(|(s, d, by)| (place / s % d) as isize * by);
+            let at = offset + steps.sum::<isize>();
+            usize::try_from(at).map_or(f64::NAN, |at| self.at(at))
+        })
+    }
+}
+
+impl std::fmt::Debug for Lazy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("numbers on demand")
+    }
 }
 
 /// Elements of a shape.
@@ -39,6 +113,11 @@ pub(super) fn numbers(shape: &[usize]) -> Result<usize, String> {
         return Err(format!("{n} numbers are more than are looked at"));
     }
     Ok(n)
+}
+
+/// Whether so many numbers are held; more are computed when they are asked for.
+pub(super) fn are_held(shape: &[usize]) -> bool {
+    numel(shape).is_ok_and(|n| n <= MAX_HELD)
 }
 
 pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
@@ -107,6 +186,7 @@ impl Tensor {
             shape,
             data_type,
             data: None,
+            lazy: None,
         }
     }
 
@@ -115,7 +195,115 @@ impl Tensor {
             shape,
             data_type,
             data: Some(data),
+            lazy: None,
         }
+    }
+
+    /// The same number everywhere.
+    pub fn filled(shape: Vec<usize>, data_type: DataType, x: f64) -> Result<Self, String> {
+        Self::computed(shape, data_type, Lazy::new(&[], move |_| x))
+    }
+
+    /// Numbers by their place: at once, or when they are asked for if there are too many.
+    pub(super) fn computed(shape: Vec<usize>, data_type: DataType, numbers: Lazy) -> Result<Self, String> {
+        let n = numel(&shape)?;
+        let rows = n.checked_div(shape.last().copied().unwrap_or(1)).unwrap_or(0);
+        Ok(if n <= MAX_HELD && !numbers.is_affordable(n, rows) {
+            Self::unknown(shape, data_type)
+        } else if n > MAX_HELD {
+            Self {
+                lazy: Some(numbers),
+                ..Self::unknown(shape, data_type)
+            }
+        } else {
+            Self::new(shape, data_type, (0..n).map(|at| numbers.at(at)).collect())
+        })
+    }
+
+    /// Rounds its numbers to float32, as a kernel has them: a bound of a mask may depend on it. Those that are not held need it only
+    /// where they are calculated.
+    pub(super) fn round(&mut self, calculated: bool) {
+        let float = |x: f64| f64::from(x as f32);
+        if let Some(data) = &mut self.data {
+            data.iter_mut().for_each(|x| *x = float(*x));
+        }
+        if calculated && let Some(lazy) = self.lazy.take() {
+            self.lazy = Some(Lazy::new(&[&lazy.clone()], move |at| float(lazy.at(at))));
+        }
+    }
+
+    /// Whether its numbers are known, held or not.
+    pub fn is_known(&self) -> bool {
+        self.data.is_some() || self.lazy.is_some()
+    }
+
+    pub(super) fn forget(&mut self) {
+        self.data = None;
+        self.lazy = None;
+    }
+
+    /// Its numbers by their places, if they are known.
+    pub fn numbers(&self) -> Option<Lazy> {
+        let held = |data: &Vec<f64>| {
+            let data = data.clone();
+            Lazy::new(&[], move |at| data.get(at).copied().unwrap_or(f64::NAN))
+        };
+        self.lazy.clone().or_else(|| self.data.as_ref().map(held))
+    }
+
+    /// The tensor with its numbers held, where an operator needs them at once and there are few enough.
+    pub(super) fn held(&self) -> Cow<'_, Self> {
+        match &self.lazy {
+            Some(lazy) => match numbers(&self.shape) {
+                Ok(n) if lazy.is_affordable(n, n.checked_div(self.shape.last().copied().unwrap_or(1)).unwrap_or(0)) => {
+                    let data = (0..n).map(|at| lazy.at(at)).collect();
+                    Cow::Owned(Self::new(self.shape.clone(), self.data_type, data))
+                }
+                _ => Cow::Owned(Self::unknown(self.shape.clone(), self.data_type)),
+            },
+            None => Cow::Borrowed(self),
+        }
+    }
+
+    /// Its elements in another order: `shape` of them, each axis by its own stride.
+    pub(super) fn rearranged(&self, offset: isize, shape: Vec<usize>, by: &[isize]) -> Result<Self, String> {
+        match &self.data {
+            Some(data) if numel(&shape)? <= MAX_HELD => {
+                let data = strided(data, offset, &shape, by)?;
+                Ok(Self::new(shape, self.data_type, data))
+            }
+            _ => match self.numbers() {
+                Some(numbers) => {
+                    let numbers = numbers.strided(offset, &shape, by);
+                    Self::computed(shape, self.data_type, numbers)
+                }
+                None => Ok(Self::unknown(shape, self.data_type)),
+            },
+        }
+    }
+
+    /// How far each axis of `shape` moves in this tensor, when it is spread to it.
+    fn spread_strides(&self, shape: &[usize]) -> Result<Vec<isize>, String> {
+        let own = strides(&self.shape);
+        let shift = shape
+            .len()
+            .checked_sub(self.shape.len())
+            .ok_or("a shape has too many dimensions")?;
+        Ok((0..shape.len())
+            .map(|axis| match axis.checked_sub(shift) {
+                Some(i) if self.shape[i] != 1 => own[i] as isize,
+                _ => 0,
+            })
+            .collect())
+    }
+
+    /// The tensor's numbers by their places in a shape that it is spread to.
+    pub(super) fn spread_numbers(&self, shape: &[usize]) -> Result<Lazy, String> {
+        let numbers = self.numbers().ok_or("its numbers are not known")?;
+        if self.shape == shape {
+            return Ok(numbers);
+        }
+        Ok(numbers.strided(0, shape, &self.spread_strides(shape)?))
     }
 
     pub(super) fn ints(values: Vec<f64>) -> Self {
@@ -141,18 +329,17 @@ impl Tensor {
         if self.shape == shape {
             return Ok(data.clone());
         }
-        let own = strides(&self.shape);
-        let shift = shape
-            .len()
-            .checked_sub(self.shape.len())
-            .ok_or("a shape has too many dimensions")?;
-        let by_axis: Vec<isize> = (0..shape.len())
-            .map(|axis| match axis.checked_sub(shift) {
-                Some(i) if self.shape[i] != 1 => own[i] as isize,
-                _ => 0,
-            })
-            .collect();
-        strided(data, 0, shape, &by_axis)
+        strided(data, 0, shape, &self.spread_strides(shape)?)
+    }
+
+    /// A constant in a graph inside a node, if it is small.
+    pub fn small(tensor: &TensorProto) -> Option<Self> {
+        Self::constant(tensor, 4096, None)
+    }
+
+    /// The value of a Constant.
+    pub fn of_constant(node: &NodeProto) -> Option<Self> {
+        ops::evaluate(node, &[], 0).ok()?.pop()?
     }
 
     /// A constant: its shape, and its numbers when there are at most `limit`. `folder`: where external data lies.
@@ -166,7 +353,10 @@ impl Tensor {
         } else {
             None
         };
-        Some(Self { shape, data_type, data })
+        Some(Self {
+            data,
+            ..Self::unknown(shape, data_type)
+        })
     }
 }
 

@@ -34,9 +34,7 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
         let name = tensor.name();
         let entry = |key: &str| tensor.external_entry(key);
         let location = entry("location").with_context(|| format!("tensor {name} is external but names no file"))?;
-        let relative = inside(location).with_context(|| {
-            format!("tensor {name} is stored in {location:?}, which is not inside the model's folder: refused")
-        })?;
+        let relative = inside(location).with_context(|| outside(name, location))?;
         let file = match files.get(&relative) {
             Some(file) => file,
             None => {
@@ -78,6 +76,41 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
         );
     }
     Ok(files.into_values().collect())
+}
+
+/// Makes sure that a model's weights are where ONNX Runtime reads them: in its folder `folder`, or in that of the file that `path`, the
+/// model, is a link to. Nothing outside is opened. What isn't there is no matter of this.
+///
+/// # Errors
+/// A location that leaves the folder, by its name or by links.
+pub(crate) fn stay_inside(model: &ModelProto, path: &Path, folder: &Path) -> Result<()> {
+    let linked = fs::canonicalize(path).ok();
+    let linked = linked.as_deref().and_then(Path::parent).map(Path::to_owned);
+    let allowed: Vec<PathBuf> = fs::canonicalize(folder).ok().into_iter().chain(linked).collect();
+    let mut seen = BTreeSet::new();
+    for_each_tensor(model, &mut |tensor| {
+        let location = tensor.external_entry("location").filter(|_| tensor.is_external());
+        let Some(location) = location.filter(|l| seen.insert((*l).to_owned())) else {
+            return Ok(());
+        };
+        let name = tensor.name();
+        let relative = inside(location).with_context(|| outside(name, location))?;
+        let place = folder.join(relative);
+        if let Ok(file) = fs::canonicalize(&place) {
+            ensure!(
+                allowed.iter().any(|folder| file.starts_with(folder)),
+                "the weights of tensor {name} are in {}, which leads to {} outside the model's folder: ONNX Runtime does not read them \
+                 there, so they are refused; put the file itself into the folder",
+                place.display(),
+                file.display()
+            );
+        }
+        Ok(())
+    })
+}
+
+fn outside(name: &str, location: &str) -> String {
+    format!("tensor {name} is stored in {location:?}, which is not inside the model's folder: refused")
 }
 
 /// A location as a plain relative path; none if it could leave the folder.

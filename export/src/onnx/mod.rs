@@ -9,13 +9,16 @@ mod messages;
 mod past_cache;
 mod read;
 mod stream;
+mod temporary;
 mod write;
 
 pub use bytes::Bytes;
 pub use external::{ExternalFile, external_files};
-pub(crate) use external::{for_each_tensor, inside, locations, rename_locations};
+pub(crate) use external::{for_each_tensor, inside, locations, rename_locations, stay_inside};
 pub use messages::*;
 pub(crate) use read::map_file;
 pub use read::{LoadedModel, folder_of, read_bytes, read_model};
-pub(crate) use write::{Content, new_file_beside, persist, sync_folder, write_placed};
+pub(crate) use stream::Sink;
+pub(crate) use temporary::{NewFolder, Staged, is_temporary, new_file_beside, remove_abandoned};
+pub(crate) use write::{Content, persist, sync_folder, write_placed};
 pub use write::{MAX_MODEL_BYTES, write_model};

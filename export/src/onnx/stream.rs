@@ -8,7 +8,7 @@ const LARGE: usize = 4 << 10;
 const GATHER: usize = 64 << 10;
 
 /// Where encoded bytes go, in order.
-pub(super) trait Sink {
+pub trait Sink {
     fn take(&mut self, bytes: &[u8]) -> io::Result<()>;
 }
 

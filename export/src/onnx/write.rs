@@ -5,6 +5,7 @@ use super::{
     past_cache::{self, LARGE_FILE},
     read::folder_of,
     stream::{Sink, Stream},
+    temporary::new_file_beside,
 };
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -47,8 +48,8 @@ pub(crate) fn encoded_len(model: &ModelProto) -> Result<u64> {
 /// What a model's file will hold.
 pub(crate) enum Content<'c> {
     Model(&'c ModelProto),
-    /// Bytes as they are, one after the other.
-    Pieces(&'c [Bytes]),
+    /// So many bytes, which are handed over one after the other, whenever they are asked for.
+    Bytes(u64, &'c dyn Fn(&mut dyn Sink) -> io::Result<()>),
 }
 
 impl Content<'_> {
@@ -59,17 +60,14 @@ impl Content<'_> {
     pub(crate) fn len(&self) -> Result<u64> {
         match self {
             Self::Model(model) => encoded_len(model),
-            Self::Pieces(pieces) => Ok(pieces.iter().map(|p| p.len() as u64).sum()),
+            Self::Bytes(len, _) => Ok(*len),
         }
     }
 
     pub(crate) fn write_to(&self, file: &mut File) -> io::Result<()> {
         match self {
             Self::Model(model) => encode_to(model, file),
-            Self::Pieces(pieces) => {
-                let len = pieces.iter().map(|p| p.len() as u64).sum();
-                into_file(file, len, |sink| pieces.iter().try_for_each(|p| sink.take(p)))
-            }
+            Self::Bytes(len, fill) => into_file(file, *len, |sink| fill(sink)),
         }
     }
 }
@@ -95,19 +93,6 @@ fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io
         .sync_all()
         .with_context(|| format!("cannot write {shown}"))?;
     persist(temp, target, overwrite)
-}
-
-/// A temporary file in the target's folder; it is removed again unless it is persisted.
-pub(crate) fn new_file_beside(target: &Path) -> io::Result<tempfile::NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".retro-export-").suffix(".tmp");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // As any new file: the user's umask decides, not the 0600 of temporary files.
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    builder.tempfile_in(folder_of(target))
 }
 
 pub(crate) fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) -> Result<()> {

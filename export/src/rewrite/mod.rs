@@ -17,6 +17,7 @@ use crate::{
     },
     rules::{Conversion, Lengths, Rope, Site},
     settings::Settings,
+    verify::known,
 };
 use anyhow::{Context, Result, ensure};
 pub(crate) use given::depends as reads_mask;
@@ -25,7 +26,7 @@ use retro_contract::{
     graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
     input, metadata, output, pages_for, ring_slots,
 };
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
 const FEEDABLE_INITIALIZERS: i64 = 4;
@@ -46,6 +47,7 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         model.ir_version = Some(FEEDABLE_INITIALIZERS);
     }
     let mut pages = PageDims::new(settings.page_size);
+    declare_sizes(graph, conversions, opset);
     graph
         .input
         .push(ValueInfoProto::tensor(RETRO_LENGTH, DataType::Int32, [1.into()]));
@@ -99,6 +101,27 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
         .push(OperatorSetIdProto::new(contract::DOMAIN, contract::OPSET_VERSION));
     describe(model, conversions, settings);
     Ok(())
+}
+
+/// Declares heads and their size where caches leave them open: hosts make their caches by what is declared.
+fn declare_sizes(graph: &mut GraphProto, conversions: &[Conversion], opset: i64) {
+    let mut sizes: HashMap<String, [Option<i64>; 2]> = HashMap::new();
+    let view = GraphView::new(graph, opset);
+    for site in conversions.iter().map(|c| c.site) {
+        let head_size = site.head_size.or_else(|| known::weighed_head_size(&view, site));
+        for name in [&site.past_key, &site.past_value, &site.present_key, &site.present_value] {
+            sizes.insert(name.clone(), [Some(site.kv_heads), head_size]);
+        }
+    }
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        let Some(sizes) = sizes.get(value.name()) else { continue };
+        for (axis, size) in [1, 3].into_iter().zip(sizes) {
+            let dim = value.dims_mut().filter(|d| d.len() == 4).and_then(|d| d.get_mut(axis));
+            if let Some((dim, size)) = dim.zip(*size).filter(|(dim, _)| dim.fixed().is_none()) {
+                *dim = size.into();
+            }
+        }
+    }
 }
 
 /// Names for values that only this program refers to.

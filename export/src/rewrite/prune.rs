@@ -39,7 +39,7 @@ pub fn leading_to<'a>(graph: &'a GraphProto, names: impl IntoIterator<Item = &'a
 }
 
 /// Removes nodes that were needed once and no longer are, what was declared about their values, and small constants
-/// that only they read. What the source had without need stays. `was`: names of values needed before.
+/// that only they read. What the source had without need stays, unless it reads from what goes. `was`: names of values needed before.
 pub fn prune(graph: &mut GraphProto, was: &HashSet<String>) {
     let alive = living(graph);
     let needless = |node: &NodeProto| node.output.iter().any(|o| was.contains(o));
@@ -52,6 +52,24 @@ pub fn prune(graph: &mut GraphProto, was: &HashSet<String>) {
         } else {
             freed.extend(reads(&node).map(str::to_owned));
             gone.extend(node.output);
+        }
+    }
+    // Inliners leave nodes that nothing needs; those that read a value that is gone can't stay.
+    loop {
+        let made: HashSet<&str> = graph.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
+        let lost = |node: &NodeProto| reads(node).any(|name| gone.contains(name) && !made.contains(name));
+        let lost: HashSet<usize> = (0..graph.node.len()).filter(|i| lost(&graph.node[*i])).collect();
+        if lost.is_empty() {
+            break;
+        }
+        let nodes = std::mem::take(&mut graph.node);
+        for (index, node) in nodes.into_iter().enumerate() {
+            if lost.contains(&index) {
+                freed.extend(reads(&node).map(str::to_owned));
+                gone.extend(node.output.into_iter().filter(|o| !o.is_empty()));
+            } else {
+                graph.node.push(node);
+            }
         }
     }
     let made: HashSet<&str> = graph.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
@@ -81,6 +99,25 @@ pub fn needed(graph: &GraphProto) -> HashSet<String> {
 mod tests {
     use super::*;
     use crate::onnx::DataType;
+
+    #[test]
+    fn what_was_dead_before_goes_with_what_it_reads() {
+        let mut graph = GraphProto {
+            node: vec![
+                NodeProto::new("", "Old", "old", &["x"], &["mask"]),
+                NodeProto::new("", "Shape", "dead", &["mask"], &["shape"]),
+                NodeProto::new("", "Gather", "dead_too", &["shape", "zero"], &["width"]),
+                NodeProto::new("", "Shape", "dead_apart", &["x"], &["other"]),
+                NodeProto::new("", "New", "new", &["x"], &["y"]),
+            ],
+            ..Default::default()
+        };
+        let was = ["mask", "y"].map(str::to_owned).into();
+        graph.output.push(ValueInfoProto::tensor("y", DataType::Float, []));
+        prune(&mut graph, &was);
+        let left: Vec<&str> = graph.node.iter().map(NodeProto::name).collect();
+        assert_eq!(left, ["dead_apart", "new"]);
+    }
 
     #[test]
     fn what_was_dead_before_stays_although_both_leave_an_output_out() {

@@ -7,19 +7,24 @@
 
 use super::{
     Layout, Lengths, Rope, Site, copies,
-    mask::{self, Bias, Mask},
-    mentioned::Mentioned,
+    inputs::foreign,
+    mask::{self, Bias, Mask, Places, Unread},
+    mentioned::{Mentioned, mask_key},
     probe::{Probes, Setting, noise},
-    steady::others_are_steady,
+    steady::{is_steady, others_are_steady},
 };
 use crate::{
-    eval::{Env, Tensor, fused_scores, reads},
+    eval::{Cone, Env, Tensor, fused_scores, reads},
     onnx::{DataType, NodeProto},
 };
-use std::collections::HashSet;
+use std::{cell::Cell, collections::HashSet, rc::Rc};
 
 const MAX_CHAIN: usize = 64;
-const MAX_CONSTANTS: usize = 24;
+const MAX_CONSTANTS: usize = 96;
+/// Numbers that are computed for one mask.
+const MAX_SPENT: usize = 1 << 30;
+/// Tokens of calls that are made once for the whole graph; of larger ones what a mask needs is computed alone.
+const SMALL_CALL: usize = 16;
 const CLOSE: f64 = 1e-4;
 /// Calls that the whole core is tried in.
 const CALLS: [Setting; 4] = [
@@ -131,8 +136,9 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
     let mask = find_mask(probes, &core)?;
     let sinks = core
         .sink
-        .map(|sink| find_sinks(first, &env, sink, heads.hq))
+        .map(|sink| find_sinks(probes, first, sink, heads.hq))
         .transpose()?;
+    only_weighed(probes, &core, heads, mask, sinks.as_deref())?;
     let (scale, softcap) = match core.scores {
         Scores::Fused(node) => fused_scale(node, heads.d, q.factor),
         Scores::Spelled { .. } => spelled_scale(probes, &core, &cache, heads, [q, k, v])?,
@@ -209,7 +215,7 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
 }
 
 /// The first call in which the attention's inputs and output have shapes.
-fn first_call(probes: &Probes, core: &Core) -> Result<Setting, String> {
+fn first_call<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Setting, String> {
     let mut why = String::new();
     for z in FIRST {
         let env = probes.run(z)?;
@@ -217,7 +223,13 @@ fn first_call(probes: &Probes, core: &Core) -> Result<Setting, String> {
             .into_iter()
             .map(|name| env.need(name));
         match known.find_map(Result::err) {
-            None => return Ok(z),
+            None => {
+                let operands = [("queries", core.query), ("keys", core.key), ("values", core.value)];
+                let foreign = operands
+                    .into_iter()
+                    .find_map(|(what, from)| Some((what, foreign(probes, from)?)));
+                return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
+            }
             Some(first) if why.is_empty() => why = strange_input(probes, &env, core).unwrap_or(first),
             Some(_) => {}
         }
@@ -235,14 +247,18 @@ fn strange_input(probes: &Probes, env: &Env, core: &Core) -> Option<String> {
                 continue;
             }
             if probes.view.is_input(name) {
-                return Some(format!(
-                    "its {what} come from {name}, an input that is none of tokens, mask, positions and caches (cross-attention has such)"
-                ));
+                return Some(strange(what, name));
             }
             open.extend(probes.view.producer(name).into_iter().flat_map(reads));
         }
     }
     None
+}
+
+fn strange(what: &str, input: &str) -> String {
+    format!(
+        "its {what} come from {input}, an input that is none of tokens, mask, positions and caches (cross-attention has such)"
+    )
 }
 
 /// A cache and what is appended to it. Keys, then values.
@@ -431,101 +447,212 @@ fn ratio(from: &[f64], to: &[f64]) -> Option<f64> {
     fits.then_some(factor)
 }
 
-/// What is added to the scores in a call, and what they are multiplied with, unless that is known to be `even`.
-fn bias_of(probes: &Probes, core: &Core, z: Setting, even: bool) -> Result<Bias, String> {
-    let env = probes.run(z)?;
-    match core.scores {
-        Scores::Fused(node) => {
-            let inputs: Vec<_> = node
+/// Reads what is added to an attention's scores.
+struct BiasReader<'p, 'a> {
+    probes: &'p Probes<'a>,
+    core: &'p Core<'a>,
+    /// What the scores and what is added to them are computed from.
+    cone: Cone<'a>,
+    /// Scores are known to be multiplied with one number everywhere.
+    even: bool,
+    /// What lies between the products and the Softmax takes each number by itself, so that one head tells of all whose mask is
+    /// the same.
+    by_number: bool,
+    /// Numbers that were computed.
+    spent: Cell<usize>,
+}
+
+impl<'p, 'a> BiasReader<'p, 'a> {
+    fn new(probes: &'p Probes<'a>, core: &'p Core<'a>) -> Self {
+        const BY_NUMBER: [&str; 11] = [
+            "Add", "Sub", "Mul", "Div", "Where", "Cast", "CastLike", "Tanh", "Identity", "Max", "Min",
+        ];
+        let targets: Vec<&str> = match core.scores {
+            Scores::Spelled { masked, .. } => vec![masked],
+            Scores::Fused(node) => node
                 .input
                 .iter()
-                .map(|i| if i.is_empty() { None } else { env.get(i).cloned() })
-                .collect();
-            for (name, value) in node.input.iter().zip(&inputs) {
-                if !name.is_empty() && value.is_none() {
-                    return env.need(name).map(|_| Bias {
-                        data: Vec::new(),
-                        heads: 0,
-                        gain: None,
-                    });
-                }
-            }
-            let scores = fused_scores(node, &inputs)?;
-            Ok(Bias {
-                data: scores.bias,
-                heads: scores.shape[1],
-                gain: None,
-            })
-        }
-        Scores::Spelled { product, masked } => {
-            let shape = env.shape(product)?.to_vec();
-            let n: usize = shape.iter().product();
-            if n > 1 << 23 {
-                return Err(format!("{n} scores are more than are looked at"));
-            }
-            let scored = |x: f64| {
-                let scores = Tensor::new(shape.clone(), DataType::Float, vec![x; n]);
-                probes.program().plant(&env, vec![(product, scores)], &[masked])
-            };
-            let tried = scored(0.0);
-            let got = tried
-                .get(masked)
-                .or_else(|| env.get(masked))
-                .ok_or_else(|| match tried.need(masked) {
-                    Err(why) => why,
-                    Ok(_) => "it is not known".to_owned(),
-                })?;
-            let data = got
-                .data
-                .clone()
-                .ok_or_else(|| format!("{masked} depends on more than masks and positions"))?;
-            let rows = z.b * z.s * z.total();
-            if data.len() != n || rows == 0 || !n.is_multiple_of(rows) {
-                return Err(format!("{masked} has shape {:?}", got.shape));
-            }
-            let gain = if !even && z.b == 1 && z.pad == 0 {
-                let ones = scored(1.0).get(masked).and_then(|t| t.data.clone());
-                mask::gain(&data, &ones.unwrap_or_default())
-            } else {
-                None
-            };
-            Ok(Bias {
-                data,
-                heads: n / rows,
-                gain,
-            })
+                .map(String::as_str)
+                .filter(|i| !i.is_empty())
+                .collect(),
+        };
+        let by_number = |node: &NodeProto| node.op_domain().is_empty() && BY_NUMBER.contains(&node.op_type());
+        Self {
+            probes,
+            core,
+            cone: probes.program().cone(&targets),
+            even: path_to_scores(probes, core).is_some_and(|path| scaled_evenly(probes, &path)),
+            by_number: path_to_scores(probes, core).is_some_and(|path| path.iter().all(|(node, _)| by_number(node))),
+            spent: Cell::new(0),
         }
     }
+
+    /// What is added to the scores in a call, at some places, and what scores are multiplied with.
+    fn read(&self, z: Setting, places: Places) -> Result<Bias, Unread> {
+        if self.spent.get() > MAX_SPENT {
+            return Err(Unread::Long);
+        }
+        let env = match z.total() {
+            0..=SMALL_CALL => self.probes.run(z)?,
+            _ => Rc::new(self.probes.run_cone(z, &self.cone)?),
+        };
+        self.spent.set(self.spent.get() + env.spent());
+        match self.core.scores {
+            Scores::Fused(node) => {
+                let mut inputs = Vec::new();
+                for name in &node.input {
+                    inputs.push(if name.is_empty() {
+                        None
+                    } else {
+                        Some(env.need(name)?.clone())
+                    });
+                }
+                let scores = fused_scores(node, &inputs)?;
+                Ok(Bias {
+                    data: self.places(&scores.bias, scores.shape, &places)?,
+                    heads: scores.shape[1],
+                    places,
+                    gain: None,
+                })
+            }
+            Scores::Spelled { product, masked } => self.spelled(&env, z, places, product, masked),
+        }
+    }
+
+    fn places(&self, tensor: &Tensor, full: [usize; 4], places: &Places) -> Result<Vec<f64>, Unread> {
+        let data = read_places(tensor, full, places).ok_or(Unread::Long)?;
+        self.spent.set(self.spent.get() + data.len());
+        Ok(data)
+    }
+
+    fn spelled(
+        &self,
+        env: &Env<'a>,
+        z: Setting,
+        places: Places,
+        product: &'a str,
+        masked: &str,
+    ) -> Result<Bias, Unread> {
+        let mut shape = env.shape(product)?.to_vec();
+        if self.by_number && shape.len() == 4 {
+            shape[1] = 1;
+        }
+        let scored = |x: f64| -> Result<Env<'a>, String> {
+            let scores = Tensor::filled(shape.clone(), DataType::Float, x)?;
+            Ok(self.probes.program().plant(env, vec![(product, scores)], &[masked]))
+        };
+        let tried = scored(0.0)?;
+        let got = tried
+            .get(masked)
+            .or_else(|| env.get(masked))
+            .ok_or_else(|| match tried.need(masked) {
+                Err(why) => why,
+                Ok(_) => "it is not known".to_owned(),
+            })?;
+        let unknown = || format!("{masked} depends on more than masks and positions");
+        let n: usize = got.shape.iter().product();
+        let each = z.b * z.s * z.total();
+        let tokens = got.shape.get(got.shape.len().saturating_sub(2)..);
+        if tokens != Some(&[z.s, z.total()]) || each == 0 || !n.is_multiple_of(each) {
+            return Err(format!("{masked} has shape {:?}", got.shape).into());
+        }
+        let full = [z.b, n / each, z.s, z.total()];
+        if !got.is_known() {
+            return Err(unknown().into());
+        }
+        let data = self.places(got, full, &places)?;
+        let gain = if !self.even && z.b == 1 && z.pad == 0 {
+            let ones = scored(1.0)?;
+            let ones = ones.get(masked).filter(|t| t.is_known()).ok_or_else(unknown)?;
+            let ones = self.places(ones, full, &places)?;
+            mask::gain(&data, &ones)
+        } else {
+            None
+        };
+        Ok(Bias {
+            data,
+            heads: full[1],
+            places,
+            gain,
+        })
+    }
+}
+
+/// Some of `[B, heads, S, T]` numbers; none if they are not known or take too long.
+fn read_places(tensor: &Tensor, [b, heads, s, t]: [usize; 4], places: &Places) -> Option<Vec<f64>> {
+    let mut data = Vec::new();
+    let (n, rows) = match places {
+        Places::Rows(rows) => (rows.len() * t, rows.len()),
+        Places::Cells(cells) => (cells.len(), cells.chunk_by(|a, b| a[0] == b[0]).count()),
+    };
+    if let Some(lazy) = &tensor.lazy
+        && !lazy.is_affordable(b * heads * n, b * heads * rows)
+    {
+        return None;
+    }
+    for block in 0..b * heads {
+        match places {
+            Places::Rows(rows) => {
+                for from in rows.iter().map(|row| (block * s + row) * t) {
+                    match (&tensor.data, &tensor.lazy) {
+                        (Some(held), _) => data.extend_from_slice(held.get(from..from + t)?),
+                        (_, lazy) => {
+                            let lazy = lazy.as_ref()?;
+                            data.extend((from..from + t).map(|at| lazy.at(at)));
+                        }
+                    }
+                }
+            }
+            Places::Cells(cells) => {
+                let numbers = tensor.numbers()?;
+                data.extend(cells.iter().map(|[i, j]| numbers.at((block * s + i) * t + j)));
+            }
+        }
+    }
+    Some(data)
+}
+
+/// The nodes between the Softmax and the products, each with the value that it hands on from them; none for fused ones.
+fn path_to_scores<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Option<Vec<(&'a NodeProto, &'a str)>> {
+    let Scores::Spelled { product, masked } = core.scores else {
+        return Some(Vec::new());
+    };
+    let mut name = masked;
+    let mut path = Vec::new();
+    while name != product {
+        let node = probes.view.producer(name).filter(|_| path.len() < MAX_CHAIN)?;
+        name = node
+            .input
+            .iter()
+            .map(String::as_str)
+            .find(|i| probes.program().is_data(i))?;
+        path.push((node, name));
+    }
+    Some(path)
 }
 
 /// Whether nothing but masks and sums between the products and the Softmax depends on the position.
-fn scaled_evenly(probes: &Probes, core: &Core) -> bool {
+fn scaled_evenly(probes: &Probes, path: &[(&NodeProto, &str)]) -> bool {
     const ADDS: [&str; 2] = ["Add", "Where"];
-    let Scores::Spelled { product, masked } = core.scores else {
-        return true;
-    };
-    let program = probes.program();
-    let mut name = masked;
-    for _ in 0..MAX_CHAIN {
-        if name == product {
-            return true;
-        }
-        let Some(node) = probes.view.producer(name) else {
-            return false;
-        };
-        let Some(data) = node.input.iter().map(String::as_str).find(|i| program.is_data(i)) else {
-            return false;
-        };
+    path.iter().all(|(node, data)| {
         let adds = node.op_domain().is_empty() && ADDS.contains(&node.op_type());
-        if !adds && !others_are_steady(probes, node, data) {
-            return false;
-        }
-        name = data;
-    }
-    false
+        adds || others_are_steady(probes, node, data)
+    })
 }
 
-fn find_mask(probes: &Probes, core: &Core) -> Result<Mask, String> {
+fn find_mask<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Mask, String> {
+    let key = mask_key(probes, core);
+    let known = probes.masks.borrow().get(&key).cloned();
+    if let Some(known) = known {
+        return known.map(|(window, padding)| Mask { window, padding });
+    }
+    let found = look_at_mask(probes, core);
+    let plain = found.clone().map(|mask| (mask.window, mask.padding));
+    probes.masks.borrow_mut().insert(key, plain);
+    found
+}
+
+fn look_at_mask<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Mask, String> {
     let mentioned = Mentioned::find(probes, core);
     let most = mentioned.numbers.len().max(mentioned.sizes.len());
     if most > MAX_CONSTANTS {
@@ -533,32 +660,155 @@ fn find_mask(probes: &Probes, core: &Core) -> Result<Mask, String> {
             "what computes its mask mentions {most} numbers, too many to try each as a window"
         ));
     }
-    let even = scaled_evenly(probes, core);
-    let bias = |z| bias_of(probes, core, z, even);
-    mask::classify(&bias, &mentioned.numbers, &mentioned.far(probes))
+    let reader = BiasReader::new(probes, core);
+    let bias = |z: Setting, places: Places| reader.read(z, places);
+    mask::classify(&bias, &mentioned.numbers, &mentioned.far())
 }
 
-/// One logit per query head.
-fn find_sinks(first: Setting, env: &Env, sink: &str, hq: usize) -> Result<Vec<f64>, String> {
-    let data = env
-        .need(sink)?
-        .data
-        .clone()
-        .ok_or_else(|| format!("its head sinks ({sink}) are not constant"))?;
-    let (b, s) = (first.b, first.s);
-    if data.len() != b * hq * s {
-        return Err(format!(
-            "its head sinks ({sink}) have shape {:?}",
-            env.shape(sink).unwrap_or_default()
-        ));
+/// Calls in which what lies behind the scores is looked at, where it may depend on the position.
+const FAR_CALLS: [Setting; 5] = [
+    Setting::new(1, 1, 64, 0),
+    Setting::new(1, 3, 1024, 0),
+    Setting::new(1, 1, 4096, 0),
+    Setting::new(1, 1, 9001, 0),
+    Setting::new(1, 1, 30_011, 0),
+];
+
+/// One logit per query head, the same for all tokens.
+fn find_sinks<'a>(probes: &Probes<'a>, first: Setting, sink: &'a str, hq: usize) -> Result<Vec<f64>, String> {
+    let read = |z: Setting, env: &Env| -> Result<Vec<f64>, String> {
+        let data = env
+            .need(sink)?
+            .data
+            .clone()
+            .ok_or_else(|| format!("its head sinks ({sink}) are not constant"))?;
+        if data.len() != z.b * hq * z.s {
+            return Err(format!(
+                "its head sinks ({sink}) have shape {:?}",
+                env.shape(sink).unwrap_or_default()
+            ));
+        }
+        let per_head: Vec<f64> = (0..hq).map(|h| data[h * z.s]).collect();
+        let same = data.iter().enumerate().all(|(at, x)| *x == per_head[at / z.s % hq]);
+        if same {
+            Ok(per_head)
+        } else {
+            Err(format!("its head sinks ({sink}) differ from token to token"))
+        }
+    };
+    let found = read(first, &*probes.run(first)?)?;
+    if is_steady_but_spread(probes, sink) {
+        return Ok(found);
     }
-    let per_head: Vec<f64> = (0..hq).map(|h| data[h * s]).collect();
-    let same = data.iter().enumerate().all(|(at, x)| *x == per_head[at / s % hq]);
-    if same {
-        Ok(per_head)
-    } else {
-        Err(format!("its head sinks ({sink}) differ from token to token"))
+    let cone = probes.program().cone(&[sink]);
+    for z in FAR_CALLS {
+        let env = probes.run_cone(z, &cone)?;
+        if env.need(sink).is_ok() && read(z, &env)? != found {
+            return Err(format!("its head sinks ({sink}) are others with {z}"));
+        }
     }
+    Ok(found)
+}
+
+/// Whether a value is the same in every call but for how often it is repeated.
+fn is_steady_but_spread(probes: &Probes, name: &str) -> bool {
+    let mut name = name;
+    for _ in 0..MAX_CHAIN {
+        if is_steady(probes, name) {
+            return true;
+        }
+        match probes.view.producer(name) {
+            Some(node) if node.op_domain().is_empty() && others_are_steady(probes, node, node.input(0)) => {
+                name = node.input(0);
+            }
+            _ => return false,
+        }
+    }
+    false
+}
+
+/// Between the Softmax and the values nothing may depend on the position: the proof runs that part in small calls only. Where
+/// something does (guards for rows without keys), probabilities of equal scores must be equal from afar too.
+fn only_weighed<'a>(
+    probes: &Probes<'a>,
+    core: &Core<'a>,
+    heads: Heads,
+    mask: Mask,
+    sinks: Option<&[f64]>,
+) -> Result<(), String> {
+    let Scores::Spelled { product, masked } = core.scores else {
+        return Ok(());
+    };
+    let node = probes.view.producer(core.output).ok_or("nothing makes its output")?;
+    let Some(weights) = node.input.iter().map(String::as_str).find(|i| *i != core.value) else {
+        return Ok(());
+    };
+    // All that is made of the scores on the way.
+    let mut made: HashSet<&str> = [masked].into();
+    let mut open = vec![masked];
+    while let Some(name) = open.pop() {
+        for reader in probes
+            .view
+            .readers(name)
+            .filter(|n| !n.output.iter().any(|o| o == core.output))
+        {
+            open.extend(reader.output.iter().map(String::as_str).filter(|o| made.insert(o)));
+        }
+    }
+    let mut seen: HashSet<&str> = HashSet::new();
+    let mut open = vec![weights];
+    let mut steady = true;
+    while let Some(name) = open.pop() {
+        if name == masked || !seen.insert(name) {
+            continue;
+        }
+        let Some(node) = probes.view.producer(name) else {
+            continue;
+        };
+        let shape_only = |slot: usize| slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"));
+        for (slot, input) in node.input.iter().map(String::as_str).enumerate() {
+            if made.contains(input) {
+                open.push(input);
+            } else if !shape_only(slot) && core.sink != Some(input) {
+                steady &= is_steady(probes, input);
+            }
+        }
+    }
+    if steady {
+        return Ok(());
+    }
+    let cone = probes.program().cone(&[weights]);
+    for z in FAR_CALLS {
+        let env = probes.run_cone(z, &cone)?;
+        let Ok(shape) = env.shape(product).map(<[usize]>::to_vec) else {
+            continue;
+        };
+        let scores = Tensor::filled(shape, DataType::Float, 0.0)?;
+        let tried = probes.program().plant(&env, vec![(product, scores)], &[weights]);
+        let got = tried.need(weights)?.clone();
+        let full = [1, heads.hq, z.s, z.total()];
+        let rows = Places::Rows((0..z.s).collect());
+        let data = (got.shape.iter().product::<usize>() == full.iter().product::<usize>())
+            .then(|| read_places(&got, full, &rows))
+            .flatten()
+            .ok_or_else(|| format!("with {z}, its probabilities ({weights}) can't be computed"))?;
+        for (at, row) in data.chunks(z.total()).enumerate() {
+            let (h, query) = (at / z.s, z.past + at % z.s);
+            let sink = sinks.and_then(|s| s.get(h)).map_or(0.0, |s| s.exp());
+            let keys = mask.window.unwrap_or(usize::MAX).min(query + 1);
+            let each = 1.0 / (keys as f64 + sink);
+            let expected = |j: usize| if j <= query && query - j < keys { each } else { 0.0 };
+            if let Some(j) = (0..row.len()).find(|j| (row[*j] - expected(*j)).abs() > 1e-3 * each) {
+                return Err(format!(
+                    "with {z}, equal scores give token {query} the probability {} of token {j} where {} is expected: what follows \
+                     its Softmax depends on the position",
+                    row[j],
+                    expected(j)
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn fused_scale(node: &NodeProto, d: usize, factor: f64) -> (f64, f64) {

@@ -380,6 +380,119 @@ mod tests {
         }
     }
 
+    /// Causal, and near: where the distance `apart` (`distance` as it is, or made of it) is less than `bound`.
+    fn bounded(more: &[(&str, &[&str], &str)], change: impl FnOnce(&mut GraphProto)) -> Result<Site, String> {
+        let near = [
+            ("Less", &["apart", "bound"][..], "near"),
+            ("And", &["seen", "near"], "both"),
+            ("Where", &["both", "scaled", "hide"], "masked"),
+            SOFTMAX,
+        ];
+        let start = [SCALED, ("Sub", &["queries_down", "keys"], "distance")];
+        let mut graph = graph(&[&start[..], &CAUSAL, more, &near].concat());
+        for (name, value) in [("many", 70), ("most", 20_000), ("few", 4), ("wide", 8000)] {
+            graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
+        }
+        for (name, value) in [("tiny", 1.0 / 4900.0), ("unit", 1.0), ("half", 4900.5)] {
+            graph.initializer.push(TensorProto::floats(name, &[], &[value]));
+        }
+        change(&mut graph);
+        looked(&Decomposed, &graph)
+    }
+
+    fn as_floats(graph: &mut GraphProto, output: &str) {
+        let node = graph.node.iter_mut().find(|n| n.output(0) == output).expect("the Cast");
+        node.attribute = vec![AttributeProto::int("to", 1)];
+    }
+
+    #[test]
+    fn a_window_that_is_computed_is_found() {
+        let same = ("Identity", &["distance"][..], "apart");
+        let floats = ("Cast", &["distance"][..], "distance_f");
+        let squares = ("Mul", &["distance", "distance"][..], "apart");
+        let of = |more: &[(&str, &[&str], &str)]| {
+            let change = |graph: &mut GraphProto| {
+                if more.iter().any(|(_, _, output)| *output == "distance_f") {
+                    as_floats(graph, "distance_f");
+                }
+            };
+            bounded(more, change).unwrap().local_window_size
+        };
+        assert_eq!(of(&[same, ("Mul", &["many", "many"], "bound")]), 4900);
+        assert_eq!(of(&[same, ("Div", &["most", "few"], "bound")]), 5000);
+        assert_eq!(of(&[same, ("Sub", &["most", "wide"], "bound")]), 12_000);
+        assert_eq!(
+            of(&[
+                floats,
+                ("Identity", &["distance_f"], "apart"),
+                ("Identity", &["half"], "bound")
+            ]),
+            4901
+        );
+        assert_eq!(
+            of(&[
+                floats,
+                ("Mul", &["distance_f", "tiny"], "apart"),
+                ("Identity", &["unit"], "bound")
+            ]),
+            4900
+        );
+        assert_eq!(
+            of(&[
+                squares,
+                ("Mul", &["many", "many"], "side"),
+                ("Mul", &["side", "side"], "bound")
+            ]),
+            4900
+        );
+    }
+
+    #[test]
+    fn chunks_and_sinks_that_are_computed_are_refused() {
+        let chunks = [
+            ("Mul", &["many", "many"][..], "size"),
+            ("Div", &["queries_down", "size"], "q_chunk"),
+            ("Div", &["keys", "size"], "k_chunk"),
+            ("Sub", &["q_chunk", "k_chunk"], "apart"),
+            ("Identity", &["one"], "bound"),
+        ];
+        let why = bounded(&chunks, |_| {}).expect_err("chunks");
+        assert!(why.contains("does not see token 0"), "{why}");
+        // The distance counts from the fourth token on only.
+        let sinks = [
+            ("Mul", &["many", "many"][..], "bound"),
+            ("Greater", &["keys", "three"], "later"),
+            ("Where", &["later", "distance", "zero"], "apart"),
+        ];
+        let why = bounded(&sinks, |_| {}).expect_err("sinks");
+        assert!(why.contains("the last 4900 tokens it sees the first 4"), "{why}");
+    }
+
+    #[test]
+    fn probabilities_that_depend_on_the_position_are_refused() {
+        let between = |bound: i64| {
+            let nodes = [
+                &[SCALED][..],
+                &CAUSAL,
+                &[
+                    ("Add", &["scaled", "plane"], "masked"),
+                    ("Softmax", &["masked"], "likely"),
+                    ("Sub", &["queries_down", "keys"], "distance"),
+                    ("Less", &["distance", "bound"], "near"),
+                    ("Where", &["near", "likely", "see"], "weights"),
+                ],
+            ];
+            let mut graph = graph(&nodes.concat());
+            graph.initializer.push(TensorProto::int64s("bound", &[], &[bound]));
+            looked(&Decomposed, &graph)
+        };
+        let why = between(3000).expect_err("a window behind the Softmax");
+        assert!(
+            why.contains("what follows its Softmax depends on the position"),
+            "{why}"
+        );
+    }
+
     /// A factor that is 1 for the first 50 positions, and 2 from there on.
     const HOTTER: [(&str, &[&str], &str); 2] = [
         ("Less", &["queries_down", "fifty"], "early"),

@@ -1,17 +1,45 @@
 //! What a mask lets a token see, found by trying it: causal, a sliding window, padding; or none of these, and then why not.
 
 use super::probe::Setting;
+use std::collections::BTreeSet;
 
 /// A bias at most this is a mask: exporters write -inf, the type's lowest number, -1e9 or -10000.
 const MASKED: f64 = -9999.0;
 
 /// What is added to the scores in one call.
 pub struct Bias {
-    /// `[B, Hq, S, T]`.
+    /// `[B, heads, places]`; one head stands for all where they don't differ.
     pub data: Vec<f64>,
     pub heads: usize,
+    pub places: Places,
     /// The least and the most that scores are multiplied with on the way, where that is known.
     pub gain: Option<[f64; 2]>,
+}
+
+/// What of a call's scores is read.
+#[derive(Clone)]
+pub enum Places {
+    /// All keys of some of the tokens fed.
+    Rows(Vec<usize>),
+    /// Tokens fed and keys.
+    Cells(Vec<[usize; 2]>),
+}
+
+impl Places {
+    /// Token fed and key of each place, for a call of so many tokens in all.
+    fn each(&self, total: usize) -> Box<dyn Iterator<Item = [usize; 2]> + '_> {
+        match self {
+            Self::Rows(rows) => Box::new(rows.iter().flat_map(move |i| (0..total).map(|j| [*i, j]))),
+            Self::Cells(cells) => Box::new(cells.iter().copied()),
+        }
+    }
+
+    fn len(&self, total: usize) -> usize {
+        match self {
+            Self::Rows(rows) => rows.len() * total,
+            Self::Cells(cells) => cells.len(),
+        }
+    }
 }
 
 /// The least and the most that a score of 1 becomes more than one of 0, where tokens are seen. `data`: of scores that are 0,
@@ -53,16 +81,50 @@ impl Mask {
     }
 }
 
-/// Finds the mask that `bias` makes. `constants`: integers that the mask's computation mentions: one may be the window. `far`:
-/// past tokens of further calls that may show one.
+/// Reads the bias of some of a call's tokens.
+pub type Read<'r> = &'r dyn Fn(Setting, Places) -> Result<Bias, Unread>;
+
+/// Why a bias was not read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// The model itself doesn't take such a call.
+    Beyond,
+    /// It takes too many steps.
+    Long,
+    /// It can't be computed.
+    Unknown(String),
+}
+
+/// What the evaluator says.
+impl From<String> for Unread {
+    fn from(why: String) -> Self {
+        // Shapes or indices don't fit: ONNX Runtime doesn't run such a call either.
+        const BEYOND: [&str; 2] = ["do not go together", "out of range"];
+        if BEYOND.iter().any(|e| why.contains(e)) {
+            Self::Beyond
+        } else {
+            Self::Unknown(why)
+        }
+    }
+}
+
+impl std::fmt::Display for Unread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Beyond => f.write_str("the model doesn't take so many tokens"),
+            Self::Long => f.write_str("it takes more steps than are done"),
+            Self::Unknown(why) => f.write_str(why),
+        }
+    }
+}
+type Calls = Vec<(Setting, Bias)>;
+
+/// Finds the mask that `bias` makes. `constants`: integers that the mask's computation mentions or computes: one may be the window, or
+/// the place from which on the mask is another. `far`: past tokens of further calls that may show either.
 ///
 /// # Errors
 /// It is none that the operator can do; or it can't be computed.
-pub fn classify(
-    bias: &dyn Fn(Setting) -> Result<Bias, String>,
-    constants: &[usize],
-    far: &[usize],
-) -> Result<Mask, String> {
+pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, String> {
     let small = [
         Setting::new(1, 4, 0, 0),
         Setting::new(1, 3, 5, 0),
@@ -75,8 +137,8 @@ pub fn classify(
         Setting::new(2, 1, 6, 2),
     ];
     // Some models take several tokens only without a past; then there is nothing to be true to.
-    let biases = |settings: &[Setting]| -> Result<Vec<(Setting, Bias)>, String> {
-        let call = |z: &Setting| match bias(*z) {
+    let biases = |settings: &[Setting]| -> Result<Calls, String> {
+        let call = |z: &Setting| match bias(*z, all_rows(*z)) {
             Ok(bias) => Some(Ok((*z, bias))),
             Err(_) if z.continues() => None,
             Err(why) => Some(Err(format!("its mask is not understood: {why}"))),
@@ -87,44 +149,65 @@ pub fn classify(
     for (z, bias) in &plain {
         only_masks(*z, bias)?;
     }
-    // Windows that show in the small calls, and those that the computation mentions.
-    let mut windows: Vec<Option<usize>> = vec![None];
-    windows.extend((1..10).map(Some));
-    for c in constants {
-        windows.extend(
-            [c.checked_sub(1), Some(*c), c.checked_add(1)]
-                .into_iter()
-                .filter(|w| w.is_some_and(|w| w > 9)),
-        );
-    }
     let fits = |window: Option<usize>, calls: &[(Setting, Bias)], padding: bool| {
         let mask = Mask { window, padding };
         calls.iter().all(|(z, bias)| first_difference(mask, *z, bias).is_none())
     };
+    // Windows that show in the small calls, and those that the computation mentions.
+    let mut windows: Vec<Option<usize>> = vec![None];
+    windows.extend((1..10).map(Some));
+    let near = |c: &usize| [c.checked_sub(1), Some(*c), c.checked_add(1)];
+    windows.extend(constants.iter().flat_map(near).filter(|w| w.is_some_and(|w| w > 9)));
     windows.retain(|w| fits(*w, &plain, false));
     if windows.is_empty() {
         return Err(explain(&plain));
     }
-    // Each mentioned number may bound something: look right behind it. One call of one token tells enough.
-    let behind = constants.iter().filter(|c| **c > 4).map(|c| c + 2);
-    let mut calls = distant(bias, behind, &BEYOND)?;
-    calls.extend(distant(bias, far.iter().copied(), &UNSEEN)?);
+    // Calls of one token tell most: it sees all that there is.
+    let bounds: Vec<usize> = constants.iter().copied().filter(|c| *c > 4).collect();
+    let single: BTreeSet<usize> = bounds
+        .iter()
+        .flat_map(|c| around(*c))
+        .chain(far.iter().copied())
+        .collect();
+    let mut calls = until_the_end(bias, single.into_iter().map(|past| Setting::new(1, 1, past, 0)))?;
+    let end = calls.iter().map(|(z, _)| z.past).max().unwrap_or(0);
     windows.extend(calls.iter().filter_map(|(z, bias)| read_window(*z, bias)).map(Some));
     windows.retain(|w| fits(*w, &plain, false) && fits(*w, &calls, false));
     // What looks like a window from afar is one from nearby too.
     if let Some(Some(w)) = windows.first().copied().filter(|w| w.is_some_and(|w| w > 9)) {
-        calls.extend(distant(bias, [w - 1, w, w + w / 2 + 1].into_iter(), &UNSEEN)?);
+        let pasts = [w - 1, w, w + w / 2 + 1, 2 * w, 3 * w + 2];
+        calls.extend(distant(
+            bias,
+            pasts.into_iter().map(|past| Setting::new(1, 1, past, 0)),
+        )?);
         windows.retain(|w| fits(*w, &calls, false));
     }
     let Some(window) = windows.first().copied() else {
         return Err(explain(&calls));
     };
+    // Tokens fed together see what they see one by one.
+    let bounds: BTreeSet<usize> = bounds.into_iter().chain(window).collect();
+    if plain.iter().any(|(z, _)| z.continues()) {
+        let pasts = bounds.iter().flat_map(|c| [c.saturating_sub(2), c + c / 2]);
+        let far = far.iter().copied().filter(|past| *past <= LONG);
+        let pasts: BTreeSet<usize> = pasts.chain(far).collect();
+        calls.extend(distant(
+            bias,
+            pasts.into_iter().map(|past| Setting::new(1, 3, past, 0)),
+        )?);
+    }
+    calls.extend(prompts(bias, &bounds, far)?);
+    calls.extend(lines(bias, end, window)?);
+    if !fits(window, &calls, false) {
+        return Err(explain(&calls));
+    }
     for (z, bias) in &calls {
         only_masks(*z, bias)?;
     }
-    let calls: Vec<_> = plain.into_iter().chain(calls).collect();
+    let calls: Calls = plain.into_iter().chain(calls).collect();
     only_one_factor(&calls)?;
-    let padded = biases(&padded)?;
+    let mut padded = biases(&padded)?;
+    padded.extend(distant(bias, far_padded(&bounds, far).into_iter())?);
     let choices = [true, false];
     let padding = choices.into_iter().find(|padding| fits(window, &padded, *padding));
     let padding = padding.ok_or_else(|| {
@@ -133,27 +216,135 @@ pub fn classify(
             explain(&padded)
         )
     })?;
+    for (z, bias) in padded.iter().filter(|_| padding) {
+        only_masks(*z, bias)?;
+    }
     Ok(Mask { window, padding })
 }
 
-/// What says that the model itself can't be called with so many tokens.
-const BEYOND: [&str; 2] = ["do not go together", "out of range"];
-/// The same, or that a call is too large to be looked at.
-const UNSEEN: [&str; 4] = [BEYOND[0], BEYOND[1], "looked at", "depends on more than"];
+fn all_rows(z: Setting) -> Places {
+    Places::Rows((0..z.s).collect())
+}
 
-/// Calls of one token after so many others. Those that fail with one of the `excused` reasons are left out.
-fn distant(
-    bias: &dyn Fn(Setting) -> Result<Bias, String>,
-    pasts: impl Iterator<Item = usize>,
-    excused: &[&str],
-) -> Result<Vec<(Setting, Bias)>, String> {
+/// Past tokens of calls in which a number shows, if it bounds something: right there, well behind, and far behind it.
+fn around(c: usize) -> Vec<usize> {
+    let mut pasts = vec![c + 2, c + c / 2];
+    if c <= LONG {
+        pasts.extend([c - 1, c, c + 1, 2 * c, 2 * c + 1]);
+    }
+    pasts
+}
+
+/// Up to so many tokens calls are read in every way; of longer ones only what tells most.
+const LONG: usize = 10_000;
+
+/// Whole prompts: the first and last tokens' rows, some between, and those at the numbers that may bound something.
+fn prompts(bias: Read, bounds: &BTreeSet<usize>, far: &[usize]) -> Result<Calls, String> {
+    let mut lengths: BTreeSet<usize> = far.iter().copied().filter(|f| *f <= LONG).collect();
+    lengths.extend(bounds.iter().map(|c| if *c <= LONG { c + c / 2 + 2 } else { c + 2 }));
     let mut found = Vec::new();
-    for z in pasts.map(|past| Setting::new(1, 1, past, 0)) {
-        match bias(z) {
-            Ok(bias) => found.push((z, bias)),
-            Err(why) if excused.iter().any(|e| why.contains(e)) => {}
-            Err(why) => return Err(format!("its mask is not understood at {z}: {why}")),
+    for s in lengths.into_iter().filter(|s| *s > 4) {
+        let mut rows: BTreeSet<usize> = [s - 1].into_iter().collect();
+        if s <= 2 * LONG {
+            rows.extend([0, s / 3, s / 2 + 1]);
         }
+        let at_bounds = bounds.iter().filter(|c| s <= 2 * LONG && **c + 2 >= s / 2);
+        rows.extend(at_bounds.flat_map(|c| [c - 1, *c, c + 1]).filter(|row| *row < s));
+        let z = Setting::new(1, s, 0, 0);
+        if let Some(bias) = callable(z, bias(z, Places::Rows(rows.into_iter().collect())))? {
+            found.push((z, bias));
+        }
+    }
+    Ok(found)
+}
+
+/// Tokens of the prompt whose lines are read.
+const LINES: usize = 30_011;
+
+/// Of a long prompt, for every token: the first key and one in the middle, itself and the one after it, and a window's ends. What is
+/// different for a few tokens alone shows there.
+fn lines(bias: Read, end: usize, window: Option<usize>) -> Result<Option<(Setting, Bias)>, String> {
+    let z = Setting::new(1, LINES.min(end), 0, 0);
+    if z.s < 5 {
+        return Ok(None);
+    }
+    let of = |i: usize| {
+        let edge = window.and_then(|w| (i + 1).checked_sub(w));
+        let keys = [
+            Some(0),
+            Some(i / 2),
+            Some(i),
+            Some(i + 1),
+            edge,
+            edge.and_then(|e| e.checked_sub(1)),
+        ];
+        keys.into_iter().flatten().filter(|j| *j < z.s).map(move |j| [i, j])
+    };
+    // All tokens, or as many as can be read where each costs a row.
+    for step in [1, 7, 61, 499] {
+        let cells = (0..z.s).step_by(step).flat_map(of).collect();
+        match bias(z, Places::Cells(cells)) {
+            Err(Unread::Long) => {}
+            read => return Ok(callable(z, read)?.map(|bias| (z, bias))),
+        }
+    }
+    Err(format!("its mask is not understood at {z}: {}", Unread::Long))
+}
+
+/// Calls of two sequences of which one begins with padding: a little, and more than half.
+fn far_padded(bounds: &BTreeSet<usize>, far: &[usize]) -> Vec<Setting> {
+    let behind = bounds.iter().map(|c| c + c / 2);
+    let pasts: BTreeSet<usize> = behind
+        .chain(far.iter().copied())
+        .filter(|past| *past <= 2 * LONG)
+        .collect();
+    let each = |past: usize| [3, past / 2 + 1].map(|pad| Setting::new(2, 1, past, pad));
+    pasts.into_iter().flat_map(each).collect()
+}
+
+/// A bias; none where the model itself can't be called so.
+fn callable(z: Setting, bias: Result<Bias, Unread>) -> Result<Option<Bias>, String> {
+    match bias {
+        Ok(bias) => Ok(Some(bias)),
+        Err(Unread::Beyond) => Ok(None),
+        Err(why) => Err(format!("its mask is not understood at {z}: {why}")),
+    }
+}
+
+/// Calls with many tokens before. Those that the model does not take are left out.
+fn distant(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Calls, String> {
+    let mut found = Vec::new();
+    for z in calls {
+        if let Some(bias) = callable(z, bias(z, all_rows(z)))? {
+            found.push((z, bias));
+        }
+    }
+    Ok(found)
+}
+
+/// The same for calls that grow, and the longest one that the model takes, if it does not take all.
+fn until_the_end(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Calls, String> {
+    let mut found: Calls = Vec::new();
+    for z in calls {
+        if let Some(bias) = callable(z, bias(z, all_rows(z)))? {
+            found.push((z, bias));
+            continue;
+        }
+        let (mut most, mut least) = (found.iter().map(|(z, _)| z.past).max().unwrap_or(0), z.past);
+        while least - most > 1 {
+            let z = Setting {
+                past: most + (least - most) / 2,
+                ..z
+            };
+            match callable(z, bias(z, all_rows(z)))? {
+                Some(bias) => {
+                    most = z.past;
+                    found.push((z, bias));
+                }
+                None => least = z.past,
+            }
+        }
+        break;
     }
     Ok(found)
 }
@@ -166,17 +357,13 @@ fn read_window(z: Setting, bias: &Bias) -> Option<usize> {
 
 /// The first query and key where a bias differs from a mask. Rows of padding don't count.
 fn first_difference(mask: Mask, z: Setting, bias: &Bias) -> Option<(usize, usize, usize)> {
-    let (s, t) = (z.s, z.total());
-    let seen = |at: usize| bias.data.get(at).is_some_and(|x| *x > MASKED);
-    for b in 0..z.b {
-        for i in (0..s).filter(|i| z.past + i >= z.first(b)) {
-            for h in 0..bias.heads {
-                let row = ((b * bias.heads + h) * s + i) * t;
-                let wrong = (0..t).find(|j| seen(row + j) != mask.allows(z, b, z.past + i, *j));
-                if let Some(j) = wrong {
-                    return Some((b, z.past + i, j));
-                }
-            }
+    let n = bias.places.len(z.total());
+    for (block, data) in bias.data.chunks(n.max(1)).enumerate() {
+        let b = block / bias.heads.max(1);
+        let places = bias.places.each(z.total()).map(|[i, j]| (z.past + i, j));
+        let mut read = places.zip(data).filter(|((i, _), _)| *i >= z.first(b));
+        if let Some(((i, j), _)) = read.find(|((i, j), x)| (**x > MASKED) != mask.allows(z, b, *i, *j)) {
+            return Some((b, i, j));
         }
     }
     None
@@ -184,20 +371,19 @@ fn first_difference(mask: Mask, z: Setting, bias: &Bias) -> Option<(usize, usize
 
 /// Every bias must be 0 or a mask.
 fn only_masks(z: Setting, bias: &Bias) -> Result<(), String> {
-    let (s, t) = (z.s, z.total());
+    let n = bias.places.len(z.total()).max(1);
     let numbers = |x: &f64| *x > MASKED && x.abs() > 1e-6 || x.is_nan();
     let Some(at) = bias.data.iter().position(numbers) else {
         return Ok(());
     };
-    let (value, key, query, head) = (
-        bias.data[at],
-        at % t,
-        z.past + at / t % s,
-        at / (t * s) % bias.heads.max(1),
-    );
+    let place = bias.places.each(z.total()).nth(at % n).unwrap_or_default();
+    let (value, key, query, head) = (bias.data[at], place[1], z.past + place[0], at / n % bias.heads.max(1));
     // ALiBi: equal steps from key to key, another step in each head.
-    let last = (at / (t * s) * s + s - 1) * t;
-    let row = bias.data.get(last..last + t).unwrap_or_default();
+    let end = (at / n + 1) * n;
+    let row = match bias.places {
+        Places::Rows(_) => bias.data.get(end.saturating_sub(z.total())..end).unwrap_or_default(),
+        Places::Cells(_) => &[],
+    };
     let seen: Vec<f64> = row.iter().copied().filter(|x| *x > MASKED).collect();
     let step = seen.windows(2).map(|w| w[1] - w[0]).collect::<Vec<_>>();
     let even = step.len() > 1
@@ -214,13 +400,28 @@ fn only_masks(z: Setting, bias: &Bias) -> Result<(), String> {
     ))
 }
 
+/// How many of the first and of the last tokens one token sees, if it sees none between them.
+fn always_seen(z: Setting, bias: &Bias) -> Option<[usize; 2]> {
+    let row = bias.data.get(..z.total()).filter(|_| z.s == 1)?;
+    let seen: Vec<usize> = row
+        .chunk_by(|a, b| (*a > MASKED) == (*b > MASKED))
+        .map(<[f64]>::len)
+        .collect();
+    match *seen.as_slice() {
+        [first, hidden, last] if hidden > 1 && row.first().is_some_and(|x| *x > MASKED) => Some([first, last]),
+        _ => None,
+    }
+}
+
 /// What is wrong with the mask of the first call that isn't causal.
 fn explain(calls: &[(Setting, Bias)]) -> String {
     let causal = Mask {
         window: None,
         padding: false,
     };
-    for (z, bias) in calls {
+    // Where sinks show, they explain most.
+    let sinks = |call: &&(Setting, Bias)| always_seen(call.0, &call.1).is_some();
+    for (z, bias) in calls.iter().find(sinks).into_iter().chain(calls) {
         if let Some((_, query, key)) = first_difference(causal, *z, bias) {
             return if key > query {
                 format!(
@@ -228,9 +429,14 @@ fn explain(calls: &[(Setting, Bias)]) -> String {
                      prefix or cross-attention)"
                 )
             } else {
-                format!(
-                    "with {z}, token {query} does not see token {key}: its mask is neither causal nor a sliding window"
-                )
+                let what = match always_seen(*z, bias) {
+                    Some([first, last]) => format!(
+                        ": besides the last {last} tokens it sees the first {first} (attention sinks in the mask), which the \
+                         operator doesn't do; its mask"
+                    ),
+                    None => ": its mask".to_owned(),
+                };
+                format!("with {z}, token {query} does not see token {key}{what} is neither causal nor a sliding window")
             };
         }
     }
@@ -241,19 +447,18 @@ fn explain(calls: &[(Setting, Bias)]) -> String {
 mod tests {
     use super::*;
 
-    fn made(allowed: impl Fn(Setting, usize, usize, usize) -> f64) -> impl Fn(Setting) -> Result<Bias, String> {
-        move |z| {
+    fn made(allowed: impl Fn(Setting, usize, usize, usize) -> f64) -> impl Fn(Setting, Places) -> Result<Bias, Unread> {
+        move |z, places| {
             let mut data = Vec::new();
             for b in 0..z.b {
                 for _ in 0..2 {
-                    for i in 0..z.s {
-                        data.extend((0..z.total()).map(|j| allowed(z, b, z.past + i, j)));
-                    }
+                    data.extend(places.each(z.total()).map(|[i, j]| allowed(z, b, z.past + i, j)));
                 }
             }
             Ok(Bias {
                 data,
                 heads: 2,
+                places,
                 gain: None,
             })
         }
@@ -299,7 +504,7 @@ mod tests {
 
     #[test]
     fn other_masks_are_named_with_what_failed() {
-        let why = |bias: &dyn Fn(Setting) -> Result<Bias, String>, c: &[usize]| classify(bias, c, &[]).unwrap_err();
+        let why = |bias: Read, c: &[usize]| classify(bias, c, &[]).unwrap_err();
         let both_ways = made(|_, _, _, _| 0.0);
         assert!(why(&both_ways, &[]).contains("token 0 sees token 1"));
         let prefix = made(|_, _, i, j| hide(j <= i || j < 2));
@@ -334,7 +539,7 @@ mod tests {
 
     #[test]
     fn what_looks_like_a_window_from_one_place_only_is_refused() {
-        let why = |bias: &dyn Fn(Setting) -> Result<Bias, String>| classify(bias, &[], &[64, 256]).unwrap_err();
+        let why = |bias: Read| classify(bias, &[], &[64, 256]).unwrap_err();
         let chunked = made(|_, _, i, j| hide(j <= i && i / 100 == j / 100));
         assert!(why(&chunked).contains("neither causal nor a sliding window"));
         // Wider from 200 tokens on.
@@ -342,17 +547,93 @@ mod tests {
         assert!(why(&changing).contains("neither causal nor a sliding window"));
     }
 
+    /// What is not a window is refused although nothing mentions where it begins.
+    #[test]
+    fn masks_are_told_by_their_far_rows() {
+        let far = [64, 256, 1024, 4096, 9001];
+        let refused = |allowed: fn(usize, usize) -> bool, says: &str| {
+            let bias = made(move |_, _, i, j| hide(allowed(i, j)));
+            let why = classify(&bias, &[], &far).expect_err(says);
+            assert!(why.contains(says), "{why}");
+        };
+        refused(
+            |i, j| j <= i && (i - j < 4096 || j < 4),
+            "the last 4096 tokens it sees the first 4",
+        );
+        refused(
+            |i, j| j <= i && (i - j < 5000 || j == 0),
+            "the first 1 (attention sinks in the mask)",
+        );
+        refused(
+            |i, j| j <= i && i / 4900 == j / 4900,
+            "neither causal nor a sliding window",
+        );
+        refused(
+            |i, j| j <= i && (i - j < 3000 || j % 2 == 0),
+            "neither causal nor a sliding window",
+        );
+        refused(|i, j| j <= i && j != 4097, "does not see token 4097");
+        refused(
+            |i, j| j <= i && (i < 7000 || i - j < 3000),
+            "neither causal nor a sliding window",
+        );
+        // Tokens that see each other both ways, and one token alone that sees less: no single token's row shows them.
+        refused(
+            |i, j| j <= i || i / 100 == 60 && j / 100 == 60,
+            "token 6000 sees token 6001",
+        );
+        refused(
+            |i, j| j <= i && (i != 5003 || i - j < 10),
+            "token 5003 does not see token 0",
+        );
+        let window = made(|_, _, i, j| hide(j <= i && i - j < 4900));
+        let found = classify(&window, &[], &far).map(|m| m.window);
+        assert_eq!(found, Ok(Some(4900)));
+    }
+
+    #[test]
+    fn what_shows_only_in_the_last_rows_that_a_model_takes_is_found() {
+        let sinks = made(|_, _, i, j| hide(j <= i && (i - j < 3900 || j < 4)));
+        let limited = |z: Setting, places: Places| match z.total() {
+            0..=4000 => sinks(z, places),
+            _ => Err(Unread::Beyond),
+        };
+        let why = classify(&limited, &[], &[64, 256, 1024, 4096]).expect_err("sinks");
+        assert!(why.contains("the first 4 (attention sinks in the mask)"), "{why}");
+    }
+
+    #[test]
+    fn numbers_are_looked_at_well_behind_them() {
+        let sinks = made(|_, _, i, j| hide(j <= i && (i - j < 700 || j < 4)));
+        let why = classify(&sinks, &[700], &[]).expect_err("sinks");
+        assert!(why.contains("the last 700 tokens it sees the first 4"), "{why}");
+        // One row of the many.
+        let once = made(|_, _, i, j| hide(j <= i && (i != 1400 || i - j < 30)));
+        assert!(classify(&once, &[700], &[]).is_err(), "twice the number");
+    }
+
+    #[test]
+    fn padding_is_read_from_afar_too() {
+        // Of a padded sequence the first valid tokens are sinks.
+        let sinks = made(|z, b, i, j| {
+            let first = z.first(b);
+            hide(j <= i && j >= first && (first == 0 || i - j < 2000 || j < first + 4))
+        });
+        let why = classify(&sinks, &[], &[64, 4096]).expect_err("sinks of padded sequences");
+        assert!(why.contains("with padding on the left"), "{why}");
+    }
+
     #[test]
     fn far_calls_that_the_model_does_not_take_are_left_out() {
         let causal = made(|_, _, i, j| hide(j <= i));
-        let limited = |z: Setting| match z.total() {
-            0..=128 => causal(z),
-            _ => Err("shapes [1, 1] and [1, 2] do not go together".to_owned()),
+        let limited = |z: Setting, places: Places| match z.total() {
+            0..=128 => causal(z, places),
+            _ => Err(Unread::Beyond),
         };
         assert!(classify(&limited, &[], &[64, 256]).is_ok_and(|m| m.window.is_none()));
-        let broken = |z: Setting| match z.total() {
-            0..=128 => causal(z),
-            _ => Err("masked has shape [1, 8]".to_owned()),
+        let broken = |z: Setting, places: Places| match z.total() {
+            0..=128 => causal(z, places),
+            _ => Err(Unread::Unknown("masked has shape [1, 8]".to_owned())),
         };
         assert!(
             classify(&broken, &[], &[64, 256])
@@ -364,10 +645,10 @@ mod tests {
     #[test]
     fn factors_that_depend_on_positions_are_refused() {
         let causal = made(|_, _, i, j| hide(j <= i));
-        let hotter = |z: Setting| {
+        let hotter = |z: Setting, places: Places| {
             let gain = if z.past < 100 { 0.25 } else { 0.5 };
             let gain = Some([gain, gain]);
-            causal(z).map(|b| Bias { gain, ..b })
+            causal(z, places).map(|b| Bias { gain, ..b })
         };
         assert!(classify(&hotter, &[], &[64]).is_ok());
         let why = classify(&hotter, &[], &[64, 256]).unwrap_err();

@@ -8,6 +8,7 @@ mod decomposed;
 mod explain;
 mod functions;
 pub(crate) mod gqa;
+mod inputs;
 mod mask;
 mod mentioned;
 mod mha;
@@ -20,8 +21,9 @@ mod steady;
 mod trace;
 
 pub use explain::none_found;
+pub use inputs::{Size, named_sizes, sizes, width};
 pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
-pub use state::carried;
+pub use state::{all_carried, carried};
 
 use crate::{
     graph::{GraphView, subgraphs},

@@ -1,4 +1,4 @@
-//! ai.onnx::Attention (opset 23 and 24): with the cache as its own inputs or put together before it.
+//! ai.onnx::Attention (opset 23 to 25): with the cache as its own inputs or put together before it.
 
 use super::{
     Rule, Verdict,
@@ -10,9 +10,11 @@ use crate::{graph::GraphView, onnx::NodeProto};
 /// The rule.
 pub struct OnnxAttention;
 
-const KNOWN: [&str; 7] = [
+const KNOWN: [&str; 9] = [
     "is_causal",
     "kv_num_heads",
+    "left_window_size",
+    "right_window_size",
     "q_num_heads",
     "scale",
     "softcap",
@@ -128,6 +130,36 @@ mod tests {
     }
 
     #[test]
+    fn windows_of_opset_25_count_the_tokens_before_and_behind() {
+        let windows = |sides: &[(&str, i64)]| {
+            look(|_, node| {
+                sides
+                    .iter()
+                    .for_each(|(name, n)| set(node, AttributeProto::int(name, *n)))
+            })
+        };
+        let (left, right, causal) = ("left_window_size", "right_window_size", "is_causal");
+        for (sides, window) in [
+            (&[(left, 5)][..], 6),
+            (&[(left, 0)], 1),
+            (&[(left, 5000)], 5001),
+            (&[(left, -1), (right, -1)], -1),
+            (&[(left, 5), (right, 0), (causal, 0)], 6),
+            (&[(right, 0), (causal, 0)], -1),
+            // A causal mask hides what is behind whatever the window.
+            (&[(left, 4), (right, 2)], 5),
+        ] {
+            assert_eq!(windows(sides).unwrap().local_window_size, window, "{sides:?}");
+        }
+        for sides in [&[(left, 5), (causal, 0)][..], &[(right, 2), (causal, 0)]] {
+            let why = windows(sides).expect_err("tokens behind");
+            assert!(why.contains("token 0 sees token 1"), "{why}");
+        }
+        let why = windows(&[(left, -2)]).expect_err("no size");
+        assert!(why.contains("its left_window_size is -2"), "{why}");
+    }
+
+    #[test]
     fn a_cache_put_together_before_it_matches() {
         let site = look(|graph, node| {
             graph
@@ -205,6 +237,11 @@ mod tests {
     fn masks_and_heads_that_do_not_fit_are_refused_with_what_failed() {
         let why = refusal(|_, node| set(node, AttributeProto::int("is_causal", 0)));
         assert!(why.contains("token 0 sees token 1"), "bidirectional: {why}");
+        let why = refusal(|graph, node| {
+            graph.initializer.push(TensorProto::floats("m", &[3, 1, 1], &[0.0; 3]));
+            node.input[3] = "m".into();
+        });
+        assert!(why.contains("[3, 1, 1]"), "a mask of 3 heads for 4: {why}");
         let why = refusal(|_, node| set(node, AttributeProto::int("q_num_heads", 3)));
         assert!(why.contains("16 elements are not 3 heads"), "{why}");
         let why = refusal(|_, node| {

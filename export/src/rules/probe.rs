@@ -1,8 +1,8 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
-use super::copies;
+use super::{copies, inputs};
 use crate::{
-    eval::{Env, Program, Tensor},
+    eval::{Cone, Env, Program, Tensor},
     graph::GraphView,
     onnx::{DataType, ValueInfoProto},
 };
@@ -70,7 +70,12 @@ pub struct Probes<'a> {
     /// Sizes of caches whose declaration leaves them open: heads and head size.
     open_sizes: OnceCell<HashMap<&'a str, [usize; 2]>>,
     runs: RefCell<HashMap<Setting, Result<Rc<Env<'a>>, String>>>,
+    /// What masks were found to be, by all that they are computed from: layers share them.
+    pub masks: RefCell<HashMap<String, Result<Known, String>>>,
 }
+
+/// A mask's window, and whether it masks padding.
+pub type Known = (Option<usize>, bool);
 
 impl<'a> Probes<'a> {
     /// `folder`: where external data lies.
@@ -81,6 +86,7 @@ impl<'a> Probes<'a> {
             program: OnceCell::new(),
             open_sizes: OnceCell::new(),
             runs: RefCell::new(HashMap::new()),
+            masks: RefCell::new(HashMap::new()),
         }
     }
 
@@ -128,8 +134,19 @@ impl<'a> Probes<'a> {
         run
     }
 
+    /// The values of a part of the graph in a call.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_cone(&self, setting: Setting, cone: &Cone<'a>) -> Result<Env<'a>, String> {
+        let open = self.open_sizes.get_or_init(|| self.find_open_sizes());
+        let inputs = self.inputs(setting, open)?;
+        Ok(self.program().run_cone(inputs, cone))
+    }
+
     fn inputs(&self, z: Setting, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, String> {
         let mut env = Env::default();
+        let names = inputs::named_sizes(self.view);
         for input in &self.view.graph.input {
             let name = input.name();
             if self.view.initializer(name).is_some() {
@@ -141,7 +158,9 @@ impl<'a> Probes<'a> {
             let value = match (name, rank) {
                 (INPUT_IDS, _) => Tensor::unknown(vec![z.b, z.s], data_type),
                 (INPUTS_EMBEDS, Some(3)) => {
-                    let width = fixed(2).ok_or("inputs_embeds has no declared width")?;
+                    let width = fixed(2).or_else(|| inputs::width(self.view, name));
+                    let width =
+                        width.ok_or("inputs_embeds has no declared width, and nothing in the graph tells it")?;
                     Tensor::unknown(vec![z.b, z.s, width], data_type)
                 }
                 (ATTENTION_MASK, Some(2) | None) => {
@@ -170,9 +189,12 @@ impl<'a> Probes<'a> {
                     let shape = vec![z.b, fixed(1).unwrap_or(h), z.past, fixed(3).unwrap_or(d)];
                     Tensor::unknown(shape, data_type)
                 }
-                // Whatever else it takes: its shape, if it is declared in full.
-                (_, Some(rank)) if rank <= 8 => match (0..rank).map(fixed).collect::<Option<Vec<_>>>() {
-                    Some(shape) => Tensor::unknown(shape, data_type),
+                // Whatever else it takes: its shape.
+                (_, Some(rank)) if rank <= 8 => match inputs::sizes(self.view, &names, input) {
+                    Some(sizes) => {
+                        let shape = sizes.iter().map(|size| size.of(z.b, z.s, z.past)).collect();
+                        Tensor::unknown(shape, data_type)
+                    }
                     None => continue,
                 },
                 _ => continue,

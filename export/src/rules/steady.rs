@@ -60,7 +60,12 @@ fn reads_shape(node: &NodeProto) -> bool {
 
 /// Whether a value is made of sizes and constants, each as it is.
 fn is_sizes(probes: &Probes, name: &str) -> bool {
+    const PICKS: [&str; 2] = ["Gather", "Slice"];
     let view = probes.view;
+    let is_constant = |name: &str| {
+        let made = view.producer(name).is_some_and(|n| n.is("", "Constant"));
+        made || name.is_empty() || view.initializer(name).is_some()
+    };
     let mut open = vec![name];
     let mut steps = 0;
     while let Some(name) = open.pop() {
@@ -71,6 +76,10 @@ fn is_sizes(probes: &Probes, name: &str) -> bool {
         match view.producer(name) {
             _ if steps > MAX_STEPS => return false,
             Some(node) if reads_shape(node) || node.is("", "Constant") => {}
+            // A size as an index picks other numbers in calls that are not tried.
+            Some(node) if PICKS.contains(&node.op_type()) && !node.input.iter().skip(1).all(|i| is_constant(i)) => {
+                return false;
+            }
             Some(node) if node.op_domain().is_empty() && HAND_ON.contains(&node.op_type()) => {
                 open.extend(node.input.iter().map(String::as_str));
             }
@@ -101,6 +110,10 @@ mod tests {
         for (name, value) in [("zero", 0), ("one", 1), ("two", 2)] {
             graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
         }
+        // The same for all calls that are tried.
+        graph
+            .initializer
+            .push(TensorProto::int64s("table", &[6], &[1, 1, 1, 1, 1, 2]));
         for (op, inputs, output) in [
             ("Shape", &["q"][..], "shape"),
             ("Gather", &["shape", "two"], "width"),
@@ -112,6 +125,7 @@ mod tests {
             ("Sub", &["total", "fed"], "past"),
             ("Range", &["past", "total", "one"], "positions"),
             ("Mul", &["positions", "zero"], "nothing"),
+            ("Gather", &["table", "total"], "picked"),
         ] {
             let mut node = NodeProto::new("", op, output, inputs, &[output]);
             if op == "Cast" {
@@ -126,7 +140,16 @@ mod tests {
             assert!(is_steady(&probes, name), "{name}");
         }
         // The last is 0 always, but that doesn't show in how it is made.
-        for name in ["shape", "fed", "positions", "attention_mask", "q", "past", "nothing"] {
+        for name in [
+            "shape",
+            "fed",
+            "positions",
+            "attention_mask",
+            "q",
+            "past",
+            "nothing",
+            "picked",
+        ] {
             assert!(!is_steady(&probes, name), "{name}");
         }
     }

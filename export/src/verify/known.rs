@@ -5,17 +5,25 @@ use super::CacheFacts;
 use crate::{
     graph::GraphView,
     onnx::{DataType, ValueInfoProto},
-    rules::{INPUT_IDS, Site},
+    rules::{INPUT_IDS, INPUTS_EMBEDS, Layout, Site, width},
 };
 
 /// The head size, from the weights around an attention that takes and gives heads side by side, else from its angles.
 pub fn head_size(view: &GraphView, site: &Site) -> Option<usize> {
+    // Where angles are for a part of each head only, they tell less than its size.
+    let angles = || usize::try_from(2 * *view.tensor_dims(&site.cos_cache)?.last()?).ok();
+    weighed_head_size(view, site)
+        .and_then(|d| usize::try_from(d).ok())
+        .or_else(angles)
+}
+
+/// The head size, from the weights around an attention that takes and gives heads side by side.
+pub fn weighed_head_size(view: &GraphView, site: &Site) -> Option<i64> {
     let share = |width: i64, heads: i64| (heads > 0 && width > 0 && width % heads == 0).then(|| width / heads);
-    let rows = view.readers(&site.output).find_map(|n| match n.op_type() {
-        "MatMul" => view.tensor_dims(n.input(1))?.first().copied(),
-        "MatMulNBits" => n.attribute("K")?.i,
-        _ => None,
-    });
+    let flat = site.output_layout == Layout::Flat;
+    let rows = width(view, &site.output)
+        .filter(|_| flat)
+        .and_then(|n| i64::try_from(n).ok());
     let columns = view.producer(&site.query).and_then(|n| match n.op_type() {
         "MatMul" | "Add" => n.input.iter().find_map(|i| view.tensor_dims(i)?.last().copied()),
         "MatMulNBits" => n.attribute("N")?.i,
@@ -26,11 +34,8 @@ pub fn head_size(view: &GraphView, site: &Site) -> Option<usize> {
     } else {
         site.q_heads
     };
-    let angles = || view.tensor_dims(&site.cos_cache)?.last().map(|half| 2 * half);
     rows.and_then(|n| share(n, site.q_heads))
         .or_else(|| columns.and_then(|n| share(n, of_query)))
-        .or_else(angles)
-        .and_then(|d| usize::try_from(d).ok())
 }
 
 /// Caches that no site names: of layers that stay as they are. `grows`: they are fed as long as they are.
@@ -43,13 +48,15 @@ pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<
             let rank = view.declared_dims(past)?.len();
             let size = |from_end| usize::try_from(view.declared_from_end(past, from_end)?).ok();
             (rank == 4 && floats.contains(&view.data_type(past)?)).then_some(())?;
+            // State of other kinds, and caches of one size: they are as large as they are declared from the beginning.
+            let fixed = view.declared_from_end(past, 2).is_some();
             Some(CacheFacts {
                 past: past.to_owned(),
                 present: presents(past).into_iter().find(|name| view.is_output(name))?,
                 heads: size(3)?,
                 head_size: size(1)?,
-                sliding: false,
-                grows,
+                sliding: fixed,
+                grows: grows && !fixed,
             })
         })
         .collect()
@@ -83,5 +90,6 @@ pub fn handed_on(view: &GraphView) -> Vec<String> {
 
 /// How many tokens a graph takes at once, where it is made for one number only.
 pub fn tokens_at_once(view: &GraphView) -> Option<i64> {
-    view.declared_from_end(INPUT_IDS, 1).filter(|n| *n > 0)
+    let embeds = || view.declared_from_end(INPUTS_EMBEDS, 2);
+    view.declared_from_end(INPUT_IDS, 1).or_else(embeds).filter(|n| *n > 0)
 }

@@ -4,23 +4,23 @@ mod difference;
 pub(crate) mod known;
 mod model;
 pub mod nudge;
+mod others;
+mod outcome;
 mod runtime;
 mod value;
+mod ways;
 
 use difference::{Difference, Own};
 pub use model::{CacheFacts, LOGITS_TO_KEEP};
 use model::{Feed, Model};
+pub use others::{Fed, OtherInput, other_inputs};
+pub use outcome::{Compared, Skipped, Verification};
 pub use runtime::Runtime;
+use ways::Way;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
-use std::{fmt, path::Path};
+use std::path::Path;
 
-const PROMPT: usize = 21;
-const STEPS: usize = 11;
-const CHUNKS: [usize; 3] = [8, 15, PROMPT];
-const PADDING: usize = 3;
-const CAPACITY: usize = PROMPT + STEPS + 5;
 /// What rounding does to the original is believed up to this many times the tolerance, in the middle of all positions: where more
 /// moves, something else is wrong.
 const MOST_ROUNDING: f32 = 5.0;
@@ -50,6 +50,8 @@ pub struct Plan<'p> {
     pub caches: &'p [CacheFacts],
     /// Inputs that may be fed anything.
     pub idle: &'p [String],
+    /// Inputs beside tokens, mask, positions and caches.
+    pub others: &'p [OtherInput],
     pub page_size: usize,
     pub vocabulary: usize,
     /// How padding on the left is compared.
@@ -64,276 +66,178 @@ pub struct Plan<'p> {
     pub seed: u64,
 }
 
-/// One comparison.
-#[derive(Clone, Debug, Serialize)]
-pub struct Compared {
-    pub window: usize,
-    pub batch: usize,
-    /// "whole", "chunked" or "padded": how the prompt was fed.
-    pub prefill: &'static str,
-    pub largest_difference: f32,
-    /// In the middle of all positions.
-    pub median_difference: f32,
-    /// How much the original differs from itself where nothing changes that is a fault, if its activations are quantised.
-    pub own_difference: Option<f32>,
-    /// What made that difference.
-    pub own_difference_by: Option<String>,
-    /// Up to what the largest difference is no fault.
-    pub allowed: f32,
-    /// The same of the one in the middle.
-    pub allowed_median: f32,
-    pub passed: bool,
-    /// Share of positions where both have the same most likely token.
-    pub greedy_agreement: f32,
-    pub positions: usize,
-}
-
-/// A comparison that the original could not be run for.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Skipped {
-    pub window: usize,
-    pub batch: usize,
-    pub prefill: &'static str,
-    pub why: String,
-}
-
-/// All comparisons.
-#[derive(Clone, Debug, Serialize)]
-pub struct Verification {
-    pub runtime: std::path::PathBuf,
-    /// Where both models ran: "cpu" or "cuda:N".
-    pub device: String,
-    pub compared: Vec<Compared>,
-    /// What could not be compared.
-    pub skipped: Vec<Skipped>,
-    /// How a run was not as asked: nodes on another device, an original that takes a prompt's rest only token by token.
-    pub notes: Vec<String>,
-    pub largest_logit: f32,
-    pub tolerance: f32,
-    pub passed: bool,
-}
-
-impl Verification {
-    /// Adds what another run compared.
-    pub fn join(&mut self, other: Self) {
-        self.compared.extend(other.compared);
-        self.compared.sort_by_key(|c| c.window);
-        self.skipped.extend(other.skipped);
-        self.skipped.sort_by_key(|c| c.window);
-        for note in other.notes {
-            if !self.notes.contains(&note) {
-                self.notes.push(note);
-            }
-        }
-        self.largest_logit = self.largest_logit.max(other.largest_logit);
-        self.tolerance = self.tolerance.min(other.tolerance);
-        self.passed &= other.passed;
-    }
-
-    /// Largest difference with a window.
-    pub fn largest_difference(&self, window: usize) -> f32 {
-        let of = self.compared.iter().filter(|c| c.window == window);
-        of.map(|c| c.largest_difference).fold(0.0, f32::max)
-    }
-
-    /// Of what is too much, the largest difference, of which positions, and what is allowed.
-    pub fn worst(&self) -> (f32, &'static str, f32) {
-        let over = |c: &&Compared| c.largest_difference > c.allowed;
-        let by = |a: &&Compared, b: &&Compared| a.largest_difference.total_cmp(&b.largest_difference);
-        if let Some(c) = self.compared.iter().filter(over).max_by(by) {
-            return (c.largest_difference, "", c.allowed);
-        }
-        let failed = self.compared.iter().filter(|c| !c.passed).max_by(by);
-        failed.map_or((0.0, "", 0.0), |c| {
-            (c.median_difference, " at most positions", c.allowed_median)
-        })
-    }
-
-    pub fn greedy_agreement(&self) -> f32 {
-        let (same, all) = self.compared.iter().fold((0.0, 0), |(same, all), c| {
-            (same + c.greedy_agreement * c.positions as f32, all + c.positions)
-        });
-        if all == 0 { 1.0 } else { same / all as f32 }
-    }
-}
-
-impl fmt::Display for Verification {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in &self.compared {
-            write!(
-                f,
-                "verify   w = {}, batch {}, prompt {:<8} largest logit difference {:.1e}, greedy agreement {:.0} % of {}",
-                c.window,
-                c.batch,
-                c.prefill,
-                c.largest_difference,
-                100.0 * c.greedy_agreement,
-                c.positions
-            )?;
-            match c.own_difference.zip(c.own_difference_by.as_ref()) {
-                Some((own, by)) => writeln!(f, "; the original itself, {by}: {own:.1e}")?,
-                None => writeln!(f)?,
-            }
-        }
-        for s in &self.skipped {
-            writeln!(
-                f,
-                "verify   w = {}, batch {}, prompt {:<8} NOT COMPARED: {}",
-                s.window, s.batch, s.prefill, s.why
-            )?;
-        }
-        for note in &self.notes {
-            writeln!(f, "verify   {note}")?;
-        }
-        let verdict = if self.passed { "equal" } else { "DIFFERENT" };
-        writeln!(
-            f,
-            "verify   {verdict} on {}: tolerance {:.1e}, logits up to {:.1}",
-            self.device, self.tolerance, self.largest_logit
-        )
-    }
-}
-
-/// How a prompt is fed: name, sequences, where its pieces end, padding.
-struct Way {
-    name: &'static str,
-    batch: usize,
-    ends: &'static [usize],
-    pad: usize,
-}
-
-const WAYS: [Way; 4] = [
-    Way {
-        name: "whole",
-        batch: 1,
-        ends: &[PROMPT],
-        pad: 0,
-    },
-    Way {
-        name: "chunked",
-        batch: 1,
-        ends: &CHUNKS,
-        pad: 0,
-    },
-    Way {
-        name: "whole",
-        batch: 2,
-        ends: &[PROMPT],
-        pad: 0,
-    },
-    Way {
-        name: "padded",
-        batch: 2,
-        ends: &[PROMPT],
-        pad: PADDING,
-    },
-];
-
-/// Runs both models. What the original can't be run for is skipped, and said to be.
+/// Runs both models. What the original can't be run for is skipped, and said to be; where the original runs and the converted model
+/// doesn't, the comparison says so and has failed.
 ///
 /// # Errors
-/// One of them doesn't load, or the converted one doesn't run.
+/// The original doesn't load, or the operator isn't on the device asked for: there is nothing to compare.
 pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
-    let capacity = CAPACITY;
-    let open = |path, sizes| Model::open(runtime, path, plan.caches, plan.idle, sizes);
-    let mut original = open(plan.original, None).context("the original")?;
-    let mut converted = open(plan.converted, Some((capacity, plan.page_size))).context("the converted model")?;
-    let mut compared = Vec::new();
-    let mut skipped = Vec::new();
-    let mut notes: Vec<String> = [("the original", &original), ("the converted model", &converted)]
-        .into_iter()
-        .filter_map(|(which, model)| Some(format!("{which}: {}", model.elsewhere.as_ref()?)))
-        .collect();
-    let mut nudged = match plan.nudged.map(|path| open(path, None)).transpose() {
+    let opened = |path| runtime.open(path, false).map(|session| Model::new(session, plan, None));
+    let mut original = opened(plan.original).context("the original")?;
+    let converted = runtime.open(plan.converted, true);
+    let converted = converted.map(|session| Model::new(session, plan, Some(plan.page_size)));
+    let mut notes = Vec::new();
+    for (which, model) in [
+        ("the original", Some(&original)),
+        ("the converted model", converted.as_ref().ok()),
+    ] {
+        let elsewhere = model.map(|m| m.elsewhere(runtime)).transpose().context(which)?;
+        notes.extend(elsewhere.flatten().map(|what| format!("{which}: {what}")));
+    }
+    let mut nudged = match plan.nudged.map(opened).transpose() {
         Ok(model) => model,
         Err(why) => {
             notes.push(format!("what rounding moves in the original is not known: {why:#}"));
             None
         }
     };
-    // A property of the model, not of a way of feeding it: few tokens in a few ways hit the step of a quantisation.
-    let mut rounding = Own::default();
-    let mut largest_logit = 0.0f32;
-    for way in WAYS.iter().filter(|w| w.pad == 0 || plan.padding != Padding::Not) {
-        let ids = tokens(plan.seed, way.batch, PROMPT + STEPS, plan.vocabulary);
-        let mut skip = |window: usize, why: String| {
-            skipped.push(Skipped {
-                window,
-                batch: way.batch,
-                prefill: way.name,
-                why,
-            });
-        };
-        if way.pad > 0 && original.single {
-            let why = "the model takes one token a call, and some calls would be padding alone";
-            plan.windows.iter().for_each(|w| skip(*w, why.to_owned()));
-            continue;
+    let mut run = Run {
+        plan,
+        converted,
+        notes,
+        skipped: Vec::new(),
+        broken: None,
+        found: Vec::new(),
+        rounding: Own::default(),
+        largest_logit: 0.0,
+    };
+    for way in ways::ways(&original.fixed, plan.padding) {
+        run.compare(&way, &mut original, nudged.as_mut())?;
+        if run.broken.is_some() {
+            break;
         }
-        let expected = match original_gives(&mut original, &ids, way, 1, plan.padding) {
+    }
+    Ok(run.finish(runtime))
+}
+
+/// A comparison under way.
+struct Run<'p> {
+    plan: &'p Plan<'p>,
+    converted: Result<Model>,
+    notes: Vec<String>,
+    skipped: Vec<Skipped>,
+    broken: Option<String>,
+    /// For a window and a way: how many positions were compared, the difference, what the original makes of the same changes.
+    found: Vec<(usize, Way, usize, Difference, Own)>,
+    /// What rounding moves in the original. A property of the model, not of a way of feeding it: few tokens in a few ways hit the step of
+    /// a quantisation.
+    rounding: Own,
+    largest_logit: f32,
+}
+
+impl Run<'_> {
+    fn skip(&mut self, window: usize, way: &Way, why: &str) {
+        self.skipped.push(Skipped {
+            window,
+            batch: way.batch,
+            prefill: way.name,
+            why: why.to_owned(),
+        });
+    }
+
+    fn skip_all(&mut self, way: &Way, why: &str) {
+        for window in self.plan.windows {
+            self.skip(*window, way, why);
+        }
+    }
+
+    fn compare(&mut self, way: &Way, original: &mut Model, nudged: Option<&mut Model>) -> Result<()> {
+        let plan = self.plan;
+        let ids = tokens(plan.seed, way.batch, way.tokens(), plan.vocabulary);
+        if way.pad > 0 && original.single() {
+            self.skip_all(
+                way,
+                "the model takes one token a call, and some calls would be padding alone",
+            );
+            return Ok(());
+        }
+        if let Some(batch) = original.fixed.batch.filter(|b| *b != way.batch) {
+            let why = format!(
+                "the original doesn't run: by its declared shapes it takes {batch} sequence(s) a call, no other number"
+            );
+            self.skip_all(way, &why);
+            return Ok(());
+        }
+        let expected = match original_gives(original, &ids, way, 1, plan.padding) {
             Ok(run) if !comparable(&run.logits) => {
-                let why = "the original's logits are no numbers";
-                plan.windows.iter().for_each(|w| skip(*w, why.to_owned()));
-                continue;
+                self.skip_all(way, "the original's logits are no numbers");
+                return Ok(());
             }
             Ok(run) => run,
             Err(why) => {
-                let why = format!("the original doesn't run: {why:#}");
-                plan.windows.iter().for_each(|w| skip(*w, why.clone()));
-                continue;
+                self.skip_all(way, &format!("the original doesn't run: {why:#}"));
+                return Ok(());
             }
         };
-        notes.extend(expected.one_by_one.filter(|note| !notes.contains(note)));
+        self.notes
+            .extend(expected.one_by_one.filter(|note| !self.notes.contains(note)));
         let expected = expected.logits;
-        largest_logit = expected
+        self.largest_logit = expected
             .iter()
             .flatten()
-            .fold(largest_logit, |most, x| most.max(x.abs()));
-        if let Some(model) = &mut nudged
+            .fold(self.largest_logit, |most, x| most.max(x.abs()));
+        if let Some(model) = nudged
             && let Ok(other) = original_gives(model, &ids, way, 1, plan.padding)
             && comparable(&other.logits)
         {
-            rounding.take(&Difference::between(&expected, &other.logits)?, "rounded otherwise");
+            self.rounding
+                .take(&Difference::between(&expected, &other.logits)?, "rounded otherwise");
         }
         let padded = if plan.together && way.pad > 0 {
-            of_padding(&mut original, &ids, way, plan, &expected).context("the original")?
+            of_padding(original, &ids, way, plan, &expected).context("the original")?
         } else {
             Own::default()
         };
         for window in plan.windows {
             let mut own = padded.clone();
             if plan.together && *window > 1 {
-                match original_gives(&mut original, &ids, way, *window, plan.padding) {
+                match original_gives(original, &ids, way, *window, plan.padding) {
                     Ok(run) => {
                         let difference = Difference::between(&expected, &run.logits)?;
                         own.take(&difference, &format!("fed {window} together"));
                     }
                     Err(why) => {
-                        skip(
-                            *window,
-                            format!(
-                                "the original, whose numbers depend on which tokens are fed together, doesn't take {window}: {why:#}"
-                            ),
+                        let why = format!(
+                            "the original, whose numbers depend on which tokens are fed together, doesn't take {window}: {why:#}"
                         );
+                        self.skip(*window, way, &why);
                         continue;
                     }
                 }
             }
-            let got = run(&mut converted, &ids, way, *window).context("the converted model")?;
-            let difference = Difference::between(&expected, &got)?;
-            compared.push((*window, way, expected.len(), difference, own));
+            let got = match &mut self.converted {
+                Ok(converted) => run(converted, &ids, way, *window)
+                    .and_then(|got| Difference::between(&expected, &got))
+                    .map_err(|why| {
+                        format!(
+                            "with w = {window}, batch {}, prompt {} the original runs, and the converted model doesn't: {why:#}",
+                            way.batch, way.name
+                        )
+                    }),
+                Err(why) => Err(format!("the original runs, and of the converted model {why:#}")),
+            };
+            match got {
+                Ok(difference) => self.found.push((*window, way.clone(), expected.len(), difference, own)),
+                Err(why) => {
+                    self.broken = Some(why);
+                    return Ok(());
+                }
+            }
         }
+        Ok(())
     }
-    let tolerance = plan.tolerance * largest_logit.max(1.0);
-    if rounding.median > MOST_ROUNDING * tolerance {
-        notes.push(format!(
-            "rounding moves the original by {:.1e} at most positions: that explains nothing",
-            rounding.median
-        ));
-        rounding = Own::default();
-    }
-    let compared: Vec<Compared> = compared
-        .into_iter()
-        .map(|(window, way, positions, difference, mut own)| {
+
+    fn finish(mut self, runtime: &Runtime) -> Verification {
+        let tolerance = self.plan.tolerance * self.largest_logit.max(1.0);
+        if self.rounding.median > MOST_ROUNDING * tolerance {
+            self.notes.push(format!(
+                "rounding moves the original by {:.1e} in a logit (median over positions): that explains nothing",
+                self.rounding.median
+            ));
+            self.rounding = Own::default();
+        }
+        let rounding = self.rounding;
+        let compared = |(window, way, positions, difference, mut own): (usize, Way, usize, Difference, Own)| {
             if let Some(by) = &rounding.changed {
                 own.take(&rounding.difference(), by);
             }
@@ -351,19 +255,20 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
                 greedy_agreement: difference.same as f32 / positions.max(1) as f32,
                 positions,
             }
-        })
-        .collect();
-    let passed = compared.iter().all(|c| c.passed);
-    Ok(Verification {
-        runtime: runtime.library().to_owned(),
-        device: runtime.device.to_string(),
-        compared,
-        skipped,
-        notes,
-        largest_logit,
-        tolerance,
-        passed,
-    })
+        };
+        let compared: Vec<Compared> = self.found.into_iter().map(compared).collect();
+        Verification {
+            runtime: runtime.library().to_owned(),
+            device: runtime.device.to_string(),
+            passed: self.broken.is_none() && compared.iter().all(|c| c.passed),
+            compared,
+            skipped: self.skipped,
+            broken: self.broken,
+            notes: self.notes,
+            largest_logit: self.largest_logit,
+            tolerance,
+        }
+    }
 }
 
 /// Whether logits are such as others can be compared with. Masks of minus infinity give none for padding, for instance; what is
@@ -378,7 +283,7 @@ fn comparable(logits: &[Vec<f32>]) -> bool {
 fn of_padding(original: &mut Model, ids: &[Vec<i64>], way: &Way, plan: &Plan, expected: &[Vec<f32>]) -> Result<Own> {
     let mut own = Own::default();
     if plan.padding == Padding::Alone {
-        let alone = Way { pad: 0, ..*way };
+        let alone = way.unpadded();
         if let (Ok(together), Ok(apart)) = (reference(original, ids, &alone, 1, 0), apart(original, ids, &alone, 1)) {
             own.take(
                 &Difference::between(&together.logits, &apart.logits)?,
@@ -425,13 +330,16 @@ fn original_gives(
     apart(model, ids, way, window)
 }
 
-/// Each sequence alone, without its padding.
+/// Each sequence alone, without its padding; as often as a model takes sequences that is made for one number of them.
 fn apart(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> Result<Reference> {
     let mut rows = Vec::new();
     for (b, row) in ids.iter().enumerate() {
         let skip = if b + 1 == ids.len() { way.pad } else { 0 };
-        let alone = vec![row.get(skip..).unwrap_or_default().to_vec()];
-        rows.push(reference(model, &alone, &Way { pad: 0, ..*way }, window, skip)?);
+        let copies = model.fixed.batch.unwrap_or(1);
+        let alone = vec![row.get(skip..).unwrap_or_default().to_vec(); copies];
+        let mut run = reference(model, &alone, &way.unpadded(), window, skip)?;
+        run.logits = run.logits.into_iter().step_by(copies.max(1)).collect();
+        rows.push(run);
     }
     // Sequence by sequence to call by call.
     let calls = rows.iter().map(|r| r.logits.len()).min().unwrap_or(0);
@@ -472,7 +380,7 @@ fn reference(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize, skip
         }
         from = end;
     }
-    for t in PROMPT - skip..PROMPT - skip + STEPS {
+    for t in way.prompt() - skip..way.tokens() - skip {
         let again = (window - 1).min(t);
         let again = if again > 0 && model.rewind(t - again)? {
             again
@@ -488,17 +396,17 @@ fn run(model: &mut Model, ids: &[Vec<i64>], way: &Way, window: usize) -> Result<
     model.start(ids.len())?;
     let mut logits = Vec::new();
     let mut from = 0;
-    for end in way.ends {
+    for end in way.ends.iter().copied() {
         logits.extend(model.feed(&Feed {
             ids,
             count: end - from,
-            total: *end,
+            total: end,
             pad: way.pad,
             retro: -1,
         })?);
-        from = *end;
+        from = end;
     }
-    for t in PROMPT..PROMPT + STEPS {
+    for t in way.prompt()..way.tokens() {
         let again = (window - 1).min(t);
         let feed = Feed {
             ids,

@@ -1,7 +1,7 @@
 //! One model as a caller sees it: fed tokens, it keeps its caches and gives logits.
 
-use super::{runtime::Runtime, value::Value};
-use crate::rules::{ATTENTION_MASK, INPUT_IDS, POSITION_IDS};
+use super::{Plan, others::OtherInput, runtime::Runtime, value::Value, ways::CAPACITY};
+use crate::rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 use anyhow::{Context, Result, anyhow, bail};
 use ort::{
     session::{Session, SessionInputValue},
@@ -12,7 +12,7 @@ use retro_contract::{
     pages_for,
 };
 use retro_runtime::one_line;
-use std::{borrow::Cow, collections::HashMap, path::Path};
+use std::{borrow::Cow, collections::HashMap};
 
 /// A cache of the source: its names, its sizes, and how it is kept.
 #[derive(Clone, Debug)]
@@ -42,15 +42,58 @@ pub struct Feed<'f> {
     pub retro: i32,
 }
 
+/// Sizes that a model's inputs are declared with once and for all; none: they are open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fixed {
+    /// Sequences a call.
+    pub batch: Option<usize>,
+    /// Tokens a call.
+    pub tokens: Option<usize>,
+    /// Tokens in all: rows of caches, width of the mask.
+    pub rows: Option<usize>,
+    /// The mask is one width, with zeros for what is still to come: there is no telling them from padding.
+    pub mask: bool,
+}
+
+impl Fixed {
+    fn of(session: &Session, caches: &[CacheFacts]) -> Self {
+        let mut fixed = Self::default();
+        let at_most = |known: &mut Option<usize>, new: Option<usize>| {
+            *known = [*known, new].into_iter().flatten().min();
+        };
+        for input in session.inputs() {
+            let shape = input.dtype().tensor_shape().map_or(&[][..], |s| &**s);
+            let dim = |axis: usize| shape.get(axis).and_then(|d| usize::try_from(*d).ok());
+            match (input.name(), shape.len()) {
+                (INPUT_IDS, 2) | (INPUTS_EMBEDS, 3) => {
+                    at_most(&mut fixed.batch, dim(0));
+                    at_most(&mut fixed.tokens, dim(1));
+                }
+                (ATTENTION_MASK, 2) => {
+                    at_most(&mut fixed.batch, dim(0));
+                    at_most(&mut fixed.rows, dim(1));
+                    fixed.mask = dim(1).is_some();
+                }
+                (name, 4) => {
+                    if let Some(cache) = caches.iter().find(|c| c.past == name) {
+                        at_most(&mut fixed.batch, dim(0));
+                        at_most(&mut fixed.rows, dim(2).filter(|_| !cache.sliding));
+                    }
+                }
+                _ => {}
+            }
+        }
+        fixed
+    }
+}
+
 pub struct Model {
     session: Session,
-    /// What does not run on the device asked for.
-    pub elsewhere: Option<String>,
     caches: Vec<CacheFacts>,
     /// Inputs that may be fed anything.
     idle: Vec<String>,
-    /// It takes one token a call, by its declared shape.
-    pub single: bool,
+    others: Vec<OtherInput>,
+    pub fixed: Fixed,
     state: HashMap<String, Value>,
     /// Rows of converted caches; none: an original, whose caches grow.
     capacity: Option<usize>,
@@ -58,27 +101,32 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn open(
-        runtime: &Runtime,
-        path: &Path,
-        caches: &[CacheFacts],
-        idle: &[String],
-        converted: Option<(usize, usize)>,
-    ) -> Result<Self> {
-        let (session, elsewhere) = runtime.open(path, converted.is_some())?;
-        let ids = session.inputs().iter().find(|i| i.name() == INPUT_IDS);
-        let shape = ids.and_then(|i| i.dtype().tensor_shape());
-        let single = shape.is_some_and(|s| s.len() == 2 && s.get(1) == Some(&1));
-        Ok(Self {
-            single,
+    /// `converted`: the page size of a converted model.
+    pub fn new(session: Session, plan: &Plan, converted: Option<usize>) -> Self {
+        let fixed = Fixed::of(&session, plan.caches);
+        Self {
             session,
-            elsewhere,
-            caches: caches.to_vec(),
-            idle: idle.to_vec(),
+            caches: plan.caches.to_vec(),
+            idle: plan.idle.to_vec(),
+            others: plan.others.to_vec(),
             state: HashMap::new(),
-            capacity: converted.map(|(capacity, _)| capacity),
-            page_size: converted.map_or(1, |(_, page)| page),
-        })
+            capacity: converted.map(|_| fixed.rows.unwrap_or(CAPACITY)),
+            fixed,
+            page_size: converted.unwrap_or(1),
+        }
+    }
+
+    /// It takes one token a call, by its declared shape.
+    pub fn single(&self) -> bool {
+        self.fixed.tokens == Some(1)
+    }
+
+    /// What of it does not run on the device asked for.
+    ///
+    /// # Errors
+    /// The operator itself doesn't.
+    pub fn elsewhere(&self, runtime: &Runtime) -> Result<Option<String>> {
+        runtime.elsewhere(&self.session)
     }
 
     /// Forgets everything and prepares for `batch` sequences.
@@ -88,15 +136,15 @@ impl Model {
             let (name, ValueType::Tensor { ty, shape, .. }) = (input.name(), input.dtype()) else {
                 continue;
             };
-            if let Some(cache) = self.caches.iter().find(|c| c.past == name) {
+            let fixed = |axis: usize| shape.get(axis).and_then(|d| usize::try_from(*d).ok());
+            let shape: Vec<usize> = if let Some(cache) = self.caches.iter().find(|c| c.past == name) {
                 let rows = match self.capacity {
                     _ if cache.grows => 0,
                     Some(capacity) => capacity,
-                    None if cache.sliding => super::CAPACITY,
+                    None if cache.sliding => CAPACITY,
                     None => 0,
                 };
-                let shape = [batch, cache.heads, rows, cache.head_size];
-                self.state.insert(name.to_owned(), Value::zeros(*ty, &shape)?);
+                vec![batch, cache.heads, fixed(2).unwrap_or(rows), cache.head_size]
             } else if name.starts_with("past_retro.") {
                 let pages = pages_for(self.capacity.unwrap_or(0), self.page_size);
                 let size = self.caches.first().map_or(1, |c| c.head_size);
@@ -106,16 +154,21 @@ impl Model {
                     (2, _) if name.contains(".page_") => pages,
                     _ => size,
                 };
-                let shape: Vec<usize> = shape.iter().enumerate().map(fill).collect();
-                self.state.insert(name.to_owned(), Value::zeros(*ty, &shape)?);
-            }
+                shape.iter().enumerate().map(fill).collect()
+            } else if let Some(other) = self.others.iter().find(|o| o.name == name && o.carried().is_some()) {
+                other.sizes.iter().map(|size| size.of(batch, 1, 0)).collect()
+            } else {
+                continue;
+            };
+            self.state.insert(name.to_owned(), Value::zeros(*ty, &shape)?);
         }
         Ok(())
     }
 
     /// Keeps only the first `tokens` rows of caches that grow. Whether it can.
     pub fn rewind(&mut self, tokens: usize) -> Result<bool> {
-        if self.caches.iter().any(|c| c.sliding) {
+        let carries = self.others.iter().any(|o| o.carried().is_some());
+        if carries || self.fixed.rows.is_some() || self.caches.iter().any(|c| c.sliding) {
             return Ok(false);
         }
         for cache in &self.caches {
@@ -128,7 +181,7 @@ impl Model {
 
     /// Feeds tokens; the newest token's logits of each sequence.
     pub fn feed(&mut self, feed: &Feed) -> Result<Vec<Vec<f32>>> {
-        if !self.single || feed.retro > 0 {
+        if !self.single() || feed.retro > 0 {
             return self.feed_at_once(feed);
         }
         let mut logits = Vec::new();
@@ -142,54 +195,67 @@ impl Model {
         Ok(logits)
     }
 
-    fn feed_at_once(&mut self, feed: &Feed) -> Result<Vec<Vec<f32>>> {
+    /// What an input is fed.
+    fn value(&self, name: &str, ty: TensorElementType, shape: &[i64], feed: &Feed) -> Result<Value> {
         let (batch, first) = (feed.ids.len(), feed.total - feed.count);
         let start = |b: usize| if b + 1 == batch { feed.pad } else { 0 };
+        let rows = |f: &dyn Fn(usize, usize) -> i64, from: usize, to: usize| -> Vec<i64> {
+            (0..batch)
+                .flat_map(|b| (from..to).map(move |j| (b, j)))
+                .map(|(b, j)| f(b, j))
+                .collect()
+        };
+        let id = |b: usize, j: usize| feed.ids.get(b).and_then(|r| r.get(j)).copied().unwrap_or(0);
+        Ok(match name {
+            INPUT_IDS => Value::numbers(ty, &[batch, feed.count], &rows(&id, first, feed.total))?,
+            ATTENTION_MASK => {
+                // One of fixed width has zeros for what is still to come.
+                let fixed = shape.get(1).filter(|_| shape.len() == 2);
+                let width = fixed.and_then(|d| usize::try_from(*d).ok()).unwrap_or(feed.total);
+                let seen = |b: usize, j: usize| i64::from(j >= start(b) && j < feed.total);
+                Value::numbers(ty, &[batch, width], &rows(&seen, 0, width))?
+            }
+            POSITION_IDS => {
+                let position = |b: usize, j: usize| j.saturating_sub(start(b)) as i64;
+                let positions = rows(&position, first, feed.total);
+                if shape.len() == 3 {
+                    let n = shape.first().and_then(|d| usize::try_from(*d).ok()).unwrap_or(3);
+                    Value::numbers(ty, &[n, batch, feed.count], &positions.repeat(n))?
+                } else {
+                    Value::numbers(ty, &[batch, feed.count], &positions)?
+                }
+            }
+            RETRO_LENGTH => Value::numbers(ty, &[1], &[i64::from(feed.retro)])?,
+            PAGE_BUDGET => {
+                let all = pages_for(self.capacity.unwrap_or(0), self.page_size);
+                Value::numbers(ty, &[1], &[all as i64])?
+            }
+            _ if LOGITS_TO_KEEP.contains(&name) => Value::numbers(ty, &whole(shape), &[1])?,
+            _ if self.idle.iter().any(|i| i == name) => Value::zeros(ty, &whole(shape))?,
+            _ => {
+                if let Some(value) = self.state.get(name) {
+                    return Ok(value.clone());
+                }
+                let other = self.others.iter().find(|o| o.name == name);
+                // What chose a branch that is the graph now.
+                if other.is_none() && ty == TensorElementType::Bool {
+                    return Value::numbers(ty, &whole(shape), &[i64::from(first > 0)]);
+                }
+                let other =
+                    other.with_context(|| format!("the model takes {name}, which this comparison can't make"))?;
+                other.value(ty, feed)?
+            }
+        })
+    }
+
+    fn feed_at_once(&mut self, feed: &Feed) -> Result<Vec<Vec<f32>>> {
         let mut inputs: Vec<(Cow<str>, SessionInputValue)> = Vec::new();
         for input in self.session.inputs() {
             let name = input.name();
             let ValueType::Tensor { ty, shape, .. } = input.dtype() else {
                 bail!("the input {name} is no tensor")
             };
-            let rows = |f: &dyn Fn(usize, usize) -> i64, from: usize| -> Vec<i64> {
-                (0..batch)
-                    .flat_map(|b| (from..feed.total).map(move |j| (b, j)))
-                    .map(|(b, j)| f(b, j))
-                    .collect()
-            };
-            let value = match name {
-                INPUT_IDS => {
-                    let ids = rows(
-                        &|b, j| feed.ids.get(b).and_then(|r| r.get(j)).copied().unwrap_or(0),
-                        first,
-                    );
-                    Value::numbers(*ty, &[batch, feed.count], &ids)?
-                }
-                ATTENTION_MASK => {
-                    Value::numbers(*ty, &[batch, feed.total], &rows(&|b, j| i64::from(j >= start(b)), 0))?
-                }
-                POSITION_IDS => {
-                    let positions = rows(&|b, j| j.saturating_sub(start(b)) as i64, first);
-                    if shape.len() == 3 {
-                        let n = shape.first().and_then(|d| usize::try_from(*d).ok()).unwrap_or(3);
-                        Value::numbers(*ty, &[n, batch, feed.count], &positions.repeat(n))?
-                    } else {
-                        Value::numbers(*ty, &[batch, feed.count], &positions)?
-                    }
-                }
-                RETRO_LENGTH => Value::numbers(*ty, &[1], &[i64::from(feed.retro)])?,
-                PAGE_BUDGET => {
-                    let all = pages_for(self.capacity.unwrap_or(0), self.page_size);
-                    Value::numbers(*ty, &[1], &[all as i64])?
-                }
-                _ if LOGITS_TO_KEEP.contains(&name) => Value::numbers(*ty, &whole(shape), &[1])?,
-                _ if self.idle.iter().any(|i| i == name) => Value::zeros(*ty, &whole(shape))?,
-                _ if *ty == TensorElementType::Bool => Value::numbers(*ty, &[1], &[i64::from(first > 0)])?,
-                _ => match self.state.get(name) {
-                    Some(value) => value.clone(),
-                    None => bail!("the model takes {name}, which this comparison can't make"),
-                },
-            };
+            let value = self.value(name, *ty, shape, feed)?;
             inputs.push((Cow::Owned(name.to_owned()), value.to_ort()?.into()));
         }
         // Overridable initializers are no inputs that a session lists.
@@ -224,7 +290,10 @@ impl Model {
                     logits = Some(Value::from_ort(value)?);
                     continue;
                 }
-                None => continue,
+                None => match self.others.iter().find(|o| o.carried() == Some(name)) {
+                    Some(other) => other.name.clone(),
+                    None => continue,
+                },
             };
             self.state.insert(past, Value::from_ort(value)?);
         }

@@ -1,7 +1,10 @@
 //! ONNX Runtime with the operator's plugin at hand, and the device that both models run on.
 
 use anyhow::{Result, anyhow, ensure};
-use ort::session::{Session, builder::GraphOptimizationLevel};
+use ort::session::{
+    Session,
+    builder::{GraphOptimizationLevel, SessionBuilder},
+};
 use retro_runtime::{Device, PLUGIN, PLUGIN_VARIABLE, device, find_plugin, one_line};
 use std::{
     path::{Path, PathBuf},
@@ -32,7 +35,10 @@ impl Runtime {
             .map_err(|why| anyhow!("{why}"))?;
         // Only whether it is there: tensors stay on the host, and ONNX Runtime copies them.
         device.gpu()?;
-        Ok(Self { loaded, plugin, device })
+        let runtime = Self { loaded, plugin, device };
+        // A plugin that doesn't load says nothing of any model.
+        runtime.builder(true)?;
+        Ok(runtime)
     }
 
     /// The library, for reports.
@@ -40,24 +46,41 @@ impl Runtime {
         &self.loaded.path
     }
 
-    /// Opens a model; and what of it does not run on the device. `plugin`: it is a converted one.
-    pub fn open(&self, model: &Path, plugin: bool) -> Result<(Session, Option<String>)> {
-        let failed =
-            |e: &dyn std::fmt::Display| anyhow!("ONNX Runtime does not load {}: {}", model.display(), one_line(e));
-        let mut builder = Session::builder(self.loaded.environment()).map_err(|e| failed(&e))?;
+    fn builder(&self, plugin: bool) -> Result<SessionBuilder> {
+        let failed = |e: String| anyhow!("ONNX Runtime makes no session: {e}");
+        let mut builder = Session::builder(self.loaded.environment()).map_err(|e| failed(one_line(&e)))?;
         // As written: a fused or folded graph rounds otherwise.
         builder = builder
             .with_optimization_level(GraphOptimizationLevel::Level1)
-            .map_err(|e| failed(&e))?;
-        builder = self.device.provide(builder, false).map_err(|e| failed(&e))?;
+            .map_err(|e| failed(one_line(&e)))?;
+        builder = self.device.provide(builder, false).map_err(failed)?;
         if plugin {
-            builder = builder.with_operator_library(&self.plugin).map_err(|e| failed(&e))?;
+            let shown = self.plugin.display();
+            builder = builder
+                .with_operator_library(&self.plugin)
+                .map_err(|e| anyhow!("the plugin {shown} does not load: {}", one_line(&e)))?;
         }
-        let session = builder.commit_from_file(model).map_err(|e| failed(&e))?;
+        Ok(builder)
+    }
+
+    /// Loads a model. `plugin`: it is a converted one.
+    ///
+    /// # Errors
+    /// ONNX Runtime doesn't load it.
+    pub fn open(&self, model: &Path, plugin: bool) -> Result<Session> {
+        let loaded = self.builder(plugin)?.commit_from_file(model);
+        loaded.map_err(|e| anyhow!("ONNX Runtime does not load {}: {}", model.display(), one_line(&e)))
+    }
+
+    /// What of a model does not run on the device.
+    ///
+    /// # Errors
+    /// The operator itself doesn't.
+    pub fn elsewhere(&self, session: &Session) -> Result<Option<String>> {
         if self.device == Device::Cpu {
-            return Ok((session, None));
+            return Ok(None);
         }
-        let placed = device::placement(&session)?;
+        let placed = device::placement(session)?;
         // What is to be compared is the operator's own kernels there; all else may be left to the CPU, and is named.
         let left = placed
             .iter()
@@ -66,7 +89,6 @@ impl Runtime {
             left.is_none(),
             "the operator would run on the CPU: the plugin was built without CUDA (make cuda), or the model's element type is not supported there"
         );
-        let left = device::elsewhere(&placed);
-        Ok((session, left))
+        Ok(device::elsewhere(&placed))
     }
 }

@@ -1,10 +1,10 @@
 //! Tensors on their way into a session and out of it.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail, ensure};
 use half::{bf16, f16};
 use ort::{
     memory::Allocator,
-    value::{DynTensor, DynValue, TensorElementType, ValueType},
+    value::{DynTensor, DynValue, PrimitiveTensorElementType, TensorElementType, ValueType},
 };
 
 /// A tensor of the host: bytes of a type in a shape.
@@ -17,9 +17,12 @@ pub struct Value {
 
 fn size_of(element: TensorElementType) -> Result<usize> {
     Ok(match element {
-        TensorElementType::Float32 | TensorElementType::Int32 => 4,
-        TensorElementType::Float16 | TensorElementType::Bfloat16 => 2,
-        TensorElementType::Int64 => 8,
+        TensorElementType::Float32 | TensorElementType::Int32 | TensorElementType::Uint32 => 4,
+        TensorElementType::Float16
+        | TensorElementType::Bfloat16
+        | TensorElementType::Int16
+        | TensorElementType::Uint16 => 2,
+        TensorElementType::Int64 | TensorElementType::Uint64 | TensorElementType::Float64 => 8,
         TensorElementType::Bool | TensorElementType::Uint8 | TensorElementType::Int8 => 1,
         other => bail!("a tensor of {other:?} is not understood"),
     })
@@ -40,14 +43,35 @@ impl Value {
         let bytes = match element {
             TensorElementType::Int64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             TensorElementType::Int32 => values.iter().flat_map(|v| (*v as i32).to_le_bytes()).collect(),
-            TensorElementType::Float32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
-            TensorElementType::Float16 => values
-                .iter()
-                .flat_map(|v| f16::from_f32(*v as f32).to_le_bytes())
-                .collect(),
             TensorElementType::Bool => values.iter().map(|v| u8::from(*v != 0)).collect(),
+            TensorElementType::Int8 | TensorElementType::Uint8 => values.iter().map(|v| *v as u8).collect(),
+            _ => {
+                let values: Vec<f64> = values.iter().map(|v| *v as f64).collect();
+                return Self::reals(element, shape, &values);
+            }
+        };
+        Self::of(element, shape, bytes)
+    }
+
+    /// Numbers in whatever floating type is wanted.
+    pub fn reals(element: TensorElementType, shape: &[usize], values: &[f64]) -> Result<Self> {
+        let bytes = match element {
+            TensorElementType::Float32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+            TensorElementType::Float64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            TensorElementType::Float16 => values.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
+            TensorElementType::Bfloat16 => values.iter().flat_map(|v| bf16::from_f64(*v).to_le_bytes()).collect(),
             other => bail!("an input of {other:?} is not understood"),
         };
+        Self::of(element, shape, bytes)
+    }
+
+    fn of(element: TensorElementType, shape: &[usize], bytes: Vec<u8>) -> Result<Self> {
+        let wanted = shape.iter().product::<usize>() * size_of(element)?;
+        ensure!(
+            bytes.len() == wanted,
+            "{} bytes for a tensor of shape {shape:?}, which has {wanted}",
+            bytes.len()
+        );
         Ok(Self {
             element,
             shape: shape.to_vec(),
@@ -121,25 +145,24 @@ impl Value {
             bail!("an output is no tensor")
         };
         let shape: Vec<usize> = shape.iter().map(|d| usize::try_from(*d)).collect::<Result<_, _>>()?;
-        let failed = |e: ort::Error| anyhow!("{e}");
+        fn bytes<T: PrimitiveTensorElementType + Copy, const N: usize>(
+            value: &DynValue,
+            to_bytes: impl Fn(T) -> [u8; N],
+        ) -> Result<Vec<u8>> {
+            let (_, data) = value.try_extract_tensor::<T>().map_err(|e| anyhow!("{e}"))?;
+            Ok(data.iter().flat_map(|x| to_bytes(*x)).collect())
+        }
         let bytes = match ty {
             _ if shape.contains(&0) => Vec::new(),
-            TensorElementType::Float32 => {
-                let (_, data) = value.try_extract_tensor::<f32>().map_err(failed)?;
-                data.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            TensorElementType::Float16 => {
-                let (_, data) = value.try_extract_tensor::<f16>().map_err(failed)?;
-                data.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            TensorElementType::Bfloat16 => {
-                let (_, data) = value.try_extract_tensor::<bf16>().map_err(failed)?;
-                data.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            TensorElementType::Int32 => {
-                let (_, data) = value.try_extract_tensor::<i32>().map_err(failed)?;
-                data.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
+            TensorElementType::Float32 => bytes(value, f32::to_le_bytes)?,
+            TensorElementType::Float64 => bytes(value, f64::to_le_bytes)?,
+            TensorElementType::Float16 => bytes(value, f16::to_le_bytes)?,
+            TensorElementType::Bfloat16 => bytes(value, bf16::to_le_bytes)?,
+            TensorElementType::Int64 => bytes(value, i64::to_le_bytes)?,
+            TensorElementType::Int32 => bytes(value, i32::to_le_bytes)?,
+            TensorElementType::Int8 => bytes(value, i8::to_le_bytes)?,
+            TensorElementType::Uint8 => bytes(value, u8::to_le_bytes)?,
+            TensorElementType::Bool => bytes(value, |x: bool| [u8::from(x)])?,
             other => bail!("an output of {other:?} is not understood"),
         };
         Ok(Self {

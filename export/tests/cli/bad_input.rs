@@ -173,3 +173,20 @@ fn a_model_that_converts_in_part_needs_to_be_asked() {
         Some("0")
     );
 }
+
+#[test]
+fn a_tolerance_is_a_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("m.onnx");
+    let source = zoo("genai-llama-fp32-cpu").join("model.onnx");
+    for (tolerance, shown) in [("nan", "NaN"), ("inf", "inf"), ("-0.1", "-0.1"), ("-inf", "-inf")] {
+        let error = refusal(&[
+            source.as_os_str(),
+            "-o".as_ref(),
+            target.as_os_str(),
+            format!("--tolerance={tolerance}").as_ref(),
+        ]);
+        assert!(error.contains(&format!("tolerance is {shown}")), "{error}");
+    }
+    assert!(names(folder.path()).is_empty());
+}

@@ -196,3 +196,48 @@ fn a_record_that_was_tampered_with_is_refused() {
     assert!(revert().contains("not converted by retro-export"));
     assert_eq!(names(folder.path()), ["converted", "genai-llama-fp32-cpu"]);
 }
+
+/// A record that inflates to a gigabyte and more is refused in little memory, and nothing is written.
+#[test]
+fn a_record_that_inflates_without_end_takes_little_memory() {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    use std::io::Write;
+    let folder = tempfile::tempdir().unwrap();
+    let source = copy_of("genai-llama-fp32-cpu", folder.path());
+    let target = folder.path().join("converted");
+    crate::support::convert(&[&source, Path::new("-o"), &target]);
+    let path = target.join("model.onnx");
+    let model = read_model(&path).unwrap().model;
+    // Of an honest length and of one that no model has; the latter says the truth about what follows.
+    for (length, given) in [(60u64 << 20, 60u64 << 20), (3 << 30, 3 << 30), (100, 3 << 30)] {
+        let mut out = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+        out.write_all(&[1]).unwrap();
+        for number in [length, 0] {
+            out.write_all(&number.to_le_bytes()).unwrap();
+        }
+        out.write_all(&[0]).unwrap();
+        out.write_all(&length.to_le_bytes()).unwrap();
+        let zeros = vec![0; 1 << 20];
+        (0..given >> 20).for_each(|_| out.write_all(&zeros).unwrap());
+        let mut bad = model.clone();
+        bad.set_metadata("retro.original", STANDARD.encode(out.finish().unwrap()));
+        fs::write(&path, bad.encode_to_vec()).unwrap();
+        let script = format!("ulimit -v 300000; exec {} \"$@\"", env!("CARGO_BIN_EXE_retro-export"));
+        let started = Instant::now();
+        let output = std::process::Command::new("bash")
+            .args(["-c", &script, "-"])
+            .arg(&target)
+            .args(["--revert", "-o"])
+            .arg(folder.path().join("back"))
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(
+            error.starts_with("error: ") && error.lines().count() == 1 && error.contains("record"),
+            "{error}"
+        );
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+        assert_eq!(names(folder.path()), ["converted", "genai-llama-fp32-cpu"]);
+    }
+}

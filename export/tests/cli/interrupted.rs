@@ -40,6 +40,20 @@ fn killed_at_any_moment_it_leaves_the_old_output_or_the_new_one() {
     }
     println!("killed 60 times: the old output was kept {kept} times, replaced {replaced} times");
     assert!(kept > 0, "it was never killed before its end");
+    convert(&[
+        source.as_os_str(),
+        "-o".as_ref(),
+        target.as_os_str(),
+        "--force".as_ref(),
+    ]);
+    let left: Vec<String> = names(source.parent().unwrap())
+        .into_iter()
+        .filter(|n| n.starts_with('.'))
+        .collect();
+    assert!(
+        left.is_empty(),
+        "the next run removes what the killed ones left: {left:?}"
+    );
 }
 
 /// A model of the zoo with weights of its own, and one like it with others: folders.

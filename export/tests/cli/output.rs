@@ -1,6 +1,8 @@
 //! Where the output goes and what comes along.
 
 use crate::support::{command, convert, copy_of, names, refusal, zoo};
+use prost::Message;
+use retro_export::onnx::read_model;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -367,4 +369,79 @@ fn help_names_every_setting() {
     ] {
         assert!(help.contains(flag), "{flag}");
     }
+}
+
+/// Where ONNX Runtime refuses the original, because its weights lie elsewhere, nothing there is read.
+#[cfg(unix)]
+#[test]
+fn weights_that_onnx_runtime_does_not_read_are_refused() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let [blobs, model] = ["blobs", "model"].map(|name| folder.path().join(name));
+    fs::create_dir(&blobs).unwrap();
+    fs::create_dir(&model).unwrap();
+    fs::copy(zoo(CASE).join("model.onnx"), model.join("model.onnx")).unwrap();
+    fs::copy(zoo(CASE).join("model.onnx.data"), blobs.join("data")).unwrap();
+    let data = model.join("model.onnx.data");
+    let target = folder.path().join("out.onnx");
+    let refused = |what: &[&std::ffi::OsStr]| {
+        let error = refusal(what);
+        assert!(error.contains("outside the model's folder"), "{error}");
+        assert_eq!(names(folder.path()), ["blobs", "model"]);
+    };
+    // A link to a file elsewhere, and one to a folder elsewhere.
+    symlink(blobs.join("data"), &data).unwrap();
+    for what in [&model, &model.join("model.onnx")] {
+        refused(&args(what, &target, &[]));
+        refused(&["inspect".as_ref(), what.as_os_str()]);
+        refused(&[what.as_os_str(), "-n".as_ref()]);
+    }
+    fs::remove_file(&data).unwrap();
+    fs::rename(blobs.join("data"), blobs.join("model.onnx.data")).unwrap();
+    symlink(&blobs, model.join("weights")).unwrap();
+    let mut graph = read_model(&model.join("model.onnx")).unwrap().model;
+    for tensor in &mut graph.graph.as_mut().unwrap().initializer {
+        for entry in tensor.external_data.iter_mut().filter(|e| e.key() == "location") {
+            entry.value = Some("weights/model.onnx.data".into());
+        }
+    }
+    let bytes = graph.encode_to_vec();
+    fs::remove_file(model.join("model.onnx")).unwrap();
+    fs::write(model.join("model.onnx"), bytes).unwrap();
+    refused(&args(&model, &target, &[]));
+}
+
+/// What a killed run left is removed by the next one that writes there, and what a live one needs is not.
+#[test]
+fn what_killed_runs_left_is_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = copy_of(CASE, folder.path());
+    let leave = |place: &Path| {
+        fs::write(place.join(".retro-export-dead.tmp"), b"half").unwrap();
+        fs::create_dir(place.join(".retro-export-dead2.tmp")).unwrap();
+        fs::write(place.join(".retro-export-dead2.tmp/model.onnx"), b"half").unwrap();
+        fs::write(place.join(".retro-export-live.tmp"), b"half").unwrap();
+        let live = fs::File::open(place.join(".retro-export-live.tmp")).unwrap();
+        live.try_lock().unwrap();
+        live
+    };
+    let live = leave(&source);
+    convert(&args(&source.join("model.onnx"), &source.join("retro.onnx"), &[]));
+    let there = names(&source);
+    assert_eq!(there[0], ".retro-export-live.tmp");
+    assert!(!there[1].starts_with('.'), "{there:?}");
+    drop(live);
+    // Nor does it come along with a folder.
+    let target = folder.path().join("converted");
+    let live = leave(folder.path());
+    convert(&args(&source, &target, &[]));
+    assert!(
+        names(&target).iter().all(|name| !name.starts_with('.')),
+        "{:?}",
+        names(&target)
+    );
+    assert_eq!(names(folder.path()), [".retro-export-live.tmp", "converted", CASE]);
+    drop(live);
+    convert(&args(&source, &target, &["--force"]));
+    assert_eq!(names(folder.path()), ["converted", CASE]);
 }

@@ -142,6 +142,16 @@ cases! {
     // Caches stay float32, as transformers.js has its models: a Cast before and after each.
     f16_conversion_that_keeps_io_types: "fp16conv-llama-fp32io" converts("decomposed", FULL, 4e-2, 4e-2);
     genai_lfm2_has_convolutions: "genai-lfm2" fed_once(&["carries past.0.conv on to present.0.conv", "--window 1"], 2);
+    // The bodies of ai.onnx::Attention (opset 24), RotaryEmbedding and Attention (opset 25, with a window of 6 before a token and none
+    // behind it), as ONNX's inliner leaves them.
+    inlined_attention: "mobius-llama-inlined" converts("decomposed", FULL, 1e-4, 1e-4);
+    inlined_window: "onnx-inlined_window" converts("decomposed", [", sliding window of 7"; 2], 1e-4, 1e-4);
+    // Shapes that nothing needs are read from what the converter removes.
+    dead_nodes: "plain-dead_nodes" converts("attention", FULL, 1e-4, 1e-4);
+    // 70 * 70: no constant is the window.
+    window_product: "plain-window_product" converts("decomposed", [", sliding window of 4900"; 2], 1e-4, 1e-4);
+    // Behind a window of 4096 the first four tokens stay visible.
+    sinks_in_the_mask: "plain-sink_window" refused(&["last 4096 tokens", "first 4 (attention sinks in the mask)"]);
     // Activations are rounded to int8, which enlarges float16's rounding: the original is measured with another last bit.
     four_bit_webgpu: "genai-mistral-int4-webgpu" compares(&[], &[], "");
     // Convolution and recurrent state beside attention, with functions for them.

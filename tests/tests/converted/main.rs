@@ -4,6 +4,7 @@ mod convert;
 mod exports;
 mod feeds;
 mod generated;
+mod inputs;
 mod model;
 mod padding;
 mod rewind;

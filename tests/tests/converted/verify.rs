@@ -16,14 +16,19 @@ fn export(source: &Path, target: &Path, device: &str) -> (Value, String) {
     export_with(source, target, device, &[])
 }
 
-fn export_with(source: &Path, target: &Path, device: &str, options: &[&str]) -> (Value, String) {
+pub fn export_with(source: &Path, target: &Path, device: &str, options: &[&str]) -> (Value, String) {
     let output = Command::new(paths::command("retro-export"))
         .env("ORT_DYLIB_PATH", paths::onnxruntime())
         .env("RETRO_ATTENTION_PLUGIN", paths::plugin())
         .arg(source)
         .arg("-o")
         .arg(target)
-        .args(["--json", "--external-data", "copy", "--device", device])
+        .args(["--json", "--device", device])
+        .args(if options.contains(&"--external-data") {
+            &[][..]
+        } else {
+            &["--external-data", "copy"]
+        })
         .args(options)
         .output()
         .expect("retro-export starts");
@@ -49,7 +54,7 @@ pub fn compared(source: &Path) -> Value {
 }
 
 /// Window, sequences, and how the prompt was fed.
-fn ways(list: &Value) -> Vec<(u64, u64, &str)> {
+pub fn ways(list: &Value) -> Vec<(u64, u64, &str)> {
     let list = list.as_array().expect("a list").iter();
     let way = |c: &'_ Value| Some((c["window"].as_u64()?, c["batch"].as_u64()?));
     list.map(|c| {
@@ -265,4 +270,94 @@ fn without_a_gpu_nothing_is_written() {
     ];
     assert!(expected.iter().any(|why| error.contains(why)), "{error}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "something was written");
+}
+
+/// What a run without options says and how it ends, with this plugin.
+fn ends(source: &Path, plugin: &Path, options: &[&str]) -> (Option<i32>, String, bool) {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("converted.onnx");
+    let output = Command::new(paths::command("retro-export"))
+        .env("ORT_DYLIB_PATH", paths::onnxruntime())
+        .env("RETRO_ATTENTION_PLUGIN", plugin)
+        .arg(source)
+        .arg("-o")
+        .arg(&target)
+        .args(options)
+        .output()
+        .expect("retro-export starts");
+    let text = [output.stdout, output.stderr].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&text).into_owned(),
+        target.exists(),
+    )
+}
+
+/// Without a plugin that loads nothing is known of the result: that is said, and is an error where a comparison was asked for, before
+/// anything is written.
+#[test]
+fn without_a_plugin_nothing_is_compared() {
+    let source = paths::data("zoo/genai-llama-fp32-cpu/model.onnx");
+    let folder = tempfile::tempdir().unwrap();
+    let damaged = folder.path().join("libretro_attention.so");
+    fs::write(&damaged, b"no library").unwrap();
+    for plugin in [damaged, folder.path().join("none.so")] {
+        let (code, text, written) = ends(&source, &plugin, &[]);
+        assert!(code == Some(0) && written, "{text}");
+        assert!(
+            text.contains("NOT VERIFIED: ") && text.to_lowercase().contains("plugin"),
+            "{text}"
+        );
+        let (code, text, written) = ends(&source, &plugin, &["--verify"]);
+        assert!(
+            code == Some(1) && !written && text.to_lowercase().contains("plugin"),
+            "{text}"
+        );
+    }
+}
+
+/// A result that doesn't load where the original runs is an error, asked for or not. The plugin here has no operator.
+#[test]
+fn a_result_that_does_not_run_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let [code, plugin] = ["plugin.rs", "libretro_attention.so"].map(|name| folder.path().join(name));
+    let text = "#[unsafe(no_mangle)] pub extern \"C\" fn RegisterCustomOps(_: usize, _: usize) -> usize { 0 }\n";
+    fs::write(&code, text).unwrap();
+    let mut compiler = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    compiler
+        .args(["--edition", "2024", "--crate-type", "cdylib", "-o"])
+        .arg(&plugin)
+        .arg(&code);
+    match compiler.status() {
+        Ok(status) => assert!(status.success()),
+        Err(e) => return println!("skipped: there is no compiler here: {e}"),
+    }
+    for options in [&[][..], &["--verify"]] {
+        let (code, text, written) = ends(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx"), &plugin, options);
+        assert!(code == Some(1) && written, "{text}");
+        assert!(
+            text.contains("BROKEN") && text.contains("RetroAttention") && text.contains("do not use it"),
+            "{text}"
+        );
+    }
+}
+
+/// What the original itself can't do tells nothing of the result.
+#[test]
+fn an_original_that_does_not_run_is_not_held_against_the_result() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = changed(folder.path(), "optimum-llama-fp32", |graph| {
+        let all = graph.node.iter_mut().flat_map(|n| &mut n.output);
+        *all.into_iter().find(|o| *o == "logits").expect("logits") = "before".to_owned();
+        let node = NodeProto::new("nobody.knows", "This", "unknown", &["before"], &["logits"]);
+        graph.node.push(node);
+    });
+    let (code, text, written) = ends(&source, &paths::plugin(), &[]);
+    assert!(code == Some(0) && written, "{text}");
+    assert!(
+        text.contains("NOT VERIFIED: the original") && text.contains("nobody.knows"),
+        "{text}"
+    );
+    let (code, text, _) = ends(&source, &paths::plugin(), &["--verify"]);
+    assert!(code == Some(1) && text.contains("the original"), "{text}");
 }

@@ -155,7 +155,6 @@ fn weights_at_any_offset_of_a_file() {
                 let entry = |key: &str, value: String| StringStringEntryProto {
                     key: Some(key.to_owned()),
                     value: Some(value),
-                    ..Default::default()
                 };
                 graph.initializer.push(TensorProto {
                     name: Some(name.to_owned()),

@@ -29,16 +29,19 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   const Candidates all = candidates(p, s, b);
   int* const steps = p.page_steps + size_t(pair) * p.cache_pages;
   int* const list = p.pages + size_t(pair) * p.max_pages;
-  const int count = chooses(p, all) ? listed_pages(p, all) : 0;
-  // While the attention runs, for which both numbers mean the same (Groups::from).
+  const bool chosen = chooses(p, all);
+  const int count = chosen ? listed_pages(p, all) : 0;
+  if (!chosen) {
+    // What score.cuh does where pages are scored. Attention takes both numbers alike (Groups::from).
 #pragma unroll 4
-  for (int page = threadIdx.x; page < all.pages; page += MERGE_THREADS)
-    if (steps[page] >= newest) steps[page] = s.first - 1;
-  __syncthreads();
+    for (int page = threadIdx.x; page < all.pages; page += MERGE_THREADS)
+      if (steps[page] >= newest) steps[page] = s.first - 1;
+    __syncthreads();
+  }
   wait_for_previous();
   let_next_start();
   if (threadIdx.x == 0) p.progress[pair] = 0;
-  if (count) {
+  if (chosen) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += AT_ONCE * MERGE_THREADS) {
       int listed[AT_ONCE];

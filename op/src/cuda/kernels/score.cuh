@@ -52,6 +52,31 @@ DEVICE void start_step() {
 
 DEVICE bool step_is_scored(const Params& p, const Sequence& s, int b) { return chooses(p, candidates(p, s, b)); }
 
+// Page steps at or behind the newest position are left over from tokens that a rewind took back: such a page counts as loaded just before
+// the rows that the step feeds (docs/method.md, Truncation). Attention takes both numbers alike (Groups::from in attend.cuh), so that
+// nobody waits for this. Where pages are not scored, merge.cuh does it.
+struct PageStep {
+  int page, step;
+};
+
+DEVICE int* page_steps_of(const Params& p, int pair) { return p.page_steps + size_t(pair) * p.cache_pages; }
+
+// A lane's first page step, asked for before the scores are made. Lanes of all scoring warps share the pages.
+DEVICE PageStep first_page_step(const Params& p, const Sequence& s, int pair, int warp) {
+  const int page = 32 * warp + threadIdx.x % 32;
+  return {page, page < pages_for(p, s.len) ? page_steps_of(p, pair)[page] : -1};
+}
+
+DEVICE void forget_future(const Params& p, const Sequence& s, int pair, int warps, PageStep at) {
+  const int pages = pages_for(p, s.len);
+#pragma unroll 1
+  while (at.page < pages) {
+    if (at.step >= s.len - 1) page_steps_of(p, pair)[at.page] = s.first - 1;
+    at.page += 32 * warps;
+    if (at.page < pages) at.step = page_steps_of(p, pair)[at.page];
+  }
+}
+
 DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
   return logf(float(min(s.len - (page << p.page_shift), 1 << p.page_shift)));
 }
@@ -95,6 +120,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
   const int untouched = s.first >> p.page_shift;
   const int warps = p.score_blocks * SCORE_WARPS, warp = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
   const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
+  const PageStep step = first_page_step(p, s, pair, warp);
   bool ready = false;
   for (int group = first_candidate(p, s) / GROUP + warp; !ready || group * GROUP < untouched; group += warps) {
     float first[SCORE_UNROLL][8], second[SCORE_UNROLL][8];
@@ -153,6 +179,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
       if (writes) store_score(p, pair, h, page, best);
     }
   }
+  forget_future(p, s, pair, warps, step);
   announce(&p.progress[pair]);
 }
 
@@ -291,6 +318,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   }
   if (!s.valid || !step_is_scored(p, s, b)) return;
   const int limit = min(s.first >> p.page_shift /* the first touched page */, end), from = first_candidate(p, s);
+  const PageStep step = first_page_step(p, s, pair, warp);
   __syncthreads();
   const float log_count = logf(float(1 << p.page_shift));
   // Of this lane's two heads.
@@ -362,6 +390,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
       }
     }
   }
+  forget_future(p, s, pair, p.score_blocks * WARPS, step);
   __syncthreads();  // the queries' memory becomes the statistics'
   if (softmax)
     leave_sums(p, pair, reinterpret_cast<float4*>(raw), stats[0], stats[1]);

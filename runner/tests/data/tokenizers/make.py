@@ -1,6 +1,6 @@
 """Makes small tokenizers that are built as those of well-known models, and the ids that transformers gives for some texts.
 
-    python make.py build                    # NAME/tokenizer.json and its configuration, from README.md's text
+    python make.py build                    # NAME/tokenizer.json and its configuration, from text.txt
     python make.py expect > expected.json   # with the transformers that is installed
 
 The vocabularies are trained on a few lines; normalizer, pre-tokenizer, decoder, post-processor, added tokens and tokenizer_config.json
@@ -15,7 +15,7 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).parent
-LINES = (HERE / "../../../../README.md").read_text(encoding="utf-8").splitlines()[:40]
+LINES = (HERE / "text.txt").read_text(encoding="utf-8").splitlines()
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
