@@ -158,6 +158,7 @@ pub fn convert(options: &Options) -> Result<Report> {
     report.external_data = written.external;
     report.files = written.files;
     report.skipped = written.skipped;
+    report.graph = output.to_choose();
     let weights: u64 = external.iter().map(|e| e.len).sum();
     let size = bytes.len() as u64 + weights;
     match options.verify {
