@@ -137,6 +137,19 @@ pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
         !args.windows.contains(&0),
         "--windows 0: the smallest window is 1 (Quest, without correction)"
     );
+    // Hours of work would be for nothing.
+    if let Some(path) = &args.html {
+        ensure!(
+            !path.is_dir(),
+            "--html: cannot write {}: it is a folder",
+            path.display()
+        );
+        writable(path, folder_of(path)).context("--html")?;
+    }
+    if let Some(folder) = &args.figures {
+        let there = folder.ancestors().find(|f| !f.as_os_str().is_empty() && f.exists());
+        writable(folder, there.unwrap_or(Path::new("."))).context("--figures")?;
+    }
     match &args.data {
         Some(data) => eval_documents(args, data, signals.listen()),
         None => eval_texts(args, signals.listen()),
@@ -190,14 +203,7 @@ impl Bench {
             interrupt.check()?;
             workshop.open(&row.source).with_context(|| row.label.clone())?;
         }
-        let folder = if named.is_file() {
-            named
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."))
-        } else {
-            named
-        };
+        let folder = if named.is_file() { folder_of(named) } else { named };
         // A folder's graphs are models of their own.
         let graph = match (&args.graph, named.is_file()) {
             (Some(graph), _) => format!(" {graph}"),
@@ -406,7 +412,7 @@ fn print_rows(args: &EvalArgs, facts: &[String], table: &[Vec<String>], rows: &i
     }
 }
 
-/// Prints and writes what was found.
+/// Prints and writes what was found, each whatever becomes of the other.
 fn finish(
     args: &EvalArgs,
     title: &str,
@@ -414,6 +420,17 @@ fn finish(
     table: &[Vec<String>],
     figures: &[(String, String)],
     rows: &impl Serialize,
+) -> Result<()> {
+    let written = write_reports(args, title, facts, table, figures);
+    print_rows(args, facts, table, rows).and(written)
+}
+
+fn write_reports(
+    args: &EvalArgs,
+    title: &str,
+    facts: &[String],
+    table: &[Vec<String>],
+    figures: &[(String, String)],
 ) -> Result<()> {
     if let Some(path) = &args.html {
         write_whole(path, &html::page(title, facts, table, figures))?;
@@ -424,15 +441,24 @@ fn finish(
             write_whole(&folder.join(format!("{name}.svg")), svg)?;
         }
     }
-    print_rows(args, facts, table, rows)
+    Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
+/// Whether files can be made in the folder that an output goes to.
+fn writable(output: &Path, folder: &Path) -> Result<()> {
+    let cannot = || format!("cannot write {}", output.display());
+    ensure!(folder.is_dir(), "{}: {} is no folder", cannot(), folder.display());
+    tempfile::tempfile_in(folder).map(drop).with_context(cannot)
 }
 
 /// Writes beside and renames, so that a failure leaves what was there.
 fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let write = || -> Result<()> {
         // As readable as any file that the user makes: temporary files are the owner's alone otherwise.
         let open_to_all = fs::Permissions::from_mode(0o666);
