@@ -600,7 +600,7 @@ fn plan_folder(
     if let Ok(meta) = fs::symlink_metadata(&to) {
         ensure!(
             meta.is_dir(),
-            "{shown} is not a folder, but the model to convert is one; name a folder to write"
+            "{shown} is not a folder, but a folder is to be written; name another output"
         );
         let entries = fs::read_dir(&to)
             .with_context(|| format!("cannot read {shown}"))?
