@@ -40,7 +40,19 @@ def graph_in(folder: Path) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}: name the ONNX file")
+    only = sorted(folder.glob("*.onnx")) or sorted(folder.glob("onnx/*.onnx"))
+    if len(only) == 1:
+        return only[0]
+    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}, and {len(only)} other graphs: name the ONNX file")
+
+
+def tokenizer_of(graph: Path) -> Path:
+    """The tokenizer beside a graph, or in a folder above that keeps it in a subfolder."""
+    folders = list(graph.absolute().parents)[:3]
+    found = next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{graph.parent} has no tokenizer.json: copy the model's there, or give --ids")
+    return found
 
 
 def present_of(past: str, outputs: set[str]) -> str | None:
@@ -165,16 +177,16 @@ class Generator:
 
 
 def run(args):
+    graph = graph_in(args.model)
     tokenizer = None
     if args.prompt is not None:
         from tokenizers import Tokenizer
 
-        folder = args.model if args.model.is_dir() else args.model.parent
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(tokenizer_of(graph)))
         ids = tokenizer.encode(args.prompt).ids
     else:
         ids = [int(token) for token in args.ids.split(",")]
-    generator = Generator(graph_in(args.model), args.plugin, len(ids) + args.n_predict, args.device, args.device_id)
+    generator = Generator(graph, args.plugin, len(ids) + args.n_predict, args.device, args.device_id)
     made = generator.generate(ids, args.n_predict)
     print(tokenizer.decode(made) if tokenizer else ",".join(map(str, made)))
 

@@ -121,7 +121,7 @@ pub fn convert(options: &Options) -> Result<Report> {
     if let Some(tolerance) = options.tolerance {
         ensure!(
             tolerance.is_finite() && tolerance >= 0.0,
-            "the tolerance is {tolerance}; it must be a number of at least 0"
+            "the tolerance is {tolerance}; it must be a finite number of at least 0"
         );
     }
     let source = find_source(&options.source, options.graph.as_deref(), options.target.as_deref())?;
@@ -158,6 +158,7 @@ pub fn convert(options: &Options) -> Result<Report> {
     report.external_data = written.external;
     report.files = written.files;
     report.skipped = written.skipped;
+    report.graph = output.to_choose();
     let weights: u64 = external.iter().map(|e| e.len).sum();
     let size = bytes.len() as u64 + weights;
     match options.verify {

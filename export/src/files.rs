@@ -13,6 +13,7 @@ use crate::{
     spill::SPILLED,
 };
 use anyhow::{Context, Result, bail, ensure};
+use retro_model_io::locate;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, Metadata},
@@ -173,6 +174,14 @@ impl<'a> Output<'a> {
             Some(_) => self.target.join(self.source.relative()),
             None => self.target.clone(),
         }
+    }
+
+    /// The model within the folder that was written, where that stands for another graph or for none.
+    pub(crate) fn to_choose(&self) -> Option<PathBuf> {
+        self.source.named_folder.as_ref()?;
+        let stands_for = locate(&self.target, None).ok().map(|located| located.graph);
+        let itself = stands_for.is_some_and(|graph| same_path(&graph, &self.model_path()));
+        (!itself).then(|| self.source.relative().to_owned())
     }
 
     /// The file for weights that don't fit in the model's own.
@@ -591,7 +600,7 @@ fn plan_folder(
     if let Ok(meta) = fs::symlink_metadata(&to) {
         ensure!(
             meta.is_dir(),
-            "{shown} is not a folder, but the model to convert is one; name a folder to write"
+            "{shown} is not a folder, but a folder is to be written; name another output"
         );
         let entries = fs::read_dir(&to)
             .with_context(|| format!("cannot read {shown}"))?

@@ -37,6 +37,8 @@ pub struct Report {
     pub files: Vec<PathBuf>,
     /// What did not come along, and why.
     pub skipped: Vec<String>,
+    /// What `--graph` must name for the output's folder to stand for the converted model; none where it does by itself.
+    pub graph: Option<PathBuf>,
     /// The comparison with the source, if one was made.
     pub verification: Option<Verification>,
     /// Why none was made, when one was to be.
@@ -176,6 +178,7 @@ impl Report {
             external_data: Vec::new(),
             files: Vec::new(),
             skipped: Vec::new(),
+            graph: None,
             verification: None,
             unverified: None,
         }
@@ -346,8 +349,16 @@ impl fmt::Display for Report {
             plural(total)
         );
         match (&self.target, self.bytes) {
-            (Some(target), Some(bytes)) => writeln!(f, "wrote    {} ({bytes} bytes): {share}", target.display()),
-            _ => writeln!(f, "dry run  nothing is written; {share} otherwise"),
+            (Some(target), Some(bytes)) => writeln!(f, "wrote    {} ({bytes} bytes): {share}", target.display())?,
+            _ => writeln!(f, "dry run  nothing is written; {share} otherwise")?,
+        }
+        match &self.graph {
+            Some(graph) => writeln!(
+                f,
+                "graph    the folder has others too: run it with --graph {}",
+                graph.display()
+            ),
+            None => Ok(()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::onnx::{folder_of, locations, read_model};
 use anyhow::{Context, Result};
-use retro_model_io::{graphs, locate};
+use retro_model_io::{configured_graph, graphs, locate};
 use std::{
     collections::BTreeSet,
     fs,
@@ -56,7 +56,7 @@ impl Source {
 }
 
 /// Finds the model that a file or folder stands for ([`locate`]). For an output that is a folder, a file stands for its model's
-/// folder with that graph chosen.
+/// folder with that graph chosen. So does a folder of graphs whose configuration lies above.
 ///
 /// # Errors
 /// There is none, or it isn't clear which.
@@ -68,7 +68,8 @@ pub fn find_source(path: &Path, choice: Option<&str>, target: Option<&Path>) -> 
         alone: false,
         behind: BTreeSet::new(),
     };
-    if !located.by_folder && target.is_some_and(means_folder) {
+    let below = located.by_folder && located.folder != path;
+    if below || !located.by_folder && target.is_some_and(means_folder) {
         source.alone = !located.configured;
         if source.folder() != located.folder && source.model.strip_prefix(&located.folder).is_err() {
             // A folder above that the path doesn't mention.
@@ -78,7 +79,7 @@ pub fn find_source(path: &Path, choice: Option<&str>, target: Option<&Path>) -> 
         source.named_folder = Some(located.folder);
     }
     if let Some(folder) = source.named_folder.clone()
-        && (choice.is_some() || !located.by_folder)
+        && (choice.is_some() || below || !located.by_folder)
         && !source.alone
     {
         source.behind = other_variants(&source.model, &folder);
@@ -94,11 +95,11 @@ fn means_folder(target: &Path) -> bool {
     target.is_dir() || slash || (new() && target.extension().is_none_or(|e| !e.eq_ignore_ascii_case("onnx")))
 }
 
-/// Graphs beside this one whose names differ in the variant alone, and weights that nothing else needs. The one that the folder's
-/// configuration names is none of them.
+/// Graphs beside this one whose names differ in the variant alone, and weights that nothing else needs. The one that
+/// genai_config.json names is none of them: hosts would not find it.
 fn other_variants(model: &Path, folder: &Path) -> BTreeSet<PathBuf> {
     let here = folder_of(model);
-    let (Ok(all), configured) = (graphs(here), locate(folder, None).ok()) else {
+    let (Ok(all), configured) = (graphs(here), configured_graph(folder).ok().flatten()) else {
         return BTreeSet::new();
     };
     let all: Vec<PathBuf> = all.into_iter().filter(|g| folder_of(g) == here).collect();
@@ -106,7 +107,7 @@ fn other_variants(model: &Path, folder: &Path) -> BTreeSet<PathBuf> {
         let folder = |path: &Path| fs::canonicalize(folder_of(path)).ok();
         a.file_name() == b.file_name() && folder(a) == folder(b)
     };
-    let keep = |graph: &Path| same(graph, model) || configured.as_ref().is_some_and(|c| same(graph, &c.graph));
+    let keep = |graph: &Path| same(graph, model) || configured.as_ref().is_some_and(|c| same(graph, c));
     let (others, stay): (Vec<_>, Vec<_>) = all.into_iter().partition(|g| !keep(g) && base(g) == base(model));
     let weights = |graph: &PathBuf| read_model(graph).map(|m| locations(&m.model)).ok();
     let mut behind: BTreeSet<PathBuf> = others.iter().filter_map(weights).flatten().collect();

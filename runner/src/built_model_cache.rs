@@ -33,7 +33,12 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         return Ok(folder);
     }
     let parent = folder.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).with_context(|| format!("cannot make the cache folder {}", parent.display()))?;
+    fs::create_dir_all(parent).with_context(|| {
+        format!(
+            "cannot make the cache folder {}; set XDG_CACHE_HOME to one that can be written",
+            parent.display()
+        )
+    })?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     // Of several processes the first builds the model, the others wait and use it.
     let owned = own(&parent.join(format!(".{name}.lock")), path, say)?;

@@ -87,6 +87,23 @@ fn a_token_that_is_asked_for_and_not_there_is_an_error() {
     assert!(format!("{error:#}").contains("bos_token \"<start>\""), "{error:#}");
 }
 
+/// special_tokens_map.json is older than the list of added tokens in tokenizer_config.json. Ids are transformers 4.57.3's.
+#[test]
+fn an_older_file_of_special_tokens_counts_where_there_is_no_newer_list() {
+    let tokenizer = fs::read(data().join("llama-2/tokenizer.json")).unwrap();
+    for (list, first) in [("", 2), (r#", "added_tokens_decoder": {}"#, 1)] {
+        let config = format!(
+            r#"{{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "bos_token": "<s>", "eos_token": "</s>"{list}}}"#
+        );
+        let text = open(&[
+            ("tokenizer.json", &tokenizer),
+            ("tokenizer_config.json", config.as_bytes()),
+            ("special_tokens_map.json", br#"{"bos_token": "</s>"}"#),
+        ]);
+        assert_eq!(text.encode("Hello").unwrap().first(), Some(&first), "{list}");
+    }
+}
+
 /// The demo models: `code` was trained with <bos> in front of a file, the prompts of `ledger` have it already.
 #[test]
 fn the_demo_models_begin_as_they_were_trained() {

@@ -196,9 +196,24 @@ def test_the_command_finds_the_graph(converted, tmp_path):
     (tmp_path / "config" / "genai_config.json").write_text('{"model": {"decoder": {"filename": "decoder/model.onnx"}}}')
     (tmp_path / "subfolder").mkdir()
     (tmp_path / "subfolder" / "onnx").symlink_to(folder)
-    for place in [folder / "model.onnx", tmp_path / "config", tmp_path / "subfolder"]:
+    # The only graph, as retro-export leaves it where a variant was chosen.
+    (tmp_path / "variant" / "onnx").mkdir(parents=True)
+    for source in folder.iterdir():
+        name = "model_q4f16.onnx" if source.name == "model.onnx" else source.name
+        (tmp_path / "variant" / "onnx" / name).write_bytes(source.read_bytes())
+    for place in [folder / "model.onnx", tmp_path / "config", tmp_path / "subfolder", tmp_path / "variant"]:
         found = command_line(place)
         assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
+
+
+def test_the_tokenizer_may_lie_above_the_graph(tmp_path):
+    graph = tmp_path / "model" / "onnx" / "model.onnx"
+    graph.parent.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+        example.tokenizer_of(graph)
+    for folder in [graph.parent.parent, graph.parent]:
+        (folder / "tokenizer.json").touch()
+        assert example.tokenizer_of(graph) == folder / "tokenizer.json"
 
 
 def test_errors_are_one_line(converted, tmp_path):

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, process::Command};
 
-use retro_tests::{paths, zoo};
+use retro_tests::{not_tested, paths, zoo};
 
 /// A program that thinks that `home` is the user's, and whose environment says nothing about telemetry.
 fn program(name: &str, home: &Path, telemetry: Option<&str>) -> Command {
@@ -61,7 +61,7 @@ fn a_value_of_the_users_own_stays() {
     let library = fs::read(paths::onnxruntime()).unwrap();
     let knows = |name: &[u8]| library.windows(name.len()).any(|bytes| bytes == name);
     if !knows(b"ORT_DISABLE_TELEMETRY") {
-        println!("NOT TESTED: this ONNX Runtime records no telemetry");
+        not_tested("what ONNX Runtime records: this one records no telemetry");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

@@ -45,7 +45,7 @@ pub enum Error {
 
     #[error(
         "there are {} ONNX models in {folder} ({}); name the one to convert or to run with --graph: its file's name or its \
-         variant, as q4f16. Several ONNX graphs would do",
+         variant, as q4f16",
         .graphs.len(), list(.folder, .graphs)
     )]
     SeveralGraphs { folder: PathBuf, graphs: Vec<PathBuf> },

@@ -13,7 +13,7 @@ mod names;
 pub use config::{ModelFolder, Names};
 pub use error::Error;
 pub use json::read_json;
-pub use locate::{Located, graphs, locate};
+pub use locate::{Located, configured_graph, graphs, locate};
 pub use names::present_names;
 
 /// onnxruntime-genai's configuration of a model.

@@ -157,7 +157,10 @@ fn choose(folder: &Path, choice: &str) -> Result<PathBuf, Error> {
 }
 
 /// The graph that model.decoder.filename of a folder's genai_config.json names; none if there is no such file or entry.
-fn configured_graph(folder: &Path) -> Result<Option<PathBuf>, Error> {
+///
+/// # Errors
+/// The file is damaged, or names a graph that is not there or not in the folder.
+pub fn configured_graph(folder: &Path) -> Result<Option<PathBuf>, Error> {
     let genai: Option<Genai> = json::read(&folder.join(GENAI_CONFIG))?;
     let Some(name) = genai.and_then(|g| g.model.decoder.filename) else {
         return Ok(None);

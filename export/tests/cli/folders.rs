@@ -2,6 +2,7 @@
 
 use crate::support::{command, convert, copy_of, names, refusal};
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     fs,
     path::{Path, PathBuf},
@@ -125,6 +126,60 @@ fn a_chosen_graph_goes_with_its_configuration_and_weights() {
     let file = model.join("onnx/model.onnx");
     assert!(refusal(&args(&file, &path("none"), &["--graph", "q4f16"])).contains("is a file: name the folder"));
     assert!(!path("none").exists());
+}
+
+#[test]
+fn the_folder_of_the_graphs_stands_for_its_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = variants(folder.path());
+    let path = |name: &str| folder.path().join(name);
+    for (name, options, graph) in [
+        ("usual", &[][..], "model.onnx"),
+        ("chosen", &["--graph", "q4f16"], "model_q4f16.onnx"),
+    ] {
+        convert(&args(&model.join("onnx"), &path(name), options));
+        assert_eq!(names(&path(name)), ABOVE, "{name}");
+        let expected = ["embed__.weights", "embed_tokens_q4f16.onnx", graph, "model.onnx.data"];
+        let expected: BTreeSet<&str> = expected.into();
+        assert!(names(&path(name).join("onnx")).iter().eq(expected), "{name}");
+    }
+    // So does one that a genai_config.json above names, and one that is named without its parent.
+    let genai = tempfile::tempdir().unwrap();
+    let model = copy_of(CASE, genai.path());
+    fs::create_dir(model.join("decoder")).unwrap();
+    for name in ["model.onnx", "model.onnx.data"] {
+        fs::rename(model.join(name), model.join("decoder").join(name)).unwrap();
+    }
+    let config = r#"{"model": {"decoder": {"filename": "decoder/model.onnx"}}}"#;
+    fs::write(model.join("genai_config.json"), config).unwrap();
+    let output = command()
+        .args([".", "-o", "../../below", "--no-verify"])
+        .current_dir(model.join("decoder"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let below = genai.path().join("below");
+    assert!(below.join("genai_config.json").is_file() && below.join("decoder/model.onnx").is_file());
+}
+
+/// Whoever names the output next must get the converted graph, or be told how.
+#[test]
+fn a_chosen_graph_is_the_one_that_the_output_stands_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = copy_of(CASE, folder.path());
+    let path = |name: &str| folder.path().join(name);
+    fs::copy(model.join("model.onnx"), model.join("model_fp16.onnx")).unwrap();
+    // Hosts load what the configuration names, so it has to come along.
+    let report = convert(&args(&model, &path("named"), &["--graph", "fp16"]));
+    assert!(path("named/model.onnx").is_file(), "{report}");
+    assert!(report.contains("run it with --graph model_fp16.onnx"), "{report}");
+    fs::remove_file(model.join("genai_config.json")).unwrap();
+    fs::write(model.join("config.json"), "{}").unwrap();
+    let report = convert(&args(&model, &path("out"), &["--graph", "fp16"]));
+    assert!(!path("out/model.onnx").exists(), "{report}");
+    assert!(!report.contains("run it with --graph"), "{report}");
+    let inspected = convert(&["inspect".as_ref(), path("out").as_os_str()]);
+    assert!(inspected.contains("ai.retro 1"), "{inspected}");
 }
 
 #[test]

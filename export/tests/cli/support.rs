@@ -1,6 +1,7 @@
 use std::{
     ffi::OsStr,
     fs,
+    io::{self, Write},
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -70,4 +71,9 @@ pub fn names(folder: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Says on stderr what a test could not test here. What a passing test prints with `println!` is shown to nobody.
+pub fn not_tested(what: &str) {
+    let _ = writeln!(io::stderr(), "NOT TESTED: {what}");
 }

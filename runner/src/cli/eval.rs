@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     args::SessionArgs,
-    output::{print, write_whole},
+    output::{folder_of, print, write_whole},
 };
 use crate::{
     Interrupt, Interrupted, OpenOptions, Runtime,
@@ -141,6 +141,19 @@ pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
         !args.windows.contains(&0),
         "--windows 0: the smallest window is 1 (Quest, without correction)"
     );
+    // Hours of work would be for nothing.
+    if let Some(path) = &args.html {
+        ensure!(
+            !path.is_dir(),
+            "--html: cannot write {}: it is a folder",
+            path.display()
+        );
+        writable(path, folder_of(path)).context("--html")?;
+    }
+    if let Some(folder) = &args.figures {
+        let there = folder.ancestors().find(|f| !f.as_os_str().is_empty() && f.exists());
+        writable(folder, there.unwrap_or(Path::new("."))).context("--figures")?;
+    }
     match &args.data {
         Some(data) => eval_documents(args, data, signals.listen()),
         None => eval_texts(args, signals.listen()),
@@ -194,14 +207,7 @@ impl Comparison {
             interrupt.check()?;
             converted.open(&row.source).with_context(|| row.label.clone())?;
         }
-        let folder = if named.is_file() {
-            named
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."))
-        } else {
-            named
-        };
+        let folder = if named.is_file() { folder_of(named) } else { named };
         // Each graph of a folder is a model of its own.
         let graph = match (&args.graph, named.is_file()) {
             (Some(graph), _) => format!(" {graph}"),
@@ -415,7 +421,7 @@ fn print_rows(args: &EvalArgs, facts: &[String], table: &[Vec<String>], rows: &i
     }
 }
 
-/// Prints the table and writes the reports.
+/// Prints the table and writes the reports, each whatever becomes of the other.
 fn finish(
     args: &EvalArgs,
     title: &str,
@@ -423,6 +429,17 @@ fn finish(
     table: &[Vec<String>],
     figures: &[(String, String)],
     rows: &impl Serialize,
+) -> Result<()> {
+    let written = write_reports(args, title, facts, table, figures);
+    print_rows(args, facts, table, rows).and(written)
+}
+
+fn write_reports(
+    args: &EvalArgs,
+    title: &str,
+    facts: &[String],
+    table: &[Vec<String>],
+    figures: &[(String, String)],
 ) -> Result<()> {
     if let Some(path) = &args.html {
         write_whole(path, &html::page(title, facts, table, figures))?;
@@ -433,5 +450,12 @@ fn finish(
             write_whole(&folder.join(format!("{name}.svg")), svg)?;
         }
     }
-    print_rows(args, facts, table, rows)
+    Ok(())
+}
+
+/// Whether files can be made in the folder that an output goes to.
+fn writable(output: &Path, folder: &Path) -> Result<()> {
+    let cannot = || format!("cannot write {}", output.display());
+    ensure!(folder.is_dir(), "{}: {} is no folder", cannot(), folder.display());
+    tempfile::tempfile_in(folder).map(drop).with_context(cannot)
 }

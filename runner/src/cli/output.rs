@@ -19,12 +19,15 @@ pub fn print(text: &str) -> Result<()> {
 /// The context of an error of stdout.
 pub const STDOUT: &str = "cannot write to stdout";
 
+/// The folder that a file lies in.
+pub fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
 /// Writes a file to a temporary one and renames it, so that a failure leaves the old file.
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let write = || -> Result<()> {
         // The user's umask decides: temporary files would be readable by their owner alone.
         let open_to_all = fs::Permissions::from_mode(0o666);

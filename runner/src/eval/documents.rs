@@ -130,7 +130,8 @@ impl DocumentsJob<'_> {
         let prompts = self
             .documents
             .iter()
-            .map(|d| text.encode(&d.prompt))
+            .enumerate()
+            .map(|(n, d)| text.encode(&d.prompt).with_context(|| format!("document {n}")))
             .collect::<Result<Vec<_>>>()?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
@@ -177,10 +178,10 @@ impl DocumentsJob<'_> {
     /// Maximum output length: the longest reference and a few tokens more, within the context.
     fn max_new(&self, model: &Model, text: &ModelTokenizer, longest: usize) -> Result<usize> {
         let room = model.context_length().map(|c| c.saturating_sub(longest));
-        let references = self
-            .documents
-            .iter()
-            .map(|d| d.reference.as_deref().map(|r| text.encode(r)).transpose());
+        let references = self.documents.iter().enumerate().map(|(n, d)| {
+            let reference = d.reference.as_deref().map(|r| text.encode(r)).transpose();
+            reference.with_context(|| format!("document {n}: its reference"))
+        });
         let references = references.collect::<Result<Option<Vec<_>>>>();
         let of_references = references?.map(|list| list.iter().map(Vec::len).max().unwrap_or(0) + 4);
         let wanted = self.n_predict.or(of_references).or(room);

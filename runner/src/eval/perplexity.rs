@@ -183,7 +183,7 @@ impl FidelityJob<'_> {
         let most = model.context_length().unwrap_or(usize::MAX);
         let most = most.min(self.prompt.saturating_add(self.predict));
         let tokens = self.texts.iter().zip(self.names).map(|(full, name)| {
-            let mut ids = text.encode(full)?;
+            let mut ids = text.encode(full).with_context(|| name.clone())?;
             ids.truncate(most);
             ensure!(
                 ids.len() >= self.prompt + PARTS,

@@ -169,9 +169,12 @@ impl TokenizerConfig<'_> {
         Ok(())
     }
 
-    /// A special token by its name in tokenizer_config.json, else in special_tokens_map.json. `null` means none.
+    /// A special token by its name in tokenizer_config.json; `null` is an answer. Where that has no list of added tokens,
+    /// special_tokens_map.json is asked first.
     fn special(&self, name: &str) -> Option<&Value> {
-        self.config.get(name).or_else(|| self.special_tokens_map.get(name))
+        let older = self.config.get("added_tokens_decoder").is_none();
+        let map = self.special_tokens_map.get(name).filter(|_| older);
+        map.or_else(|| self.config.get(name))
     }
 
     fn class(&self) -> Option<&'static Class> {

@@ -160,3 +160,51 @@ fn eval_checks_before_it_works() {
         Some(2)
     );
 }
+
+#[test]
+fn eval_says_before_it_starts_where_it_cannot_write() {
+    let (model, data) = (ledger(), documents());
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    fs::write(path("file"), "").unwrap();
+    for (option, place) in [
+        ("--html", path("none/page.html")),
+        ("--html", path("")),
+        ("--figures", path("file")),
+        ("--figures", path("file/figures")),
+    ] {
+        let output = run(&["eval", model.to_str().unwrap(), "--data", &data, option, &place]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.lines().count() == 1, "{said}");
+        assert!(said.contains(option) && said.contains("cannot write"), "{said}");
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn eval_names_what_has_no_tokens() {
+    let model = ledger();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    fs::write(path("none.txt"), "").unwrap();
+    let texts = run(&[
+        "eval",
+        model.to_str().unwrap(),
+        "--perplexity",
+        &path("none.txt"),
+        "--policy",
+        "dense",
+    ]);
+    assert!(String::from_utf8_lossy(&texts.stderr).contains("none.txt: the prompt is empty"));
+    let lines = "{\"prompt\": \"facts\", \"answers\": []}\n{\"prompt\": \"\", \"answers\": []}\n";
+    fs::write(path("data.jsonl"), lines).unwrap();
+    let data = run(&[
+        "eval",
+        model.to_str().unwrap(),
+        "--data",
+        &path("data.jsonl"),
+        "--policy",
+        "dense",
+    ]);
+    assert!(String::from_utf8_lossy(&data.stderr).contains("document 1: the prompt is empty"));
+}
