@@ -11,7 +11,7 @@ pub use tensor::Tensor;
 
 use crate::{
     graph::{GraphView, subgraphs},
-    onnx::{DataType, GraphProto, NodeProto, TensorProto},
+    onnx::{GraphProto, NodeProto, TensorProto},
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -246,8 +246,8 @@ impl<'a> Program<'a> {
                             if base.is_none() && self.data.contains(name) {
                                 value.forget();
                             }
-                            if base.is_none() && value.data_type == DataType::Float {
-                                value.round(ops::calculates(node));
+                            if base.is_none() {
+                                value.fit(ops::calculates(node));
                             }
                             env.spent += value.data.as_ref().map_or(0, Vec::len);
                             if env.spent > MAX_SPENT {
