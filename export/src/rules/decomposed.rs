@@ -447,6 +447,18 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_cache_of_one_length_that_grows_is_refused() {
+        let masked = ("Add", &["scaled", "plane"][..], "masked");
+        let mut graph = graph(&[&[SCALED][..], &CAUSAL, &[masked, SOFTMAX]].concat());
+        assert!(looked(&Decomposed, &graph).is_ok());
+        let mut inputs = graph.input.iter_mut();
+        let past = inputs.find(|i| i.name() == "past_key_values.0.value").expect("a cache");
+        past.dims_mut().expect("a shape")[2] = 63.into();
+        let why = looked(&Decomposed, &graph).expect_err("it has to be cut");
+        assert!(why.contains("past_key_values.0.value comes in with 63 tokens"), "{why}");
+    }
+
     /// Where the distance, or its square, in this type is less than the type's `limit`.
     fn narrow(data_type: DataType, squared: bool, limit: &str) -> Result<Site, String> {
         let (apart, distance) = if squared {
