@@ -21,6 +21,8 @@ use crate::{
 use std::{cell::Cell, collections::HashSet, rc::Rc};
 
 const MAX_CHAIN: usize = 64;
+/// What is said of a mask that the evaluator has no numbers for.
+pub const MORE: &str = "depends on more than masks and positions";
 const MAX_CONSTANTS: usize = 96;
 /// Numbers that are computed for one mask.
 const MAX_SPENT: usize = 1 << 30;
@@ -569,7 +571,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
                 Err(why) => why,
                 Ok(_) => "it is not known".to_owned(),
             })?;
-        let unknown = || format!("{masked} depends on more than masks and positions");
+        let unknown = || format!("{masked} {MORE}");
         let n: usize = got.shape.iter().product();
         let each = z.b * z.s * z.total();
         let tokens = got.shape.get(got.shape.len().saturating_sub(2)..);
