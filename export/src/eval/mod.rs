@@ -353,7 +353,11 @@ fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Optio
         };
         let mut outputs = outputs.into_iter();
         for name in &node.output {
-            own.insert(name, outputs.next().flatten().map(Rc::new));
+            let mut value = outputs.next().flatten();
+            if let Some(value) = &mut value {
+                value.fit(ops::calculates(node));
+            }
+            own.insert(name, value.map(Rc::new));
         }
     }
     let outputs = graph.output.iter().map(|o| match own.get(o.name()) {

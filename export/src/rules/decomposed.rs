@@ -126,7 +126,7 @@ pub(super) fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a N
 mod tests {
     use super::*;
     use crate::{
-        onnx::{AttributeProto, DataType, GraphProto, TensorProto},
+        onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto},
         rules::{Layout, Lengths, Site},
         testing::{looked, projected},
     };
@@ -494,6 +494,26 @@ mod tests {
         assert!(why.contains("does not see token"), "{why}");
         let why = narrow(DataType::Int32, true, "square").expect_err("46,341 tokens away is near");
         assert!(why.contains("does not see token"), "{why}");
+        // In a branch too.
+        let why = bounded(
+            &[("If", &["seen_once"], "apart"), ("Identity", &["few"], "bound")],
+            |graph| {
+                let mut cast = NodeProto::new("", "Cast", "cast", &["distance"], &["narrow"]);
+                cast.attribute = vec![AttributeProto::int("to", i64::from(i32::from(DataType::Uint8)))];
+                let branch = GraphProto {
+                    node: vec![cast],
+                    output: vec![ValueInfoProto::tensor("narrow", DataType::Uint8, [])],
+                    ..Default::default()
+                };
+                let whole = TensorProto::raw("seen_once", DataType::Bool, &[], vec![1].into());
+                graph.initializer.push(whole);
+                let node = graph.node.iter_mut().find(|n| n.is("", "If")).expect("the If");
+                node.attribute = ["then_branch", "else_branch"]
+                    .map(|name| AttributeProto::graph(name, branch.clone()))
+                    .to_vec();
+            },
+        );
+        assert!(why.is_err(), "{why:?}");
     }
 
     #[test]
