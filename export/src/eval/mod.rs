@@ -11,7 +11,7 @@ pub use tensor::Tensor;
 
 use crate::{
     graph::{GraphView, subgraphs},
-    onnx::{DataType, GraphProto, NodeProto, TensorProto},
+    onnx::{GraphProto, NodeProto, TensorProto},
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -246,8 +246,8 @@ impl<'a> Program<'a> {
                             if base.is_none() && self.data.contains(name) {
                                 value.forget();
                             }
-                            if base.is_none() && value.data_type == DataType::Float {
-                                value.round(ops::calculates(node));
+                            if base.is_none() {
+                                value.fit(ops::calculates(node));
                             }
                             env.spent += value.data.as_ref().map_or(0, Vec::len);
                             if env.spent > MAX_SPENT {
@@ -353,7 +353,11 @@ fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Optio
         };
         let mut outputs = outputs.into_iter();
         for name in &node.output {
-            own.insert(name, outputs.next().flatten().map(Rc::new));
+            let mut value = outputs.next().flatten();
+            if let Some(value) = &mut value {
+                value.fit(ops::calculates(node));
+            }
+            own.insert(name, value.map(Rc::new));
         }
     }
     let outputs = graph.output.iter().map(|o| match own.get(o.name()) {

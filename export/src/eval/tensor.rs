@@ -180,6 +180,34 @@ pub(super) fn broadcast(a: &[usize], b: &[usize]) -> Result<Vec<usize>, String> 
         .collect()
 }
 
+/// What a type makes of a number: the nearest that it has, or, of whole numbers, what is left of it. None where all numbers are as
+/// they are.
+fn fitting(data_type: DataType) -> Option<fn(f64) -> f64> {
+    Some(match data_type {
+        DataType::Float => |x| f64::from(x as f32),
+        DataType::Float16 => |x| f16::from_f64(x).to_f64(),
+        DataType::Bfloat16 => |x| bf16::from_f64(x).to_f64(),
+        DataType::Int8 => |x| wrapped::<8>(x, true),
+        DataType::Int16 => |x| wrapped::<16>(x, true),
+        DataType::Int32 => |x| wrapped::<32>(x, true),
+        DataType::Uint8 => |x| wrapped::<8>(x, false),
+        DataType::Uint16 => |x| wrapped::<16>(x, false),
+        DataType::Uint32 => |x| wrapped::<32>(x, false),
+        _ => return None,
+    })
+}
+
+/// The last bits of a whole number.
+fn wrapped<const BITS: i32>(x: f64, signed: bool) -> f64 {
+    let size = f64::powi(2.0, BITS);
+    let least = if signed { -size / 2.0 } else { 0.0 };
+    if x.is_finite() && !(least..least + size).contains(&x) {
+        (x - least).rem_euclid(size) + least
+    } else {
+        x
+    }
+}
+
 impl Tensor {
     pub fn unknown(shape: Vec<usize>, data_type: DataType) -> Self {
         Self {
@@ -220,15 +248,16 @@ impl Tensor {
         })
     }
 
-    /// Rounds its numbers to float32, as a kernel has them: a bound of a mask may depend on it. Those that are not held need it only
-    /// where they are calculated.
-    pub(super) fn round(&mut self, calculated: bool) {
-        let float = |x: f64| f64::from(x as f32);
+    /// Its numbers as its type holds them, and so as a kernel has them: a bound of a mask may depend on it. Float16 counts no further
+    /// than 2048, and squares of distances leave int32 behind 46,340 tokens. Those that are not held need it only where they are
+    /// calculated.
+    pub(super) fn fit(&mut self, calculated: bool) {
+        let Some(fit) = fitting(self.data_type) else { return };
         if let Some(data) = &mut self.data {
-            data.iter_mut().for_each(|x| *x = float(*x));
+            data.iter_mut().for_each(|x| *x = fit(*x));
         }
         if calculated && let Some(lazy) = self.lazy.take() {
-            self.lazy = Some(Lazy::new(&[&lazy.clone()], move |at| float(lazy.at(at))));
+            self.lazy = Some(Lazy::new(&[&lazy.clone()], move |at| fit(lazy.at(at))));
         }
     }
 
@@ -425,4 +454,38 @@ fn external(tensor: &TensorProto, len: usize, folder: &Path) -> Option<Vec<u8>> 
     let mut bytes = Vec::new();
     file.take(len as u64).read_to_end(&mut bytes).ok()?;
     (bytes.len() == len).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_what_their_type_holds() {
+        for (data_type, x, expected) in [
+            (DataType::Float, 0.1, f64::from(0.1f32)),
+            (DataType::Float16, 2049.0, 2048.0),
+            (DataType::Float16, 1e6, f64::INFINITY),
+            (DataType::Bfloat16, 257.0, 256.0),
+            (DataType::Int8, 128.0, -128.0),
+            (DataType::Int16, 40_000.0, -25_536.0),
+            (DataType::Int32, 46_341.0 * 46_341.0, -2_147_479_015.0),
+            (DataType::Int32, -2_147_483_648.0, -2_147_483_648.0),
+            (DataType::Uint8, 300.0, 44.0),
+            (DataType::Uint16, -1.0, 65_535.0),
+            (DataType::Uint32, 4_294_967_296.0, 0.0),
+            (DataType::Int64, 1e12, 1e12),
+            (DataType::Double, 0.1, 0.1),
+        ] {
+            let mut held = Tensor::new(vec![1], data_type, vec![x]);
+            held.fit(false);
+            assert_eq!(held.data, Some(vec![expected]), "{data_type:?}");
+            let mut asked = Tensor {
+                lazy: Some(Lazy::new(&[], move |_| x)),
+                ..Tensor::unknown(vec![1], data_type)
+            };
+            asked.fit(true);
+            assert_eq!(asked.numbers().map(|n| n.at(0)), Some(expected), "{data_type:?}");
+        }
+    }
 }

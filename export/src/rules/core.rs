@@ -15,11 +15,14 @@ use super::{
 };
 use crate::{
     eval::{Cone, Env, Tensor, fused_scores, reads},
+    graph::GraphView,
     onnx::{DataType, NodeProto},
 };
 use std::{cell::Cell, collections::HashSet, rc::Rc};
 
 const MAX_CHAIN: usize = 64;
+/// What is said of a mask that the evaluator has no numbers for.
+pub const MORE: &str = "depends on more than masks and positions";
 const MAX_CONSTANTS: usize = 96;
 /// Numbers that are computed for one mask.
 const MAX_SPENT: usize = 1 << 30;
@@ -127,6 +130,7 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
         }
         None => outer_cache(probes, &core)?,
     };
+    grows(probes.view, &cache)?;
     let heads = sizes(first, &env, &core, &cache)?;
     let kv = |name: &'a str, d: usize| cut(probes, &env, name, [first.b, heads.hkv, first.s, d], Some(1.0));
     let q = cut(probes, &env, core.query, [first.b, heads.hq, first.s, heads.d], None)
@@ -299,6 +303,24 @@ fn outer_cache<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Cache<'a>, St
         total: [k[1], v[1]],
         new: [k[2], v[2]],
     })
+}
+
+/// A cache that is declared with so many tokens and gets more in each call doesn't fit the next one.
+fn grows(view: &GraphView, cache: &Cache) -> Result<(), String> {
+    for (past, total) in cache.past.into_iter().zip(cache.total) {
+        let axis = view
+            .producer(total)
+            .filter(|n| n.is("", "Concat"))
+            .map(|n| n.attribute("axis"));
+        let by_tokens = axis.is_none_or(|axis| axis.is_some_and(|axis| [2, -2].contains(&axis.i())));
+        if let Some(tokens) = view.declared_from_end(past, 2).filter(|_| by_tokens) {
+            return Err(format!(
+                "its cache {past} comes in with {tokens} tokens, no other number, and goes out with more: the caller would have to cut \
+                 it between two calls; export it with a cache of open length"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// A value and those before it, as long as each is made from one value that depends on tokens, and in the same way in every
@@ -549,7 +571,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
                 Err(why) => why,
                 Ok(_) => "it is not known".to_owned(),
             })?;
-        let unknown = || format!("{masked} depends on more than masks and positions");
+        let unknown = || format!("{masked} {MORE}");
         let n: usize = got.shape.iter().product();
         let each = z.b * z.s * z.total();
         let tokens = got.shape.get(got.shape.len().saturating_sub(2)..);

@@ -126,7 +126,7 @@ pub(super) fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a N
 mod tests {
     use super::*;
     use crate::{
-        onnx::{AttributeProto, GraphProto, TensorProto},
+        onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto},
         rules::{Layout, Lengths, Site},
         testing::{looked, projected},
     };
@@ -445,6 +445,75 @@ mod tests {
             ]),
             4900
         );
+    }
+
+    #[test]
+    fn a_cache_of_one_length_that_grows_is_refused() {
+        let masked = ("Add", &["scaled", "plane"][..], "masked");
+        let mut graph = graph(&[&[SCALED][..], &CAUSAL, &[masked, SOFTMAX]].concat());
+        assert!(looked(&Decomposed, &graph).is_ok());
+        let mut inputs = graph.input.iter_mut();
+        let past = inputs.find(|i| i.name() == "past_key_values.0.value").expect("a cache");
+        past.dims_mut().expect("a shape")[2] = 63.into();
+        let why = looked(&Decomposed, &graph).expect_err("it has to be cut");
+        assert!(why.contains("past_key_values.0.value comes in with 63 tokens"), "{why}");
+    }
+
+    /// Where the distance, or its square, in this type is less than the type's `limit`.
+    fn narrow(data_type: DataType, squared: bool, limit: &str) -> Result<Site, String> {
+        let (apart, distance) = if squared {
+            ("Mul", &["narrow", "narrow"][..])
+        } else {
+            ("Identity", &["narrow"][..])
+        };
+        let more = [
+            ("Mul", &["many", "many"][..], "side"),
+            ("Mul", &["side", "side"], "square"),
+            ("Cast", &["distance"], "narrow"),
+            (apart, distance, "apart"),
+            ("Cast", &[limit], "bound"),
+        ];
+        bounded(&more, |graph| {
+            let casts = graph
+                .node
+                .iter_mut()
+                .filter(|n| ["narrow", "bound"].contains(&n.output(0)));
+            casts.for_each(|n| n.attribute = vec![AttributeProto::int("to", i64::from(i32::from(data_type)))]);
+        })
+    }
+
+    #[test]
+    fn distances_are_what_their_type_holds() {
+        // Of the numbers between 4096 and 8192 float16 has every fourth: 7998 is 8000.
+        assert_eq!(
+            narrow(DataType::Float16, false, "wide").unwrap().local_window_size,
+            7998
+        );
+        // An 8-bit integer counts from 0 again at 256, and squares in 32 bits are negative behind 46,340 tokens.
+        let why = narrow(DataType::Uint8, false, "few").expect_err("256 tokens away is near");
+        assert!(why.contains("does not see token"), "{why}");
+        let why = narrow(DataType::Int32, true, "square").expect_err("46,341 tokens away is near");
+        assert!(why.contains("does not see token"), "{why}");
+        // In a branch too.
+        let why = bounded(
+            &[("If", &["seen_once"], "apart"), ("Identity", &["few"], "bound")],
+            |graph| {
+                let mut cast = NodeProto::new("", "Cast", "cast", &["distance"], &["narrow"]);
+                cast.attribute = vec![AttributeProto::int("to", i64::from(i32::from(DataType::Uint8)))];
+                let branch = GraphProto {
+                    node: vec![cast],
+                    output: vec![ValueInfoProto::tensor("narrow", DataType::Uint8, [])],
+                    ..Default::default()
+                };
+                let whole = TensorProto::raw("seen_once", DataType::Bool, &[], vec![1].into());
+                graph.initializer.push(whole);
+                let node = graph.node.iter_mut().find(|n| n.is("", "If")).expect("the If");
+                node.attribute = ["then_branch", "else_branch"]
+                    .map(|name| AttributeProto::graph(name, branch.clone()))
+                    .to_vec();
+            },
+        );
+        assert!(why.is_err(), "{why:?}");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 
 use super::{
     ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS,
+    core::MORE,
     cross::{inputs_of, keeps_nothing},
     probe::Probes,
     state::alike,
-    trace::{Origin, Trace, operands},
+    trace::{Origin, Trace, is_product, operands},
 };
 use crate::{
     graph::GraphView,
@@ -87,6 +88,11 @@ impl<'p, 'a> Explain<'p, 'a> {
         if let Some(cause) = mask.origins.iter().find_map(|origin| ready_made(view, origin)) {
             return Some(cause);
         }
+        if why.contains(MORE)
+            && let Some(cause) = mask.origins.iter().find_map(|origin| other_input(self.probes, origin))
+        {
+            return Some(cause);
+        }
         // What an evaluation stumbled over, where the cache is one that keeps the newest tokens.
         let stumbled = why.contains("do not go together")
             || why.contains("is not the past followed by")
@@ -105,7 +111,7 @@ impl<'p, 'a> Explain<'p, 'a> {
                 "the graph returns its {what} ({name}), which page selection doesn't compute; export it without output_attentions"
             )
         };
-        if let Some(name) = leaves(view, node.output(0)) {
+        if let Some(name) = leaves(view, node.output(0)).or_else(|| made_of(view, node.output(0))) {
             return Some(said("attention probabilities", name));
         }
         let operands = operands(view, node)?;
@@ -232,6 +238,42 @@ fn ready_made(view: &GraphView, origin: &Origin) -> Option<String> {
         shown(view, origin.input),
         dims.len()
     ))
+}
+
+/// An input that a mask depends on and no caller is known to give.
+fn other_input(probes: &Probes, origin: &Origin) -> Option<String> {
+    let known = [INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, ATTENTION_MASK];
+    if known.contains(&origin.input) || probes.is_cache(origin.input) {
+        return None;
+    }
+    Some(format!(
+        "its mask depends on the input {}, of which nothing is known; export it with a mask that is made of {ATTENTION_MASK} and \
+         {POSITION_IDS}",
+        shown(probes.view, origin.input)
+    ))
+}
+
+/// An output of the graph that is computed of probabilities other than by weighing values with them.
+fn made_of<'a>(view: &GraphView<'a>, weights: &'a str) -> Option<&'a str> {
+    let mut open = vec![weights];
+    let mut at = 0;
+    while let Some(name) = open.get(at).copied().filter(|_| at < 64) {
+        at += 1;
+        // Of them alone: no values are weighed.
+        let alone = |n: &&NodeProto| n.input.iter().all(|i| i == name || i.is_empty() || view.is_constant(i));
+        let readers = view
+            .readers(name)
+            .filter(|n| !is_product(n) && !n.is("", "Shape"))
+            .filter(alone);
+        let outputs = readers.flat_map(|n| &n.output).map(String::as_str);
+        for output in outputs.filter(|o| !o.is_empty()) {
+            if view.is_output(output) {
+                return Some(output);
+            }
+            open.push(output);
+        }
+    }
+    None
 }
 
 /// Whether any input comes back, by its name, as a cache does.
@@ -531,10 +573,14 @@ mod tests {
 
     #[test]
     fn what_leaves_the_graph_is_named() {
-        for (from, what) in [("weights", "attention probabilities"), ("scores", "attention scores")] {
+        for (from, by, what) in [
+            ("weights", "Unsqueeze", "attention probabilities"),
+            ("weights", "ReduceMax", "attention probabilities"),
+            ("scores", "Unsqueeze", "attention scores"),
+        ] {
             let mut graph = graph(&["batch".into(), 2.into(), "past".into(), 4.into()], USUAL);
             let nodes = [
-                NodeProto::new("", "Unsqueeze", "u", &[from, "one"], &["five"]),
+                NodeProto::new("", by, "u", &[from, "one"], &["five"]),
                 NodeProto::new("", "Identity", "i", &["five"], &["attentions"]),
             ];
             graph.node.extend(nodes);
@@ -548,20 +594,32 @@ mod tests {
 
     #[test]
     fn masks_that_the_caller_makes_are_named() {
-        let mut graph = graph(&["batch".into(), 2.into(), "past".into(), 4.into()], USUAL);
+        let graph = graph(&["batch".into(), 2.into(), "past".into(), 4.into()], USUAL);
         let dims = ["batch".into(), 1.into(), "tokens".into(), "total".into()];
-        graph
-            .input
-            .push(ValueInfoProto::tensor("causal_mask", DataType::Float, dims));
-        let add = NodeProto::new("", "Add", "add", &["scores", "causal_mask"], &["masked"]);
-        graph.node.push(add);
-        let softmax = graph.node.iter_mut().find(|n| n.is("", "Softmax")).unwrap();
-        softmax.input[0] = "masked".into();
-        let why = said(graph);
+        let why = said(masked_by(graph, "causal_mask", &dims));
         assert!(
             why.contains("made by the caller: causal_mask [batch, 1, tokens, total]"),
             "{why}"
         );
+    }
+
+    /// With an input of the caller's added to the scores.
+    fn masked_by(mut graph: GraphProto, name: &str, dims: &[Dimension]) -> GraphProto {
+        graph
+            .input
+            .push(ValueInfoProto::tensor(name, DataType::Float, dims.to_vec()));
+        let add = NodeProto::new("", "Add", "add", &["scores", name], &["masked"]);
+        graph.node.push(add);
+        let softmax = graph.node.iter_mut().find(|n| n.is("", "Softmax")).unwrap();
+        softmax.input[0] = "masked".into();
+        graph
+    }
+
+    #[test]
+    fn an_input_that_a_mask_depends_on_is_named() {
+        let graph = graph(&["batch".into(), 2.into(), "past".into(), 4.into()], USUAL);
+        let why = said(masked_by(graph, "bias_row", &["tokens".into(), "total".into()]));
+        assert!(why.contains("depends on the input bias_row [tokens, total]"), "{why}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::{Attention, Site, state::alike};
 use crate::{graph::GraphView, onnx::ValueInfoProto, verify::known::presents};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Refuses attentions whose caches go other ways than their names say.
 pub fn refuse_crossed(view: &GraphView, found: &mut [Attention]) {
@@ -39,7 +39,30 @@ impl<'a> Names<'a> {
                 names.past_of.entry(present).or_default().insert(past);
             }
         }
+        names.pair_by_layers(view);
         names
+    }
+
+    /// What no word pairs goes together by layer and kind, where all of it does: `cache_k_0` and `present_k_0`.
+    fn pair_by_layers(&mut self, view: &GraphView<'a>) {
+        let left = |values: &'a [ValueInfoProto], paired: &HashMap<&str, _>| -> Option<BTreeMap<Place, &'a str>> {
+            let names = values.iter().map(ValueInfoProto::name);
+            let placed: Vec<_> = names
+                .filter(|name| !paired.contains_key(name))
+                .filter_map(|name| Some((place(name)?, name)))
+                .collect();
+            let map: BTreeMap<_, _> = placed.iter().cloned().collect();
+            (map.len() == placed.len()).then_some(map)
+        };
+        let pasts = left(&view.graph.input, &self.present_of);
+        let presents = left(&view.graph.output, &self.past_of);
+        let Some((pasts, presents)) = pasts.zip(presents).filter(|(a, b)| a.keys().eq(b.keys())) else {
+            return;
+        };
+        for (past, present) in pasts.into_values().zip(presents.into_values()) {
+            self.present_of.entry(past).or_default().insert(present);
+            self.past_of.entry(present).or_default().insert(past);
+        }
     }
 
     /// Why a host that goes by names would feed a cache into another's place.
@@ -68,6 +91,26 @@ impl<'a> Names<'a> {
             ))
         })
     }
+}
+
+/// The numbers in a cache's name, and whether it is of keys.
+type Place = (Vec<String>, bool);
+
+fn place(name: &str) -> Option<Place> {
+    let name = name.to_lowercase();
+    let alphanumeric = name.split(|c: char| !c.is_ascii_alphanumeric());
+    let kind = |c: char| c.is_ascii_digit();
+    let words: Vec<&str> = alphanumeric
+        .flat_map(|word| {
+            word.as_bytes()
+                .chunk_by(|a, b| kind(char::from(*a)) == kind(char::from(*b)))
+        })
+        .filter_map(|word| std::str::from_utf8(word).ok())
+        .collect();
+    let is = |kinds: [&str; 3]| words.iter().any(|word| kinds.contains(word));
+    let (keys, values) = (is(["k", "key", "keys"]), is(["v", "value", "values"]));
+    let numbers = words.iter().filter(|word| word.starts_with(kind));
+    (keys != values).then(|| (numbers.map(|n| (*n).to_owned()).collect(), keys))
 }
 
 #[cfg(test)]
@@ -155,6 +198,23 @@ mod tests {
             assert!(values.contains(past[0]) && values.contains(present[1]), "{values}");
             let layer = layer.expect("layers crossed");
             assert!(layer.contains(past[0]) && layer.contains(other[1]), "{layer}");
+        }
+    }
+
+    #[test]
+    fn names_that_share_no_words_pair_by_layer_and_kind() {
+        let inputs = ["cache_k_0", "cache_v_0", "cache_k_1", "cache_v_1", "input_ids"];
+        let outputs = ["logits", "pres0k", "pres0v", "pres1k", "pres1v"];
+        let of = |key: &str, value: &str| crossed(&inputs, &outputs, ["cache_k_0", key], ["cache_v_0", value]);
+        assert_eq!(of("pres0k", "pres0v"), None);
+        let why = of("pres0v", "pres0k").expect("keys and values crossed");
+        assert!(why.contains("cache_k_0 goes with pres0k"), "{why}");
+        assert!(of("pres1k", "pres0v").is_some_and(|why| why.contains("cache_k_0 goes with pres0k")));
+        // Counted otherwise, or not all of a kind: nothing is known of them.
+        let counted = ["logits", "pres1k", "pres1v", "pres2k", "pres2v"];
+        for outputs in [counted, ["logits", "pres0k", "pres0v", "pres1k", "other"]] {
+            let found = crossed(&inputs, &outputs, ["cache_k_0", outputs[1]], ["cache_v_0", outputs[2]]);
+            assert_eq!(found, None, "{outputs:?}");
         }
     }
 

@@ -4,7 +4,7 @@ use super::{copies, inputs};
 use crate::{
     eval::{Cone, Env, Program, Tensor},
     graph::GraphView,
-    onnx::{DataType, ValueInfoProto},
+    onnx::{DataType, Dimension, ValueInfoProto},
 };
 use std::{
     cell::{OnceCell, RefCell},
@@ -98,14 +98,22 @@ impl<'a> Probes<'a> {
         })
     }
 
-    /// Inputs that are caches: floating point, four dimensions.
+    /// Inputs that are caches: floating point, four dimensions. A mask made by the caller has a row for each token fed.
     pub fn caches(&self) -> impl Iterator<Item = &'a ValueInfoProto> {
-        let is_cache = |i: &&'a ValueInfoProto| {
+        let fed = |name: &str| self.view.declared_dims(name)?.get(1)?.symbol();
+        let fed = fed(INPUT_IDS).or_else(|| fed(INPUTS_EMBEDS));
+        let is_mask = move |dims: &[Dimension]| match dims {
+            [.., rows, keys] => {
+                fed.is_some() && rows.symbol() == fed && keys.symbol().is_some_and(|keys| Some(keys) != fed)
+            }
+            _ => false,
+        };
+        let is_cache = move |i: &&'a ValueInfoProto| {
             let floats = matches!(
                 i.data_type(),
                 Some(DataType::Float | DataType::Float16 | DataType::Bfloat16)
             );
-            floats && i.dims().is_some_and(|d| d.len() == 4) && self.view.initializer(i.name()).is_none()
+            floats && i.dims().is_some_and(|d| d.len() == 4 && !is_mask(d)) && self.view.initializer(i.name()).is_none()
         };
         self.view.graph.input.iter().filter(is_cache)
     }

@@ -64,7 +64,7 @@ pub fn operands<'a>(view: &GraphView<'a>, node: &'a NodeProto) -> Option<Operand
     }
 }
 
-fn is_product(node: &NodeProto) -> bool {
+pub fn is_product(node: &NodeProto) -> bool {
     matches!(node.op_domain(), "" | "com.microsoft") && PRODUCTS.contains(&node.op_type())
 }
 
