@@ -448,7 +448,7 @@ mod tests {
     fn what_is_wrong_is_said() {
         let error = |dir: &tempfile::TempDir| ModelFolder::open(dir.path(), None).unwrap_err().to_string();
         assert!(error(&folder(&[])).contains("no ONNX graph"));
-        assert!(error(&folder(&[("a.onnx", ""), ("b.onnx", "")])).contains("Several"));
+        assert!(error(&folder(&[("a.onnx", ""), ("b.onnx", "")])).contains("there are 2 ONNX models"));
         assert!(error(&folder(&[("genai_config.json", GENAI)])).contains("m.onnx"));
         for name in ["config.json", "generation_config.json", "tokenizer_config.json"] {
             assert!(

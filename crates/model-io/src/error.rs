@@ -44,8 +44,8 @@ pub enum Error {
     NoGraph(PathBuf),
 
     #[error(
-        "there are {} ONNX models in {folder} ({}). Several would do, so name the one to convert or to run with --graph: its \
-         file's name or its variant, as q4f16",
+        "there are {} ONNX models in {folder} ({}); name the one to convert or to run with --graph: its file's name or its \
+         variant, as q4f16",
         .graphs.len(), list(.folder, .graphs)
     )]
     SeveralGraphs { folder: PathBuf, graphs: Vec<PathBuf> },
