@@ -7,7 +7,7 @@ use std::fmt;
 
 use retro_contract::{GroupScore, Mode, Selector, budget_pages, input, limits, pages_for, ring_slots};
 
-use crate::host::{Error, Result, require};
+use crate::ort::{Error, Result, require};
 
 /// Source of attribute values: the host's kernel info, or a plain struct in tests.
 pub trait AttributeSource {

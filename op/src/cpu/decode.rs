@@ -10,12 +10,12 @@ use super::prefill::{
 use super::scratch::{CallScratch, TaskScratch, fit, padded};
 use super::tensors::Rows;
 use super::{Call, Pool, Shared};
-use crate::host::Result;
 use crate::method::attend::{Block, PageRows, Partial, attend_pages};
 use crate::method::element::Element;
 use crate::method::merge;
 use crate::method::score::{group_scores, prepare, score_heads};
 use crate::method::select::{Scoring, choose_pages, select_pages, streaming_pages};
+use crate::ort::Result;
 use crate::simd::Isa;
 
 /// Pages below which a split costs more than it gains.

@@ -4,20 +4,20 @@
 //! over pages where that leaves cores idle.
 
 mod decode;
-mod kernel;
+mod op_kernel;
 mod prefill;
 mod scratch;
 mod shared;
 mod tensors;
 
-pub use kernel::{CpuKernel, CpuOperator};
+pub use op_kernel::{CpuKernel, CpuOperator};
 pub use scratch::ScratchPool;
 pub use shared::Shared;
 pub use tensors::{Inputs, State};
 
 use crate::contract::{Attributes, Dims, Phase, Plan};
-use crate::host::Result;
 use crate::method::element::Element;
+use crate::ort::Result;
 
 /// Who runs the tasks: the session's thread pool, or the calling thread.
 pub trait Pool {

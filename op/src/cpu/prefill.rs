@@ -6,10 +6,10 @@ use super::scratch::TaskScratch;
 use super::tensors::{AngleCache, Rows};
 use super::{Call, Dense, Pool};
 use crate::contract::Sequence;
-use crate::host::Result;
 use crate::method::attend::{Block, Partial, attend_pages};
 use crate::method::element::Element;
 use crate::method::summary::summarize;
+use crate::ort::Result;
 use crate::simd::Isa;
 
 /// Tokens of one block of query rows: enough that a page's keys serve many rows, few enough to spread a prompt.

@@ -11,23 +11,23 @@ use cudarc::driver::sys::{
     cuModuleGetFunction, cuModuleLoadData, is_culib_present,
 };
 
-use super::call::Kernels;
 use super::check;
-use super::image::image;
+use super::cubin::code;
 use super::launch::Kernel;
+use super::launch_plan::Kernels;
 use super::scratch::Scratch;
-use crate::host::{Error, Result};
+use crate::ort::{Error, Result};
 
 pub struct Device {
     context: Arc<CudaContext>,
     module: CUmodule,
     pub multiprocessors: usize,
     /// Bytes of shared memory of a multiprocessor.
-    pub shared_a_sm: usize,
+    pub shared_per_sm: usize,
     /// Compute capability 9.0 and up: kernels of a step may overlap (programmatic dependent launch).
     pub overlaps: bool,
     /// CUDA 12.5 and up: a launch may say how multiprocessors divide their memory.
-    pub gathers: bool,
+    pub sets_carveout: bool,
     pub scratch: Scratch,
     /// Places of tensors at addresses that the kernels cannot use.
     pub staged: Scratch,
@@ -75,7 +75,7 @@ impl Device {
         let mut driver = 0;
         // SAFETY: the number is ours to write.
         check("cuDriverGetVersion", unsafe { cuDriverGetVersion(&mut driver) })?;
-        let image = image(capability)?;
+        let image = code(capability)?;
         let mut module = ptr::null_mut();
         // SAFETY: the context is current (CudaContext::new binds it), and the image is a whole fat binary or cubin.
         check("cuModuleLoadData", unsafe {
@@ -85,9 +85,9 @@ impl Device {
             context,
             module,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
-            shared_a_sm: usize::try_from(shared).unwrap_or(0),
+            shared_per_sm: usize::try_from(shared).unwrap_or(0),
             overlaps: capability >= (9, 0),
-            gathers: driver >= 12050,
+            sets_carveout: driver >= 12050,
             scratch: Scratch::default(),
             staged: Scratch::default(),
             kernels: Mutex::default(),

@@ -14,7 +14,7 @@ const POISON_STEP: i32 = 0x5a5a_5a5a;
 struct InTurn(usize);
 
 impl Pool for InTurn {
-    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> retro_attention::host::Result<()> {
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> retro_attention::ort::Result<()> {
         (0..count).for_each(task);
         Ok(())
     }
@@ -205,7 +205,7 @@ impl<E: Element> Bed<E> {
         if self.shape.has_sink {
             set(input::HEAD_SINK, &[heads]);
         }
-        let said = |e: retro_attention::host::Error| e.message().to_owned();
+        let said = |e: retro_attention::ort::Error| e.message().to_owned();
         let dims = Dims::read(a, &shapes).map_err(said)?;
         let last: Vec<i32> = feed.lens.iter().map(|&n| n as i32 - 1).collect();
         let retro: Vec<i32> = match feed.phase {

@@ -203,7 +203,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   const u32 ring = __cvta_generic_to_shared(raw);
   start_attention(p);
   const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
   const int my_rows = warp % S::ROW_GROUPS * 8, my_tiles = warp / S::ROW_GROUPS;
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, S::ROWS);
@@ -214,7 +214,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n, token = token_of(p, r);
     float x[8] = {};
     if (r < rb.rows && d0 < d)
-      read_octet(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0, s.first + rb.token0 + token, x);
+      read_vec8(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0, s.first + rb.token0 + token, x);
     if (n < S::ROWS) store8(&sh.query[n][d0], x);
   }
   int position[2];
@@ -285,7 +285,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   for (int k = 0; k < DP / 16; k++)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + octet][16 * k + 8 * half + 2 * quad]);
+      query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + fragment_row][16 * k + 8 * half + 2 * quad]);
   float top[2] = {NEG_INF, NEG_INF}, base[2] = {}, sum[2] = {}, out[DP / 16][4] = {};
   const float to_base2 = p.softcap > 0.f ? 1.f : p.scale * LOG2E;
   // Byte offsets in a stage of what this lane hands to ldmatrix: of its first chunk of its key row and its value row in the warp's
@@ -340,11 +340,11 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
       if (p.local_window) {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          if (two[e / 2].at + octet < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
+          if (two[e / 2].at + fragment_row < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
       }
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        logits[i][e] = position[e % 2] >= max(two[e / 2].at + octet, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
+        logits[i][e] = position[e % 2] >= max(two[e / 2].at + fragment_row, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
         above = fmaxf(above, logits[i][e] - top[e % 2]);
       }
     }
@@ -396,7 +396,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   for (int e = 0; e < 2; e++) {
 #pragma unroll
     for (int x = 4; x < 32; x <<= 1) sum[e] += __shfl_xor_sync(ALL_LANES, sum[e], x);
-    if (octet == 0) {
+    if (fragment_row == 0) {
       float* stats = block.stats[my_tiles][my_rows + 2 * quad + e];
       stats[0] = top[e], stats[1] = sum[e];
     }
@@ -414,7 +414,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   for (int j = 0; j < DP / 16; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++)
-      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + octet + e / 2 * 8] = out[j][e] * scale[e % 2];
+      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + fragment_row + e / 2 * 8] = out[j][e] * scale[e % 2];
   __syncthreads();
   write_rows<T, DP, S::ROWS, S::TOKEN_GROUPS>(p, s, rb, b, kv_head, block);
   wait_for_previous();

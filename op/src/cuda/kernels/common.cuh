@@ -79,7 +79,7 @@ enum Selector { BOUNDS = 0, MOMENTS = 1, SIGNED_MOMENTS = 2 };
 enum GroupScore { MAX = 0, SOFTMAX = 1 };
 enum Mode { RETRO = 0, DENSE = 1, STREAMING = 2 };
 
-// One call. op/src/cuda/params.rs has the same struct; the order and the types must stay equal.
+// One call. op/src/cuda/abi.rs has the same struct; the order and the types must stay equal.
 struct Params {
   // Inputs. Rows are (b, s): query [B, S, Hq, D], key and value [B, S, Hkv, D], each with a row stride in elements.
   const void *query, *key, *value;
@@ -115,7 +115,7 @@ struct Params {
   int keys;          // that a block of the selection kernel keeps, a multiple of 8
   int score_blocks;  // blocks of the score kernel that score; the others append
   int warp_pages, more_pages;  // pages that each of their warps scores, and warps that score one more
-  int octets;        // rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
+  int vec8;          // rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
   int last_tokens;   // attention covers the last so many fed rows; 0: all
   int stages;        // of the attention's pipeline, 2 to 4
   int write_output;  // 0: the output is there already, only the output cache is filled
@@ -127,7 +127,7 @@ struct Params {
   u8 retro[MAX_RAGGED];
 };
 
-static_assert(sizeof(Params) == 880, "params.rs has the same layout");
+static_assert(sizeof(Params) == 880, "abi.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -251,8 +251,8 @@ template <class T> RARE void read_elements(const Params& p, const T* row, int d,
 }
 // Eight neighbouring elements of a head's row from `d` on, a multiple of eight, after rotary embedding at `position`. What does not
 // depend on it is read first.
-template <class T> DEVICE void read_octet(const Params& p, const T* row, int d, int position, float (&x)[8]) {
-  if (!p.octets) {
+template <class T> DEVICE void read_vec8(const Params& p, const T* row, int d, int position, float (&x)[8]) {
+  if (!p.vec8) {
     float slow[8];
     read_elements(p, row, d, position, slow);
 #pragma unroll

@@ -1,4 +1,4 @@
-// Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/kernel.rs names them.
+// Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/op_kernel.rs names them.
 #include "attend.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"

@@ -25,7 +25,7 @@ DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head,
   for (int i = team.member; i < p.group * (DP / 8); i += team.members) {
     const int h = i / (DP / 8), d = i % (DP / 8) * 8;
     float x[8] = {};
-    if (d < p.head_size) read_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, s.len - 1, x);
+    if (d < p.head_size) read_vec8(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), d, s.len - 1, x);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       const float q = rounded<T>(x[k]);
@@ -214,9 +214,9 @@ DEVICE void leave_range(const Params& p, int pair, float4* of_warps /* [SCORE_WA
 
 // The same for a softmax over pages: of every head.
 RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_WARPS] */, float4 low, float4 high /* of this lane's two heads */) {
-  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4, heads = p.group > 8 ? 16 : 8;
+  const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4, heads = p.group > 8 ? 16 : 8;
 #pragma unroll 1
-  for (int head = octet; head < heads; head += 8) {
+  for (int head = fragment_row; head < heads; head += 8) {
     const float4 all = joined_over<4>(head < 8 ? low : high);
     if (quad == 0) of_warps[head * SCORE_WARPS + threadIdx.x / 32] = all;
   }
@@ -245,7 +245,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   };
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   const int pair = b * p.kv_heads + head, d = p.head_size;
-  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
   // Neighbouring pages, equally many for every warp.
   const int warp = blockIdx.x * WARPS + threadIdx.x / 32;
   const Share share = share_of(p.warp_pages, p.more_pages, warp);
@@ -254,7 +254,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   uint4 first[CHUNKS], second[CHUNKS];
   // Beyond the end the last page is read again, and not stored; past d the query is 0.
   auto load = [&](int page0, int c) {
-    const T* page = summary + size_t(max(min(page0 + octet, end - 1), 0)) * 2 * d + min(32 * c + 8 * quad, d - 8);
+    const T* page = summary + size_t(max(min(page0 + fragment_row, end - 1), 0)) * 2 * d + min(32 * c + 8 * quad, d - 8);
     first[c] = __ldcs(reinterpret_cast<const uint4*>(page));
     second[c] = __ldcs(reinterpret_cast<const uint4*>(page + d));
   };
@@ -272,7 +272,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
     float x[8] = {}, y[8];
     // Where the length is not valid any position will do: nothing is scored.
     if (h < p.group && c < d)
-      read_octet(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
+      read_vec8(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       const float q = rounded<T>(x[k]);
@@ -297,7 +297,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   float4 stats[2] = {no_scores(), no_scores()};
   auto row = [&](const u16 (&rows)[HEADS][PITCH], int half, int c) {
     if (half && !wide) return uint4{0, 0, 0, 0};
-    return *reinterpret_cast<const uint4*>(&rows[octet + 8 * half][32 * c + 8 * quad]);
+    return *reinterpret_cast<const uint4*>(&rows[fragment_row + 8 * half][32 * c + 8 * quad]);
   };
 #pragma unroll 1
   for (int page0 = begin; page0 < limit; page0 += PAGES) {
@@ -339,7 +339,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
     float best[2] = {NEG_INF, NEG_INF};
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const int page = page0 + 2 * quad + e % 2, h = octet + e / 2 * 8;
+      const int page = page0 + 2 * quad + e % 2, h = fragment_row + e / 2 * 8;
       if (h >= p.group) continue;
       const float score = head_score<MOMENT>(p, x[e], y[e], z[e], log_count);
       if (!softmax) {
@@ -357,7 +357,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
         for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
         const int page = page0 + 2 * quad + e;
         if (page >= limit) continue;
-        if (octet == 0) score_at(p, pair, page, 0) = m + 0.f;
+        if (fragment_row == 0) score_at(p, pair, page, 0) = m + 0.f;
         if (page >= from) stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
       }
     }
@@ -372,21 +372,21 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
 // Writes the fed rows from..to (positions) of one KV head into the caches, and the keys to `copy` too, if there is one.
 template <class T>
 DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, Team team, T* copy = nullptr /* of row `from` */) {
-  const int d = p.head_size, octets = d / 8, pair = b * p.kv_heads + head;
+  const int d = p.head_size, vec8s = d / 8, pair = b * p.kv_heads + head;
   T* keys = static_cast<T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   T* values = static_cast<T*>(p.value_cache) + size_t(pair) * p.capacity * d;
 #pragma unroll 1
-  for (int i = team.member; i < (to - from) * octets; i += team.members) {
-    const int position = from + i / octets, c = i % octets * 8, row = s.skipped + position - s.first;
+  for (int i = team.member; i < (to - from) * vec8s; i += team.members) {
+    const int position = from + i / vec8s, c = i % vec8s * 8, row = s.skipped + position - s.first;
     const T* value = kv_row<T>(p, p.value, b, row, head) + c;
     float key[8], of_value[8];
-    if (p.octets) {
+    if (p.vec8) {
       load8(value, of_value);
     } else {
 #pragma unroll
       for (int k = 0; k < 8; k++) of_value[k] = widen(value[k]);
     }
-    read_octet(p, kv_row<T>(p, p.key, b, row, head), c, position, key);
+    read_vec8(p, kv_row<T>(p, p.key, b, row, head), c, position, key);
     store8(keys + size_t(position) * d + c, key);
     store8(values + size_t(position) * d + c, of_value);
     if (copy) store8(copy + 8 * i, key);

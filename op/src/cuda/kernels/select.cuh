@@ -20,7 +20,7 @@ constexpr int FINALISTS = 256;
 // What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it is taken.
 constexpr u32 NONE = 0, TAKEN = 0x7fff;
 // Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
-constexpr int OCTET = 8;
+constexpr int VEC8 = 8;
 constexpr int BINS_A_THREAD = BINS / SELECT_THREADS;
 static_assert(BINS_A_THREAD == 4, "a thread looks at four bins");
 
@@ -220,19 +220,19 @@ DEVICE void find_bin(SelectShared& sh, u32 left) {
   __syncthreads();
 }
 
-// What a block keeps of the pages from `begin` on. A thread looks after every SELECT_THREADS-th octet.
+// What a block keeps of the pages from `begin` on. A thread looks after every SELECT_THREADS-th group of eight.
 struct Kept {
   float* scores;
-  uint4* bins;  // of an octet each
+  uint4* bins;  // of eight neighbours each
   int begin;    // the first page, a multiple of eight
-  int count;    // octets
+  int count;    // groups of eight pages
 
-  // visit(octet, its bins) for this thread's.
-  template <class V> DEVICE void octets(V&& visit) const {
+  // visit(group of eight, its bins) for this thread's.
+  template <class V> DEVICE void vec8s(V&& visit) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += SELECT_THREADS) visit(i, bins[i]);
   }
-  DEVICE u16& bin(int page) const { return reinterpret_cast<u16*>(&bins[page / OCTET])[page % 4 * 2 + page / 4 % 2]; }
+  DEVICE u16& bin(int page) const { return reinterpret_cast<u16*>(&bins[page / VEC8])[page % 4 * 2 + page / 4 % 2]; }
   DEVICE u32 key(int page) const { return ordered(scores[page]); }
 };
 
@@ -247,16 +247,16 @@ DEVICE u32 at_least(uint4 eight, u32 least) {
 }
 
 // visit(page number from `begin`) for the pages of a mask.
-template <class F> DEVICE void for_pages(int octet, u32 mask, F&& visit) {
+template <class F> DEVICE void for_pages(int vec8, u32 mask, F&& visit) {
 #pragma unroll 1
-  for (; mask; mask &= mask - 1) visit(OCTET * octet + __ffs(mask) - 1);
+  for (; mask; mask &= mask - 1) visit(VEC8 * vec8 + __ffs(mask) - 1);
 }
 
 // The range of the scores that compete, where scoring left no statistics.
 DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 least = 0xffffffffu, most = 0;
-  for (int i = threadIdx.x; i < OCTET * kept.count; i += SELECT_THREADS) {
+  for (int i = threadIdx.x; i < VEC8 * kept.count; i += SELECT_THREADS) {
     const u32 key = kept.key(i), bin = kept.bin(i);
     // -inf stays out of the range.
     if (bin != NONE && bin != TAKEN && key > ordered(NEG_INF)) least = min(least, key), most = max(most, key);
@@ -279,7 +279,7 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
     const int bits = min(open, DIGIT), shift = open - bits;
     const u32 left = sh.left;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < OCTET * kept.count; i += SELECT_THREADS) {
+    for (int i = threadIdx.x; i < VEC8 * kept.count; i += SELECT_THREADS) {
       const u32 key = kept.key(i);
       if (kept.bin(i) == bin && (open == 32 || (key ^ threshold) >> open == 0))
         atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
@@ -294,9 +294,9 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   const u32 left = sh.left;
   u32 seen = 0;
 #pragma unroll 1
-  for (int first = 0; first < OCTET * kept.count; first += SELECT_THREADS) {
+  for (int first = 0; first < VEC8 * kept.count; first += SELECT_THREADS) {
     const int page = first + threadIdx.x;
-    const bool in_bin = page < OCTET * kept.count && kept.bin(page) == bin;
+    const bool in_bin = page < VEC8 * kept.count && kept.bin(page) == bin;
     const u32 key = in_bin ? kept.key(page) : 0;
     const bool tied = in_bin && key == threshold;
     const u32 of_warp = __ballot_sync(ALL_LANES, tied);
@@ -315,11 +315,11 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
 DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int sure, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 mine = 0;
-  kept.octets([&](int octet, uint4 eight) {
+  kept.vec8s([&](int vec8, uint4 eight) {
     const u32 mask = at_least(eight, bin + 1);
     mine += __popc(mask);
     if (finalists)
-      for_pages(octet, at_least(eight, bin) ^ mask, [&](int page) {
+      for_pages(vec8, at_least(eight, bin) ^ mask, [&](int page) {
         const u32 at = atomicAdd(&sh.finalist_count, 1u);
         sh.finalist_pages[at] = page, sh.finalists[at] = kept.key(page);
       });
@@ -328,8 +328,8 @@ DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int
   if (lane == 31) sh.counts[warp] = upto;
   __syncthreads();
   int* next = list + reduce_add(lane < warp ? sh.counts[lane] : 0u) + upto - mine;
-  kept.octets([&](int octet, uint4 eight) {
-    for_pages(octet, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
+  kept.vec8s([&](int vec8, uint4 eight) {
+    for_pages(vec8, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
   });
   // A warp ranks one of them.
   const u32 count = sh.finalist_count, left = sh.left;
@@ -360,8 +360,8 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   Kept kept;
   kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * (p.keys + p.keys / 2);
   kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
-  kept.begin = all.from & ~(OCTET - 1);
-  kept.count = (all.pages - kept.begin + OCTET - 1) / OCTET;
+  kept.begin = all.from & ~(VEC8 - 1);
+  kept.count = (all.pages - kept.begin + VEC8 - 1) / VEC8;
   *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
   if (threadIdx.x == 0) sh.finalist_count = 0;
   // Those that compete; the newest page is forced, and so are the sinks.
@@ -375,7 +375,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   const bool with_stats = CHOICE != ANY || p.score_parts;
   const float* read = scores + size_t(kept.begin) * scores_a_page(p);
   HeadScores asked;
-  if (softmax_over_pages<CHOICE>(p)) asked.ask(p, read, threadIdx.x, OCTET * kept.count, 0);
+  if (softmax_over_pages<CHOICE>(p)) asked.ask(p, read, threadIdx.x, VEC8 * kept.count, 0);
   Bins bins(0.f, 0.f);
   if (with_stats) {
     const Range range = joined_range<CHOICE>(p, pair, sh);
@@ -384,23 +384,23 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     page_lse(p, scores, all.from, all.pages, &sh);
   }
   if (softmax_over_pages<CHOICE>(p)) {
-    join_heads(p, read, asked, kept.scores, OCTET * kept.count, sh);
+    join_heads(p, read, asked, kept.scores, VEC8 * kept.count, sh);
     read = kept.scores;
   }
 #pragma unroll 1
-  for (int octet = threadIdx.x; octet < kept.count; octet += SELECT_THREADS) {
-    const int page0 = kept.begin + OCTET * octet;
-    const float4 a = reinterpret_cast<const float4*>(read)[2 * octet], b = reinterpret_cast<const float4*>(read)[2 * octet + 1];
-    if (read != kept.scores) reinterpret_cast<float4*>(kept.scores)[2 * octet] = a, reinterpret_cast<float4*>(kept.scores)[2 * octet + 1] = b;
-    const float eight[OCTET] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    u32 in[OCTET];
+  for (int vec8 = threadIdx.x; vec8 < kept.count; vec8 += SELECT_THREADS) {
+    const int page0 = kept.begin + VEC8 * vec8;
+    const float4 a = reinterpret_cast<const float4*>(read)[2 * vec8], b = reinterpret_cast<const float4*>(read)[2 * vec8 + 1];
+    if (read != kept.scores) reinterpret_cast<float4*>(kept.scores)[2 * vec8] = a, reinterpret_cast<float4*>(kept.scores)[2 * vec8 + 1] = b;
+    const float eight[VEC8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    u32 in[VEC8];
 #pragma unroll
-    for (int i = 0; i < OCTET; i++) {
+    for (int i = 0; i < VEC8; i++) {
       const bool competes = u32(page0 + i - first) < u32(competing);
       in[i] = competes ? bins.of(eight[i]) : NONE;
       if (competes && with_stats) atomicAdd(&sh.histogram[in[i] - 1], 1u);
     }
-    kept.bins[octet] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
+    kept.bins[vec8] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
   }
   __syncthreads();
   if (!with_stats) {

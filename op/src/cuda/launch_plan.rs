@@ -4,11 +4,11 @@ use std::ffi::c_void;
 
 use retro_contract::{GroupScore, Mode, Selector, budget_pages, pages_for};
 
-use super::launch::{Kernel, Order, Stream};
-use super::params::Params;
+use super::abi::Params;
+use super::launch::{Kernel, LaunchMode, Stream};
 use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
-use crate::host::Result;
+use crate::ort::Result;
 
 /// Pages that a warp scores at once, and warps of a scoring block.
 const SCORE_PAGES: usize = 8;
@@ -38,7 +38,7 @@ const MERGE_ROWS: usize = 8;
 #[derive(Clone, Copy)]
 pub struct Score {
     pub kernel: Kernel,
-    pub blocks_a_sm: usize,
+    pub blocks_per_sm: usize,
 }
 
 /// The attention kernel for blocks of so many rows.
@@ -50,8 +50,8 @@ pub struct Attend {
     /// Bytes of shared memory.
     pub shared: usize,
     /// Bytes that it may be launched with.
-    pub most_shared: usize,
-    pub blocks_a_sm: usize,
+    pub max_shared: usize,
+    pub blocks_per_sm: usize,
     /// Of its pipeline.
     pub stages: i32,
 }
@@ -92,7 +92,7 @@ pub struct Call<'a> {
     pub kernels: &'a Kernels,
     pub multiprocessors: usize,
     /// Bytes of shared memory of each.
-    pub shared_a_sm: usize,
+    pub shared_per_sm: usize,
     pub attributes: &'a Attributes,
     pub dims: &'a Dims,
     pub has_page_budget: bool,
@@ -165,7 +165,7 @@ impl Call<'_> {
         let attend = attend.unwrap_or_else(|| unreachable!("every element type has an attention kernel"));
         let blocks = rows.div_ceil(attend.rows);
         // One wave.
-        let wanted = (attend.blocks_a_sm * self.multiprocessors - reserved) / (self.pairs() * blocks);
+        let wanted = (attend.blocks_per_sm * self.multiprocessors - reserved) / (self.pairs() * blocks);
         let most = tokens.div_ceil(TILE * ATTEND_WARPS).min(MAX_SPLITS);
         (attend, blocks, wanted.min(most).max(1))
     }
@@ -173,11 +173,11 @@ impl Call<'_> {
     /// Shared memory of the attention's blocks: more than they need where all of them are on the device at once, so that none gets
     /// more of them than another multiprocessor.
     fn spread(&self, attend: &Attend, grid: usize) -> usize {
-        let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_a_sm);
+        let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_per_sm);
         attend
             .shared
-            .max(self.shared_a_sm / (blocks + 1) + 1 - SHARED_OF_BLOCK)
-            .min(attend.most_shared)
+            .max(self.shared_per_sm / (blocks + 1) + 1 - SHARED_OF_BLOCK)
+            .min(attend.max_shared)
     }
 
     /// A decoding step: three or four launches, each started while the one before drains.
@@ -201,17 +201,17 @@ impl Call<'_> {
         let score_blocks = if scored {
             // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others take their place.
             let appending = if few { touched } else { 1 };
-            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(appending);
+            let wanted = ((score.blocks_per_sm * self.multiprocessors - reserved) / pairs).saturating_sub(appending);
             wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
         } else {
             0
         };
         // Where a warp scores more pages than that, what is on its way to it needs the L1 cache.
         let short = max_pages <= score_blocks * SCORE_PAGES * SCORE_WARPS * TILES_IN_L1;
-        let order = if few && (short || !scored) {
-            Order::Gathered
+        let launch_mode = if few && (short || !scored) {
+            LaunchMode::PdlMaxShared
         } else {
-            Order::Chained
+            LaunchMode::Pdl
         };
         let parts = if scored && self.kernels.half {
             score_blocks + touched
@@ -270,7 +270,7 @@ impl Call<'_> {
             &score.kernel,
             [score_blocks + touched, kv_heads, batch],
             shared,
-            order,
+            launch_mode,
             params,
         )?;
         if scored {
@@ -281,20 +281,20 @@ impl Call<'_> {
                 GroupScore::Softmax => &k.select.softmax,
             };
             self.stream
-                .launch(select, grid, if in_shared { kept } else { 0 }, order, params)?;
+                .launch(select, grid, if in_shared { kept } else { 0 }, launch_mode, params)?;
         }
         self.stream.launch(
             &attend.kernel,
             [blocks, splits, pairs],
             self.spread(attend, blocks * splits * pairs),
-            order,
+            launch_mode,
             params,
         )?;
         self.stream.launch(
             &k.merge,
             [a.heads + kv_heads, batch, (tokens - 1).max(1)],
             0,
-            order,
+            launch_mode,
             params,
         )?;
         buffer.settle();
@@ -302,20 +302,26 @@ impl Call<'_> {
     }
 
     /// What must be so before the host's own operator does a prefill.
-    pub fn before_delegate(&self, params: &Params) -> Result<()> {
+    pub fn before_fallback(&self, params: &Params) -> Result<()> {
         let grid = [1, self.attributes.kv_heads, self.dims.batch];
-        self.stream.launch(&self.kernels.clear, grid, 0, Order::Chained, params)
+        self.stream
+            .launch(&self.kernels.clear, grid, 0, LaunchMode::Pdl, params)
     }
 
-    /// What a prefill writes beside what the host's own operator wrote, if that ran (`delegated`).
-    pub fn prefill(&self, params: &mut Params, buffer: &mut Buffer, delegated: bool) -> Result<()> {
+    /// What a prefill writes beside what the host's own operator wrote, if that ran (`by_fallback`).
+    pub fn prefill(&self, params: &mut Params, buffer: &mut Buffer, by_fallback: bool) -> Result<()> {
         let (a, d, k) = (self.attributes, self.dims.head_size, self.kernels);
         let (total, batch, kv_heads) = (params.total as usize, self.dims.batch, a.kv_heads);
-        if !delegated {
-            self.stream
-                .launch(&k.append, [self.dims.tokens, kv_heads, batch], 0, Order::Alone, params)?;
+        if !by_fallback {
+            self.stream.launch(
+                &k.append,
+                [self.dims.tokens, kv_heads, batch],
+                0,
+                LaunchMode::Plain,
+                params,
+            )?;
         }
-        let tokens = if delegated {
+        let tokens = if by_fallback {
             self.dims.tokens.min(a.window - 1)
         } else {
             self.dims.tokens
@@ -327,10 +333,10 @@ impl Call<'_> {
         if tokens == 0 {
             return self
                 .stream
-                .launch(&k.pages, pages, page_copies, Order::Gathered, params);
+                .launch(&k.pages, pages, page_copies, LaunchMode::PdlMaxShared, params);
         }
-        params.last_tokens = if delegated { tokens as i32 } else { 0 };
-        params.write_output = i32::from(!delegated);
+        params.last_tokens = if by_fallback { tokens as i32 } else { 0 };
+        params.write_output = i32::from(!by_fallback);
         let rows = tokens * self.group();
         let (attend, blocks, splits) = self.attention(rows, total, 0);
         params.rows = rows as i32;
@@ -348,16 +354,20 @@ impl Call<'_> {
             &attend.kernel,
             [blocks, splits, self.pairs()],
             attend.shared,
-            Order::Gathered,
+            LaunchMode::PdlMaxShared,
             params,
         )?;
         // Beside the attention, which leaves room for it.
         self.stream
-            .launch(&k.pages, pages, page_copies, Order::Gathered, params)?;
+            .launch(&k.pages, pages, page_copies, LaunchMode::PdlMaxShared, params)?;
         // A block a row where only the last rows are asked for (merge.cuh).
-        let chunks = if delegated { tokens } else { tokens.div_ceil(MERGE_ROWS) };
+        let chunks = if by_fallback {
+            tokens
+        } else {
+            tokens.div_ceil(MERGE_ROWS)
+        };
         self.stream
-            .launch(&k.merge, [a.heads, batch, chunks], 0, Order::Chained, params)
+            .launch(&k.merge, [a.heads, batch, chunks], 0, LaunchMode::Pdl, params)
     }
 }
 
@@ -438,7 +448,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         score_blocks: 0,
         warp_pages: 0,
         more_pages: 0,
-        octets: 0,
+        vec8: 0,
         last_tokens: 0,
         stages: 0,
         write_output: 1,
@@ -450,6 +460,6 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         // Exact below 2^28 rows. A group of one is not divided by.
         group_inverse: (u32::MAX / (a.heads / a.kv_heads) as u32).wrapping_add(1),
         ragged: 0,
-        retro: [0; super::params::MAX_RAGGED],
+        retro: [0; super::abi::MAX_RAGGED],
     }
 }

@@ -65,7 +65,7 @@ pub struct Params {
     pub score_blocks: i32,
     pub warp_pages: i32,
     pub more_pages: i32,
-    pub octets: i32,
+    pub vec8: i32,
     pub last_tokens: i32,
     pub stages: i32,
     pub write_output: i32,

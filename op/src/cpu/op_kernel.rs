@@ -7,10 +7,10 @@ use retro_contract::{input, output};
 
 use super::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
 use crate::contract::{Attributes, Dims, Lengths, Phase, Plan};
-use crate::delegate::Delegate;
-use crate::host::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
+use crate::gqa_fallback::GqaFallback;
+use crate::io_spec::{self, Operands, STATE};
 use crate::method::element::Element;
-use crate::ports::{self, Operands, STATE};
+use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
 
 /// `ai.retro::RetroAttention` on the CPU for element type `E`.
 pub struct CpuOperator<E>(PhantomData<E>);
@@ -18,7 +18,7 @@ pub struct CpuOperator<E>(PhantomData<E>);
 /// One node of one session.
 pub struct CpuKernel {
     attributes: Attributes,
-    delegate: Option<Delegate>,
+    fallback: Option<GqaFallback>,
     /// Copies of the weights among the inputs that the host keeps at misaligned addresses.
     weights: Vec<Elements>,
     scratch: ScratchPool,
@@ -42,14 +42,14 @@ impl Pool for OrtPool<'_> {
 
 impl<E: Element> Operator for CpuOperator<E> {
     const NAME: &'static CStr = c"RetroAttention";
-    const INPUTS: &'static [Port] = &ports::inputs(E::DATA_TYPE);
-    const OUTPUTS: &'static [Port] = &ports::outputs(E::DATA_TYPE);
+    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE);
     const IN_PLACE: &'static [(usize, usize)] = &STATE;
     type Kernel = CpuKernel;
 
     fn create(info: &Info) -> Result<CpuKernel> {
         let attributes = Attributes::read(info)?;
-        let delegate = Delegate::new(info, &attributes, E::DATA_TYPE)?;
+        let fallback = GqaFallback::new(info, &attributes, E::DATA_TYPE)?;
         let mut weights = Vec::new();
         for slot in [input::COS_CACHE, input::SIN_CACHE, input::HEAD_SINK] {
             if slot < info.input_count()?
@@ -63,7 +63,7 @@ impl<E: Element> Operator for CpuOperator<E> {
         let width = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(CpuKernel {
             attributes,
-            delegate,
+            fallback,
             weights,
             scratch: ScratchPool::default(),
             width,
@@ -75,13 +75,13 @@ impl<E: Element> Operator for CpuOperator<E> {
     }
 
     fn infer(shapes: &ShapeContext) -> Result<()> {
-        ports::infer(shapes)
+        io_spec::infer(shapes)
     }
 }
 
 /// Whether ORT's own operator computes what our contract asks for in this prefill: one sequence (it refuses several with a
 /// past) or a batch of prompts of one length, no left padding, no head sink, D a multiple of 16 and its rotated half of 8.
-fn delegate_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
+fn fallback_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
     let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
     let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);
     let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
@@ -126,13 +126,13 @@ impl CpuKernel {
         let has_sink = tensors[input::HEAD_SINK].is_some();
         let mut dense = Dense::Own;
         if plan.phase == Phase::Prefill
-            && let Some(delegate) = &self.delegate
-            && delegate_applies(&dims, &plan, has_sink)
+            && let Some(fallback) = &self.fallback
+            && fallback_applies(&dims, &plan, has_sink)
         {
             // The caller's number may be an upper bound; GroupQueryAttention tells a prompt by the exact one.
             let longest = plan.sequences.iter().map(|s| s.len).max().unwrap_or(0);
             let total = OwnedScalar::new(longest as i32)?;
-            delegate.run(context, &operands, total.tensor(), result, [presents[0], presents[1]])?;
+            fallback.run(context, &operands, total.tensor(), result, [presents[0], presents[1]])?;
             dense = Dense::Done;
         }
 

@@ -40,13 +40,13 @@ macro_rules! ort {
     ($function:ident($($arg:expr),* $(,)?)) => {{
         const {
             assert!(
-                std::mem::offset_of!(ort_sys::OrtApi, $function) < $crate::host::api::TABLE_END,
+                std::mem::offset_of!(ort_sys::OrtApi, $function) < $crate::ort::api::TABLE_END,
                 "this function is newer than the oldest host"
             )
         };
         // SAFETY: the table was checked by `negotiate` before any callback can run, and the slot exists since MIN_API;
         // the arguments are valid for the call by the contract of the wrapper that makes it.
-        $crate::host::api::check(unsafe { ((*$crate::host::api::api()).$function)($($arg),*) })
+        $crate::ort::api::check(unsafe { ((*$crate::ort::api::api()).$function)($($arg),*) })
     }};
 }
 pub(super) use ort;

@@ -4,11 +4,11 @@
 #[cfg(not(retro_fatbin))]
 use std::ffi::{CStr, CString};
 
-use crate::host::Result;
+use crate::ort::Result;
 
 /// Machine code for sm_80, 86, 89 and 90, and PTX for what comes after.
 #[cfg(retro_fatbin)]
-pub fn image(_capability: (i32, i32)) -> Result<Vec<u8>> {
+pub fn code(_capability: (i32, i32)) -> Result<Vec<u8>> {
     Ok(include_bytes!(concat!(env!("OUT_DIR"), "/retro.fatbin")).to_vec())
 }
 
@@ -42,8 +42,8 @@ const HEADERS: [(&str, &str); 9] = headers!(
 
 /// Compiles the kernels for a device of compute capability `major.minor`.
 #[cfg(not(retro_fatbin))]
-pub fn image((major, minor): (i32, i32)) -> Result<Vec<u8>> {
-    use crate::host::Error;
+pub fn code((major, minor): (i32, i32)) -> Result<Vec<u8>> {
+    use crate::ort::Error;
     use cudarc::nvrtc::sys::{
         is_culib_present, nvrtcCompileProgram, nvrtcCreateProgram, nvrtcDestroyProgram, nvrtcGetCUBIN,
         nvrtcGetCUBINSize, nvrtcGetProgramLog, nvrtcGetProgramLogSize, nvrtcProgram, nvrtcResult,
@@ -123,7 +123,7 @@ mod tests {
     #[ignore = "needs libnvrtc.so"]
     fn nvrtc_compiles_the_kernels() {
         for capability in [(8, 0), (9, 0)] {
-            let image = super::image(capability).unwrap_or_else(|e| panic!("{capability:?}: {e:?}"));
+            let image = super::code(capability).unwrap_or_else(|e| panic!("{capability:?}: {e:?}"));
             assert!(image.starts_with(b"\x7fELF"), "{capability:?}: no machine code");
         }
     }

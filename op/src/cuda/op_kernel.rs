@@ -7,16 +7,16 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use retro_contract::{input, output};
 
-use super::call::{Attend, Call, Kernels, Score, Select, params};
+use super::abi::{MAX_RAGGED, Params};
 use super::device::Device;
 use super::launch::{Kernel, Stream};
-use super::params::{MAX_RAGGED, Params};
+use super::launch_plan::{Attend, Call, Kernels, Score, Select, params};
 use super::scratch::lock;
 use super::staging::{Staging, Used, WRITTEN};
 use crate::contract::{Attributes, Dims, Phase};
-use crate::delegate::Delegate;
-use crate::host::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
-use crate::ports::{self, Operands, STATE};
+use crate::gqa_fallback::GqaFallback;
+use crate::io_spec::{self, Operands, STATE};
+use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
 
 /// Element types that have kernels.
 pub trait CudaElement: Plain + Send + Sync {
@@ -45,7 +45,7 @@ pub struct CudaOperator<E>(PhantomData<E>);
 /// One node of one session.
 pub struct CudaKernel {
     attributes: Attributes,
-    delegate: Option<Delegate>,
+    fallback: Option<GqaFallback>,
     device: Arc<Device>,
     /// For head sizes up to 64, 128 and 256.
     kernels: [Arc<Kernels>; 3],
@@ -75,7 +75,7 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         (true, 128) => &[(16, 2), (32, 2)],
         (true, _) => &[(16, 2), (32, 1)],
     };
-    let attend = variants.iter().map(|&(rows, blocks_a_sm)| {
+    let attend = variants.iter().map(|&(rows, blocks_per_sm)| {
         // struct Shape of attend.cuh: 8 rows a warp, one, two or four times over.
         let token_groups = if rows == 32 { 2 } else { 4 } / if padded > 128 { 2 } else { 1 };
         let threads = if E::HALF { 32 * rows / 8 * token_groups } else { 128 };
@@ -88,8 +88,8 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
                 kernel,
                 rows,
                 shared,
-                most_shared: shared,
-                blocks_a_sm,
+                max_shared: shared,
+                blocks_per_sm,
                 stages: 0,
             });
         }
@@ -100,45 +100,45 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         let beside = 5 * (tokens / 8) * 8 + rows * (padded + 8) * 2;
         let fit = |stages: usize| {
             let shared = stages * stage + beside;
-            let blocks = (device.shared_a_sm / (shared + 1024)).min(blocks_a_sm);
+            let blocks = (device.shared_per_sm / (shared + 1024)).min(blocks_per_sm);
             (stages, shared, blocks)
         };
         let deepest = (64 * 1024 / stage).clamp(2, 4);
         let fits: Vec<_> = (2..=deepest).rev().map(fit).collect();
         let best = fits.iter().find(|f| f.2 >= 2).or(fits.iter().find(|f| f.2 >= 1));
-        let &(stages, shared, blocks_a_sm) = best.ok_or_else(|| {
+        let &(stages, shared, blocks_per_sm) = best.ok_or_else(|| {
             Error::runtime(format!(
                 "the CUDA device has {} bytes of shared memory, head size {padded} needs {}",
-                device.shared_a_sm,
+                device.shared_per_sm,
                 2 * stage + beside
             ))
         })?;
-        let most_shared = shared.max(device.shared_a_sm / 2 - 1024);
-        device.allow_shared(&kernel, most_shared)?;
+        let max_shared = shared.max(device.shared_per_sm / 2 - 1024);
+        device.allow_shared(&kernel, max_shared)?;
         Ok(Attend {
             kernel,
             rows,
             shared,
-            most_shared,
-            blocks_a_sm,
+            max_shared,
+            blocks_per_sm,
             stages: stages as i32,
         })
     });
     // Blocks that a multiprocessor holds: the kernels' launch bounds, in retro.cu.
     let score = |selector: &str| {
         let suffix = if E::HALF { format!("_{selector}") } else { String::new() };
-        let blocks_a_sm = match (E::HALF, padded) {
+        let blocks_per_sm = match (E::HALF, padded) {
             (true, 64) => 3,
             (_, 256) => 1,
             _ => 2,
         };
         Ok(Score {
             kernel: find(format!("{}_{padded}{suffix}", of("score")), 256)?,
-            blocks_a_sm,
+            blocks_per_sm,
         })
     };
     // Beside its variables and what every block takes.
-    let shared = device.shared_a_sm.saturating_sub(24 * 1024);
+    let shared = device.shared_per_sm.saturating_sub(24 * 1024);
     let select = |suffix: &str| {
         let kernel = find(format!("retro_select{suffix}"), 512)?;
         device.allow_shared(&kernel, shared)?;
@@ -166,8 +166,8 @@ fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
 impl<E: CudaElement> Operator for CudaOperator<E> {
     const NAME: &'static CStr = c"RetroAttention";
     const PROVIDER: Option<&'static CStr> = Some(c"CUDAExecutionProvider");
-    const INPUTS: &'static [Port] = &ports::inputs(E::DATA_TYPE);
-    const OUTPUTS: &'static [Port] = &ports::outputs(E::DATA_TYPE);
+    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE);
     const IN_PLACE: &'static [(usize, usize)] = &STATE;
     type Kernel = CudaKernel;
 
@@ -179,15 +179,15 @@ impl<E: CudaElement> Operator for CudaOperator<E> {
             "attributes num_heads and kv_num_heads give {group} query heads a KV head, on CUDA at most {MAX_GROUP}"
         );
         let device = Device::get(info.device()?)?;
-        let delegate = if E::HALF {
-            Delegate::new(info, &attributes, E::DATA_TYPE)?
+        let fallback = if E::HALF {
+            GqaFallback::new(info, &attributes, E::DATA_TYPE)?
         } else {
             None
         };
         let [small, middle, large] = HEAD_SIZES;
         Ok(CudaKernel {
             attributes,
-            delegate,
+            fallback,
             kernels: [
                 device.kernels(E::NAME, small, || find::<E>(&device, small))?,
                 device.kernels(E::NAME, middle, || find::<E>(&device, middle))?,
@@ -202,7 +202,7 @@ impl<E: CudaElement> Operator for CudaOperator<E> {
     }
 
     fn infer(shapes: &ShapeContext) -> Result<()> {
-        ports::infer(shapes)
+        io_spec::infer(shapes)
     }
 }
 
@@ -275,7 +275,7 @@ impl CudaKernel {
         let stream = Stream {
             raw: context.stream()?.cast(),
             overlaps: self.device.overlaps,
-            gathers: self.device.gathers,
+            sets_carveout: self.device.sets_carveout,
         };
         let width = (attributes.heads * d) as i64;
         let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
@@ -300,7 +300,7 @@ impl CudaKernel {
             stream,
             kernels,
             multiprocessors: self.device.multiprocessors,
-            shared_a_sm: self.device.shared_a_sm,
+            shared_per_sm: self.device.shared_per_sm,
             attributes,
             dims: &dims,
             has_page_budget: tensors[input::PAGE_BUDGET].is_some(),
@@ -313,16 +313,16 @@ impl CudaKernel {
         // ORT's kernels read 16 bytes at a time, too.
         let rows = [p.query, p.key, p.value, p.cos, p.sin];
         let aligned = staging.is_empty() && rows.into_iter().all(in_sixteens);
-        let delegate = self
-            .delegate
+        let fallback = self
+            .fallback
             .as_ref()
-            .filter(|_| aligned && delegate_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
-        if let Some(delegate) = delegate {
-            call.before_delegate(&p)?;
+            .filter(|_| aligned && fallback_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
+        if let Some(fallback) = fallback {
+            call.before_fallback(&p)?;
             let total = required(input::TOTAL_SEQUENCE_LENGTH)?;
-            delegate.run(context, &operands, total, result, [presents[0], presents[1]])?;
+            fallback.run(context, &operands, total, result, [presents[0], presents[1]])?;
         }
-        call.prefill(&mut p, &mut lock(&buffer), delegate.is_some())?;
+        call.prefill(&mut p, &mut lock(&buffer), fallback.is_some())?;
         staging.write_back()
     }
 
@@ -382,16 +382,16 @@ impl CudaKernel {
         }
         p.head_sink = address(input::HEAD_SINK)?;
         let rotates_halves = !attributes.rotary_interleaved && dims.rotary_half.is_multiple_of(8);
-        let octets = [p.query, p.key, p.value].into_iter().all(in_sixteens)
+        let vec8 = [p.query, p.key, p.value].into_iter().all(in_sixteens)
             && (!attributes.do_rotary || (rotates_halves && in_sixteens(p.cos) && in_sixteens(p.sin)));
-        p.octets = i32::from(octets);
+        p.vec8 = i32::from(vec8);
         Ok(())
     }
 }
 
 /// Whether ORT's own operator computes what our contract asks for in this prefill. The lengths are on the device, so a batch
 /// of several sequences, which may be ragged, is ours; as is a head sink.
-fn delegate_applies(dims: &Dims, total: usize, has_head_sink: bool) -> bool {
+fn fallback_applies(dims: &Dims, total: usize, has_head_sink: bool) -> bool {
     let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
     dims.batch == 1 && dims.tokens <= total && !has_head_sink && shapes
 }
