@@ -23,12 +23,15 @@ const SOURCE: &CStr = {
 #[cfg(not(retro_fatbin))]
 macro_rules! headers {
     ($($name:literal),+) => {
-        [$(($name, include_str!(concat!("kernels/", $name)))),+]
+        [
+            ("params.cuh", include_str!(concat!(env!("OUT_DIR"), "/params.cuh"))),
+            $(($name, include_str!(concat!("kernels/", $name)))),+
+        ]
     };
 }
 
 #[cfg(not(retro_fatbin))]
-const HEADERS: [(&str, &str); 9] = headers!(
+const HEADERS: [(&str, &str); 10] = headers!(
     "common.cuh",
     "mma.cuh",
     "summary.cuh",

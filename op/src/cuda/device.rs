@@ -13,8 +13,8 @@ use cudarc::driver::sys::{
 
 use super::check;
 use super::cubin::code;
+use super::kernel_set::Kernels;
 use super::launch::Kernel;
-use super::launch_plan::Kernels;
 use super::scratch::Scratch;
 use crate::ort::{Error, Result};
 

@@ -4,87 +4,23 @@ use std::ffi::c_void;
 
 use retro_contract::{GroupScore, Mode, Selector, budget_pages, pages_for};
 
-use super::abi::Params;
-use super::launch::{Kernel, LaunchMode, Stream};
+use super::abi::{
+    ATTEND_TILE, BLOCK_RESERVED, CallPhase, F32_WARPS, GroupScoring, MAX_SPLITS, MERGE_WARPS, PAGES_WARPS, Params,
+    ReadMode, SCORE_PAGES, SCORE_VARIABLES, SCORE_WARPS, kept_floats, queries_bytes, scored_page_count, stored_heads,
+    touched_floats, touched_page_count,
+};
+use super::kernel_set::{Attend, Kernels};
+use super::launch::{LaunchMode, Stream};
 use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
 use crate::ort::Result;
 
-/// Pages that a warp scores at once, and warps of a scoring block.
-const SCORE_PAGES: usize = 8;
-const SCORE_WARPS: usize = 8;
-/// Times that a warp does so with multiprocessors that divide their memory in favour of shared memory.
+/// Tiles of pages that a warp scores with the 100 % shared-memory carveout at most; beyond it scoring needs the L1 cache.
 const TILES_IN_L1: usize = 2;
-/// Warps of the attention kernel; each takes tiles of 16 tokens.
-const ATTEND_WARPS: usize = 4;
-/// Tokens of one tile.
-const TILE: usize = 16;
 /// One of so many multiprocessors may be kept for the selection kernel.
 const SELECT_SHARE: usize = 8;
-/// Splits that the merge kernel takes.
-const MAX_SPLITS: usize = 256;
-/// Warps, with a page each, of a block that summarises a prompt's pages.
-const PAGES_WARPS: usize = 4;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
-/// Of which these stay free for variables.
-const SHARED_VARIABLES: usize = 8 * 1024;
-/// That a block takes beside what it asks for, in bytes.
-const SHARED_OF_BLOCK: usize = 1024;
-/// Rows (tokens) that a block of the merge kernel ends at once.
-const MERGE_ROWS: usize = 8;
-
-/// A scoring kernel.
-#[derive(Clone, Copy)]
-pub struct Score {
-    pub kernel: Kernel,
-    pub blocks_per_sm: usize,
-}
-
-/// The attention kernel for blocks of so many rows.
-#[derive(Clone, Copy)]
-pub struct Attend {
-    pub kernel: Kernel,
-    /// Query rows (token and head) of a block.
-    pub rows: usize,
-    /// Bytes of shared memory.
-    pub shared: usize,
-    /// Bytes that it may be launched with.
-    pub max_shared: usize,
-    pub blocks_per_sm: usize,
-    /// Of its pipeline.
-    pub stages: i32,
-}
-
-/// The selection kernels.
-pub struct Select {
-    /// For every case.
-    pub any: Kernel,
-    /// For a group score, with statistics of the scoring blocks and shared memory for all pages.
-    pub max: Kernel,
-    pub softmax: Kernel,
-    /// Bytes of shared memory that they may be launched with.
-    pub shared: usize,
-}
-
-/// The kernels for one element type and head size.
-pub struct Kernels {
-    /// For the selector bounds, and for those that need squares.
-    pub score: [Score; 2],
-    pub select: Select,
-    pub merge: Kernel,
-    pub append: Kernel,
-    pub pages: Kernel,
-    pub clear: Kernel,
-    /// In ascending order of `rows`.
-    pub attend: Vec<Attend>,
-    /// float16 or bfloat16.
-    pub half: bool,
-    /// Bytes of an element.
-    pub element: usize,
-    /// Head size that the kernels are unrolled for: D rounded up.
-    pub padded: usize,
-}
 
 /// What a call has beside its parameters.
 pub struct Call<'a> {
@@ -110,7 +46,7 @@ impl Layout {
     }
 }
 
-fn at(base: *mut c_void, offset: usize) -> *mut c_void {
+fn at<T>(base: *mut c_void, offset: usize) -> *mut T {
     base.cast::<u8>().wrapping_add(offset).cast()
 }
 
@@ -143,7 +79,7 @@ impl Call<'_> {
     /// Shared memory for the keys of a page that is summarised, in bytes.
     fn page_copy(&self) -> usize {
         let bytes = self.page_keys();
-        let beside = self.appending() + SHARED_VARIABLES;
+        let beside = self.appending() + SCORE_VARIABLES;
         if bytes + beside <= SHARED_UNASKED { bytes } else { 0 }
     }
 
@@ -154,7 +90,7 @@ impl Call<'_> {
 
     /// Shared memory of a block that appends and scores a page, beside the page's keys: prepared queries and the summary, in bytes.
     fn appending(&self) -> usize {
-        (self.group() * 2 * self.kernels.padded + 2 * self.dims.head_size) * 4
+        4 * touched_floats(self.group(), self.kernels.padded, self.dims.head_size)
     }
 
     /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens, in `reserved` blocks fewer than
@@ -166,7 +102,7 @@ impl Call<'_> {
         let blocks = rows.div_ceil(attend.rows);
         // One wave.
         let wanted = (attend.blocks_per_sm * self.multiprocessors - reserved) / (self.pairs() * blocks);
-        let most = tokens.div_ceil(TILE * ATTEND_WARPS).min(MAX_SPLITS);
+        let most = tokens.div_ceil(ATTEND_TILE * F32_WARPS).min(MAX_SPLITS);
         (attend, blocks, wanted.min(most).max(1))
     }
 
@@ -176,7 +112,7 @@ impl Call<'_> {
         let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_per_sm);
         attend
             .shared
-            .max(self.shared_per_sm / (blocks + 1) + 1 - SHARED_OF_BLOCK)
+            .max(self.shared_per_sm / (blocks + 1) + 1 - BLOCK_RESERVED)
             .min(attend.max_shared)
     }
 
@@ -196,7 +132,7 @@ impl Call<'_> {
 
         let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
         // Pages that the fed rows may lie in.
-        let touched = (tokens + a.page_size - 2) / a.page_size + 1;
+        let touched = touched_page_count(tokens, a.page_size.trailing_zeros() as usize);
         let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
         let score_blocks = if scored {
             // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others take their place.
@@ -226,19 +162,18 @@ impl Call<'_> {
         let mut layout = Layout::default();
         let score_stats = layout.take(pairs * parts * heads_scored * 16);
         let scores_a_page = if a.group_score == GroupScore::Softmax {
-            group.next_multiple_of(4)
+            stored_heads(group)
         } else {
             1
         };
         let scores = layout.take(if scored {
-            pairs * max_pages.next_multiple_of(8) * scores_a_page * 4
+            pairs * scored_page_count(max_pages) * scores_a_page * 4
         } else {
             0
         });
         // Candidates may begin within eight pages.
         let keys = max_pages.next_multiple_of(8) + 8;
-        // A score and a bin of each.
-        let kept = keys * (4 + 2);
+        let kept = 4 * kept_floats(keys);
         let in_shared = kept <= self.kernels.select.shared;
         let outside = scored && !in_shared;
         let kept_outside = layout.take(if outside { pairs * kept } else { 0 });
@@ -250,7 +185,7 @@ impl Call<'_> {
         }
         params.keys = keys as i32;
         let flags = buffer.flags(pairs + pairs * max_pages, self.stream)?;
-        params.progress = flags;
+        params.progress = flags.cast();
         params.pages = at(flags, pairs * 4);
         params.scores = at(scratch, scores);
         params.score_stats = at(scratch, score_stats);
@@ -263,7 +198,7 @@ impl Call<'_> {
         let page_copy = self.page_copy();
         params.copies_page = i32::from(page_copy > 0);
         // What the blocks that append need; or the queries of the blocks that score (score.cuh).
-        let shared = (self.appending() + page_copy).max(3 * 16 * (self.kernels.padded + 32) * 2);
+        let shared = (self.appending() + page_copy).max(queries_bytes(self.kernels.padded));
         let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
         let k = self.kernels;
         self.stream.launch(
@@ -364,7 +299,7 @@ impl Call<'_> {
         let chunks = if by_fallback {
             tokens
         } else {
-            tokens.div_ceil(MERGE_ROWS)
+            tokens.div_ceil(MERGE_WARPS)
         };
         self.stream
             .launch(&k.merge, [a.heads, batch, chunks], 0, LaunchMode::Pdl, params)
@@ -376,30 +311,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
     let a = attributes;
     let kv_width = a.kv_heads * dims.head_size;
     let width = a.heads * dims.head_size;
-    let null = std::ptr::null_mut();
     Params {
-        query: null,
-        key: null,
-        value: null,
-        seqlens_k: null,
-        page_budget: null,
-        cos: null,
-        sin: null,
-        head_sink: null,
-        key_cache: null,
-        value_cache: null,
-        summary: null,
-        page_steps: null,
-        cached_outputs: null,
-        cached_lse: null,
-        output: null,
-        scores: null,
-        score_stats: null,
-        pages: null,
-        kept: null,
-        progress: null,
-        part_outputs: null,
-        part_stats: null,
         budget_ratio: a.budget_ratio,
         query_stride: if dims.packed { width + 2 * kv_width } else { width } as i64,
         kv_stride: if dims.packed { width + 2 * kv_width } else { kv_width } as i64,
@@ -416,13 +328,12 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         rotary_half: dims.rotary_half as i32,
         rotary_rows: dims.rotary_rows as i32,
         rotary_interleaved: i32::from(a.rotary_interleaved),
-        budget_stride: 0,
         budget_min_pages: a.budget_min_pages as i32,
         sink_pages: a.sink_pages as i32,
         local_window: a.local_window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX)),
         phase: match phase {
-            Phase::Decode => 0,
-            Phase::Prefill => 1,
+            Phase::Decode => CallPhase::Decode,
+            Phase::Prefill => CallPhase::Prefill,
         },
         selector: match a.selector {
             Selector::Bounds => 0,
@@ -430,27 +341,17 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
             Selector::SignedMoments => 2,
         },
         group_score: match a.group_score {
-            GroupScore::Max => 0,
-            GroupScore::Softmax => 1,
+            GroupScore::Max => GroupScoring::Max,
+            GroupScore::Softmax => GroupScoring::Softmax,
         },
         mode: match a.mode {
-            Mode::Retro => 0,
-            Mode::Dense => 1,
-            Mode::Streaming => 2,
+            Mode::Retro => ReadMode::Retro,
+            Mode::Dense => ReadMode::Dense,
+            Mode::Streaming => ReadMode::Streaming,
         },
         total: total as i32,
         max_pages: pages_for(total, a.page_size) as i32,
         splits: 1,
-        rows: 0,
-        score_parts: 0,
-        copies_page: 0,
-        keys: 0,
-        score_blocks: 0,
-        warp_pages: 0,
-        more_pages: 0,
-        vec8: 0,
-        last_tokens: 0,
-        stages: 0,
         write_output: 1,
         window: a.window as i32,
         scale: a.scale.unwrap_or(1.0 / (dims.head_size as f32).sqrt()),
@@ -459,7 +360,6 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         correlation: a.selector_correlation,
         // Exact below 2^28 rows. A group of one is not divided by.
         group_inverse: (u32::MAX / (a.heads / a.kv_heads) as u32).wrapping_add(1),
-        ragged: 0,
-        retro: [0; super::abi::MAX_RAGGED],
+        ..Params::default()
     }
 }

@@ -7,16 +7,18 @@
 //!
 //! Nothing of CUDA is linked: the driver is loaded when the first node is placed on a CUDA device.
 
-mod abi;
+pub mod abi;
 mod cubin;
 mod device;
+mod kernel_set;
 mod launch;
 mod launch_plan;
 mod op_kernel;
 mod scratch;
 mod staging;
 
-pub use op_kernel::{CudaElement, CudaKernel, CudaOperator};
+pub use kernel_set::CudaElement;
+pub use op_kernel::{CudaKernel, CudaOperator};
 
 use cudarc::driver::sys::CUresult;
 

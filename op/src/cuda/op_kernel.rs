@@ -4,40 +4,19 @@ use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use half::{bf16, f16};
 use retro_contract::{input, output};
 
-use super::abi::{MAX_RAGGED, Params};
+use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params};
 use super::device::Device;
-use super::launch::{Kernel, Stream};
-use super::launch_plan::{Attend, Call, Kernels, Score, Select, params};
+use super::kernel_set::{CudaElement, Kernels, find};
+use super::launch::Stream;
+use super::launch_plan::{Call, params};
 use super::scratch::lock;
 use super::staging::{Staging, Used, WRITTEN};
 use crate::contract::{Attributes, Dims, Phase};
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands, STATE};
-use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
-
-/// Element types that have kernels.
-pub trait CudaElement: Plain + Send + Sync {
-    /// As in the kernels' names.
-    const NAME: &'static str;
-    /// Whether attention runs on tensor cores, and ORT has a GroupQueryAttention for the type.
-    const HALF: bool;
-}
-
-impl CudaElement for f32 {
-    const NAME: &'static str = "f32";
-    const HALF: bool = false;
-}
-impl CudaElement for f16 {
-    const NAME: &'static str = "f16";
-    const HALF: bool = true;
-}
-impl CudaElement for bf16 {
-    const NAME: &'static str = "bf16";
-    const HALF: bool = true;
-}
+use crate::ort::{Context, Elements, Error, Info, Operator, Port, Result, ShapeContext, Tensor, require};
 
 /// `ai.retro::RetroAttention` on CUDA for element type `E`.
 pub struct CudaOperator<E>(PhantomData<E>);
@@ -49,118 +28,6 @@ pub struct CudaKernel {
     device: Arc<Device>,
     /// For head sizes up to 64, 128 and 256.
     kernels: [Arc<Kernels>; 3],
-}
-
-/// Query heads a KV head that the kernels take.
-const MAX_GROUP: usize = 16;
-/// Head sizes that the kernels are unrolled for.
-const HEAD_SIZES: [usize; 3] = [64, 128, 256];
-
-/// Finds the kernels of `kernels/retro.cu` for a head size: once a device, so that their names may stay for good.
-fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
-    let find = |name: String, threads: u32| -> Result<Kernel> {
-        let function = device.function(&name)?;
-        Ok(Kernel {
-            name: name.leak(),
-            function,
-            threads,
-        })
-    };
-    let of = |stem: &str| format!("retro_{stem}_{}", E::NAME);
-    // Rows of a block, and how many blocks of it a multiprocessor's registers hold: retro.cu.
-    let variants: &[(usize, usize)] = match (E::HALF, padded) {
-        (false, 256) => &[(8, 2)],
-        (false, _) => &[(8, 3)],
-        (true, 64) => &[(8, 4), (16, 3), (32, 3)],
-        (true, 128) => &[(16, 2), (32, 2)],
-        (true, _) => &[(16, 2), (32, 1)],
-    };
-    let attend = variants.iter().map(|&(rows, blocks_per_sm)| {
-        // struct Shape of attend.cuh: 8 rows a warp, one, two or four times over.
-        let token_groups = if rows == 32 { 2 } else { 4 } / if padded > 128 { 2 } else { 1 };
-        let threads = if E::HALF { 32 * rows / 8 * token_groups } else { 128 };
-        let kernel = find(format!("{}_{padded}_{rows}", of("attend")), threads as u32)?;
-        if !E::HALF {
-            // struct Shared of attend_f32.
-            let block = 4 * rows * 2 * 4 + 4 * rows * (padded + 4) * 4;
-            let shared = rows * padded * 4 + 4 * 16 * rows * 4 + block;
-            return Ok(Attend {
-                kernel,
-                rows,
-                shared,
-                max_shared: shared,
-                blocks_per_sm,
-                stages: 0,
-            });
-        }
-        // Its struct Shared. Two blocks a multiprocessor, so that one works while the other waits. Not more of the ring than keeps the
-        // memory busy: whatever else is read then, by a block that starts late, waits behind it.
-        let tokens = if padded > 128 { 32 } else { 64 };
-        let stage = 2 * tokens * padded * 2;
-        let beside = 5 * (tokens / 8) * 8 + rows * (padded + 8) * 2;
-        let fit = |stages: usize| {
-            let shared = stages * stage + beside;
-            let blocks = (device.shared_per_sm / (shared + 1024)).min(blocks_per_sm);
-            (stages, shared, blocks)
-        };
-        let deepest = (64 * 1024 / stage).clamp(2, 4);
-        let fits: Vec<_> = (2..=deepest).rev().map(fit).collect();
-        let best = fits.iter().find(|f| f.2 >= 2).or(fits.iter().find(|f| f.2 >= 1));
-        let &(stages, shared, blocks_per_sm) = best.ok_or_else(|| {
-            Error::runtime(format!(
-                "the CUDA device has {} bytes of shared memory, head size {padded} needs {}",
-                device.shared_per_sm,
-                2 * stage + beside
-            ))
-        })?;
-        let max_shared = shared.max(device.shared_per_sm / 2 - 1024);
-        device.allow_shared(&kernel, max_shared)?;
-        Ok(Attend {
-            kernel,
-            rows,
-            shared,
-            max_shared,
-            blocks_per_sm,
-            stages: stages as i32,
-        })
-    });
-    // Blocks that a multiprocessor holds: the kernels' launch bounds, in retro.cu.
-    let score = |selector: &str| {
-        let suffix = if E::HALF { format!("_{selector}") } else { String::new() };
-        let blocks_per_sm = match (E::HALF, padded) {
-            (true, 64) => 3,
-            (_, 256) => 1,
-            _ => 2,
-        };
-        Ok(Score {
-            kernel: find(format!("{}_{padded}{suffix}", of("score")), 256)?,
-            blocks_per_sm,
-        })
-    };
-    // Beside its variables and what every block takes.
-    let shared = device.shared_per_sm.saturating_sub(24 * 1024);
-    let select = |suffix: &str| {
-        let kernel = find(format!("retro_select{suffix}"), 512)?;
-        device.allow_shared(&kernel, shared)?;
-        Ok(kernel)
-    };
-    Ok(Kernels {
-        score: [score("bounds")?, score("moments")?],
-        select: Select {
-            any: select("")?,
-            max: select("_max")?,
-            softmax: select("_softmax")?,
-            shared,
-        },
-        merge: find(of("merge"), 256)?,
-        append: find(of("append"), 128)?,
-        pages: find(format!("{}_{}", of("pages"), padded.max(128)), 128)?,
-        clear: find(of("clear"), 128)?,
-        attend: attend.collect::<Result<_>>()?,
-        half: E::HALF,
-        element: size_of::<E>(),
-        padded,
-    })
 }
 
 impl<E: CudaElement> Operator for CudaOperator<E> {
@@ -291,10 +158,10 @@ impl CudaKernel {
         let state = |i: usize| staging.address(&presents[i]);
         p.key_cache = state(0)?;
         p.value_cache = state(1)?;
-        p.summary = state(2)?;
-        p.page_steps = state(3)?;
-        p.cached_outputs = state(4)?;
-        p.cached_lse = state(5)?;
+        p.page_state = state(2)?;
+        p.page_steps = state(3)?.cast();
+        p.cached_outputs = state(4)?.cast();
+        p.cached_lse = state(5)?.cast();
 
         let call = Call {
             stream,
@@ -374,8 +241,8 @@ impl CudaKernel {
             p.key = address(input::KEY)?;
             p.value = address(input::VALUE)?;
         }
-        p.seqlens_k = address(input::SEQLENS_K)?;
-        p.page_budget = address(input::PAGE_BUDGET)?;
+        p.seqlens_k = address(input::SEQLENS_K)?.cast();
+        p.page_budget = address(input::PAGE_BUDGET)?.cast();
         if attributes.do_rotary {
             p.cos = address(input::COS_CACHE)?;
             p.sin = address(input::SIN_CACHE)?;

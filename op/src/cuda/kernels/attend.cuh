@@ -7,9 +7,6 @@
 #include "finish.cuh"
 #include "mma.cuh"
 
-// Warps of the float32 kernel.
-constexpr int F32_WARPS = 4;
-
 // The fed token of the block's first row, and how many rows there are in all.
 struct RowBlock {
   int token0, rows, start;
@@ -152,19 +149,13 @@ DEVICE float logit(const Params& p, float dot) {
 
 // ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
 
-constexpr int MAX_STAGES = 4;
-
 // Shape of a block: ROW_GROUPS warps take 8 rows each, TOKEN_GROUPS times over; those share the tiles of 16 tokens.
-template <int DP, int BLOCK_ROWS> struct Shape {
-  static constexpr int ROWS = BLOCK_ROWS, ROW_GROUPS = ROWS / 8;
-  static constexpr int TOKEN_GROUPS = (ROW_GROUPS == 4 ? 2 : 4) / (DP > 128 ? 2 : 1);
-  static constexpr int THREADS = 32 * ROW_GROUPS * TOKEN_GROUPS;
-  // Tokens of a stage: what one step of the pipeline brings into shared memory.
-  static constexpr int TOKENS = DP > 128 ? 32 : 64;
+template <int DP, int BLOCK_ROWS> struct Shape : AttendShape<DP, BLOCK_ROWS> {
+  using Host = AttendShape<DP, BLOCK_ROWS>;
+  using Host::THREADS, Host::TOKENS;
   static constexpr int GROUPS = TOKENS / 8;
-  static constexpr int TILES = TOKENS / 16 / TOKEN_GROUPS;
+  static constexpr int TILES = TOKENS / ATTEND_TILE / Host::TOKEN_GROUPS;
   static constexpr int CHUNKS = DP / 8;  // 16-byte chunks of a row
-  static constexpr int STAGE = 2 * TOKENS * DP * 2;  // bytes of keys and values
   static_assert(TILES >= 1, "every warp has a tile");
   static_assert((MAX_STAGES + 1) * GROUPS <= THREADS, "a thread for each place of the first stages and one more");
 };
@@ -195,6 +186,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     Placed placed[MAX_STAGES + 1][S::GROUPS];
     T query[S::ROWS][DP + 8];
   };
+  static_assert(sizeof(Shared) == S::BESIDE, "the host asks for as much");
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw + p.stages * S::STAGE);
   using Joint = Block<DP, S::ROWS, S::TOKEN_GROUPS>;
@@ -423,12 +415,13 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
 // ---- float32: no tensor core is exact enough -------------------------------------------------------------------------
 
 template <int DP> DEVICE void attend_f32(const Params& p) {
-  constexpr int ROWS = 8, TOKENS = 16;
+  constexpr int ROWS = F32_ROWS, TOKENS = ATTEND_TILE;
   struct Shared {
     float query[ROWS][DP];
     float weights[F32_WARPS][TOKENS][ROWS];
     Block<DP, ROWS, F32_WARPS> block;
   };
+  static_assert(sizeof(Shared) == f32_attend_bytes(ROWS, DP, F32_WARPS, TOKENS), "the host asks for as much");
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   start_attention(p);

@@ -1,12 +1,10 @@
-// What all kernels share: element types, the parameters of a call, one sequence's lengths, rotary embedding, warp helpers.
+// What all kernels share: element types, one sequence's lengths, rotary embedding, warp helpers.
 //
+// The parameters of a call and all constants that the host knows too: params.cuh, which the build script writes.
 // No header of the toolkit is needed, so that NVRTC can compile the same text on a machine that has the driver only.
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "params.cuh"
 
 #define DEVICE __device__ __forceinline__
 // What few steps run, out of the others' way.
@@ -65,69 +63,13 @@ template <class T> DEVICE void store8(T* p, const float (&x)[8]) {
   *reinterpret_cast<uint4*>(p) = {w[0], w[1], w[2], w[3]};
 }
 
-// Sequences of a batch whose retro_length may differ.
-constexpr int MAX_RAGGED = 512;
-constexpr int MAX_HEAD_SIZE = 256, MAX_PAGE_SIZE = 128;
 // NVRTC has no constant for it.
 #define NEG_INF __uint_as_float(0xff800000u)
 #define NOT_A_NUMBER __uint_as_float(0x7fffffffu)
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-enum Phase { DECODE = 0, PREFILL = 1 };
 enum Selector { BOUNDS = 0, MOMENTS = 1, SIGNED_MOMENTS = 2 };
-enum GroupScore { MAX = 0, SOFTMAX = 1 };
-enum Mode { RETRO = 0, DENSE = 1, STREAMING = 2 };
-
-// One call. op/src/cuda/abi.rs has the same struct; the order and the types must stay equal.
-struct Params {
-  // Inputs. Rows are (b, s): query [B, S, Hq, D], key and value [B, S, Hkv, D], each with a row stride in elements.
-  const void *query, *key, *value;
-  const int* seqlens_k;    // [B]
-  const int* page_budget;  // [B] or [1], or null
-  const void *cos, *sin;   // [M, rotary_half], or null
-  const void* head_sink;   // [Hq], or null
-  // State.
-  void *key_cache, *value_cache;  // [B, Hkv, C, D]
-  void* summary;                  // [B, Hkv, P, 2, D]
-  int* page_steps;                // [B, Hkv, P]
-  float *cached_outputs, *cached_lse;  // [B, R, Hq, D], [B, R, Hq]
-  void* output;                        // [B, S, Hq, D]
-  // Scratch of this call.
-  float* scores;        // [B, Hkv, max_pages rounded up to a multiple of 8, g to one of 4], or without the last with the group score max
-  float4* score_stats;  // [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
-  int* pages;           // [B, Hkv, max_pages]: 1 and the number of each page that a step has chosen; 0 before and after
-  float* kept;          // [B, Hkv, 3/2 keys]: of the selection kernel; null: it has shared memory for them
-  u32* progress;        // [B, Hkv]: blocks that have scored; 0 before and after a step
-  float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
-  float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
-  double budget_ratio;
-  long long query_stride, kv_stride;
-  int batch, tokens, heads, kv_heads, group, head_size, capacity, cache_pages, ring, page_shift;
-  int rotary_half, rotary_rows, rotary_interleaved, budget_stride, budget_min_pages, sink_pages;
-  int local_window;  // 0: none
-  int phase, selector, group_score, mode;
-  int total;      // largest valid length that the launch is sized for
-  int max_pages;  // pages of `total`
-  int splits, rows;  // of part_outputs; without it, outputs are written directly
-  int score_parts;   // of score_stats; 0: there are none
-  int copies_page;   // there is shared memory for the rows of a page that is summarised
-  int keys;          // that a block of the selection kernel keeps, a multiple of 8
-  int score_blocks;  // blocks of the score kernel that score; the others append
-  int warp_pages, more_pages;  // pages that each of their warps scores, and warps that score one more
-  int vec8;          // rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
-  int last_tokens;   // attention covers the last so many fed rows; 0: all
-  int stages;        // of the attention's pipeline, 2 to 4
-  int write_output;  // 0: the output is there already, only the output cache is filled
-  int window;
-  float scale, softcap, lambda;
-  float correlation;  // rho of signed_moments
-  u32 group_inverse;  // 2^32 / g, rounded up
-  int ragged;  // retro lengths are one a sequence
-  u8 retro[MAX_RAGGED];
-};
-
-static_assert(sizeof(Params) == 880, "abi.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -194,17 +136,11 @@ DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
   return c;
 }
 
-// Pages that the fed rows may lie in.
-DEVICE int touched_pages(const Params& p) { return ((p.tokens + (1 << p.page_shift) - 2) >> p.page_shift) + 1; }
-
-// Pages of a KV head that there is memory for the scores of.
-DEVICE int scored_pages(const Params& p) { return (p.max_pages + 7) / 8 * 8; }
-
-// Scores that are stored of a page: of every head, read by four, or the group's largest.
-DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? (p.group + 3) / 4 * 4 : 1; }
+// Scores that are stored of a page: of every head, or the group's largest.
+DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? stored_heads(p.group) : 1; }
 
 // Blocks that score a head's pages, those that own one that the step touches among them.
-DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_pages(p); }
+DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_page_count(p.tokens, p.page_shift); }
 
 // Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
 DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }

@@ -9,11 +9,6 @@
 #pragma once
 #include "finish.cuh"
 
-constexpr int MERGE_WARPS = 8;
-constexpr int MERGE_THREADS = 32 * MERGE_WARPS;
-// Splits of a row.
-constexpr int MAX_SPLITS = 256;
-
 template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head, float value) {
   T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + s) * p.heads + head) * p.head_size;
 #pragma unroll 1

@@ -23,8 +23,6 @@ template <class T> DEVICE void clear_kernel(const Params& p) {
   for (size_t i = size_t(s.len) * d + threadIdx.x; i < size_t(end) * d; i += blockDim.x) narrow(0.f, values[i]);
 }
 
-constexpr int PAGES_THREADS = 128, PAGES_WARPS = PAGES_THREADS / 32;
-
 // The summary of a page that a fed row lies in, by one warp; A of every page that holds a token becomes the newest position: the queries
 // so far have seen everything.
 template <class T, int PARTS> DEVICE void end_page(const Params& p, int page, int b, int head, T* copy /* of the page's keys */) {

@@ -7,7 +7,6 @@
 #include "mma.cuh"
 #include "summary.cuh"
 
-constexpr int SCORE_THREADS = 256, SCORE_WARPS = SCORE_THREADS / 32;
 // Groups of pages that a warp scores at once: enough loads in flight to hide the memory's latency.
 constexpr int SCORE_UNROLL = 4;
 
@@ -58,7 +57,7 @@ DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
 
 // Where the score of a head is stored.
 DEVICE float& score_at(const Params& p, int pair, int page, int h) {
-  return p.scores[(size_t(pair) * scored_pages(p) + page) * scores_a_page(p) + h];
+  return p.scores[(size_t(pair) * scored_page_count(p.max_pages) + page) * scores_a_page(p) + h];
 }
 
 // Adding 0 turns -0 into 0, so that the two tie.
@@ -94,7 +93,7 @@ template <int DP> DEVICE void score_pages_f32(const Params& p, int b, int head, 
   const int lane = threadIdx.x % 32, in_page = lane % LANES, at = in_page * 8;
   const int untouched = s.first >> p.page_shift;
   const int warps = p.score_blocks * SCORE_WARPS, warp = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
-  const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
+  const T* summary = static_cast<const T*>(p.page_state) + size_t(pair) * p.cache_pages * 2 * d;
   bool ready = false;
   for (int group = first_candidate(p, s) / GROUP + warp; !ready || group * GROUP < untouched; group += warps) {
     float first[SCORE_UNROLL][8], second[SCORE_UNROLL][8];
@@ -239,10 +238,11 @@ RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_W
 // lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits of it, and a product of two squares
 // three products.
 template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
-  constexpr int PAGES = 8, HEADS = 16, PITCH = DP + 32, CHUNKS = DP / 32, WARPS = SCORE_WARPS;
+  constexpr int PAGES = SCORE_PAGES, HEADS = MAX_GROUP, PITCH = query_pitch(DP), CHUNKS = DP / 32, WARPS = SCORE_WARPS;
   struct Shared {
     u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[MOMENT ? HEADS : 1][PITCH];
   };
+  static_assert(sizeof(Shared) <= queries_bytes(DP), "the host asks for as much");
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   const int pair = b * p.kv_heads + head, d = p.head_size;
   const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
@@ -250,7 +250,7 @@ template <class T, int DP, bool MOMENT> DEVICE void score_pages_mma(const Params
   const int warp = blockIdx.x * WARPS + threadIdx.x / 32;
   const Share share = share_of(p.warp_pages, p.more_pages, warp);
   const int begin = share.begin, end = share.end;
-  const T* summary = static_cast<const T*>(p.summary) + size_t(pair) * p.cache_pages * 2 * d;
+  const T* summary = static_cast<const T*>(p.page_state) + size_t(pair) * p.cache_pages * 2 * d;
   uint4 first[CHUNKS], second[CHUNKS];
   // Beyond the end the last page is read again, and not stored; past d the query is 0.
   auto load = [&](int page0, int c) {
@@ -418,14 +418,14 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
   const int page = (s.first >> p.page_shift) + touched, last = (s.len - 1) >> p.page_shift;
   // The newest page is taken whatever its score, which only a softmax over pages needs.
   const bool scored = chosen_from && (page != last || p.group_score == SOFTMAX);
-  __shared__ float of_heads[16];
+  __shared__ float of_heads[MAX_GROUP];
   const bool there = page <= last;
   if (there) {
     const int start = page << p.page_shift, end = min(start + (1 << p.page_shift), s.len), fresh = max(start, s.first);
     float* const prepared = reinterpret_cast<float*>(raw);
     float* const stored = prepared + 2 * p.group * DP;
     const T* keys = page_keys<T>(p, pair, page);
-    T* const copy = p.copies_page ? reinterpret_cast<T*>(stored + 2 * d) : nullptr;
+    T* const copy = p.copies_page ? reinterpret_cast<T*>(prepared + touched_floats(p.group, DP, d)) : nullptr;
     if (warp < WARPS / 4) {
       append<T>(p, s, b, head, fresh, end, {int(threadIdx.x), 32 * WARPS / 4}, copy ? copy + (fresh - start) * d : nullptr);
     } else if (warp < WARPS / 2) {

@@ -10,7 +10,6 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int SELECT_THREADS = 512;
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
 
 // Bins of the histogram: also the values of a digit.
@@ -37,10 +36,11 @@ struct SelectShared {
   u32 finalist_count;
   u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];
   float2 part[SELECT_WARPS];
-  __align__(16) float lse[16];
-  float lowest[16], highest[16];
+  __align__(16) float lse[MAX_GROUP];
+  float lowest[MAX_GROUP], highest[MAX_GROUP];
   u32 bin, left, in_bin;
 };
+static_assert(sizeof(SelectShared) + BLOCK_RESERVED <= SELECT_VARIABLES, "the host leaves room for it");
 
 // The bins of the histogram, equally wide between two bounds of the scores. Larger scores never lie in a lower bin.
 struct Bins {
@@ -356,9 +356,9 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   const Sequence s = sequence(p, b);
   const Candidates all = candidates(p, s, b);
   if (!s.valid || !chooses(p, all)) return wait_for_previous();
-  const float* scores = p.scores + size_t(pair) * scored_pages(p) * scores_a_page(p);
+  const float* scores = p.scores + size_t(pair) * scored_page_count(p.max_pages) * scores_a_page(p);
   Kept kept;
-  kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * (p.keys + p.keys / 2);
+  kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * kept_floats(p.keys);
   kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
   kept.begin = all.from & ~(VEC8 - 1);
   kept.count = (all.pages - kept.begin + VEC8 - 1) / VEC8;

@@ -21,7 +21,7 @@ template <class T> DEVICE T* page_keys(const Params& p, int pair, int page) {
 }
 // Its summary, [2, D].
 template <class T> DEVICE T* page_summary(const Params& p, int pair, int page) {
-  return static_cast<T*>(p.summary) + (size_t(pair) * p.cache_pages + page) * 2 * p.head_size;
+  return static_cast<T*>(p.page_state) + (size_t(pair) * p.cache_pages + page) * 2 * p.head_size;
 }
 
 // Four neighbouring elements, aligned.
