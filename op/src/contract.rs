@@ -7,7 +7,9 @@ use std::fmt;
 
 use retro_contract::{GroupScore, Mode, Selector, budget_pages, input, limits, pages_for, ring_slots};
 
+use crate::for_selector;
 use crate::ort::{Error, Result, require};
+use crate::selector::{CacheSize, PageSelector};
 
 /// Source of attribute values: the host's kernel info, or a plain struct in tests.
 pub trait AttributeSource {
@@ -105,11 +107,13 @@ impl Attributes {
                 )));
             }
         };
+        let selector = choice(source, name::SELECTOR)?;
+        let page_sizes = for_selector!(selector, P => P::PAGE_SIZES);
         let page_size = in_range(
             name::PAGE_SIZE,
             Some(limits::PAGE_SIZE),
-            limits::PAGE_SIZE_MIN as i64,
-            limits::PAGE_SIZE_MAX as i64,
+            *page_sizes.start() as i64,
+            *page_sizes.end() as i64,
         )?;
         require!(
             page_size.is_power_of_two(),
@@ -135,7 +139,7 @@ impl Attributes {
             budget_ratio: decimal(ratio),
             budget_min_pages: in_range(name::BUDGET_MIN_PAGES, Some(limits::BUDGET_MIN_PAGES), 0, MANY)?,
             sink_pages: in_range(name::SINK_PAGES, Some(limits::SINK_PAGES), 0, MANY)?,
-            selector: choice(source, name::SELECTOR)?,
+            selector,
             group_score: choice(source, name::GROUP_SCORE)?,
             selector_lambda: not_negative(name::SELECTOR_LAMBDA, limits::SELECTOR_LAMBDA)?,
             selector_correlation: correlation,
@@ -222,6 +226,16 @@ impl Checker<'_> {
 }
 
 impl Dims {
+    /// What the layout of a selector's state depends on.
+    pub fn cache_size(&self, attributes: &Attributes) -> CacheSize {
+        CacheSize {
+            capacity: self.capacity,
+            pages: self.pages,
+            page_size: attributes.page_size,
+            head_size: self.head_size,
+        }
+    }
+
     /// Checks every input's shape against the attributes and against each other.
     pub fn read(attributes: &Attributes, shapes: &InputShapes) -> Result<Self> {
         let check = Checker(shapes);
@@ -291,10 +305,17 @@ impl Dims {
 
         let pages = pages_for(capacity, attributes.page_size);
         let ring = attributes.ring();
+        let size = CacheSize {
+            capacity,
+            pages,
+            page_size: attributes.page_size,
+            head_size,
+        };
+        let layout = for_selector!(attributes.selector, P => P::layout(&size));
         check.exact(
             input::PAST_PAGE_SUMMARY,
-            &[batch, kv_heads, pages, 2, head_size],
-            "[B, Hkv, P, 2, D]",
+            &[&[batch, kv_heads], layout.sizes()].concat(),
+            layout.letters,
         )?;
         check.exact(input::PAST_PAGE_STEPS, &[batch, kv_heads, pages], "[B, Hkv, P]")?;
         check.exact(

@@ -10,6 +10,7 @@ mod gqa_fallback;
 mod io_spec;
 pub mod method;
 pub mod ort;
+pub mod selector;
 pub mod simd;
 
 /// Entry point of the plugin: adds the operators to a session's options.

@@ -5,12 +5,17 @@ use std::marker::PhantomData;
 
 use retro_contract::{input, output};
 
-use super::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
+use super::call::{Call, Dense, Inputs, State};
+use super::pool::Pool;
+use super::scratch::ScratchPool;
+use super::shared::Shared;
 use crate::contract::{Attributes, Dims, Lengths, Phase, Plan};
+use crate::for_selector;
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands, STATE};
 use crate::method::element::Element;
 use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
+use crate::selector::PageSelector;
 
 /// `ai.retro::RetroAttention` on the CPU for element type `E`.
 pub struct CpuOperator<E>(PhantomData<E>);
@@ -90,40 +95,21 @@ fn fallback_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
 
 impl CpuKernel {
     fn compute<E: Element>(&self, context: &Context) -> Result<()> {
-        let attributes = &self.attributes;
         let operands = Operands::read(context)?;
-        let Operands { tensors, shapes } = &operands;
-        let dims = Dims::read(attributes, shapes)?;
-        let required = |slot: usize| operands.required(slot);
-        // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
-        let plan = unsafe {
-            let [last, total, retro] = [input::SEQLENS_K, input::TOTAL_SEQUENCE_LENGTH, input::RETRO_LENGTH];
-            let [last, total, retro] = [
-                Elements::of(&required(last)?)?,
-                Elements::of(&required(total)?)?,
-                Elements::of(&required(retro)?)?,
-            ];
-            let budget = tensors[input::PAGE_BUDGET].map(|t| Elements::of(&t)).transpose()?;
-            let lengths = Lengths {
-                seqlens_k: last.slice()?,
-                total_sequence_length: total.slice()?[0],
-                retro_length: retro.slice()?,
-                page_budget: budget.as_ref().map(|b| b.slice()).transpose()?,
-            };
-            Plan::read(attributes, &dims, &lengths)?
-        };
+        let dims = Dims::read(&self.attributes, &operands.shapes)?;
+        let plan = self.plan(&operands, &dims)?;
 
         // Everything is checked: from here on outputs are written.
-        let width = (attributes.heads * dims.head_size) as i64;
+        let width = (self.attributes.heads * dims.head_size) as i64;
         let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
         let mut presents = [result; STATE.len()];
         for ((past, present), slot) in STATE.into_iter().zip(&mut presents) {
-            let shape = shapes[past].as_deref().unwrap_or_default();
+            let shape = operands.shapes[past].as_deref().unwrap_or_default();
             *slot = context.output(present, shape)?;
-            slot.copy_from(&required(past)?)?;
+            slot.copy_from(&operands.required(past)?)?;
         }
 
-        let has_sink = tensors[input::HEAD_SINK].is_some();
+        let has_sink = operands.tensors[input::HEAD_SINK].is_some();
         let mut dense = Dense::Own;
         if plan.phase == Phase::Prefill
             && let Some(fallback) = &self.fallback
@@ -135,7 +121,44 @@ impl CpuKernel {
             fallback.run(context, &operands, total.tensor(), result, [presents[0], presents[1]])?;
             dense = Dense::Done;
         }
+        for_selector!(self.attributes.selector, P => {
+            self.run::<E, P>(context, &operands, (&dims, &plan), result, presents, dense)
+        })
+    }
 
+    /// What the call is, after checking its lengths.
+    fn plan(&self, operands: &Operands, dims: &Dims) -> Result<Plan> {
+        // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
+        unsafe {
+            let [last, total, retro] = [input::SEQLENS_K, input::TOTAL_SEQUENCE_LENGTH, input::RETRO_LENGTH];
+            let [last, total, retro] = [
+                Elements::of(&operands.required(last)?)?,
+                Elements::of(&operands.required(total)?)?,
+                Elements::of(&operands.required(retro)?)?,
+            ];
+            let budget = operands.tensors[input::PAGE_BUDGET];
+            let budget = budget.map(|t| Elements::of(&t)).transpose()?;
+            let lengths = Lengths {
+                seqlens_k: last.slice()?,
+                total_sequence_length: total.slice()?[0],
+                retro_length: retro.slice()?,
+                page_budget: budget.as_ref().map(|b| b.slice()).transpose()?,
+            };
+            Plan::read(&self.attributes, dims, &lengths)
+        }
+    }
+
+    /// The call itself, on the tensors' memory.
+    fn run<E: Element, P: PageSelector>(
+        &self,
+        context: &Context,
+        operands: &Operands,
+        (dims, plan): (&Dims, &Plan),
+        result: Tensor,
+        presents: [Tensor; STATE.len()],
+        dense: Dense,
+    ) -> Result<()> {
+        let tensors = &operands.tensors;
         let pool = OrtPool {
             context,
             width: self.width,
@@ -146,7 +169,7 @@ impl CpuKernel {
         // (a past that shares it is not read again).
         unsafe {
             let mut output = Elements::of(&result)?;
-            let [mut keys, mut values, mut summary, mut steps, mut outputs, mut lse] = [
+            let [mut keys, mut values, mut pages, mut steps, mut outputs, mut lse] = [
                 Elements::of(&presents[0])?,
                 Elements::of(&presents[1])?,
                 Elements::of(&presents[2])?,
@@ -154,10 +177,10 @@ impl CpuKernel {
                 Elements::of(&presents[4])?,
                 Elements::of(&presents[5])?,
             ];
-            let call = Call {
-                attributes,
-                dims: &dims,
-                plan: &plan,
+            let call = Call::<E, P> {
+                attributes: &self.attributes,
+                dims,
+                plan,
                 inputs: Inputs {
                     query: self.elements(tensors[input::QUERY], query)?,
                     key: self.elements(tensors[input::KEY], key)?,
@@ -170,15 +193,15 @@ impl CpuKernel {
                 state: State {
                     key: Shared::new(keys.slice_mut()?),
                     value: Shared::new(values.slice_mut()?),
-                    summary: Shared::new(summary.slice_mut()?),
+                    pages: Shared::new(pages.slice_mut()?),
                     steps: Shared::new(steps.slice_mut()?),
                     outputs: Shared::new(outputs.slice_mut()?),
                     lse: Shared::new(lse.slice_mut()?),
                 },
                 scratch: &self.scratch,
             };
-            run(&call, &pool, dense)?;
-            for written in [&output, &keys, &values, &summary, &steps, &outputs, &lse] {
+            super::run(&call, &pool, dense)?;
+            for written in [&output, &keys, &values, &pages, &steps, &outputs, &lse] {
                 written.write_back()?;
             }
         }

@@ -2,6 +2,7 @@
 
 use retro_attention::contract::{Attributes, Dims, InputShapes, Lengths, Phase, Plan};
 use retro_attention::cpu::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
+use retro_attention::for_selector;
 use retro_attention::method::element::Element;
 use retro_attention::method::oracle::Rows;
 use retro_attention::method::rope::{Angles, rotate};
@@ -222,7 +223,8 @@ impl<E: Element> Bed<E> {
         assert_eq!(plan.phase, feed.phase);
 
         let mut output = vec![E::from_f32(f32::NAN); b * tokens * heads * d];
-        let call = Call {
+        for_selector!(a.selector, P => {
+        let call = Call::<E, P> {
             attributes: a,
             dims: &dims,
             plan: &plan,
@@ -238,7 +240,7 @@ impl<E: Element> Bed<E> {
             state: State {
                 key: Shared::new(&mut self.key),
                 value: Shared::new(&mut self.value),
-                summary: Shared::new(&mut self.summary),
+                pages: Shared::new(&mut self.summary),
                 steps: Shared::new(&mut self.steps),
                 outputs: Shared::new(&mut self.outputs),
                 lse: Shared::new(&mut self.lse),
@@ -246,6 +248,7 @@ impl<E: Element> Bed<E> {
             scratch: &self.scratch,
         };
         run(&call, &InTurn(self.threads), Dense::Own).map_err(said)?;
+        });
         let mut outputs = Vec::new();
         for (rows, output) in feed.rows.iter().zip(output.chunks_exact(tokens * heads * d)) {
             let (ignored, own) = output.split_at((tokens - rows.count) * heads * d);
