@@ -30,6 +30,8 @@ fn main() {
     println!("cargo:rustc-check-cfg=cfg(retro_fatbin)");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     write(&out.join("params.cuh"), &params::header());
+    write(&out.join("selectors.cuh"), &params::selectors());
+    write(&out.join("selectors.rs"), &params::selector_sources());
     match nvcc() {
         Some(nvcc) => {
             compile(&nvcc, &out);
@@ -73,7 +75,7 @@ fn compile(nvcc: &Path, out: &Path) {
     let target = &out.join("retro.fatbin");
     let mut command = Command::new(nvcc);
     command
-        .args(["-fatbin", "-O3", "-std=c++17", "--threads", "0", "-I"])
+        .args(["-fatbin", "-O3", "-std=c++17", "--threads", "0", "-I", KERNELS, "-I"])
         .arg(out)
         .arg("-o")
         .arg(target);

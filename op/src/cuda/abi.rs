@@ -394,7 +394,6 @@ shared_struct! {
         /// Tokens that a query sees; 0: all
         pub local_window: i32,
         pub phase: CallPhase,
-        pub selector: i32,
         pub group_score: GroupScoring,
         pub mode: ReadMode,
         /// Largest valid length that the launch is sized for, and its pages

@@ -17,6 +17,10 @@ use super::kernel_set::Kernels;
 use super::launch::Kernel;
 use super::scratch::Scratch;
 use crate::ort::{Error, Result};
+use crate::selector::Selector;
+
+/// Element type, head size and name of the selector.
+type KernelsKey = (&'static str, usize, &'static str);
 
 pub struct Device {
     context: Arc<CudaContext>,
@@ -31,8 +35,7 @@ pub struct Device {
     pub scratch: Scratch,
     /// Places of tensors at addresses that the kernels cannot use.
     pub staged: Scratch,
-    /// By element type and head size.
-    kernels: Mutex<BTreeMap<(&'static str, usize), Arc<Kernels>>>,
+    kernels: Mutex<BTreeMap<KernelsKey, Arc<Kernels>>>,
 }
 
 // SAFETY: a module belongs to a context, and the driver's calls on both may come from any thread.
@@ -94,19 +97,21 @@ impl Device {
         })
     }
 
-    /// The kernels for an element type and head size, found by `find` for the first node that asks.
+    /// The kernels for an element type, head size and selector, found by `find` for the first node that asks.
     pub fn kernels(
         &self,
         element: &'static str,
         head_size: usize,
+        selector: Selector,
         find: impl FnOnce() -> Result<Kernels>,
     ) -> Result<Arc<Kernels>> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = kernels.get(&(element, head_size)) {
+        let key = (element, head_size, selector.as_str());
+        if let Some(found) = kernels.get(&key) {
             return Ok(found.clone());
         }
         let found = Arc::new(find()?);
-        kernels.insert((element, head_size), found.clone());
+        kernels.insert(key, found.clone());
         Ok(found)
     }
 

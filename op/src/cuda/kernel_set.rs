@@ -4,12 +4,13 @@ use half::{bf16, f16};
 
 use super::abi::{
     APPEND_THREADS, ATTEND_F32, ATTEND_HALF, ATTEND_TILE, AttendShape, BLOCK_RESERVED, CLEAR_THREADS, F32_WARPS,
-    MAX_STAGES, MERGE_THREADS, PAGES_SHAPES, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_THREADS, SELECT_THREADS,
-    SELECT_VARIABLES, f32_attend_bytes,
+    MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_THREADS, SELECT_THREADS, SELECT_VARIABLES,
+    f32_attend_bytes,
 };
 use super::device::Device;
 use super::launch::Kernel;
 use crate::ort::{Error, Plain, Result};
+use crate::selector::Selector;
 
 /// Element types that have kernels.
 pub trait CudaElement: Plain + Send + Sync {
@@ -65,10 +66,9 @@ pub struct Select {
     pub shared: usize,
 }
 
-/// The kernels for one element type and head size.
+/// The kernels for one element type, head size and selector.
 pub struct Kernels {
-    /// For the selector bounds, and for those that need squares.
-    pub score: [Score; 2],
+    pub score: Score,
     pub select: Select,
     pub merge: Kernel,
     pub append: Kernel,
@@ -87,8 +87,58 @@ pub struct Kernels {
 /// Bytes of stages that keep the memory busy.
 const BUSY_BYTES: usize = 64 * 1024;
 
-/// Finds the kernels of `kernels/retro.cu` for a head size: once a device, so that their names may stay for good.
-pub fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
+/// Names of `kernels/retro.cu`.
+mod name {
+    use super::AttendShape;
+    use crate::cuda::abi::PAGES_SHAPES;
+    use crate::selector::Selector;
+
+    /// One of an element type: `merge`, `append`, `clear`.
+    pub fn of_type(stem: &str, element: &str) -> String {
+        format!("retro_{stem}_{element}")
+    }
+
+    pub fn score(element: &str, padded: usize, selector: Selector) -> String {
+        format!("retro_score_{element}_{padded}_{selector}")
+    }
+
+    pub fn attend(element: &str, shape: &AttendShape) -> String {
+        format!("retro_attend_{element}_{}_{}", shape.padded, shape.rows)
+    }
+
+    pub fn pages(element: &str, padded: usize, selector: Selector) -> String {
+        let largest = PAGES_SHAPES.iter().map(|(parts, _)| 128 * parts);
+        let largest = largest.into_iter().find(|&largest| padded <= largest).unwrap_or(padded);
+        format!("retro_pages_{element}_{largest}_{selector}")
+    }
+
+    /// `variant` is empty, `_max` or `_softmax`.
+    pub fn select(variant: &str) -> String {
+        format!("retro_select{variant}")
+    }
+}
+
+/// Every kernel that some node looks up.
+#[cfg(all(test, not(retro_fatbin)))]
+pub(super) fn names() -> Vec<String> {
+    let mut names: Vec<String> = ["", "_max", "_softmax"].map(name::select).into();
+    for (element, shapes) in [("f32", &ATTEND_F32[..]), ("f16", &ATTEND_HALF), ("bf16", &ATTEND_HALF)] {
+        names.extend(["merge", "append", "clear"].map(|stem| name::of_type(stem, element)));
+        names.extend(shapes.iter().map(|shape| name::attend(element, shape)));
+        for &selector in Selector::ALL {
+            for padded in super::abi::HEAD_SIZES {
+                names.extend([
+                    name::score(element, padded, selector),
+                    name::pages(element, padded, selector),
+                ]);
+            }
+        }
+    }
+    names
+}
+
+/// Finds the kernels of `kernels/retro.cu` for a head size and selector: once a device, so that their names may stay for good.
+pub fn find<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -> Result<Kernels> {
     let finder = Finder {
         device,
         element: E::NAME,
@@ -108,25 +158,17 @@ pub fn find<E: CudaElement>(device: &Device, padded: usize) -> Result<Kernels> {
         .iter()
         .find(|s| s.padded == padded)
         .map_or(1, |s| s.blocks_per_sm);
-    let score = |selector: &str| {
-        let suffix = if E::HALF { format!("_{selector}") } else { String::new() };
-        Ok(Score {
-            kernel: finder.kernel(format!("retro_score_{}_{padded}{suffix}", E::NAME), SCORE_THREADS)?,
-            blocks_per_sm,
-        })
-    };
-    let largest = PAGES_SHAPES
-        .iter()
-        .map(|(parts, _)| 128 * parts)
-        .find(|&largest| padded <= largest);
-    let pages = format!("retro_pages_{}_{}", E::NAME, largest.unwrap_or(padded));
+    let of_type = |stem: &str, threads: usize| finder.kernel(name::of_type(stem, E::NAME), threads);
     Ok(Kernels {
-        score: [score("bounds")?, score("moments")?],
+        score: Score {
+            kernel: finder.kernel(name::score(E::NAME, padded, selector), SCORE_THREADS)?,
+            blocks_per_sm,
+        },
         select: finder.select()?,
-        merge: finder.of_type("merge", MERGE_THREADS)?,
-        append: finder.of_type("append", APPEND_THREADS)?,
-        pages: finder.kernel(pages, PAGES_THREADS)?,
-        clear: finder.of_type("clear", CLEAR_THREADS)?,
+        merge: of_type("merge", MERGE_THREADS)?,
+        append: of_type("append", APPEND_THREADS)?,
+        pages: finder.kernel(name::pages(E::NAME, padded, selector), PAGES_THREADS)?,
+        clear: of_type("clear", CLEAR_THREADS)?,
         attend: attend.collect::<Result<_>>()?,
         half: E::HALF,
         element: size_of::<E>(),
@@ -149,14 +191,8 @@ impl Finder<'_> {
         })
     }
 
-    /// A kernel that there is one of for an element type.
-    fn of_type(&self, stem: &str, threads: usize) -> Result<Kernel> {
-        self.kernel(format!("retro_{stem}_{}", self.element), threads)
-    }
-
     fn attend_kernel(&self, shape: &AttendShape, threads: usize) -> Result<Kernel> {
-        let name = format!("retro_attend_{}_{}_{}", self.element, shape.padded, shape.rows);
-        self.kernel(name, threads)
+        self.kernel(name::attend(self.element, shape), threads)
     }
 
     fn attend_f32(&self, shape: &AttendShape) -> Result<Attend> {
@@ -208,7 +244,7 @@ impl Finder<'_> {
     fn select(&self) -> Result<Select> {
         let shared = self.device.shared_per_sm.saturating_sub(SELECT_VARIABLES);
         let variant = |suffix: &str| {
-            let kernel = self.kernel(format!("retro_select{suffix}"), SELECT_THREADS)?;
+            let kernel = self.kernel(name::select(suffix), SELECT_THREADS)?;
             self.device.allow_shared(&kernel, shared)?;
             Ok(kernel)
         };

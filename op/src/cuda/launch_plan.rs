@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use retro_contract::{GroupScore, Mode, Selector, budget_pages, pages_for};
+use retro_contract::{GroupScore, Mode, budget_pages, pages_for};
 
 use super::abi::{
     ATTEND_TILE, BLOCK_RESERVED, CallPhase, F32_WARPS, GroupScoring, MAX_SPLITS, MERGE_WARPS, PAGES_WARPS, Params,
@@ -130,7 +130,7 @@ impl Call<'_> {
         let reserved = if scored && few { pairs } else { 0 };
         let (attend, blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
 
-        let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
+        let score = &self.kernels.score;
         // Pages that the fed rows may lie in.
         let touched = touched_page_count(tokens, a.page_size.trailing_zeros() as usize);
         let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
@@ -334,11 +334,6 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         phase: match phase {
             Phase::Decode => CallPhase::Decode,
             Phase::Prefill => CallPhase::Prefill,
-        },
-        selector: match a.selector {
-            Selector::Bounds => 0,
-            Selector::Moments => 1,
-            Selector::SignedMoments => 2,
         },
         group_score: match a.group_score {
             GroupScore::Max => GroupScoring::Max,

@@ -51,15 +51,15 @@ impl<E: CudaElement> Operator for CudaOperator<E> {
         } else {
             None
         };
-        let [small, middle, large] = HEAD_SIZES;
+        let kernels = HEAD_SIZES.map(|padded| {
+            let selector = attributes.selector;
+            device.kernels(E::NAME, padded, selector, || find::<E>(&device, padded, selector))
+        });
+        let [small, middle, large] = kernels;
         Ok(CudaKernel {
             attributes,
             fallback,
-            kernels: [
-                device.kernels(E::NAME, small, || find::<E>(&device, small))?,
-                device.kernels(E::NAME, middle, || find::<E>(&device, middle))?,
-                device.kernels(E::NAME, large, || find::<E>(&device, large))?,
-            ],
+            kernels: [small?, middle?, large?],
             device,
         })
     }

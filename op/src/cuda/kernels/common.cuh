@@ -69,8 +69,6 @@ template <class T> DEVICE void store8(T* p, const float (&x)[8]) {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-enum Selector { BOUNDS = 0, MOMENTS = 1, SIGNED_MOMENTS = 2 };
-
 // One sequence of a call.
 struct Sequence {
   int len;      // valid tokens after the call

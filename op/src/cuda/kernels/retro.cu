@@ -13,8 +13,9 @@ KERNEL(retro_select, SELECT_THREADS, SELECT_BLOCKS, select_kernel<ANY>(p))
 KERNEL(retro_select_max, SELECT_THREADS, SELECT_BLOCKS, select_kernel<BY_MAX>(p))
 KERNEL(retro_select_softmax, SELECT_THREADS, SELECT_BLOCKS, select_kernel<BY_SOFTMAX>(p))
 
-#define PAGES(PARTS, LARGEST, BLOCKS, TYPE, T)                                                                         \
-  KERNEL(retro_pages_##TYPE##_##LARGEST, PAGES_THREADS, BLOCKS, (pages_kernel<T, PARTS>(p)))
+#define PAGES_OF(ID, SELECTOR, PARTS, LARGEST, BLOCKS, TYPE, T)                                                        \
+  KERNEL(retro_pages_##TYPE##_##LARGEST##_##ID, PAGES_THREADS, BLOCKS, (pages_kernel<T, PARTS, SELECTOR>(p)))
+#define PAGES(...) SELECTORS(PAGES_OF, __VA_ARGS__)
 #define OF_TYPE(TYPE, T)                                                                                               \
   KERNEL(retro_merge_##TYPE, MERGE_THREADS, MERGE_BLOCKS, merge_kernel<T>(p))                                          \
   KERNEL(retro_append_##TYPE, APPEND_THREADS, 1, append_kernel<T>(p))                                                  \
@@ -25,21 +26,18 @@ OF_TYPE(f32, F32)
 OF_TYPE(f16, F16)
 OF_TYPE(bf16, BF16)
 
-#define SCORE(DP, BLOCKS, TYPE, T)                                                                                     \
-  KERNEL(retro_score_##TYPE##_##DP##_bounds, SCORE_THREADS, BLOCKS, (score_kernel<T, DP, false>(p)))                   \
-  KERNEL(retro_score_##TYPE##_##DP##_moments, SCORE_THREADS, BLOCKS, (score_kernel<T, DP, true>(p)))
-#define ATTEND(DP, ROWS, THREADS, BLOCKS, TYPE, T)                                                                     \
-  KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, (attend_mma<T, DP, ROWS>(p)))
-
+#define SCORE_OF(ID, SELECTOR, DP, BLOCKS, TYPE, T)                                                                    \
+  KERNEL(retro_score_##TYPE##_##DP##_##ID, SCORE_THREADS, BLOCKS, (score_kernel<T, DP, SELECTOR>(p)))
+#define SCORE(...) SELECTORS(SCORE_OF, __VA_ARGS__)
 SCORE_HALF(SCORE, f16, F16)
 SCORE_HALF(SCORE, bf16, BF16)
+SCORE_F32(SCORE, f32, F32)
+
+#define ATTEND(DP, ROWS, THREADS, BLOCKS, TYPE, T)                                                                     \
+  KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, (attend_mma<T, DP, ROWS>(p)))
 ATTEND_HALF(ATTEND, f16, F16)
 ATTEND_HALF(ATTEND, bf16, BF16)
 
-#define SCORE_ALL(DP, BLOCKS, TYPE, T)                                                                                 \
-  KERNEL(retro_score_##TYPE##_##DP, SCORE_THREADS, BLOCKS, (score_kernel<T, DP, true>(p)))
 #define ATTEND_SCALAR(DP, ROWS, THREADS, BLOCKS, TYPE)                                                                 \
   KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, attend_f32<DP>(p))
-
-SCORE_F32(SCORE_ALL, f32, F32)
 ATTEND_F32(ATTEND_SCALAR, f32)
