@@ -7,6 +7,8 @@ use std::fmt;
 
 use retro_contract::{GroupScore, Mode, Selector, budget_pages, input, limits, pages_for, ring_slots};
 
+use smallvec::SmallVec;
+
 use crate::for_selector;
 use crate::ort::{Error, Result, require};
 use crate::selector::{CacheSize, PageSelector};
@@ -179,8 +181,11 @@ pub struct Dims {
     pub rotary_half: usize,
 }
 
+/// A tensor's sizes; on the stack up to the highest rank that an input has.
+pub type Shape = SmallVec<[i64; 6]>;
+
 /// The shapes of a call's inputs, in slot order; `None` for an absent one.
-pub type InputShapes = [Option<Vec<i64>>; input::COUNT];
+pub type InputShapes = [Option<Shape>; input::COUNT];
 
 fn shown(shape: &[i64]) -> String {
     format!("[{}]", shape.iter().map(i64::to_string).collect::<Vec<_>>().join(", "))
@@ -312,11 +317,9 @@ impl Dims {
             head_size,
         };
         let layout = for_selector!(attributes.selector, P => P::layout(&size));
-        check.exact(
-            input::PAST_PAGE_SUMMARY,
-            &[&[batch, kv_heads], layout.sizes()].concat(),
-            layout.letters,
-        )?;
+        let mut state = SmallVec::<[usize; 6]>::from_slice(&[batch, kv_heads]);
+        state.extend_from_slice(layout.sizes());
+        check.exact(input::PAST_PAGE_SUMMARY, &state, layout.letters)?;
         check.exact(input::PAST_PAGE_STEPS, &[batch, kv_heads, pages], "[B, Hkv, P]")?;
         check.exact(
             input::PAST_OUTPUTS,
@@ -417,7 +420,8 @@ impl Sequence {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     pub phase: Phase,
-    pub sequences: Vec<Sequence>,
+    /// One a sequence of the batch; on the stack where they are few.
+    pub sequences: SmallVec<[Sequence; 8]>,
 }
 
 /// The integer inputs of a call.
@@ -469,7 +473,7 @@ impl Plan {
             );
         }
         let phase = Phase::of_call(window, dims.tokens, lengths.retro_length, longest == 1)?;
-        let mut sequences = Vec::with_capacity(dims.batch);
+        let mut sequences = SmallVec::with_capacity(dims.batch);
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             let len = last as usize + 1;
             let fed = match phase {

@@ -65,6 +65,8 @@ impl<E: Element> Operator for CpuOperator<E> {
             }
         }
         weights.retain(Elements::is_copy);
+        // The threads of the session's pool are not told through ONNX Runtime's C API: as many as the process may run on.
+        // Finer parts than threads cost little; the pool runs what it can.
         let width = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(CpuKernel {
             attributes,

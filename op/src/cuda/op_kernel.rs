@@ -134,7 +134,7 @@ impl CudaKernel {
         p.budget_stride = i32::from(
             shapes[input::PAGE_BUDGET]
                 .as_ref()
-                .is_some_and(|s| *s == [dims.batch as i64]),
+                .is_some_and(|s| s[..] == [dims.batch as i64]),
         );
 
         // Everything that the host can see is checked: from here on outputs are written.
