@@ -1,4 +1,5 @@
-// Attention of a block of query rows over the listed pages (a decoding step) or over every page up to each row (prefill).
+// Attention of a block of query rows over the listed pages (a decoding step) or over every page up to each row
+// (prefill).
 //
 // Grid (row blocks, splits, B * Hkv). Row r is query head r % g of fed token r / g: the newest token's group and
 // those of the retrospective ones are served by one pass over the pages, with a mask a row. Running maxima, so that the
@@ -16,8 +17,8 @@ DEVICE RowBlock row_block(const Params& p, const Sequence& s, int block, int siz
   return {token0, (s.fed - token0) * p.group, block * size};
 }
 
-// Groups of 8 tokens that the block reads: of the pages that were chosen, of those that a step takes without choosing, or of those
-// that a prefill's rows see.
+// Groups of 8 tokens that the block reads: of the pages that were chosen, of those that a step takes without choosing,
+// or of those that a prefill's rows see.
 struct Groups {
   const int* list;   // the chosen pages
   const int* steps;  // A of every page (merge.cuh writes it), where a query may have seen pages
@@ -32,8 +33,8 @@ struct Groups {
     while (!asked) asked = ask(group);
     return asked - 1;
   }
-  // The least position of a query that may take the page: the first behind the step that loaded it. A page step at or behind the newest
-  // position is left over from tokens that a rewind took back: every query may.
+  // The least position of a query that may take the page: the first behind the step that loaded it. A page step at or
+  // behind the newest position is left over from tokens that a rewind took back: every query may.
   DEVICE int from(int page) const {
     const int step = steps ? steps[page] : -1;
     return step < newest ? max(step + 1, 0) : 0;
@@ -61,9 +62,9 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
   return g;
 }
 
-// Pages that are chosen are listed one by one (Groups::page waits for each), after the scores of all: so the rows that the step has
-// appended are there too. The kernel that chooses them must have ended when this one ends, so that whoever waits for this one has
-// waited for all.
+// Pages that are chosen are listed one by one (Groups::page waits for each), after the scores of all: so the rows that
+// the step has appended are there too. The kernel that chooses them must have ended when this one ends, so that whoever
+// waits for this one has waited for all.
 DEVICE void wait_for_pages(const Params& p, const Groups& groups, int pair) {
   if (groups.list)
     wait_until(&p.progress[pair], all_score_blocks(p));
@@ -79,7 +80,8 @@ template <int DP, int ROWS, int PARTS> struct Block {
 
 // Without splits (a prefill) a row ends at once: four of its elements.
 template <class T>
-RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, int token0, int r, int c, float m, float sum, float4 o) {
+RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, int token0, int r, int c, float m,
+                       float sum, float4 o) {
   const int token = token_of(p, r), head = kv_head * p.group + r - token * p.group, d = p.head_size;
   const Row row = row_of(p, s, b, head, token0 + token);
   const Joined j = join(p, s, row, m, sum, joined_with<T>(p, row));
@@ -98,7 +100,8 @@ RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, i
 
 // After the warps have been joined into `block`: the row's part, or its end.
 template <class T, int DP, int ROWS, int PARTS>
-DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head, Block<DP, ROWS, PARTS>& block) {
+DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head,
+                       Block<DP, ROWS, PARTS>& block) {
   const int pair = b * p.kv_heads + kv_head, d = p.head_size;
   for (int i = threadIdx.x; i < ROWS * (DP / 4); i += blockDim.x) {
     const int n = i / (DP / 4), c = i % (DP / 4) * 4, r = rb.start + n;
@@ -135,19 +138,16 @@ DEVICE void start_attention(const Params& p) {
 }
 
 // The logit of a product, in base 2.
-DEVICE float softcapped(const Params& p, float dot) {
-  return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E;
-}
-// The same on tensor cores' sums, whose error is larger than this one's, some 1e-7 of the cap: tanh x = 1 - 2 / (e^2x + 1).
+DEVICE float softcapped(const Params& p, float dot) { return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E; }
+// The same on tensor cores' sums, whose error is larger than this one's, some 1e-7 of the cap: tanh x = 1 - 2 / (e^2x +
+// 1).
 DEVICE float softcapped_fast(const Params& p, float dot) {
   const float e = exp2_fast(dot * __fdividef(2.f * LOG2E * p.scale, p.softcap));
   return p.softcap * LOG2E * (1.f - __fdividef(2.f, e + 1.f));
 }
-DEVICE float logit(const Params& p, float dot) {
-  return p.softcap > 0.f ? softcapped(p, dot) : dot * p.scale * LOG2E;
-}
+DEVICE float logit(const Params& p, float dot) { return p.softcap > 0.f ? softcapped(p, dot) : dot * p.scale * LOG2E; }
 
-// ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
+// ---- Tensor cores: float16 and bfloat16 ----
 
 // Shape of a block: ROW_GROUPS warps take 8 rows each, TOKEN_GROUPS times over; those share the tiles of 16 tokens.
 template <int DP, int BLOCK_ROWS> struct Shape : AttendShape<DP, BLOCK_ROWS> {
@@ -178,8 +178,9 @@ DEVICE void load_transposed(u32 (&x)[4], u32 address) {
                : "r"(address));
 }
 
-// Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs V^T P^T
-// (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against bank conflicts.
+// Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs
+// V^T P^T (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against
+// bank conflicts.
 template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   using S = Shape<DP, ROWS>;
   struct Shared {
@@ -194,7 +195,8 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   static_assert(sizeof(Joint) <= 2 * S::STAGE, "the ring's memory becomes the block's");
   const u32 ring = __cvta_generic_to_shared(raw);
   start_attention(p);
-  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
+  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads,
+            d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
   const int my_rows = warp % S::ROW_GROUPS * 8, my_tiles = warp / S::ROW_GROUPS;
   const Sequence s = sequence(p, b);
@@ -203,10 +205,12 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
 
 #pragma unroll
   for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
-    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n, token = token_of(p, r);
+    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n,
+              token = token_of(p, r);
     float x[8] = {};
     if (r < rb.rows && d0 < d)
-      read_vec8(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0, s.first + rb.token0 + token, x);
+      read_vec8(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0,
+                s.first + rb.token0 + token, x);
     if (n < S::ROWS) store8(&sh.query[n][d0], x);
   }
   int position[2];
@@ -221,8 +225,8 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   const Share share = share_of(groups.count / int(gridDim.y), groups.count % int(gridDim.y), blockIdx.y);
   const int begin = share.begin, end = share.end;
   const int last = (end - begin + S::GROUPS - 1) / S::GROUPS;
-  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'. At first by a thread for each
-  // place of the first stages and the one behind them, then by those of the latter.
+  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'. At first by
+  // a thread for each place of the first stages and the one behind them, then by those of the latter.
   const int its_stage = threadIdx.x / S::GROUPS, place = threadIdx.x % S::GROUPS;
   const bool reads_ahead = its_stage == p.stages;
   int asked = 0, page = -1;
@@ -240,14 +244,14 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   };
   auto least_query = [&](int page) { return page < 0 ? 0 : groups.from(page); };
   if (its_stage <= p.stages) asked = ask(its_stage);
-  if (its_stage < p.stages) page = listed(its_stage, asked), sh.placed[its_stage][place].at = position_in(its_stage, page);
+  if (its_stage < p.stages)
+    page = listed(its_stage, asked), sh.placed[its_stage][place].at = position_in(its_stage, page);
   __syncthreads();
 
   const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   const T* values = static_cast<const T*>(p.value_cache) + size_t(pair) * p.capacity * d;
-  // Rows beyond the end are 0 (the last page's tokens not yet written may hold anything, even a NaN, which a weight of 0 would
-  // not silence); the mask takes them out.
-  // A thread copies one chunk of every so many-th row.
+  // Rows beyond the end are 0 (the last page's tokens not yet written may hold anything, even a NaN, which a weight of
+  // 0 would not silence); the mask takes them out. A thread copies one chunk of every so many-th row.
   constexpr int STRIDE = S::THREADS / S::CHUNKS;
   const int copy_row = threadIdx.x / S::CHUNKS, copy_chunk = threadIdx.x % S::CHUNKS;
   const bool copies = 8 * copy_chunk < d;
@@ -280,8 +284,9 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
       query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + fragment_row][16 * k + 8 * half + 2 * quad]);
   float top[2] = {NEG_INF, NEG_INF}, base[2] = {}, sum[2] = {}, out[DP / 16][4] = {};
   const float to_base2 = p.softcap > 0.f ? 1.f : p.scale * LOG2E;
-  // Byte offsets in a stage of what this lane hands to ldmatrix: of its first chunk of its key row and its value row in the warp's
-  // first tile. The others differ in the bits of the chunk's number only, as rows begin at multiples of their length.
+  // Byte offsets in a stage of what this lane hands to ldmatrix: of its first chunk of its key row and its value row in
+  // the warp's first tile. The others differ in the bits of the chunk's number only, as rows begin at multiples of
+  // their length.
   const u32 key_at = (16 * my_tiles * S::TILES + lane % 16) * S::CHUNKS * 16 + ((lane / 16) ^ (lane % 8)) * 16;
   const u32 value_at = S::TOKENS * DP * 2 + (16 * my_tiles * S::TILES + lane % 8 + lane / 16 * 8) * S::CHUNKS * 16 +
                        ((lane / 8 % 2) ^ (lane % 8)) * 16;
@@ -336,7 +341,8 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
       }
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        logits[i][e] = position[e % 2] >= max(two[e / 2].at + fragment_row, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
+        logits[i][e] =
+            position[e % 2] >= max(two[e / 2].at + fragment_row, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
         above = fmaxf(above, logits[i][e] - top[e % 2]);
       }
     }
@@ -412,7 +418,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   wait_for_previous();
 }
 
-// ---- float32: no tensor core is exact enough -------------------------------------------------------------------------
+// ---- float32: no tensor core is exact enough ----
 
 template <int DP> DEVICE void attend_f32(const Params& p) {
   constexpr int ROWS = F32_ROWS, TOKENS = ATTEND_TILE;
@@ -425,7 +431,8 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   start_attention(p);
-  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
+  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads,
+            d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, ROWS);
@@ -433,8 +440,8 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   for (int i = threadIdx.x; i < ROWS * DP; i += 32 * F32_WARPS) {
     const int n = i / DP, c = i % DP, r = rb.start + n, of_row = token_of(p, r), token = rb.token0 + of_row;
     sh.query[n][c] = r < rb.rows && c < d
-                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group), c,
-                                   s.first + token)
+                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group),
+                                   c, s.first + token)
                          : 0.f;
   }
   __syncthreads();

@@ -50,7 +50,8 @@ template <class T> DEVICE void load8(const T* p, float* x) {
 
 // The other way.
 DEVICE void store8(F32* p, const float (&x)[8]) {
-  reinterpret_cast<float4*>(p)[0] = {x[0], x[1], x[2], x[3]}, reinterpret_cast<float4*>(p)[1] = {x[4], x[5], x[6], x[7]};
+  reinterpret_cast<float4*>(p)[0] = {x[0], x[1], x[2], x[3]},
+  reinterpret_cast<float4*>(p)[1] = {x[4], x[5], x[6], x[7]};
 }
 template <class T> DEVICE void store8(T* p, const float (&x)[8]) {
   u32 w[4];
@@ -183,8 +184,8 @@ template <class T> RARE void read_elements(const Params& p, const T* row, int d,
 #pragma unroll 1
   for (int i = 0; i < 8; i++) x[i] = rotated<T>(p, row, d + i, position);
 }
-// Eight neighbouring elements of a head's row from `d` on, a multiple of eight, after rotary embedding at `position`. What does not
-// depend on it is read first.
+// Eight neighbouring elements of a head's row from `d` on, a multiple of eight, after rotary embedding at `position`.
+// What does not depend on it is read first.
 template <class T> DEVICE void read_vec8(const Params& p, const T* row, int d, int position, float (&x)[8]) {
   if (!p.vec8) {
     float slow[8];
@@ -243,10 +244,12 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
-// A kernel need not wait for the whole one before it: what a block has written before it announces it, others may read after they
-// have waited for so many. Every thread of a block calls these. Blocks that are waited for are on the device already, as
-// a kernel starts no earlier than every block of the one before has let it.
-DEVICE void add_progress(u32* progress) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(progress) : "memory"); }
+// A kernel need not wait for the whole one before it: what a block has written before it announces it, others may read
+// after they have waited for so many. Every thread of a block calls these. Blocks that are waited for are on the device
+// already, as a kernel starts no earlier than every block of the one before has let it.
+DEVICE void add_progress(u32* progress) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(progress) : "memory");
+}
 DEVICE void announce(u32* progress) {
   __syncthreads();
   if (threadIdx.x == 0) add_progress(progress);
@@ -271,10 +274,11 @@ DEVICE int announced_page(const int* listed) {
   return page;
 }
 
-// Copies 16 bytes into shared memory (an address there), or zeros; a thread waits until no more than `left` of its groups are under way,
-// at most 2.
+// Copies 16 bytes into shared memory (an address there), or zeros; a thread waits until no more than `left` of its
+// groups are under way, at most 2.
 DEVICE void copy_async(u32 target, const void* source, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0)
+               : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEVICE void wait_for_copies(int left) {
@@ -288,7 +292,8 @@ DEVICE void wait_for_copies(int left) {
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN ranks as -inf; scores are none (or_first).
+// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN ranks as -inf; scores are none
+// (or_first).
 DEVICE u32 ordered(float x) {
   if (!(x == x)) x = NEG_INF;
   const u32 bits = __float_as_uint(x);
@@ -334,8 +339,8 @@ DEVICE float max_or_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
-// A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is read first,
-// so that what is wrong with it shows, as with dense attention.
+// A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is
+// read first, so that what is wrong with it shows, as with dense attention.
 DEVICE float or_first(float score) { return score == score ? score : -NEG_INF; }
 
 // A largest value and the sum of e^(x - largest), joined with another such pair.

@@ -14,7 +14,8 @@ DEVICE void load4(const F32* p, float (&x)[4]) {
 }
 template <class T> DEVICE void load4(const T* p, float (&x)[4]) {
   const uint2 a = *reinterpret_cast<const uint2*>(p);
-  x[0] = widen(T{u16(a.x)}), x[1] = widen(T{u16(a.x >> 16)}), x[2] = widen(T{u16(a.y)}), x[3] = widen(T{u16(a.y >> 16)});
+  x[0] = widen(T{u16(a.x)}), x[1] = widen(T{u16(a.x >> 16)}), x[2] = widen(T{u16(a.y)}),
+  x[3] = widen(T{u16(a.y >> 16)});
 }
 DEVICE void store4(F32* p, const float (&x)[4]) { *reinterpret_cast<float4*>(p) = {x[0], x[1], x[2], x[3]}; }
 template <class T> DEVICE void store4(T* p, const float (&x)[4]) {

@@ -1,8 +1,8 @@
 // Selectors whose state is a page summary: two vectors of D a page, and a score that comes from products with them.
 //
-// A selector SELF has: SQUARES, whether the second product is with the squares of the second vector; LINE, whether it needs
-// the query's product with the second vector too; LOG_MASS, whether a score counts the page's tokens; prepare(), the query's two
-// elements; score(), from the products; summarize() by a block and summarize_by_warp().
+// A selector SELF has: SQUARES, whether the second product is with the squares of the second vector; LINE, whether it
+// needs the query's product with the second vector too; LOG_MASS, whether a score counts the page's tokens; prepare(),
+// the query's two elements; score(), from the products; summarize() by a block and summarize_by_warp().
 #pragma once
 #include "mma.cuh"
 #include "page_rows.cuh"
@@ -29,7 +29,8 @@ DEVICE float page_log_count(const Params& p, const Sequence& s, int page) {
 }
 
 // The two vectors of a head that turn its score into products with the page's two.
-template <class S, class T, int DP> DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head, Team team, float* prepared) {
+template <class S, class T, int DP>
+DEVICE void prepare_queries(const Params& p, const Sequence& s, int b, int head, Team team, float* prepared) {
 #pragma unroll 1
   for (int i = team.member; i < p.group * (DP / 8); i += team.members) {
     const int h = i / (DP / 8), d = i % (DP / 8) * 8;
@@ -41,7 +42,8 @@ template <class S, class T, int DP> DEVICE void prepare_queries(const Params& p,
   }
 }
 
-// Sums four values over groups of `LANES` lanes. Lane bits LANES/2 and LANES/4 say which of the four a lane ends up with.
+// Sums four values over groups of `LANES` lanes. Lane bits LANES/2 and LANES/4 say which of the four a lane ends up
+// with.
 template <int LANES> DEVICE float sum_four(float (&v)[4], int lane) {
   const bool upper = lane & (LANES / 2);
   float a = upper ? v[2] : v[0], b = upper ? v[3] : v[1];
@@ -138,10 +140,10 @@ template <class T> struct Squares {
   }
 };
 
-// float16 and bfloat16: on tensor cores, heads in the rows, 8 pages a warp in the columns. Summaries go from memory to registers:
-// a lane takes 8 neighbouring elements of its page, queries are permuted alike. Squares of standard deviations and of queries may
-// lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits of it, and a product of two squares
-// three products.
+// float16 and bfloat16: on tensor cores, heads in the rows, 8 pages a warp in the columns. Summaries go from memory to
+// registers: a lane takes 8 neighbouring elements of its page, queries are permuted alike. Squares of standard
+// deviations and of queries may lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits
+// of it, and a product of two squares three products.
 template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
   constexpr int PAGES = SCORE_PAGES, HEADS = MAX_GROUP, PITCH = query_pitch(DP), CHUNKS = DP / 32, WARPS = SCORE_WARPS;
   struct Shared {
@@ -159,7 +161,8 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
   uint4 first[CHUNKS], second[CHUNKS];
   // Beyond the end the last page is read again, and not stored; past d the query is 0.
   auto load = [&](int page0, int c) {
-    const T* page = summary + size_t(max(min(page0 + fragment_row, end - 1), 0)) * 2 * d + min(32 * c + 8 * quad, d - 8);
+    const T* page =
+        summary + size_t(max(min(page0 + fragment_row, end - 1), 0)) * 2 * d + min(32 * c + 8 * quad, d - 8);
     first[c] = __ldcs(reinterpret_cast<const uint4*>(page));
     second[c] = __ldcs(reinterpret_cast<const uint4*>(page + d));
   };
@@ -167,7 +170,8 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) load(begin, c);
 
-  // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were perhaps not.
+  // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were
+  // perhaps not.
   start_step();
   const bool softmax = p.group_score == SOFTMAX, wide = p.group > 8;
   const Sequence s = sequence(p, b);
@@ -177,7 +181,8 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
     float x[8] = {}, y[8];
     // Where the length is not valid any position will do: nothing is scored.
     if (h < p.group && c < d)
-      read_vec8(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c, min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
+      read_vec8(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c,
+                min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       S::prepare(rounded<T>(x[k]), x[k], y[k]);
@@ -199,7 +204,7 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
   const float log_count = logf(float(1 << p.page_shift));
   // Of this lane's two heads.
   float4 stats[2] = {no_scores(), no_scores()};
-  auto row = [&](const u16 (&rows)[HEADS][PITCH], int half, int c) {
+  auto row = [&](const u16(&rows)[HEADS][PITCH], int half, int c) {
     if (half && !wide) return uint4{0, 0, 0, 0};
     return *reinterpret_cast<const uint4*>(&rows[fragment_row + 8 * half][32 * c + 8 * quad]);
   };
@@ -208,7 +213,8 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
     float x[4] = {}, y[4] = {}, z[4] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-      const uint4 q = row(sh.first, 0, c), q8 = row(sh.first, 1, c), r = row(sh.second, 0, c), r8 = row(sh.second, 1, c);
+      const uint4 q = row(sh.first, 0, c), q8 = row(sh.first, 1, c), r = row(sh.second, 0, c),
+                  r8 = row(sh.second, 1, c);
       const uint4 u = first[c], v = second[c];
       Mma<T>::add(x, q.x, q8.x, q.y, q8.y, u.x, u.y);
       Mma<T>::add(x, q.z, q8.z, q.w, q8.w, u.z, u.w);
@@ -262,7 +268,8 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
         const int page = page0 + 2 * quad + e;
         if (page >= limit) continue;
         if (fragment_row == 0) score_at(p, pair, page, 0) = m + 0.f;
-        if (page >= from) stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
+        if (page >= from)
+          stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
       }
     }
   }
@@ -273,8 +280,8 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
     leave_range(p, pair, reinterpret_cast<float4*>(raw), stats[0]);
 }
 
-// Often the last of a head's blocks to end, and what short contexts wait for: the fed rows, the page's rows from before and the
-// queries are read at the same time, by other warps.
+// Often the last of a head's blocks to end, and what short contexts wait for: the fed rows, the page's rows from before
+// and the queries are read at the same time, by other warps.
 template <class S, class T, int DP>
 DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int touched, u8* raw) {
   constexpr int WARPS = SCORE_WARPS;
@@ -292,9 +299,11 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
     const T* keys = page_keys<T>(p, pair, page);
     T* const copy = p.copies_page ? reinterpret_cast<T*>(prepared + touched_floats(p.group, DP, d)) : nullptr;
     if (warp < WARPS / 4) {
-      append<T>(p, s, b, head, fresh, end, {int(threadIdx.x), 32 * WARPS / 4}, copy ? copy + (fresh - start) * d : nullptr);
+      append<T>(p, s, b, head, fresh, end, {int(threadIdx.x), 32 * WARPS / 4},
+                copy ? copy + (fresh - start) * d : nullptr);
     } else if (warp < WARPS / 2) {
-      if (scored) prepare_queries<S, T, DP>(p, s, b, head, {int(threadIdx.x) - 32 * WARPS / 4, 32 * WARPS / 4}, prepared);
+      if (scored)
+        prepare_queries<S, T, DP>(p, s, b, head, {int(threadIdx.x) - 32 * WARPS / 4, 32 * WARPS / 4}, prepared);
     } else if (copy) {
       // D is a multiple of 8.
       constexpr int ELEMENTS = 16 / sizeof(T);
@@ -323,7 +332,8 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
     }
     __syncthreads();
   }
-  if (chosen_from && warp == 0) leave_page(p, pair, page, touched, there && page >= first_candidate(p, s), there ? of_heads : nullptr);
+  if (chosen_from && warp == 0)
+    leave_page(p, pair, page, touched, there && page >= first_candidate(p, s), there ? of_heads : nullptr);
 }
 
 // What the kernels ask of a selector.
@@ -343,7 +353,8 @@ template <class SELF> struct PageVectors {
   }
 
   // A warp summarises a page of a prompt from its valid rows, for head sizes up to 128 PARTS.
-  template <class T, int PARTS> static DEVICE void end_page(const Params& p, int pair, int page, int rows, const T* keys) {
+  template <class T, int PARTS>
+  static DEVICE void end_page(const Params& p, int pair, int page, int rows, const T* keys) {
     Columns<PARTS> a, b;
     // Rows of 256 elements would not fit in registers.
     constexpr int KEPT = PARTS == 1 ? 16 : 0;

@@ -1,43 +1,43 @@
-// Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/op_kernel.rs names them, and
-// op/src/cuda/abi.rs has the lists (SCORE_HALF and so on) and the launch bounds.
+// Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/op_kernel.rs names
+// them, and op/src/cuda/abi.rs has the lists (SCORE_HALF and so on) and the launch bounds.
 #include "attend.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"
 #include "score.cuh"
 #include "select.cuh"
 
-#define KERNEL(NAME, THREADS, BLOCKS, BODY)                                                                            \
+#define KERNEL(NAME, THREADS, BLOCKS, BODY) \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Params p) { BODY; }
 
 KERNEL(retro_select, SELECT_THREADS, SELECT_BLOCKS, select_kernel<ANY>(p))
 KERNEL(retro_select_max, SELECT_THREADS, SELECT_BLOCKS, select_kernel<BY_MAX>(p))
 KERNEL(retro_select_softmax, SELECT_THREADS, SELECT_BLOCKS, select_kernel<BY_SOFTMAX>(p))
 
-#define PAGES_OF(ID, SELECTOR, PARTS, LARGEST, BLOCKS, TYPE, T)                                                        \
+#define PAGES_OF(ID, SELECTOR, PARTS, LARGEST, BLOCKS, TYPE, T) \
   KERNEL(retro_pages_##TYPE##_##LARGEST##_##ID, PAGES_THREADS, BLOCKS, (pages_kernel<T, PARTS, SELECTOR>(p)))
 #define PAGES(...) SELECTORS(PAGES_OF, __VA_ARGS__)
-#define OF_TYPE(TYPE, T)                                                                                               \
-  KERNEL(retro_merge_##TYPE, MERGE_THREADS, MERGE_BLOCKS, merge_kernel<T>(p))                                          \
-  KERNEL(retro_append_##TYPE, APPEND_THREADS, 1, append_kernel<T>(p))                                                  \
-  KERNEL(retro_clear_##TYPE, CLEAR_THREADS, 1, clear_kernel<T>(p))                                                     \
+#define OF_TYPE(TYPE, T)                                                      \
+  KERNEL(retro_merge_##TYPE, MERGE_THREADS, MERGE_BLOCKS, merge_kernel<T>(p)) \
+  KERNEL(retro_append_##TYPE, APPEND_THREADS, 1, append_kernel<T>(p))         \
+  KERNEL(retro_clear_##TYPE, CLEAR_THREADS, 1, clear_kernel<T>(p))            \
   PAGES_SHAPES(PAGES, TYPE, T)
 
 OF_TYPE(f32, F32)
 OF_TYPE(f16, F16)
 OF_TYPE(bf16, BF16)
 
-#define SCORE_OF(ID, SELECTOR, DP, BLOCKS, TYPE, T)                                                                    \
+#define SCORE_OF(ID, SELECTOR, DP, BLOCKS, TYPE, T) \
   KERNEL(retro_score_##TYPE##_##DP##_##ID, SCORE_THREADS, BLOCKS, (score_kernel<T, DP, SELECTOR>(p)))
 #define SCORE(...) SELECTORS(SCORE_OF, __VA_ARGS__)
 SCORE_HALF(SCORE, f16, F16)
 SCORE_HALF(SCORE, bf16, BF16)
 SCORE_F32(SCORE, f32, F32)
 
-#define ATTEND(DP, ROWS, THREADS, BLOCKS, TYPE, T)                                                                     \
+#define ATTEND(DP, ROWS, THREADS, BLOCKS, TYPE, T) \
   KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, (attend_mma<T, DP, ROWS>(p)))
 ATTEND_HALF(ATTEND, f16, F16)
 ATTEND_HALF(ATTEND, bf16, BF16)
 
-#define ATTEND_SCALAR(DP, ROWS, THREADS, BLOCKS, TYPE)                                                                 \
+#define ATTEND_SCALAR(DP, ROWS, THREADS, BLOCKS, TYPE) \
   KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, attend_f32<DP>(p))
 ATTEND_F32(ATTEND_SCALAR, f32)

@@ -1,7 +1,8 @@
-// Steps 1 and 2 of a decoding step: append keys and values, bring the state of the pages they touch up to date, score pages.
+// Steps 1 and 2 of a decoding step: append keys and values, bring the state of the pages they touch up to date, score
+// pages.
 //
-// Grid (score_blocks + touched pages, Hkv, B). The first blocks score the pages that the step does not touch; each of the
-// others owns one touched page: it writes the fed rows that lie in it, makes its state from its rows and scores it.
+// Grid (score_blocks + touched pages, Hkv, B). The first blocks score the pages that the step does not touch; each of
+// the others owns one touched page: it writes the fed rows that lie in it, makes its state from its rows and scores it.
 // What waits for a head's scores (select.cuh) is on the device before they are there.
 #pragma once
 #include "selectors.cuh"

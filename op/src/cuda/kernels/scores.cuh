@@ -1,4 +1,5 @@
-// What every selector does in a step beside scoring: appends rows, stores scores, and tells the selection what they are like.
+// What every selector does in a step beside scoring: appends rows, stores scores, and tells the selection what they are
+// like.
 #pragma once
 #include "common.cuh"
 
@@ -29,8 +30,8 @@ DEVICE void store_score(const Params& p, int pair, int h, int page, float score)
     score_at(p, pair, page, 0) = score + 0.f;
 }
 
-// What the scoring blocks leave of a head's scores over the candidates among their pages: {largest, sum of e^(score - largest),
-// least finite}. Without a softmax over pages the group's score stands for the head, and the sum is not used.
+// What the scoring blocks leave of a head's scores over the candidates among their pages: {largest, sum of e^(score -
+// largest), least finite}. Without a softmax over pages the group's score stands for the head, and the sum is not used.
 DEVICE float4 no_scores() { return {NEG_INF, 0.f, -NEG_INF, 0.f}; }
 DEVICE float4 joined_stats(float4 a, float4 b) {
   const float2 sums = joined_sums({a.x, a.y}, {b.x, b.y});
@@ -61,7 +62,8 @@ DEVICE void add_score(float4& all, float score) {
 // Heads whose scores select.cuh needs one by one.
 DEVICE int scored_heads(const Params& p) { return p.group_score == SOFTMAX ? p.group : 1; }
 
-// Joins what the warps of a scoring block know of their scores, which are all written before the first warp announces them.
+// Joins what the warps of a scoring block know of their scores, which are all written before the first warp announces
+// them.
 DEVICE void leave_range(const Params& p, int pair, float4* of_warps /* [SCORE_WARPS] */, float4 mine) {
   const float top = warp_max(mine.x), least = warp_min(mine.z);
   const int lane = threadIdx.x % 32;
@@ -76,7 +78,8 @@ DEVICE void leave_range(const Params& p, int pair, float4* of_warps /* [SCORE_WA
 }
 
 // The same for a softmax over pages: of every head.
-RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_WARPS] */, float4 low, float4 high /* of this lane's two heads */) {
+RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_WARPS] */, float4 low,
+                     float4 high /* of this lane's two heads */) {
   const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4, heads = p.group > 8 ? 16 : 8;
 #pragma unroll 1
   for (int head = fragment_row; head < heads; head += 8) {
@@ -92,14 +95,16 @@ RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_W
 #pragma unroll 1
   for (int w = lane % lanes + lanes; w < SCORE_WARPS; w += lanes) all = joined_stats(all, of_head[w]);
   all = lanes == 4 ? joined_over<4>(all) : joined_over<2>(all);
-  if (lane % lanes == 0 && head < p.group) p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + head] = all;
+  if (lane % lanes == 0 && head < p.group)
+    p.score_stats[(size_t(pair) * p.score_parts + blockIdx.x) * p.group + head] = all;
   __syncwarp();
   if (lane == 0) add_progress(&p.progress[pair]);
 }
 
 // Writes the fed rows from..to (positions) of one KV head into the caches, and the keys to `copy` too, if there is one.
 template <class T>
-DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, Team team, T* copy = nullptr /* of row `from` */) {
+DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, Team team,
+                   T* copy = nullptr /* of row `from` */) {
   const int d = p.head_size, vec8s = d / 8, pair = b * p.kv_heads + head;
   T* keys = static_cast<T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   T* values = static_cast<T*>(p.value_cache) + size_t(pair) * p.capacity * d;
@@ -122,7 +127,8 @@ DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from
 }
 
 // Stores a page's scores and its statistics, where it is a candidate, and announces it: by one warp, after a barrier.
-DEVICE void leave_page(const Params& p, int pair, int page, int touched, bool counts, const float* of_heads /* null: no page */) {
+DEVICE void leave_page(const Params& p, int pair, int page, int touched, bool counts,
+                       const float* of_heads /* null: no page */) {
   const int lane = threadIdx.x % 32, heads = scored_heads(p);
   float score = of_heads && lane < p.group ? of_heads[lane] : NEG_INF;
   // Adding 0 turns -0 into 0, so that the two tie.
@@ -130,7 +136,8 @@ DEVICE void leave_page(const Params& p, int pair, int page, int touched, bool co
   if (lane < heads) {
     if (of_heads) score_at(p, pair, page, lane) = score;
     if (p.score_parts)
-      p.score_stats[(size_t(pair) * p.score_parts + p.score_blocks + touched) * heads + lane] = counts ? of_score(score) : no_scores();
+      p.score_stats[(size_t(pair) * p.score_parts + p.score_blocks + touched) * heads + lane] =
+          counts ? of_score(score) : no_scores();
   }
   __syncwarp();
   if (lane == 0) add_progress(&p.progress[pair]);

@@ -1,12 +1,13 @@
 // The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
 //
-// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that bin are
-// compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit. The list has the
-// forced pages first, then those above the bin, then those of it by rank; each is announced as soon as its place is known.
+// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in
+// that bin are compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit
+// by digit. The list has the forced pages first, then those above the bin, then those of it by rank; each is announced
+// as soon as its place is known.
 //
-// Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the scores
-// are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as possible, as each is
-// fetched for the first time.
+// Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the
+// scores are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as
+// possible, as each is fetched for the first time.
 #pragma once
 #include "common.cuh"
 
@@ -16,14 +17,16 @@ constexpr int SELECT_WARPS = SELECT_THREADS / 32;
 constexpr int DIGIT = 11, BINS = 1 << DIGIT;
 // Scores of a bin that are compared with one another.
 constexpr int FINALISTS = 256;
-// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it is taken.
+// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it
+// is taken.
 constexpr u32 NONE = 0, TAKEN = 0x7fff;
 // Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
 constexpr int VEC8 = 8;
 constexpr int BINS_A_THREAD = BINS / SELECT_THREADS;
 static_assert(BINS_A_THREAD == 4, "a thread looks at four bins");
 
-// What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for all pages.
+// What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for
+// all pages.
 enum Choice { ANY, BY_MAX, BY_SOFTMAX };
 template <Choice CHOICE> DEVICE bool softmax_over_pages(const Params& p) {
   return CHOICE == BY_SOFTMAX || (CHOICE == ANY && p.group_score == SOFTMAX);
@@ -56,7 +59,8 @@ struct Bins {
   }
   // 1..BINS. Whatever is no number goes to the lowest.
   DEVICE u32 of(float score) const {
-    return __float_as_uint(fminf(fmaxf(fmaf(score, scale, offset), WHOLE), WHOLE + float(BINS - 1))) - __float_as_uint(WHOLE) + 1u;
+    return __float_as_uint(fminf(fmaxf(fmaf(score, scale, offset), WHOLE), WHOLE + float(BINS - 1))) -
+           __float_as_uint(WHOLE) + 1u;
   }
 };
 
@@ -86,8 +90,8 @@ struct Range {
   float lowest, highest;
 };
 
-// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from the parts that the
-// scoring blocks left.
+// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from
+// the parts that the scoring blocks left.
 DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -158,14 +162,15 @@ struct HeadScores {
   DEVICE void ask(const Params& p, const float* scores, int page, int count, int h) {
 #pragma unroll
     for (int i = 0; i < JOINED_AT_ONCE; i++)
-      four[i] = *reinterpret_cast<const float4*>(scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
+      four[i] = *reinterpret_cast<const float4*>(
+          scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
   }
 };
 
-// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's softmax. Of other
-// pages any number. `asked`: the first heads' of the first pages.
-DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked, float* joined, int count,
-                       const SelectShared& sh) {
+// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's
+// softmax. Of other pages any number. `asked`: the first heads' of the first pages.
+DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked,
+                       float* joined, int count, const SelectShared& sh) {
 #pragma unroll 1
   for (int page = threadIdx.x; page < count; page += JOINED_AT_ONCE * SELECT_THREADS) {
     // Not -inf, which would make NaNs.
@@ -181,20 +186,24 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
 #pragma unroll
       for (int i = 0; i < JOINED_AT_ONCE; i++) {
         const float4 of = asked.four[i];
-        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z), d = share(3, of.w, less.w);
-        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]), before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
+        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z),
+                    d = share(3, of.w, less.w);
+        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]),
+                    before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
         sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
         top[i] = n;
       }
     }
 #pragma unroll
     for (int i = 0; i < JOINED_AT_ONCE; i++)
-      if (page + i * SELECT_THREADS < count) joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
+      if (page + i * SELECT_THREADS < count)
+        joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
   }
   __syncthreads();
 }
 
-// Finds the bin in which the `left`-th score lies, from the top, and its rank there, into `sh`, and clears the histogram.
+// Finds the bin in which the `left`-th score lies, from the top, and its rank there, into `sh`, and clears the
+// histogram.
 DEVICE void find_bin(SelectShared& sh, u32 left) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lowest = BINS - BINS_A_THREAD - BINS_A_THREAD * int(threadIdx.x);
@@ -270,7 +279,8 @@ DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   return {number_of(least), number_of(most)};
 }
 
-// Marks the `sh.left` best pages of a bin as taken, digit by digit: where it holds more than FINALISTS. Out of line: see read_elements.
+// Marks the `sh.left` best pages of a bin as taken, digit by digit: where it holds more than FINALISTS. Out of line:
+// see read_elements.
 RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   SelectShared& sh = *shared;
   u32 threshold = 0;
@@ -289,7 +299,8 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
     threshold |= sh.bin << shift;
     open = shift;
   }
-  // Larger keys are taken, and the first of the equal ones: in the order of the pages, a warp's worth of them at a time.
+  // Larger keys are taken, and the first of the equal ones: in the order of the pages, a warp's worth of them at a
+  // time.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 left = sh.left;
   u32 seen = 0;
@@ -311,7 +322,8 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   __syncthreads();
 }
 
-// Lists the pages whose bin is above `bin`, and behind the `sure` of them, where there are finalists, the `sh.left` best pages of that bin.
+// Lists the pages whose bin is above `bin`, and behind the `sure` of them, where there are finalists, the `sh.left`
+// best pages of that bin.
 DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int sure, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 mine = 0;
@@ -368,7 +380,8 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
   int* const list = p.pages + size_t(pair) * p.max_pages;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS) announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
+  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
+    announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
   wait_until(&p.progress[pair], all_score_blocks(p));
   if (wanted <= 0) return wait_for_previous();
 
@@ -390,8 +403,10 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
 #pragma unroll 1
   for (int vec8 = threadIdx.x; vec8 < kept.count; vec8 += SELECT_THREADS) {
     const int page0 = kept.begin + VEC8 * vec8;
-    const float4 a = reinterpret_cast<const float4*>(read)[2 * vec8], b = reinterpret_cast<const float4*>(read)[2 * vec8 + 1];
-    if (read != kept.scores) reinterpret_cast<float4*>(kept.scores)[2 * vec8] = a, reinterpret_cast<float4*>(kept.scores)[2 * vec8 + 1] = b;
+    const float4 a = reinterpret_cast<const float4*>(read)[2 * vec8],
+                 b = reinterpret_cast<const float4*>(read)[2 * vec8 + 1];
+    if (read != kept.scores)
+      reinterpret_cast<float4*>(kept.scores)[2 * vec8] = a, reinterpret_cast<float4*>(kept.scores)[2 * vec8 + 1] = b;
     const float eight[VEC8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     u32 in[VEC8];
 #pragma unroll

@@ -4,7 +4,8 @@
 #pragma once
 #include "page_vectors.cuh"
 
-// The deviations of a page's rows from their mean: of up to KEPT rows in registers, where KEPT is not 0; else computed when asked for.
+// The deviations of a page's rows from their mean: of up to KEPT rows in registers, where KEPT is not 0; else computed
+// when asked for.
 template <class T, int PARTS, int KEPT> struct Deviations {
   const T* keys;
   int d, rows;

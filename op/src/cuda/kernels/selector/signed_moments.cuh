@@ -7,11 +7,13 @@
 constexpr int ROUNDS = 2;
 // Elements of 0 but for rounding count as positive.
 constexpr float LEAST_NEGATIVE = -1e-5f;
-// A row that is farther than another one but for rounding is not, so that every execution provider starts from the same one.
+// A row that is farther than another one but for rounding is not, so that every execution provider starts from the same
+// one.
 constexpr float FARTHER = 1.00001f;
 
 // Which of a page's deviations are negative.
-template <class T> DEVICE void principal_signs(const T* keys, const float* mean /* [D] */, int d, int rows, bool* negative /* [D] */) {
+template <class T>
+DEVICE void principal_signs(const T* keys, const float* mean /* [D] */, int d, int rows, bool* negative /* [D] */) {
   __shared__ float direction[MAX_HEAD_SIZE], along[MAX_PAGE_SIZE], tops[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll 1
