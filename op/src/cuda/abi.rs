@@ -326,45 +326,45 @@ shared_struct! {
     /// One call. B batch, S tokens fed, Hq and Hkv heads, g = Hq / Hkv, C capacity, P pages, D head size, R slots of the output
     /// cache.
     pub struct Params {
-        /// Inputs. Rows are (b, s): query [B, S, Hq, D], key and value [B, S, Hkv, D], each with a row stride in elements.
+        /// Inputs. Rows are (b, s): query `[B, S, Hq, D]`, key and value `[B, S, Hkv, D]`, each with a row stride in elements.
         pub query: *const c_void,
         pub key: *const c_void,
         pub value: *const c_void,
-        /// [B]
+        /// `[B]`
         pub seqlens_k: *const i32,
-        /// [B] or [1], or null
+        /// `[B]` or `[1]`, or null
         pub page_budget: *const i32,
-        /// [M, rotary_half], or null
+        /// `[M, rotary_half]`, or null
         pub cos: *const c_void,
         pub sin: *const c_void,
-        /// [Hq], or null
+        /// `[Hq]`, or null
         pub head_sink: *const c_void,
-        /// State: [B, Hkv, C, D]
+        /// State: `[B, Hkv, C, D]`
         pub key_cache: *mut c_void,
         pub value_cache: *mut c_void,
-        /// [B, Hkv, ...] as the selector lays it out
+        /// `[B, Hkv, ...]` as the selector lays it out
         pub page_state: *mut c_void,
-        /// [B, Hkv, P]
+        /// `[B, Hkv, P]`
         pub page_steps: *mut i32,
-        /// [B, R, Hq, D]
+        /// `[B, R, Hq, D]`
         pub cached_outputs: *mut f32,
-        /// [B, R, Hq]
+        /// `[B, R, Hq]`
         pub cached_lse: *mut f32,
-        /// [B, S, Hq, D]
+        /// `[B, S, Hq, D]`
         pub output: *mut c_void,
-        /// Scratch of this call: [B, Hkv, scored_page_count, stored_heads], or without the last with the group score max
+        /// Scratch of this call: `[B, Hkv, scored_page_count, stored_heads]`, or without the last with the group score max
         pub scores: *mut f32,
-        /// [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
+        /// `[B, Hkv, score_parts, g or 1]`: of each scoring block (score.cuh)
         pub score_stats: *mut [f32; 4],
-        /// [B, Hkv, max_pages]: 1 and the number of each page that a step has chosen; 0 before and after
+        /// `[B, Hkv, max_pages]`: 1 and the number of each page that a step has chosen; 0 before and after
         pub pages: *mut i32,
-        /// [B, Hkv, kept_floats]: of the selection kernel; null: it has shared memory for them
+        /// `[B, Hkv, kept_floats]`: of the selection kernel; null: it has shared memory for them
         pub kept: *mut f32,
-        /// [B, Hkv]: blocks that have scored; 0 before and after a step
+        /// `[B, Hkv]`: blocks that have scored; 0 before and after a step
         pub progress: *mut u32,
-        /// [B, Hkv, splits, rows, D], not divided by the sums
+        /// `[B, Hkv, splits, rows, D]`, not divided by the sums
         pub part_outputs: *mut f32,
-        /// [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
+        /// `[B, Hkv, splits, rows, 2]`: largest logit (base 2) and sum
         pub part_stats: *mut f32,
         /// Share of the valid tokens that a step reads
         pub budget_ratio: f64,

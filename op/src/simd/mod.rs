@@ -1,6 +1,6 @@
 //! Vectors of f32, one implementation an instruction set, and the choice among them at run time.
 //!
-//! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by [`dispatched!`], whose
+//! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by the macro `dispatched!`, whose
 //! functions carry the target features that make the intrinsics inside them single instructions.
 
 #[cfg(target_arch = "aarch64")]
