@@ -418,14 +418,14 @@ impl Sequence {
 
 /// The lengths of one call, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct CallPlan {
     pub phase: Phase,
     /// One a sequence of the batch; on the stack where they are few.
     pub sequences: SmallVec<[Sequence; 8]>,
 }
 
 /// The integer inputs of a call.
-pub struct Lengths<'a> {
+pub struct CallLengths<'a> {
     /// `[B]`.
     pub seqlens_k: &'a [i32],
     pub total_sequence_length: i32,
@@ -440,9 +440,9 @@ fn of_sequence(values: &[i32], b: usize) -> i32 {
     if values.len() == 1 { values[0] } else { values[b] }
 }
 
-impl Plan {
+impl CallPlan {
     /// Decides what the call is and checks every range.
-    pub fn read(attributes: &Attributes, dims: &Dims, lengths: &Lengths<'_>) -> Result<Self> {
+    pub fn read(attributes: &Attributes, dims: &Dims, lengths: &CallLengths<'_>) -> Result<Self> {
         let window = attributes.window;
         let mut longest = 0;
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {

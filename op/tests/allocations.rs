@@ -4,8 +4,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use retro_attention::contract::{AttributeSource, Attributes, Dims, InputShapes, Lengths, Plan};
-use retro_attention::cpu::{Call, Dense, Inputs, ScratchPool, Serial, Shared, State, run};
+use retro_attention::contract::{AttributeSource, Attributes, CallLengths, CallPlan, Dims, InputShapes};
+use retro_attention::cpu::{CpuCall, Dense, Inputs, LayerState, ScratchPool, Serial, Shared, run};
 use retro_attention::for_selector;
 use retro_attention::ort::Result;
 use retro_attention::selector::Selector;
@@ -102,13 +102,13 @@ impl Layer {
         shapes[input::PAST_OUTPUTS] = sizes(&[1, RING, HEADS, D]);
         shapes[input::PAST_LSE] = sizes(&[1, RING, HEADS]);
         let dims = Dims::read(&self.attributes, &shapes).unwrap();
-        let lengths = Lengths {
+        let lengths = CallLengths {
             seqlens_k: &[len as i32 - 1],
             total_sequence_length: len as i32,
             retro_length: &[retro],
             page_budget: None,
         };
-        let plan = Plan::read(&self.attributes, &dims, &lengths).unwrap();
+        let plan = CallPlan::read(&self.attributes, &dims, &lengths).unwrap();
         let inputs = Inputs {
             query: rows,
             key: &[],
@@ -118,13 +118,13 @@ impl Layer {
             head_sink: &[],
         };
         for_selector!(self.attributes.selector, P => {
-            let call = Call::<f32, P> {
+            let call = CpuCall::<f32, P> {
                 attributes: &self.attributes,
                 dims: &dims,
                 plan: &plan,
                 inputs,
                 output: Shared::new(output),
-                state: State {
+                state: LayerState {
                     key: Shared::new(&mut self.key),
                     value: Shared::new(&mut self.value),
                     pages: Shared::new(&mut self.pages),

@@ -142,19 +142,19 @@ fn shapes_are_read_and_each_wrong_one_is_named() {
     assert!(message(Dims::read(&rotary, &shapes())).contains("input cos_cache is missing"));
 }
 
-fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Option<&[i32]>) -> Result<Plan> {
+fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Option<&[i32]>) -> Result<CallPlan> {
     let a = attributes(&[("window", 4)]);
     let dims = Dims {
         tokens,
         ..Dims::read(&a, &shapes()).unwrap()
     };
-    let lengths = Lengths {
+    let lengths = CallLengths {
         seqlens_k: seqlens,
         total_sequence_length: total,
         retro_length: retro,
         page_budget: budget,
     };
-    Plan::read(&a, &dims, &lengths)
+    CallPlan::read(&a, &dims, &lengths)
 }
 
 #[test]

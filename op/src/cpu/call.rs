@@ -2,7 +2,7 @@
 
 use super::scratch::ScratchPool;
 use super::shared::Shared;
-use crate::contract::{Attributes, Dims, Plan};
+use crate::contract::{Attributes, CallPlan, Dims};
 use crate::method::element::Element;
 use crate::method::rope::{Angles, rotate};
 use crate::selector::{CacheSize, PageSelector};
@@ -25,7 +25,7 @@ pub struct Inputs<'a, E> {
 }
 
 /// The present state. R is the ring's slots, `max(window - 1, 1)`.
-pub struct State<'a, E: Element, P: PageSelector> {
+pub struct LayerState<'a, E: Element, P: PageSelector> {
     /// `[B, Hkv, C, D]`.
     pub key: Shared<'a, E>,
     /// `[B, Hkv, C, D]`.
@@ -41,19 +41,19 @@ pub struct State<'a, E: Element, P: PageSelector> {
 }
 
 /// Everything that one call needs.
-pub struct Call<'a, E: Element, P: PageSelector> {
+pub struct CpuCall<'a, E: Element, P: PageSelector> {
     pub attributes: &'a Attributes,
     pub dims: &'a Dims,
-    pub plan: &'a Plan,
+    pub plan: &'a CallPlan,
     pub inputs: Inputs<'a, E>,
     /// `[B, S, Hq, D]`.
     pub output: Shared<'a, E>,
     /// The present state, already holding the past.
-    pub state: State<'a, E, P>,
+    pub state: LayerState<'a, E, P>,
     pub scratch: &'a ScratchPool,
 }
 
-impl<E: Element, P: PageSelector> Call<'_, E, P> {
+impl<E: Element, P: PageSelector> CpuCall<'_, E, P> {
     /// Query heads of a KV head.
     pub fn group(&self) -> usize {
         self.attributes.heads / self.attributes.kv_heads

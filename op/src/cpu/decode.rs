@@ -3,7 +3,7 @@
 
 use retro_contract::Mode;
 
-use super::call::{Call, Rows};
+use super::call::{CpuCall, Rows};
 use super::kv_write::{append, query_rows, stamp_pages, update_pages};
 use super::merge::{clear_ignored_rows, finish_step, join};
 use super::pool::Pool;
@@ -20,7 +20,7 @@ use crate::simd::Isa;
 /// Pages below which a split costs more than it gains.
 const MIN_PAGES_A_SPLIT: usize = 8;
 
-pub(super) fn decode<E: Element, P: PageSelector>(call: &Call<'_, E, P>, pool: &dyn Pool) -> Result<()> {
+pub(super) fn decode<E: Element, P: PageSelector>(call: &CpuCall<'_, E, P>, pool: &dyn Pool) -> Result<()> {
     call.scratch.with_call(|scratch| decode_with(call, pool, scratch))
 }
 
@@ -33,7 +33,7 @@ fn splits(tasks: usize, width: usize, pages: usize) -> usize {
 }
 
 fn decode_with<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     pool: &dyn Pool,
     scratch: &mut CallScratch,
 ) -> Result<()> {
@@ -136,7 +136,7 @@ impl<'a, T> Parts<'a, T> {
 
 /// One step, in phases that run one after another for a task, each by one thread or, where they say so, by several.
 struct Step<'a, E: Element, P: PageSelector> {
-    call: &'a Call<'a, E, P>,
+    call: &'a CpuCall<'a, E, P>,
     rows: Rows<'a, E>,
     isa: Isa,
     /// Query heads a KV head.

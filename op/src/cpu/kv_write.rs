@@ -1,7 +1,7 @@
 //! What a call writes before any attention: keys and values of the fed rows, the state that pages are scored from, page steps;
 //! and how queries are read.
 
-use super::call::{AngleCache, Call, Rows};
+use super::call::{AngleCache, CpuCall, Rows};
 use super::scratch::TaskScratch;
 use crate::contract::Phase;
 use crate::method::element::Element;
@@ -9,7 +9,7 @@ use crate::selector::{PageSelector, Written};
 
 /// Writes the fed rows' keys (rotated) and values into the cache.
 pub(super) fn append<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     rows: &Rows<'_, E>,
     b: usize,
     head: usize,
@@ -36,7 +36,7 @@ pub(super) fn append<E: Element, P: PageSelector>(
 
 /// Brings the page state up to date with the rows that the call feeds.
 pub(super) fn update_pages<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     b: usize,
     head: usize,
     scratch: &mut TaskScratch,
@@ -63,7 +63,7 @@ pub(super) fn update_pages<E: Element, P: PageSelector>(
 }
 
 /// A[j] = the newest position for every page with a valid token: the queries so far have seen everything.
-pub(super) fn stamp_pages<E: Element, P: PageSelector>(call: &Call<'_, E, P>, b: usize, head: usize) {
+pub(super) fn stamp_pages<E: Element, P: PageSelector>(call: &CpuCall<'_, E, P>, b: usize, head: usize) {
     let sequence = &call.plan.sequences[b];
     let pages = sequence.len.div_ceil(call.attributes.page_size);
     let pair = b * call.attributes.kv_heads + head;
@@ -73,7 +73,7 @@ pub(super) fn stamp_pages<E: Element, P: PageSelector>(call: &Call<'_, E, P>, b:
 
 /// Rotated and scaled query rows `tokens` (counted among the fed) of one KV head's group, token-major.
 pub(super) fn query_rows<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     rows: &Rows<'_, E>,
     b: usize,
     head: usize,

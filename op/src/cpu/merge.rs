@@ -2,7 +2,7 @@
 
 use retro_contract::Mode;
 
-use super::call::Call;
+use super::call::CpuCall;
 use crate::method::attend::Partial;
 use crate::method::element::Element;
 use crate::method::merge;
@@ -29,7 +29,7 @@ pub(super) fn join(into: &mut Partial<'_>, other: &Partial<'_>, d: usize) {
 ///
 /// Rows run from old to new: the newest position takes the ring slot of the oldest one that is still read.
 pub(super) fn finish_step<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     b: usize,
     head: usize,
     partial: &mut Partial<'_>,
@@ -78,7 +78,7 @@ pub(super) fn finish_step<E: Element, P: PageSelector>(
 
 /// Divides a row by its sum, its head sink included, and returns its log-sum-exp.
 pub(super) fn finish_row<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     partial: &mut Partial<'_>,
     row: usize,
     head: usize,
@@ -98,7 +98,7 @@ pub(super) fn finish_row<E: Element, P: PageSelector>(
 
 /// Writes one head of output row `s`.
 pub(super) fn write_output<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     b: usize,
     s: usize,
     head: usize,
@@ -112,7 +112,7 @@ pub(super) fn write_output<E: Element, P: PageSelector>(
 
 /// Puts (O, L) of a position into the output cache; a window of one token keeps none.
 pub(super) fn cache_output<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     b: usize,
     position: usize,
     head: usize,
@@ -132,7 +132,7 @@ pub(super) fn cache_output<E: Element, P: PageSelector>(
 }
 
 /// Outputs of leading rows that a sequence ignores are 0.
-pub(super) fn clear_ignored_rows<E: Element, P: PageSelector>(call: &Call<'_, E, P>) {
+pub(super) fn clear_ignored_rows<E: Element, P: PageSelector>(call: &CpuCall<'_, E, P>) {
     let row = call.attributes.heads * call.dims.head_size;
     for (b, sequence) in call.plan.sequences.iter().enumerate() {
         let skipped = call.dims.tokens - sequence.fed;

@@ -13,7 +13,7 @@ mod prefill;
 mod scratch;
 mod shared;
 
-pub use call::{Call, Dense, Inputs, State};
+pub use call::{CpuCall, Dense, Inputs, LayerState};
 pub use op_kernel::{CpuKernel, CpuOperator};
 pub use pool::{Pool, Serial};
 pub use scratch::ScratchPool;
@@ -24,8 +24,8 @@ use crate::method::element::Element;
 use crate::ort::Result;
 use crate::selector::PageSelector;
 
-/// Runs a call whose inputs were checked by [`crate::contract::Dims::read`] and [`crate::contract::Plan::read`].
-pub fn run<E: Element, P: PageSelector>(call: &Call<'_, E, P>, pool: &dyn Pool, dense: Dense) -> Result<()> {
+/// Runs a call whose inputs were checked by [`crate::contract::Dims::read`] and [`crate::contract::CallPlan::read`].
+pub fn run<E: Element, P: PageSelector>(call: &CpuCall<'_, E, P>, pool: &dyn Pool, dense: Dense) -> Result<()> {
     match call.plan.phase {
         Phase::Prefill => prefill::prefill(call, pool, dense),
         Phase::Decode => decode::decode(call, pool),

@@ -5,11 +5,11 @@ use std::marker::PhantomData;
 
 use retro_contract::{input, output};
 
-use super::call::{Call, Dense, Inputs, State};
+use super::call::{CpuCall, Dense, Inputs, LayerState};
 use super::pool::Pool;
 use super::scratch::ScratchPool;
 use super::shared::Shared;
-use crate::contract::{Attributes, Dims, Lengths, Phase, Plan};
+use crate::contract::{Attributes, CallLengths, CallPlan, Dims, Phase};
 use crate::for_selector;
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands, STATE};
@@ -88,7 +88,7 @@ impl<E: Element> Operator for CpuOperator<E> {
 
 /// Whether ORT's own operator computes what our contract asks for in this prefill: one sequence (it refuses several with a
 /// past) or a batch of prompts of one length, no left padding, no head sink, D a multiple of 16 and its rotated half of 8.
-fn fallback_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
+fn fallback_applies(dims: &Dims, plan: &CallPlan, has_head_sink: bool) -> bool {
     let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
     let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);
     let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
@@ -129,7 +129,7 @@ impl CpuKernel {
     }
 
     /// What the call is, after checking its lengths.
-    fn plan(&self, operands: &Operands, dims: &Dims) -> Result<Plan> {
+    fn plan(&self, operands: &Operands, dims: &Dims) -> Result<CallPlan> {
         // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
         unsafe {
             let [last, total, retro] = [input::SEQLENS_K, input::TOTAL_SEQUENCE_LENGTH, input::RETRO_LENGTH];
@@ -140,13 +140,13 @@ impl CpuKernel {
             ];
             let budget = operands.tensors[input::PAGE_BUDGET];
             let budget = budget.map(|t| Elements::of(&t)).transpose()?;
-            let lengths = Lengths {
+            let lengths = CallLengths {
                 seqlens_k: last.slice()?,
                 total_sequence_length: total.slice()?[0],
                 retro_length: retro.slice()?,
                 page_budget: budget.as_ref().map(|b| b.slice()).transpose()?,
             };
-            Plan::read(&self.attributes, dims, &lengths)
+            CallPlan::read(&self.attributes, dims, &lengths)
         }
     }
 
@@ -155,7 +155,7 @@ impl CpuKernel {
         &self,
         context: &Context,
         operands: &Operands,
-        (dims, plan): (&Dims, &Plan),
+        (dims, plan): (&Dims, &CallPlan),
         result: Tensor,
         presents: [Tensor; STATE.len()],
         dense: Dense,
@@ -179,7 +179,7 @@ impl CpuKernel {
                 Elements::of(&presents[4])?,
                 Elements::of(&presents[5])?,
             ];
-            let call = Call::<E, P> {
+            let call = CpuCall::<E, P> {
                 attributes: &self.attributes,
                 dims,
                 plan,
@@ -192,7 +192,7 @@ impl CpuKernel {
                     head_sink: self.elements(tensors[input::HEAD_SINK], head_sink)?,
                 },
                 output: Shared::new(output.slice_mut::<E>()?),
-                state: State {
+                state: LayerState {
                     key: Shared::new(keys.slice_mut()?),
                     value: Shared::new(values.slice_mut()?),
                     pages: Shared::new(pages.slice_mut()?),

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::call::{Call, Dense, Rows};
+use super::call::{CpuCall, Dense, Rows};
 use super::kv_write::{append, query_rows, stamp_pages, update_pages};
 use super::merge::{cache_output, clear_ignored_rows, finish_row, write_output};
 use super::pool::Pool;
@@ -17,7 +17,11 @@ use crate::simd::Isa;
 /// Tokens of one block of query rows: enough that a page's keys serve many rows, few enough to spread a prompt.
 const BLOCK_TOKENS: usize = 16;
 
-pub(super) fn prefill<E: Element, P: PageSelector>(call: &Call<'_, E, P>, pool: &dyn Pool, dense: Dense) -> Result<()> {
+pub(super) fn prefill<E: Element, P: PageSelector>(
+    call: &CpuCall<'_, E, P>,
+    pool: &dyn Pool,
+    dense: Dense,
+) -> Result<()> {
     let kv_heads = call.attributes.kv_heads;
     let rows = Rows::new(call.attributes, call.dims, call.inputs);
     let broken = AtomicBool::new(false);
@@ -74,7 +78,7 @@ pub(super) fn prefill<E: Element, P: PageSelector>(call: &Call<'_, E, P>, pool: 
 
 /// Whether a NaN or an infinity is among the queries of a KV head's group or in its page state, and so perhaps among its keys.
 fn is_broken<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     rows: &Rows<'_, E>,
     b: usize,
     head: usize,
@@ -99,7 +103,7 @@ fn is_broken<E: Element, P: PageSelector>(
 }
 
 fn attend_block<E: Element, P: PageSelector>(
-    call: &Call<'_, E, P>,
+    call: &CpuCall<'_, E, P>,
     rows: &Rows<'_, E>,
     b: usize,
     head: usize,

@@ -23,7 +23,7 @@ const SELECT_SHARE: usize = 8;
 const SHARED_UNASKED: usize = 48 * 1024;
 
 /// What a call has beside its parameters.
-pub struct Call<'a> {
+pub struct LaunchPlan<'a> {
     pub stream: Stream,
     pub kernels: &'a Kernels,
     pub multiprocessors: usize,
@@ -50,7 +50,7 @@ fn at<T>(base: *mut c_void, offset: usize) -> *mut T {
     base.cast::<u8>().wrapping_add(offset).cast()
 }
 
-impl Call<'_> {
+impl LaunchPlan<'_> {
     /// Pairs of a sequence and a KV head.
     fn pairs(&self) -> usize {
         self.dims.batch * self.attributes.kv_heads

@@ -10,7 +10,7 @@ use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params};
 use super::device::Device;
 use super::kernel_set::{CudaElement, Kernels, find};
 use super::launch::Stream;
-use super::launch_plan::{Call, params};
+use super::launch_plan::{LaunchPlan, params};
 use super::scratch::lock;
 use super::staging::{Staging, Used, WRITTEN};
 use crate::contract::{Attributes, Dims, Phase};
@@ -163,7 +163,7 @@ impl CudaKernel {
         p.cached_outputs = state(4)?.cast();
         p.cached_lse = state(5)?.cast();
 
-        let call = Call {
+        let call = LaunchPlan {
             stream,
             kernels,
             multiprocessors: self.device.multiprocessors,

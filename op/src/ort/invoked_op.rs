@@ -32,7 +32,7 @@ impl InvokedOp {
         outputs: c_int,
     ) -> Result<Self> {
         use ort_sys::OrtOpAttrType::{ORT_OP_ATTR_FLOAT, ORT_OP_ATTR_INT};
-        let mut made = Attributes(Vec::new());
+        let mut made = OwnedAttributes(Vec::new());
         for a in attributes {
             let mut p = ptr::null_mut();
             match a {
@@ -102,9 +102,9 @@ impl Drop for InvokedOp {
     }
 }
 
-struct Attributes(Vec<*const ort_sys::OrtOpAttr>);
+struct OwnedAttributes(Vec<*const ort_sys::OrtOpAttr>);
 
-impl Drop for Attributes {
+impl Drop for OwnedAttributes {
     fn drop(&mut self) {
         for a in &self.0 {
             // SAFETY: each came from CreateOpAttr and is released once; CreateOp copied it.

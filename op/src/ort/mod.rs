@@ -1,4 +1,4 @@
-//! The door to ONNX Runtime's C API: every call into the host and every callback from it. All FFI `unsafe` lives here.
+//! Safe wrapper over the ONNX Runtime C API: calls into the host, and its callbacks.
 
 mod api;
 mod context;

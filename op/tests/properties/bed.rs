@@ -1,7 +1,7 @@
 //! A layer on plain buffers: the caches and state of a batch, and calls checked as the operator checks them.
 
-use retro_attention::contract::{Attributes, Dims, InputShapes, Lengths, Phase, Plan};
-use retro_attention::cpu::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
+use retro_attention::contract::{Attributes, CallLengths, CallPlan, Dims, InputShapes, Phase};
+use retro_attention::cpu::{CpuCall, Dense, Inputs, LayerState, Pool, ScratchPool, Shared, run};
 use retro_attention::for_selector;
 use retro_attention::method::element::Element;
 use retro_attention::method::oracle::Rows;
@@ -213,18 +213,18 @@ impl<E: Element> Bed<E> {
             Phase::Prefill => vec![-1; b],
             Phase::Decode => feed.rows.iter().map(|r| r.count as i32 - 1).collect(),
         };
-        let lengths = Lengths {
+        let lengths = CallLengths {
             seqlens_k: &last,
             total_sequence_length: self.capacity as i32,
             retro_length: &retro,
             page_budget: feed.budget,
         };
-        let plan = Plan::read(a, &dims, &lengths).map_err(said)?;
+        let plan = CallPlan::read(a, &dims, &lengths).map_err(said)?;
         assert_eq!(plan.phase, feed.phase);
 
         let mut output = vec![E::from_f32(f32::NAN); b * tokens * heads * d];
         for_selector!(a.selector, P => {
-        let call = Call::<E, P> {
+        let call = CpuCall::<E, P> {
             attributes: a,
             dims: &dims,
             plan: &plan,
@@ -237,7 +237,7 @@ impl<E: Element> Bed<E> {
                 head_sink: &self.sink,
             },
             output: Shared::new(&mut output),
-            state: State {
+            state: LayerState {
                 key: Shared::new(&mut self.key),
                 value: Shared::new(&mut self.value),
                 pages: Shared::new(&mut self.summary),
