@@ -34,6 +34,24 @@ pub struct LaunchPlan<'a> {
     pub has_page_budget: bool,
 }
 
+/// How wide the kernels of a decoding step are.
+struct Step<'a> {
+    /// Rows (token and head) that attend.
+    rows: usize,
+    /// Whether some length needs a choice of pages.
+    scored: bool,
+    /// Pages that the fed rows may lie in.
+    touched: usize,
+    /// Blocks that score a KV head's other pages.
+    score_blocks: usize,
+    /// Statistics of scoring blocks that the selection reads, per KV head; 0: there are none.
+    parts: usize,
+    attend: &'a Attend,
+    row_blocks: usize,
+    splits: usize,
+    launch_mode: LaunchMode,
+}
+
 /// Offsets of a scratch buffer that is asked for once.
 #[derive(Default)]
 struct Layout(usize);
@@ -118,67 +136,81 @@ impl LaunchPlan<'_> {
 
     /// A decoding step: three or four launches, each started while the one before drains.
     pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
-        let (a, d) = (self.attributes, self.dims.head_size);
-        let (total, tokens, group) = (params.total as usize, self.dims.tokens, self.group());
-        let (pairs, max_pages) = (self.pairs(), params.max_pages as usize);
-        let rows = tokens * group;
+        let step = self.step(params);
+        let kept = self.place_step(&step, params, buffer)?;
+        self.launch_step(&step, kept, params)?;
+        buffer.settle();
+        Ok(())
+    }
+
+    /// How wide a step's kernels are.
+    fn step(&self, params: &Params) -> Step<'_> {
+        let a = self.attributes;
+        let (total, max_pages) = (params.total as usize, params.max_pages as usize);
+        let (pairs, rows) = (self.pairs(), self.dims.tokens * self.group());
         let listed = self.most_pages(total, max_pages);
         let scored = a.mode == Mode::Retro && !self.takes_everything(max_pages);
-        // The blocks that choose pages are on the device while the others score and while those that attend arrive, where they are
-        // few and kernels overlap.
+        // The blocks that choose pages are on the device while the others score and while those that attend arrive, where
+        // they are few and kernels overlap.
         let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
         let reserved = if scored && few { pairs } else { 0 };
-        let (attend, blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
-
-        let score = &self.kernels.score;
-        // Pages that the fed rows may lie in.
-        let touched = touched_page_count(tokens, a.page_size.trailing_zeros() as usize);
-        let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
+        let (attend, row_blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
+        let touched = touched_page_count(self.dims.tokens, a.page_size.trailing_zeros() as usize);
         let score_blocks = if scored {
-            // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others take their place.
+            // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others
+            // take their place.
             let appending = if few { touched } else { 1 };
-            let wanted = ((score.blocks_per_sm * self.multiprocessors - reserved) / pairs).saturating_sub(appending);
+            let on_device = self.kernels.score.blocks_per_sm * self.multiprocessors;
+            let wanted = ((on_device - reserved) / pairs).saturating_sub(appending);
             wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
         } else {
             0
         };
         // Where a warp scores more pages than that, what is on its way to it needs the L1 cache.
         let short = max_pages <= score_blocks * SCORE_PAGES * SCORE_WARPS * TILES_IN_L1;
-        let launch_mode = if few && (short || !scored) {
-            LaunchMode::PdlMaxShared
-        } else {
-            LaunchMode::Pdl
-        };
-        let parts = if scored && self.kernels.half {
-            score_blocks + touched
-        } else {
-            0
-        };
-        params.score_blocks = score_blocks as i32;
-        let score_warps = (score_blocks * SCORE_WARPS).max(1);
+        let parts = score_blocks + touched;
+        Step {
+            rows,
+            scored,
+            touched,
+            score_blocks,
+            parts: if scored && self.kernels.half { parts } else { 0 },
+            attend,
+            row_blocks,
+            splits,
+            launch_mode: if few && (short || !scored) {
+                LaunchMode::PdlMaxShared
+            } else {
+                LaunchMode::Pdl
+            },
+        }
+    }
+
+    /// Sets a step's parameters and gives it scratch memory. Returns the selecting block's bytes of shared memory for its
+    /// pages; `None` where they have memory on the device.
+    fn place_step(&self, step: &Step<'_>, params: &mut Params, buffer: &mut Buffer) -> Result<Option<usize>> {
+        let (d, group, pairs) = (self.dims.head_size, self.group(), self.pairs());
+        let max_pages = params.max_pages as usize;
+        let softmax = self.attributes.group_score == GroupScore::Softmax;
+        params.score_blocks = step.score_blocks as i32;
+        let score_warps = (step.score_blocks * SCORE_WARPS).max(1);
         params.warp_pages = (max_pages / score_warps) as i32;
         params.more_pages = (max_pages % score_warps) as i32;
-        params.score_parts = parts as i32;
+        params.score_parts = step.parts as i32;
+
         let mut layout = Layout::default();
-        let score_stats = layout.take(pairs * parts * heads_scored * 16);
-        let scores_a_page = if a.group_score == GroupScore::Softmax {
-            stored_heads(group)
-        } else {
-            1
-        };
-        let scores = layout.take(if scored {
-            pairs * scored_page_count(max_pages) * scores_a_page * 4
-        } else {
-            0
-        });
+        let score_stats = layout.take(pairs * step.parts * if softmax { group } else { 1 } * 16);
+        let scores_a_page = if softmax { stored_heads(group) } else { 1 };
+        let score_bytes = pairs * scored_page_count(max_pages) * scores_a_page * 4;
+        let scores = layout.take(if step.scored { score_bytes } else { 0 });
         // Candidates may begin within eight pages.
         let keys = max_pages.next_multiple_of(8) + 8;
         let kept = 4 * kept_floats(keys);
         let in_shared = kept <= self.kernels.select.shared;
-        let outside = scored && !in_shared;
+        let outside = step.scored && !in_shared;
         let kept_outside = layout.take(if outside { pairs * kept } else { 0 });
-        let outputs = layout.take(pairs * splits * rows * d * 4);
-        let stats = layout.take(pairs * splits * rows * 8);
+        let outputs = layout.take(pairs * step.splits * step.rows * d * 4);
+        let stats = layout.take(pairs * step.splits * step.rows * 8);
         let scratch = buffer.get(layout.0, self.stream)?;
         if outside {
             params.kept = at(scratch, kept_outside);
@@ -191,49 +223,34 @@ impl LaunchPlan<'_> {
         params.score_stats = at(scratch, score_stats);
         params.part_outputs = at(scratch, outputs);
         params.part_stats = at(scratch, stats);
-        params.splits = splits as i32;
-        params.rows = rows as i32;
-        params.stages = attend.stages;
+        params.splits = step.splits as i32;
+        params.rows = step.rows as i32;
+        params.stages = step.attend.stages;
+        params.copies_page = i32::from(self.page_copy() > 0);
+        Ok(in_shared.then_some(kept))
+    }
 
-        let page_copy = self.page_copy();
-        params.copies_page = i32::from(page_copy > 0);
-        // What the blocks that append need; or the queries of the blocks that score (score.cuh).
-        let shared = (self.appending() + page_copy).max(queries_bytes(self.kernels.padded));
-        let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
-        let k = self.kernels;
-        self.stream.launch(
-            &score.kernel,
-            [score_blocks + touched, kv_heads, batch],
-            shared,
-            launch_mode,
-            params,
-        )?;
-        if scored {
-            let grid = [kv_heads, batch, 1];
+    fn launch_step(&self, step: &Step<'_>, kept: Option<usize>, params: &Params) -> Result<()> {
+        let (a, k, mode) = (self.attributes, self.kernels, step.launch_mode);
+        let (batch, kv_heads, pairs) = (self.dims.batch, a.kv_heads, self.pairs());
+        // What the blocks that append need; or the queries of the blocks that score (page_vectors.cuh).
+        let shared = (self.appending() + self.page_copy()).max(queries_bytes(k.padded));
+        let grid = [step.score_blocks + step.touched, kv_heads, batch];
+        self.stream.launch(&k.score.kernel, grid, shared, mode, params)?;
+        if step.scored {
             let select = match a.group_score {
-                _ if !in_shared || parts == 0 => &k.select.any,
+                _ if kept.is_none() || step.parts == 0 => &k.select.any,
                 GroupScore::Max => &k.select.max,
                 GroupScore::Softmax => &k.select.softmax,
             };
-            self.stream
-                .launch(select, grid, if in_shared { kept } else { 0 }, launch_mode, params)?;
+            let grid = [kv_heads, batch, 1];
+            self.stream.launch(select, grid, kept.unwrap_or(0), mode, params)?;
         }
-        self.stream.launch(
-            &attend.kernel,
-            [blocks, splits, pairs],
-            self.spread(attend, blocks * splits * pairs),
-            launch_mode,
-            params,
-        )?;
-        self.stream.launch(
-            &k.merge,
-            [a.heads + kv_heads, batch, (tokens - 1).max(1)],
-            0,
-            launch_mode,
-            params,
-        )?;
-        buffer.settle();
-        Ok(())
+        let grid = [step.row_blocks, step.splits, pairs];
+        let shared = self.spread(step.attend, grid.iter().product());
+        self.stream.launch(&step.attend.kernel, grid, shared, mode, params)?;
+        let grid = [a.heads + kv_heads, batch, (self.dims.tokens - 1).max(1)];
+        self.stream.launch(&k.merge, grid, 0, mode, params)
     }
 
     /// What must be so before the host's own operator does a prefill.

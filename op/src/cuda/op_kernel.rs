@@ -81,61 +81,9 @@ impl CudaKernel {
     fn compute<E: CudaElement>(&self, context: &Context) -> Result<()> {
         let attributes = &self.attributes;
         let operands = Operands::read(context)?;
-        let Operands { tensors, shapes } = &operands;
-        let dims = Dims::read(attributes, shapes)?;
-        let d = dims.head_size;
-        let [_, _, largest] = HEAD_SIZES;
-        require!(
-            d.is_multiple_of(8) && d <= largest,
-            "input past_key has head size {d}, on CUDA a multiple of 8 up to {largest} is expected"
-        );
-        let kernels = HEAD_SIZES
-            .iter()
-            .position(|&size| d <= size)
-            .and_then(|i| self.kernels.get(i))
-            .ok_or_else(|| Error::runtime("no kernel for this head size"))?;
-        let required = |slot: usize| operands.required(slot);
-
-        // SAFETY: these two inputs are declared to lie in host memory, and ORT does not write them while the kernel runs.
-        let (retro, total) = unsafe {
-            (
-                Elements::of(&required(input::RETRO_LENGTH)?)?,
-                Elements::of(&required(input::TOTAL_SEQUENCE_LENGTH)?)?,
-            )
-        };
-        // SAFETY: as above.
-        let (retro, total) = unsafe { (retro.slice::<i32>()?, total.slice::<i32>()?[0]) };
-        require!(
-            total >= 1,
-            "input total_sequence_length is {total}, expected at least 1"
-        );
-        let phase = Phase::of_call(attributes.window, dims.tokens, retro, total == 1)?;
-        let total = (total as usize).min(dims.capacity);
-        if phase == Phase::Decode {
-            require!(
-                dims.tokens <= total,
-                "input retro_length is {}, but total_sequence_length is {total}",
-                dims.tokens - 1
-            );
-        }
-        let mut p = params(attributes, &dims, phase, total);
-        if retro.len() > 1 {
-            require!(
-                retro.len() <= MAX_RAGGED,
-                "input retro_length has one number for each of {} sequences, on CUDA at most {MAX_RAGGED} is expected",
-                retro.len()
-            );
-            p.ragged = 1;
-        }
-        for (r, &given) in p.retro.iter_mut().zip(retro) {
-            *r = given.max(0) as u8;
-        }
-
-        p.budget_stride = i32::from(
-            shapes[input::PAGE_BUDGET]
-                .as_ref()
-                .is_some_and(|s| s[..] == [dims.batch as i64]),
-        );
+        let dims = Dims::read(attributes, &operands.shapes)?;
+        let kernels = self.kernels_for(dims.head_size)?;
+        let (phase, mut p) = self.params(&operands, &dims)?;
 
         // Everything that the host can see is checked: from here on outputs are written.
         self.device.make_current()?;
@@ -144,12 +92,12 @@ impl CudaKernel {
             overlaps: self.device.overlaps,
             sets_carveout: self.device.sets_carveout,
         };
-        let width = (attributes.heads * d) as i64;
+        let width = (attributes.heads * dims.head_size) as i64;
         let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
         let mut presents = [result; STATE.len()];
         for ((past, present), slot) in STATE.into_iter().zip(&mut presents) {
-            *slot = context.output(present, shapes[past].as_deref().unwrap_or_default())?;
-            stream.copy(slot, &required(past)?)?;
+            *slot = context.output(present, operands.shapes[past].as_deref().unwrap_or_default())?;
+            stream.copy(slot, &operands.required(past)?)?;
         }
         let staged = self.device.staged.of_stream(stream.raw.addr());
         let staging = Staging::of(&self.used::<E>(&operands, result, presents), &staged, stream)?;
@@ -163,34 +111,90 @@ impl CudaKernel {
         p.cached_outputs = state(4)?.cast();
         p.cached_lse = state(5)?.cast();
 
-        let call = LaunchPlan {
+        let plan = LaunchPlan {
             stream,
             kernels,
             multiprocessors: self.device.multiprocessors,
             shared_per_sm: self.device.shared_per_sm,
             attributes,
             dims: &dims,
-            has_page_budget: tensors[input::PAGE_BUDGET].is_some(),
+            has_page_budget: operands.tensors[input::PAGE_BUDGET].is_some(),
         };
         let buffer = self.device.scratch.of_stream(stream.raw.addr());
         if phase == Phase::Decode {
-            call.decode(&mut p, &mut lock(&buffer))?;
+            plan.decode(&mut p, &mut lock(&buffer))?;
             return staging.write_back();
         }
         // ORT's kernels read 16 bytes at a time, too.
         let rows = [p.query, p.key, p.value, p.cos, p.sin];
         let aligned = staging.is_empty() && rows.into_iter().all(in_sixteens);
+        let has_sink = operands.tensors[input::HEAD_SINK].is_some();
         let fallback = self
             .fallback
             .as_ref()
-            .filter(|_| aligned && fallback_applies(&dims, total, tensors[input::HEAD_SINK].is_some()));
+            .filter(|_| aligned && fallback_applies(&dims, p.total as usize, has_sink));
         if let Some(fallback) = fallback {
-            call.before_fallback(&p)?;
-            let total = required(input::TOTAL_SEQUENCE_LENGTH)?;
+            plan.before_fallback(&p)?;
+            let total = operands.required(input::TOTAL_SEQUENCE_LENGTH)?;
             fallback.run(context, &operands, total, result, [presents[0], presents[1]])?;
         }
-        call.prefill(&mut p, &mut lock(&buffer), fallback.is_some())?;
+        plan.prefill(&mut p, &mut lock(&buffer), fallback.is_some())?;
         staging.write_back()
+    }
+
+    /// The kernels for a head size.
+    fn kernels_for(&self, d: usize) -> Result<&Kernels> {
+        let [_, _, largest] = HEAD_SIZES;
+        require!(
+            d.is_multiple_of(8) && d <= largest,
+            "input past_key has head size {d}, on CUDA a multiple of 8 up to {largest} is expected"
+        );
+        let place = HEAD_SIZES.iter().position(|&size| d <= size);
+        place
+            .and_then(|i| self.kernels.get(i))
+            .map(Arc::as_ref)
+            .ok_or_else(|| Error::runtime("no kernel for this head size"))
+    }
+
+    /// What the call is, and its parameters but for addresses, after checking the numbers that the host can see.
+    fn params(&self, operands: &Operands, dims: &Dims) -> Result<(Phase, Params)> {
+        // SAFETY: these two inputs are declared to lie in host memory, and ORT does not write them while the kernel runs.
+        let (retro, total) = unsafe {
+            (
+                Elements::of(&operands.required(input::RETRO_LENGTH)?)?,
+                Elements::of(&operands.required(input::TOTAL_SEQUENCE_LENGTH)?)?,
+            )
+        };
+        // SAFETY: as above.
+        let (retro, total) = unsafe { (retro.slice::<i32>()?, total.slice::<i32>()?[0]) };
+        require!(
+            total >= 1,
+            "input total_sequence_length is {total}, expected at least 1"
+        );
+        let phase = Phase::of_call(self.attributes.window, dims.tokens, retro, total == 1)?;
+        let total = (total as usize).min(dims.capacity);
+        if phase == Phase::Decode {
+            require!(
+                dims.tokens <= total,
+                "input retro_length is {}, but total_sequence_length is {total}",
+                dims.tokens - 1
+            );
+        }
+        let mut p = params(&self.attributes, dims, phase, total);
+        if retro.len() > 1 {
+            require!(
+                retro.len() <= MAX_RAGGED,
+                "input retro_length has one number for each of {} sequences, on CUDA at most {MAX_RAGGED} is expected",
+                retro.len()
+            );
+            p.ragged = 1;
+        }
+        for (r, &given) in p.retro.iter_mut().zip(retro) {
+            *r = given.max(0) as u8;
+        }
+        let budget = &operands.shapes[input::PAGE_BUDGET];
+        p.budget_stride = i32::from(budget.as_ref().is_some_and(|s| s[..] == [dims.batch as i64]));
+        Ok((phase, p))
     }
 
     /// The tensors that the kernels read and write, and the addresses that they need.
