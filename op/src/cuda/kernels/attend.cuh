@@ -178,6 +178,77 @@ DEVICE void load_transposed(u32 (&x)[4], u32 address) {
                : "r"(address));
 }
 
+// The block's query rows, rotated, into shared memory; zeros beyond the last row and beyond D.
+template <class T, class S, int DP>
+DEVICE void load_queries(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head,
+                         T (&query)[S::ROWS][DP + 8]) {
+  const int d = p.head_size;
+#pragma unroll
+  for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
+    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n,
+              token = token_of(p, r);
+    float x[8] = {};
+    if (r < rb.rows && d0 < d)
+      read_vec8(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0,
+                s.first + rb.token0 + token, x);
+    if (n < S::ROWS) store8(&query[n][d0], x);
+  }
+}
+
+// Larger maxima for this warp's two rows: sums and outputs become relative to them.
+template <int TILES, int PARTS>
+DEVICE void raise_maxima(const float (&logits)[TILES][4], float (&top)[2], float (&base)[2], float (&sum)[2],
+                         float (&out)[PARTS][4]) {
+  float shrink[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float m = top[e];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) m = fmaxf(m, fmaxf(logits[i][e], logits[i][e + 2]));
+#pragma unroll
+    for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
+    base[e] = m == NEG_INF ? 0.f : m;
+    shrink[e] = exp2_fast(top[e] - base[e]);
+    top[e] = m;
+    sum[e] *= shrink[e];
+  }
+#pragma unroll
+  for (int j = 0; j < PARTS; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+}
+
+// Joins the lanes of a warp and leaves its rows' maxima, sums and outputs in the block's memory.
+template <int DP, int ROWS, int GROUPS>
+DEVICE void leave_partial(Block<DP, ROWS, GROUPS>& block, int my_tiles, int my_rows, const float (&top)[2],
+                          float (&sum)[2], const float (&out)[DP / 16][4]) {
+  const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+#pragma unroll
+    for (int x = 4; x < 32; x <<= 1) sum[e] += __shfl_xor_sync(ALL_LANES, sum[e], x);
+    if (fragment_row == 0) {
+      float* stats = block.stats[my_tiles][my_rows + 2 * quad + e];
+      stats[0] = top[e], stats[1] = sum[e];
+    }
+  }
+  __syncthreads();
+  float scale[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float m = NEG_INF;
+#pragma unroll
+    for (int w = 0; w < GROUPS; w++) m = fmaxf(m, block.stats[w][my_rows + 2 * quad + e][0]);
+    scale[e] = top[e] == NEG_INF ? 0.f : exp2_fast(top[e] - m);
+  }
+#pragma unroll
+  for (int j = 0; j < DP / 16; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + fragment_row + e / 2 * 8] = out[j][e] * scale[e % 2];
+  __syncthreads();
+}
+
 // Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs
 // V^T P^T (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against
 // bank conflicts.
@@ -203,16 +274,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, S::ROWS);
   if (!s.valid || rb.start >= rb.rows) return;
 
-#pragma unroll
-  for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
-    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n,
-              token = token_of(p, r);
-    float x[8] = {};
-    if (r < rb.rows && d0 < d)
-      read_vec8(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0,
-                s.first + rb.token0 + token, x);
-    if (n < S::ROWS) store8(&sh.query[n][d0], x);
-  }
+  load_queries<T, S, DP>(p, s, rb, b, kv_head, sh.query);
   int position[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
@@ -348,23 +410,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     }
     // A maximum that is a little too small serves as well, and the lanes need not agree on one in every stage.
     if (__any_sync(ALL_LANES, above > SLACK)) {
-      float shrink[2];
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float m = top[e];
-#pragma unroll
-        for (int i = 0; i < S::TILES; i++) m = fmaxf(m, fmaxf(logits[i][e], logits[i][e + 2]));
-#pragma unroll
-        for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
-        base[e] = m == NEG_INF ? 0.f : m;
-        shrink[e] = exp2_fast(top[e] - base[e]);
-        top[e] = m;
-        sum[e] *= shrink[e];
-      }
-#pragma unroll
-      for (int j = 0; j < DP / 16; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+      raise_maxima<S::TILES>(logits, top, base, sum, out);
     }
     u32 weights[S::TILES][2];
 #pragma unroll
@@ -390,30 +436,7 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     list = list + 1 == lists ? 0 : list + 1;
   }
   __syncthreads();  // the ring's memory becomes the block's
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-#pragma unroll
-    for (int x = 4; x < 32; x <<= 1) sum[e] += __shfl_xor_sync(ALL_LANES, sum[e], x);
-    if (fragment_row == 0) {
-      float* stats = block.stats[my_tiles][my_rows + 2 * quad + e];
-      stats[0] = top[e], stats[1] = sum[e];
-    }
-  }
-  __syncthreads();
-  float scale[2];
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    float m = NEG_INF;
-#pragma unroll
-    for (int w = 0; w < S::TOKEN_GROUPS; w++) m = fmaxf(m, block.stats[w][my_rows + 2 * quad + e][0]);
-    scale[e] = top[e] == NEG_INF ? 0.f : exp2_fast(top[e] - m);
-  }
-#pragma unroll
-  for (int j = 0; j < DP / 16; j++)
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + fragment_row + e / 2 * 8] = out[j][e] * scale[e % 2];
-  __syncthreads();
+  leave_partial<DP>(block, my_tiles, my_rows, top, sum, out);
   write_rows<T, DP, S::ROWS, S::TOKEN_GROUPS>(p, s, rb, b, kv_head, block);
   wait_for_previous();
 }
