@@ -195,6 +195,82 @@ DEVICE void load_queries(const Params& p, const Sequence& s, const RowBlock& rb,
   }
 }
 
+// Products of a warp's tiles of keys with its 8 queries. The tiles side by side, so that one's latencies hide
+// another's.
+template <class T, class S, int DP>
+DEVICE void key_products(float (&logits)[S::TILES][4], const u32 (&query)[DP / 16][2], u32 keys) {
+#pragma unroll
+  for (int i = 0; i < S::TILES; i++) {
+    // Two sums, so that one product need not wait for the one before.
+    float even[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int k = 0; k < DP / 16; k++) {
+      u32 a[4];
+      load_matrices(a, (keys + i * 16 * S::CHUNKS * 16) ^ (2 * k * 16));
+      if (k % 2)
+        Mma<T>::add(odd, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
+      else
+        Mma<T>::add(even, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) logits[i][e] = even[e] + odd[e];
+  }
+}
+
+// Softcap, sliding window and mask: what a query does not see becomes -inf, the rest is in base 2. Returns how far a
+// logit lies above its row's maximum.
+template <int TILES>
+DEVICE float mask_logits(const Params& p, float (&logits)[TILES][4], const Placed* placed, const int (&position)[2],
+                         const float (&top)[2], float to_base2) {
+  const int fragment_row = threadIdx.x % 32 / 4;
+  float above = NEG_INF;
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
+    if (p.softcap > 0.f) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) logits[i][e] = softcapped_fast(p, logits[i][e]);
+    }
+    if (p.local_window) {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (two[e / 2].at + fragment_row < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      logits[i][e] =
+          position[e % 2] >= max(two[e / 2].at + fragment_row, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
+      above = fmaxf(above, logits[i][e] - top[e % 2]);
+    }
+  }
+  return above;
+}
+
+// Weights of the logits, and outputs of the values: V^T P^T.
+template <class T, class S, int DP>
+DEVICE void add_values(float (&logits)[S::TILES][4], const float (&base)[2], float (&sum)[2], float (&out)[DP / 16][4],
+                       u32 values) {
+  u32 weights[S::TILES][2];
+#pragma unroll
+  for (int i = 0; i < S::TILES; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      logits[i][e] = exp2_fast(logits[i][e] - base[e % 2]);
+      sum[e % 2] += logits[i][e];
+    }
+    weights[i][0] = transpose8x8(Mma<T>::pack(logits[i][0], logits[i][1]));
+    weights[i][1] = transpose8x8(Mma<T>::pack(logits[i][2], logits[i][3]));
+  }
+#pragma unroll
+  for (int i = 0; i < S::TILES; i++)
+#pragma unroll
+    for (int j = 0; j < DP / 16; j++) {
+      u32 a[4];
+      load_transposed(a, (values + i * 16 * S::CHUNKS * 16) ^ (2 * j * 16));
+      Mma<T>::add(out[j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
+    }
+}
+
 // Larger maxima for this warp's two rows: sums and outputs become relative to them.
 template <int TILES, int PARTS>
 DEVICE void raise_maxima(const float (&logits)[TILES][4], float (&top)[2], float (&base)[2], float (&sum)[2],
@@ -370,67 +446,14 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
     const u32 stored = ring + slot * S::STAGE;
     const Placed* placed = sh.placed[list] + 2 * my_tiles * S::TILES;
-    // The tiles side by side, so that one's latencies hide another's.
     float logits[S::TILES][4];
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-      // Two sums, so that one product need not wait for the one before.
-      float even[4] = {}, odd[4] = {};
-#pragma unroll
-      for (int k = 0; k < DP / 16; k++) {
-        u32 a[4];
-        load_matrices(a, (stored + key_at + i * 16 * S::CHUNKS * 16) ^ (2 * k * 16));
-        if (k % 2)
-          Mma<T>::add(odd, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
-        else
-          Mma<T>::add(even, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) logits[i][e] = even[e] + odd[e];
-    }
-    float above = NEG_INF;
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-      const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
-      if (p.softcap > 0.f) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) logits[i][e] = softcapped_fast(p, logits[i][e]);
-      }
-      if (p.local_window) {
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (two[e / 2].at + fragment_row < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        logits[i][e] =
-            position[e % 2] >= max(two[e / 2].at + fragment_row, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
-        above = fmaxf(above, logits[i][e] - top[e % 2]);
-      }
-    }
+    key_products<T, S, DP>(logits, query, stored + key_at);
+    const float above = mask_logits<S::TILES>(p, logits, placed, position, top, to_base2);
     // A maximum that is a little too small serves as well, and the lanes need not agree on one in every stage.
     if (__any_sync(ALL_LANES, above > SLACK)) {
       raise_maxima<S::TILES>(logits, top, base, sum, out);
     }
-    u32 weights[S::TILES][2];
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        logits[i][e] = exp2_fast(logits[i][e] - base[e % 2]);
-        sum[e % 2] += logits[i][e];
-      }
-      weights[i][0] = transpose8x8(Mma<T>::pack(logits[i][0], logits[i][1]));
-      weights[i][1] = transpose8x8(Mma<T>::pack(logits[i][2], logits[i][3]));
-    }
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++)
-#pragma unroll
-      for (int j = 0; j < DP / 16; j++) {
-        u32 a[4];
-        load_transposed(a, (stored + value_at + i * 16 * S::CHUNKS * 16) ^ (2 * j * 16));
-        Mma<T>::add(out[j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
-      }
+    add_values<T, S, DP>(logits, base, sum, out, stored + value_at);
     if (reads_ahead) sh.placed[free_list][place] = ahead;
     slot = slot + 1 == p.stages ? 0 : slot + 1;
     list = list + 1 == lists ? 0 : list + 1;
