@@ -96,11 +96,13 @@ $(foreach host,$(OLD_HOSTS),$(eval $(call venv,$(host),old)))
 
 lint:
 	@cargo fmt --all --check
+	scripts/clang-format --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	scripts/notice --check
 
 fmt:
 	@cargo fmt --all
+	scripts/clang-format
 
 # What the crates in the binaries ask to be passed on, after a change of Cargo.lock.
 notice:

@@ -31,6 +31,9 @@ macro_rules! choice {
         pub enum $name { $($(#[$vdoc])* $variant),+ }
 
         impl $name {
+            /// Every choice, in the order of [`Self::VALUES`].
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
             /// The attribute's values, as written in a model.
             pub const VALUES: &'static [&'static str] = &[$($text),+];
 
@@ -100,8 +103,10 @@ mod tests {
 
     #[test]
     fn values_round_trip_and_the_error_names_them() {
-        for v in Selector::VALUES {
-            assert_eq!(v.parse::<Selector>().unwrap().as_str(), *v);
+        assert_eq!(Selector::ALL.len(), Selector::VALUES.len());
+        for (v, choice) in Selector::VALUES.iter().zip(Selector::ALL) {
+            assert_eq!(v.parse::<Selector>().unwrap(), *choice);
+            assert_eq!(choice.as_str(), *v);
         }
         for v in Mode::VALUES {
             assert_eq!(v.parse::<Mode>().unwrap().to_string(), *v);

@@ -17,13 +17,14 @@ use retro_attention::{
     method::{
         attend::{Block, PageRows, Partial, attend_pages},
         element::Element,
-        score::{group_scores, prepare, score_heads},
-        select::{Scoring, choose_pages},
-        summary::summarize,
+        group_score::group_scores,
+        select::choose_pages,
+    },
+    selector::{
+        Bounds, GroupScore, Moments, PageSelector, PageVectors, Scoring, SignedMoments, page_vectors::summarize,
     },
     simd::Isa,
 };
-use retro_contract::{GroupScore, Selector};
 
 const D: usize = 128;
 const GROUP: usize = 4;
@@ -124,23 +125,23 @@ fn attend<E: Element>(tokens: usize) -> Loop {
     }
 }
 
-fn score<E: Element>(selector: Selector, group_score: GroupScore) -> Loop {
+fn score<E: Element, P: PageSelector<State<E> = E>>(group_score: GroupScore) -> Loop {
     let summary: &[E] = narrow(&numbers(CANDIDATES * 2 * D));
     let query = numbers(GROUP * D);
     let scoring = Scoring {
-        selector,
         group_score,
         scale: 0.09,
         lambda: 2.5,
         correlation: 0.2,
         page_size: PAGE,
         head_size: D,
+        len: CANDIDATES * PAGE,
     };
     let (mut prepared, mut heads, mut scores) = (Vec::new(), vec![0.0; GROUP * CANDIDATES], vec![0.0; CANDIDATES]);
     let run = move |isa| {
-        prepare(selector, black_box(&query), D, &mut prepared);
-        score_heads(isa, &scoring, &prepared, summary, 0..CANDIDATES, &mut heads);
-        group_scores(isa, &scoring, &mut heads, 0..CANDIDATES, CANDIDATES * PAGE, &mut scores);
+        P::prepare(black_box(&query), D, &mut prepared);
+        P::score_heads::<E>(isa, &scoring, &prepared, summary, 0..CANDIDATES, &mut heads);
+        group_scores::<P>(isa, &scoring, &mut heads, 0..CANDIDATES, &mut scores);
         black_box(&scores);
     };
     Loop {
@@ -162,11 +163,11 @@ fn choose() -> Loop {
     }
 }
 
-fn summary(selector: Selector) -> Loop {
+fn summary<V: PageVectors>() -> Loop {
     let rows = numbers(PAGE * D);
     let (mut out, mut scratch) = (vec![0.0; 2 * D], Vec::new());
     let run = move |_| {
-        summarize(selector, black_box(&rows), &mut out, &mut scratch);
+        summarize::<V, f32>(black_box(&rows), &mut out, &mut scratch);
         black_box(&out);
     };
     Loop {
@@ -179,19 +180,19 @@ fn summary(selector: Selector) -> Loop {
 type Named = (&'static str, fn() -> Loop);
 
 fn loops() -> Vec<Named> {
-    use {GroupScore::*, Selector::*};
+    use GroupScore::{Max, Softmax};
     vec![
         ("attend-f32-w1", || attend::<f32>(1)),
         ("attend-f32-w8", || attend::<f32>(8)),
         ("attend-f16-w1", || attend::<f16>(1)),
-        ("score-f32-bounds-max", || score::<f32>(Bounds, Max)),
-        ("score-f32-moments-softmax", || score::<f32>(Moments, Softmax)),
-        ("score-f32-signed-softmax", || score::<f32>(SignedMoments, Softmax)),
-        ("score-f16-bounds-max", || score::<f16>(Bounds, Max)),
+        ("score-f32-bounds-max", || score::<f32, Bounds>(Max)),
+        ("score-f32-moments-softmax", || score::<f32, Moments>(Softmax)),
+        ("score-f32-signed-softmax", || score::<f32, SignedMoments>(Softmax)),
+        ("score-f16-bounds-max", || score::<f16, Bounds>(Max)),
         ("choose", choose),
-        ("summarize-bounds", || summary(Bounds)),
-        ("summarize-moments", || summary(Moments)),
-        ("summarize-signed", || summary(SignedMoments)),
+        ("summarize-bounds", summary::<Bounds>),
+        ("summarize-moments", summary::<Moments>),
+        ("summarize-signed", summary::<SignedMoments>),
     ]
 }
 

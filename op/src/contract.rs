@@ -7,7 +7,11 @@ use std::fmt;
 
 use retro_contract::{GroupScore, Mode, Selector, budget_pages, input, limits, pages_for, ring_slots};
 
-use crate::host::{Error, Result, require};
+use smallvec::SmallVec;
+
+use crate::for_selector;
+use crate::ort::{Error, Result, require};
+use crate::selector::{CacheSize, PageSelector};
 
 /// Source of attribute values: the host's kernel info, or a plain struct in tests.
 pub trait AttributeSource {
@@ -105,11 +109,13 @@ impl Attributes {
                 )));
             }
         };
+        let selector = choice(source, name::SELECTOR)?;
+        let page_sizes = for_selector!(selector, P => P::PAGE_SIZES);
         let page_size = in_range(
             name::PAGE_SIZE,
             Some(limits::PAGE_SIZE),
-            limits::PAGE_SIZE_MIN as i64,
-            limits::PAGE_SIZE_MAX as i64,
+            *page_sizes.start() as i64,
+            *page_sizes.end() as i64,
         )?;
         require!(
             page_size.is_power_of_two(),
@@ -135,7 +141,7 @@ impl Attributes {
             budget_ratio: decimal(ratio),
             budget_min_pages: in_range(name::BUDGET_MIN_PAGES, Some(limits::BUDGET_MIN_PAGES), 0, MANY)?,
             sink_pages: in_range(name::SINK_PAGES, Some(limits::SINK_PAGES), 0, MANY)?,
-            selector: choice(source, name::SELECTOR)?,
+            selector,
             group_score: choice(source, name::GROUP_SCORE)?,
             selector_lambda: not_negative(name::SELECTOR_LAMBDA, limits::SELECTOR_LAMBDA)?,
             selector_correlation: correlation,
@@ -175,8 +181,11 @@ pub struct Dims {
     pub rotary_half: usize,
 }
 
+/// A tensor's sizes; on the stack up to the highest rank that an input has.
+pub type Shape = SmallVec<[i64; 6]>;
+
 /// The shapes of a call's inputs, in slot order; `None` for an absent one.
-pub type InputShapes = [Option<Vec<i64>>; input::COUNT];
+pub type InputShapes = [Option<Shape>; input::COUNT];
 
 fn shown(shape: &[i64]) -> String {
     format!("[{}]", shape.iter().map(i64::to_string).collect::<Vec<_>>().join(", "))
@@ -222,6 +231,16 @@ impl Checker<'_> {
 }
 
 impl Dims {
+    /// What the layout of a selector's state depends on.
+    pub fn cache_size(&self, attributes: &Attributes) -> CacheSize {
+        CacheSize {
+            capacity: self.capacity,
+            pages: self.pages,
+            page_size: attributes.page_size,
+            head_size: self.head_size,
+        }
+    }
+
     /// Checks every input's shape against the attributes and against each other.
     pub fn read(attributes: &Attributes, shapes: &InputShapes) -> Result<Self> {
         let check = Checker(shapes);
@@ -291,11 +310,16 @@ impl Dims {
 
         let pages = pages_for(capacity, attributes.page_size);
         let ring = attributes.ring();
-        check.exact(
-            input::PAST_PAGE_SUMMARY,
-            &[batch, kv_heads, pages, 2, head_size],
-            "[B, Hkv, P, 2, D]",
-        )?;
+        let size = CacheSize {
+            capacity,
+            pages,
+            page_size: attributes.page_size,
+            head_size,
+        };
+        let layout = for_selector!(attributes.selector, P => P::layout(&size));
+        let mut state = SmallVec::<[usize; 6]>::from_slice(&[batch, kv_heads]);
+        state.extend_from_slice(layout.sizes());
+        check.exact(input::PAST_PAGE_SUMMARY, &state, layout.letters)?;
         check.exact(input::PAST_PAGE_STEPS, &[batch, kv_heads, pages], "[B, Hkv, P]")?;
         check.exact(
             input::PAST_OUTPUTS,
@@ -394,13 +418,14 @@ impl Sequence {
 
 /// The lengths of one call, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct CallPlan {
     pub phase: Phase,
-    pub sequences: Vec<Sequence>,
+    /// One a sequence of the batch; on the stack where they are few.
+    pub sequences: SmallVec<[Sequence; 8]>,
 }
 
 /// The integer inputs of a call.
-pub struct Lengths<'a> {
+pub struct CallLengths<'a> {
     /// `[B]`.
     pub seqlens_k: &'a [i32],
     pub total_sequence_length: i32,
@@ -415,9 +440,9 @@ fn of_sequence(values: &[i32], b: usize) -> i32 {
     if values.len() == 1 { values[0] } else { values[b] }
 }
 
-impl Plan {
+impl CallPlan {
     /// Decides what the call is and checks every range.
-    pub fn read(attributes: &Attributes, dims: &Dims, lengths: &Lengths<'_>) -> Result<Self> {
+    pub fn read(attributes: &Attributes, dims: &Dims, lengths: &CallLengths<'_>) -> Result<Self> {
         let window = attributes.window;
         let mut longest = 0;
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
@@ -448,7 +473,7 @@ impl Plan {
             );
         }
         let phase = Phase::of_call(window, dims.tokens, lengths.retro_length, longest == 1)?;
-        let mut sequences = Vec::with_capacity(dims.batch);
+        let mut sequences = SmallVec::with_capacity(dims.batch);
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             let len = last as usize + 1;
             let fed = match phase {

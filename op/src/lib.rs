@@ -6,10 +6,11 @@
 pub mod contract;
 pub mod cpu;
 pub mod cuda;
-mod delegate;
-pub mod host;
+mod gqa_fallback;
+mod io_spec;
 pub mod method;
-mod ports;
+pub mod ort;
+pub mod selector;
 pub mod simd;
 
 /// Entry point of the plugin: adds the operators to a session's options.
@@ -23,8 +24,8 @@ pub unsafe extern "C" fn RegisterCustomOps(
 ) -> ort_sys::OrtStatusPtr {
     // SAFETY: ORT's promise, passed on.
     unsafe {
-        host::enter(base, || {
-            host::register(options, c"ai.retro", |ops| {
+        ort::enter(base, || {
+            ort::register(options, c"ai.retro", |ops| {
                 ops.operator::<cpu::CpuOperator<f32>>()
                     .operator::<cpu::CpuOperator<half::f16>>()
                     .operator::<cuda::CudaOperator<f32>>()
@@ -35,20 +36,20 @@ pub unsafe extern "C" fn RegisterCustomOps(
     }
 }
 
-impl contract::AttributeSource for host::Info {
-    fn int(&self, name: &str) -> host::Result<Option<i64>> {
-        host::Info::int(self, name)
+impl contract::AttributeSource for ort::Info {
+    fn int(&self, name: &str) -> ort::Result<Option<i64>> {
+        ort::Info::int(self, name)
     }
 
-    fn float(&self, name: &str) -> host::Result<Option<f32>> {
-        host::Info::float(self, name)
+    fn float(&self, name: &str) -> ort::Result<Option<f32>> {
+        ort::Info::float(self, name)
     }
 
-    fn string(&self, name: &str) -> host::Result<Option<String>> {
-        host::Info::string(self, name)
+    fn string(&self, name: &str) -> ort::Result<Option<String>> {
+        ort::Info::string(self, name)
     }
 
-    fn has(&self, name: &str) -> host::Result<bool> {
-        host::Info::has_attribute(self, name)
+    fn has(&self, name: &str) -> ort::Result<bool> {
+        ort::Info::has_attribute(self, name)
     }
 }

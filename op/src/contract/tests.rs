@@ -1,5 +1,7 @@
 use std::collections::HashMap;
 
+use smallvec::smallvec;
+
 use super::*;
 
 #[derive(Default)]
@@ -100,18 +102,18 @@ fn each_bad_attribute_is_named() {
 
 fn shapes() -> InputShapes {
     let mut s: InputShapes = Default::default();
-    s[input::QUERY] = Some(vec![2, 3, 4 * 8]);
-    s[input::KEY] = Some(vec![2, 3, 2 * 8]);
-    s[input::VALUE] = Some(vec![2, 3, 2 * 8]);
-    s[input::PAST_KEY] = Some(vec![2, 2, 40, 8]);
-    s[input::PAST_VALUE] = Some(vec![2, 2, 40, 8]);
-    s[input::SEQLENS_K] = Some(vec![2]);
-    s[input::TOTAL_SEQUENCE_LENGTH] = Some(vec![]);
-    s[input::RETRO_LENGTH] = Some(vec![1]);
-    s[input::PAST_PAGE_SUMMARY] = Some(vec![2, 2, 3, 2, 8]);
-    s[input::PAST_PAGE_STEPS] = Some(vec![2, 2, 3]);
-    s[input::PAST_OUTPUTS] = Some(vec![2, 3, 4, 8]);
-    s[input::PAST_LSE] = Some(vec![2, 3, 4]);
+    s[input::QUERY] = Some(smallvec![2, 3, 4 * 8]);
+    s[input::KEY] = Some(smallvec![2, 3, 2 * 8]);
+    s[input::VALUE] = Some(smallvec![2, 3, 2 * 8]);
+    s[input::PAST_KEY] = Some(smallvec![2, 2, 40, 8]);
+    s[input::PAST_VALUE] = Some(smallvec![2, 2, 40, 8]);
+    s[input::SEQLENS_K] = Some(smallvec![2]);
+    s[input::TOTAL_SEQUENCE_LENGTH] = Some(smallvec![]);
+    s[input::RETRO_LENGTH] = Some(smallvec![1]);
+    s[input::PAST_PAGE_SUMMARY] = Some(smallvec![2, 2, 3, 2, 8]);
+    s[input::PAST_PAGE_STEPS] = Some(smallvec![2, 2, 3]);
+    s[input::PAST_OUTPUTS] = Some(smallvec![2, 3, 4, 8]);
+    s[input::PAST_LSE] = Some(smallvec![2, 3, 4]);
     s
 }
 
@@ -128,7 +130,7 @@ fn shapes_are_read_and_each_wrong_one_is_named() {
         if s[slot].is_none() {
             continue;
         }
-        s[slot] = Some(vec![7, 7, 7, 7]);
+        s[slot] = Some(smallvec![7, 7, 7, 7]);
         let m = message(Dims::read(&a, &s));
         assert!(m.contains(&format!("input {}", input::NAMES[slot])), "slot {slot}: {m}");
         assert!(m.contains("[7, 7, 7, 7]") && m.contains("expected"), "{m}");
@@ -140,19 +142,19 @@ fn shapes_are_read_and_each_wrong_one_is_named() {
     assert!(message(Dims::read(&rotary, &shapes())).contains("input cos_cache is missing"));
 }
 
-fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Option<&[i32]>) -> Result<Plan> {
+fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Option<&[i32]>) -> Result<CallPlan> {
     let a = attributes(&[("window", 4)]);
     let dims = Dims {
         tokens,
         ..Dims::read(&a, &shapes()).unwrap()
     };
-    let lengths = Lengths {
+    let lengths = CallLengths {
         seqlens_k: seqlens,
         total_sequence_length: total,
         retro_length: retro,
         page_budget: budget,
     };
-    Plan::read(&a, &dims, &lengths)
+    CallPlan::read(&a, &dims, &lengths)
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use retro_contract::{OP_TYPE, attribute};
 
 use super::AttributeSource;
-use crate::host::{Error, Result};
+use crate::ort::{Error, Result};
 
 /// Attributes of GroupQueryAttention, MultiHeadAttention and ai.onnx Attention that change what they compute and that this
 /// operator does not have, and names that other libraries use for what it has.

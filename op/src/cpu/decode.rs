@@ -3,25 +3,24 @@
 
 use retro_contract::Mode;
 
-use super::prefill::{
-    append, cache_output, clear_ignored_rows, finish_row, query_rows, scale, stamp_pages, summarize_touched,
-    write_output,
-};
+use super::call::{CpuCall, Rows};
+use super::kv_write::{append, query_rows, stamp_pages, update_pages};
+use super::merge::{clear_ignored_rows, finish_step, join};
+use super::pool::Pool;
 use super::scratch::{CallScratch, TaskScratch, fit, padded};
-use super::tensors::Rows;
-use super::{Call, Pool, Shared};
-use crate::host::Result;
+use super::shared::Shared;
 use crate::method::attend::{Block, PageRows, Partial, attend_pages};
 use crate::method::element::Element;
-use crate::method::merge;
-use crate::method::score::{group_scores, prepare, score_heads};
-use crate::method::select::{Scoring, choose_pages, select_pages, streaming_pages};
+use crate::method::group_score::group_scores;
+use crate::method::select::{choose_pages, select_pages, streaming_pages};
+use crate::ort::Result;
+use crate::selector::{PageSelector, Scoring};
 use crate::simd::Isa;
 
 /// Pages below which a split costs more than it gains.
 const MIN_PAGES_A_SPLIT: usize = 8;
 
-pub(super) fn decode<E: Element>(call: &Call<'_, E>, pool: &dyn Pool) -> Result<()> {
+pub(super) fn decode<E: Element, P: PageSelector>(call: &CpuCall<'_, E, P>, pool: &dyn Pool) -> Result<()> {
     call.scratch.with_call(|scratch| decode_with(call, pool, scratch))
 }
 
@@ -33,10 +32,14 @@ fn splits(tasks: usize, width: usize, pages: usize) -> usize {
     (2 * width).div_ceil(tasks).min(pages / MIN_PAGES_A_SPLIT).max(1)
 }
 
-fn decode_with<E: Element>(call: &Call<'_, E>, pool: &dyn Pool, scratch: &mut CallScratch) -> Result<()> {
+fn decode_with<E: Element, P: PageSelector>(
+    call: &CpuCall<'_, E, P>,
+    pool: &dyn Pool,
+    scratch: &mut CallScratch,
+) -> Result<()> {
     let (attributes, dims) = (call.attributes, call.dims);
     let (kv_heads, d) = (attributes.kv_heads, dims.head_size);
-    let group = attributes.heads / kv_heads;
+    let group = call.group();
     let tasks = dims.batch * kv_heads;
     let valid = call
         .plan
@@ -132,8 +135,8 @@ impl<'a, T> Parts<'a, T> {
 }
 
 /// One step, in phases that run one after another for a task, each by one thread or, where they say so, by several.
-struct Step<'a, E: Element> {
-    call: &'a Call<'a, E>,
+struct Step<'a, E: Element, P: PageSelector> {
+    call: &'a CpuCall<'a, E, P>,
     rows: Rows<'a, E>,
     isa: Isa,
     /// Query heads a KV head.
@@ -147,7 +150,7 @@ struct Step<'a, E: Element> {
     acc: Parts<'a, f32>,
 }
 
-impl<E: Element> Step<'_, E> {
+impl<E: Element, P: PageSelector> Step<'_, E, P> {
     /// Sequence and KV head of a task.
     fn pair(&self, task: usize) -> (usize, usize) {
         let kv_heads = self.call.attributes.kv_heads;
@@ -174,34 +177,34 @@ impl<E: Element> Step<'_, E> {
         oldest / attributes.page_size..newest / attributes.page_size + 1
     }
 
-    fn scoring(&self) -> Scoring {
+    fn scoring(&self, b: usize) -> Scoring {
         let attributes = self.call.attributes;
         Scoring {
-            selector: attributes.selector,
             group_score: attributes.group_score,
-            scale: scale(self.call),
+            scale: self.call.scale(),
             lambda: attributes.selector_lambda,
             correlation: attributes.selector_correlation,
             page_size: attributes.page_size,
             head_size: self.call.dims.head_size,
+            len: self.call.plan.sequences[b].len,
         }
     }
 
-    /// A KV head's page summaries, `[P, 2, D]`.
+    /// A KV head's page state.
     ///
     /// # Safety
     /// Nobody writes them while the slice lives.
-    unsafe fn summary(&self, task: usize) -> &[E] {
-        let len = self.call.dims.pages * 2 * self.call.dims.head_size;
+    unsafe fn page_state(&self, task: usize) -> &[P::State<E>] {
+        let len = self.call.pages_len();
         // SAFETY: passed on.
-        unsafe { self.call.state.summary.range(task * len, len) }
+        unsafe { self.call.state.pages.range(task * len, len) }
     }
 
-    /// Step 1: appends keys and values, recomputes the summaries they touch, rotates the queries (not yet scaled).
+    /// Step 1: appends keys and values, brings the page state up to date, rotates the queries (not yet scaled).
     fn append(&self, task: usize, scratch: &mut TaskScratch) {
         let (b, head) = self.pair(task);
         append(self.call, &self.rows, b, head, scratch);
-        summarize_touched(self.call, b, head, scratch);
+        update_pages(self.call, b, head, scratch);
         self.forget_future(task, b);
         // SAFETY: this task's own part.
         let query = unsafe { self.query.write(task, self.query_len(b)) };
@@ -247,13 +250,13 @@ impl<E: Element> Step<'_, E> {
         let candidates = self.candidates(b);
         let count = candidates.len();
         let (from, to) = share(count, self.splits, split);
-        // SAFETY: queries and summaries are complete.
-        let (query, summary) = unsafe { (self.newest_query(task, b), self.summary(task)) };
-        let scoring = self.scoring();
-        prepare(scoring.selector, query, scoring.head_size, &mut scratch.summary);
+        // SAFETY: queries and page state are complete.
+        let (query, state) = unsafe { (self.newest_query(task, b), self.page_state(task)) };
+        let scoring = self.scoring(b);
+        P::prepare(query, scoring.head_size, &mut scratch.summary);
         let own = scratch.rows.fit(self.group * (to - from));
         let pages = candidates.start + from..candidates.start + to;
-        score_heads(self.isa, &scoring, &scratch.summary, summary, pages, own);
+        P::score_heads::<E>(self.isa, &scoring, &scratch.summary, state, pages, own);
         for (g, scores) in own.chunks_exact((to - from).max(1)).enumerate() {
             let at = task * self.heads.len + g * count + from;
             // SAFETY: this split's own pages of the head.
@@ -267,12 +270,12 @@ impl<E: Element> Step<'_, E> {
         let (b, _) = self.pair(task);
         let sequence = &call.plan.sequences[b];
         let candidates = self.candidates(b);
-        // SAFETY: this task's own parts; queries, summaries and scores are complete.
-        let (selected, pages, summary) = unsafe {
+        // SAFETY: this task's own parts; queries, page state and scores are complete.
+        let (selected, pages, state) = unsafe {
             (
                 &mut self.selected.write(task, 1)[0],
                 &mut self.pages.write(task, 1)[0],
-                self.summary(task),
+                self.page_state(task),
             )
         };
         match attributes.mode {
@@ -287,15 +290,8 @@ impl<E: Element> Step<'_, E> {
                 let heads = unsafe { self.heads.write(task, self.group * count) };
                 let scratch = &mut scratch.select;
                 scratch.scores.resize(count, 0.0);
-                let scoring = self.scoring();
-                group_scores(
-                    self.isa,
-                    &scoring,
-                    heads,
-                    candidates.clone(),
-                    sequence.len,
-                    &mut scratch.scores,
-                );
+                let scoring = self.scoring(b);
+                group_scores::<P>(self.isa, &scoring, heads, candidates.clone(), &mut scratch.scores);
                 choose_pages(
                     &scratch.scores,
                     candidates,
@@ -305,14 +301,13 @@ impl<E: Element> Step<'_, E> {
                     selected,
                 );
             }
-            Mode::Retro => select_pages(
+            Mode::Retro => select_pages::<E, P>(
                 self.isa,
-                &self.scoring(),
+                &self.scoring(b),
                 // SAFETY: as above.
                 unsafe { self.newest_query(task, b) },
-                summary,
+                state,
                 candidates,
-                sequence.len,
                 attributes.sink_pages,
                 sequence.budget,
                 &mut scratch.select,
@@ -337,10 +332,10 @@ impl<E: Element> Step<'_, E> {
             let row = from.saturating_sub(first).min(last_row);
             (page, (row * self.group) as u32)
         }));
-        let page_scale = scale(call);
+        let scale = call.scale();
         // SAFETY: this task's own part.
         let query = unsafe { self.query.write(task, self.query_len(b)) };
-        query.iter_mut().for_each(|q| *q *= page_scale);
+        query.iter_mut().for_each(|q| *q *= scale);
     }
 
     /// One split's sums over its pages.
@@ -403,7 +398,7 @@ impl<E: Element> Step<'_, E> {
                     dims.head_size,
                 );
             }
-            finish(call, b, head, &mut joined);
+            finish_step(call, b, head, &mut joined);
             if call.attributes.mode == Mode::Dense {
                 stamp_pages(call, b, head);
             } else {
@@ -419,67 +414,4 @@ impl<E: Element> Step<'_, E> {
 /// Part `index` of `count` things in `parts`.
 fn share(count: usize, parts: usize, index: usize) -> (usize, usize) {
     (count * index / parts, count * (index + 1) / parts)
-}
-
-/// Adds the partial attention `other` to `into`.
-fn join(into: &mut Partial<'_>, other: &Partial<'_>, d: usize) {
-    for row in 0..into.max.len() {
-        let (a, b) = (into.max[row], other.max[row]);
-        if !other.has_seen(row) {
-            continue;
-        }
-        let m = a.max(b);
-        let (ea, eb) = ((a - m).exp(), (b - m).exp());
-        into.max[row] = m;
-        into.sum[row] = into.sum[row] * ea + other.sum[row] * eb;
-        for (x, y) in into.acc[row * d..][..d].iter_mut().zip(&other.acc[row * d..][..d]) {
-            *x = *x * ea + y * eb;
-        }
-    }
-}
-
-/// Steps 3 to 5 for one KV head: merge the retrospective rows with the output cache, write outputs, push the newest.
-///
-/// Rows run from old to new: the newest position takes the ring slot of the oldest one that is still read.
-fn finish<E: Element>(call: &Call<'_, E>, b: usize, head: usize, partial: &mut Partial<'_>) {
-    let (attributes, dims, sequence) = (call.attributes, call.dims, &call.plan.sequences[b]);
-    let (d, ring, heads) = (dims.head_size, attributes.ring(), attributes.heads);
-    let group = heads / attributes.kv_heads;
-    let skipped = dims.tokens - sequence.fed;
-    for i in 0..sequence.fed {
-        let position = sequence.first_position() + i;
-        let complete = i + 1 == sequence.fed || attributes.mode == Mode::Dense;
-        for g in 0..group {
-            let (row, h) = (i * group + g, head * group + g);
-            if complete {
-                let lse = finish_row(call, partial, row, h);
-                let values = &partial.acc[row * d..][..d];
-                write_output(call, b, skipped + i, h, values);
-                cache_output(call, b, position, h, values, lse);
-                continue;
-            }
-            let at = (b * ring + position % ring) * heads + h;
-            // SAFETY: each query head of the ring belongs to one task.
-            let (cached, lse) = unsafe {
-                (
-                    call.state.outputs.range_mut(at * d, d),
-                    &mut call.state.lse.range_mut(at, 1)[0],
-                )
-            };
-            if partial.has_seen(row) {
-                let (old, new, merged) = merge::weights(*lse, partial.lse(row));
-                // Tokens with logits of -inf alone weigh nothing; a sum of NaN goes on.
-                let new = if partial.sum[row] == 0.0 {
-                    0.0
-                } else {
-                    new / partial.sum[row]
-                };
-                for (o, a) in cached.iter_mut().zip(&partial.acc[row * d..][..d]) {
-                    *o = old * *o + new * a;
-                }
-                *lse = merged;
-            }
-            write_output(call, b, skipped + i, h, cached);
-        }
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::tensors::AngleCache;
+use super::call::AngleCache;
 use crate::method::attend::PageRows;
 use crate::method::select::SelectScratch;
 

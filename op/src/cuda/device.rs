@@ -11,28 +11,31 @@ use cudarc::driver::sys::{
     cuModuleGetFunction, cuModuleLoadData, is_culib_present,
 };
 
-use super::call::Kernels;
 use super::check;
-use super::image::image;
+use super::cubin::code;
+use super::kernel_set::Kernels;
 use super::launch::Kernel;
 use super::scratch::Scratch;
-use crate::host::{Error, Result};
+use crate::ort::{Error, Result};
+use crate::selector::Selector;
+
+/// Element type, head size and name of the selector.
+type KernelsKey = (&'static str, usize, &'static str);
 
 pub struct Device {
     context: Arc<CudaContext>,
     module: CUmodule,
     pub multiprocessors: usize,
     /// Bytes of shared memory of a multiprocessor.
-    pub shared_a_sm: usize,
+    pub shared_per_sm: usize,
     /// Compute capability 9.0 and up: kernels of a step may overlap (programmatic dependent launch).
     pub overlaps: bool,
     /// CUDA 12.5 and up: a launch may say how multiprocessors divide their memory.
-    pub gathers: bool,
+    pub sets_carveout: bool,
     pub scratch: Scratch,
     /// Places of tensors at addresses that the kernels cannot use.
     pub staged: Scratch,
-    /// By element type and head size.
-    kernels: Mutex<BTreeMap<(&'static str, usize), Arc<Kernels>>>,
+    kernels: Mutex<BTreeMap<KernelsKey, Arc<Kernels>>>,
 }
 
 // SAFETY: a module belongs to a context, and the driver's calls on both may come from any thread.
@@ -75,7 +78,7 @@ impl Device {
         let mut driver = 0;
         // SAFETY: the number is ours to write.
         check("cuDriverGetVersion", unsafe { cuDriverGetVersion(&mut driver) })?;
-        let image = image(capability)?;
+        let image = code(capability)?;
         let mut module = ptr::null_mut();
         // SAFETY: the context is current (CudaContext::new binds it), and the image is a whole fat binary or cubin.
         check("cuModuleLoadData", unsafe {
@@ -85,28 +88,30 @@ impl Device {
             context,
             module,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
-            shared_a_sm: usize::try_from(shared).unwrap_or(0),
+            shared_per_sm: usize::try_from(shared).unwrap_or(0),
             overlaps: capability >= (9, 0),
-            gathers: driver >= 12050,
+            sets_carveout: driver >= 12050,
             scratch: Scratch::default(),
             staged: Scratch::default(),
             kernels: Mutex::default(),
         })
     }
 
-    /// The kernels for an element type and head size, found by `find` for the first node that asks.
+    /// The kernels for an element type, head size and selector, found by `find` for the first node that asks.
     pub fn kernels(
         &self,
         element: &'static str,
         head_size: usize,
+        selector: Selector,
         find: impl FnOnce() -> Result<Kernels>,
     ) -> Result<Arc<Kernels>> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = kernels.get(&(element, head_size)) {
+        let key = (element, head_size, selector.as_str());
+        if let Some(found) = kernels.get(&key) {
             return Ok(found.clone());
         }
         let found = Arc::new(find()?);
-        kernels.insert((element, head_size), found.clone());
+        kernels.insert(key, found.clone());
         Ok(found)
     }
 

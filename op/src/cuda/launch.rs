@@ -8,9 +8,9 @@ use cudarc::driver::sys::{
     cuLaunchKernelEx, cuMemcpyDtoDAsync_v2,
 };
 
+use super::abi::Params;
 use super::check;
-use super::params::Params;
-use crate::host::{Result, Tensor};
+use crate::ort::{Result, Tensor};
 
 /// A kernel by name.
 #[derive(Clone, Copy)]
@@ -32,19 +32,19 @@ pub struct Stream {
     /// Whether a kernel may start before the one launched before it has ended.
     pub overlaps: bool,
     /// Whether a launch may say how multiprocessors divide their memory.
-    pub gathers: bool,
+    pub sets_carveout: bool,
 }
 
 /// Where a kernel stands in a call.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum LaunchMode {
     /// After everything before it.
-    Alone,
+    Plain,
     /// Perhaps before the kernel before it has ended, whose results it waits for by itself.
-    Chained,
+    Pdl,
     /// The same, on multiprocessors that divide their memory in favour of shared memory: blocks of two kernels are on one of them
     /// at the same time only where they agree in this, and these kernels start while others drain.
-    Gathered,
+    PdlMaxShared,
 }
 
 impl Stream {
@@ -53,13 +53,13 @@ impl Stream {
         kernel: &Kernel,
         grid: [usize; 3],
         shared: usize,
-        order: Order,
+        mode: LaunchMode,
         params: &Params,
     ) -> Result<()> {
-        let all = [Self::chained(), Self::gathered()];
-        let attributes = match order {
-            Order::Gathered if self.overlaps && self.gathers => &all[..],
-            Order::Chained | Order::Gathered if self.overlaps => &all[..1],
+        let all = [Self::pdl(), Self::max_shared()];
+        let attributes = match mode {
+            LaunchMode::PdlMaxShared if self.overlaps && self.sets_carveout => &all[..],
+            LaunchMode::Pdl | LaunchMode::PdlMaxShared if self.overlaps => &all[..1],
             _ => &[],
         };
         let config = CUlaunchConfig {
@@ -84,7 +84,7 @@ impl Stream {
         }
     }
 
-    fn chained() -> CUlaunchAttribute {
+    fn pdl() -> CUlaunchAttribute {
         CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -94,7 +94,7 @@ impl Stream {
         }
     }
 
-    fn gathered() -> CUlaunchAttribute {
+    fn max_shared() -> CUlaunchAttribute {
         CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
             pad: [0; 4],

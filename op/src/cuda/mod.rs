@@ -7,20 +7,22 @@
 //!
 //! Nothing of CUDA is linked: the driver is loaded when the first node is placed on a CUDA device.
 
-mod call;
+pub mod abi;
+mod cubin;
 mod device;
-mod image;
-mod kernel;
+mod kernel_set;
 mod launch;
-mod params;
+mod launch_plan;
+mod op_kernel;
 mod scratch;
 mod staging;
 
-pub use kernel::{CudaElement, CudaKernel, CudaOperator};
+pub use kernel_set::CudaElement;
+pub use op_kernel::{CudaKernel, CudaOperator};
 
 use cudarc::driver::sys::CUresult;
 
-use crate::host::{Error, Result};
+use crate::ort::{Error, Result};
 
 /// `Ok` for CUDA_SUCCESS; otherwise an error that names the call.
 fn check(call: &str, result: CUresult) -> Result<()> {

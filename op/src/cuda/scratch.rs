@@ -12,7 +12,7 @@ use cudarc::driver::sys::{cuMemAlloc_v2, cuMemsetD8Async};
 
 use super::check;
 use super::launch::Stream;
-use crate::host::Result;
+use crate::ort::Result;
 
 /// Bytes of a stream's first buffer.
 const LEAST: usize = 1 << 20;

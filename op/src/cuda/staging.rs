@@ -9,7 +9,7 @@ use cudarc::driver::sys::cuMemcpyDtoDAsync_v2;
 use super::check;
 use super::launch::Stream;
 use super::scratch::{Buffer, lock};
-use crate::host::{Result, Tensor};
+use crate::ort::{Result, Tensor};
 
 /// Kernels read and write state and outputs 16 bytes at a time.
 pub const WRITTEN: usize = 16;

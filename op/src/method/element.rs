@@ -5,7 +5,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::simd::Simd;
 
-pub trait Element: crate::host::Plain + Copy + Default + PartialEq + Send + Sync {
+pub trait Element: crate::ort::Plain + Copy + Default + PartialEq + Send + Sync {
     fn to_f32(self) -> f32;
     fn from_f32(v: f32) -> Self;
     /// A vector of elements in f32.

@@ -5,14 +5,13 @@
 
 pub mod attend;
 pub mod element;
+pub mod group_score;
 pub mod merge;
 pub mod oracle;
 pub mod rope;
-pub mod score;
 pub mod select;
-pub mod summary;
 #[expect(
     clippy::needless_range_loop,
     reason = "indices over small arrays that stay in registers"
 )]
-mod tile;
+pub(crate) mod tile;

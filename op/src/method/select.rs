@@ -1,28 +1,11 @@
-//! Page selection: scores from page summaries, and the best pages within a budget.
+//! Page selection: the best pages within a budget, by the scores that a selector gives them.
 
 use std::ops::Range;
 
-use retro_contract::{GroupScore, Selector};
-
 use super::element::Element;
-use super::score::{group_scores, prepare, score_heads};
+use super::group_score::group_scores;
+use crate::selector::{PageSelector, Scoring};
 use crate::simd::Isa;
-
-/// How a step scores its pages.
-#[derive(Clone, Copy, Debug)]
-pub struct Scoring {
-    pub selector: Selector,
-    pub group_score: GroupScore,
-    /// Softmax scale of the attention.
-    pub scale: f32,
-    /// Weight of the standard deviation (selectors `moments` and `signed_moments`).
-    pub lambda: f32,
-    /// Share of the spread along the query that the signed deviations add up to (selector `signed_moments`).
-    pub correlation: f32,
-    pub page_size: usize,
-    /// D.
-    pub head_size: usize,
-}
 
 /// Scratch of one selection, kept between steps to save allocations.
 #[derive(Default)]
@@ -35,29 +18,28 @@ pub struct SelectScratch {
 
 /// Scores the candidate pages of one KV head for one query group into `scratch.scores`.
 ///
-/// `query`: `g * D` after RoPE, not scaled; `summary`: `[P, 2, D]`; `len`: valid tokens.
-fn score_pages<E: Element>(
+/// `query`: `[g, D]` after RoPE, not scaled; `state`: the KV head's, as the selector lays it out.
+fn score_pages<E: Element, P: PageSelector>(
     isa: Isa,
     scoring: &Scoring,
     query: &[f32],
-    summary: &[E],
+    state: &[P::State<E>],
     candidates: Range<usize>,
-    len: usize,
     scratch: &mut SelectScratch,
 ) {
     let count = candidates.len();
-    prepare(scoring.selector, query, scoring.head_size, &mut scratch.prepared);
+    P::prepare(query, scoring.head_size, &mut scratch.prepared);
     scratch.heads.resize(query.len() / scoring.head_size * count, 0.0);
-    score_heads(
+    P::score_heads::<E>(
         isa,
         scoring,
         &scratch.prepared,
-        summary,
+        state,
         candidates.clone(),
         &mut scratch.heads,
     );
     scratch.scores.resize(count, 0.0);
-    group_scores(isa, scoring, &mut scratch.heads, candidates, len, &mut scratch.scores);
+    group_scores::<P>(isa, scoring, &mut scratch.heads, candidates, &mut scratch.scores);
 }
 
 /// Which pages a step must load whatever their score: the newest and the first `sink`, among the candidates.
@@ -73,13 +55,12 @@ fn is_forced(page: usize, newest: usize, sink: usize) -> bool {
     clippy::too_many_arguments,
     reason = "one call site; a struct would only rename the list"
 )]
-pub fn select_pages<E: Element>(
+pub fn select_pages<E: Element, P: PageSelector>(
     isa: Isa,
     scoring: &Scoring,
     query: &[f32],
-    summary: &[E],
+    state: &[P::State<E>],
     candidates: Range<usize>,
-    len: usize,
     sink: usize,
     budget: usize,
     scratch: &mut SelectScratch,
@@ -90,7 +71,7 @@ pub fn select_pages<E: Element>(
         selected.extend(candidates.map(|p| p as u32));
         return;
     }
-    score_pages(isa, scoring, query, summary, candidates.clone(), len, scratch);
+    score_pages::<E, P>(isa, scoring, query, state, candidates.clone(), scratch);
     choose_pages(&scratch.scores, candidates, sink, budget, &mut scratch.order, selected);
 }
 
@@ -145,38 +126,34 @@ pub fn streaming_pages(candidates: Range<usize>, sink: usize, budget: usize, sel
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::for_selector;
+    use crate::selector::{GroupScore, Selector, SignedMoments};
 
     const D: usize = 2;
 
-    fn scoring(selector: Selector, group_score: GroupScore) -> Scoring {
+    fn scoring(group_score: GroupScore) -> Scoring {
         Scoring {
-            selector,
             group_score,
             scale: 0.5,
             lambda: 2.0,
             correlation: 0.5,
             page_size: 8,
             head_size: D,
+            len: 0,
         }
     }
 
-    fn pick(s: &Scoring, query: &[f32], summary: &[f32], sink: usize, budget: usize) -> Vec<u32> {
+    fn pick(selector: Selector, s: &Scoring, query: &[f32], summary: &[f32], sink: usize, budget: usize) -> Vec<u32> {
         let mut out = Vec::new();
         let pages = summary.len() / (2 * D);
         let mut scratch = SelectScratch::default();
-        let args = (0..pages, pages * s.page_size, sink, budget);
-        select_pages(
-            Isa::detect(),
-            s,
-            query,
-            summary,
-            args.0,
-            args.1,
-            args.2,
-            args.3,
-            &mut scratch,
-            &mut out,
-        );
+        let s = &Scoring {
+            len: pages * s.page_size,
+            ..*s
+        };
+        for_selector!(selector, P => select_pages::<f32, P>(
+            Isa::detect(), s, query, summary, 0..pages, sink, budget, &mut scratch, &mut out,
+        ));
         out
     }
 
@@ -187,7 +164,8 @@ mod tests {
 
     #[test]
     fn best_pages_with_forced_ones_and_ties_to_the_lower_index() {
-        let s = scoring(Selector::Bounds, GroupScore::Max);
+        let s = scoring(GroupScore::Max);
+        let pick = |s, query, summary, sink, budget| pick(Selector::Bounds, s, query, summary, sink, budget);
         let summary = flat(&[[0., 0.], [1., 0.], [3., 0.], [3., 0.], [2., 0.], [0., 0.]]);
         assert_eq!(pick(&s, &[1.0, 0.0], &summary, 1, 3), [0, 2, 5]);
         assert_eq!(pick(&s, &[1.0, 0.0], &summary, 1, 4), [0, 2, 3, 5]);
@@ -206,9 +184,9 @@ mod tests {
     /// A page whose score is NaN is read before any other, whatever the selector and the number of heads, and the others keep their order.
     #[test]
     fn pages_that_cannot_be_scored_come_first() {
-        for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
+        for &selector in Selector::ALL {
             for group_score in [GroupScore::Max, GroupScore::Softmax] {
-                let s = scoring(selector, group_score);
+                let s = scoring(group_score);
                 for broken in [f32::NAN, f32::INFINITY] {
                     // Infinite times 0 is NaN too.
                     let mut summary = flat(&[[0., 0.], [5., 0.], [-9., broken], [1., 0.], [4., 0.], [0., 0.]]);
@@ -218,9 +196,9 @@ mod tests {
                     }
                     let what = format!("{selector} {group_score} {broken}");
                     for query in [&[1.0, 0.0][..], &[1.0, 0.0, 0.5, 0.0]] {
-                        assert_eq!(pick(&s, query, &summary, 1, 3), [0, 2, 5], "{what}");
-                        assert_eq!(pick(&s, query, &summary, 1, 4), [0, 1, 2, 5], "{what}");
-                        assert_eq!(pick(&s, query, &summary, 1, 5), [0, 1, 2, 4, 5], "{what}");
+                        assert_eq!(pick(selector, &s, query, &summary, 1, 3), [0, 2, 5], "{what}");
+                        assert_eq!(pick(selector, &s, query, &summary, 1, 4), [0, 1, 2, 5], "{what}");
+                        assert_eq!(pick(selector, &s, query, &summary, 1, 5), [0, 1, 2, 4, 5], "{what}");
                     }
                 }
             }
@@ -237,7 +215,6 @@ mod tests {
     /// Vectors of every length, tiles that are not full, and equal pages anywhere among them.
     #[test]
     fn every_instruction_set_scores_alike_and_equal_pages_equally() {
-        use super::super::score::{group_scores, prepare, score_heads};
         for d in [2, 8, 24, 40, 64, 128] {
             for (heads, pages) in [(1, 1), (2, 7), (4, 33), (7, 18)] {
                 let number = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 500.0 - 1.0;
@@ -245,18 +222,21 @@ mod tests {
                 let first: Vec<f32> = summary[..2 * d].to_vec();
                 summary[(pages - 1) * 2 * d..].copy_from_slice(&first);
                 let query: Vec<f32> = (0..heads * d).map(|i| number(i + 5)).collect();
-                for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
+                for &selector in Selector::ALL {
                     for group_score in [GroupScore::Max, GroupScore::Softmax] {
                         let s = Scoring {
                             head_size: d,
-                            ..scoring(selector, group_score)
+                            len: pages * 8,
+                            ..scoring(group_score)
                         };
                         let of = |isa: Isa| {
                             let (mut prepared, mut of_heads) = (Vec::new(), vec![f32::NAN; heads * pages]);
-                            prepare(selector, &query, d, &mut prepared);
-                            score_heads(isa, &s, &prepared, &summary, 0..pages, &mut of_heads);
                             let mut scores = vec![f32::NAN; pages];
-                            group_scores(isa, &s, &mut of_heads, 0..pages, pages * s.page_size, &mut scores);
+                            for_selector!(selector, P => {
+                                P::prepare(&query, d, &mut prepared);
+                                P::score_heads::<f32>(isa, &s, &prepared, &summary, 0..pages, &mut of_heads);
+                                group_scores::<P>(isa, &s, &mut of_heads, 0..pages, &mut scores);
+                            });
                             scores
                         };
                         let want = of(Isa::Portable);
@@ -282,11 +262,11 @@ mod tests {
         let summary = flat(&[[0., 0.], [20., 0.], [19.9, 3.], [0., 0.]]);
         let query = [4.0, 0.0, 0.0, 6.0];
         assert_eq!(
-            pick(&scoring(Selector::Bounds, GroupScore::Max), &query, &summary, 1, 3),
+            pick(Selector::Bounds, &scoring(GroupScore::Max), &query, &summary, 1, 3),
             [0, 1, 3]
         );
         assert_eq!(
-            pick(&scoring(Selector::Bounds, GroupScore::Softmax), &query, &summary, 1, 3),
+            pick(Selector::Bounds, &scoring(GroupScore::Softmax), &query, &summary, 1, 3),
             [0, 2, 3]
         );
     }
@@ -296,7 +276,7 @@ mod tests {
         let summary = [0., 0., 0., 0., 1., 0., 0., 0., 0.9, 0., 0.5, 0., 0., 0., 0., 0.];
         for g in [GroupScore::Max, GroupScore::Softmax] {
             assert_eq!(
-                pick(&scoring(Selector::Moments, g), &[1.0, 0.0], &summary, 1, 3),
+                pick(Selector::Moments, &scoring(g), &[1.0, 0.0], &summary, 1, 3),
                 [0, 2, 3]
             );
         }
@@ -306,16 +286,20 @@ mod tests {
     fn signed_deviations_add_up_or_cancel_along_the_query() {
         // Two pages of equal means and deviations; in page 1 the elements move together, in page 2 against each other.
         let summary = [0., 0., 0., 0., 1., 1., 0.5, 0.5, 1., 1., 0.5, -0.5, 0., 0., 0., 0.];
-        let s = scoring(Selector::SignedMoments, GroupScore::Max);
+        let s = scoring(GroupScore::Max);
+        let pick = |s, query, summary, sink, budget| pick(Selector::SignedMoments, s, query, summary, sink, budget);
         assert_eq!(pick(&s, &[1.0, 1.0], &summary, 1, 3), [0, 1, 3]);
         assert_eq!(pick(&s, &[1.0, -1.0], &summary, 1, 3), [0, 2, 3]);
         // Without correlation they tie, and the lower index wins.
         let s = Scoring { correlation: 0.0, ..s };
         assert_eq!(pick(&s, &[1.0, -1.0], &summary, 1, 3), [0, 1, 3]);
         // The whole formula, by hand: mean 1, deviation 0.5, correlation 0.5, lambda 2, scale 0.5, 8 tokens.
-        let s = scoring(Selector::SignedMoments, GroupScore::Max);
+        let s = Scoring {
+            len: 32,
+            ..scoring(GroupScore::Max)
+        };
         let mut scratch = SelectScratch::default();
-        score_pages(Isa::detect(), &s, &[1.0, 1.0], &summary, 1..3, 32, &mut scratch);
+        score_pages::<f32, SignedMoments>(Isa::detect(), &s, &[1.0, 1.0], &summary, 1..3, &mut scratch);
         let score = |along: f32| 0.5 * (2.0 + 2.0 * (0.5 * along * along + 0.5 * 0.5f32).sqrt()) + 8f32.ln();
         for (got, along) in scratch.scores.iter().zip([1.0, 0.0]) {
             assert!((got - score(along)).abs() < 1e-6, "{got}");

@@ -1,6 +1,6 @@
 //! Vectors of f32, one implementation an instruction set, and the choice among them at run time.
 //!
-//! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by [`dispatched!`], whose
+//! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by the macro `dispatched!`, whose
 //! functions carry the target features that make the intrinsics inside them single instructions.
 
 #[cfg(target_arch = "aarch64")]
@@ -141,36 +141,36 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
 /// Defines `fn name(isa, args...)`, which runs `body::<S, T, ...>` compiled for `isa`. `$body` is an `unsafe fn` that is
 /// always inlined and asks of its caller nothing but the instruction set.
 macro_rules! dispatched {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$g:ident : $bound:path>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$($g:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name $(<$g: $bound>)? (isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name $(<$($g: $bound),+>)? (isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
-            fn avx2 $(<$g: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+            fn avx2 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function's own target features.
-                unsafe { $body::<$crate::simd::Avx2 $(, $g)?>($($arg),*) }
+                unsafe { $body::<$crate::simd::Avx2 $($(, $g)+)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
-            fn avx512 $(<$g: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+            fn avx512 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function's own target features.
-                unsafe { $body::<$crate::simd::Avx512 $(, $g)?>($($arg),*) }
+                unsafe { $body::<$crate::simd::Avx512 $($(, $g)+)?>($($arg),*) }
             }
             match isa {
                 // SAFETY: what every machine of the architecture has.
-                $crate::simd::Isa::Portable => unsafe { $body::<$crate::simd::Portable $(, $g)?>($($arg),*) },
+                $crate::simd::Isa::Portable => unsafe { $body::<$crate::simd::Portable $($(, $g)+)?>($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Isa::detect` gives Avx2 only where these features are.
-                $crate::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::simd::Isa::Avx2 => unsafe { avx2$(::<$($g),+>)?($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
-                $crate::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::simd::Isa::Avx512 => unsafe { avx512$(::<$($g),+>)?($($arg),*) },
                 #[cfg(target_arch = "aarch64")]
                 // SAFETY: NEON is part of the architecture's baseline.
-                $crate::simd::Isa::Neon => unsafe { $body::<$crate::simd::Neon $(, $g)?>($($arg),*) },
+                $crate::simd::Isa::Neon => unsafe { $body::<$crate::simd::Neon $($(, $g)+)?>($($arg),*) },
             }
         }
     };

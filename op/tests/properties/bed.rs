@@ -1,7 +1,8 @@
 //! A layer on plain buffers: the caches and state of a batch, and calls checked as the operator checks them.
 
-use retro_attention::contract::{Attributes, Dims, InputShapes, Lengths, Phase, Plan};
-use retro_attention::cpu::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
+use retro_attention::contract::{Attributes, CallLengths, CallPlan, Dims, InputShapes, Phase};
+use retro_attention::cpu::{CpuCall, Dense, Inputs, LayerState, Pool, ScratchPool, Shared, run};
+use retro_attention::for_selector;
 use retro_attention::method::element::Element;
 use retro_attention::method::oracle::Rows;
 use retro_attention::method::rope::{Angles, rotate};
@@ -14,7 +15,7 @@ const POISON_STEP: i32 = 0x5a5a_5a5a;
 struct InTurn(usize);
 
 impl Pool for InTurn {
-    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> retro_attention::host::Result<()> {
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> retro_attention::ort::Result<()> {
         (0..count).for_each(task);
         Ok(())
     }
@@ -205,24 +206,25 @@ impl<E: Element> Bed<E> {
         if self.shape.has_sink {
             set(input::HEAD_SINK, &[heads]);
         }
-        let said = |e: retro_attention::host::Error| e.message().to_owned();
+        let said = |e: retro_attention::ort::Error| e.message().to_owned();
         let dims = Dims::read(a, &shapes).map_err(said)?;
         let last: Vec<i32> = feed.lens.iter().map(|&n| n as i32 - 1).collect();
         let retro: Vec<i32> = match feed.phase {
             Phase::Prefill => vec![-1; b],
             Phase::Decode => feed.rows.iter().map(|r| r.count as i32 - 1).collect(),
         };
-        let lengths = Lengths {
+        let lengths = CallLengths {
             seqlens_k: &last,
             total_sequence_length: self.capacity as i32,
             retro_length: &retro,
             page_budget: feed.budget,
         };
-        let plan = Plan::read(a, &dims, &lengths).map_err(said)?;
+        let plan = CallPlan::read(a, &dims, &lengths).map_err(said)?;
         assert_eq!(plan.phase, feed.phase);
 
         let mut output = vec![E::from_f32(f32::NAN); b * tokens * heads * d];
-        let call = Call {
+        for_selector!(a.selector, P => {
+        let call = CpuCall::<E, P> {
             attributes: a,
             dims: &dims,
             plan: &plan,
@@ -235,10 +237,10 @@ impl<E: Element> Bed<E> {
                 head_sink: &self.sink,
             },
             output: Shared::new(&mut output),
-            state: State {
+            state: LayerState {
                 key: Shared::new(&mut self.key),
                 value: Shared::new(&mut self.value),
-                summary: Shared::new(&mut self.summary),
+                pages: Shared::new(&mut self.summary),
                 steps: Shared::new(&mut self.steps),
                 outputs: Shared::new(&mut self.outputs),
                 lse: Shared::new(&mut self.lse),
@@ -246,6 +248,7 @@ impl<E: Element> Bed<E> {
             scratch: &self.scratch,
         };
         run(&call, &InTurn(self.threads), Dense::Own).map_err(said)?;
+        });
         let mut outputs = Vec::new();
         for (rows, output) in feed.rows.iter().zip(output.chunks_exact(tokens * heads * d)) {
             let (ignored, own) = output.split_at((tokens - rows.count) * heads * d);

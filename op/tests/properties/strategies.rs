@@ -46,11 +46,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
     );
     let budget = (0usize..=30, 0usize..=3, 0usize..=2);
     let scores = (
-        prop_oneof![
-            Just(Selector::Bounds),
-            Just(Selector::Moments),
-            Just(Selector::SignedMoments)
-        ],
+        proptest::sample::select(Selector::ALL),
         prop_oneof![Just(GroupScore::Max), Just(GroupScore::Softmax)],
         prop_oneof![Just(2.5f32), 0.0f32..4.0],
         prop_oneof![Just(0.2f32), 0.0f32..1.0],

@@ -35,7 +35,7 @@ fn small() -> Attrs {
 
 #[test]
 fn every_selector_and_group_score() {
-    for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
+    for &selector in Selector::ALL {
         for group_score in [GroupScore::Max, GroupScore::Softmax] {
             for (window, lambda, page) in [(1, 2.5, 16), (4, 1.0, 8), (8, 3.0, 32)] {
                 let attrs = Attrs {

@@ -1,6 +1,7 @@
 //! Attributes out of range, and graphs that do not fit the operator, are refused when the session is made.
 
 use prost::Message;
+use retro_contract::Selector;
 use retro_export::onnx::{AttributeProto, ModelProto};
 use retro_tests::{
     attrs::Attrs,
@@ -74,7 +75,7 @@ fn numbers_out_of_range() {
 fn unknown_choices() {
     refuse_value(
         AttributeProto::string("selector", "best"),
-        &["best", "bounds", "moments", "signed_moments"],
+        &[&["best"], Selector::VALUES].concat(),
     );
     refuse_value(AttributeProto::string("group_score", "sum"), &["sum", "max", "softmax"]);
     refuse_value(AttributeProto::string("mode", ""), &["retro", "dense", "streaming"]);

@@ -18,7 +18,7 @@ fn attrs() -> impl Strategy<Value = Attrs> {
         1usize..=8,
     );
     let choices = (
-        prop_oneof![Just(Selector::Bounds), Just(Selector::Moments)],
+        proptest::sample::select(Selector::ALL),
         prop_oneof![Just(GroupScore::Max), Just(GroupScore::Softmax)],
         prop_oneof![3 => Just(Mode::Retro), 1 => Just(Mode::Dense), 1 => Just(Mode::Streaming)],
         prop_oneof![2 => Just(-1i64), 1 => 1i64..80],

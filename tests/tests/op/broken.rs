@@ -110,7 +110,7 @@ fn any_page_of_a_prompt() {
 #[test]
 fn a_page_that_cannot_be_scored_is_read() {
     for &dtype in host::dtypes() {
-        for selector in [Selector::Bounds, Selector::Moments, Selector::SignedMoments] {
+        for &selector in Selector::ALL {
             for group_score in [GroupScore::Max, GroupScore::Softmax] {
                 for (heads, kv_heads) in [(4, 2), (2, 2)] {
                     let attrs = Attrs {

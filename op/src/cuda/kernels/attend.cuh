@@ -1,4 +1,5 @@
-// Attention of a block of query rows over the listed pages (a decoding step) or over every page up to each row (prefill).
+// Attention of a block of query rows over the listed pages (a decoding step) or over every page up to each row
+// (prefill).
 //
 // Grid (row blocks, splits, B * Hkv). Row r is query head r % g of fed token r / g: the newest token's group and
 // those of the retrospective ones are served by one pass over the pages, with a mask a row. Running maxima, so that the
@@ -6,9 +7,6 @@
 #pragma once
 #include "finish.cuh"
 #include "mma.cuh"
-
-// Warps of the float32 kernel.
-constexpr int F32_WARPS = 4;
 
 // The fed token of the block's first row, and how many rows there are in all.
 struct RowBlock {
@@ -19,8 +17,8 @@ DEVICE RowBlock row_block(const Params& p, const Sequence& s, int block, int siz
   return {token0, (s.fed - token0) * p.group, block * size};
 }
 
-// Groups of 8 tokens that the block reads: of the pages that were chosen, of those that a step takes without choosing, or of those
-// that a prefill's rows see.
+// Groups of 8 tokens that the block reads: of the pages that were chosen, of those that a step takes without choosing,
+// or of those that a prefill's rows see.
 struct Groups {
   const int* list;   // the chosen pages
   const int* steps;  // A of every page (merge.cuh writes it), where a query may have seen pages
@@ -35,8 +33,8 @@ struct Groups {
     while (!asked) asked = ask(group);
     return asked - 1;
   }
-  // The least position of a query that may take the page: the first behind the step that loaded it. A page step at or behind the newest
-  // position is left over from tokens that a rewind took back: every query may.
+  // The least position of a query that may take the page: the first behind the step that loaded it. A page step at or
+  // behind the newest position is left over from tokens that a rewind took back: every query may.
   DEVICE int from(int page) const {
     const int step = steps ? steps[page] : -1;
     return step < newest ? max(step + 1, 0) : 0;
@@ -64,9 +62,9 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
   return g;
 }
 
-// Pages that are chosen are listed one by one (Groups::page waits for each), after the scores of all: so the rows that the step has
-// appended are there too. The kernel that chooses them must have ended when this one ends, so that whoever waits for this one has
-// waited for all.
+// Pages that are chosen are listed one by one (Groups::page waits for each), after the scores of all: so the rows that
+// the step has appended are there too. The kernel that chooses them must have ended when this one ends, so that whoever
+// waits for this one has waited for all.
 DEVICE void wait_for_pages(const Params& p, const Groups& groups, int pair) {
   if (groups.list)
     wait_until(&p.progress[pair], all_score_blocks(p));
@@ -82,7 +80,8 @@ template <int DP, int ROWS, int PARTS> struct Block {
 
 // Without splits (a prefill) a row ends at once: four of its elements.
 template <class T>
-RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, int token0, int r, int c, float m, float sum, float4 o) {
+RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, int token0, int r, int c, float m,
+                       float sum, float4 o) {
   const int token = token_of(p, r), head = kv_head * p.group + r - token * p.group, d = p.head_size;
   const Row row = row_of(p, s, b, head, token0 + token);
   const Joined j = join(p, s, row, m, sum, joined_with<T>(p, row));
@@ -101,7 +100,8 @@ RARE void end_elements(const Params& p, const Sequence& s, int b, int kv_head, i
 
 // After the warps have been joined into `block`: the row's part, or its end.
 template <class T, int DP, int ROWS, int PARTS>
-DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head, Block<DP, ROWS, PARTS>& block) {
+DEVICE void write_rows(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head,
+                       Block<DP, ROWS, PARTS>& block) {
   const int pair = b * p.kv_heads + kv_head, d = p.head_size;
   for (int i = threadIdx.x; i < ROWS * (DP / 4); i += blockDim.x) {
     const int n = i / (DP / 4), c = i % (DP / 4) * 4, r = rb.start + n;
@@ -138,33 +138,24 @@ DEVICE void start_attention(const Params& p) {
 }
 
 // The logit of a product, in base 2.
-DEVICE float softcapped(const Params& p, float dot) {
-  return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E;
-}
-// The same on tensor cores' sums, whose error is larger than this one's, some 1e-7 of the cap: tanh x = 1 - 2 / (e^2x + 1).
+DEVICE float softcapped(const Params& p, float dot) { return p.softcap * tanhf(dot * p.scale / p.softcap) * LOG2E; }
+// The same on tensor cores' sums, whose error is larger than this one's, some 1e-7 of the cap: tanh x = 1 - 2 / (e^2x +
+// 1).
 DEVICE float softcapped_fast(const Params& p, float dot) {
   const float e = exp2_fast(dot * __fdividef(2.f * LOG2E * p.scale, p.softcap));
   return p.softcap * LOG2E * (1.f - __fdividef(2.f, e + 1.f));
 }
-DEVICE float logit(const Params& p, float dot) {
-  return p.softcap > 0.f ? softcapped(p, dot) : dot * p.scale * LOG2E;
-}
+DEVICE float logit(const Params& p, float dot) { return p.softcap > 0.f ? softcapped(p, dot) : dot * p.scale * LOG2E; }
 
-// ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
-
-constexpr int MAX_STAGES = 4;
+// ---- Tensor cores: float16 and bfloat16 ----
 
 // Shape of a block: ROW_GROUPS warps take 8 rows each, TOKEN_GROUPS times over; those share the tiles of 16 tokens.
-template <int DP, int BLOCK_ROWS> struct Shape {
-  static constexpr int ROWS = BLOCK_ROWS, ROW_GROUPS = ROWS / 8;
-  static constexpr int TOKEN_GROUPS = (ROW_GROUPS == 4 ? 2 : 4) / (DP > 128 ? 2 : 1);
-  static constexpr int THREADS = 32 * ROW_GROUPS * TOKEN_GROUPS;
-  // Tokens of a stage: what one step of the pipeline brings into shared memory.
-  static constexpr int TOKENS = DP > 128 ? 32 : 64;
+template <int DP, int BLOCK_ROWS> struct Shape : AttendShape<DP, BLOCK_ROWS> {
+  using Host = AttendShape<DP, BLOCK_ROWS>;
+  using Host::THREADS, Host::TOKENS;
   static constexpr int GROUPS = TOKENS / 8;
-  static constexpr int TILES = TOKENS / 16 / TOKEN_GROUPS;
+  static constexpr int TILES = TOKENS / ATTEND_TILE / Host::TOKEN_GROUPS;
   static constexpr int CHUNKS = DP / 8;  // 16-byte chunks of a row
-  static constexpr int STAGE = 2 * TOKENS * DP * 2;  // bytes of keys and values
   static_assert(TILES >= 1, "every warp has a tile");
   static_assert((MAX_STAGES + 1) * GROUPS <= THREADS, "a thread for each place of the first stages and one more");
 };
@@ -187,14 +178,163 @@ DEVICE void load_transposed(u32 (&x)[4], u32 address) {
                : "r"(address));
 }
 
-// Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs V^T P^T
-// (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against bank conflicts.
+// The block's query rows, rotated, into shared memory; zeros beyond the last row and beyond D.
+template <class T, class S, int DP>
+DEVICE void load_queries(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head,
+                         T (&query)[S::ROWS][DP + 8]) {
+  const int d = p.head_size;
+#pragma unroll
+  for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
+    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n,
+              token = token_of(p, r);
+    float x[8] = {};
+    if (r < rb.rows && d0 < d)
+      read_vec8(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0,
+                s.first + rb.token0 + token, x);
+    if (n < S::ROWS) store8(&query[n][d0], x);
+  }
+}
+
+// Products of a warp's tiles of keys with its 8 queries. The tiles side by side, so that one's latencies hide
+// another's.
+template <class T, class S, int DP>
+DEVICE void key_products(float (&logits)[S::TILES][4], const u32 (&query)[DP / 16][2], u32 keys) {
+#pragma unroll
+  for (int i = 0; i < S::TILES; i++) {
+    // Two sums, so that one product need not wait for the one before.
+    float even[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int k = 0; k < DP / 16; k++) {
+      u32 a[4];
+      load_matrices(a, (keys + i * 16 * S::CHUNKS * 16) ^ (2 * k * 16));
+      if (k % 2)
+        Mma<T>::add(odd, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
+      else
+        Mma<T>::add(even, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) logits[i][e] = even[e] + odd[e];
+  }
+}
+
+// Softcap, sliding window and mask: what a query does not see becomes -inf, the rest is in base 2. Returns how far a
+// logit lies above its row's maximum.
+template <int TILES>
+DEVICE float mask_logits(const Params& p, float (&logits)[TILES][4], const Placed* placed, const int (&position)[2],
+                         const float (&top)[2], float to_base2) {
+  const int fragment_row = threadIdx.x % 32 / 4;
+  float above = NEG_INF;
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
+    if (p.softcap > 0.f) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) logits[i][e] = softcapped_fast(p, logits[i][e]);
+    }
+    if (p.local_window) {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (two[e / 2].at + fragment_row < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      logits[i][e] =
+          position[e % 2] >= max(two[e / 2].at + fragment_row, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
+      above = fmaxf(above, logits[i][e] - top[e % 2]);
+    }
+  }
+  return above;
+}
+
+// Weights of the logits, and outputs of the values: V^T P^T.
+template <class T, class S, int DP>
+DEVICE void add_values(float (&logits)[S::TILES][4], const float (&base)[2], float (&sum)[2], float (&out)[DP / 16][4],
+                       u32 values) {
+  u32 weights[S::TILES][2];
+#pragma unroll
+  for (int i = 0; i < S::TILES; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      logits[i][e] = exp2_fast(logits[i][e] - base[e % 2]);
+      sum[e % 2] += logits[i][e];
+    }
+    weights[i][0] = transpose8x8(Mma<T>::pack(logits[i][0], logits[i][1]));
+    weights[i][1] = transpose8x8(Mma<T>::pack(logits[i][2], logits[i][3]));
+  }
+#pragma unroll
+  for (int i = 0; i < S::TILES; i++)
+#pragma unroll
+    for (int j = 0; j < DP / 16; j++) {
+      u32 a[4];
+      load_transposed(a, (values + i * 16 * S::CHUNKS * 16) ^ (2 * j * 16));
+      Mma<T>::add(out[j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
+    }
+}
+
+// Larger maxima for this warp's two rows: sums and outputs become relative to them.
+template <int TILES, int PARTS>
+DEVICE void raise_maxima(const float (&logits)[TILES][4], float (&top)[2], float (&base)[2], float (&sum)[2],
+                         float (&out)[PARTS][4]) {
+  float shrink[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float m = top[e];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) m = fmaxf(m, fmaxf(logits[i][e], logits[i][e + 2]));
+#pragma unroll
+    for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
+    base[e] = m == NEG_INF ? 0.f : m;
+    shrink[e] = exp2_fast(top[e] - base[e]);
+    top[e] = m;
+    sum[e] *= shrink[e];
+  }
+#pragma unroll
+  for (int j = 0; j < PARTS; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+}
+
+// Joins the lanes of a warp and leaves its rows' maxima, sums and outputs in the block's memory.
+template <int DP, int ROWS, int GROUPS>
+DEVICE void leave_partial(Block<DP, ROWS, GROUPS>& block, int my_tiles, int my_rows, const float (&top)[2],
+                          float (&sum)[2], const float (&out)[DP / 16][4]) {
+  const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+#pragma unroll
+    for (int x = 4; x < 32; x <<= 1) sum[e] += __shfl_xor_sync(ALL_LANES, sum[e], x);
+    if (fragment_row == 0) {
+      float* stats = block.stats[my_tiles][my_rows + 2 * quad + e];
+      stats[0] = top[e], stats[1] = sum[e];
+    }
+  }
+  __syncthreads();
+  float scale[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float m = NEG_INF;
+#pragma unroll
+    for (int w = 0; w < GROUPS; w++) m = fmaxf(m, block.stats[w][my_rows + 2 * quad + e][0]);
+    scale[e] = top[e] == NEG_INF ? 0.f : exp2_fast(top[e] - m);
+  }
+#pragma unroll
+  for (int j = 0; j < DP / 16; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + fragment_row + e / 2 * 8] = out[j][e] * scale[e % 2];
+  __syncthreads();
+}
+
+// Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs
+// V^T P^T (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against
+// bank conflicts.
 template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   using S = Shape<DP, ROWS>;
   struct Shared {
     Placed placed[MAX_STAGES + 1][S::GROUPS];
     T query[S::ROWS][DP + 8];
   };
+  static_assert(sizeof(Shared) == S::BESIDE, "the host asks for as much");
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw + p.stages * S::STAGE);
   using Joint = Block<DP, S::ROWS, S::TOKEN_GROUPS>;
@@ -202,21 +342,15 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   static_assert(sizeof(Joint) <= 2 * S::STAGE, "the ring's memory becomes the block's");
   const u32 ring = __cvta_generic_to_shared(raw);
   start_attention(p);
-  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads,
+            d = p.head_size;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
   const int my_rows = warp % S::ROW_GROUPS * 8, my_tiles = warp / S::ROW_GROUPS;
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, S::ROWS);
   if (!s.valid || rb.start >= rb.rows) return;
 
-#pragma unroll
-  for (int i = 0; i < (S::ROWS * S::CHUNKS + S::THREADS - 1) / S::THREADS; i++) {
-    const int at = threadIdx.x + i * S::THREADS, n = at / S::CHUNKS, d0 = at % S::CHUNKS * 8, r = rb.start + n, token = token_of(p, r);
-    float x[8] = {};
-    if (r < rb.rows && d0 < d)
-      read_octet(p, query_row<T>(p, b, s.skipped + rb.token0 + token, kv_head * p.group + r - token * p.group), d0, s.first + rb.token0 + token, x);
-    if (n < S::ROWS) store8(&sh.query[n][d0], x);
-  }
+  load_queries<T, S, DP>(p, s, rb, b, kv_head, sh.query);
   int position[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
@@ -229,8 +363,8 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   const Share share = share_of(groups.count / int(gridDim.y), groups.count % int(gridDim.y), blockIdx.y);
   const int begin = share.begin, end = share.end;
   const int last = (end - begin + S::GROUPS - 1) / S::GROUPS;
-  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'. At first by a thread for each
-  // place of the first stages and the one behind them, then by those of the latter.
+  // The list is read ahead of the keys, and A ahead of it, so that their latencies do not add to the keys'. At first by
+  // a thread for each place of the first stages and the one behind them, then by those of the latter.
   const int its_stage = threadIdx.x / S::GROUPS, place = threadIdx.x % S::GROUPS;
   const bool reads_ahead = its_stage == p.stages;
   int asked = 0, page = -1;
@@ -248,14 +382,14 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   };
   auto least_query = [&](int page) { return page < 0 ? 0 : groups.from(page); };
   if (its_stage <= p.stages) asked = ask(its_stage);
-  if (its_stage < p.stages) page = listed(its_stage, asked), sh.placed[its_stage][place].at = position_in(its_stage, page);
+  if (its_stage < p.stages)
+    page = listed(its_stage, asked), sh.placed[its_stage][place].at = position_in(its_stage, page);
   __syncthreads();
 
   const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
   const T* values = static_cast<const T*>(p.value_cache) + size_t(pair) * p.capacity * d;
-  // Rows beyond the end are 0 (the last page's tokens not yet written may hold anything, even a NaN, which a weight of 0 would
-  // not silence); the mask takes them out.
-  // A thread copies one chunk of every so many-th row.
+  // Rows beyond the end are 0 (the last page's tokens not yet written may hold anything, even a NaN, which a weight of
+  // 0 would not silence); the mask takes them out. A thread copies one chunk of every so many-th row.
   constexpr int STRIDE = S::THREADS / S::CHUNKS;
   const int copy_row = threadIdx.x / S::CHUNKS, copy_chunk = threadIdx.x % S::CHUNKS;
   const bool copies = 8 * copy_chunk < d;
@@ -285,11 +419,12 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   for (int k = 0; k < DP / 16; k++)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + octet][16 * k + 8 * half + 2 * quad]);
+      query[k][half] = *reinterpret_cast<const u32*>(&sh.query[my_rows + fragment_row][16 * k + 8 * half + 2 * quad]);
   float top[2] = {NEG_INF, NEG_INF}, base[2] = {}, sum[2] = {}, out[DP / 16][4] = {};
   const float to_base2 = p.softcap > 0.f ? 1.f : p.scale * LOG2E;
-  // Byte offsets in a stage of what this lane hands to ldmatrix: of its first chunk of its key row and its value row in the warp's
-  // first tile. The others differ in the bits of the chunk's number only, as rows begin at multiples of their length.
+  // Byte offsets in a stage of what this lane hands to ldmatrix: of its first chunk of its key row and its value row in
+  // the warp's first tile. The others differ in the bits of the chunk's number only, as rows begin at multiples of
+  // their length.
   const u32 key_at = (16 * my_tiles * S::TILES + lane % 16) * S::CHUNKS * 16 + ((lane / 16) ^ (lane % 8)) * 16;
   const u32 value_at = S::TOKENS * DP * 2 + (16 * my_tiles * S::TILES + lane % 8 + lane / 16 * 8) * S::CHUNKS * 16 +
                        ((lane / 8 % 2) ^ (lane % 8)) * 16;
@@ -311,128 +446,39 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
     const u32 stored = ring + slot * S::STAGE;
     const Placed* placed = sh.placed[list] + 2 * my_tiles * S::TILES;
-    // The tiles side by side, so that one's latencies hide another's.
     float logits[S::TILES][4];
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-      // Two sums, so that one product need not wait for the one before.
-      float even[4] = {}, odd[4] = {};
-#pragma unroll
-      for (int k = 0; k < DP / 16; k++) {
-        u32 a[4];
-        load_matrices(a, (stored + key_at + i * 16 * S::CHUNKS * 16) ^ (2 * k * 16));
-        if (k % 2)
-          Mma<T>::add(odd, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
-        else
-          Mma<T>::add(even, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) logits[i][e] = even[e] + odd[e];
-    }
-    float above = NEG_INF;
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-      const Placed two[2] = {placed[2 * i], placed[2 * i + 1]};
-      if (p.softcap > 0.f) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) logits[i][e] = softcapped_fast(p, logits[i][e]);
-      }
-      if (p.local_window) {
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (two[e / 2].at + octet < seen_from(p, position[e % 2])) logits[i][e] = NEG_INF;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        logits[i][e] = position[e % 2] >= max(two[e / 2].at + octet, two[e / 2].from) ? logits[i][e] * to_base2 : NEG_INF;
-        above = fmaxf(above, logits[i][e] - top[e % 2]);
-      }
-    }
+    key_products<T, S, DP>(logits, query, stored + key_at);
+    const float above = mask_logits<S::TILES>(p, logits, placed, position, top, to_base2);
     // A maximum that is a little too small serves as well, and the lanes need not agree on one in every stage.
     if (__any_sync(ALL_LANES, above > SLACK)) {
-      float shrink[2];
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float m = top[e];
-#pragma unroll
-        for (int i = 0; i < S::TILES; i++) m = fmaxf(m, fmaxf(logits[i][e], logits[i][e + 2]));
-#pragma unroll
-        for (int x = 4; x < 32; x <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, x));
-        base[e] = m == NEG_INF ? 0.f : m;
-        shrink[e] = exp2_fast(top[e] - base[e]);
-        top[e] = m;
-        sum[e] *= shrink[e];
-      }
-#pragma unroll
-      for (int j = 0; j < DP / 16; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) out[j][e] *= shrink[e % 2];
+      raise_maxima<S::TILES>(logits, top, base, sum, out);
     }
-    u32 weights[S::TILES][2];
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        logits[i][e] = exp2_fast(logits[i][e] - base[e % 2]);
-        sum[e % 2] += logits[i][e];
-      }
-      weights[i][0] = transpose8x8(Mma<T>::pack(logits[i][0], logits[i][1]));
-      weights[i][1] = transpose8x8(Mma<T>::pack(logits[i][2], logits[i][3]));
-    }
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++)
-#pragma unroll
-      for (int j = 0; j < DP / 16; j++) {
-        u32 a[4];
-        load_transposed(a, (stored + value_at + i * 16 * S::CHUNKS * 16) ^ (2 * j * 16));
-        Mma<T>::add(out[j], a[0], a[1], a[2], a[3], weights[i][0], weights[i][1]);
-      }
+    add_values<T, S, DP>(logits, base, sum, out, stored + value_at);
     if (reads_ahead) sh.placed[free_list][place] = ahead;
     slot = slot + 1 == p.stages ? 0 : slot + 1;
     list = list + 1 == lists ? 0 : list + 1;
   }
   __syncthreads();  // the ring's memory becomes the block's
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-#pragma unroll
-    for (int x = 4; x < 32; x <<= 1) sum[e] += __shfl_xor_sync(ALL_LANES, sum[e], x);
-    if (octet == 0) {
-      float* stats = block.stats[my_tiles][my_rows + 2 * quad + e];
-      stats[0] = top[e], stats[1] = sum[e];
-    }
-  }
-  __syncthreads();
-  float scale[2];
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    float m = NEG_INF;
-#pragma unroll
-    for (int w = 0; w < S::TOKEN_GROUPS; w++) m = fmaxf(m, block.stats[w][my_rows + 2 * quad + e][0]);
-    scale[e] = top[e] == NEG_INF ? 0.f : exp2_fast(top[e] - m);
-  }
-#pragma unroll
-  for (int j = 0; j < DP / 16; j++)
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      block.outputs[my_tiles][my_rows + 2 * quad + e % 2][16 * j + octet + e / 2 * 8] = out[j][e] * scale[e % 2];
-  __syncthreads();
+  leave_partial<DP>(block, my_tiles, my_rows, top, sum, out);
   write_rows<T, DP, S::ROWS, S::TOKEN_GROUPS>(p, s, rb, b, kv_head, block);
   wait_for_previous();
 }
 
-// ---- float32: no tensor core is exact enough -------------------------------------------------------------------------
+// ---- float32: no tensor core is exact enough ----
 
 template <int DP> DEVICE void attend_f32(const Params& p) {
-  constexpr int ROWS = 8, TOKENS = 16;
+  constexpr int ROWS = F32_ROWS, TOKENS = ATTEND_TILE;
   struct Shared {
     float query[ROWS][DP];
     float weights[F32_WARPS][TOKENS][ROWS];
     Block<DP, ROWS, F32_WARPS> block;
   };
+  static_assert(sizeof(Shared) == f32_attend_bytes(ROWS, DP, F32_WARPS, TOKENS), "the host asks for as much");
   extern __shared__ __align__(1024) u8 raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
   start_attention(p);
-  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads, d = p.head_size;
+  const int pair = blockIdx.z, b = p.batch > 1 ? pair / p.kv_heads : 0, kv_head = pair - b * p.kv_heads,
+            d = p.head_size;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, ROWS);
@@ -440,8 +486,8 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   for (int i = threadIdx.x; i < ROWS * DP; i += 32 * F32_WARPS) {
     const int n = i / DP, c = i % DP, r = rb.start + n, of_row = token_of(p, r), token = rb.token0 + of_row;
     sh.query[n][c] = r < rb.rows && c < d
-                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group), c,
-                                   s.first + token)
+                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group),
+                                   c, s.first + token)
                          : 0.f;
   }
   __syncthreads();

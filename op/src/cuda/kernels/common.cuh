@@ -1,12 +1,10 @@
-// What all kernels share: element types, the parameters of a call, one sequence's lengths, rotary embedding, warp helpers.
+// What all kernels share: element types, one sequence's lengths, rotary embedding, warp helpers.
 //
+// The parameters of a call and all constants that the host knows too: params.cuh, which the build script writes.
 // No header of the toolkit is needed, so that NVRTC can compile the same text on a machine that has the driver only.
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "params.cuh"
 
 #define DEVICE __device__ __forceinline__
 // What few steps run, out of the others' way.
@@ -52,7 +50,8 @@ template <class T> DEVICE void load8(const T* p, float* x) {
 
 // The other way.
 DEVICE void store8(F32* p, const float (&x)[8]) {
-  reinterpret_cast<float4*>(p)[0] = {x[0], x[1], x[2], x[3]}, reinterpret_cast<float4*>(p)[1] = {x[4], x[5], x[6], x[7]};
+  reinterpret_cast<float4*>(p)[0] = {x[0], x[1], x[2], x[3]},
+  reinterpret_cast<float4*>(p)[1] = {x[4], x[5], x[6], x[7]};
 }
 template <class T> DEVICE void store8(T* p, const float (&x)[8]) {
   u32 w[4];
@@ -65,69 +64,11 @@ template <class T> DEVICE void store8(T* p, const float (&x)[8]) {
   *reinterpret_cast<uint4*>(p) = {w[0], w[1], w[2], w[3]};
 }
 
-// Sequences of a batch whose retro_length may differ.
-constexpr int MAX_RAGGED = 512;
-constexpr int MAX_HEAD_SIZE = 256, MAX_PAGE_SIZE = 128;
 // NVRTC has no constant for it.
 #define NEG_INF __uint_as_float(0xff800000u)
 #define NOT_A_NUMBER __uint_as_float(0x7fffffffu)
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-
-enum Phase { DECODE = 0, PREFILL = 1 };
-enum Selector { BOUNDS = 0, MOMENTS = 1, SIGNED_MOMENTS = 2 };
-enum GroupScore { MAX = 0, SOFTMAX = 1 };
-enum Mode { RETRO = 0, DENSE = 1, STREAMING = 2 };
-
-// One call. op/src/cuda/params.rs has the same struct; the order and the types must stay equal.
-struct Params {
-  // Inputs. Rows are (b, s): query [B, S, Hq, D], key and value [B, S, Hkv, D], each with a row stride in elements.
-  const void *query, *key, *value;
-  const int* seqlens_k;    // [B]
-  const int* page_budget;  // [B] or [1], or null
-  const void *cos, *sin;   // [M, rotary_half], or null
-  const void* head_sink;   // [Hq], or null
-  // State.
-  void *key_cache, *value_cache;  // [B, Hkv, C, D]
-  void* summary;                  // [B, Hkv, P, 2, D]
-  int* page_steps;                // [B, Hkv, P]
-  float *cached_outputs, *cached_lse;  // [B, R, Hq, D], [B, R, Hq]
-  void* output;                        // [B, S, Hq, D]
-  // Scratch of this call.
-  float* scores;        // [B, Hkv, max_pages rounded up to a multiple of 8, g to one of 4], or without the last with the group score max
-  float4* score_stats;  // [B, Hkv, score_parts, g or 1]: of each scoring block (score.cuh)
-  int* pages;           // [B, Hkv, max_pages]: 1 and the number of each page that a step has chosen; 0 before and after
-  float* kept;          // [B, Hkv, 3/2 keys]: of the selection kernel; null: it has shared memory for them
-  u32* progress;        // [B, Hkv]: blocks that have scored; 0 before and after a step
-  float* part_outputs;  // [B, Hkv, splits, rows, D], not divided by the sums
-  float* part_stats;    // [B, Hkv, splits, rows, 2]: largest logit (base 2) and sum
-  double budget_ratio;
-  long long query_stride, kv_stride;
-  int batch, tokens, heads, kv_heads, group, head_size, capacity, cache_pages, ring, page_shift;
-  int rotary_half, rotary_rows, rotary_interleaved, budget_stride, budget_min_pages, sink_pages;
-  int local_window;  // 0: none
-  int phase, selector, group_score, mode;
-  int total;      // largest valid length that the launch is sized for
-  int max_pages;  // pages of `total`
-  int splits, rows;  // of part_outputs; without it, outputs are written directly
-  int score_parts;   // of score_stats; 0: there are none
-  int copies_page;   // there is shared memory for the rows of a page that is summarised
-  int keys;          // that a block of the selection kernel keeps, a multiple of 8
-  int score_blocks;  // blocks of the score kernel that score; the others append
-  int warp_pages, more_pages;  // pages that each of their warps scores, and warps that score one more
-  int octets;        // rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
-  int last_tokens;   // attention covers the last so many fed rows; 0: all
-  int stages;        // of the attention's pipeline, 2 to 4
-  int write_output;  // 0: the output is there already, only the output cache is filled
-  int window;
-  float scale, softcap, lambda;
-  float correlation;  // rho of signed_moments
-  u32 group_inverse;  // 2^32 / g, rounded up
-  int ragged;  // retro lengths are one a sequence
-  u8 retro[MAX_RAGGED];
-};
-
-static_assert(sizeof(Params) == 880, "params.rs has the same layout");
 
 // One sequence of a call.
 struct Sequence {
@@ -194,17 +135,11 @@ DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
   return c;
 }
 
-// Pages that the fed rows may lie in.
-DEVICE int touched_pages(const Params& p) { return ((p.tokens + (1 << p.page_shift) - 2) >> p.page_shift) + 1; }
-
-// Pages of a KV head that there is memory for the scores of.
-DEVICE int scored_pages(const Params& p) { return (p.max_pages + 7) / 8 * 8; }
-
-// Scores that are stored of a page: of every head, read by four, or the group's largest.
-DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? (p.group + 3) / 4 * 4 : 1; }
+// Scores that are stored of a page: of every head, or the group's largest.
+DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? stored_heads(p.group) : 1; }
 
 // Blocks that score a head's pages, those that own one that the step touches among them.
-DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_pages(p); }
+DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_page_count(p.tokens, p.page_shift); }
 
 // Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
 DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }
@@ -249,10 +184,10 @@ template <class T> RARE void read_elements(const Params& p, const T* row, int d,
 #pragma unroll 1
   for (int i = 0; i < 8; i++) x[i] = rotated<T>(p, row, d + i, position);
 }
-// Eight neighbouring elements of a head's row from `d` on, a multiple of eight, after rotary embedding at `position`. What does not
-// depend on it is read first.
-template <class T> DEVICE void read_octet(const Params& p, const T* row, int d, int position, float (&x)[8]) {
-  if (!p.octets) {
+// Eight neighbouring elements of a head's row from `d` on, a multiple of eight, after rotary embedding at `position`.
+// What does not depend on it is read first.
+template <class T> DEVICE void read_vec8(const Params& p, const T* row, int d, int position, float (&x)[8]) {
+  if (!p.vec8) {
     float slow[8];
     read_elements(p, row, d, position, slow);
 #pragma unroll
@@ -309,10 +244,12 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
-// A kernel need not wait for the whole one before it: what a block has written before it announces it, others may read after they
-// have waited for so many. Every thread of a block calls these. Blocks that are waited for are on the device already, as
-// a kernel starts no earlier than every block of the one before has let it.
-DEVICE void add_progress(u32* progress) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(progress) : "memory"); }
+// A kernel need not wait for the whole one before it: what a block has written before it announces it, others may read
+// after they have waited for so many. Every thread of a block calls these. Blocks that are waited for are on the device
+// already, as a kernel starts no earlier than every block of the one before has let it.
+DEVICE void add_progress(u32* progress) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(progress) : "memory");
+}
 DEVICE void announce(u32* progress) {
   __syncthreads();
   if (threadIdx.x == 0) add_progress(progress);
@@ -337,10 +274,11 @@ DEVICE int announced_page(const int* listed) {
   return page;
 }
 
-// Copies 16 bytes into shared memory (an address there), or zeros; a thread waits until no more than `left` of its groups are under way,
-// at most 2.
+// Copies 16 bytes into shared memory (an address there), or zeros; a thread waits until no more than `left` of its
+// groups are under way, at most 2.
 DEVICE void copy_async(u32 target, const void* source, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0)
+               : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEVICE void wait_for_copies(int left) {
@@ -354,7 +292,8 @@ DEVICE void wait_for_copies(int left) {
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN ranks as -inf; scores are none (or_first).
+// An order of unsigned numbers, none of them 0, that is the order of the numbers. A NaN ranks as -inf; scores are none
+// (or_first).
 DEVICE u32 ordered(float x) {
   if (!(x == x)) x = NEG_INF;
   const u32 bits = __float_as_uint(x);
@@ -400,8 +339,8 @@ DEVICE float max_or_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
-// A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is read first,
-// so that what is wrong with it shows, as with dense attention.
+// A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is
+// read first, so that what is wrong with it shows, as with dense attention.
 DEVICE float or_first(float score) { return score == score ? score : -NEG_INF; }
 
 // A largest value and the sum of e^(x - largest), joined with another such pair.

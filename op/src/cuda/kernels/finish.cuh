@@ -32,7 +32,8 @@ template <class T> DEVICE float joined_with(const Params& p, const Row& r) {
 // `sum` of e^(x - m) over the row's tokens and m in units of log2; a row that saw nothing has sum 0.
 DEVICE Joined join(const Params& p, const Sequence& s, const Row& r, float m, float sum, float other) {
   const float lse = sum > 0.f ? (m + log2_fast(sum)) * LN2 : sum == 0.f ? NEG_INF : sum;
-  // A complete row has seen its own token at least: a sum of 0 comes of logits of -inf alone, for which a softmax is 0 / 0.
+  // A complete row has seen its own token at least: a sum of 0 comes of logits of -inf alone, for which a softmax is 0
+  // / 0.
   const float inverse = sum == 0.f ? (r.complete && other == NEG_INF ? NOT_A_NUMBER : 0.f) : __fdividef(1.f, sum);
   const bool cached = p.window > 1 && r.position > s.len - p.window;
   if (other == NEG_INF) return {inverse, 0.f, lse, cached};

@@ -1,18 +1,14 @@
 // Joins the splits of every row, then ends it: steps 3 to 5. Ignored rows become 0, those of a broken sequence NaN.
 //
-// Grid (Hq, B, blocks of rows), 8 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note which pages it
-// loaded, and end the step's progress. In a decoding step a block ends one row, with all its warps; but the newest position
-// takes the output cache's slot of the oldest one when the window is full, so these two rows share the first block, which
-// reads both before it writes. In a prefill a block ends 8 rows, or where only the last ones are asked for, one.
+// Grid (Hq, B, blocks of rows), 8 warps; in a decoding step (Hq + Hkv, B, blocks of rows), where the last Hkv note
+// which pages it loaded, and end the step's progress. In a decoding step a block ends one row, with all its warps; but
+// the newest position takes the output cache's slot of the oldest one when the window is full, so these two rows share
+// the first block, which reads both before it writes. In a prefill a block ends 8 rows, or where only the last ones are
+// asked for, one.
 //
 // So small that a block is on a multiprocessor beside two that attend, before they end.
 #pragma once
 #include "finish.cuh"
-
-constexpr int MERGE_WARPS = 8;
-constexpr int MERGE_THREADS = 32 * MERGE_WARPS;
-// Splits of a row.
-constexpr int MAX_SPLITS = 256;
 
 template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head, float value) {
   T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + s) * p.heads + head) * p.head_size;
@@ -20,9 +16,9 @@ template <class T> DEVICE void fill_row(const Params& p, int b, int s, int head,
   for (int c = threadIdx.x % 32; c < p.head_size; c += 32) narrow(value, out[c]);
 }
 
-// A of every page that a step loaded becomes its newest position; a dense layer has seen every page. The list of those that were
-// chosen is cleared. A at or behind the newest position is left over from tokens that a rewind took back: the page counts as loaded just
-// before the rows that the step feeds (docs/method.md, Truncation).
+// A of every page that a step loaded becomes its newest position; a dense layer has seen every page. The list of those
+// that were chosen is cleared. A at or behind the newest position is left over from tokens that a rewind took back: the
+// page counts as loaded just before the rows that the step feeds (docs/method.md, Truncation).
 DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   constexpr int AT_ONCE = 8;
   const int pair = b * p.kv_heads + kv_head, newest = s.len - 1;
@@ -32,7 +28,7 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   const bool chosen = chooses(p, all);
   const int count = chosen ? listed_pages(p, all) : 0;
   if (!chosen) {
-    // What score.cuh does where pages are scored. Attention takes both numbers alike (Groups::from).
+    // What scores.cuh does where pages are scored. Attention takes both numbers alike (Groups::from).
 #pragma unroll 4
     for (int page = threadIdx.x; page < all.pages; page += MERGE_THREADS)
       if (steps[page] >= newest) steps[page] = s.first - 1;
@@ -108,7 +104,8 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
       if (!row.complete && thread + c * threads < d) cached[c] = p.cached_outputs[slot * d + thread + c * threads];
   }
   wait_for_previous();
-  // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its last.
+  // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its
+  // last.
   let_next_start();
   float m = NEG_INF, sum = 0.f, x[8] = {};
   const int r = token * p.group + head - kv_head * p.group;
@@ -122,7 +119,8 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
     const int element0 = min(4 * lane, d - 4);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-      if (member + i * team < p.splits) ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(member + i * team) * next + element0);
+      if (member + i * team < p.splits)
+        ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(member + i * team) * next + element0);
 #pragma unroll 1
     for (int i = lane; i < p.splits; i += 32) {
       const float2 of_split = *reinterpret_cast<const float2*>(p.part_stats + (part + size_t(i) * p.rows) * 2);
@@ -131,7 +129,9 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
       if (top == NEG_INF)
         sum += of_split.y;
       else
-        sum = sum * (m == NEG_INF ? 1.f : exp2_fast(m - top)) + of_split.y * (of_split.x == NEG_INF ? 1.f : exp2_fast(of_split.x - top)), m = top;
+        sum = sum * (m == NEG_INF ? 1.f : exp2_fast(m - top)) +
+              of_split.y * (of_split.x == NEG_INF ? 1.f : exp2_fast(of_split.x - top)),
+        m = top;
       weights[warp][i] = of_split.x;
     }
     const float mine = m;
@@ -177,7 +177,9 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   } else {
 #pragma unroll
     for (int c = 0; c < 2; c++)
-      if (128 * c < d) *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2], x[4 * c + 3]};
+      if (128 * c < d)
+        *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2],
+                                                                        x[4 * c + 3]};
     __syncthreads();  // every slot is read before one is written, too
     if (!there) return;
 #pragma unroll

@@ -1,24 +1,25 @@
 // Tensor cores: D = A B + C on 16 x 8 x 16 tiles of float16 or bfloat16, summed in f32.
 //
-// In a fragment, lane l holds of A (16 x 16) rows l / 4 and l / 4 + 8, of B (16 x 8) column l / 4, both at depths 2 (l % 4) + {0, 1}
-// and 8 more; of C (16 x 8) rows l / 4 and l / 4 + 8 at columns 2 (l % 4) + {0, 1}.
+// In a fragment, lane l holds of A (16 x 16) rows l / 4 and l / 4 + 8, of B (16 x 8) column l / 4, both at depths 2 (l
+// % 4) + {0, 1} and 8 more; of C (16 x 8) rows l / 4 and l / 4 + 8 at columns 2 (l % 4) + {0, 1}.
 #pragma once
 #include "common.cuh"
 
 template <class T> struct Mma;
-#define DEFINE_MMA(T, NAME)                                                                                            \
-  template <> struct Mma<T> {                                                                                          \
-    static DEVICE void add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                            \
-      asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "        \
-          "{%0,%1,%2,%3};"                                                                                             \
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                     \
-    }                                                                                                                  \
-    static DEVICE u32 pack(float low, float high) {                                                                    \
-      u32 x;                                                                                                           \
-      asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));                                        \
-      return x;                                                                                                        \
-    }                                                                                                                  \
+#define DEFINE_MMA(T, NAME)                                                                 \
+  template <> struct Mma<T> {                                                               \
+    static DEVICE void add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { \
+      asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                            \
+          ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                    \
+          "{%0,%1,%2,%3};"                                                                  \
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                  \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                          \
+    }                                                                                       \
+    static DEVICE u32 pack(float low, float high) {                                         \
+      u32 x;                                                                                \
+      asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));             \
+      return x;                                                                             \
+    }                                                                                       \
   };
 DEFINE_MMA(F16, "f16")
 DEFINE_MMA(BF16, "bf16")

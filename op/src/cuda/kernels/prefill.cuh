@@ -1,6 +1,7 @@
 // What a prefill writes beside its outputs: keys and values, page summaries, page steps.
 #pragma once
-#include "score.cuh"
+#include "page_rows.cuh"
+#include "selectors.cuh"
 
 // Grid (tokens, Hkv, B): one fed row a block, where ONNX Runtime's own operator has not written it.
 template <class T> DEVICE void append_kernel(const Params& p) {
@@ -10,8 +11,8 @@ template <class T> DEVICE void append_kernel(const Params& p) {
   if (s.valid && position >= s.first) append<T>(p, s, b, head, position, position + 1, whole_block());
 }
 
-// Grid (1, Hkv, B), before ONNX Runtime's own operator appends: the value rows that follow the sequence's tokens in its blocks
-// of keys become 0. Its kernels multiply them by weights of 0, and memory that was never written may hold a NaN.
+// Grid (1, Hkv, B), before ONNX Runtime's own operator appends: the value rows that follow the sequence's tokens in its
+// blocks of keys become 0. Its kernels multiply them by weights of 0, and memory that was never written may hold a NaN.
 template <class T> DEVICE void clear_kernel(const Params& p) {
   constexpr int BLOCK = 256;
   wait_for_previous();
@@ -23,11 +24,10 @@ template <class T> DEVICE void clear_kernel(const Params& p) {
   for (size_t i = size_t(s.len) * d + threadIdx.x; i < size_t(end) * d; i += blockDim.x) narrow(0.f, values[i]);
 }
 
-constexpr int PAGES_THREADS = 128, PAGES_WARPS = PAGES_THREADS / 32;
-
-// The summary of a page that a fed row lies in, by one warp; A of every page that holds a token becomes the newest position: the queries
-// so far have seen everything.
-template <class T, int PARTS> DEVICE void end_page(const Params& p, int page, int b, int head, T* copy /* of the page's keys */) {
+// The state of a page that a fed row lies in, by one warp; A of every page that holds a token becomes the newest
+// position: the queries so far have seen everything.
+template <class T, int PARTS, class SELECTOR>
+DEVICE void end_page(const Params& p, int page, int b, int head, T* copy /* of the page's keys */) {
   const int pair = b * p.kv_heads + head, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
   if (!s.valid || page >= pages_for(p, s.len)) return;
@@ -44,21 +44,17 @@ template <class T, int PARTS> DEVICE void end_page(const Params& p, int page, in
     keys = copy;
     __syncwarp();
   }
-  // Rows of 256 elements would not fit in registers.
-  constexpr int KEPT = PARTS == 1 ? 16 : 0;
-  if (KEPT > 0 && p.page_shift <= 4)
-    summarize_by_warp<T, PARTS, KEPT>(p, pair, page, rows, keys);
-  else
-    summarize_by_warp<T, PARTS, 0>(p, pair, page, rows, keys);
+  SELECTOR::template end_page<T, PARTS>(p, pair, page, rows, keys);
 }
 
-// Grid (pages by PAGES_WARPS, Hkv, B), for head sizes up to 128 PARTS. Beside the attention, if there is one before it, which starts this when the keys are there. Whoever
-// waits for this has waited for both.
-template <class T, int PARTS> DEVICE void pages_kernel(const Params& p) {
+// Grid (pages by PAGES_WARPS, Hkv, B), for head sizes up to 128 PARTS. Runs concurrently with the attention kernel, if
+// there is one before it, which starts this when the keys are there (PDL); completion implies that both have finished.
+template <class T, int PARTS, class SELECTOR> DEVICE void pages_kernel(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
   const bool beside_attention = p.rows > 0;
   const int warp = threadIdx.x / 32;
   if (!beside_attention) wait_for_previous();
-  end_page<T, PARTS>(p, blockIdx.x * PAGES_WARPS + warp, blockIdx.z, blockIdx.y, reinterpret_cast<T*>(raw) + (warp << p.page_shift) * p.head_size);
+  end_page<T, PARTS, SELECTOR>(p, blockIdx.x * PAGES_WARPS + warp, blockIdx.z, blockIdx.y,
+                               reinterpret_cast<T*>(raw) + (warp << p.page_shift) * p.head_size);
   if (beside_attention && blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_previous();
 }

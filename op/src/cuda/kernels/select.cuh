@@ -1,30 +1,32 @@
 // The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
 //
-// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in that bin are
-// compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit by digit. The list has the
-// forced pages first, then those above the bin, then those of it by rank; each is announced as soon as its place is known.
+// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in
+// that bin are compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit
+// by digit. The list has the forced pages first, then those above the bin, then those of it by rank; each is announced
+// as soon as its place is known.
 //
-// Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the scores
-// are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as possible, as each is
-// fetched for the first time.
+// Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the
+// scores are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as
+// possible, as each is fetched for the first time.
 #pragma once
 #include "common.cuh"
 
-constexpr int SELECT_THREADS = 512;
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
 
 // Bins of the histogram: also the values of a digit.
 constexpr int DIGIT = 11, BINS = 1 << DIGIT;
 // Scores of a bin that are compared with one another.
 constexpr int FINALISTS = 256;
-// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it is taken.
+// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it
+// is taken.
 constexpr u32 NONE = 0, TAKEN = 0x7fff;
 // Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
-constexpr int OCTET = 8;
+constexpr int VEC8 = 8;
 constexpr int BINS_A_THREAD = BINS / SELECT_THREADS;
 static_assert(BINS_A_THREAD == 4, "a thread looks at four bins");
 
-// What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for all pages.
+// What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for
+// all pages.
 enum Choice { ANY, BY_MAX, BY_SOFTMAX };
 template <Choice CHOICE> DEVICE bool softmax_over_pages(const Params& p) {
   return CHOICE == BY_SOFTMAX || (CHOICE == ANY && p.group_score == SOFTMAX);
@@ -37,10 +39,11 @@ struct SelectShared {
   u32 finalist_count;
   u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];
   float2 part[SELECT_WARPS];
-  __align__(16) float lse[16];
-  float lowest[16], highest[16];
+  __align__(16) float lse[MAX_GROUP];
+  float lowest[MAX_GROUP], highest[MAX_GROUP];
   u32 bin, left, in_bin;
 };
+static_assert(sizeof(SelectShared) + BLOCK_RESERVED <= SELECT_VARIABLES, "the host leaves room for it");
 
 // The bins of the histogram, equally wide between two bounds of the scores. Larger scores never lie in a lower bin.
 struct Bins {
@@ -56,7 +59,8 @@ struct Bins {
   }
   // 1..BINS. Whatever is no number goes to the lowest.
   DEVICE u32 of(float score) const {
-    return __float_as_uint(fminf(fmaxf(fmaf(score, scale, offset), WHOLE), WHOLE + float(BINS - 1))) - __float_as_uint(WHOLE) + 1u;
+    return __float_as_uint(fminf(fmaxf(fmaf(score, scale, offset), WHOLE), WHOLE + float(BINS - 1))) -
+           __float_as_uint(WHOLE) + 1u;
   }
 };
 
@@ -86,8 +90,8 @@ struct Range {
   float lowest, highest;
 };
 
-// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from the parts that the
-// scoring blocks left.
+// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from
+// the parts that the scoring blocks left.
 DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -158,14 +162,15 @@ struct HeadScores {
   DEVICE void ask(const Params& p, const float* scores, int page, int count, int h) {
 #pragma unroll
     for (int i = 0; i < JOINED_AT_ONCE; i++)
-      four[i] = *reinterpret_cast<const float4*>(scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
+      four[i] = *reinterpret_cast<const float4*>(
+          scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
   }
 };
 
-// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's softmax. Of other
-// pages any number. `asked`: the first heads' of the first pages.
-DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked, float* joined, int count,
-                       const SelectShared& sh) {
+// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's
+// softmax. Of other pages any number. `asked`: the first heads' of the first pages.
+DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked,
+                       float* joined, int count, const SelectShared& sh) {
 #pragma unroll 1
   for (int page = threadIdx.x; page < count; page += JOINED_AT_ONCE * SELECT_THREADS) {
     // Not -inf, which would make NaNs.
@@ -181,20 +186,24 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
 #pragma unroll
       for (int i = 0; i < JOINED_AT_ONCE; i++) {
         const float4 of = asked.four[i];
-        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z), d = share(3, of.w, less.w);
-        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]), before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
+        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z),
+                    d = share(3, of.w, less.w);
+        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]),
+                    before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
         sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
         top[i] = n;
       }
     }
 #pragma unroll
     for (int i = 0; i < JOINED_AT_ONCE; i++)
-      if (page + i * SELECT_THREADS < count) joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
+      if (page + i * SELECT_THREADS < count)
+        joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
   }
   __syncthreads();
 }
 
-// Finds the bin in which the `left`-th score lies, from the top, and its rank there, into `sh`, and clears the histogram.
+// Finds the bin in which the `left`-th score lies, from the top, and its rank there, into `sh`, and clears the
+// histogram.
 DEVICE void find_bin(SelectShared& sh, u32 left) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lowest = BINS - BINS_A_THREAD - BINS_A_THREAD * int(threadIdx.x);
@@ -220,19 +229,19 @@ DEVICE void find_bin(SelectShared& sh, u32 left) {
   __syncthreads();
 }
 
-// What a block keeps of the pages from `begin` on. A thread looks after every SELECT_THREADS-th octet.
+// What a block keeps of the pages from `begin` on. A thread looks after every SELECT_THREADS-th group of eight.
 struct Kept {
   float* scores;
-  uint4* bins;  // of an octet each
+  uint4* bins;  // of eight neighbours each
   int begin;    // the first page, a multiple of eight
-  int count;    // octets
+  int count;    // groups of eight pages
 
-  // visit(octet, its bins) for this thread's.
-  template <class V> DEVICE void octets(V&& visit) const {
+  // visit(group of eight, its bins) for this thread's.
+  template <class V> DEVICE void vec8s(V&& visit) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += SELECT_THREADS) visit(i, bins[i]);
   }
-  DEVICE u16& bin(int page) const { return reinterpret_cast<u16*>(&bins[page / OCTET])[page % 4 * 2 + page / 4 % 2]; }
+  DEVICE u16& bin(int page) const { return reinterpret_cast<u16*>(&bins[page / VEC8])[page % 4 * 2 + page / 4 % 2]; }
   DEVICE u32 key(int page) const { return ordered(scores[page]); }
 };
 
@@ -247,16 +256,16 @@ DEVICE u32 at_least(uint4 eight, u32 least) {
 }
 
 // visit(page number from `begin`) for the pages of a mask.
-template <class F> DEVICE void for_pages(int octet, u32 mask, F&& visit) {
+template <class F> DEVICE void for_pages(int vec8, u32 mask, F&& visit) {
 #pragma unroll 1
-  for (; mask; mask &= mask - 1) visit(OCTET * octet + __ffs(mask) - 1);
+  for (; mask; mask &= mask - 1) visit(VEC8 * vec8 + __ffs(mask) - 1);
 }
 
 // The range of the scores that compete, where scoring left no statistics.
 DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 least = 0xffffffffu, most = 0;
-  for (int i = threadIdx.x; i < OCTET * kept.count; i += SELECT_THREADS) {
+  for (int i = threadIdx.x; i < VEC8 * kept.count; i += SELECT_THREADS) {
     const u32 key = kept.key(i), bin = kept.bin(i);
     // -inf stays out of the range.
     if (bin != NONE && bin != TAKEN && key > ordered(NEG_INF)) least = min(least, key), most = max(most, key);
@@ -270,7 +279,8 @@ DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   return {number_of(least), number_of(most)};
 }
 
-// Marks the `sh.left` best pages of a bin as taken, digit by digit: where it holds more than FINALISTS. Out of line: see read_elements.
+// Marks the `sh.left` best pages of a bin as taken, digit by digit: where it holds more than FINALISTS. Out of line:
+// see read_elements.
 RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   SelectShared& sh = *shared;
   u32 threshold = 0;
@@ -279,7 +289,7 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
     const int bits = min(open, DIGIT), shift = open - bits;
     const u32 left = sh.left;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < OCTET * kept.count; i += SELECT_THREADS) {
+    for (int i = threadIdx.x; i < VEC8 * kept.count; i += SELECT_THREADS) {
       const u32 key = kept.key(i);
       if (kept.bin(i) == bin && (open == 32 || (key ^ threshold) >> open == 0))
         atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
@@ -289,14 +299,15 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
     threshold |= sh.bin << shift;
     open = shift;
   }
-  // Larger keys are taken, and the first of the equal ones: in the order of the pages, a warp's worth of them at a time.
+  // Larger keys are taken, and the first of the equal ones: in the order of the pages, a warp's worth of them at a
+  // time.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 left = sh.left;
   u32 seen = 0;
 #pragma unroll 1
-  for (int first = 0; first < OCTET * kept.count; first += SELECT_THREADS) {
+  for (int first = 0; first < VEC8 * kept.count; first += SELECT_THREADS) {
     const int page = first + threadIdx.x;
-    const bool in_bin = page < OCTET * kept.count && kept.bin(page) == bin;
+    const bool in_bin = page < VEC8 * kept.count && kept.bin(page) == bin;
     const u32 key = in_bin ? kept.key(page) : 0;
     const bool tied = in_bin && key == threshold;
     const u32 of_warp = __ballot_sync(ALL_LANES, tied);
@@ -311,15 +322,16 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   __syncthreads();
 }
 
-// Lists the pages whose bin is above `bin`, and behind the `sure` of them, where there are finalists, the `sh.left` best pages of that bin.
+// Lists the pages whose bin is above `bin`, and behind the `sure` of them, where there are finalists, the `sh.left`
+// best pages of that bin.
 DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int sure, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 mine = 0;
-  kept.octets([&](int octet, uint4 eight) {
+  kept.vec8s([&](int vec8, uint4 eight) {
     const u32 mask = at_least(eight, bin + 1);
     mine += __popc(mask);
     if (finalists)
-      for_pages(octet, at_least(eight, bin) ^ mask, [&](int page) {
+      for_pages(vec8, at_least(eight, bin) ^ mask, [&](int page) {
         const u32 at = atomicAdd(&sh.finalist_count, 1u);
         sh.finalist_pages[at] = page, sh.finalists[at] = kept.key(page);
       });
@@ -328,8 +340,8 @@ DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int
   if (lane == 31) sh.counts[warp] = upto;
   __syncthreads();
   int* next = list + reduce_add(lane < warp ? sh.counts[lane] : 0u) + upto - mine;
-  kept.octets([&](int octet, uint4 eight) {
-    for_pages(octet, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
+  kept.vec8s([&](int vec8, uint4 eight) {
+    for_pages(vec8, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
   });
   // A warp ranks one of them.
   const u32 count = sh.finalist_count, left = sh.left;
@@ -356,26 +368,27 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   const Sequence s = sequence(p, b);
   const Candidates all = candidates(p, s, b);
   if (!s.valid || !chooses(p, all)) return wait_for_previous();
-  const float* scores = p.scores + size_t(pair) * scored_pages(p) * scores_a_page(p);
+  const float* scores = p.scores + size_t(pair) * scored_page_count(p.max_pages) * scores_a_page(p);
   Kept kept;
-  kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * (p.keys + p.keys / 2);
+  kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * kept_floats(p.keys);
   kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
-  kept.begin = all.from & ~(OCTET - 1);
-  kept.count = (all.pages - kept.begin + OCTET - 1) / OCTET;
+  kept.begin = all.from & ~(VEC8 - 1);
+  kept.count = (all.pages - kept.begin + VEC8 - 1) / VEC8;
   *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
   if (threadIdx.x == 0) sh.finalist_count = 0;
   // Those that compete; the newest page is forced, and so are the sinks.
   const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
   int* const list = p.pages + size_t(pair) * p.max_pages;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS) announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
+  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
+    announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
   wait_until(&p.progress[pair], all_score_blocks(p));
   if (wanted <= 0) return wait_for_previous();
 
   const bool with_stats = CHOICE != ANY || p.score_parts;
   const float* read = scores + size_t(kept.begin) * scores_a_page(p);
   HeadScores asked;
-  if (softmax_over_pages<CHOICE>(p)) asked.ask(p, read, threadIdx.x, OCTET * kept.count, 0);
+  if (softmax_over_pages<CHOICE>(p)) asked.ask(p, read, threadIdx.x, VEC8 * kept.count, 0);
   Bins bins(0.f, 0.f);
   if (with_stats) {
     const Range range = joined_range<CHOICE>(p, pair, sh);
@@ -384,23 +397,25 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     page_lse(p, scores, all.from, all.pages, &sh);
   }
   if (softmax_over_pages<CHOICE>(p)) {
-    join_heads(p, read, asked, kept.scores, OCTET * kept.count, sh);
+    join_heads(p, read, asked, kept.scores, VEC8 * kept.count, sh);
     read = kept.scores;
   }
 #pragma unroll 1
-  for (int octet = threadIdx.x; octet < kept.count; octet += SELECT_THREADS) {
-    const int page0 = kept.begin + OCTET * octet;
-    const float4 a = reinterpret_cast<const float4*>(read)[2 * octet], b = reinterpret_cast<const float4*>(read)[2 * octet + 1];
-    if (read != kept.scores) reinterpret_cast<float4*>(kept.scores)[2 * octet] = a, reinterpret_cast<float4*>(kept.scores)[2 * octet + 1] = b;
-    const float eight[OCTET] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    u32 in[OCTET];
+  for (int vec8 = threadIdx.x; vec8 < kept.count; vec8 += SELECT_THREADS) {
+    const int page0 = kept.begin + VEC8 * vec8;
+    const float4 a = reinterpret_cast<const float4*>(read)[2 * vec8],
+                 b = reinterpret_cast<const float4*>(read)[2 * vec8 + 1];
+    if (read != kept.scores)
+      reinterpret_cast<float4*>(kept.scores)[2 * vec8] = a, reinterpret_cast<float4*>(kept.scores)[2 * vec8 + 1] = b;
+    const float eight[VEC8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    u32 in[VEC8];
 #pragma unroll
-    for (int i = 0; i < OCTET; i++) {
+    for (int i = 0; i < VEC8; i++) {
       const bool competes = u32(page0 + i - first) < u32(competing);
       in[i] = competes ? bins.of(eight[i]) : NONE;
       if (competes && with_stats) atomicAdd(&sh.histogram[in[i] - 1], 1u);
     }
-    kept.bins[octet] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
+    kept.bins[vec8] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
   }
   __syncthreads();
   if (!with_stats) {

@@ -13,14 +13,14 @@ pub enum Attribute<'a> {
 }
 
 /// An operator of the host, bound to the execution provider of the kernel that created it.
-pub struct Standalone(*mut ort_sys::OrtOp);
+pub struct InvokedOp(*mut ort_sys::OrtOp);
 
 // SAFETY: ORT's kernels are stateless between calls and are run from many threads by ORT itself.
-unsafe impl Send for Standalone {}
+unsafe impl Send for InvokedOp {}
 // SAFETY: as above.
-unsafe impl Sync for Standalone {}
+unsafe impl Sync for InvokedOp {}
 
-impl Standalone {
+impl InvokedOp {
     /// Counts of inputs and outputs are fixed here; trailing optional inputs are passed as `None` to [`Self::invoke`].
     pub fn new(
         info: &Info,
@@ -32,7 +32,7 @@ impl Standalone {
         outputs: c_int,
     ) -> Result<Self> {
         use ort_sys::OrtOpAttrType::{ORT_OP_ATTR_FLOAT, ORT_OP_ATTR_INT};
-        let mut made = Attributes(Vec::new());
+        let mut made = OwnedAttributes(Vec::new());
         for a in attributes {
             let mut p = ptr::null_mut();
             match a {
@@ -95,16 +95,16 @@ impl Standalone {
     }
 }
 
-impl Drop for Standalone {
+impl Drop for InvokedOp {
     fn drop(&mut self) {
         // SAFETY: the operator came from CreateOp and is released once.
         unsafe { ((*api()).ReleaseOp)(self.0) }
     }
 }
 
-struct Attributes(Vec<*const ort_sys::OrtOpAttr>);
+struct OwnedAttributes(Vec<*const ort_sys::OrtOpAttr>);
 
-impl Drop for Attributes {
+impl Drop for OwnedAttributes {
     fn drop(&mut self) {
         for a in &self.0 {
             // SAFETY: each came from CreateOpAttr and is released once; CreateOp copied it.

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::ptr;
 
 use ort_sys::OrtValue;
+use smallvec::SmallVec;
 
 use super::api::{api, ort};
 use super::{DataType, Error, Result};
@@ -40,11 +41,12 @@ fn element_bytes(data_type: DataType) -> Result<usize> {
 }
 
 impl Tensor {
-    pub fn shape(&self) -> Result<Vec<i64>> {
+    /// Its sizes.
+    pub fn shape(&self) -> Result<SmallVec<[i64; 6]>> {
         self.with_info(|info| {
             let mut rank = 0;
             ort!(GetDimensionsCount(info, &mut rank))?;
-            let mut dims = vec![0; rank];
+            let mut dims = SmallVec::from_elem(0, rank);
             ort!(GetDimensions(info, dims.as_mut_ptr(), rank))?;
             Ok(dims)
         })
@@ -215,40 +217,39 @@ impl Elements {
 /// A tensor over memory of ours, for operators that we invoke ourselves.
 pub struct OwnedScalar {
     value: Tensor,
-    // The tensor points into this box.
-    _data: Box<i32>,
+    /// From `Box::into_raw`: the tensor points to it, and so it stays a raw pointer until it is freed.
+    data: *mut i32,
 }
 
 impl OwnedScalar {
     /// An int32 scalar of shape `[1]` on the CPU.
     pub fn new(v: i32) -> Result<Self> {
-        let mut data = Box::new(v);
         let mut memory = ptr::null_mut();
         ort!(CreateCpuMemoryInfo(
             ort_sys::OrtAllocatorType::OrtArenaAllocator,
             ort_sys::OrtMemType::OrtMemTypeDefault,
             &mut memory
         ))?;
-        let mut value = ptr::null_mut();
+        let mut scalar = Self {
+            value: Tensor(ptr::null_mut()),
+            data: Box::into_raw(Box::new(v)),
+        };
         let shape = [1i64];
         let made = ort!(CreateTensorWithDataAsOrtValue(
             memory,
-            (&raw mut *data).cast(),
+            scalar.data.cast(),
             size_of::<i32>(),
             shape.as_ptr(),
             shape.len(),
             i32::DATA_TYPE,
-            &mut value
+            &mut scalar.value.0
         ));
         // SAFETY: the memory info came from CreateCpuMemoryInfo and is released once; the value keeps a copy.
         unsafe { ((*api()).ReleaseMemoryInfo)(memory) };
-        made?;
-        Ok(Self {
-            value: Tensor(value),
-            _data: data,
-        })
+        made.map(|()| scalar)
     }
 
+    /// The tensor, while this lives.
     pub fn tensor(&self) -> Tensor {
         self.value
     }
@@ -256,7 +257,13 @@ impl OwnedScalar {
 
 impl Drop for OwnedScalar {
     fn drop(&mut self) {
-        // SAFETY: the value came from CreateTensorWithDataAsOrtValue and is released once.
-        unsafe { ((*api()).ReleaseValue)(self.value.0) }
+        // SAFETY: the value, if there is one, came from CreateTensorWithDataAsOrtValue and is released once, before the
+        // memory that it points to, which came from Box::into_raw.
+        unsafe {
+            if !self.value.0.is_null() {
+                ((*api()).ReleaseValue)(self.value.0);
+            }
+            drop(Box::from_raw(self.data));
+        }
     }
 }

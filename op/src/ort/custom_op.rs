@@ -1,8 +1,11 @@
 //! A custom operator as ORT sees it: the table of callbacks, made once per operator type.
 
+use std::any::TypeId;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use ort_sys::{OrtCustomOp, OrtCustomOpInputOutputCharacteristic, OrtMemType, OrtStatusPtr};
 
@@ -177,10 +180,10 @@ unsafe extern "system" fn no_alias(inputs: *mut *mut c_int, outputs: *mut *mut c
 }
 unsafe extern "system" fn release_no_alias(_: *mut c_int, _: *mut c_int) {}
 
-/// The callback table of `O`. It lives for the rest of the process, like the sessions that may keep it.
-fn table<O: Operator>() -> *const OrtCustomOp {
+/// The callback table of `O`.
+fn table<O: Operator>() -> OrtCustomOp {
     let infers = api_version() >= SAFE_INFERENCE_API || O::INPUTS.iter().all(|p| !p.optional);
-    Box::leak(Box::new(OrtCustomOp {
+    OrtCustomOp {
         // ORT rejects an operator that is newer than itself.
         version: api_version(),
         CreateKernel: None,
@@ -208,7 +211,25 @@ fn table<O: Operator>() -> *const OrtCustomOp {
         ReleaseMayInplace: Some(release_in_place::<O>),
         GetAliasMap: Some(no_alias),
         ReleaseAliasMap: Some(release_no_alias),
-    }))
+    }
+}
+
+/// A table that lives for the rest of the process, like the sessions that may keep it.
+struct Shareable(OrtCustomOp);
+
+// SAFETY: functions and numbers, which nobody writes after they are made.
+unsafe impl Send for Shareable {}
+// SAFETY: as above.
+unsafe impl Sync for Shareable {}
+
+/// The table of `O`: made once a process.
+fn table_of<O: Operator>() -> *const OrtCustomOp {
+    static TABLES: Mutex<BTreeMap<TypeId, &'static Shareable>> = Mutex::new(BTreeMap::new());
+    let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+    let made = tables
+        .entry(TypeId::of::<O>())
+        .or_insert_with(|| Box::leak(Box::new(Shareable(table::<O>()))));
+    &raw const made.0
 }
 
 /// Collects operators of one domain and adds them to a session's options.
@@ -216,7 +237,7 @@ pub struct Registry(Vec<*const OrtCustomOp>);
 
 impl Registry {
     pub fn operator<O: Operator>(mut self) -> Self {
-        self.0.push(table::<O>());
+        self.0.push(table_of::<O>());
         self
     }
 }
@@ -240,4 +261,36 @@ pub unsafe fn register(
         ort!(CustomOpDomain_Add(made, op))?;
     }
     ort!(AddCustomOpDomain(options, made))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Plain;
+    use super::*;
+
+    struct Nothing<const N: usize>;
+
+    impl<const N: usize> Operator for Nothing<N> {
+        const NAME: &'static CStr = c"Nothing";
+        const INPUTS: &'static [Port] = &[Port::required(f32::DATA_TYPE)];
+        const OUTPUTS: &'static [Port] = &[Port::required(f32::DATA_TYPE)];
+        const IN_PLACE: &'static [(usize, usize)] = &[];
+        type Kernel = ();
+
+        fn create(_: &Info) -> Result<()> {
+            Ok(())
+        }
+        fn compute((): &(), _: &Context) -> Result<()> {
+            Ok(())
+        }
+        fn infer(_: &ShapeContext) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_table_is_made_once_for_an_operator() {
+        assert_eq!(table_of::<Nothing<1>>(), table_of::<Nothing<1>>());
+        assert_ne!(table_of::<Nothing<1>>(), table_of::<Nothing<2>>());
+    }
 }

@@ -1,4 +1,10 @@
-//! Link flags, and the CUDA kernels' machine code where nvcc is found.
+//! Link flags, the kernels' header params.cuh, and their machine code where nvcc is found.
+
+/// What both sides must agree on; this file compiles it to write the kernels' half.
+#[path = "../src/cuda/abi.rs"]
+#[allow(dead_code, reason = "the plugin uses the rest")]
+mod abi;
+mod params;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,7 +15,8 @@ const KERNELS: &str = "src/cuda/kernels";
 const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];
 
 fn main() {
-    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
+    println!("cargo:rerun-if-changed=src/cuda/abi.rs");
     // ORT unloads a plugin after its last session. Code that a thread pool or a late destructor may still reach, and the
     // operator tables that we hand out for good, must outlive that.
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
@@ -21,10 +28,13 @@ fn main() {
     println!("cargo:rerun-if-env-changed=RETRO_CUDA_ARCH");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rustc-check-cfg=cfg(retro_fatbin)");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    write(&out.join("params.cuh"), &params::header());
+    write(&out.join("selectors.cuh"), &params::selectors());
+    write(&out.join("selectors.rs"), &params::selector_sources());
     match nvcc() {
         Some(nvcc) => {
-            let target = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("retro.fatbin");
-            compile(&nvcc, &target);
+            compile(&nvcc, &out);
             println!("cargo:rustc-cfg=retro_fatbin");
         }
         None => println!(
@@ -32,6 +42,10 @@ fn main() {
              docs/cuda.md)"
         ),
     }
+}
+
+fn write(path: &Path, text: &str) {
+    fs::write(path, text).unwrap_or_else(|e| panic!("{} cannot be written: {e}", path.display()));
 }
 
 /// `$RETRO_NVCC` ("" means none), the one on the path, `$CUDA_HOME`'s, the usual place, or one fetched into .cache/cuda.
@@ -56,10 +70,14 @@ fn nvcc() -> Option<PathBuf> {
     all.find(|p| p.is_file())
 }
 
-fn compile(nvcc: &Path, target: &Path) {
+/// Compiles the kernels into `out`, which has params.cuh.
+fn compile(nvcc: &Path, out: &Path) {
+    let target = &out.join("retro.fatbin");
     let mut command = Command::new(nvcc);
     command
-        .args(["-fatbin", "-O3", "-std=c++17", "--threads", "0", "-o"])
+        .args(["-fatbin", "-O3", "-std=c++17", "--threads", "0", "-I", KERNELS, "-I"])
+        .arg(out)
+        .arg("-o")
         .arg(target);
     // For developers, who build often for one device.
     if let Some(only) = env::var_os("RETRO_CUDA_ARCH").and_then(|a| a.into_string().ok()) {

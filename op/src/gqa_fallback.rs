@@ -6,23 +6,23 @@
 use retro_contract::input;
 
 use crate::contract::Attributes;
-use crate::host::{Attribute, Context, DataType, Info, Result, Standalone, Tensor, host_version};
-use crate::ports::Operands;
+use crate::io_spec::Operands;
+use crate::ort::{Attribute, Context, DataType, Info, InvokedOp, Result, Tensor, host_version};
 
 /// The first version of ONNX Runtime (1.x) whose GroupQueryAttention has the sliding window that our contract asks for. Before, its
 /// prefill attends to one token more.
 const RIGHT_WINDOWS: u32 = 24;
 
 /// The host's GroupQueryAttention with a node's attributes.
-pub struct Delegate {
-    operator: Standalone,
+pub struct GqaFallback {
+    operator: InvokedOp,
     do_rotary: bool,
 }
 
 /// Inputs of GroupQueryAttention that we declare, up to sin_cache.
 const INPUTS: usize = 9;
 
-impl Delegate {
+impl GqaFallback {
     /// Creates the operator for element type `data_type`; `None` where the host's computes something else, and, with a line in the
     /// host's log, where the host has none for it.
     pub fn new(info: &Info, attributes: &Attributes, data_type: DataType) -> Result<Option<Self>> {
@@ -30,7 +30,7 @@ impl Delegate {
             return Ok(None);
         }
         match Self::create(info, attributes, data_type) {
-            Ok(delegate) => Ok(Some(delegate)),
+            Ok(fallback) => Ok(Some(fallback)),
             Err(e) => {
                 let node = info.node_name()?;
                 info.warn(&format!(
@@ -54,7 +54,7 @@ impl Delegate {
             Attribute::Int(c"local_window_size", window),
         ];
         let create = |types: &[(&std::ffi::CStr, DataType)]| {
-            Standalone::new(
+            InvokedOp::new(
                 info,
                 c"com.microsoft",
                 c"GroupQueryAttention",

@@ -2,100 +2,54 @@
 
 use std::ffi::c_void;
 
-use retro_contract::{GroupScore, Mode, Selector, budget_pages, pages_for};
+use retro_contract::{GroupScore, Mode, budget_pages, pages_for};
 
-use super::launch::{Kernel, Order, Stream};
-use super::params::Params;
+use super::abi::{
+    ATTEND_TILE, BLOCK_RESERVED, CallPhase, F32_WARPS, GroupScoring, MAX_SPLITS, MERGE_WARPS, PAGES_WARPS, Params,
+    ReadMode, SCORE_PAGES, SCORE_VARIABLES, SCORE_WARPS, kept_floats, queries_bytes, scored_page_count, stored_heads,
+    touched_floats, touched_page_count,
+};
+use super::kernel_set::{Attend, Kernels};
+use super::launch::{LaunchMode, Stream};
 use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
-use crate::host::Result;
+use crate::ort::Result;
 
-/// Pages that a warp scores at once, and warps of a scoring block.
-const SCORE_PAGES: usize = 8;
-const SCORE_WARPS: usize = 8;
-/// Times that a warp does so with multiprocessors that divide their memory in favour of shared memory.
+/// Tiles of pages that a warp scores with the 100 % shared-memory carveout at most; beyond it scoring needs the L1 cache.
 const TILES_IN_L1: usize = 2;
-/// Warps of the attention kernel; each takes tiles of 16 tokens.
-const ATTEND_WARPS: usize = 4;
-/// Tokens of one tile.
-const TILE: usize = 16;
 /// One of so many multiprocessors may be kept for the selection kernel.
 const SELECT_SHARE: usize = 8;
-/// Splits that the merge kernel takes.
-const MAX_SPLITS: usize = 256;
-/// Warps, with a page each, of a block that summarises a prompt's pages.
-const PAGES_WARPS: usize = 4;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
-/// Of which these stay free for variables.
-const SHARED_VARIABLES: usize = 8 * 1024;
-/// That a block takes beside what it asks for, in bytes.
-const SHARED_OF_BLOCK: usize = 1024;
-/// Rows (tokens) that a block of the merge kernel ends at once.
-const MERGE_ROWS: usize = 8;
-
-/// A scoring kernel.
-#[derive(Clone, Copy)]
-pub struct Score {
-    pub kernel: Kernel,
-    pub blocks_a_sm: usize,
-}
-
-/// The attention kernel for blocks of so many rows.
-#[derive(Clone, Copy)]
-pub struct Attend {
-    pub kernel: Kernel,
-    /// Query rows (token and head) of a block.
-    pub rows: usize,
-    /// Bytes of shared memory.
-    pub shared: usize,
-    /// Bytes that it may be launched with.
-    pub most_shared: usize,
-    pub blocks_a_sm: usize,
-    /// Of its pipeline.
-    pub stages: i32,
-}
-
-/// The selection kernels.
-pub struct Select {
-    /// For every case.
-    pub any: Kernel,
-    /// For a group score, with statistics of the scoring blocks and shared memory for all pages.
-    pub max: Kernel,
-    pub softmax: Kernel,
-    /// Bytes of shared memory that they may be launched with.
-    pub shared: usize,
-}
-
-/// The kernels for one element type and head size.
-pub struct Kernels {
-    /// For the selector bounds, and for those that need squares.
-    pub score: [Score; 2],
-    pub select: Select,
-    pub merge: Kernel,
-    pub append: Kernel,
-    pub pages: Kernel,
-    pub clear: Kernel,
-    /// In ascending order of `rows`.
-    pub attend: Vec<Attend>,
-    /// float16 or bfloat16.
-    pub half: bool,
-    /// Bytes of an element.
-    pub element: usize,
-    /// Head size that the kernels are unrolled for: D rounded up.
-    pub padded: usize,
-}
 
 /// What a call has beside its parameters.
-pub struct Call<'a> {
+pub struct LaunchPlan<'a> {
     pub stream: Stream,
     pub kernels: &'a Kernels,
     pub multiprocessors: usize,
     /// Bytes of shared memory of each.
-    pub shared_a_sm: usize,
+    pub shared_per_sm: usize,
     pub attributes: &'a Attributes,
     pub dims: &'a Dims,
     pub has_page_budget: bool,
+}
+
+/// How wide the kernels of a decoding step are.
+struct Step<'a> {
+    /// Rows (token and head) that attend.
+    rows: usize,
+    /// Whether some length needs a choice of pages.
+    scored: bool,
+    /// Pages that the fed rows may lie in.
+    touched: usize,
+    /// Blocks that score a KV head's other pages.
+    score_blocks: usize,
+    /// Statistics of scoring blocks that the selection reads, per KV head; 0: there are none.
+    parts: usize,
+    attend: &'a Attend,
+    row_blocks: usize,
+    splits: usize,
+    launch_mode: LaunchMode,
 }
 
 /// Offsets of a scratch buffer that is asked for once.
@@ -110,11 +64,11 @@ impl Layout {
     }
 }
 
-fn at(base: *mut c_void, offset: usize) -> *mut c_void {
+fn at<T>(base: *mut c_void, offset: usize) -> *mut T {
     base.cast::<u8>().wrapping_add(offset).cast()
 }
 
-impl Call<'_> {
+impl LaunchPlan<'_> {
     /// Pairs of a sequence and a KV head.
     fn pairs(&self) -> usize {
         self.dims.batch * self.attributes.kv_heads
@@ -143,7 +97,7 @@ impl Call<'_> {
     /// Shared memory for the keys of a page that is summarised, in bytes.
     fn page_copy(&self) -> usize {
         let bytes = self.page_keys();
-        let beside = self.appending() + SHARED_VARIABLES;
+        let beside = self.appending() + SCORE_VARIABLES;
         if bytes + beside <= SHARED_UNASKED { bytes } else { 0 }
     }
 
@@ -154,7 +108,7 @@ impl Call<'_> {
 
     /// Shared memory of a block that appends and scores a page, beside the page's keys: prepared queries and the summary, in bytes.
     fn appending(&self) -> usize {
-        (self.group() * 2 * self.kernels.padded + 2 * self.dims.head_size) * 4
+        4 * touched_floats(self.group(), self.kernels.padded, self.dims.head_size)
     }
 
     /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens, in `reserved` blocks fewer than
@@ -165,157 +119,161 @@ impl Call<'_> {
         let attend = attend.unwrap_or_else(|| unreachable!("every element type has an attention kernel"));
         let blocks = rows.div_ceil(attend.rows);
         // One wave.
-        let wanted = (attend.blocks_a_sm * self.multiprocessors - reserved) / (self.pairs() * blocks);
-        let most = tokens.div_ceil(TILE * ATTEND_WARPS).min(MAX_SPLITS);
+        let wanted = (attend.blocks_per_sm * self.multiprocessors - reserved) / (self.pairs() * blocks);
+        let most = tokens.div_ceil(ATTEND_TILE * F32_WARPS).min(MAX_SPLITS);
         (attend, blocks, wanted.min(most).max(1))
     }
 
     /// Shared memory of the attention's blocks: more than they need where all of them are on the device at once, so that none gets
     /// more of them than another multiprocessor.
     fn spread(&self, attend: &Attend, grid: usize) -> usize {
-        let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_a_sm);
+        let blocks = grid.div_ceil(self.multiprocessors).min(attend.blocks_per_sm);
         attend
             .shared
-            .max(self.shared_a_sm / (blocks + 1) + 1 - SHARED_OF_BLOCK)
-            .min(attend.most_shared)
+            .max(self.shared_per_sm / (blocks + 1) + 1 - BLOCK_RESERVED)
+            .min(attend.max_shared)
     }
 
     /// A decoding step: three or four launches, each started while the one before drains.
     pub fn decode(&self, params: &mut Params, buffer: &mut Buffer) -> Result<()> {
-        let (a, d) = (self.attributes, self.dims.head_size);
-        let (total, tokens, group) = (params.total as usize, self.dims.tokens, self.group());
-        let (pairs, max_pages) = (self.pairs(), params.max_pages as usize);
-        let rows = tokens * group;
+        let step = self.step(params);
+        let kept = self.place_step(&step, params, buffer)?;
+        self.launch_step(&step, kept, params)?;
+        buffer.settle();
+        Ok(())
+    }
+
+    /// How wide a step's kernels are.
+    fn step(&self, params: &Params) -> Step<'_> {
+        let a = self.attributes;
+        let (total, max_pages) = (params.total as usize, params.max_pages as usize);
+        let (pairs, rows) = (self.pairs(), self.dims.tokens * self.group());
         let listed = self.most_pages(total, max_pages);
         let scored = a.mode == Mode::Retro && !self.takes_everything(max_pages);
-        // The blocks that choose pages are on the device while the others score and while those that attend arrive, where they are
-        // few and kernels overlap.
+        // The blocks that choose pages are on the device while the others score and while those that attend arrive, where
+        // they are few and kernels overlap.
         let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
         let reserved = if scored && few { pairs } else { 0 };
-        let (attend, blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
-
-        let score = &self.kernels.score[usize::from(a.selector != Selector::Bounds)];
-        // Pages that the fed rows may lie in.
-        let touched = (tokens + a.page_size - 2) / a.page_size + 1;
-        let heads_scored = if a.group_score == GroupScore::Softmax { group } else { 1 };
+        let (attend, row_blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
+        let touched = touched_page_count(self.dims.tokens, a.page_size.trailing_zeros() as usize);
         let score_blocks = if scored {
-            // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others take their place.
+            // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others
+            // take their place.
             let appending = if few { touched } else { 1 };
-            let wanted = ((score.blocks_a_sm * self.multiprocessors - reserved) / pairs).saturating_sub(appending);
+            let on_device = self.kernels.score.blocks_per_sm * self.multiprocessors;
+            let wanted = ((on_device - reserved) / pairs).saturating_sub(appending);
             wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
         } else {
             0
         };
         // Where a warp scores more pages than that, what is on its way to it needs the L1 cache.
         let short = max_pages <= score_blocks * SCORE_PAGES * SCORE_WARPS * TILES_IN_L1;
-        let order = if few && (short || !scored) {
-            Order::Gathered
-        } else {
-            Order::Chained
-        };
-        let parts = if scored && self.kernels.half {
-            score_blocks + touched
-        } else {
-            0
-        };
-        params.score_blocks = score_blocks as i32;
-        let score_warps = (score_blocks * SCORE_WARPS).max(1);
+        let parts = score_blocks + touched;
+        Step {
+            rows,
+            scored,
+            touched,
+            score_blocks,
+            parts: if scored && self.kernels.half { parts } else { 0 },
+            attend,
+            row_blocks,
+            splits,
+            launch_mode: if few && (short || !scored) {
+                LaunchMode::PdlMaxShared
+            } else {
+                LaunchMode::Pdl
+            },
+        }
+    }
+
+    /// Sets a step's parameters and gives it scratch memory. Returns the selecting block's bytes of shared memory for its
+    /// pages; `None` where they have memory on the device.
+    fn place_step(&self, step: &Step<'_>, params: &mut Params, buffer: &mut Buffer) -> Result<Option<usize>> {
+        let (d, group, pairs) = (self.dims.head_size, self.group(), self.pairs());
+        let max_pages = params.max_pages as usize;
+        let softmax = self.attributes.group_score == GroupScore::Softmax;
+        params.score_blocks = step.score_blocks as i32;
+        let score_warps = (step.score_blocks * SCORE_WARPS).max(1);
         params.warp_pages = (max_pages / score_warps) as i32;
         params.more_pages = (max_pages % score_warps) as i32;
-        params.score_parts = parts as i32;
+        params.score_parts = step.parts as i32;
+
         let mut layout = Layout::default();
-        let score_stats = layout.take(pairs * parts * heads_scored * 16);
-        let scores_a_page = if a.group_score == GroupScore::Softmax {
-            group.next_multiple_of(4)
-        } else {
-            1
-        };
-        let scores = layout.take(if scored {
-            pairs * max_pages.next_multiple_of(8) * scores_a_page * 4
-        } else {
-            0
-        });
+        let score_stats = layout.take(pairs * step.parts * if softmax { group } else { 1 } * 16);
+        let scores_a_page = if softmax { stored_heads(group) } else { 1 };
+        let score_bytes = pairs * scored_page_count(max_pages) * scores_a_page * 4;
+        let scores = layout.take(if step.scored { score_bytes } else { 0 });
         // Candidates may begin within eight pages.
         let keys = max_pages.next_multiple_of(8) + 8;
-        // A score and a bin of each.
-        let kept = keys * (4 + 2);
+        let kept = 4 * kept_floats(keys);
         let in_shared = kept <= self.kernels.select.shared;
-        let outside = scored && !in_shared;
+        let outside = step.scored && !in_shared;
         let kept_outside = layout.take(if outside { pairs * kept } else { 0 });
-        let outputs = layout.take(pairs * splits * rows * d * 4);
-        let stats = layout.take(pairs * splits * rows * 8);
+        let outputs = layout.take(pairs * step.splits * step.rows * d * 4);
+        let stats = layout.take(pairs * step.splits * step.rows * 8);
         let scratch = buffer.get(layout.0, self.stream)?;
         if outside {
             params.kept = at(scratch, kept_outside);
         }
         params.keys = keys as i32;
         let flags = buffer.flags(pairs + pairs * max_pages, self.stream)?;
-        params.progress = flags;
+        params.progress = flags.cast();
         params.pages = at(flags, pairs * 4);
         params.scores = at(scratch, scores);
         params.score_stats = at(scratch, score_stats);
         params.part_outputs = at(scratch, outputs);
         params.part_stats = at(scratch, stats);
-        params.splits = splits as i32;
-        params.rows = rows as i32;
-        params.stages = attend.stages;
+        params.splits = step.splits as i32;
+        params.rows = step.rows as i32;
+        params.stages = step.attend.stages;
+        params.copies_page = i32::from(self.page_copy() > 0);
+        Ok(in_shared.then_some(kept))
+    }
 
-        let page_copy = self.page_copy();
-        params.copies_page = i32::from(page_copy > 0);
-        // What the blocks that append need; or the queries of the blocks that score (score.cuh).
-        let shared = (self.appending() + page_copy).max(3 * 16 * (self.kernels.padded + 32) * 2);
-        let (batch, kv_heads) = (self.dims.batch, a.kv_heads);
-        let k = self.kernels;
-        self.stream.launch(
-            &score.kernel,
-            [score_blocks + touched, kv_heads, batch],
-            shared,
-            order,
-            params,
-        )?;
-        if scored {
-            let grid = [kv_heads, batch, 1];
+    fn launch_step(&self, step: &Step<'_>, kept: Option<usize>, params: &Params) -> Result<()> {
+        let (a, k, mode) = (self.attributes, self.kernels, step.launch_mode);
+        let (batch, kv_heads, pairs) = (self.dims.batch, a.kv_heads, self.pairs());
+        // What the blocks that append need; or the queries of the blocks that score (page_vectors.cuh).
+        let shared = (self.appending() + self.page_copy()).max(queries_bytes(k.padded));
+        let grid = [step.score_blocks + step.touched, kv_heads, batch];
+        self.stream.launch(&k.score.kernel, grid, shared, mode, params)?;
+        if step.scored {
             let select = match a.group_score {
-                _ if !in_shared || parts == 0 => &k.select.any,
+                _ if kept.is_none() || step.parts == 0 => &k.select.any,
                 GroupScore::Max => &k.select.max,
                 GroupScore::Softmax => &k.select.softmax,
             };
-            self.stream
-                .launch(select, grid, if in_shared { kept } else { 0 }, order, params)?;
+            let grid = [kv_heads, batch, 1];
+            self.stream.launch(select, grid, kept.unwrap_or(0), mode, params)?;
         }
-        self.stream.launch(
-            &attend.kernel,
-            [blocks, splits, pairs],
-            self.spread(attend, blocks * splits * pairs),
-            order,
-            params,
-        )?;
-        self.stream.launch(
-            &k.merge,
-            [a.heads + kv_heads, batch, (tokens - 1).max(1)],
-            0,
-            order,
-            params,
-        )?;
-        buffer.settle();
-        Ok(())
+        let grid = [step.row_blocks, step.splits, pairs];
+        let shared = self.spread(step.attend, grid.iter().product());
+        self.stream.launch(&step.attend.kernel, grid, shared, mode, params)?;
+        let grid = [a.heads + kv_heads, batch, (self.dims.tokens - 1).max(1)];
+        self.stream.launch(&k.merge, grid, 0, mode, params)
     }
 
     /// What must be so before the host's own operator does a prefill.
-    pub fn before_delegate(&self, params: &Params) -> Result<()> {
+    pub fn before_fallback(&self, params: &Params) -> Result<()> {
         let grid = [1, self.attributes.kv_heads, self.dims.batch];
-        self.stream.launch(&self.kernels.clear, grid, 0, Order::Chained, params)
+        self.stream
+            .launch(&self.kernels.clear, grid, 0, LaunchMode::Pdl, params)
     }
 
-    /// What a prefill writes beside what the host's own operator wrote, if that ran (`delegated`).
-    pub fn prefill(&self, params: &mut Params, buffer: &mut Buffer, delegated: bool) -> Result<()> {
+    /// What a prefill writes beside what the host's own operator wrote, if that ran (`by_fallback`).
+    pub fn prefill(&self, params: &mut Params, buffer: &mut Buffer, by_fallback: bool) -> Result<()> {
         let (a, d, k) = (self.attributes, self.dims.head_size, self.kernels);
         let (total, batch, kv_heads) = (params.total as usize, self.dims.batch, a.kv_heads);
-        if !delegated {
-            self.stream
-                .launch(&k.append, [self.dims.tokens, kv_heads, batch], 0, Order::Alone, params)?;
+        if !by_fallback {
+            self.stream.launch(
+                &k.append,
+                [self.dims.tokens, kv_heads, batch],
+                0,
+                LaunchMode::Plain,
+                params,
+            )?;
         }
-        let tokens = if delegated {
+        let tokens = if by_fallback {
             self.dims.tokens.min(a.window - 1)
         } else {
             self.dims.tokens
@@ -327,10 +285,10 @@ impl Call<'_> {
         if tokens == 0 {
             return self
                 .stream
-                .launch(&k.pages, pages, page_copies, Order::Gathered, params);
+                .launch(&k.pages, pages, page_copies, LaunchMode::PdlMaxShared, params);
         }
-        params.last_tokens = if delegated { tokens as i32 } else { 0 };
-        params.write_output = i32::from(!delegated);
+        params.last_tokens = if by_fallback { tokens as i32 } else { 0 };
+        params.write_output = i32::from(!by_fallback);
         let rows = tokens * self.group();
         let (attend, blocks, splits) = self.attention(rows, total, 0);
         params.rows = rows as i32;
@@ -348,16 +306,20 @@ impl Call<'_> {
             &attend.kernel,
             [blocks, splits, self.pairs()],
             attend.shared,
-            Order::Gathered,
+            LaunchMode::PdlMaxShared,
             params,
         )?;
         // Beside the attention, which leaves room for it.
         self.stream
-            .launch(&k.pages, pages, page_copies, Order::Gathered, params)?;
+            .launch(&k.pages, pages, page_copies, LaunchMode::PdlMaxShared, params)?;
         // A block a row where only the last rows are asked for (merge.cuh).
-        let chunks = if delegated { tokens } else { tokens.div_ceil(MERGE_ROWS) };
+        let chunks = if by_fallback {
+            tokens
+        } else {
+            tokens.div_ceil(MERGE_WARPS)
+        };
         self.stream
-            .launch(&k.merge, [a.heads, batch, chunks], 0, Order::Chained, params)
+            .launch(&k.merge, [a.heads, batch, chunks], 0, LaunchMode::Pdl, params)
     }
 }
 
@@ -366,30 +328,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
     let a = attributes;
     let kv_width = a.kv_heads * dims.head_size;
     let width = a.heads * dims.head_size;
-    let null = std::ptr::null_mut();
     Params {
-        query: null,
-        key: null,
-        value: null,
-        seqlens_k: null,
-        page_budget: null,
-        cos: null,
-        sin: null,
-        head_sink: null,
-        key_cache: null,
-        value_cache: null,
-        summary: null,
-        page_steps: null,
-        cached_outputs: null,
-        cached_lse: null,
-        output: null,
-        scores: null,
-        score_stats: null,
-        pages: null,
-        kept: null,
-        progress: null,
-        part_outputs: null,
-        part_stats: null,
         budget_ratio: a.budget_ratio,
         query_stride: if dims.packed { width + 2 * kv_width } else { width } as i64,
         kv_stride: if dims.packed { width + 2 * kv_width } else { kv_width } as i64,
@@ -406,41 +345,25 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         rotary_half: dims.rotary_half as i32,
         rotary_rows: dims.rotary_rows as i32,
         rotary_interleaved: i32::from(a.rotary_interleaved),
-        budget_stride: 0,
         budget_min_pages: a.budget_min_pages as i32,
         sink_pages: a.sink_pages as i32,
         local_window: a.local_window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX)),
         phase: match phase {
-            Phase::Decode => 0,
-            Phase::Prefill => 1,
-        },
-        selector: match a.selector {
-            Selector::Bounds => 0,
-            Selector::Moments => 1,
-            Selector::SignedMoments => 2,
+            Phase::Decode => CallPhase::Decode,
+            Phase::Prefill => CallPhase::Prefill,
         },
         group_score: match a.group_score {
-            GroupScore::Max => 0,
-            GroupScore::Softmax => 1,
+            GroupScore::Max => GroupScoring::Max,
+            GroupScore::Softmax => GroupScoring::Softmax,
         },
         mode: match a.mode {
-            Mode::Retro => 0,
-            Mode::Dense => 1,
-            Mode::Streaming => 2,
+            Mode::Retro => ReadMode::Retro,
+            Mode::Dense => ReadMode::Dense,
+            Mode::Streaming => ReadMode::Streaming,
         },
         total: total as i32,
         max_pages: pages_for(total, a.page_size) as i32,
         splits: 1,
-        rows: 0,
-        score_parts: 0,
-        copies_page: 0,
-        keys: 0,
-        score_blocks: 0,
-        warp_pages: 0,
-        more_pages: 0,
-        octets: 0,
-        last_tokens: 0,
-        stages: 0,
         write_output: 1,
         window: a.window as i32,
         scale: a.scale.unwrap_or(1.0 / (dims.head_size as f32).sqrt()),
@@ -449,7 +372,6 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         correlation: a.selector_correlation,
         // Exact below 2^28 rows. A group of one is not divided by.
         group_inverse: (u32::MAX / (a.heads / a.kv_heads) as u32).wrapping_add(1),
-        ragged: 0,
-        retro: [0; super::params::MAX_RAGGED],
+        ..Params::default()
     }
 }

@@ -4,11 +4,11 @@
 #[cfg(not(retro_fatbin))]
 use std::ffi::{CStr, CString};
 
-use crate::host::Result;
+use crate::ort::Result;
 
 /// Machine code for sm_80, 86, 89 and 90, and PTX for what comes after.
 #[cfg(retro_fatbin)]
-pub fn image(_capability: (i32, i32)) -> Result<Vec<u8>> {
+pub fn code(_capability: (i32, i32)) -> Result<Vec<u8>> {
     Ok(include_bytes!(concat!(env!("OUT_DIR"), "/retro.fatbin")).to_vec())
 }
 
@@ -22,28 +22,36 @@ const SOURCE: &CStr = {
 
 #[cfg(not(retro_fatbin))]
 macro_rules! headers {
-    ($($name:literal),+) => {
-        [$(($name, include_str!(concat!("kernels/", $name)))),+]
+    (from $folder:expr, $($name:literal),+) => {
+        &[$(($name, include_str!(concat!($folder, $name)))),+]
     };
 }
 
+/// What the kernels include, by the names that they include it by.
 #[cfg(not(retro_fatbin))]
-const HEADERS: [(&str, &str); 9] = headers!(
-    "common.cuh",
-    "mma.cuh",
-    "summary.cuh",
-    "score.cuh",
-    "select.cuh",
-    "finish.cuh",
-    "attend.cuh",
-    "merge.cuh",
-    "prefill.cuh"
-);
+const HEADERS: [&[(&str, &str)]; 3] = [
+    headers!(
+        from "kernels/",
+        "common.cuh",
+        "mma.cuh",
+        "page_rows.cuh",
+        "scores.cuh",
+        "page_vectors.cuh",
+        "score.cuh",
+        "select.cuh",
+        "finish.cuh",
+        "attend.cuh",
+        "merge.cuh",
+        "prefill.cuh"
+    ),
+    headers!(from concat!(env!("OUT_DIR"), "/"), "params.cuh", "selectors.cuh"),
+    include!(concat!(env!("OUT_DIR"), "/selectors.rs")),
+];
 
 /// Compiles the kernels for a device of compute capability `major.minor`.
 #[cfg(not(retro_fatbin))]
-pub fn image((major, minor): (i32, i32)) -> Result<Vec<u8>> {
-    use crate::host::Error;
+pub fn code((major, minor): (i32, i32)) -> Result<Vec<u8>> {
+    use crate::ort::Error;
     use cudarc::nvrtc::sys::{
         is_culib_present, nvrtcCompileProgram, nvrtcCreateProgram, nvrtcDestroyProgram, nvrtcGetCUBIN,
         nvrtcGetCUBINSize, nvrtcGetProgramLog, nvrtcGetProgramLogSize, nvrtcProgram, nvrtcResult,
@@ -62,7 +70,8 @@ pub fn image((major, minor): (i32, i32)) -> Result<Vec<u8>> {
         e => Err(Error::runtime(format!("{what} failed: {e:?}"))),
     };
     let texts: Vec<CString> = HEADERS
-        .iter()
+        .into_iter()
+        .flatten()
         .flat_map(|(name, text)| [*text, *name])
         .map(|s| CString::new(s).map_err(|_| Error::runtime("the kernels' source holds a NUL byte")))
         .collect::<Result<_>>()?;
@@ -85,7 +94,7 @@ pub fn image((major, minor): (i32, i32)) -> Result<Vec<u8>> {
                 &mut program,
                 SOURCE.as_ptr(),
                 c"retro.cu".as_ptr(),
-                HEADERS.len() as i32,
+                names.len() as i32,
                 bodies.as_ptr(),
                 names.as_ptr(),
             ),
@@ -118,13 +127,22 @@ pub fn image((major, minor): (i32, i32)) -> Result<Vec<u8>> {
 
 #[cfg(all(test, not(retro_fatbin)))]
 mod tests {
+    use super::super::kernel_set::names;
+
     /// `.ci/run` fetches NVRTC, which needs no GPU, and runs this.
     #[test]
     #[ignore = "needs libnvrtc.so"]
     fn nvrtc_compiles_the_kernels() {
         for capability in [(8, 0), (9, 0)] {
-            let image = super::image(capability).unwrap_or_else(|e| panic!("{capability:?}: {e:?}"));
-            assert!(image.starts_with(b"\x7fELF"), "{capability:?}: no machine code");
+            let code = super::code(capability).unwrap_or_else(|e| panic!("{capability:?}: {e}"));
+            assert!(code.starts_with(b"\x7fELF"), "{capability:?}: no machine code");
+            for name in names() {
+                let symbol = [name.as_bytes(), b"\0"].concat();
+                assert!(
+                    code.windows(symbol.len()).any(|w| w == symbol),
+                    "{capability:?}: no kernel {name}"
+                );
+            }
         }
     }
 }

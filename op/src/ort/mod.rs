@@ -1,12 +1,12 @@
-//! The door to ONNX Runtime's C API: every call into the host and every callback from it. All FFI `unsafe` lives here.
+//! Safe wrapper over the ONNX Runtime C API: calls into the host, and its callbacks.
 
 mod api;
 mod context;
 mod custom_op;
 mod error;
 mod info;
+mod invoked_op;
 mod shape;
-mod standalone;
 mod tensor;
 
 pub use api::host_version;
@@ -15,9 +15,9 @@ pub use custom_op::{Operator, Port, Registry, register};
 pub(crate) use error::require;
 pub use error::{Error, Result};
 pub use info::Info;
+pub use invoked_op::{Attribute, InvokedOp};
 pub use ort_sys::ONNXTensorElementDataType as DataType;
 pub use shape::ShapeContext;
-pub use standalone::{Attribute, Standalone};
 pub use tensor::{Elements, OwnedScalar, Plain, Tensor};
 
 /// Entry for [`crate::RegisterCustomOps`]: takes the host's table, then runs `body`.

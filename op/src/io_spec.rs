@@ -3,7 +3,7 @@
 use retro_contract::{input, output};
 
 use crate::contract::InputShapes;
-use crate::host::{Context, DataType, Error, Plain, Port, Result, ShapeContext, Tensor};
+use crate::ort::{Context, DataType, Error, Plain, Port, Result, ShapeContext, Tensor};
 
 /// Pairs (past, present) of the state.
 pub const STATE: [(usize, usize); 6] = [

@@ -1,9 +1,11 @@
-//! The operands of a call, by name, and where their rows lie.
+//! One call: its operands by name, and where their rows lie.
 
-use super::Shared;
-use crate::contract::{Attributes, Dims};
+use super::scratch::ScratchPool;
+use super::shared::Shared;
+use crate::contract::{Attributes, CallPlan, Dims};
 use crate::method::element::Element;
 use crate::method::rope::{Angles, rotate};
+use crate::selector::{CacheSize, PageSelector};
 
 /// Inputs that are only read.
 #[derive(Clone, Copy)]
@@ -22,21 +24,66 @@ pub struct Inputs<'a, E> {
     pub head_sink: &'a [E],
 }
 
-/// The present state.
-#[derive(Clone, Copy)]
-pub struct State<'a, E> {
+/// The present state. R is the ring's slots, `max(window - 1, 1)`.
+pub struct LayerState<'a, E: Element, P: PageSelector> {
     /// `[B, Hkv, C, D]`.
     pub key: Shared<'a, E>,
     /// `[B, Hkv, C, D]`.
     pub value: Shared<'a, E>,
-    /// `[B, Hkv, P, 2, D]`.
-    pub summary: Shared<'a, E>,
+    /// `[B, Hkv, ...]` as the selector lays it out.
+    pub pages: Shared<'a, P::State<E>>,
     /// `[B, Hkv, P]`.
     pub steps: Shared<'a, i32>,
     /// `[B, R, Hq, D]`.
     pub outputs: Shared<'a, f32>,
     /// `[B, R, Hq]`.
     pub lse: Shared<'a, f32>,
+}
+
+/// Everything that one call needs.
+pub struct CpuCall<'a, E: Element, P: PageSelector> {
+    pub attributes: &'a Attributes,
+    pub dims: &'a Dims,
+    pub plan: &'a CallPlan,
+    pub inputs: Inputs<'a, E>,
+    /// `[B, S, Hq, D]`.
+    pub output: Shared<'a, E>,
+    /// The present state, already holding the past.
+    pub state: LayerState<'a, E, P>,
+    pub scratch: &'a ScratchPool,
+}
+
+impl<E: Element, P: PageSelector> CpuCall<'_, E, P> {
+    /// Query heads of a KV head.
+    pub fn group(&self) -> usize {
+        self.attributes.heads / self.attributes.kv_heads
+    }
+
+    /// The softmax scale.
+    pub fn scale(&self) -> f32 {
+        self.attributes
+            .scale
+            .unwrap_or(1.0 / (self.dims.head_size as f32).sqrt())
+    }
+
+    /// What the state's layout depends on.
+    pub fn cache_size(&self) -> CacheSize {
+        self.dims.cache_size(self.attributes)
+    }
+
+    /// Elements of one KV head's page state.
+    pub fn pages_len(&self) -> usize {
+        P::layout(&self.cache_size()).len()
+    }
+}
+
+/// How the dense attention of a prefill is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dense {
+    /// By our own kernels.
+    Own,
+    /// By the host, already: keys and values are appended and the outputs written.
+    Done,
 }
 
 /// Reads rows of the inputs.

@@ -56,7 +56,7 @@ macro_rules! require {
         match $cond {
             true => {}
             // An unordered comparison (a NaN) is false as well.
-            false => return Err($crate::host::Error::invalid(format!($($message)+))),
+            false => return Err($crate::ort::Error::invalid(format!($($message)+))),
         }
     };
 }

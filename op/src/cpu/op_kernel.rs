@@ -5,12 +5,17 @@ use std::marker::PhantomData;
 
 use retro_contract::{input, output};
 
-use super::{Call, Dense, Inputs, Pool, ScratchPool, Shared, State, run};
-use crate::contract::{Attributes, Dims, Lengths, Phase, Plan};
-use crate::delegate::Delegate;
-use crate::host::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
+use super::call::{CpuCall, Dense, Inputs, LayerState};
+use super::pool::Pool;
+use super::scratch::ScratchPool;
+use super::shared::Shared;
+use crate::contract::{Attributes, CallLengths, CallPlan, Dims, Phase};
+use crate::for_selector;
+use crate::gqa_fallback::GqaFallback;
+use crate::io_spec::{self, Operands, STATE};
 use crate::method::element::Element;
-use crate::ports::{self, Operands, STATE};
+use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
+use crate::selector::PageSelector;
 
 /// `ai.retro::RetroAttention` on the CPU for element type `E`.
 pub struct CpuOperator<E>(PhantomData<E>);
@@ -18,7 +23,7 @@ pub struct CpuOperator<E>(PhantomData<E>);
 /// One node of one session.
 pub struct CpuKernel {
     attributes: Attributes,
-    delegate: Option<Delegate>,
+    fallback: Option<GqaFallback>,
     /// Copies of the weights among the inputs that the host keeps at misaligned addresses.
     weights: Vec<Elements>,
     scratch: ScratchPool,
@@ -42,14 +47,14 @@ impl Pool for OrtPool<'_> {
 
 impl<E: Element> Operator for CpuOperator<E> {
     const NAME: &'static CStr = c"RetroAttention";
-    const INPUTS: &'static [Port] = &ports::inputs(E::DATA_TYPE);
-    const OUTPUTS: &'static [Port] = &ports::outputs(E::DATA_TYPE);
+    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE);
     const IN_PLACE: &'static [(usize, usize)] = &STATE;
     type Kernel = CpuKernel;
 
     fn create(info: &Info) -> Result<CpuKernel> {
         let attributes = Attributes::read(info)?;
-        let delegate = Delegate::new(info, &attributes, E::DATA_TYPE)?;
+        let fallback = GqaFallback::new(info, &attributes, E::DATA_TYPE)?;
         let mut weights = Vec::new();
         for slot in [input::COS_CACHE, input::SIN_CACHE, input::HEAD_SINK] {
             if slot < info.input_count()?
@@ -60,10 +65,12 @@ impl<E: Element> Operator for CpuOperator<E> {
             }
         }
         weights.retain(Elements::is_copy);
+        // The threads of the session's pool are not told through ONNX Runtime's C API: as many as the process may run on.
+        // Finer parts than threads cost little; the pool runs what it can.
         let width = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(CpuKernel {
             attributes,
-            delegate,
+            fallback,
             weights,
             scratch: ScratchPool::default(),
             width,
@@ -75,13 +82,13 @@ impl<E: Element> Operator for CpuOperator<E> {
     }
 
     fn infer(shapes: &ShapeContext) -> Result<()> {
-        ports::infer(shapes)
+        io_spec::infer(shapes)
     }
 }
 
 /// Whether ORT's own operator computes what our contract asks for in this prefill: one sequence (it refuses several with a
 /// past) or a batch of prompts of one length, no left padding, no head sink, D a multiple of 16 and its rotated half of 8.
-fn delegate_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
+fn fallback_applies(dims: &Dims, plan: &CallPlan, has_head_sink: bool) -> bool {
     let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
     let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);
     let shapes = dims.head_size.is_multiple_of(16) && dims.rotary_half.is_multiple_of(8);
@@ -90,52 +97,70 @@ fn delegate_applies(dims: &Dims, plan: &Plan, has_head_sink: bool) -> bool {
 
 impl CpuKernel {
     fn compute<E: Element>(&self, context: &Context) -> Result<()> {
-        let attributes = &self.attributes;
         let operands = Operands::read(context)?;
-        let Operands { tensors, shapes } = &operands;
-        let dims = Dims::read(attributes, shapes)?;
-        let required = |slot: usize| operands.required(slot);
+        let dims = Dims::read(&self.attributes, &operands.shapes)?;
+        let plan = self.plan(&operands, &dims)?;
+
+        // Everything is checked: from here on outputs are written.
+        let width = (self.attributes.heads * dims.head_size) as i64;
+        let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
+        let mut presents = [result; STATE.len()];
+        for ((past, present), slot) in STATE.into_iter().zip(&mut presents) {
+            let shape = operands.shapes[past].as_deref().unwrap_or_default();
+            *slot = context.output(present, shape)?;
+            slot.copy_from(&operands.required(past)?)?;
+        }
+
+        let has_sink = operands.tensors[input::HEAD_SINK].is_some();
+        let mut dense = Dense::Own;
+        if plan.phase == Phase::Prefill
+            && let Some(fallback) = &self.fallback
+            && fallback_applies(&dims, &plan, has_sink)
+        {
+            // The caller's number may be an upper bound; GroupQueryAttention tells a prompt by the exact one.
+            let longest = plan.sequences.iter().map(|s| s.len).max().unwrap_or(0);
+            let total = OwnedScalar::new(longest as i32)?;
+            fallback.run(context, &operands, total.tensor(), result, [presents[0], presents[1]])?;
+            dense = Dense::Done;
+        }
+        for_selector!(self.attributes.selector, P => {
+            self.run::<E, P>(context, &operands, (&dims, &plan), result, presents, dense)
+        })
+    }
+
+    /// What the call is, after checking its lengths.
+    fn plan(&self, operands: &Operands, dims: &Dims) -> Result<CallPlan> {
         // SAFETY: CPU tensors, which ORT does not write while the kernel runs.
-        let plan = unsafe {
+        unsafe {
             let [last, total, retro] = [input::SEQLENS_K, input::TOTAL_SEQUENCE_LENGTH, input::RETRO_LENGTH];
             let [last, total, retro] = [
-                Elements::of(&required(last)?)?,
-                Elements::of(&required(total)?)?,
-                Elements::of(&required(retro)?)?,
+                Elements::of(&operands.required(last)?)?,
+                Elements::of(&operands.required(total)?)?,
+                Elements::of(&operands.required(retro)?)?,
             ];
-            let budget = tensors[input::PAGE_BUDGET].map(|t| Elements::of(&t)).transpose()?;
-            let lengths = Lengths {
+            let budget = operands.tensors[input::PAGE_BUDGET];
+            let budget = budget.map(|t| Elements::of(&t)).transpose()?;
+            let lengths = CallLengths {
                 seqlens_k: last.slice()?,
                 total_sequence_length: total.slice()?[0],
                 retro_length: retro.slice()?,
                 page_budget: budget.as_ref().map(|b| b.slice()).transpose()?,
             };
-            Plan::read(attributes, &dims, &lengths)?
-        };
-
-        // Everything is checked: from here on outputs are written.
-        let width = (attributes.heads * dims.head_size) as i64;
-        let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
-        let mut presents = [result; STATE.len()];
-        for ((past, present), slot) in STATE.into_iter().zip(&mut presents) {
-            let shape = shapes[past].as_deref().unwrap_or_default();
-            *slot = context.output(present, shape)?;
-            slot.copy_from(&required(past)?)?;
+            CallPlan::read(&self.attributes, dims, &lengths)
         }
+    }
 
-        let has_sink = tensors[input::HEAD_SINK].is_some();
-        let mut dense = Dense::Own;
-        if plan.phase == Phase::Prefill
-            && let Some(delegate) = &self.delegate
-            && delegate_applies(&dims, &plan, has_sink)
-        {
-            // The caller's number may be an upper bound; GroupQueryAttention tells a prompt by the exact one.
-            let longest = plan.sequences.iter().map(|s| s.len).max().unwrap_or(0);
-            let total = OwnedScalar::new(longest as i32)?;
-            delegate.run(context, &operands, total.tensor(), result, [presents[0], presents[1]])?;
-            dense = Dense::Done;
-        }
-
+    /// The call itself, on the tensors' memory.
+    fn run<E: Element, P: PageSelector>(
+        &self,
+        context: &Context,
+        operands: &Operands,
+        (dims, plan): (&Dims, &CallPlan),
+        result: Tensor,
+        presents: [Tensor; STATE.len()],
+        dense: Dense,
+    ) -> Result<()> {
+        let tensors = &operands.tensors;
         let pool = OrtPool {
             context,
             width: self.width,
@@ -146,7 +171,7 @@ impl CpuKernel {
         // (a past that shares it is not read again).
         unsafe {
             let mut output = Elements::of(&result)?;
-            let [mut keys, mut values, mut summary, mut steps, mut outputs, mut lse] = [
+            let [mut keys, mut values, mut pages, mut steps, mut outputs, mut lse] = [
                 Elements::of(&presents[0])?,
                 Elements::of(&presents[1])?,
                 Elements::of(&presents[2])?,
@@ -154,10 +179,10 @@ impl CpuKernel {
                 Elements::of(&presents[4])?,
                 Elements::of(&presents[5])?,
             ];
-            let call = Call {
-                attributes,
-                dims: &dims,
-                plan: &plan,
+            let call = CpuCall::<E, P> {
+                attributes: &self.attributes,
+                dims,
+                plan,
                 inputs: Inputs {
                     query: self.elements(tensors[input::QUERY], query)?,
                     key: self.elements(tensors[input::KEY], key)?,
@@ -167,18 +192,18 @@ impl CpuKernel {
                     head_sink: self.elements(tensors[input::HEAD_SINK], head_sink)?,
                 },
                 output: Shared::new(output.slice_mut::<E>()?),
-                state: State {
+                state: LayerState {
                     key: Shared::new(keys.slice_mut()?),
                     value: Shared::new(values.slice_mut()?),
-                    summary: Shared::new(summary.slice_mut()?),
+                    pages: Shared::new(pages.slice_mut()?),
                     steps: Shared::new(steps.slice_mut()?),
                     outputs: Shared::new(outputs.slice_mut()?),
                     lse: Shared::new(lse.slice_mut()?),
                 },
                 scratch: &self.scratch,
             };
-            run(&call, &pool, dense)?;
-            for written in [&output, &keys, &values, &summary, &steps, &outputs, &lse] {
+            super::run(&call, &pool, dense)?;
+            for written in [&output, &keys, &values, &pages, &steps, &outputs, &lse] {
                 written.write_back()?;
             }
         }

@@ -1,0 +1,175 @@
+//! Selectors: the state from which a decoding step scores pages without reading their keys, one file each.
+//!
+//! A selector is a type that implements [`PageSelector`]; the two-vector ones do so through [`PageVectors`]. [`for_selector!`]
+//! runs generic code for the one that a node names (attribute `selector`): an id without a type here does not compile.
+//! `cuda/kernels/selector/` has a file of the same name for each.
+
+use std::ops::RangeInclusive;
+
+use retro_contract::limits;
+pub use retro_contract::{GroupScore, Selector};
+
+use crate::method::element::Element;
+use crate::ort::Plain;
+use crate::simd::Isa;
+
+mod bounds;
+mod moments;
+pub mod page_vectors;
+mod signed_moments;
+
+pub use bounds::Bounds;
+pub use moments::Moments;
+pub use page_vectors::PageVectors;
+pub use signed_moments::SignedMoments;
+
+/// Evaluates an expression in which a name stands for the type of a selector: `for_selector!(id, P => decode::<E, P>(call))`.
+#[macro_export]
+macro_rules! for_selector {
+    ($id:expr, $selector:ident => $body:expr) => {
+        match $id {
+            $crate::selector::Selector::Bounds => {
+                type $selector = $crate::selector::Bounds;
+                $body
+            }
+            $crate::selector::Selector::Moments => {
+                type $selector = $crate::selector::Moments;
+                $body
+            }
+            $crate::selector::Selector::SignedMoments => {
+                type $selector = $crate::selector::SignedMoments;
+                $body
+            }
+        }
+    };
+}
+pub use for_selector;
+
+/// Sizes that a layer's state depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSize {
+    /// C, tokens.
+    pub capacity: usize,
+    /// P, pages: C / `page_size` rounded up.
+    pub pages: usize,
+    /// Tokens of a page.
+    pub page_size: usize,
+    /// D.
+    pub head_size: usize,
+}
+
+/// The shape of a selector's state behind `[B, Hkv]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateLayout {
+    sizes: [usize; 3],
+    rank: usize,
+    /// The whole shape for messages, as docs/operator.md writes it.
+    pub letters: &'static str,
+}
+
+impl StateLayout {
+    /// Of one to three sizes.
+    pub fn new<const N: usize>(sizes: [usize; N], letters: &'static str) -> Self {
+        const { assert!(N >= 1 && N <= 3) };
+        let mut all = [1; 3];
+        all[..N].copy_from_slice(&sizes);
+        Self {
+            sizes: all,
+            rank: N,
+            letters,
+        }
+    }
+
+    /// The sizes behind `[B, Hkv]`.
+    pub fn sizes(&self) -> &[usize] {
+        &self.sizes[..self.rank]
+    }
+
+    /// Elements of one KV head.
+    pub fn len(&self) -> usize {
+        self.sizes.iter().product()
+    }
+
+    /// Whether a KV head has no state.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The rows of a KV head's cache that a call has written, in tokens: `from..len`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The first row that was written.
+    pub from: usize,
+    /// The first row that the call appended; those before it were valid and are overwritten.
+    pub appended: usize,
+    /// Valid rows after the call.
+    pub len: usize,
+}
+
+/// How a step scores its pages, beside what the selector itself says.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoring {
+    /// How the scores of a group's heads become the page's.
+    pub group_score: GroupScore,
+    /// Softmax scale of the attention.
+    pub scale: f32,
+    /// Weight of the standard deviation (attribute `selector_lambda`).
+    pub lambda: f32,
+    /// Share of the spread along the query that the signed deviations add up to (attribute `selector_correlation`).
+    pub correlation: f32,
+    /// Tokens of a page.
+    pub page_size: usize,
+    /// D.
+    pub head_size: usize,
+    /// Valid tokens, the newest included.
+    pub len: usize,
+}
+
+/// What a step chooses its pages by. `E` is the element type of caches and activations.
+pub trait PageSelector: Send + Sync + 'static {
+    /// Its name in models, reports and flags.
+    const ID: Selector;
+    /// Page sizes that it has, powers of two among them.
+    const PAGE_SIZES: RangeInclusive<usize> = limits::PAGE_SIZE_MIN..=limits::PAGE_SIZE_MAX;
+    /// Element type of the state tensor. Another one than `E` needs a registration of its own (lib.rs).
+    type State<E: Element>: Plain + Default + Send + Sync;
+
+    /// Shape of the state of a layer behind `[B, Hkv]`.
+    fn layout(size: &CacheSize) -> StateLayout;
+
+    /// Brings one KV head's state up to date after rows were written.
+    ///
+    /// `keys`: its valid rows `[len, D]`, after RoPE; `state`: as [`Self::layout`] has it. From the keys, not from older
+    /// state, where rows were overwritten.
+    fn update<E: Element>(
+        size: &CacheSize,
+        written: Written,
+        keys: &[E],
+        state: &mut [Self::State<E>],
+        scratch: &mut Vec<f32>,
+    );
+
+    /// Whether no NaN and no infinity is in one KV head's state of `len` valid tokens, and so none among its keys.
+    fn is_finite<E: Element>(size: &CacheSize, len: usize, state: &[Self::State<E>], scratch: &mut Vec<f32>) -> bool;
+
+    /// Floats of a head's query as [`Self::prepare`] leaves it.
+    fn prepared_len(head_size: usize) -> usize;
+
+    /// Turns queries `[g, D]`, after RoPE and not scaled, into what [`Self::score_heads`] reads.
+    fn prepare(query: &[f32], head_size: usize, prepared: &mut Vec<f32>);
+
+    /// Scores of every head for some pages, head-major: `scores` is `[g, pages.len()]`. They may lack what
+    /// [`Self::finish_scores`] adds. Equal state has equal scores, wherever it stands.
+    fn score_heads<E: Element>(
+        isa: Isa,
+        scoring: &Scoring,
+        prepared: &[f32],
+        state: &[Self::State<E>],
+        pages: std::ops::Range<usize>,
+        scores: &mut [f32],
+    );
+
+    /// Makes one head's scores of all candidates comparable with other heads', as the group score needs them.
+    fn finish_scores(scoring: &Scoring, scores: &mut [f32], pages: std::ops::Range<usize>);
+}
