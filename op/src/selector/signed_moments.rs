@@ -67,7 +67,7 @@ const ROUNDS: usize = 2;
 /// About the first principal direction of the rows, up to its length and sign, into `direction`: two rounds of the power
 /// iteration from the row farthest from the mean. `next` is scratch. The largest element is 1 or -1; all are 0 when the rows are equal.
 ///
-/// Only the signs of its elements are used, and two rounds settle those that matter (docs/accuracy.md).
+/// Only the signs of its elements are used, and two rounds settle those that matter (docs/notes/accuracy.md).
 fn principal_direction(rows: &[f32], mean: &[f32], direction: &mut [f32], next: &mut [f32]) {
     let d = mean.len();
     let (mut farthest, mut most) = (0, 0.0f32);
