@@ -4,13 +4,10 @@
 //! one so close to 2 GiB that its weights must move to a file of their own. Prints time, peak heap, and bytes written.
 
 use prost::Message;
-use retro_export::{
-    ExternalMode, Options, convert,
-    onnx::{
-        AttributeProto, Bytes, DataLocation, DataType, Dimension, GraphProto, MAX_MODEL_BYTES, ModelProto, NodeProto,
-        OperatorSetIdProto, StringStringEntryProto, TensorProto, ValueInfoProto, write_model,
-    },
-    revert,
+use retro_export::{ExternalMode, Options, convert, revert};
+use retro_onnx::{
+    AttributeProto, Bytes, DataLocation, DataType, Dimension, GraphProto, MAX_MODEL_BYTES, ModelProto, NodeProto,
+    OperatorSetIdProto, StringStringEntryProto, TensorProto, ValueInfoProto, write_model,
 };
 use std::{
     alloc::{GlobalAlloc, Layout, System},

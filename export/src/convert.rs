@@ -2,13 +2,8 @@
 
 use crate::{
     files::{ExternalMode, Output},
-    graph::GraphView,
     logits::{self, Logits},
     merged::unfold,
-    onnx::{
-        Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, external_files, new_file_beside,
-        read_bytes, read_model, rename_locations, stay_inside,
-    },
     report::{Action, LayerReport, Report},
     revert,
     rewrite::{reads_mask, rewrite},
@@ -24,6 +19,10 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use prost::Message;
 use retro_contract::{self as contract, Mode, metadata};
+use retro_onnx::{
+    Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, external_files, graph::GraphView,
+    new_file_beside, read_bytes, read_model, rename_locations, stay_inside,
+};
 use retro_runtime::Device;
 use std::{
     collections::BTreeMap,
@@ -596,10 +595,8 @@ fn layers(found: &[Attention], conversions: &[Conversion]) -> Vec<LayerReport> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        onnx::{NodeProto, ValueInfoProto},
-        testing::gqa_model,
-    };
+    use crate::testing::gqa_model;
+    use retro_onnx::{NodeProto, ValueInfoProto};
 
     #[test]
     fn a_model_with_other_state_is_fed_every_token_once() {

@@ -3,17 +3,13 @@
 mod stale;
 
 use self::stale::stale;
-use crate::{
-    onnx::{
-        Bytes, Content, ExternalFile, ModelProto, NewFolder, Staged, folder_of, inside, is_temporary, map_file,
-        new_file_beside, persist, remove_abandoned, sync_folder, write_placed,
-    },
-    report::ExternalReport,
-    source::Source,
-    spill::SPILLED,
-};
+use crate::{report::ExternalReport, source::Source, spill::SPILLED};
 use anyhow::{Context, Result, bail, ensure};
 use retro_model_io::locate;
+use retro_onnx::{
+    Bytes, Content, ExternalFile, ModelProto, NewFolder, Staged, folder_of, inside, is_temporary, map_file,
+    new_file_beside, persist, remove_abandoned, sync_folder, write_placed,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, Metadata},

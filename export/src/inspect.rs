@@ -1,9 +1,7 @@
 //! What a model is, without changing anything: what it takes and gives, its attention, its sizes, whether it is converted.
 
 use crate::{
-    graph::GraphView,
     merged::unfold,
-    onnx::{DataType, Dimension, LoadedModel, ValueInfoProto, external_files, read_model, stay_inside},
     report::{Action, LayerReport, ModelReport},
     rules::{Probes, survey},
     source::find_source,
@@ -12,6 +10,9 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use retro_contract as contract;
+use retro_onnx::{
+    DataType, Dimension, LoadedModel, ValueInfoProto, external_files, graph::GraphView, read_model, stay_inside,
+};
 use serde::Serialize;
 use std::{
     collections::BTreeMap,

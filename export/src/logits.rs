@@ -1,9 +1,6 @@
 //! Only the newest token's logits are needed: where the hidden rows of the others can be dropped before the lm_head.
 
-use crate::{
-    graph::GraphView,
-    onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto},
-};
+use retro_onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto, graph::GraphView};
 
 /// Elementwise nodes that may stand between the lm_head and the logits.
 const ELEMENTWISE: [&str; 10] = [

@@ -3,9 +3,11 @@
 
 use crate::{
     eval::reads,
-    graph::{subgraphs, subgraphs_mut},
-    onnx::{DataType, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto},
     rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS},
+};
+use retro_onnx::{
+    DataType, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
+    graph::{subgraphs, subgraphs_mut},
 };
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -255,7 +257,8 @@ fn inlined(branch: &GraphProto, node: &NodeProto) -> Option<Vec<NodeProto>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{onnx::AttributeProto, validate::validate};
+    use crate::validate::validate;
+    use retro_onnx::AttributeProto;
 
     fn merged() -> ModelProto {
         let value = |name: &str| ValueInfoProto::tensor(name, DataType::Float, []);

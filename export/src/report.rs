@@ -2,13 +2,13 @@
 
 use crate::{
     logits::Logits,
-    onnx::{ModelProto, OperatorSetIdProto},
     rules::{Attention, Lengths, Rope, Site},
     settings::Settings,
     table,
     verify::Verification,
 };
 use retro_contract::{Budget, Mode};
+use retro_onnx::{ModelProto, OperatorSetIdProto};
 use serde::{Serialize, Serializer};
 use std::{
     fmt,

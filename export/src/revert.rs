@@ -6,16 +6,16 @@
 
 use crate::{
     files::{self, ExternalMode, Output},
-    onnx::{
-        Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, Sink, TensorProto, external_files,
-        for_each_tensor, map_file, read_model, stay_inside,
-    },
     source::find_source,
 };
 use anyhow::{Context, Result, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD, read::DecoderReader};
 use flate2::{Compression, read::DeflateDecoder, write::DeflateEncoder};
 use prost::Message;
+use retro_onnx::{
+    Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, Sink, TensorProto, external_files,
+    for_each_tensor, map_file, read_model, stay_inside,
+};
 use std::{
     cell::RefCell,
     collections::HashMap,

@@ -1,8 +1,8 @@
 //! Which model is to be converted, and whether it goes into a file or a folder.
 
-use crate::onnx::{folder_of, locations, read_model};
 use anyhow::{Context, Result};
 use retro_model_io::{configured_graph, graphs, locate};
+use retro_onnx::{folder_of, locations, read_model};
 use std::{
     collections::BTreeSet,
     fs,

@@ -1,7 +1,7 @@
 //! A model of more than 2 GiB: what protobuf can't hold in one file goes to another.
 
-use crate::onnx::{Bytes, DataLocation, MAX_MODEL_BYTES, ModelProto, StringStringEntryProto};
 use prost::Message;
+use retro_onnx::{Bytes, DataLocation, MAX_MODEL_BYTES, ModelProto, StringStringEntryProto};
 
 /// Metadata that names the file, so that the way back knows it is no file of the original.
 pub const SPILLED: &str = "retro.weights_moved_to";

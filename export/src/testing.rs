@@ -1,11 +1,9 @@
 //! Small graphs for the tests of this crate.
 
-use crate::{
+use crate::rules::{Probes, Rule, Site, Verdict};
+use retro_onnx::{
+    AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
     graph::GraphView,
-    onnx::{
-        AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
-    },
-    rules::{Probes, Rule, Site, Verdict},
 };
 
 /// A decoder as onnxruntime-genai writes it, attention only: Hq 4, Hkv 2, D 8, hidden 32, vocabulary 10.

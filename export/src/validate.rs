@@ -1,9 +1,6 @@
 //! Whether a model is one that a runtime could load at all: exporters do write files that none can.
 
-use crate::{
-    graph::subgraphs,
-    onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto},
-};
+use retro_onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::subgraphs};
 use std::collections::{HashMap, HashSet};
 
 /// Faults listed before "and N more".
@@ -162,7 +159,7 @@ fn in_a_circle(graph: &GraphProto) -> Option<&NodeProto> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{AttributeProto, DataType};
+    use retro_onnx::{AttributeProto, DataType};
 
     fn graph(nodes: Vec<NodeProto>) -> GraphProto {
         GraphProto {

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use retro_export::onnx::write_model;
+use retro_onnx::write_model;
 
 use crate::{
     config::LlamaConfig,

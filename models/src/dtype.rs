@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use half::f16;
-use retro_export::onnx::DataType;
+use retro_onnx::DataType;
 
 /// Element type of weights, activations, keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

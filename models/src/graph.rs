@@ -3,7 +3,7 @@
 //!
 //! B batch, S tokens fed, `past` and `total` lengths of the cache: all symbolic dimensions of the inputs and outputs.
 
-use retro_export::onnx::DataType;
+use retro_onnx::DataType;
 
 use crate::{
     config::LlamaConfig,

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use bytes::Bytes;
-use retro_export::onnx::{
+use retro_onnx::{
     AttributeProto, DataLocation, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
     StringStringEntryProto, TensorProto, ValueInfoProto,
 };

@@ -2,8 +2,8 @@
 
 use std::{collections::HashMap, fs, path::Path};
 
-use retro_export::onnx::{GraphProto, TensorProto, read_model};
 use retro_models::{Dtype, LlamaConfig, Options, build, build_random};
+use retro_onnx::{GraphProto, TensorProto, read_model};
 
 fn config() -> LlamaConfig {
     LlamaConfig {

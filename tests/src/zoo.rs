@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, io::Read, path::Path};
 
 use lzma_rust2::XzReader;
 use prost::Message;
-use retro_export::onnx::{
+use retro_onnx::{
     AttributeProto, DataType, GraphProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto, ValueInfoProto,
     read_model,
 };

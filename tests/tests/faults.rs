@@ -6,9 +6,9 @@ use std::{fs, path::Path};
 use prost::Message;
 use retro_export::{
     Options, Verify, convert,
-    onnx::{AttributeProto, DataType, ModelProto, read_model},
     verify::{CacheFacts, Padding, Plan, Runtime, Verification, compare, nudge::nudge},
 };
+use retro_onnx::{AttributeProto, DataType, ModelProto, read_model};
 use retro_tests::{paths, zoo};
 
 const LAYERS: usize = 2;

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, sync::OnceLock};
 
-use retro_export::{onnx::DataType, onnx::GraphProto};
+use retro_onnx::{DataType, GraphProto};
 use retro_run::{
     Model, OpenOptions, Runtime,
     decoder::{batch::Prefilled, decode_loop::Policy},

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use retro_export::onnx::{external_files, read_bytes};
+use retro_onnx::{external_files, read_bytes};
 use std::path::Path;
 
 fuzz_target!(|data: &[u8]| {

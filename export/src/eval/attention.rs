@@ -1,7 +1,7 @@
 //! Attention nodes of one operator, as numbers: com.microsoft::MultiHeadAttention and ai.onnx::Attention.
 
 use super::tensor::{Lazy, Tensor, broadcast, numel};
-use crate::onnx::{DataType, NodeProto};
+use retro_onnx::{DataType, NodeProto};
 use std::rc::Rc;
 
 type Inputs<'i> = &'i [Option<Rc<Tensor>>];

@@ -9,9 +9,9 @@ mod tensor;
 pub use attention::{fused_scores, windows};
 pub use tensor::Tensor;
 
-use crate::{
+use retro_onnx::{
+    GraphProto, NodeProto, TensorProto,
     graph::{GraphView, subgraphs},
-    onnx::{GraphProto, NodeProto, TensorProto},
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},

@@ -5,7 +5,7 @@ use super::{
     attention,
     tensor::{Lazy, Tensor, are_held, broadcast, numbers, numel, strided, strides},
 };
-use crate::onnx::{DataType, NodeProto};
+use retro_onnx::{DataType, NodeProto};
 use std::{cell::RefCell, collections::HashMap, rc::Rc};
 
 type Inputs<'i> = &'i [Option<Rc<Tensor>>];
@@ -1468,7 +1468,7 @@ fn binary(call: &Call, op: &str) -> Result<Tensor, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{AttributeProto, TensorProto};
+    use retro_onnx::{AttributeProto, TensorProto};
 
     fn node(op: &str, attributes: &[AttributeProto]) -> NodeProto {
         let mut node = NodeProto::new("", op, op, &["a", "b", "c", "d"], &["y"]);

@@ -1,8 +1,8 @@
 //! A tensor as the evaluator sees it: always a shape, sometimes numbers.
 
 use super::ops;
-use crate::onnx::{DataType, NodeProto, TensorProto};
 use half::{bf16, f16};
+use retro_onnx::{DataType, NodeProto, TensorProto};
 use std::{
     borrow::Cow,
     fs::File,

@@ -1,8 +1,8 @@
 //! Weights that nobody needs any more once a model was replaced.
 
 use super::{SPILLED, brought, same_path};
-use crate::onnx::{ExternalFile, LoadedModel, folder_of, locations, read_model};
 use anyhow::Result;
+use retro_onnx::{ExternalFile, LoadedModel, folder_of, locations, read_model};
 use std::{
     collections::BTreeSet,
     fs,

@@ -1,10 +1,7 @@
 //! Shapes of copies of caches are shapes of the caches.
 
-use crate::{
-    graph::subgraphs_mut,
-    onnx::{GraphProto, NodeProto},
-    rules::copies::copied,
-};
+use crate::rules::copies::copied;
+use retro_onnx::{GraphProto, NodeProto, graph::subgraphs_mut};
 use std::collections::HashMap;
 
 /// Lets what reads the shape of a copy read that of the cache, so that nothing but the old attention needs the copy.

@@ -10,17 +10,15 @@
 //! computed in float32, which holds every length below 2^24: ONNX Runtime's CUDA kernel adds up int64 with a single block, which takes
 //! as long at 128k tokens as a layer. For the same reason the source's own count gives way, where it is no more than that.
 
-use super::{
-    names::Fresh,
-    prune::{leading_to, needed, prune},
-};
+use super::prune::{leading_to, needed, prune};
 use crate::{
     eval::{Env, Program, Tensor, reads},
-    graph::GraphView,
-    onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto},
     rules::{self, ATTENTION_MASK, Conversion, INPUT_IDS, INPUTS_EMBEDS},
 };
 use retro_contract::{input, limits::MASK_NOT_UNDERSTOOD};
+use retro_onnx::{
+    AttributeProto, DataType, FreshNames, GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::GraphView,
+};
 use std::collections::{BTreeSet, HashSet};
 
 /// Nodes that a count of ones may be made of.
@@ -61,7 +59,7 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         let own = counts_ones(&view, count);
         let was = own.then(|| needed(graph));
         let mut made = Made {
-            fresh: Fresh::of(graph),
+            fresh: FreshNames::of(graph),
             nodes: Vec::new(),
             constants: Vec::new(),
         };
@@ -136,7 +134,7 @@ pub fn depends(view: &GraphView, from: &str) -> bool {
 }
 
 struct Made {
-    fresh: Fresh,
+    fresh: FreshNames,
     nodes: Vec<NodeProto>,
     constants: Vec<TensorProto>,
 }
@@ -266,10 +264,10 @@ mod tests {
     use super::*;
     use crate::{
         eval::{Env, Program, Tensor},
-        onnx::Dimension,
         rules::{Attention, Site},
     };
     use retro_contract::Mode;
+    use retro_onnx::Dimension;
 
     /// A graph that counts its mask's ones as exporters do, and an operator's node that reads the count.
     fn counted(opset: i64, tokens: &[&str]) -> GraphProto {

@@ -1,14 +1,13 @@
 //! How long sequences are, when the source tells it by the shape of its cache: that shape is the capacity now, so the length
 //! comes from the attention mask instead. P = T - S: past tokens, all tokens, tokens fed.
 
-use super::names::Fresh;
-use crate::{
-    graph::subgraphs_mut,
-    onnx::{AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto},
-    rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS},
-};
+use crate::rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS};
 use anyhow::{Result, bail};
 use retro_contract::limits::MASK_NOT_UNDERSTOOD;
+use retro_onnx::FreshNames;
+use retro_onnx::{
+    AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::subgraphs_mut,
+};
 use std::collections::HashMap;
 
 /// From here on Slice takes its bounds as inputs.
@@ -40,7 +39,7 @@ fn sum<'n>(from: &'n str, axis: &'n str, opset: i64) -> (Vec<&'n str>, Vec<Attri
 
 impl Lengths {
     /// `padding`: zeros at the mask's beginning are padding; else every zero is an error.
-    pub fn new(graph: &mut GraphProto, fresh: &mut Fresh, opset: i64, padding: bool) -> Result<Self> {
+    pub fn new(graph: &mut GraphProto, fresh: &mut FreshNames, opset: i64, padding: bool) -> Result<Self> {
         let tokens = [INPUT_IDS, INPUTS_EMBEDS]
             .into_iter()
             .find(|n| graph.input.iter().any(|i| i.name() == *n));
@@ -59,7 +58,7 @@ impl Lengths {
                 .push(ValueInfoProto::tensor(ATTENTION_MASK, DataType::Int64, dims));
         }
         let mut nodes = Vec::new();
-        let mut constant = |fresh: &mut Fresh, base: &str, tensor: &dyn Fn(&str) -> TensorProto| {
+        let mut constant = |fresh: &mut FreshNames, base: &str, tensor: &dyn Fn(&str) -> TensorProto| {
             let name = fresh.name(base);
             graph.initializer.push(tensor(&name));
             name
@@ -70,13 +69,14 @@ impl Lengths {
         let bad = constant(fresh, "retro/mask_not_understood", &|n| {
             TensorProto::int32s(n, &[], &[MASK_NOT_UNDERSTOOD])
         });
-        let mut add = |fresh: &mut Fresh, base: &str, op: &str, inputs: &[&str], attributes: Vec<AttributeProto>| {
-            let name = fresh.name(base);
-            let mut node = NodeProto::new("", op, &name, inputs, &[&name]);
-            node.attribute = attributes;
-            nodes.push(node);
-            name
-        };
+        let mut add =
+            |fresh: &mut FreshNames, base: &str, op: &str, inputs: &[&str], attributes: Vec<AttributeProto>| {
+                let name = fresh.name(base);
+                let mut node = NodeProto::new("", op, &name, inputs, &[&name]);
+                node.attribute = attributes;
+                nodes.push(node);
+                name
+            };
         let to = |t: DataType| vec![AttributeProto::int("to", i64::from(i32::from(t)))];
         let shape = add(fresh, "retro/mask_shape", "Shape", &[ATTENTION_MASK], vec![]);
         let total = add(fresh, "retro/total", "Gather", &[&shape, &one], vec![]);
@@ -142,7 +142,7 @@ impl Lengths {
     pub fn rewire(
         &mut self,
         graph: &mut GraphProto,
-        fresh: &mut Fresh,
+        fresh: &mut FreshNames,
         past: &[String],
         present: &[String],
     ) -> Vec<(String, String)> {
@@ -190,7 +190,7 @@ impl Lengths {
     /// Batch, heads, true length, head size.
     fn true_shape(
         &mut self,
-        fresh: &mut Fresh,
+        fresh: &mut FreshNames,
         constants: &mut Vec<TensorProto>,
         indices: &mut HashMap<Vec<i64>, String>,
         (cache, is_past): &(String, bool),
@@ -215,7 +215,7 @@ impl Lengths {
 }
 
 fn index(
-    fresh: &mut Fresh,
+    fresh: &mut FreshNames,
     constants: &mut Vec<TensorProto>,
     indices: &mut HashMap<Vec<i64>, String>,
     places: &[i64],
@@ -236,10 +236,8 @@ pub fn cast_to(from: &str, to: DataType, name: &str) -> NodeProto {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        eval::{Env, Program, Tensor},
-        graph::GraphView,
-    };
+    use crate::eval::{Env, Program, Tensor};
+    use retro_onnx::graph::GraphView;
     use std::collections::HashSet;
 
     /// seqlens_k for masks of one width.
@@ -247,7 +245,7 @@ mod tests {
         let mut graph = GraphProto::default();
         let (dims, int): ([Dimension; 2], _) = (["b".into(), "s".into()], DataType::Int64);
         graph.input.push(ValueInfoProto::tensor(INPUT_IDS, int, dims));
-        let mut fresh = Fresh::of(&graph);
+        let mut fresh = FreshNames::of(&graph);
         let lengths = Lengths::new(&mut graph, &mut fresh, opset, padding).unwrap();
         graph.node = lengths.nodes;
         let view = GraphView::new(&graph, opset);

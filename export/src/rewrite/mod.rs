@@ -3,18 +3,12 @@
 mod copies;
 mod given;
 mod lengths;
-mod names;
 mod prune;
 mod single;
 mod spelled;
 
 use crate::{
-    graph::GraphView,
     logits::{self, Logits},
-    onnx::{
-        AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-        ValueInfoProto,
-    },
     rules::{Conversion, Lengths, Rope, Site},
     settings::Settings,
     verify::known,
@@ -25,6 +19,10 @@ use retro_contract::{
     self as contract, Mode, attribute,
     graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
     input, metadata, output, pages_for, ring_slots,
+};
+use retro_onnx::{
+    AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
+    ValueInfoProto, graph::GraphView,
 };
 use std::collections::{HashMap, HashSet};
 

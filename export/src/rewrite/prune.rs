@@ -1,9 +1,7 @@
 //! Nodes that nothing needs any more.
 
-use crate::{
-    eval::reads,
-    onnx::{GraphProto, NodeProto, ValueInfoProto},
-};
+use crate::eval::reads;
+use retro_onnx::{GraphProto, NodeProto, ValueInfoProto};
 use std::collections::{HashMap, HashSet};
 
 /// Constants up to this many bytes go when nothing reads them any more.
@@ -98,7 +96,7 @@ pub fn needed(graph: &GraphProto) -> HashSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::DataType;
+    use retro_onnx::DataType;
 
     #[test]
     fn what_was_dead_before_goes_with_what_it_reads() {

@@ -2,13 +2,13 @@
 //! normalisation of queries and keys, sinks that are no tensor, and casts where the graph's cache has another type than the source's node has. The
 //! operator then computes in the cache's type, so that the graph's inputs and outputs stay what they are.
 
-use super::{names::Fresh, replace, spelled::Company};
+use super::{replace, spelled::Company};
 use crate::{
-    onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto},
     rules::{Conversion, QkNorm, Site, copies::copied},
     settings::Settings,
 };
 use anyhow::{Context, Result};
+use retro_onnx::{AttributeProto, DataType, FreshNames, GraphProto, NodeProto, TensorProto};
 use std::collections::{HashMap, HashSet};
 
 /// From here on Split takes its sizes as an input.
@@ -20,7 +20,7 @@ const SPLIT_OPSET: i64 = 13;
 /// A site is not in the graph.
 pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings, opset: i64) -> Result<()> {
     let mut maker = Maker {
-        fresh: Fresh::of(graph),
+        fresh: FreshNames::of(graph),
         constants: Vec::new(),
         tables: HashMap::new(),
         opset,
@@ -49,7 +49,7 @@ fn needs_company(site: &Site) -> bool {
 }
 
 struct Maker {
-    fresh: Fresh,
+    fresh: FreshNames,
     constants: Vec<TensorProto>,
     /// Tables of rotary embedding in another type, which all layers share.
     tables: HashMap<(String, DataType), String>,

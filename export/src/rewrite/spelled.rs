@@ -3,17 +3,16 @@
 use super::{
     copies,
     lengths::{Lengths, cast_to},
-    names::Fresh,
     prune::{needed, prune},
     replace,
 };
 use crate::{
-    onnx::{AttributeProto, Bytes, DataType, GraphProto, NodeProto, TensorProto},
     rules::{self, Conversion, Layout, Site},
     settings::Settings,
 };
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
+use retro_onnx::{AttributeProto, Bytes, DataType, FreshNames, GraphProto, NodeProto, TensorProto};
 use std::collections::{HashMap, HashSet};
 
 /// Replaces the sites that are several nodes, and rebuilds what read the length of their caches.
@@ -30,7 +29,7 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
         "opset {opset} is too old to convert attention of several nodes; export with 11 or newer"
     );
     let was = needed(graph);
-    let mut fresh = Fresh::of(graph);
+    let mut fresh = FreshNames::of(graph);
     let padding = spelled
         .iter()
         .all(|c| c.site.lengths == rules::Lengths::FromMask { padding: true });
@@ -128,7 +127,7 @@ fn node_with_company(
     conversion: &Conversion,
     settings: &Settings,
     lengths: &Lengths,
-    fresh: &mut Fresh,
+    fresh: &mut FreshNames,
     constants: &mut Vec<TensorProto>,
 ) -> Vec<NodeProto> {
     let site = conversion.site;
@@ -197,7 +196,7 @@ fn node_with_company(
 /// Makes the nodes around one attention.
 pub struct Company<'c> {
     pub layer: usize,
-    pub fresh: &'c mut Fresh,
+    pub fresh: &'c mut FreshNames,
     pub constants: &'c mut Vec<TensorProto>,
     pub nodes: &'c mut Vec<NodeProto>,
 }

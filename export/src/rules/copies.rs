@@ -1,10 +1,7 @@
 //! Caches by other names. Conversions to float16 that leave the graph's inputs and outputs alone put a Cast behind each, exporters
 //! leave an Identity or a Concat of one value: what is behind them is the same cache.
 
-use crate::{
-    graph::GraphView,
-    onnx::{DataType, NodeProto},
-};
+use retro_onnx::{DataType, NodeProto, graph::GraphView};
 
 /// Names of one cache, at most.
 const MOST: usize = 8;
@@ -83,7 +80,7 @@ pub(super) fn same_type(view: &GraphView, past: &str, present: &str) -> Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{AttributeProto, GraphProto, ValueInfoProto};
+    use retro_onnx::{AttributeProto, GraphProto, ValueInfoProto};
 
     fn cast(from: &str, to: &str, data_type: DataType) -> NodeProto {
         let to_type = AttributeProto::int("to", i64::from(i32::from(data_type)));

@@ -13,11 +13,8 @@ use super::{
     probe::{Probes, Setting, noise},
     steady::{is_steady, others_are_steady},
 };
-use crate::{
-    eval::{Cone, Env, Tensor, fused_scores, reads},
-    graph::GraphView,
-    onnx::{DataType, NodeProto},
-};
+use crate::eval::{Cone, Env, Tensor, fused_scores, reads};
+use retro_onnx::{DataType, NodeProto, graph::GraphView};
 use std::{cell::Cell, collections::HashSet, rc::Rc};
 
 const MAX_CHAIN: usize = 64;

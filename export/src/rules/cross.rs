@@ -5,7 +5,8 @@ use super::{
     probe::Probes,
     state::{comes_back, dependents},
 };
-use crate::{eval::reads, graph::GraphView, onnx::NodeProto};
+use crate::eval::reads;
+use retro_onnx::{NodeProto, graph::GraphView};
 use std::collections::HashSet;
 
 /// Whether an attention gives the same for a token whenever it is fed: its keys and values come from inputs that the tokens fed

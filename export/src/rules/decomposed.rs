@@ -7,7 +7,7 @@ use super::{
     other,
     probe::Probes,
 };
-use crate::{graph::GraphView, onnx::NodeProto};
+use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.
 pub struct Decomposed;
@@ -126,10 +126,10 @@ pub(super) fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a N
 mod tests {
     use super::*;
     use crate::{
-        onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto},
         rules::{Layout, Lengths, Site},
         testing::{looked, projected},
     };
+    use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
 
     /// Two heads of 4. What stands between the products is up to the caller: nodes from `dots` to `weights`, [B, 2, S, T].
     fn graph(between: &[(&str, &[&str], &str)]) -> GraphProto {

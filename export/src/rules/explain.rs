@@ -9,10 +9,7 @@ use super::{
     state::alike,
     trace::{Origin, Trace, is_product, operands},
 };
-use crate::{
-    graph::GraphView,
-    onnx::{DataType, Dimension, FunctionProto, NodeProto, ValueInfoProto},
-};
+use retro_onnx::{DataType, Dimension, FunctionProto, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::HashSet;
 
 /// What to do about functions.
@@ -352,11 +349,8 @@ pub fn none_found(view: &GraphView) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        onnx::{AttributeProto, GraphProto, ModelProto, TensorProto},
-        rules::survey,
-        testing::projected,
-    };
+    use crate::{rules::survey, testing::projected};
+    use retro_onnx::{AttributeProto, GraphProto, ModelProto, TensorProto};
 
     type Node<'n> = (&'n str, &'n [&'n str], &'n str, &'n [i64]);
 

@@ -2,9 +2,9 @@
 //! is that operator; all others are what their bodies say, which no rule looks into.
 
 use super::{explain::INLINE, other};
-use crate::{
+use retro_onnx::{
+    FunctionProto, GraphProto, ModelProto, NodeProto,
     graph::{GraphView, subgraphs},
-    onnx::{FunctionProto, GraphProto, ModelProto, NodeProto},
 };
 use std::collections::{HashMap, HashSet};
 

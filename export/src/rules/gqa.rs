@@ -2,10 +2,7 @@
 //! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
 
 use super::{QkNorm, Rope, Rule, Site, Verdict, copies, probe::Probes};
-use crate::{
-    graph::GraphView,
-    onnx::{AttributeType, DataType, NodeProto},
-};
+use retro_onnx::{AttributeType, DataType, NodeProto, graph::GraphView};
 
 mod slot {
     pub const QUERY: usize = 0;
@@ -194,7 +191,7 @@ fn as_flag(name: &str, value: i64) -> Result<bool, String> {
     }
 }
 
-fn shown(attribute: &crate::onnx::AttributeProto) -> String {
+fn shown(attribute: &retro_onnx::AttributeProto) -> String {
     match attribute.r#type() {
         AttributeType::Int => attribute.i().to_string(),
         AttributeType::Float => attribute.f().to_string(),
@@ -456,10 +453,8 @@ fn rope(view: &GraphView, node: &NodeProto, attributes: &Attributes, site: &mut 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        onnx::{AttributeProto, GraphProto, TensorProto},
-        testing::{gqa_graph, gqa_node_mut},
-    };
+    use crate::testing::{gqa_graph, gqa_node_mut};
+    use retro_onnx::{AttributeProto, GraphProto, TensorProto};
 
     fn look(graph: &GraphProto) -> Result<Site, String> {
         let view = GraphView::new(graph, 21);
@@ -638,7 +633,7 @@ mod tests {
         assert_eq!((site.data_type, site.query_type), (DataType::Float, DataType::Float16));
         let output = graph.output.iter_mut().find(|o| o.name() == "present.0.key").unwrap();
         let dims = output.dims().unwrap().to_vec();
-        *output = crate::onnx::ValueInfoProto::tensor("present.0.key", DataType::Float16, dims);
+        *output = retro_onnx::ValueInfoProto::tensor("present.0.key", DataType::Float16, dims);
         let why = look(&graph).expect_err("one type in, another out");
         assert!(
             why.contains("comes in as float32 (past_key_values.0.key) and goes out as float16 (present.0.key)"),
@@ -735,7 +730,7 @@ mod tests {
         fn declare(g: &mut GraphProto, name: &str, t: DataType, dims: &[i64]) {
             let values = g.input.iter_mut().chain(&mut g.value_info);
             let value = values.into_iter().find(|v| v.name() == name).unwrap();
-            *value = crate::onnx::ValueInfoProto::tensor(name, t, dims.iter().map(|d| (*d).into()));
+            *value = retro_onnx::ValueInfoProto::tensor(name, t, dims.iter().map(|d| (*d).into()));
         }
         let key = "past_key_values.0.key";
         for (name, t, dims, what) in [

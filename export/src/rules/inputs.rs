@@ -2,11 +2,8 @@
 //! else by what is computed with them.
 
 use super::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes};
-use crate::{
-    eval::reads,
-    graph::GraphView,
-    onnx::{Dimension, NodeProto, ValueInfoProto},
-};
+use crate::eval::reads;
+use retro_onnx::{Dimension, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// For what nothing tells: ranks of adapters, lengths of what an encoder gave.
@@ -238,10 +235,8 @@ fn keeps_width(node: &NodeProto) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        onnx::{DataType, GraphProto, TensorProto},
-        testing::projected,
-    };
+    use crate::testing::projected;
+    use retro_onnx::{DataType, GraphProto, TensorProto};
 
     fn sizes_of(graph: &GraphProto, name: &str) -> Vec<Size> {
         let view = GraphView::new(graph, 21);

@@ -5,11 +5,8 @@ use super::{
     core::{Core, Scores},
     probe::{Probes, Setting},
 };
-use crate::{
-    eval::{Tensor, reads, windows},
-    graph::subgraphs,
-    onnx::{GraphProto, NodeProto},
-};
+use crate::eval::{Tensor, reads, windows};
+use retro_onnx::{GraphProto, NodeProto, graph::subgraphs};
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
     hash::{DefaultHasher, Hash, Hasher},
@@ -281,11 +278,8 @@ impl<'a> Key<'_, 'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        graph::GraphView,
-        onnx::{GraphProto, TensorProto},
-        testing::projected,
-    };
+    use crate::testing::projected;
+    use retro_onnx::{GraphProto, TensorProto, graph::GraphView};
 
     /// Two values that are computed in the same way from constants of their own, one from another, one from another input.
     #[test]

@@ -6,7 +6,7 @@ use super::{
     core::{Core, InnerCache, Scores, only_known_attributes, site},
     probe::Probes,
 };
-use crate::{graph::GraphView, onnx::NodeProto};
+use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.
 pub struct MultiHeadAttention;
@@ -67,10 +67,10 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
 mod tests {
     use super::*;
     use crate::{
-        onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto},
         rules::{Layout, Lengths, Site},
         testing::{looked_after, projected, set},
     };
+    use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
 
     /// Two heads of 4, causal, padding as a mask of what is valid, the cache inside.
     fn graph() -> GraphProto {

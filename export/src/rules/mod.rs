@@ -25,13 +25,13 @@ pub use inputs::{Size, named_sizes, sizes, width};
 pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
 pub use state::{all_carried, carried};
 
-use crate::{
-    graph::{GraphView, subgraphs},
-    onnx::{DataType, GraphProto, ModelProto, NodeProto},
-};
 use explain::{Explain, INLINE};
 use functions::Functions;
 use retro_contract::Mode;
+use retro_onnx::{
+    DataType, GraphProto, ModelProto, NodeProto,
+    graph::{GraphView, subgraphs},
+};
 use std::collections::{HashMap, HashSet};
 
 /// A source pattern.
@@ -340,7 +340,7 @@ fn layer_in(name: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::AttributeProto;
+    use retro_onnx::AttributeProto;
 
     #[test]
     fn layer_numbers_come_from_names_with_one_number() {
@@ -399,7 +399,7 @@ mod tests {
             graph: Some(graph),
             ..Default::default()
         };
-        let function = crate::onnx::FunctionProto {
+        let function = retro_onnx::FunctionProto {
             name: Some("Block".into()),
             node: vec![gqa],
             ..Default::default()

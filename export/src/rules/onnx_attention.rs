@@ -5,7 +5,7 @@ use super::{
     core::{Core, InnerCache, Scores, only_known_attributes, site},
     probe::Probes,
 };
-use crate::{graph::GraphView, onnx::NodeProto};
+use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.
 pub struct OnnxAttention;
@@ -69,10 +69,10 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
 mod tests {
     use super::*;
     use crate::{
-        onnx::{AttributeProto, DataType, GraphProto, TensorProto},
         rules::{Layout, Lengths, Site},
         testing::{looked_after, projected, set},
     };
+    use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
 
     /// Four query heads of 4 for two key heads, causal, the cache inside.
     fn graph() -> GraphProto {

@@ -1,7 +1,7 @@
 //! Attention that no rule converts, so that a report can name it.
 
 use super::explain::shown;
-use crate::{graph::GraphView, onnx::NodeProto};
+use retro_onnx::{NodeProto, graph::GraphView};
 use std::collections::HashSet;
 
 const FUSED: [(&str, &str); 13] = [
@@ -87,7 +87,7 @@ pub(super) fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{GraphProto, TensorProto};
+    use retro_onnx::{GraphProto, TensorProto};
 
     fn reason(nodes: Vec<NodeProto>) -> Option<String> {
         let graph = GraphProto {

@@ -2,7 +2,8 @@
 //! `present.0.key`. A graph whose names say another thing than its nodes would be fed another layer's cache, or keys for values.
 
 use super::{Attention, Site, state::alike};
-use crate::{graph::GraphView, onnx::ValueInfoProto, verify::known::presents};
+use crate::verify::known::presents;
+use retro_onnx::{ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Refuses attentions whose caches go other ways than their names say.
@@ -117,10 +118,10 @@ fn place(name: &str) -> Option<Place> {
 mod tests {
     use super::*;
     use crate::{
-        onnx::{DataType, GraphProto},
         rules::{Probes, survey},
         testing::{gqa_model, gqa_node_mut},
     };
+    use retro_onnx::{DataType, GraphProto};
 
     fn crossed(inputs: &[&str], outputs: &[&str], key: [&str; 2], value: [&str; 2]) -> Option<String> {
         let values = |names: &[&str]| {

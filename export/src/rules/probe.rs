@@ -1,11 +1,8 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
 use super::{copies, inputs};
-use crate::{
-    eval::{Cone, Env, Program, Tensor},
-    graph::GraphView,
-    onnx::{DataType, Dimension, ValueInfoProto},
-};
+use crate::eval::{Cone, Env, Program, Tensor};
+use retro_onnx::{DataType, Dimension, ValueInfoProto, graph::GraphView};
 use std::{
     cell::{OnceCell, RefCell},
     collections::{HashMap, HashSet},

@@ -2,10 +2,7 @@
 //! layers, counters. Each call moves it on by the tokens fed, so that a token that is fed again is taken for two.
 
 use super::{ATTENTION_MASK, Attention, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
-use crate::{
-    graph::GraphView,
-    onnx::{Dimension, NodeProto, ValueInfoProto},
-};
+use retro_onnx::{Dimension, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::HashSet;
 
 const LOGITS: &str = "logits";
@@ -139,7 +136,7 @@ fn copies(view: &GraphView, past: &str, present: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{DataType, GraphProto};
+    use retro_onnx::{DataType, GraphProto};
 
     /// A model of two inputs beside its tokens, which nodes bring to outputs of the same sizes.
     fn state(past: &str, present: &str, dims: &[Dimension], nodes: &[(&str, &[&str], &str)]) -> bool {

@@ -4,7 +4,7 @@
 //! constants and from sizes that don't change, a head's for instance.
 
 use super::probe::{Probes, Setting};
-use crate::{graph::subgraphs, onnx::NodeProto};
+use retro_onnx::{NodeProto, graph::subgraphs};
 use std::collections::HashSet;
 
 /// Calls that differ in every size that a call has: sequences, tokens, past tokens, all tokens.
@@ -98,11 +98,8 @@ fn is_same(probes: &Probes, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        graph::GraphView,
-        onnx::{AttributeProto, DataType, TensorProto},
-        testing::projected,
-    };
+    use crate::testing::projected;
+    use retro_onnx::{AttributeProto, DataType, TensorProto, graph::GraphView};
 
     #[test]
     fn sizes_of_heads_are_steady_and_positions_are_not() {

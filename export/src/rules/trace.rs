@@ -1,10 +1,7 @@
 //! Where an attention's keys, values and mask come from: back through nodes that move and scale numbers, up to the graph's inputs.
 
-use crate::{
-    eval::reads,
-    graph::GraphView,
-    onnx::{NodeProto, ValueInfoProto},
-};
+use crate::eval::reads;
+use retro_onnx::{NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::HashSet;
 
 const MAX_STEPS: usize = 2000;

@@ -2,11 +2,8 @@
 //! nothing depends on.
 
 use super::CacheFacts;
-use crate::{
-    graph::GraphView,
-    onnx::{DataType, ValueInfoProto},
-    rules::{INPUT_IDS, INPUTS_EMBEDS, Layout, Site, width},
-};
+use crate::rules::{INPUT_IDS, INPUTS_EMBEDS, Layout, Site, width};
+use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// The head size, from the weights around an attention that takes and gives heads side by side, else from its angles.
 pub fn head_size(view: &GraphView, site: &Site) -> Option<usize> {

@@ -2,10 +2,7 @@
 //! order of additions moves it. Where activations are quantised, that decides now and then which of two steps a number falls on,
 //! and how far logits move then is a property of the model.
 
-use crate::{
-    graph::GraphView,
-    onnx::{AttributeProto, DataType, ModelProto, NodeProto, TensorProto},
-};
+use retro_onnx::{AttributeProto, DataType, ModelProto, NodeProto, TensorProto, graph::GraphView};
 
 /// Numbers next to each other get different signs.
 const FREQUENCY: f32 = 9973.0;

@@ -2,14 +2,13 @@
 //! that comes back. Both models get the same, so any numbers will do that the original takes.
 
 use super::{model::Feed, value::Value};
-use crate::{
-    graph::GraphView,
-    onnx::{DataType, ValueInfoProto},
-    rules::{ATTENTION_MASK, Attention, INPUT_IDS, POSITION_IDS, Site, Size, all_carried, named_sizes, noise, sizes},
+use crate::rules::{
+    ATTENTION_MASK, Attention, INPUT_IDS, POSITION_IDS, Site, Size, all_carried, named_sizes, noise, sizes,
 };
 use anyhow::Result;
 use ort::value::TensorElementType;
 use retro_contract::graph::{PAGE_BUDGET, RETRO_LENGTH};
+use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// What an input is fed.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,10 +1,8 @@
 //! Whatever is given as a model ends in one clear line: no panic, no output.
 
 use crate::support::{copy_of, names, refusal, zoo};
-use retro_export::{
-    Options, convert,
-    onnx::{ModelProto, read_model, write_model},
-};
+use retro_export::{Options, convert};
+use retro_onnx::{ModelProto, read_model, write_model};
 use std::{fs, path::Path};
 
 const CASE: &str = "genai-llama-fp32-cpu";
@@ -153,8 +151,7 @@ fn a_model_that_converts_in_part_needs_to_be_asked() {
         .iter_mut()
         .rfind(|n| n.op_type() == "GroupQueryAttention")
         .unwrap();
-    node.attribute
-        .push(retro_export::onnx::AttributeProto::int("qk_output", 1));
+    node.attribute.push(retro_onnx::AttributeProto::int("qk_output", 1));
     write_model(&model, &path, true).unwrap();
     let target = folder.path().join("out");
     let error = refused(&copy, &target);

@@ -2,7 +2,7 @@
 
 use crate::support::{copy_of, names, refusal};
 use prost::Message;
-use retro_export::onnx::{
+use retro_onnx::{
     AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
     TensorProto, ValueInfoProto, read_model,
 };

@@ -1,7 +1,7 @@
 //! Killed at any moment, or with a full disk: the old output or the new one is there, never a broken one.
 
 use crate::support::{command, convert, copy_of, names, not_tested, zoo};
-use retro_export::onnx::{external_files, read_model};
+use retro_onnx::{external_files, read_model};
 use std::{
     fs,
     path::Path,

@@ -2,7 +2,7 @@
 
 use crate::support::{command, convert, copy_of, names, refusal, zoo};
 use prost::Message;
-use retro_export::onnx::read_model;
+use retro_onnx::read_model;
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -2,7 +2,7 @@
 
 use crate::support::{convert, refusal};
 use prost::Message;
-use retro_export::onnx::{
+use retro_onnx::{
     AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
 };
 use serde_json::Value;
@@ -114,7 +114,7 @@ fn layers_that_share_a_cache_are_named_and_the_others_converted() {
     let report: Value = serde_json::from_str(&report).unwrap();
     assert_eq!(report["converted_layers"], 1, "{report}");
     let ops = |path| {
-        let graph = retro_export::onnx::read_model(path).unwrap().model.graph.unwrap();
+        let graph = retro_onnx::read_model(path).unwrap().model.graph.unwrap();
         let ops = graph.node.into_iter().map(|n| n.op_type().to_owned());
         ops.filter(|op| op.ends_with("Attention")).collect::<Vec<_>>()
     };

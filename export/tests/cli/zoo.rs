@@ -1,7 +1,7 @@
 //! Every case of the zoo converts or is refused with its reason, and nothing but attention changes.
 
 use crate::support::{convert, refusal, zoo};
-use retro_export::onnx::{GraphProto, ModelProto, NodeProto, read_model};
+use retro_onnx::{GraphProto, ModelProto, NodeProto, read_model};
 use serde_json::Value;
 use std::{fs, path::Path};
 

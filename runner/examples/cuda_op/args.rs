@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use ort::value::TensorElementType;
 use retro_contract::{Budget, Mode, limits};
-use retro_export::onnx::DataType;
+use retro_onnx::DataType;
 use retro_run::{
     Device,
     bench::{

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use half::{bf16, f16};
 use rand::{SeedableRng, rngs::StdRng};
 use retro_contract::Selector;
-use retro_export::onnx::DataType;
+use retro_onnx::DataType;
 use retro_run::{
     bench::synthetic_cache::{normal, summary},
     decoder::device_buffers::DeviceBuffer,

@@ -2,7 +2,7 @@
 
 use prost::Message;
 use retro_contract::{DOMAIN, Mode, OP_TYPE, OPSET_VERSION, attribute, limits};
-use retro_export::onnx::{
+use retro_onnx::{
     AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
     ValueInfoProto,
 };

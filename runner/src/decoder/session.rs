@@ -7,7 +7,7 @@ use ort::{
     logging::LogLevel,
     session::{Session, builder::SessionBuilder},
 };
-use retro_export::onnx::{external_files, folder_of, read_model};
+use retro_onnx::{external_files, folder_of, read_model};
 
 use crate::{
     Device,

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use retro_contract::metadata;
-use retro_export::{ExternalMode, Options, Settings, onnx::read_model};
+use retro_export::{ExternalMode, Options, Settings};
+use retro_onnx::read_model;
 
 use super::policy::ModelSource;
 use crate::model_folder::{ModelFolder, chosen, is_weights_folder};

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output},
 };
 
-use retro_export::onnx::{DataType, Dimension, GraphProto};
+use retro_onnx::{DataType, Dimension, GraphProto};
 use retro_tests::{paths, zoo};
 use serde_json::Value;
 

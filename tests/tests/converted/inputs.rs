@@ -4,9 +4,7 @@
 use std::{fs, path::Path};
 
 use prost::Message;
-use retro_export::onnx::{
-    AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model,
-};
+use retro_onnx::{AttributeProto, DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
 use retro_tests::{host, paths, zoo};
 use serde_json::Value;
 

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use ort::value::ValueType;
 use prost::Message;
 use retro_contract::{graph, pages_for};
-use retro_export::onnx::{ModelProto, OperatorSetIdProto, ValueInfoProto, read_model};
+use retro_onnx::{ModelProto, OperatorSetIdProto, ValueInfoProto, read_model};
 use retro_tests::{
     host::{self, Opened},
     paths,

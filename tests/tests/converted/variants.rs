@@ -4,7 +4,7 @@
 use std::{collections::HashSet, fs};
 
 use prost::Message;
-use retro_export::onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
+use retro_onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
 use retro_tests::{decoder::Decoder, host, paths};
 
 use crate::{convert::convert, verify::compared};

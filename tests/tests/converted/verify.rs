@@ -8,7 +8,7 @@ use std::{
 };
 
 use prost::Message;
-use retro_export::onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto, read_model};
+use retro_onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto, read_model};
 use retro_tests::{host, not_tested, paths, zoo};
 use serde_json::Value;
 

@@ -2,7 +2,7 @@
 
 use prost::Message;
 use retro_contract::Selector;
-use retro_export::onnx::{AttributeProto, ModelProto};
+use retro_onnx::{AttributeProto, ModelProto};
 use retro_tests::{
     attrs::Attrs,
     host,

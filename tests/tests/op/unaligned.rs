@@ -1,7 +1,7 @@
 //! Memory at any address: what a host binds, and weights that ONNX Runtime maps from a file at any offset.
 
 use prost::Message;
-use retro_export::onnx::{ModelProto, StringStringEntryProto, TensorProto};
+use retro_onnx::{ModelProto, StringStringEntryProto, TensorProto};
 use retro_tests::{
     attrs::Attrs,
     compare, host,

@@ -2,7 +2,7 @@
 
 use prost::Message;
 use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, attribute, input, output};
-use retro_export::onnx::{
+use retro_onnx::{
     AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
 };
 

@@ -1,6 +1,6 @@
 //! A model to a file, streamed, whole or not at all.
 
-use super::{
+use crate::{
     messages::ModelProto,
     past_cache::{self, LARGE_FILE},
     read::folder_of,
@@ -34,7 +34,7 @@ pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result
 ///
 /// # Errors
 /// More than an ONNX file may have.
-pub(crate) fn encoded_len(model: &ModelProto) -> Result<u64> {
+pub fn encoded_len(model: &ModelProto) -> Result<u64> {
     let len = model.encoded_len();
     if len > MAX_MODEL_BYTES {
         bail!(
@@ -46,7 +46,7 @@ pub(crate) fn encoded_len(model: &ModelProto) -> Result<u64> {
 }
 
 /// What a model's file will hold.
-pub(crate) enum Content<'c> {
+pub enum Content<'c> {
     Model(&'c ModelProto),
     /// So many bytes, which are handed over one after the other, whenever they are asked for.
     Bytes(u64, &'c dyn Fn(&mut dyn Sink) -> io::Result<()>),
@@ -57,14 +57,14 @@ impl Content<'_> {
     ///
     /// # Errors
     /// More than an ONNX file may have.
-    pub(crate) fn len(&self) -> Result<u64> {
+    pub fn len(&self) -> Result<u64> {
         match self {
             Self::Model(model) => encoded_len(model),
             Self::Bytes(len, _) => Ok(*len),
         }
     }
 
-    pub(crate) fn write_to(&self, file: &mut File) -> io::Result<()> {
+    pub fn write_to(&self, file: &mut File) -> io::Result<()> {
         match self {
             Self::Model(model) => encode_to(model, file),
             Self::Bytes(len, fill) => into_file(file, *len, |sink| fill(sink)),
@@ -73,7 +73,7 @@ impl Content<'_> {
 }
 
 /// Streams a model into a file.
-pub(crate) fn encode_to(model: &ModelProto, file: &mut File) -> io::Result<()> {
+pub fn encode_to(model: &ModelProto, file: &mut File) -> io::Result<()> {
     into_file(file, model.encoded_len() as u64, |sink| {
         let mut stream = Stream::new(sink);
         model.encode(&mut stream).map_err(io::Error::other)?;
@@ -95,7 +95,7 @@ fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io
     persist(temp, target, overwrite)
 }
 
-pub(crate) fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) -> Result<()> {
+pub fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) -> Result<()> {
     let shown = target.display();
     let done = if overwrite {
         temp.persist(target)
@@ -114,7 +114,7 @@ pub(crate) fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: b
 }
 
 /// Makes a rename last through a power cut, where the file system can; there is nothing to do if it can't.
-pub(crate) fn sync_folder(folder: &Path) {
+pub fn sync_folder(folder: &Path) {
     if let Ok(folder) = File::open(folder) {
         let _ = folder.sync_all();
     }
@@ -138,7 +138,7 @@ fn into_file(file: &mut File, len: u64, fill: impl FnOnce(&mut dyn Sink) -> io::
 }
 
 /// Writes bytes to their places in a new, empty file, zeros between them.
-pub(crate) fn write_placed(file: &mut File, placed: &[(u64, Bytes)]) -> io::Result<()> {
+pub fn write_placed(file: &mut File, placed: &[(u64, Bytes)]) -> io::Result<()> {
     let end = placed.last().map_or(0, |(at, bytes)| at + bytes.len() as u64);
     into_file(file, end, |sink| {
         let mut done = 0;
@@ -155,7 +155,7 @@ pub(crate) fn write_placed(file: &mut File, placed: &[(u64, Bytes)]) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{GraphProto, TensorProto, read_model};
+    use crate::{GraphProto, TensorProto, read_model};
     use std::fs;
 
     fn sample() -> ModelProto {

@@ -1,6 +1,6 @@
 //! A graph as rules ask about it: who makes a value, who reads it, what is constant.
 
-use crate::onnx::{DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto};
+use crate::{DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto};
 use std::collections::{HashMap, HashSet};
 
 /// Bound of every walk through a graph.
@@ -199,7 +199,7 @@ fn mentioned_names<'a>(graph: &'a GraphProto, names: &mut Vec<&'a str>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::AttributeProto;
+    use crate::AttributeProto;
 
     fn sample() -> GraphProto {
         let inner = GraphProto {

@@ -1,6 +1,6 @@
 //! Weights in files beside the model: where they are, and that they are really there.
 
-use super::messages::*;
+use crate::messages::*;
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -83,7 +83,7 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
 ///
 /// # Errors
 /// A location that leaves the folder, by its name or by links.
-pub(crate) fn stay_inside(model: &ModelProto, path: &Path, folder: &Path) -> Result<()> {
+pub fn stay_inside(model: &ModelProto, path: &Path, folder: &Path) -> Result<()> {
     let linked = fs::canonicalize(path).ok();
     let linked = linked.as_deref().and_then(Path::parent).map(Path::to_owned);
     let allowed: Vec<PathBuf> = fs::canonicalize(folder).ok().into_iter().chain(linked).collect();
@@ -114,7 +114,7 @@ fn outside(name: &str, location: &str) -> String {
 }
 
 /// A location as a plain relative path; none if it could leave the folder.
-pub(crate) fn inside(location: &str) -> Option<PathBuf> {
+pub fn inside(location: &str) -> Option<PathBuf> {
     let mut relative = PathBuf::new();
     for component in Path::new(location).components() {
         match component {
@@ -127,7 +127,7 @@ pub(crate) fn inside(location: &str) -> Option<PathBuf> {
 }
 
 /// The locations that a model names, whether anything is there or not; those inside its folder alone.
-pub(crate) fn locations(model: &ModelProto) -> BTreeSet<PathBuf> {
+pub fn locations(model: &ModelProto) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     // The visit can't fail.
     let _ = for_each_tensor(model, &mut |tensor| {
@@ -138,7 +138,7 @@ pub(crate) fn locations(model: &ModelProto) -> BTreeSet<PathBuf> {
 }
 
 /// Lets a model look for its weights under other names.
-pub(crate) fn rename_locations(model: &mut ModelProto, names: &BTreeMap<PathBuf, PathBuf>) {
+pub fn rename_locations(model: &mut ModelProto, names: &BTreeMap<PathBuf, PathBuf>) {
     if names.is_empty() {
         return;
     }
@@ -225,7 +225,7 @@ fn end_of(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>) -> R
 }
 
 /// Calls `visit` with every tensor of a model, wherever it is.
-pub(crate) fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+pub fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
     let training = model
         .training_info
         .iter()

@@ -1,7 +1,7 @@
 //! Temporary files and folders beside what they are for. Whoever makes one holds a lock on it as long as it has its temporary name, so
 //! that those of a killed run can be told from a live one's and removed.
 
-use super::read::folder_of;
+use crate::read::folder_of;
 use rustix::fs::OFlags;
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -17,13 +17,13 @@ const SUFFIX: &str = ".tmp";
 const TRIES: usize = 16;
 
 /// Whether a file or folder is a temporary one, by its name.
-pub(crate) fn is_temporary(name: &std::ffi::OsStr) -> bool {
+pub fn is_temporary(name: &std::ffi::OsStr) -> bool {
     let name = name.as_encoded_bytes();
     name.starts_with(PREFIX.as_bytes()) && name.ends_with(SUFFIX.as_bytes())
 }
 
 /// A temporary file in the target's folder; it is removed again unless it is persisted.
-pub(crate) fn new_file_beside(target: &Path) -> io::Result<NamedTempFile> {
+pub fn new_file_beside(target: &Path) -> io::Result<NamedTempFile> {
     for _ in 0..TRIES {
         let mut builder = tempfile::Builder::new();
         // As any new file: the user's umask decides, not the 0600 of temporary files.
@@ -37,13 +37,13 @@ pub(crate) fn new_file_beside(target: &Path) -> io::Result<NamedTempFile> {
 }
 
 /// A temporary folder; it is removed again unless it is kept.
-pub(crate) struct NewFolder {
+pub struct NewFolder {
     folder: TempDir,
     _lock: File,
 }
 
 impl NewFolder {
-    pub(crate) fn inside(folder: &Path) -> io::Result<Self> {
+    pub fn inside(folder: &Path) -> io::Result<Self> {
         for _ in 0..TRIES {
             let mut builder = tempfile::Builder::new();
             builder.permissions(fs::Permissions::from_mode(0o777));
@@ -64,18 +64,18 @@ impl NewFolder {
         ))
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
     /// Leaves what has the temporary name, which may be another folder by now.
-    pub(crate) fn keep(self) -> PathBuf {
+    pub fn keep(self) -> PathBuf {
         self.folder.keep()
     }
 }
 
 /// A file on its way to its place.
-pub(crate) enum Staged {
+pub enum Staged {
     File(NamedTempFile),
     /// A hard link, in a folder that is locked in its place: a lock on the file itself would be one on the file it is a link of.
     Link(NewFolder, PathBuf),
@@ -83,7 +83,7 @@ pub(crate) enum Staged {
 
 impl Staged {
     /// A hard link of a file, in a folder.
-    pub(crate) fn link(source: &Path, folder: &Path) -> io::Result<Self> {
+    pub fn link(source: &Path, folder: &Path) -> io::Result<Self> {
         let new = NewFolder::inside(folder)?;
         let place = new.path().join("link");
         fs::hard_link(source, &place)?;
@@ -91,7 +91,7 @@ impl Staged {
     }
 
     /// Puts it where nothing is.
-    pub(crate) fn persist_noclobber(self, place: &Path) -> io::Result<()> {
+    pub fn persist_noclobber(self, place: &Path) -> io::Result<()> {
         match self {
             Self::File(file) => file.persist_noclobber(place).map(drop).map_err(|e| e.error),
             Self::Link(_folder, link) => fs::hard_link(link, place),
@@ -117,7 +117,7 @@ fn is_at(file: &File, path: &Path) -> bool {
 }
 
 /// Removes what killed runs have left in a folder. What can't be removed stays.
-pub(crate) fn remove_abandoned(folder: &Path) {
+pub fn remove_abandoned(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten().filter(|e| is_temporary(&e.file_name())) {
         let path = entry.path();

@@ -1,6 +1,6 @@
 //! Short ways to make messages and to read them.
 
-use super::messages::*;
+use crate::messages::*;
 use bytes::Bytes;
 
 /// Stands for the version of ONNX's operators where a model doesn't say one: that of the oldest ONNX Runtime that loads the plugin.

@@ -97,7 +97,7 @@ unsafe impl<S: Sink> BufMut for Stream<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{ModelProto, TensorProto};
+    use crate::{ModelProto, TensorProto};
     use prost::Message;
 
     impl Sink for Vec<Vec<u8>> {

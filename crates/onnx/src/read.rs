@@ -1,6 +1,6 @@
 //! A model from a file, mapped: weights stay slices of the mapping.
 
-use super::{
+use crate::{
     messages::ModelProto,
     stream::{Sink, Stream},
 };
@@ -73,7 +73,7 @@ pub fn read_bytes(bytes: Bytes, path: &Path) -> Result<LoadedModel> {
     })
 }
 
-pub(crate) fn map_file(path: &Path) -> Result<Bytes> {
+pub fn map_file(path: &Path) -> Result<Bytes> {
     let shown = path.display();
     let is_file = |meta: Metadata| {
         if meta.is_file() {
@@ -125,7 +125,7 @@ impl Sink for Compare<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{GraphProto, NodeProto, TensorProto};
+    use crate::{GraphProto, NodeProto, TensorProto};
 
     fn sample() -> ModelProto {
         let graph = GraphProto {

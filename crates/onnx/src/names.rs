@@ -1,14 +1,11 @@
 //! Names that nothing in a graph has yet.
 
-use crate::{
-    graph::subgraphs,
-    onnx::{GraphProto, TensorProto, ValueInfoProto},
-};
+use crate::{GraphProto, TensorProto, ValueInfoProto, graph::subgraphs};
 use std::collections::HashSet;
 
-pub struct Fresh(HashSet<String>);
+pub struct FreshNames(HashSet<String>);
 
-impl Fresh {
+impl FreshNames {
     pub fn of(graph: &GraphProto) -> Self {
         let mut taken = HashSet::new();
         let mut open = vec![graph];

@@ -1,7 +1,7 @@
 //! Files of gigabytes, written past the page cache: the kernel then copies nothing, throttles nothing, and a sync at the end has
 //! nothing left to do. Measured in `docs/notes/export.md`. Where the file system can't, the same blocks go through the cache.
 
-use super::stream::Sink;
+use crate::stream::Sink;
 use std::{
     fs::File,
     io::{self, Write},
