@@ -7,13 +7,16 @@ use crate::{
     report::{Action, LayerReport, Report},
     revert,
     rewrite::{reads_mask, rewrite},
-    rules::{Attention, Conversion, INPUT_IDS, Lengths, Probes, Site, carried, none_found, survey},
+    rules::{
+        Attention, AttentionMatch, Conversion, INPUT_IDS, LengthSource, SampleCalls, carried, find_attention,
+        none_found,
+    },
     settings::Settings,
     source::{Source, find_source},
     spill::spill,
     validate::validate,
     verify::{
-        CacheFacts, DYNAMIC, OtherInput, Padding, Plan, Runtime, Verification, compare, known, nudge, other_inputs,
+        CacheFacts, DYNAMIC, OtherInput, Padding, Plan, Runtime, Verification, compare, graph_facts, other_inputs, ulp,
     },
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -198,7 +201,7 @@ struct Facts {
     idle: Vec<String>,
     others: Vec<OtherInput>,
     /// What comes out of attention, where a graph quantises activations.
-    nudged: Vec<(String, DataType)>,
+    perturbed: Vec<(String, DataType)>,
     vocabulary: usize,
     padding: Padding,
     /// All attention is converted and there is no other state, so that tokens may be fed again.
@@ -234,10 +237,10 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
     let merged = unfold(&mut model).map_err(|why| anyhow!("{shown} can't be converted: {why}"))?;
     let graph = model.graph.as_ref().context("the model has no graph")?;
     let view = GraphView::new(graph, model.onnx_opset());
-    let probes = Probes::new(&view, Some(folder.to_owned()));
-    let found = survey(&model, &probes);
+    let samples = SampleCalls::new(&view, Some(folder.to_owned()));
+    let found = find_attention(&model, &samples);
     let conversions = decide(&view, &found, options).with_context(|| format!("{shown} can't be converted"))?;
-    let fixed = known::tokens_at_once(&view).filter(|_| options.settings.window > 1);
+    let fixed = graph_facts::tokens_at_once(&view).filter(|_| options.settings.window > 1);
     if let Some(count) = fixed {
         bail!(
             "{shown} can't be converted: {INPUT_IDS} takes {count} tokens a call and no other number, but steps of a window of {} feed 1 \
@@ -265,37 +268,38 @@ fn prepare(loaded: LoadedModel, folder: &Path, options: &Options) -> Result<Prep
 }
 
 fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> Facts {
-    let sites = || found.iter().filter_map(|a| a.found.as_ref().ok());
-    let cache = |site: &Site, past: &str, present: &str| {
+    let matches = || found.iter().filter_map(|a| a.found.as_ref().ok());
+    let cache = |matched: &AttentionMatch, past: &str, present: &str| {
         let declared = |axis: usize| view.declared_from_end(past, axis).and_then(|d| usize::try_from(d).ok());
         CacheFacts {
             past: past.to_owned(),
             present: present.to_owned(),
-            heads: usize::try_from(site.kv_heads).unwrap_or(1),
-            head_size: site
+            heads: usize::try_from(matched.kv_heads).unwrap_or(1),
+            head_size: matched
                 .head_size
                 .and_then(|d| usize::try_from(d).ok())
                 .or_else(|| declared(1))
-                .or_else(|| known::head_size(view, site))
+                .or_else(|| graph_facts::head_size(view, matched))
                 .unwrap_or(1),
-            sliding: site.sliding_cache,
+            sliding: matched.sliding_cache,
             grows: false,
         }
     };
-    let both = |site: &Site| {
+    let both = |matched: &AttentionMatch| {
         [
-            cache(site, &site.past_key, &site.present_key),
-            cache(site, &site.past_value, &site.present_value),
+            cache(matched, &matched.past_key, &matched.present_key),
+            cache(matched, &matched.past_value, &matched.present_value),
         ]
     };
-    // Lengths that the mask's ones are counted for, not ones that a caller gives.
-    let counted = |site: &Site| site.lengths == Lengths::Given && reads_mask(view, &site.seqlens_k);
+    // LengthSource that the mask's ones are counted for, not ones that a caller gives.
+    let counted =
+        |matched: &AttentionMatch| matched.lengths == LengthSource::Given && reads_mask(view, &matched.seqlens_k);
     let uses = |ops: &[&str]| view.graph.node.iter().any(|n| ops.contains(&n.op_type()));
-    let mut caches: Vec<CacheFacts> = sites().flat_map(|site| both(site)).collect();
+    let mut caches: Vec<CacheFacts> = matches().flat_map(|matched| both(matched)).collect();
     let grows = found.iter().any(|a| a.found.is_err() && !a.takes_tokens_again);
-    caches.extend(known::other_caches(view, &caches, grows));
-    let output = |site: &Site| (site.output.clone(), site.typed(site.output_type));
-    let idle = known::handed_on(view);
+    caches.extend(graph_facts::other_caches(view, &caches, grows));
+    let output = |matched: &AttentionMatch| (matched.output.clone(), matched.typed(matched.output_type));
+    let idle = graph_facts::handed_on(view);
     let taken = caches.iter().map(|c| &c.past).chain(&idle).map(String::as_str);
     let others = other_inputs(view, found, &taken.collect::<Vec<_>>());
     let carries = carried(view, found).is_some();
@@ -305,8 +309,8 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
         others,
         caches,
         idle,
-        nudged: if nudge::quantizes_activations(view) {
-            sites().map(|site| output(site)).collect()
+        perturbed: if ulp::quantizes_activations(view) {
+            matches().map(|matched| output(matched)).collect()
         } else {
             Vec::new()
         },
@@ -314,17 +318,17 @@ fn facts(view: &GraphView, found: &[Attention], conversions: &[Conversion]) -> F
             .declared_from_end("logits", 1)
             .and_then(|v| usize::try_from(v).ok())
             .unwrap_or(32),
-        padding: if sites().all(|s| s.lengths == Lengths::FromMask { padding: true }) {
+        padding: if matches().all(|s| s.lengths == LengthSource::FromMask { padding: true }) {
             Padding::Both
-        } else if conversions.len() == found.len() && sites().all(|s| counted(s)) && !padding_enters {
+        } else if conversions.len() == found.len() && matches().all(|s| counted(s)) && !padding_enters {
             Padding::Alone
         } else {
             Padding::Not
         },
-        again: conversions.len() == found.len() && !carries && known::tokens_at_once(view).is_none(),
+        again: conversions.len() == found.len() && !carries && graph_facts::tokens_at_once(view).is_none(),
         quantized: uses(&["MatMulNBits", "MatMulInteger", "DequantizeLinear", "QMoE", "MatMulBnb4"]),
         together: uses(&DYNAMIC),
-        single_precision: sites().all(|s| {
+        single_precision: matches().all(|s| {
             let inside = [s.query_type, s.kv_type, s.output_type];
             let single = |t: &DataType| matches!(t, DataType::Float | DataType::Undefined);
             s.data_type == DataType::Float && inside.iter().all(single)
@@ -348,7 +352,7 @@ fn verify(
         2e-2
     };
     let path = output.model_path();
-    let nudged = nudged_copy(source, &path, renamed, facts)?;
+    let perturbed = nudged_copy(source, &path, renamed, facts)?;
     let plan = Plan {
         original: &source.model,
         converted: &path,
@@ -360,7 +364,7 @@ fn verify(
         vocabulary: facts.vocabulary,
         padding: facts.padding,
         together: facts.together,
-        nudged: nudged.as_ref().map(tempfile::NamedTempFile::path),
+        perturbed: perturbed.as_ref().map(tempfile::NamedTempFile::path),
         tolerance: options.tolerance.unwrap_or(usual),
         seed: 1,
     };
@@ -417,13 +421,13 @@ fn nudged_copy(
     renamed: &BTreeMap<PathBuf, PathBuf>,
     facts: &Facts,
 ) -> Result<Option<tempfile::NamedTempFile>> {
-    if facts.nudged.is_empty() {
+    if facts.perturbed.is_empty() {
         return Ok(None);
     }
     let mut model = read_model(&source.model)?.model;
     // Names are those of what was converted, which was unfolded.
     unfold(&mut model).map_err(anyhow::Error::msg)?;
-    if !nudge::nudge(&mut model, &facts.nudged) || model.encoded_len() > MAX_MODEL_BYTES {
+    if !ulp::perturb(&mut model, &facts.perturbed) || model.encoded_len() > MAX_MODEL_BYTES {
         return Ok(None);
     }
     rename_locations(&mut model, renamed);
@@ -468,15 +472,15 @@ fn decide<'a>(view: &GraphView, found: &'a [Attention], options: &Options) -> Re
     let mut refused = Vec::new();
     for attention in found {
         match (&attention.found, attention.node) {
-            (Ok(site), Some(node)) => {
-                if site.sliding_cache && options.keeps_sliding_caches() {
+            (Ok(matched), Some(node)) => {
+                if matched.sliding_cache && options.keeps_sliding_caches() {
                     continue;
                 }
-                let dense = site.sliding_cache || settings.dense_layers.contains(&attention.layer);
+                let dense = matched.sliding_cache || settings.dense_layers.contains(&attention.layer);
                 let mode = if dense { Mode::Dense } else { settings.mode };
                 conversions.push(Conversion {
                     attention,
-                    site,
+                    matched,
                     node,
                     mode,
                 });
@@ -536,7 +540,7 @@ fn decide<'a>(view: &GraphView, found: &'a [Attention], options: &Options) -> Re
 }
 
 fn stays_for_its_cache(attention: &Attention, options: &Options) -> bool {
-    options.keeps_sliding_caches() && attention.found.as_ref().is_ok_and(|site| site.sliding_cache)
+    options.keeps_sliding_caches() && attention.found.as_ref().is_ok_and(|matched| matched.sliding_cache)
 }
 
 /// Refusals as one line: each reason once, with its first node.

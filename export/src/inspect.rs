@@ -3,7 +3,7 @@
 use crate::{
     merged::unfold,
     report::{Action, LayerReport, ModelReport},
-    rules::{Probes, survey},
+    rules::{SampleCalls, find_attention},
     source::find_source,
     table,
     validate::validate,
@@ -104,7 +104,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
         merged = unfold(&mut model).unwrap_or_else(|why| Some(format!("as it is: {why}")));
         let graph = model.graph.as_ref().context("the model has no graph")?;
         let view = GraphView::new(graph, model.onnx_opset());
-        let found = survey(&model, &Probes::new(&view, Some(source.folder().to_owned())));
+        let found = find_attention(&model, &SampleCalls::new(&view, Some(source.folder().to_owned())));
         let action = |a: &crate::rules::Attention| match &a.found {
             Ok(_) => Action::Convertible,
             Err(why) => Action::Kept { why: why.clone() },

@@ -2,7 +2,7 @@
 
 use crate::{
     logits::Logits,
-    rules::{Attention, Lengths, Rope, Site},
+    rules::{Attention, AttentionMatch, LengthSource, Rope},
     settings::Settings,
     table,
     verify::Verification,
@@ -232,14 +232,14 @@ impl LayerReport {
             op_type: attention.op_type.clone(),
             rule: attention.rule,
             action,
-            found: attention.found.as_ref().ok().map(|site| FoundReport::new(site)),
+            found: attention.found.as_ref().ok().map(|matched| FoundReport::new(matched)),
         }
     }
 }
 
 impl FoundReport {
-    fn new(site: &Site) -> Self {
-        let rope = match site.rope {
+    fn new(matched: &AttentionMatch) -> Self {
+        let rope = match matched.rope {
             Rope::None => "none".to_owned(),
             Rope::Before => "before".to_owned(),
             Rope::Inside { interleaved, dims } => {
@@ -248,29 +248,29 @@ impl FoundReport {
                 format!("in the node, {style}{dims}")
             }
         };
-        let window = match site.local_window_size {
+        let window = match matched.local_window_size {
             -1 => String::new(),
             tokens => format!(", sliding window of {tokens}"),
         };
-        let padding = match site.lengths {
-            Lengths::Given => "",
-            Lengths::FromMask { padding: true } => ", padding on the left",
-            Lengths::FromMask { padding: false } => ", no padding",
+        let padding = match matched.lengths {
+            LengthSource::Given => "",
+            LengthSource::FromMask { padding: true } => ", padding on the left",
+            LengthSource::FromMask { padding: false } => ", no padding",
         };
         let mask = format!("causal{window}{padding}");
         Self {
-            heads: site.q_heads,
-            kv_heads: site.kv_heads,
-            head_size: site.head_size,
-            data_type: site.data_type.label(),
-            inputs: if site.key.is_empty() { "packed" } else { "separate" },
+            heads: matched.q_heads,
+            kv_heads: matched.kv_heads,
+            head_size: matched.head_size,
+            data_type: matched.data_type.label(),
+            inputs: if matched.key.is_empty() { "packed" } else { "separate" },
             rope,
             mask,
-            scale: site.scale,
-            softcap: site.softcap,
-            sliding_cache: site.sliding_cache,
-            head_sink: !site.head_sink.is_empty() || site.sinks.is_some(),
-            past: [site.past_key.clone(), site.past_value.clone()],
+            scale: matched.scale,
+            softcap: matched.softcap,
+            sliding_cache: matched.sliding_cache,
+            head_sink: !matched.head_sink.is_empty() || matched.sinks.is_some(),
+            past: [matched.past_key.clone(), matched.past_value.clone()],
         }
     }
 }

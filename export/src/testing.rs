@@ -1,6 +1,6 @@
 //! Small graphs for the tests of this crate.
 
-use crate::rules::{Probes, Rule, Site, Verdict};
+use crate::rules::{AttentionMatch, MatchResult, Rule, SampleCalls};
 use retro_onnx::{
     AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
     graph::GraphView,
@@ -158,14 +158,14 @@ pub fn projected(q_heads: i64, kv_heads: i64) -> GraphProto {
 }
 
 /// What a rule says about the first node of a graph that is its business.
-pub fn looked(rule: &dyn Rule, graph: &GraphProto) -> Result<Site, String> {
+pub fn looked(rule: &dyn Rule, graph: &GraphProto) -> Result<AttentionMatch, String> {
     let view = GraphView::new(graph, 23);
-    let probes = Probes::new(&view, None);
-    let mut verdicts = graph.node.iter().map(|n| rule.look(&view, &probes, n));
-    let first = verdicts.find_map(|v| match v {
-        Verdict::NotMine => None,
-        Verdict::Site(site) => Some(Ok(*site)),
-        Verdict::Refused(why) => Some(Err(why)),
+    let samples = SampleCalls::new(&view, None);
+    let mut results = graph.node.iter().map(|n| rule.match_node(&view, &samples, n));
+    let first = results.find_map(|v| match v {
+        MatchResult::NotMine => None,
+        MatchResult::Match(matched) => Some(Ok(*matched)),
+        MatchResult::Refused(why) => Some(Err(why)),
     });
     first.expect("a node that is this rule's")
 }
@@ -175,7 +175,7 @@ pub fn looked_after(
     rule: &dyn Rule,
     mut graph: GraphProto,
     change: impl FnOnce(&mut GraphProto, &mut NodeProto),
-) -> Result<Site, String> {
+) -> Result<AttentionMatch, String> {
     let mut node = graph.node.pop().expect("a graph with nodes");
     change(&mut graph, &mut node);
     graph.node.push(node);

@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use prost::Message;
 use retro_export::{
     Options, Verify, convert,
-    verify::{CacheFacts, Padding, Plan, Runtime, Verification, compare, nudge::nudge},
+    verify::{CacheFacts, Padding, Plan, Runtime, Verification, compare, ulp::perturb},
 };
 use retro_onnx::{AttributeProto, DataType, ModelProto, read_model};
 use retro_tests::{paths, zoo};
@@ -28,8 +28,8 @@ fn caches() -> Vec<CacheFacts> {
 
 /// What comes of comparing after a change of one attribute in one of the converted attentions.
 fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>) -> Verification {
-    let [source, converted, broken, nudged] =
-        ["source", "converted", "broken", "nudged"].map(|name| folder.join(format!("{name}.onnx")));
+    let [source, converted, broken, perturbed] =
+        ["source", "converted", "broken", "perturbed"].map(|name| folder.join(format!("{name}.onnx")));
     let mut model = read_model(&converted).unwrap().model;
     let attention = |model: &mut ModelProto, op: &str| -> Vec<usize> {
         let nodes = model.graph.as_ref().expect("a graph").node.iter().enumerate();
@@ -49,8 +49,8 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         .iter()
         .map(|i| (graph.node[*i].output[0].clone(), DataType::Float16))
         .collect();
-    assert!(nudge(&mut original, &outputs));
-    fs::write(&nudged, original.encode_to_vec()).unwrap();
+    assert!(perturb(&mut original, &outputs));
+    fs::write(&perturbed, original.encode_to_vec()).unwrap();
     let runtime = Runtime::find("cpu".parse().expect("a device")).expect("ONNX Runtime");
     let plan = Plan {
         original: &source,
@@ -63,7 +63,7 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         vocabulary: 256,
         padding: Padding::Alone,
         together: false,
-        nudged: Some(&nudged),
+        perturbed: Some(&perturbed),
         tolerance: 2e-2,
         seed: 1,
     };

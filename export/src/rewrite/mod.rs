@@ -1,20 +1,20 @@
-//! From sites to `ai.retro::RetroAttention` nodes: the nodes, the state that the graph takes and returns, the metadata.
+//! From attentions to `ai.retro::RetroAttention` nodes: the nodes, the state that the graph takes and returns, the metadata.
 
-mod copies;
-mod given;
-mod lengths;
+mod cache_aliases;
+mod decomposed;
+mod mask_check;
 mod prune;
+mod sequence_lengths;
 mod single;
-mod spelled;
 
 use crate::{
     logits::{self, Logits},
-    rules::{Conversion, Lengths, Rope, Site},
+    rules::{AttentionMatch, Conversion, LengthSource, Rope},
     settings::Settings,
-    verify::known,
+    verify::graph_facts,
 };
 use anyhow::{Context, Result, ensure};
-pub(crate) use given::depends as reads_mask;
+pub(crate) use mask_check::depends as reads_mask;
 use retro_contract::{
     self as contract, Mode, attribute,
     graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
@@ -29,7 +29,7 @@ use std::collections::{HashMap, HashSet};
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
 const FEEDABLE_INITIALIZERS: i64 = 4;
 
-/// Rewrites the model's sites, which must be of this model.
+/// Rewrites the model's attentions, which must be of this model.
 ///
 /// # Errors
 /// A name that the converted model needs is taken.
@@ -61,14 +61,14 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
     graph.initializer.push(TensorProto::int32s(PAGE_BUDGET, &[1], &[0]));
     let capacity = conversions
         .iter()
-        .filter(|c| !c.site.sliding_cache)
-        .find_map(|c| capacity_of(graph, &c.site.past_key));
+        .filter(|c| !c.matched.sliding_cache)
+        .find_map(|c| capacity_of(graph, &c.matched.past_key));
     let capacity = capacity.unwrap_or_else(|| "past_sequence_length".into());
     for conversion in conversions {
-        if conversion.site.sliding_cache {
-            widen(graph, conversion.site, &capacity);
+        if conversion.matched.sliding_cache {
+            widen(graph, conversion.matched, &capacity);
         }
-        let state = state_of(graph, conversion.site, settings, &mut pages)?;
+        let state = state_of(graph, conversion.matched, settings, &mut pages)?;
         let layer = conversion.attention.layer;
         for (kind, data_type, dims) in state {
             graph
@@ -78,16 +78,19 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
                 .output
                 .push(ValueInfoProto::tensor(&present(layer, kind), data_type, dims));
         }
-        keep_capacity(graph, conversion.site);
-        if conversion.site.replaces.is_some() {
+        keep_capacity(graph, conversion.matched);
+        if conversion.matched.replaces.is_some() {
             continue;
         }
-        let node = graph.node.get_mut(conversion.node).context("a site's node is gone")?;
+        let node = graph
+            .node
+            .get_mut(conversion.node)
+            .context("an attention's node is gone")?;
         replace(node, conversion, settings);
     }
-    spelled::rewrite(graph, conversions, settings, opset)?;
+    decomposed::rewrite(graph, conversions, settings, opset)?;
     single::surround(graph, conversions, settings, opset)?;
-    given::check_masks(graph, conversions, opset);
+    mask_check::check_masks(graph, conversions, opset);
     // Nodes have moved: the lm_head is the one that makes the first of the values after it.
     if let Logits::Newest { after, .. } = logits {
         let makes = |n: &NodeProto| after.last().is_some_and(|v| n.output.contains(v));
@@ -105,10 +108,17 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
 fn declare_sizes(graph: &mut GraphProto, conversions: &[Conversion], opset: i64) {
     let mut sizes: HashMap<String, [Option<i64>; 2]> = HashMap::new();
     let view = GraphView::new(graph, opset);
-    for site in conversions.iter().map(|c| c.site) {
-        let head_size = site.head_size.or_else(|| known::weighed_head_size(&view, site));
-        for name in [&site.past_key, &site.past_value, &site.present_key, &site.present_value] {
-            sizes.insert(name.clone(), [Some(site.kv_heads), head_size]);
+    for matched in conversions.iter().map(|c| c.matched) {
+        let head_size = matched
+            .head_size
+            .or_else(|| graph_facts::weighed_head_size(&view, matched));
+        for name in [
+            &matched.past_key,
+            &matched.past_value,
+            &matched.present_key,
+            &matched.present_value,
+        ] {
+            sizes.insert(name.clone(), [Some(matched.kv_heads), head_size]);
         }
     }
     for value in graph.input.iter_mut().chain(&mut graph.output) {
@@ -186,8 +196,8 @@ fn capacity_of(graph: &GraphProto, past: &str) -> Option<Dimension> {
 }
 
 /// Declares a sliding-window cache as large as the others: the operator's caches hold the whole context.
-fn widen(graph: &mut GraphProto, site: &Site, capacity: &Dimension) {
-    for past in [&site.past_key, &site.past_value] {
+fn widen(graph: &mut GraphProto, matched: &AttentionMatch, capacity: &Dimension) {
+    for past in [&matched.past_key, &matched.past_value] {
         let declared = graph
             .input
             .iter_mut()
@@ -202,30 +212,30 @@ fn widen(graph: &mut GraphProto, site: &Site, capacity: &Dimension) {
 /// Types and dimensions of a layer's state.
 fn state_of(
     graph: &GraphProto,
-    site: &Site,
+    matched: &AttentionMatch,
     settings: &Settings,
     pages: &mut PageDims,
 ) -> Result<[(State, DataType, Vec<Dimension>); 4]> {
     let cache = graph
         .input
         .iter()
-        .find(|i| i.name() == site.past_key)
+        .find(|i| i.name() == matched.past_key)
         .and_then(ValueInfoProto::dims);
     let Some([batch, _, capacity, size]) = cache else {
-        anyhow::bail!("{} has no declared shape of 4 dimensions", site.past_key)
+        anyhow::bail!("{} has no declared shape of 4 dimensions", matched.past_key)
     };
     let plain = |d: &Dimension| Dimension {
         denotation: None,
         ..d.clone()
     };
     let (b, p) = (plain(batch), pages.of(capacity));
-    let d = site.head_size.map_or_else(|| plain(size), Dimension::from);
+    let d = matched.head_size.map_or_else(|| plain(size), Dimension::from);
     let r = Dimension::from(ring_slots(settings.window) as i64);
-    let (hq, hkv) = (Dimension::from(site.q_heads), Dimension::from(site.kv_heads));
+    let (hq, hkv) = (Dimension::from(matched.q_heads), Dimension::from(matched.kv_heads));
     Ok([
         (
             State::PageSummary,
-            site.data_type,
+            matched.data_type,
             vec![b.clone(), hkv.clone(), p.clone(), 2.into(), d.clone()],
         ),
         (State::PageSteps, DataType::Int32, vec![b.clone(), hkv, p]),
@@ -239,10 +249,10 @@ fn state_of(
 }
 
 /// The operator's cache keeps its capacity, so the present one is declared as the past one.
-fn keep_capacity(graph: &mut GraphProto, site: &Site) {
+fn keep_capacity(graph: &mut GraphProto, matched: &AttentionMatch) {
     for (past, present) in [
-        (&site.past_key, &site.present_key),
-        (&site.past_value, &site.present_value),
+        (&matched.past_key, &matched.present_key),
+        (&matched.past_value, &matched.present_value),
     ] {
         let dims = graph
             .input
@@ -260,35 +270,35 @@ fn keep_capacity(graph: &mut GraphProto, site: &Site) {
     }
 }
 
-/// Turns a site's node into the operator's; its name, doc string and notes stay.
+/// Turns an attention's node into the operator's; its name, doc string and notes stay.
 fn replace(node: &mut NodeProto, conversion: &Conversion, settings: &Settings) {
-    let (site, layer) = (conversion.site, conversion.attention.layer);
+    let (matched, layer) = (conversion.matched, conversion.attention.layer);
     let mut inputs = vec![String::new(); input::COUNT];
     let mut outputs = vec![String::new(); output::COUNT];
     for (slot, name) in [
-        (input::QUERY, site.query.clone()),
-        (input::KEY, site.key.clone()),
-        (input::VALUE, site.value.clone()),
-        (input::PAST_KEY, site.past_key.clone()),
-        (input::PAST_VALUE, site.past_value.clone()),
-        (input::SEQLENS_K, site.seqlens_k.clone()),
-        (input::TOTAL_SEQUENCE_LENGTH, site.total_sequence_length.clone()),
-        (input::COS_CACHE, site.cos_cache.clone()),
-        (input::SIN_CACHE, site.sin_cache.clone()),
+        (input::QUERY, matched.query.clone()),
+        (input::KEY, matched.key.clone()),
+        (input::VALUE, matched.value.clone()),
+        (input::PAST_KEY, matched.past_key.clone()),
+        (input::PAST_VALUE, matched.past_value.clone()),
+        (input::SEQLENS_K, matched.seqlens_k.clone()),
+        (input::TOTAL_SEQUENCE_LENGTH, matched.total_sequence_length.clone()),
+        (input::COS_CACHE, matched.cos_cache.clone()),
+        (input::SIN_CACHE, matched.sin_cache.clone()),
         (input::RETRO_LENGTH, RETRO_LENGTH.to_owned()),
         (input::PAST_PAGE_SUMMARY, past(layer, State::PageSummary)),
         (input::PAST_PAGE_STEPS, past(layer, State::PageSteps)),
         (input::PAST_OUTPUTS, past(layer, State::Outputs)),
         (input::PAST_LSE, past(layer, State::Lse)),
         (input::PAGE_BUDGET, PAGE_BUDGET.to_owned()),
-        (input::HEAD_SINK, site.head_sink.clone()),
+        (input::HEAD_SINK, matched.head_sink.clone()),
     ] {
         inputs[slot] = name;
     }
     for (slot, name) in [
-        (output::OUTPUT, site.output.clone()),
-        (output::PRESENT_KEY, site.present_key.clone()),
-        (output::PRESENT_VALUE, site.present_value.clone()),
+        (output::OUTPUT, matched.output.clone()),
+        (output::PRESENT_KEY, matched.present_key.clone()),
+        (output::PRESENT_VALUE, matched.present_value.clone()),
         (output::PRESENT_PAGE_SUMMARY, present(layer, State::PageSummary)),
         (output::PRESENT_PAGE_STEPS, present(layer, State::PageSteps)),
         (output::PRESENT_OUTPUTS, present(layer, State::Outputs)),
@@ -304,23 +314,23 @@ fn replace(node: &mut NodeProto, conversion: &Conversion, settings: &Settings) {
     node.domain = Some(contract::DOMAIN.to_owned());
     node.op_type = Some(contract::OP_TYPE.to_owned());
     node.overload = None;
-    node.attribute = attributes(site, conversion.mode, settings);
+    node.attribute = attributes(matched, conversion.mode, settings);
 }
 
-fn attributes(site: &Site, mode: Mode, settings: &Settings) -> Vec<AttributeProto> {
+fn attributes(matched: &AttentionMatch, mode: Mode, settings: &Settings) -> Vec<AttributeProto> {
     let (ratio, min_pages) = settings.budget.attributes(settings.min_pages, settings.page_size);
-    let (rotary, interleaved) = match site.rope {
+    let (rotary, interleaved) = match matched.rope {
         Rope::Inside { interleaved, .. } => (1, i64::from(interleaved)),
         Rope::None | Rope::Before => (0, 0),
     };
     vec![
-        AttributeProto::int(attribute::NUM_HEADS, site.q_heads),
-        AttributeProto::int(attribute::KV_NUM_HEADS, site.kv_heads),
-        AttributeProto::float(attribute::SCALE, site.scale),
-        AttributeProto::float(attribute::SOFTCAP, site.softcap),
+        AttributeProto::int(attribute::NUM_HEADS, matched.q_heads),
+        AttributeProto::int(attribute::KV_NUM_HEADS, matched.kv_heads),
+        AttributeProto::float(attribute::SCALE, matched.scale),
+        AttributeProto::float(attribute::SOFTCAP, matched.softcap),
         AttributeProto::int(attribute::DO_ROTARY, rotary),
         AttributeProto::int(attribute::ROTARY_INTERLEAVED, interleaved),
-        AttributeProto::int(attribute::LOCAL_WINDOW_SIZE, site.local_window_size),
+        AttributeProto::int(attribute::LOCAL_WINDOW_SIZE, matched.local_window_size),
         AttributeProto::int(attribute::PAGE_SIZE, settings.page_size as i64),
         AttributeProto::int(attribute::WINDOW, settings.window as i64),
         AttributeProto::float(attribute::BUDGET_RATIO, ratio),
@@ -359,7 +369,7 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
     ] {
         model.set_metadata(key, value);
     }
-    if conversions.iter().any(|c| c.site.lengths != Lengths::Given) {
+    if conversions.iter().any(|c| c.matched.lengths != LengthSource::Given) {
         model.set_metadata(metadata::LENGTHS, metadata::MASK_WIDTH.to_owned());
     }
 }
@@ -368,7 +378,7 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
 mod tests {
     use super::*;
     use crate::{
-        rules::{Probes, survey},
+        rules::{SampleCalls, find_attention},
         testing::gqa_model,
         validate::validate,
     };
@@ -376,10 +386,10 @@ mod tests {
     fn rewritten(model: &ModelProto, settings: &Settings, keep_all: bool) -> Result<ModelProto> {
         let graph = model.graph.as_ref().unwrap();
         let view = GraphView::new(graph, 21);
-        let found = survey(model, &Probes::new(&view, None));
+        let found = find_attention(model, &SampleCalls::new(&view, None));
         let conversions = found.iter().map(|attention| Conversion {
             attention,
-            site: attention.found.as_ref().unwrap(),
+            matched: attention.found.as_ref().unwrap(),
             node: attention.node.unwrap(),
             mode: if attention.layer == 1 { Mode::Dense } else { Mode::Retro },
         });

@@ -2,9 +2,9 @@
 //! normalisation of queries and keys, sinks that are no tensor, and casts where the graph's cache has another type than the source's node has. The
 //! operator then computes in the cache's type, so that the graph's inputs and outputs stay what they are.
 
-use super::{replace, spelled::Company};
+use super::{decomposed::Company, replace};
 use crate::{
-    rules::{Conversion, QkNorm, Site, copies::copied},
+    rules::{AttentionMatch, Conversion, QkNorm, cache_aliases::copied},
     settings::Settings,
 };
 use anyhow::{Context, Result};
@@ -17,7 +17,7 @@ const SPLIT_OPSET: i64 = 13;
 /// Puts around the operator's nodes what has to be there, and removes the copies of caches that gave way.
 ///
 /// # Errors
-/// A site is not in the graph.
+/// An attention is not in the graph.
 pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings, opset: i64) -> Result<()> {
     let mut maker = Maker {
         fresh: FreshNames::of(graph),
@@ -25,15 +25,15 @@ pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &S
         tables: HashMap::new(),
         opset,
     };
-    for conversion in conversions.iter().filter(|c| needs_company(c.site)) {
+    for conversion in conversions.iter().filter(|c| needs_company(c.matched)) {
         let mut nodes = graph.node.iter();
-        let place = nodes.position(|n| n.output(0) == conversion.site.output);
-        let place = place.context("a site's node is gone")?;
-        let node = graph.node.get(place).context("a site's node is gone")?.clone();
+        let place = nodes.position(|n| n.output(0) == conversion.matched.output);
+        let place = place.context("an attention's node is gone")?;
+        let node = graph.node.get(place).context("an attention's node is gone")?.clone();
         let nodes = maker.with_company(node, conversion, settings);
         graph.node.splice(place..=place, nodes);
     }
-    let copies = conversions.iter().flat_map(|c| &c.site.copies);
+    let copies = conversions.iter().flat_map(|c| &c.matched.copies);
     let gone: HashSet<&str> = copies.map(String::as_str).collect();
     graph
         .node
@@ -43,9 +43,9 @@ pub fn surround(graph: &mut GraphProto, conversions: &[Conversion], settings: &S
     Ok(())
 }
 
-fn needs_company(site: &Site) -> bool {
-    let more = site.qk_norm.is_some() || site.sinks.is_some();
-    site.replaces.is_none() && (more || site.typed(site.query_type) != site.data_type)
+fn needs_company(matched: &AttentionMatch) -> bool {
+    let more = matched.qk_norm.is_some() || matched.sinks.is_some();
+    matched.replaces.is_none() && (more || matched.typed(matched.query_type) != matched.data_type)
 }
 
 struct Maker {
@@ -58,8 +58,8 @@ struct Maker {
 
 impl Maker {
     fn with_company(&mut self, mut node: NodeProto, conversion: &Conversion, settings: &Settings) -> Vec<NodeProto> {
-        let site = conversion.site;
-        let mut own = site.clone();
+        let matched = conversion.matched;
+        let mut own = matched.clone();
         let mut nodes = Vec::new();
         let mut company = Company {
             layer: conversion.attention.layer,
@@ -67,11 +67,11 @@ impl Maker {
             constants: &mut self.constants,
             nodes: &mut nodes,
         };
-        if let Some(norm) = &site.qk_norm {
+        if let Some(norm) = &matched.qk_norm {
             company.normalised(&mut own, norm, self.opset);
         }
-        let to = site.data_type;
-        let casts = site.typed(site.query_type) != to;
+        let to = matched.data_type;
+        let casts = matched.typed(matched.query_type) != to;
         if casts {
             for (name, what) in [
                 (&mut own.query, "query"),
@@ -93,26 +93,26 @@ impl Maker {
             }
             own.output = company.name("output");
         }
-        if let Some(sinks) = &site.sinks {
+        if let Some(sinks) = &matched.sinks {
             own.head_sink = company.numbers(sinks, to, "head_sink");
         }
         let conversion = Conversion {
-            site: &own,
+            matched: &own,
             ..*conversion
         };
         replace(&mut node, &conversion, settings);
         company.nodes.push(node);
         if casts {
-            company.cast(&own.output, site.typed(site.query_type), "output");
-            company.rename_last(&site.output);
+            company.cast(&own.output, matched.typed(matched.query_type), "output");
+            company.rename_last(&matched.output);
         }
         nodes
     }
 }
 
 impl Company<'_> {
-    /// Lets a site have queries, keys and values of their own, the first two normalised.
-    fn normalised(&mut self, own: &mut Site, norm: &QkNorm, opset: i64) {
+    /// Lets an attention have queries, keys and values of their own, the first two normalised.
+    fn normalised(&mut self, own: &mut AttentionMatch, norm: &QkNorm, opset: i64) {
         let d = own.head_size.unwrap_or(0);
         let (q, kv) = (own.q_heads * d, own.kv_heads * d);
         if own.key.is_empty() {

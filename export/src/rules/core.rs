@@ -3,15 +3,15 @@
 //!
 //! A rule names a [`Core`]. From there: the values that queries, new keys and new values can be taken from; the cache that
 //! the keys are appended to; the mask ([`super::mask`]); scale, softcap and head sinks. In the end the whole core, on random
-//! queries, keys, values and caches, must give the numbers of the operator's formula; only then is it a [`Site`].
+//! queries, keys, values and caches, must give the numbers of the operator's formula; only then is it a [`AttentionMatch`].
 
 use super::{
-    Layout, Lengths, Rope, Site, copies,
+    AttentionMatch, Layout, LengthSource, Rope, cache_aliases,
+    call_invariant::{is_call_invariant, others_are_call_invariant},
     inputs::foreign,
     mask::{self, Bias, Mask, Places, Unread},
-    mentioned::{Mentioned, mask_key},
-    probe::{Probes, Setting, noise},
-    steady::{is_steady, others_are_steady},
+    sample_calls::{CallShape, SampleCalls, noise},
+    window_candidates::{WindowCandidates, mask_key},
 };
 use crate::eval::{Cone, Env, Tensor, fused_scores, reads};
 use retro_onnx::{DataType, NodeProto, graph::GraphView};
@@ -27,14 +27,14 @@ const MAX_SPENT: usize = 1 << 30;
 const SMALL_CALL: usize = 16;
 const CLOSE: f64 = 1e-4;
 /// Calls that the whole core is tried in.
-const CALLS: [Setting; 4] = [
-    Setting::new(1, 1, 3, 0),
-    Setting::new(2, 3, 4, 2),
-    Setting::new(1, 4, 0, 0),
-    Setting::new(2, 1, 5, 2),
+const CALLS: [CallShape; 4] = [
+    CallShape::new(1, 1, 3, 0),
+    CallShape::new(2, 3, 4, 2),
+    CallShape::new(1, 4, 0, 0),
+    CallShape::new(2, 1, 5, 2),
 ];
 /// The call that sizes and layouts are read from, and the one for models that take several tokens only without a past.
-const FIRST: [Setting; 2] = [Setting::new(2, 3, 4, 0), Setting::new(2, 3, 0, 0)];
+const FIRST: [CallShape; 2] = [CallShape::new(2, 3, 4, 0), CallShape::new(2, 3, 0, 0)];
 
 /// Where an attention's scores come from.
 #[derive(Clone, Copy)]
@@ -110,13 +110,13 @@ struct Heads {
 ///
 /// # Errors
 /// Why it can't be converted, with the value that failed.
-pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
-    let first = first_call(probes, &core)?;
-    let env = probes.run(first)?;
+pub fn attention_match<'a>(samples: &SampleCalls<'a>, core: Core<'a>) -> Result<AttentionMatch, String> {
+    let first = first_call(samples, &core)?;
+    let env = samples.run(first)?;
     let cache = match core.cache {
         Some(cache) => {
             let [key, value] = cache.past.map(|past| {
-                source_cache(probes, past)
+                source_cache(samples, past)
                     .ok_or_else(|| format!("its cache {past} is not an input of the graph of 4 dimensions"))
             });
             Cache {
@@ -125,27 +125,27 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
                 new: [core.key, core.value],
             }
         }
-        None => outer_cache(probes, &core)?,
+        None => outer_cache(samples, &core)?,
     };
-    grows(probes.view, &cache)?;
+    grows(samples.view, &cache)?;
     let heads = sizes(first, &env, &core, &cache)?;
-    let kv = |name: &'a str, d: usize| cut(probes, &env, name, [first.b, heads.hkv, first.s, d], Some(1.0));
-    let q = cut(probes, &env, core.query, [first.b, heads.hq, first.s, heads.d], None)
+    let kv = |name: &'a str, d: usize| cut(samples, &env, name, [first.b, heads.hkv, first.s, d], Some(1.0));
+    let q = cut(samples, &env, core.query, [first.b, heads.hq, first.s, heads.d], None)
         .map_err(|why| format!("its queries: {why}"))?;
     let k = kv(cache.new[0], heads.d).map_err(|why| format!("its keys: {why}"))?;
     let v = kv(cache.new[1], heads.d).map_err(|why| format!("its values: {why}"))?;
-    let mask = find_mask(probes, &core)?;
+    let mask = find_mask(samples, &core)?;
     let sinks = core
         .sink
-        .map(|sink| find_sinks(probes, first, sink, heads.hq))
+        .map(|sink| find_sinks(samples, first, sink, heads.hq))
         .transpose()?;
-    only_weighed(probes, &core, heads, mask, sinks.as_deref())?;
+    only_weighed(samples, &core, heads, mask, sinks.as_deref())?;
     let (scale, softcap) = match core.scores {
         Scores::Fused(node) => fused_scale(node, heads.d, q.factor),
-        Scores::Spelled { .. } => spelled_scale(probes, &core, &cache, heads, [q, k, v])?,
+        Scores::Spelled { .. } => spelled_scale(samples, &core, &cache, heads, [q, k, v])?,
     };
     let output = prove(
-        probes,
+        samples,
         &core,
         &cache,
         heads,
@@ -155,11 +155,11 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
         softcap,
         sinks.as_deref(),
     )?;
-    let node = probes
+    let node = samples
         .view
         .producer_index(output.name)
         .ok_or("nothing makes its output")?;
-    let present = [0, 1].map(|i| graph_output(probes, cache.total[i]));
+    let present = [0, 1].map(|i| graph_output(samples, cache.total[i]));
     let [Some(present_key), Some(present_value)] = present else {
         return Err(format!(
             "its cache {} is not an output of the graph",
@@ -170,11 +170,11 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
             }
         ));
     };
-    let past_type = probes.view.data_type(cache.past[0]).unwrap_or_default();
-    copies::same_type(probes.view, cache.past[0], present_key)?;
-    copies::same_type(probes.view, cache.past[1], present_value)?;
+    let past_type = samples.view.data_type(cache.past[0]).unwrap_or_default();
+    cache_aliases::same_type(samples.view, cache.past[0], present_key)?;
+    cache_aliases::same_type(samples.view, cache.past[1], present_value)?;
     let of = |name: &str| env.get(name).map_or(DataType::Undefined, |t| t.data_type);
-    let site = Site {
+    let matched = AttentionMatch {
         query: q.name.to_owned(),
         key: k.name.to_owned(),
         value: v.name.to_owned(),
@@ -190,7 +190,7 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
         total_value: cache.total[1].to_owned(),
         output: output.name.to_owned(),
         replaces: Some(node),
-        lengths: Lengths::FromMask { padding: mask.padding },
+        lengths: LengthSource::FromMask { padding: mask.padding },
         bias: core.bias.to_owned(),
         sinks: sinks.map(|s| s.iter().map(|x| *x as f32).collect()),
         q_heads: heads.hq as i64,
@@ -202,7 +202,7 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
         output_type: of(output.name),
         scale: scale as f32,
         softcap: softcap as f32,
-        rope: rope_before(probes, q.name),
+        rope: rope_before(samples, q.name),
         local_window_size: mask.window.map_or(-1, |w| w as i64),
         ..Default::default()
     };
@@ -212,14 +212,14 @@ pub fn site<'a>(probes: &Probes<'a>, core: Core<'a>) -> Result<Site, String> {
             past_type.label()
         ));
     }
-    Ok(site)
+    Ok(matched)
 }
 
 /// The first call in which the attention's inputs and output have shapes.
-fn first_call<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Setting, String> {
+fn first_call<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<CallShape, String> {
     let mut why = String::new();
     for z in FIRST {
-        let env = probes.run(z)?;
+        let env = samples.run(z)?;
         let mut known = [core.query, core.key, core.value, core.output]
             .into_iter()
             .map(|name| env.need(name));
@@ -228,10 +228,10 @@ fn first_call<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Setting, Strin
                 let operands = [("queries", core.query), ("keys", core.key), ("values", core.value)];
                 let foreign = operands
                     .into_iter()
-                    .find_map(|(what, from)| Some((what, foreign(probes, from)?)));
+                    .find_map(|(what, from)| Some((what, foreign(samples, from)?)));
                 return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
             }
-            Some(first) if why.is_empty() => why = strange_input(probes, &env, core).unwrap_or(first),
+            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or(first),
             Some(_) => {}
         }
     }
@@ -239,7 +239,7 @@ fn first_call<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Setting, Strin
 }
 
 /// An input that a decoder's call doesn't have, where queries, keys or values come from one.
-fn strange_input(probes: &Probes, env: &Env, core: &Core) -> Option<String> {
+fn strange_input(samples: &SampleCalls, env: &Env, core: &Core) -> Option<String> {
     for (what, from) in [("queries", core.query), ("keys", core.key), ("values", core.value)] {
         let mut open = vec![from];
         let mut seen = HashSet::new();
@@ -247,10 +247,10 @@ fn strange_input(probes: &Probes, env: &Env, core: &Core) -> Option<String> {
             if env.get(name).is_some() || !seen.insert(name) {
                 continue;
             }
-            if probes.view.is_input(name) {
+            if samples.view.is_input(name) {
                 return Some(strange(what, name));
             }
-            open.extend(probes.view.producer(name).into_iter().flat_map(reads));
+            open.extend(samples.view.producer(name).into_iter().flat_map(reads));
         }
     }
     None
@@ -271,22 +271,22 @@ struct Cache<'a> {
 }
 
 /// The cache of an attention that reads past and new tokens put together before it.
-fn outer_cache<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Cache<'a>, String> {
+fn outer_cache<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<Cache<'a>, String> {
     let find = |what: &str, operand: &'a str| -> Result<[&'a str; 3], String> {
-        let total = *chain(probes, operand).last().unwrap_or(&operand);
-        let node = probes.view.producer(total).filter(|n| n.is("", "Concat"));
+        let total = *chain(samples, operand).last().unwrap_or(&operand);
+        let node = samples.view.producer(total).filter(|n| n.is("", "Concat"));
         let inputs: Option<[&str; 2]> =
             node.and_then(|n| n.input.iter().map(String::as_str).collect::<Vec<_>>().try_into().ok());
-        let cache = inputs.and_then(|[past, new]| Some([source_cache(probes, past)?, total, new]));
+        let cache = inputs.and_then(|[past, new]| Some([source_cache(samples, past)?, total, new]));
         match cache {
             Some(cache) => Ok(cache),
-            _ if probes.caches().next().is_none() => Err(
+            _ if samples.caches().next().is_none() => Err(
                 "the graph keeps no cache: it recomputes every token; export it with past key values (of split decoders, \
                  convert the one with past: decoder_with_past_model.onnx)"
                     .to_owned(),
             ),
             _ => {
-                let by = probes.view.producer(total).map_or("an input of the graph", |n| n.op_type());
+                let by = samples.view.producer(total).map_or("an input of the graph", |n| n.op_type());
                 Err(format!(
                     "its {what} ({total}, by {by}) are not a cache of the graph followed by new ones: cross-attention, or a \
                      cache of another kind"
@@ -322,17 +322,17 @@ fn grows(view: &GraphView, cache: &Cache) -> Result<(), String> {
 
 /// A value and those before it, as long as each is made from one value that depends on tokens, and in the same way in every
 /// call: rearranged or scaled, but not by what depends on the position.
-fn chain<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
-    let program = probes.program();
+fn chain<'a>(samples: &SampleCalls<'a>, from: &'a str) -> Vec<&'a str> {
+    let program = samples.program();
     let mut names = vec![from];
     let mut name = from;
     while names.len() < MAX_CHAIN {
-        let Some(node) = probes.view.producer(name) else { break };
+        let Some(node) = samples.view.producer(name) else { break };
         let mut data = node.input.iter().map(String::as_str).filter(|i| program.is_data(i));
         let (Some(one), None) = (data.next(), data.next()) else {
             break;
         };
-        if !others_are_steady(probes, node, one) {
+        if !others_are_call_invariant(samples, node, one) {
             break;
         }
         name = one;
@@ -341,7 +341,7 @@ fn chain<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
     names
 }
 
-fn sizes(first: Setting, env: &Env, core: &Core, cache: &Cache) -> Result<Heads, String> {
+fn sizes(first: CallShape, env: &Env, core: &Core, cache: &Cache) -> Result<Heads, String> {
     let past = |i: usize| match env.shape(cache.past[i])? {
         &[_, h, _, d] => Ok([h, d]),
         other => Err(format!("{} has shape {other:?}", cache.past[i])),
@@ -407,7 +407,7 @@ fn layouts(shape: &[usize], [b, h, s, d]: [usize; 4]) -> Vec<Layout> {
 
 /// The value farthest before `from` that holds the same heads in a known layout, all multiplied with one number.
 fn cut<'a>(
-    probes: &Probes<'a>,
+    samples: &SampleCalls<'a>,
     env: &Env<'a>,
     target: &'a str,
     dims: [usize; 4],
@@ -417,13 +417,13 @@ fn cut<'a>(
     let flat_target = shape.len() == 3 && shape == [dims[0], dims[2], dims[1] * dims[3]];
     let truth = noise(dims.iter().product(), 1);
     let expected = laid_out(&truth, dims, if flat_target { Layout::Flat } else { Layout::Heads });
-    let names = chain(probes, target);
+    let names = chain(samples, target);
     let mut best: Option<Cut> = None;
     for name in names {
         let Ok(shape) = env.shape(name) else { continue };
         for layout in layouts(shape, dims) {
             let planted = Tensor::new(shape.to_vec(), DataType::Float, laid_out(&truth, dims, layout));
-            let tried = probes.program().plant(env, vec![(name, planted)], &[target]);
+            let tried = samples.program().plant(env, vec![(name, planted)], &[target]);
             let Some(got) = tried.get(target).and_then(|t| t.data.as_ref()) else {
                 continue;
             };
@@ -468,7 +468,7 @@ fn ratio(from: &[f64], to: &[f64]) -> Option<f64> {
 
 /// Reads what is added to an attention's scores.
 struct BiasReader<'p, 'a> {
-    probes: &'p Probes<'a>,
+    samples: &'p SampleCalls<'a>,
     core: &'p Core<'a>,
     /// What the scores and what is added to them are computed from.
     cone: Cone<'a>,
@@ -482,7 +482,7 @@ struct BiasReader<'p, 'a> {
 }
 
 impl<'p, 'a> BiasReader<'p, 'a> {
-    fn new(probes: &'p Probes<'a>, core: &'p Core<'a>) -> Self {
+    fn new(samples: &'p SampleCalls<'a>, core: &'p Core<'a>) -> Self {
         const BY_NUMBER: [&str; 11] = [
             "Add", "Sub", "Mul", "Div", "Where", "Cast", "CastLike", "Tanh", "Identity", "Max", "Min",
         ];
@@ -497,23 +497,23 @@ impl<'p, 'a> BiasReader<'p, 'a> {
         };
         let by_number = |node: &NodeProto| node.op_domain().is_empty() && BY_NUMBER.contains(&node.op_type());
         Self {
-            probes,
+            samples,
             core,
-            cone: probes.program().cone(&targets),
-            even: path_to_scores(probes, core).is_some_and(|path| scaled_evenly(probes, &path)),
-            by_number: path_to_scores(probes, core).is_some_and(|path| path.iter().all(|(node, _)| by_number(node))),
+            cone: samples.program().cone(&targets),
+            even: path_to_scores(samples, core).is_some_and(|path| scaled_evenly(samples, &path)),
+            by_number: path_to_scores(samples, core).is_some_and(|path| path.iter().all(|(node, _)| by_number(node))),
             spent: Cell::new(0),
         }
     }
 
     /// What is added to the scores in a call, at some places, and what scores are multiplied with.
-    fn read(&self, z: Setting, places: Places) -> Result<Bias, Unread> {
+    fn read(&self, z: CallShape, places: Places) -> Result<Bias, Unread> {
         if self.spent.get() > MAX_SPENT {
             return Err(Unread::Long);
         }
         let env = match z.total() {
-            0..=SMALL_CALL => self.probes.run(z)?,
-            _ => Rc::new(self.probes.run_cone(z, &self.cone)?),
+            0..=SMALL_CALL => self.samples.run(z)?,
+            _ => Rc::new(self.samples.run_cone(z, &self.cone)?),
         };
         self.spent.set(self.spent.get() + env.spent());
         match self.core.scores {
@@ -547,7 +547,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
     fn spelled(
         &self,
         env: &Env<'a>,
-        z: Setting,
+        z: CallShape,
         places: Places,
         product: &'a str,
         masked: &str,
@@ -558,7 +558,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
         }
         let scored = |x: f64| -> Result<Env<'a>, String> {
             let scores = Tensor::filled(shape.clone(), DataType::Float, x)?;
-            Ok(self.probes.program().plant(env, vec![(product, scores)], &[masked]))
+            Ok(self.samples.program().plant(env, vec![(product, scores)], &[masked]))
         };
         let tried = scored(0.0)?;
         let got = tried
@@ -632,70 +632,70 @@ fn read_places(tensor: &Tensor, [b, heads, s, t]: [usize; 4], places: &Places) -
 }
 
 /// The nodes between the Softmax and the products, each with the value that it hands on from them; none for fused ones.
-fn path_to_scores<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Option<Vec<(&'a NodeProto, &'a str)>> {
+fn path_to_scores<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Option<Vec<(&'a NodeProto, &'a str)>> {
     let Scores::Spelled { product, masked } = core.scores else {
         return Some(Vec::new());
     };
     let mut name = masked;
     let mut path = Vec::new();
     while name != product {
-        let node = probes.view.producer(name).filter(|_| path.len() < MAX_CHAIN)?;
+        let node = samples.view.producer(name).filter(|_| path.len() < MAX_CHAIN)?;
         name = node
             .input
             .iter()
             .map(String::as_str)
-            .find(|i| probes.program().is_data(i))?;
+            .find(|i| samples.program().is_data(i))?;
         path.push((node, name));
     }
     Some(path)
 }
 
 /// Whether nothing but masks and sums between the products and the Softmax depends on the position.
-fn scaled_evenly(probes: &Probes, path: &[(&NodeProto, &str)]) -> bool {
+fn scaled_evenly(samples: &SampleCalls, path: &[(&NodeProto, &str)]) -> bool {
     const ADDS: [&str; 2] = ["Add", "Where"];
     path.iter().all(|(node, data)| {
         let adds = node.op_domain().is_empty() && ADDS.contains(&node.op_type());
-        adds || others_are_steady(probes, node, data)
+        adds || others_are_call_invariant(samples, node, data)
     })
 }
 
-fn find_mask<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Mask, String> {
-    let key = mask_key(probes, core);
-    let known = probes.masks.borrow().get(&key).cloned();
+fn find_mask<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<Mask, String> {
+    let key = mask_key(samples, core);
+    let known = samples.masks.borrow().get(&key).cloned();
     if let Some(known) = known {
         return known.map(|(window, padding)| Mask { window, padding });
     }
-    let found = look_at_mask(probes, core);
+    let found = look_at_mask(samples, core);
     let plain = found.clone().map(|mask| (mask.window, mask.padding));
-    probes.masks.borrow_mut().insert(key, plain);
+    samples.masks.borrow_mut().insert(key, plain);
     found
 }
 
-fn look_at_mask<'a>(probes: &Probes<'a>, core: &Core<'a>) -> Result<Mask, String> {
-    let mentioned = Mentioned::find(probes, core);
+fn look_at_mask<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<Mask, String> {
+    let mentioned = WindowCandidates::find(samples, core);
     let most = mentioned.numbers.len().max(mentioned.sizes.len());
     if most > MAX_CONSTANTS {
         return Err(format!(
             "what computes its mask mentions {most} numbers, too many to try each as a window"
         ));
     }
-    let reader = BiasReader::new(probes, core);
-    let bias = |z: Setting, places: Places| reader.read(z, places);
+    let reader = BiasReader::new(samples, core);
+    let bias = |z: CallShape, places: Places| reader.read(z, places);
     mask::classify(&bias, &mentioned.numbers, &mentioned.far())
 }
 
 /// Calls in which what lies behind the scores is looked at, where it may depend on the position.
-const FAR_CALLS: [Setting; 5] = [
-    Setting::new(1, 1, 64, 0),
-    Setting::new(1, 3, 1024, 0),
-    Setting::new(1, 1, 4096, 0),
-    Setting::new(1, 1, 9001, 0),
-    Setting::new(1, 1, 30_011, 0),
+const FAR_CALLS: [CallShape; 5] = [
+    CallShape::new(1, 1, 64, 0),
+    CallShape::new(1, 3, 1024, 0),
+    CallShape::new(1, 1, 4096, 0),
+    CallShape::new(1, 1, 9001, 0),
+    CallShape::new(1, 1, 30_011, 0),
 ];
 
 /// One logit per query head, the same for all tokens.
-fn find_sinks<'a>(probes: &Probes<'a>, first: Setting, sink: &'a str, hq: usize) -> Result<Vec<f64>, String> {
-    let read = |z: Setting, env: &Env| -> Result<Vec<f64>, String> {
+fn find_sinks<'a>(samples: &SampleCalls<'a>, first: CallShape, sink: &'a str, hq: usize) -> Result<Vec<f64>, String> {
+    let read = |z: CallShape, env: &Env| -> Result<Vec<f64>, String> {
         let data = env
             .need(sink)?
             .data
@@ -715,13 +715,13 @@ fn find_sinks<'a>(probes: &Probes<'a>, first: Setting, sink: &'a str, hq: usize)
             Err(format!("its head sinks ({sink}) differ from token to token"))
         }
     };
-    let found = read(first, &*probes.run(first)?)?;
-    if is_steady_but_spread(probes, sink) {
+    let found = read(first, &*samples.run(first)?)?;
+    if is_steady_but_spread(samples, sink) {
         return Ok(found);
     }
-    let cone = probes.program().cone(&[sink]);
+    let cone = samples.program().cone(&[sink]);
     for z in FAR_CALLS {
-        let env = probes.run_cone(z, &cone)?;
+        let env = samples.run_cone(z, &cone)?;
         if env.need(sink).is_ok() && read(z, &env)? != found {
             return Err(format!("its head sinks ({sink}) are others with {z}"));
         }
@@ -730,14 +730,14 @@ fn find_sinks<'a>(probes: &Probes<'a>, first: Setting, sink: &'a str, hq: usize)
 }
 
 /// Whether a value is the same in every call but for how often it is repeated.
-fn is_steady_but_spread(probes: &Probes, name: &str) -> bool {
+fn is_steady_but_spread(samples: &SampleCalls, name: &str) -> bool {
     let mut name = name;
     for _ in 0..MAX_CHAIN {
-        if is_steady(probes, name) {
+        if is_call_invariant(samples, name) {
             return true;
         }
-        match probes.view.producer(name) {
-            Some(node) if node.op_domain().is_empty() && others_are_steady(probes, node, node.input(0)) => {
+        match samples.view.producer(name) {
+            Some(node) if node.op_domain().is_empty() && others_are_call_invariant(samples, node, node.input(0)) => {
                 name = node.input(0);
             }
             _ => return false,
@@ -749,7 +749,7 @@ fn is_steady_but_spread(probes: &Probes, name: &str) -> bool {
 /// Between the Softmax and the values nothing may depend on the position: the proof runs that part in small calls only. Where
 /// something does (guards for rows without keys), probabilities of equal scores must be equal from afar too.
 fn only_weighed<'a>(
-    probes: &Probes<'a>,
+    samples: &SampleCalls<'a>,
     core: &Core<'a>,
     heads: Heads,
     mask: Mask,
@@ -758,7 +758,7 @@ fn only_weighed<'a>(
     let Scores::Spelled { product, masked } = core.scores else {
         return Ok(());
     };
-    let node = probes.view.producer(core.output).ok_or("nothing makes its output")?;
+    let node = samples.view.producer(core.output).ok_or("nothing makes its output")?;
     let Some(weights) = node.input.iter().map(String::as_str).find(|i| *i != core.value) else {
         return Ok(());
     };
@@ -766,7 +766,7 @@ fn only_weighed<'a>(
     let mut made: HashSet<&str> = [masked].into();
     let mut open = vec![masked];
     while let Some(name) = open.pop() {
-        for reader in probes
+        for reader in samples
             .view
             .readers(name)
             .filter(|n| !n.output.iter().any(|o| o == core.output))
@@ -781,7 +781,7 @@ fn only_weighed<'a>(
         if name == masked || !seen.insert(name) {
             continue;
         }
-        let Some(node) = probes.view.producer(name) else {
+        let Some(node) = samples.view.producer(name) else {
             continue;
         };
         let shape_only = |slot: usize| slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"));
@@ -789,21 +789,21 @@ fn only_weighed<'a>(
             if made.contains(input) {
                 open.push(input);
             } else if !shape_only(slot) && core.sink != Some(input) {
-                steady &= is_steady(probes, input);
+                steady &= is_call_invariant(samples, input);
             }
         }
     }
     if steady {
         return Ok(());
     }
-    let cone = probes.program().cone(&[weights]);
+    let cone = samples.program().cone(&[weights]);
     for z in FAR_CALLS {
-        let env = probes.run_cone(z, &cone)?;
+        let env = samples.run_cone(z, &cone)?;
         let Ok(shape) = env.shape(product).map(<[usize]>::to_vec) else {
             continue;
         };
         let scores = Tensor::filled(shape, DataType::Float, 0.0)?;
-        let tried = probes.program().plant(&env, vec![(product, scores)], &[weights]);
+        let tried = samples.program().plant(&env, vec![(product, scores)], &[weights]);
         let got = tried.need(weights)?.clone();
         let full = [1, heads.hq, z.s, z.total()];
         let rows = Places::Rows((0..z.s).collect());
@@ -844,7 +844,7 @@ fn fused_scale(node: &NodeProto, d: usize, factor: f64) -> (f64, f64) {
 
 /// Scale from tiny queries, softcap from huge ones.
 fn spelled_scale(
-    probes: &Probes,
+    samples: &SampleCalls,
     core: &Core,
     cache: &Cache,
     heads: Heads,
@@ -853,11 +853,11 @@ fn spelled_scale(
     let Scores::Spelled { masked, .. } = core.scores else {
         return Err("no scores".to_owned());
     };
-    let z = Setting::new(1, 1, 3, 0);
+    let z = CallShape::new(1, 1, 3, 0);
     let score = |size: f64| -> Result<(f64, f64), String> {
-        let call = Call::new(probes, cache, heads, cuts, z, size)?;
-        let env = probes.run(z)?;
-        let tried = probes.program().plant(&env, call.seeds(cache, cuts), &[masked]);
+        let call = Call::new(samples, cache, heads, cuts, z, size)?;
+        let env = samples.run(z)?;
+        let tried = samples.program().plant(&env, call.seeds(cache, cuts), &[masked]);
         let data = tried
             .need(masked)?
             .data
@@ -898,7 +898,7 @@ fn softcapped(score: &dyn Fn(f64) -> Result<(f64, f64), String>, cap: f64) -> Re
 
 /// A call of the core on random numbers.
 struct Call {
-    z: Setting,
+    z: CallShape,
     q: Vec<f64>,
     /// Past, new, keys and values, `[B, Hkv, tokens, D]`.
     past: [Vec<f64>; 2],
@@ -909,14 +909,14 @@ struct Call {
 
 impl Call {
     fn new(
-        probes: &Probes,
+        samples: &SampleCalls,
         cache: &Cache,
         heads: Heads,
         cuts: [Cut; 3],
-        z: Setting,
+        z: CallShape,
         size: f64,
     ) -> Result<Self, String> {
-        let env = probes.run(z)?;
+        let env = samples.run(z)?;
         let shape = |name: &str| env.shape(name).map(<[usize]>::to_vec);
         let shapes = [shape(cuts[0].name)?, shape(cuts[1].name)?, shape(cuts[2].name)?];
         let kv = z.b * heads.hkv * heads.d;
@@ -1023,7 +1023,7 @@ impl Call {
 /// Tries the whole core against the operator's formula, and finds the value that is its output.
 #[expect(clippy::too_many_arguments, reason = "all that was found out, once")]
 fn prove<'a>(
-    probes: &Probes<'a>,
+    samples: &SampleCalls<'a>,
     core: &Core<'a>,
     cache: &Cache<'a>,
     heads: Heads,
@@ -1033,17 +1033,17 @@ fn prove<'a>(
     softcap: f64,
     sinks: Option<&[f64]>,
 ) -> Result<Cut<'a>, String> {
-    let mut outputs = outputs(probes, core.output);
+    let mut outputs = outputs(samples, core.output);
     let mut best: Option<Cut> = None;
     for z in CALLS {
-        let env = probes.run(z)?;
+        let env = samples.run(z)?;
         if z.continues() && env.need(core.output).is_err() {
             continue;
         }
-        let mut call = Call::new(probes, cache, heads, cuts, z, 1.0)?;
+        let mut call = Call::new(samples, cache, heads, cuts, z, 1.0)?;
         let mut targets = outputs.clone();
         targets.extend(cache.total);
-        let tried = probes.program().plant(&env, call.seeds(cache, cuts), &targets);
+        let tried = samples.program().plant(&env, call.seeds(cache, cuts), &targets);
         if !core.bias.is_empty() {
             call.add_bias(&env, core.bias)?;
         }
@@ -1165,7 +1165,7 @@ fn differs(rows: &[Option<Vec<f64>>], data: &[f64], [b, h, s, d]: [usize; 4], la
 }
 
 /// An output and what is made of it alone, by rearranging and guarding.
-fn outputs<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
+fn outputs<'a>(samples: &SampleCalls<'a>, from: &'a str) -> Vec<&'a str> {
     const KEEPS: [&str; 10] = [
         "Transpose",
         "Reshape",
@@ -1180,13 +1180,13 @@ fn outputs<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
     ];
     let mut names = vec![from];
     let mut name = from;
-    while names.len() < 16 && !probes.view.is_output(name) {
-        let mut readers = probes.view.readers(name);
+    while names.len() < 16 && !samples.view.is_output(name) {
+        let mut readers = samples.view.readers(name);
         let (Some(node), None) = (readers.next(), readers.next()) else {
             break;
         };
         let keeps = node.op_domain().is_empty() && KEEPS.contains(&node.op_type());
-        if !keeps || !others_are_steady(probes, node, name) || node.output(0).is_empty() {
+        if !keeps || !others_are_call_invariant(samples, node, name) || node.output(0).is_empty() {
             break;
         }
         name = node.output(0);
@@ -1196,22 +1196,22 @@ fn outputs<'a>(probes: &Probes<'a>, from: &'a str) -> Vec<&'a str> {
 }
 
 /// The cache of the graph that a value is, itself or by another name.
-fn source_cache<'a>(probes: &Probes<'a>, name: &'a str) -> Option<&'a str> {
-    let names = copies::back(probes.view, name);
-    names.into_iter().find(|name| probes.is_cache(name))
+fn source_cache<'a>(samples: &SampleCalls<'a>, name: &'a str) -> Option<&'a str> {
+    let names = cache_aliases::back(samples.view, name);
+    names.into_iter().find(|name| samples.is_cache(name))
 }
 
 /// The graph output that a value is, itself or by another name.
-fn graph_output<'a>(probes: &Probes<'a>, name: &'a str) -> Option<&'a str> {
-    copies::output(probes.view, name).map(|(output, _)| output)
+fn graph_output<'a>(samples: &SampleCalls<'a>, name: &'a str) -> Option<&'a str> {
+    cache_aliases::output(samples.view, name).map(|(output, _)| output)
 }
 
 /// Whether rotary embedding shows before a value, within a few nodes.
-fn rope_before(probes: &Probes, name: &str) -> Rope {
+fn rope_before(samples: &SampleCalls, name: &str) -> Rope {
     let mut open = vec![(name, 0)];
     let mut seen = HashSet::new();
     while let Some((name, depth)) = open.pop() {
-        let Some(node) = probes.view.producer(name) else {
+        let Some(node) = samples.view.producer(name) else {
             continue;
         };
         if !seen.insert(name) || depth > 10 || matches!(node.op_type(), "MatMul" | "Gemm" | "MatMulNBits") {

@@ -2,7 +2,7 @@
 
 use super::{
     INPUT_IDS, INPUTS_EMBEDS, decomposed,
-    probe::Probes,
+    sample_calls::SampleCalls,
     state::{comes_back, dependents},
 };
 use crate::eval::reads;
@@ -11,9 +11,9 @@ use std::collections::HashSet;
 
 /// Whether an attention gives the same for a token whenever it is fed: its keys and values come from inputs that the tokens fed
 /// have no part in and that don't come back changed.
-pub fn keeps_nothing(probes: &Probes, node: &NodeProto) -> bool {
-    let view = probes.view;
-    let Some([query, key, value]) = operands(probes, node) else {
+pub fn keeps_nothing(samples: &SampleCalls, node: &NodeProto) -> bool {
+    let view = samples.view;
+    let Some([query, key, value]) = operands(samples, node) else {
         return false;
     };
     let tokens = dependents(view, &[INPUT_IDS, INPUTS_EMBEDS]);
@@ -25,12 +25,12 @@ pub fn keeps_nothing(probes: &Probes, node: &NodeProto) -> bool {
 }
 
 /// Queries, keys and values of an attention without a cache inside.
-fn operands<'a>(probes: &Probes<'a>, node: &NodeProto) -> Option<[&'a str; 3]> {
-    let view = probes.view;
+fn operands<'a>(samples: &SampleCalls<'a>, node: &NodeProto) -> Option<[&'a str; 3]> {
+    let view = samples.view;
     let node = view.producer(node.output.iter().find(|o| !o.is_empty())?)?;
     let inside: &[usize] = match (node.op_domain(), node.op_type()) {
         ("", "Softmax") => {
-            let core = decomposed::core(view, probes, node).ok()?;
+            let core = decomposed::core(view, samples, node).ok()?;
             return Some([core.query, core.key, core.value]);
         }
         ("", "Attention") => &[4, 5, 6],

@@ -2,10 +2,10 @@
 //! with any way of repeating heads and of moving axes, guards against rows without keys, softcap, head sinks.
 
 use super::{
-    Rule, Verdict,
-    core::{Core, Scores, site},
+    MatchResult, Rule,
+    core::{Core, Scores, attention_match},
     other,
-    probe::Probes,
+    sample_calls::SampleCalls,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -24,19 +24,23 @@ impl Rule for Decomposed {
         "decomposed"
     }
 
-    fn look<'a>(&self, view: &GraphView<'a>, probes: &Probes<'a>, node: &'a NodeProto) -> Verdict {
+    fn match_node<'a>(&self, view: &GraphView<'a>, samples: &SampleCalls<'a>, node: &'a NodeProto) -> MatchResult {
         if !node.is("", "Softmax") || !other::weighs_values(view, node) {
-            return Verdict::NotMine;
+            return MatchResult::NotMine;
         }
-        match core(view, probes, node).and_then(|core| site(probes, core)) {
-            Ok(site) => Verdict::Site(Box::new(site)),
-            Err(why) => Verdict::Refused(why),
+        match core(view, samples, node).and_then(|core| attention_match(samples, core)) {
+            Ok(matched) => MatchResult::Match(Box::new(matched)),
+            Err(why) => MatchResult::Refused(why),
         }
     }
 }
 
-pub(super) fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a NodeProto) -> Result<Core<'a>, String> {
-    let program = probes.program();
+pub(super) fn core<'a>(
+    view: &GraphView<'a>,
+    samples: &SampleCalls<'a>,
+    softmax: &'a NodeProto,
+) -> Result<Core<'a>, String> {
+    let program = samples.program();
     // Up to the product of queries and keys.
     let mut masked = softmax.input(0);
     let mut name = masked;
@@ -126,7 +130,7 @@ pub(super) fn core<'a>(view: &GraphView<'a>, probes: &Probes<'a>, softmax: &'a N
 mod tests {
     use super::*;
     use crate::{
-        rules::{Layout, Lengths, Site},
+        rules::{AttentionMatch, Layout, LengthSource},
         testing::{looked, projected},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
@@ -207,7 +211,7 @@ mod tests {
     ];
     const SOFTMAX: (&str, &[&str], &str) = ("Softmax", &["masked"], "weights");
 
-    fn look(between: &[&[(&str, &[&str], &str)]]) -> Result<Site, String> {
+    fn look(between: &[&[(&str, &[&str], &str)]]) -> Result<AttentionMatch, String> {
         looked(&Decomposed, &graph(&between.concat()))
     }
 
@@ -217,18 +221,21 @@ mod tests {
 
     #[test]
     fn a_mask_that_is_added_matches() {
-        let site = look(&[&[SCALED], &CAUSAL, &[("Add", &["scaled", "plane"], "masked"), SOFTMAX]]).unwrap();
-        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (2, 2, Some(4)));
-        assert_eq!((site.scale, site.softcap, site.local_window_size), (0.5, 0.0, -1));
-        assert_eq!((site.query.as_str(), site.query_layout), ("q", Layout::Flat));
-        assert_eq!((site.key.as_str(), site.value.as_str()), ("k", "v"));
-        assert_eq!((site.output.as_str(), site.output_layout), ("y", Layout::Flat));
-        assert_eq!(site.lengths, Lengths::FromMask { padding: false });
+        let matched = look(&[&[SCALED], &CAUSAL, &[("Add", &["scaled", "plane"], "masked"), SOFTMAX]]).unwrap();
+        assert_eq!((matched.q_heads, matched.kv_heads, matched.head_size), (2, 2, Some(4)));
+        assert_eq!(
+            (matched.scale, matched.softcap, matched.local_window_size),
+            (0.5, 0.0, -1)
+        );
+        assert_eq!((matched.query.as_str(), matched.query_layout), ("q", Layout::Flat));
+        assert_eq!((matched.key.as_str(), matched.value.as_str()), ("k", "v"));
+        assert_eq!((matched.output.as_str(), matched.output_layout), ("y", Layout::Flat));
+        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
     }
 
     #[test]
     fn padding_a_window_a_softcap_and_scaled_queries_match() {
-        let site = look(&[
+        let matched = look(&[
             &[
                 ("Div", &["dots", "cap"], "small"),
                 ("Tanh", &["small"], "bent"),
@@ -247,9 +254,9 @@ mod tests {
             ],
         ])
         .unwrap();
-        assert_eq!((site.softcap, site.local_window_size), (20.0, 3));
-        assert!((site.scale - 1.0).abs() < 1e-5, "{}", site.scale);
-        assert_eq!(site.lengths, Lengths::FromMask { padding: true });
+        assert_eq!((matched.softcap, matched.local_window_size), (20.0, 3));
+        assert!((matched.scale - 1.0).abs() < 1e-5, "{}", matched.scale);
+        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
     }
 
     #[test]
@@ -258,9 +265,9 @@ mod tests {
         let mut graph = projected(2, 2);
         graph.node.push(softmax);
         let view = GraphView::new(&graph, 23);
-        let probes = Probes::new(&view, None);
-        let verdicts = graph.node.iter().map(|n| Decomposed.look(&view, &probes, n));
-        assert!(verdicts.into_iter().all(|v| matches!(v, Verdict::NotMine)));
+        let samples = SampleCalls::new(&view, None);
+        let results = graph.node.iter().map(|n| Decomposed.match_node(&view, &samples, n));
+        assert!(results.into_iter().all(|v| matches!(v, MatchResult::NotMine)));
     }
 
     #[test]
@@ -339,7 +346,7 @@ mod tests {
         masking: &[(&str, &[&str], &str)],
         size: usize,
         sees: impl Fn(usize, usize) -> bool,
-    ) -> Result<Site, String> {
+    ) -> Result<AttentionMatch, String> {
         let mut graph = graph(
             &[
                 &[
@@ -368,12 +375,12 @@ mod tests {
     fn a_window_inside_a_table_is_found() {
         for masking in [&CHOSEN[..], &ADDED] {
             for (size, window) in [(128, 40), (300, 256), (50, 49), (128, 127)] {
-                let site = tabled(masking, size, |i, j| j <= i && i - j < window).unwrap();
-                assert_eq!(site.local_window_size, window as i64, "of {size}");
+                let matched = tabled(masking, size, |i, j| j <= i && i - j < window).unwrap();
+                assert_eq!(matched.local_window_size, window as i64, "of {size}");
             }
             for size in [128, 256, 1024] {
-                let site = tabled(masking, size, |i, j| j <= i).unwrap();
-                assert_eq!(site.local_window_size, -1, "of {size}");
+                let matched = tabled(masking, size, |i, j| j <= i).unwrap();
+                assert_eq!(matched.local_window_size, -1, "of {size}");
             }
             let why = tabled(masking, 128, |i, j| j <= i && i / 40 == j / 40).expect_err("chunks");
             assert!(why.contains("neither causal nor a sliding window"), "{why}");
@@ -381,7 +388,7 @@ mod tests {
     }
 
     /// Causal, and near: where the distance `apart` (`distance` as it is, or made of it) is less than `bound`.
-    fn bounded(more: &[(&str, &[&str], &str)], change: impl FnOnce(&mut GraphProto)) -> Result<Site, String> {
+    fn bounded(more: &[(&str, &[&str], &str)], change: impl FnOnce(&mut GraphProto)) -> Result<AttentionMatch, String> {
         let near = [
             ("Less", &["apart", "bound"][..], "near"),
             ("And", &["seen", "near"], "both"),
@@ -460,7 +467,7 @@ mod tests {
     }
 
     /// Where the distance, or its square, in this type is less than the type's `limit`.
-    fn narrow(data_type: DataType, squared: bool, limit: &str) -> Result<Site, String> {
+    fn narrow(data_type: DataType, squared: bool, limit: &str) -> Result<AttentionMatch, String> {
         let (apart, distance) = if squared {
             ("Mul", &["narrow", "narrow"][..])
         } else {
@@ -569,7 +576,7 @@ mod tests {
     ];
 
     /// Causal attention; `change` puts the factor in.
-    fn heated(more: &[(&str, &[&str], &str)], change: impl FnOnce(&mut GraphProto)) -> Result<Site, String> {
+    fn heated(more: &[(&str, &[&str], &str)], change: impl FnOnce(&mut GraphProto)) -> Result<AttentionMatch, String> {
         let mut between = [&[SCALED][..], &CAUSAL, &HOTTER, more].concat();
         if !more.iter().any(|(_, _, output)| *output == "masked") {
             between.push(("Add", &["scaled", "plane"], "masked"));
@@ -590,11 +597,14 @@ mod tests {
     #[test]
     fn a_factor_of_the_position_stays_outside() {
         let hot = ("Mul", &["q_heads", "heat"][..], "q_hot");
-        let site = heated(&[hot], |graph| reads_instead(graph, "dots", "q_hot")).unwrap();
-        assert_eq!((site.query.as_str(), site.query_layout), ("q_hot", Layout::Heads));
+        let matched = heated(&[hot], |graph| reads_instead(graph, "dots", "q_hot")).unwrap();
+        assert_eq!((matched.query.as_str(), matched.query_layout), ("q_hot", Layout::Heads));
         let hot = ("Mul", &["mixed", "heat"][..], "mixed_hot");
-        let site = heated(&[hot], |graph| reads_instead(graph, "mixed_tokens", "mixed_hot")).unwrap();
-        assert_eq!((site.output.as_str(), site.output_layout), ("mixed", Layout::Heads));
+        let matched = heated(&[hot], |graph| reads_instead(graph, "mixed_tokens", "mixed_hot")).unwrap();
+        assert_eq!(
+            (matched.output.as_str(), matched.output_layout),
+            ("mixed", Layout::Heads)
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::{
     ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS,
     core::MORE,
     cross::{inputs_of, keeps_nothing},
-    probe::Probes,
+    sample_calls::SampleCalls,
     state::alike,
     trace::{Origin, Trace, is_product, operands},
 };
@@ -18,17 +18,17 @@ const LAYOUT: &str = "[B, H, T, D] (batch, heads, tokens, head size)";
 
 /// What explains refusals of a model's attention.
 pub struct Explain<'p, 'a> {
-    probes: &'p Probes<'a>,
+    samples: &'p SampleCalls<'a>,
     functions: HashSet<(String, String)>,
 }
 
 impl<'p, 'a> Explain<'p, 'a> {
-    pub fn new(probes: &'p Probes<'a>, functions: &[FunctionProto]) -> Self {
+    pub fn new(samples: &'p SampleCalls<'a>, functions: &[FunctionProto]) -> Self {
         let names = functions
             .iter()
             .map(|f| (domain(f.domain()).to_owned(), f.name().to_owned()));
         Self {
-            probes,
+            samples,
             functions: names.collect(),
         }
     }
@@ -41,7 +41,7 @@ impl<'p, 'a> Explain<'p, 'a> {
 
     /// The cause of a refusal, if it is one of those known; `why`: what the rule said.
     pub fn cause(&self, node: &'a NodeProto, why: &str) -> Option<String> {
-        let view = self.probes.view;
+        let view = self.samples.view;
         let operands = operands(view, node)?;
         if [INPUT_IDS, INPUTS_EMBEDS, "decoder_input_ids"]
             .iter()
@@ -63,7 +63,7 @@ impl<'p, 'a> Explain<'p, 'a> {
         if let Some(call) = keys.calls.iter().chain(&values.calls).next() {
             return Some(called("its keys or values", call));
         }
-        if keeps_nothing(self.probes, node) {
+        if keeps_nothing(self.samples, node) {
             let from = inputs_of(view, &[operands.key]);
             let from = from.first().copied().unwrap_or(operands.key);
             return Some(format!(
@@ -86,7 +86,7 @@ impl<'p, 'a> Explain<'p, 'a> {
             return Some(cause);
         }
         if why.contains(MORE)
-            && let Some(cause) = mask.origins.iter().find_map(|origin| other_input(self.probes, origin))
+            && let Some(cause) = mask.origins.iter().find_map(|origin| other_input(self.samples, origin))
         {
             return Some(cause);
         }
@@ -102,7 +102,7 @@ impl<'p, 'a> Explain<'p, 'a> {
         if !node.is("", "Softmax") {
             return None;
         }
-        let view = self.probes.view;
+        let view = self.samples.view;
         let said = |what: &str, name: &str| {
             format!(
                 "the graph returns its {what} ({name}), which page selection doesn't compute; export it without output_attentions"
@@ -238,15 +238,15 @@ fn ready_made(view: &GraphView, origin: &Origin) -> Option<String> {
 }
 
 /// An input that a mask depends on and no caller is known to give.
-fn other_input(probes: &Probes, origin: &Origin) -> Option<String> {
+fn other_input(samples: &SampleCalls, origin: &Origin) -> Option<String> {
     let known = [INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, ATTENTION_MASK];
-    if known.contains(&origin.input) || probes.is_cache(origin.input) {
+    if known.contains(&origin.input) || samples.is_cache(origin.input) {
         return None;
     }
     Some(format!(
         "its mask depends on the input {}, of which nothing is known; export it with a mask that is made of {ATTENTION_MASK} and \
          {POSITION_IDS}",
-        shown(probes.view, origin.input)
+        shown(samples.view, origin.input)
     ))
 }
 
@@ -349,7 +349,7 @@ pub fn none_found(view: &GraphView) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{rules::survey, testing::projected};
+    use crate::{rules::find_attention, testing::projected};
     use retro_onnx::{AttributeProto, GraphProto, ModelProto, TensorProto};
 
     type Node<'n> = (&'n str, &'n [&'n str], &'n str, &'n [i64]);
@@ -405,7 +405,7 @@ mod tests {
             ..Default::default()
         };
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
-        let found = survey(&model, &Probes::new(&view, None));
+        let found = find_attention(&model, &SampleCalls::new(&view, None));
         assert_eq!(found.len(), 1);
         found[0].found.clone().expect_err("it should be refused")
     }

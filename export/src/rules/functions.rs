@@ -90,7 +90,7 @@ impl<'a> Functions<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rules::{Probes, survey};
+    use crate::rules::{SampleCalls, find_attention};
 
     fn function(domain: &str, name: &str, nodes: &[NodeProto]) -> FunctionProto {
         FunctionProto {
@@ -112,7 +112,7 @@ mod tests {
             ..Default::default()
         };
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
-        let found = survey(&model, &Probes::new(&view, None));
+        let found = find_attention(&model, &SampleCalls::new(&view, None));
         found.into_iter().filter_map(|a| a.found.err()).collect()
     }
 

@@ -1,7 +1,7 @@
 //! `com.microsoft::GroupQueryAttention`: the operator's own model, so the node converts by adding state.
 //! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
 
-use super::{QkNorm, Rope, Rule, Site, Verdict, copies, probe::Probes};
+use super::{AttentionMatch, MatchResult, QkNorm, Rope, Rule, cache_aliases, sample_calls::SampleCalls};
 use retro_onnx::{AttributeType, DataType, NodeProto, graph::GraphView};
 
 mod slot {
@@ -46,22 +46,22 @@ impl Rule for GroupQueryAttention {
         "gqa"
     }
 
-    fn look<'a>(&self, view: &GraphView<'a>, _: &Probes<'a>, node: &'a NodeProto) -> Verdict {
+    fn match_node<'a>(&self, view: &GraphView<'a>, _: &SampleCalls<'a>, node: &'a NodeProto) -> MatchResult {
         if !is_one(node) {
-            return Verdict::NotMine;
+            return MatchResult::NotMine;
         }
-        match site(view, node) {
-            Ok(site) => Verdict::Site(Box::new(site)),
-            Err(why) => Verdict::Refused(why),
+        match attention_match(view, node) {
+            Ok(matched) => MatchResult::Match(Box::new(matched)),
+            Err(why) => MatchResult::Refused(why),
         }
     }
 }
 
-fn site(view: &GraphView, node: &NodeProto) -> Result<Site, String> {
+fn attention_match(view: &GraphView, node: &NodeProto) -> Result<AttentionMatch, String> {
     let attributes = Attributes::of(node)?;
     inputs_are_understood(node, &attributes)?;
     let name = |slot: usize| node.input(slot).to_owned();
-    let mut site = Site {
+    let mut matched = AttentionMatch {
         query: name(slot::QUERY),
         key: name(slot::KEY),
         value: name(slot::VALUE),
@@ -81,19 +81,19 @@ fn site(view: &GraphView, node: &NodeProto) -> Result<Site, String> {
         sliding_cache: attributes.sliding_window_cache,
         ..Default::default()
     };
-    site.data_type = cache_is_the_graphs(view, &mut site)?;
-    site.qk_norm = qk_norm(node, &attributes)?;
-    if attributes.smooth_softmax && site.head_sink.is_empty() {
+    matched.data_type = cache_is_the_graphs(view, &mut matched)?;
+    matched.qk_norm = qk_norm(node, &attributes)?;
+    if attributes.smooth_softmax && matched.head_sink.is_empty() {
         // One more in every denominator: what a sink of 0 adds.
-        site.sinks = Some(vec![0.0; usize::try_from(site.q_heads).unwrap_or_default()]);
+        matched.sinks = Some(vec![0.0; usize::try_from(matched.q_heads).unwrap_or_default()]);
     }
-    activations_agree(view, &site)?;
-    site.head_size = head_size(view, &site)?;
-    if site.qk_norm.is_some() && site.head_size.is_none() {
+    activations_agree(view, &matched)?;
+    matched.head_size = head_size(view, &matched)?;
+    if matched.qk_norm.is_some() && matched.head_size.is_none() {
         return Err("it normalises queries and keys, but nothing in the graph tells the head size".to_owned());
     }
-    site.rope = rope(view, node, &attributes, &mut site)?;
-    Ok(site)
+    matched.rope = rope(view, node, &attributes, &mut matched)?;
+    Ok(matched)
 }
 
 struct Attributes {
@@ -263,11 +263,11 @@ fn qk_norm(node: &NodeProto, attributes: &Attributes) -> Result<Option<QkNorm>, 
 }
 
 /// The cache comes from the caller and goes back to it, and nobody else looks at it. Gives its element type; where the node sees it
-/// through copies, the site then names what the graph takes and returns, the copies, and the type that the node computes in.
-fn cache_is_the_graphs(view: &GraphView, site: &mut Site) -> Result<DataType, String> {
+/// through copies, the match then names what the graph takes and returns, the copies, and the type that the node computes in.
+fn cache_is_the_graphs(view: &GraphView, matched: &mut AttentionMatch) -> Result<DataType, String> {
     let mut inner = Vec::new();
-    for past in [&mut site.past_key, &mut site.past_value] {
-        let names = copies::back(view, past);
+    for past in [&mut matched.past_key, &mut matched.past_value] {
+        let names = cache_aliases::back(view, past);
         let source = names.iter().rposition(|n| view.is_input(n));
         let Some((source, between)) = source.and_then(|at| Some((*names.get(at)?, names.get(..at)?))) else {
             return Err(format!("its cache {past} is not an input of the graph"));
@@ -280,7 +280,7 @@ fn cache_is_the_graphs(view: &GraphView, site: &mut Site) -> Result<DataType, St
             }
         }
         inner.push(type_after(view, &source, between.iter().rev()));
-        site.copies.extend(between);
+        matched.copies.extend(between);
         *past = source;
         let Some(dims) = view.declared_dims(past) else {
             return Err(format!("{past} has no declared shape"));
@@ -291,15 +291,15 @@ fn cache_is_the_graphs(view: &GraphView, site: &mut Site) -> Result<DataType, St
                 dims.len()
             ));
         }
-        if let Some(heads) = view.declared_from_end(past, 3).filter(|h| *h != site.kv_heads) {
+        if let Some(heads) = view.declared_from_end(past, 3).filter(|h| *h != matched.kv_heads) {
             return Err(format!(
                 "{past} has {heads} heads, but kv_num_heads is {}",
-                site.kv_heads
+                matched.kv_heads
             ));
         }
     }
-    for present in [&mut site.present_key, &mut site.present_value] {
-        let Some((output, between)) = copies::output(view, present) else {
+    for present in [&mut matched.present_key, &mut matched.present_value] {
+        let Some((output, between)) = cache_aliases::output(view, present) else {
             return Err(format!("its cache {present} is not an output of the graph"));
         };
         let (output, between): (String, Vec<String>) =
@@ -315,12 +315,14 @@ fn cache_is_the_graphs(view: &GraphView, site: &mut Site) -> Result<DataType, St
             }
         }
         if !between.is_empty() {
-            site.copies.push(output.clone());
+            matched.copies.push(output.clone());
         }
-        site.copies.extend(between.into_iter().filter(|name| name != present));
+        matched
+            .copies
+            .extend(between.into_iter().filter(|name| name != present));
         *present = output;
     }
-    let outer = match (view.data_type(&site.past_key), view.data_type(&site.past_value)) {
+    let outer = match (view.data_type(&matched.past_key), view.data_type(&matched.past_value)) {
         (Some(k), Some(v)) if k != v => {
             return Err(format!("its cache holds {} keys and {} values", k.label(), v.label()));
         }
@@ -331,25 +333,29 @@ fn cache_is_the_graphs(view: &GraphView, site: &mut Site) -> Result<DataType, St
                 t.label()
             ));
         }
-        (None, _) => return Err(format!("{} has no declared element type", site.past_key)),
+        (None, _) => return Err(format!("{} has no declared element type", matched.past_key)),
     };
-    copies::same_type(view, &site.past_key, &site.present_key)?;
-    copies::same_type(view, &site.past_value, &site.present_value)?;
+    cache_aliases::same_type(view, &matched.past_key, &matched.present_key)?;
+    cache_aliases::same_type(view, &matched.past_value, &matched.present_value)?;
     let own = inner.into_iter().flatten().find(|t| *t != outer);
     if let Some(own) = own {
-        [site.query_type, site.kv_type, site.output_type] = [own; 3];
+        [matched.query_type, matched.kv_type, matched.output_type] = [own; 3];
     }
     Ok(outer)
 }
 
 /// The type of a value that is a copy of another, whose copies are given in order.
 fn type_after<'n>(view: &GraphView, source: &str, names: impl Iterator<Item = &'n String>) -> Option<DataType> {
-    let casts = names.filter_map(|name| view.producer(name).and_then(copies::cast_to));
+    let casts = names.filter_map(|name| view.producer(name).and_then(cache_aliases::cast_to));
     casts.last().or_else(|| view.data_type(source))
 }
 
-fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
-    for (what, name) in [("query", &site.query), ("key", &site.key), ("value", &site.value)] {
+fn activations_agree(view: &GraphView, matched: &AttentionMatch) -> Result<(), String> {
+    for (what, name) in [
+        ("query", &matched.query),
+        ("key", &matched.key),
+        ("value", &matched.value),
+    ] {
         if let Some(dims) = view.declared_dims(name).filter(|d| d.len() != 3) {
             return Err(format!(
                 "{what} ({name}) has {} dimensions, not 3 (batch, tokens, heads * size)",
@@ -357,11 +363,11 @@ fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
             ));
         }
     }
-    let own = site.typed(site.query_type);
-    let norm = site.qk_norm.as_ref();
+    let own = matched.typed(matched.query_type);
+    let norm = matched.qk_norm.as_ref();
     for (what, name) in [
-        ("query", Some(&site.query)),
-        ("head_sink", Some(&site.head_sink)),
+        ("query", Some(&matched.query)),
+        ("head_sink", Some(&matched.head_sink)),
         ("q_norm_weight", norm.map(|n| &n.query)),
         ("k_norm_weight", norm.map(|n| &n.key)),
     ] {
@@ -373,20 +379,22 @@ fn activations_agree(view: &GraphView, site: &Site) -> Result<(), String> {
             ));
         }
     }
-    match view.tensor_dims(&site.head_sink) {
-        Some(dims) if dims != [site.q_heads] => Err(format!("head_sink has shape {dims:?}, not [{}]", site.q_heads)),
+    match view.tensor_dims(&matched.head_sink) {
+        Some(dims) if dims != [matched.q_heads] => {
+            Err(format!("head_sink has shape {dims:?}, not [{}]", matched.q_heads))
+        }
         _ => Ok(()),
     }
 }
 
 /// The head size from the cache's declared shape, else from the width of the query, which exporters declare more often.
-fn head_size(view: &GraphView, site: &Site) -> Result<Option<i64>, String> {
+fn head_size(view: &GraphView, matched: &AttentionMatch) -> Result<Option<i64>, String> {
     let of_cache = |name: &str| view.declared_from_end(name, 1);
-    let packed = site.key.is_empty();
+    let packed = matched.key.is_empty();
     let heads = if packed {
-        site.q_heads + 2 * site.kv_heads
+        matched.q_heads + 2 * matched.kv_heads
     } else {
-        site.q_heads
+        matched.q_heads
     };
     let of_width = |name: &str, heads: i64| {
         view.declared_from_end(name, 1)
@@ -397,12 +405,12 @@ fn head_size(view: &GraphView, site: &Site) -> Result<Option<i64>, String> {
         Some([size]) => Some(*size),
         _ => None,
     };
-    let weights = site.qk_norm.iter().flat_map(|norm| [&norm.query, &norm.key]);
+    let weights = matched.qk_norm.iter().flat_map(|norm| [&norm.query, &norm.key]);
     let known = [
-        (&site.past_key, of_cache(&site.past_key)),
-        (&site.past_value, of_cache(&site.past_value)),
-        (&site.query, of_width(&site.query, heads)),
-        (&site.output, of_width(&site.output, site.q_heads)),
+        (&matched.past_key, of_cache(&matched.past_key)),
+        (&matched.past_value, of_cache(&matched.past_value)),
+        (&matched.query, of_width(&matched.query, heads)),
+        (&matched.output, of_width(&matched.output, matched.q_heads)),
     ];
     let known: Vec<_> = known
         .into_iter()
@@ -421,10 +429,15 @@ fn head_size(view: &GraphView, site: &Site) -> Result<Option<i64>, String> {
     Ok(size.map(|(d, _)| d))
 }
 
-fn rope(view: &GraphView, node: &NodeProto, attributes: &Attributes, site: &mut Site) -> Result<Rope, String> {
+fn rope(
+    view: &GraphView,
+    node: &NodeProto,
+    attributes: &Attributes,
+    matched: &mut AttentionMatch,
+) -> Result<Rope, String> {
     if !attributes.do_rotary {
         let before = view
-            .producer(&site.query)
+            .producer(&matched.query)
             .is_some_and(|n| n.op_type() == "RotaryEmbedding");
         return Ok(if before { Rope::Before } else { Rope::None });
     }
@@ -437,13 +450,13 @@ fn rope(view: &GraphView, node: &NodeProto, attributes: &Attributes, site: &mut 
         .and_then(|d| d.last().copied())
         .or_else(|| view.declared_from_end(cos, 1));
     let dims = width.and_then(|w| w.checked_mul(2));
-    if let (Some(dims), Some(size)) = (dims, site.head_size)
+    if let (Some(dims), Some(size)) = (dims, matched.head_size)
         && (dims < 2 || dims > size)
     {
         return Err(format!("cos_cache rotates {dims} elements of a head of {size}"));
     }
-    site.cos_cache = cos.to_owned();
-    site.sin_cache = sin.to_owned();
+    matched.cos_cache = cos.to_owned();
+    matched.sin_cache = sin.to_owned();
     Ok(Rope::Inside {
         interleaved: attributes.rotary_interleaved,
         dims,
@@ -456,15 +469,18 @@ mod tests {
     use crate::testing::{gqa_graph, gqa_node_mut};
     use retro_onnx::{AttributeProto, GraphProto, TensorProto};
 
-    fn look(graph: &GraphProto) -> Result<Site, String> {
+    fn look(graph: &GraphProto) -> Result<AttentionMatch, String> {
         let view = GraphView::new(graph, 21);
-        let probes = Probes::new(&view, None);
-        let mut verdicts = graph.node.iter().map(|n| GroupQueryAttention.look(&view, &probes, n));
-        verdicts
+        let samples = SampleCalls::new(&view, None);
+        let mut results = graph
+            .node
+            .iter()
+            .map(|n| GroupQueryAttention.match_node(&view, &samples, n));
+        results
             .find_map(|v| match v {
-                Verdict::NotMine => None,
-                Verdict::Site(site) => Some(Ok(*site)),
-                Verdict::Refused(why) => Some(Err(why)),
+                MatchResult::NotMine => None,
+                MatchResult::Match(matched) => Some(Ok(*matched)),
+                MatchResult::Refused(why) => Some(Err(why)),
             })
             .unwrap()
     }
@@ -489,25 +505,25 @@ mod tests {
 
     #[test]
     fn a_plain_packed_node_matches() {
-        let site = look(&gqa_graph(1)).unwrap();
-        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (4, 2, Some(8)));
+        let matched = look(&gqa_graph(1)).unwrap();
+        assert_eq!((matched.q_heads, matched.kv_heads, matched.head_size), (4, 2, Some(8)));
         assert_eq!(
-            (site.query.as_str(), site.key.as_str(), site.value.as_str()),
+            (matched.query.as_str(), matched.key.as_str(), matched.value.as_str()),
             ("qkv.0", "", "")
         );
         assert_eq!(
-            site.rope,
+            matched.rope,
             Rope::Inside {
                 interleaved: false,
                 dims: Some(8)
             }
         );
         assert_eq!(
-            (site.data_type, site.local_window_size, site.sliding_cache),
+            (matched.data_type, matched.local_window_size, matched.sliding_cache),
             (DataType::Float, -1, false)
         );
         assert_eq!(
-            (site.past_key.as_str(), site.present_value.as_str()),
+            (matched.past_key.as_str(), matched.present_value.as_str()),
             ("past_key_values.0.key", "present.0.value")
         );
     }
@@ -528,13 +544,13 @@ mod tests {
         set_attribute(&mut graph, AttributeProto::int("kv_cache_bit_width", 0));
         set_attribute(&mut graph, AttributeProto::string("k_quant_type", "NONE"));
         graph.value_info.clear();
-        let site = look(&graph).unwrap();
+        let matched = look(&graph).unwrap();
         assert_eq!(
-            (site.key.as_str(), site.head_sink.as_str(), site.rope),
+            (matched.key.as_str(), matched.head_sink.as_str(), matched.rope),
             ("k", "sink", Rope::None)
         );
         assert_eq!(
-            (site.local_window_size, site.softcap, site.sliding_cache),
+            (matched.local_window_size, matched.softcap, matched.sliding_cache),
             (8, 50.0, true)
         );
     }
@@ -574,8 +590,8 @@ mod tests {
         set_attribute(&mut graph, AttributeProto::int("smooth_softmax", 1));
         assert_eq!(look(&graph).unwrap().sinks, Some(vec![0.0; 4]));
         set_input(&mut graph, slot::HEAD_SINK, "sink");
-        let site = look(&graph).unwrap();
-        assert_eq!((site.head_sink.as_str(), site.sinks), ("sink", None));
+        let matched = look(&graph).unwrap();
+        assert_eq!((matched.head_sink.as_str(), matched.sinks), ("sink", None));
     }
 
     /// Puts a copy between a graph's cache and the node.
@@ -605,9 +621,15 @@ mod tests {
     fn a_cache_behind_copies_matches() {
         let mut graph = gqa_graph(1);
         put_behind(&mut graph, "Identity", None);
-        let site = look(&graph).unwrap();
+        let matched = look(&graph).unwrap();
         assert_eq!(
-            [&site.past_key, &site.past_value, &site.present_key, &site.present_value].map(String::as_str),
+            [
+                &matched.past_key,
+                &matched.past_value,
+                &matched.present_key,
+                &matched.present_value
+            ]
+            .map(String::as_str),
             [
                 "past_key_values.0.key",
                 "past_key_values.0.value",
@@ -615,9 +637,9 @@ mod tests {
                 "present.0.value"
             ]
         );
-        assert_eq!(site.copies.len(), 4, "{:?}", site.copies);
+        assert_eq!(matched.copies.len(), 4, "{:?}", matched.copies);
         assert_eq!(
-            (site.data_type, site.query_type),
+            (matched.data_type, matched.query_type),
             (DataType::Float, DataType::Undefined)
         );
     }
@@ -629,8 +651,11 @@ mod tests {
         let why = look(&graph).expect_err("queries are float32");
         assert!(why.contains("query (qkv.0) is float32, its cache is float16"), "{why}");
         graph.value_info.clear();
-        let site = look(&graph).unwrap();
-        assert_eq!((site.data_type, site.query_type), (DataType::Float, DataType::Float16));
+        let matched = look(&graph).unwrap();
+        assert_eq!(
+            (matched.data_type, matched.query_type),
+            (DataType::Float, DataType::Float16)
+        );
         let output = graph.output.iter_mut().find(|o| o.name() == "present.0.key").unwrap();
         let dims = output.dims().unwrap().to_vec();
         *output = retro_onnx::ValueInfoProto::tensor("present.0.key", DataType::Float16, dims);

@@ -1,6 +1,6 @@
 //! What a mask lets a token see, found by trying it: causal, a sliding window, padding; or none of these, and then why not.
 
-use super::probe::Setting;
+use super::sample_calls::CallShape;
 use std::collections::BTreeSet;
 
 /// A bias at most this is a mask: exporters write -inf, the type's lowest number, -1e9 or -10000.
@@ -51,7 +51,7 @@ pub fn gain(data: &[f64], ones: &[f64]) -> Option<[f64; 2]> {
 }
 
 /// All scores must be multiplied with the same number.
-fn only_one_factor(calls: &[(Setting, Bias)]) -> Result<(), String> {
+fn only_one_factor(calls: &[(CallShape, Bias)]) -> Result<(), String> {
     let mut known: Option<f64> = None;
     for (z, gains) in calls.iter().filter_map(|(z, b)| Some((z, b.gain?))) {
         let first = *known.get_or_insert(gains[0]);
@@ -76,13 +76,13 @@ pub struct Mask {
 }
 
 impl Mask {
-    fn allows(self, z: Setting, b: usize, query: usize, key: usize) -> bool {
+    fn allows(self, z: CallShape, b: usize, query: usize, key: usize) -> bool {
         key <= query && self.window.is_none_or(|w| query - key < w) && (!self.padding || key >= z.first(b))
     }
 }
 
 /// Reads the bias of some of a call's tokens.
-pub type Read<'r> = &'r dyn Fn(Setting, Places) -> Result<Bias, Unread>;
+pub type Read<'r> = &'r dyn Fn(CallShape, Places) -> Result<Bias, Unread>;
 
 /// Why a bias was not read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,7 +117,7 @@ impl std::fmt::Display for Unread {
         }
     }
 }
-type Calls = Vec<(Setting, Bias)>;
+type Calls = Vec<(CallShape, Bias)>;
 
 /// Finds the mask that `bias` makes. `constants`: integers that the mask's computation mentions or computes: one may be the window, or
 /// the place from which on the mask is another. `far`: past tokens of further calls that may show either.
@@ -126,19 +126,19 @@ type Calls = Vec<(Setting, Bias)>;
 /// It is none that the operator can do; or it can't be computed.
 pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, String> {
     let small = [
-        Setting::new(1, 4, 0, 0),
-        Setting::new(1, 3, 5, 0),
-        Setting::new(2, 3, 6, 0),
-        Setting::new(1, 1, 9, 0),
+        CallShape::new(1, 4, 0, 0),
+        CallShape::new(1, 3, 5, 0),
+        CallShape::new(2, 3, 6, 0),
+        CallShape::new(1, 1, 9, 0),
     ];
     let padded = [
-        Setting::new(2, 5, 0, 3),
-        Setting::new(2, 2, 6, 3),
-        Setting::new(2, 1, 6, 2),
+        CallShape::new(2, 5, 0, 3),
+        CallShape::new(2, 2, 6, 3),
+        CallShape::new(2, 1, 6, 2),
     ];
     // Some models take several tokens only without a past; then there is nothing to be true to.
-    let biases = |settings: &[Setting]| -> Result<Calls, String> {
-        let call = |z: &Setting| match bias(*z, all_rows(*z)) {
+    let biases = |settings: &[CallShape]| -> Result<Calls, String> {
+        let call = |z: &CallShape| match bias(*z, all_rows(*z)) {
             Ok(bias) => Some(Ok((*z, bias))),
             Err(_) if z.continues() => None,
             Err(why) => Some(Err(format!("its mask is not understood: {why}"))),
@@ -149,7 +149,7 @@ pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, 
     for (z, bias) in &plain {
         only_masks(*z, bias)?;
     }
-    let fits = |window: Option<usize>, calls: &[(Setting, Bias)], padding: bool| {
+    let fits = |window: Option<usize>, calls: &[(CallShape, Bias)], padding: bool| {
         let mask = Mask { window, padding };
         calls.iter().all(|(z, bias)| first_difference(mask, *z, bias).is_none())
     };
@@ -169,7 +169,7 @@ pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, 
         .flat_map(|c| around(*c))
         .chain(far.iter().copied())
         .collect();
-    let mut calls = until_the_end(bias, single.into_iter().map(|past| Setting::new(1, 1, past, 0)))?;
+    let mut calls = until_the_end(bias, single.into_iter().map(|past| CallShape::new(1, 1, past, 0)))?;
     let end = calls.iter().map(|(z, _)| z.past).max().unwrap_or(0);
     windows.extend(calls.iter().filter_map(|(z, bias)| read_window(*z, bias)).map(Some));
     windows.retain(|w| fits(*w, &plain, false) && fits(*w, &calls, false));
@@ -178,7 +178,7 @@ pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, 
         let pasts = [w - 1, w, w + w / 2 + 1, 2 * w, 3 * w + 2];
         calls.extend(distant(
             bias,
-            pasts.into_iter().map(|past| Setting::new(1, 1, past, 0)),
+            pasts.into_iter().map(|past| CallShape::new(1, 1, past, 0)),
         )?);
         windows.retain(|w| fits(*w, &calls, false));
     }
@@ -193,7 +193,7 @@ pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, 
         let pasts: BTreeSet<usize> = pasts.chain(far).collect();
         calls.extend(distant(
             bias,
-            pasts.into_iter().map(|past| Setting::new(1, 3, past, 0)),
+            pasts.into_iter().map(|past| CallShape::new(1, 3, past, 0)),
         )?);
     }
     calls.extend(prompts(bias, &bounds, far)?);
@@ -222,7 +222,7 @@ pub fn classify(bias: Read, constants: &[usize], far: &[usize]) -> Result<Mask, 
     Ok(Mask { window, padding })
 }
 
-fn all_rows(z: Setting) -> Places {
+fn all_rows(z: CallShape) -> Places {
     Places::Rows((0..z.s).collect())
 }
 
@@ -250,7 +250,7 @@ fn prompts(bias: Read, bounds: &BTreeSet<usize>, far: &[usize]) -> Result<Calls,
         }
         let at_bounds = bounds.iter().filter(|c| s <= 2 * LONG && **c + 2 >= s / 2);
         rows.extend(at_bounds.flat_map(|c| [c - 1, *c, c + 1]).filter(|row| *row < s));
-        let z = Setting::new(1, s, 0, 0);
+        let z = CallShape::new(1, s, 0, 0);
         if let Some(bias) = callable(z, bias(z, Places::Rows(rows.into_iter().collect())))? {
             found.push((z, bias));
         }
@@ -263,8 +263,8 @@ const LINES: usize = 30_011;
 
 /// Of a long prompt, for every token: the first key and one in the middle, itself and the one after it, and a window's ends. What is
 /// different for a few tokens alone shows there.
-fn lines(bias: Read, end: usize, window: Option<usize>) -> Result<Option<(Setting, Bias)>, String> {
-    let z = Setting::new(1, LINES.min(end), 0, 0);
+fn lines(bias: Read, end: usize, window: Option<usize>) -> Result<Option<(CallShape, Bias)>, String> {
+    let z = CallShape::new(1, LINES.min(end), 0, 0);
     if z.s < 5 {
         return Ok(None);
     }
@@ -292,18 +292,18 @@ fn lines(bias: Read, end: usize, window: Option<usize>) -> Result<Option<(Settin
 }
 
 /// Calls of two sequences of which one begins with padding: a little, and more than half.
-fn far_padded(bounds: &BTreeSet<usize>, far: &[usize]) -> Vec<Setting> {
+fn far_padded(bounds: &BTreeSet<usize>, far: &[usize]) -> Vec<CallShape> {
     let behind = bounds.iter().map(|c| c + c / 2);
     let pasts: BTreeSet<usize> = behind
         .chain(far.iter().copied())
         .filter(|past| *past <= 2 * LONG)
         .collect();
-    let each = |past: usize| [3, past / 2 + 1].map(|pad| Setting::new(2, 1, past, pad));
+    let each = |past: usize| [3, past / 2 + 1].map(|pad| CallShape::new(2, 1, past, pad));
     pasts.into_iter().flat_map(each).collect()
 }
 
 /// A bias; none where the model itself can't be called so.
-fn callable(z: Setting, bias: Result<Bias, Unread>) -> Result<Option<Bias>, String> {
+fn callable(z: CallShape, bias: Result<Bias, Unread>) -> Result<Option<Bias>, String> {
     match bias {
         Ok(bias) => Ok(Some(bias)),
         Err(Unread::Beyond) => Ok(None),
@@ -312,7 +312,7 @@ fn callable(z: Setting, bias: Result<Bias, Unread>) -> Result<Option<Bias>, Stri
 }
 
 /// Calls with many tokens before. Those that the model does not take are left out.
-fn distant(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Calls, String> {
+fn distant(bias: Read, calls: impl Iterator<Item = CallShape>) -> Result<Calls, String> {
     let mut found = Vec::new();
     for z in calls {
         if let Some(bias) = callable(z, bias(z, all_rows(z)))? {
@@ -323,7 +323,7 @@ fn distant(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Calls, St
 }
 
 /// The same for calls that grow, and the longest one that the model takes, if it does not take all.
-fn until_the_end(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Calls, String> {
+fn until_the_end(bias: Read, calls: impl Iterator<Item = CallShape>) -> Result<Calls, String> {
     let mut found: Calls = Vec::new();
     for z in calls {
         if let Some(bias) = callable(z, bias(z, all_rows(z)))? {
@@ -332,7 +332,7 @@ fn until_the_end(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Cal
         }
         let (mut most, mut least) = (found.iter().map(|(z, _)| z.past).max().unwrap_or(0), z.past);
         while least - most > 1 {
-            let z = Setting {
+            let z = CallShape {
                 past: most + (least - most) / 2,
                 ..z
             };
@@ -350,13 +350,13 @@ fn until_the_end(bias: Read, calls: impl Iterator<Item = Setting>) -> Result<Cal
 }
 
 /// How many tokens the one token of a call sees, if not all.
-fn read_window(z: Setting, bias: &Bias) -> Option<usize> {
+fn read_window(z: CallShape, bias: &Bias) -> Option<usize> {
     let first = bias.data.iter().take(z.total()).position(|x| *x > MASKED)?;
     (first > 0).then(|| z.total() - first)
 }
 
 /// The first query and key where a bias differs from a mask. Rows of padding don't count.
-fn first_difference(mask: Mask, z: Setting, bias: &Bias) -> Option<(usize, usize, usize)> {
+fn first_difference(mask: Mask, z: CallShape, bias: &Bias) -> Option<(usize, usize, usize)> {
     let n = bias.places.len(z.total());
     for (block, data) in bias.data.chunks(n.max(1)).enumerate() {
         let b = block / bias.heads.max(1);
@@ -370,7 +370,7 @@ fn first_difference(mask: Mask, z: Setting, bias: &Bias) -> Option<(usize, usize
 }
 
 /// Every bias must be 0 or a mask.
-fn only_masks(z: Setting, bias: &Bias) -> Result<(), String> {
+fn only_masks(z: CallShape, bias: &Bias) -> Result<(), String> {
     let n = bias.places.len(z.total()).max(1);
     let numbers = |x: &f64| *x > MASKED && x.abs() > 1e-6 || x.is_nan();
     let Some(at) = bias.data.iter().position(numbers) else {
@@ -401,7 +401,7 @@ fn only_masks(z: Setting, bias: &Bias) -> Result<(), String> {
 }
 
 /// How many of the first and of the last tokens one token sees, if it sees none between them.
-fn always_seen(z: Setting, bias: &Bias) -> Option<[usize; 2]> {
+fn always_seen(z: CallShape, bias: &Bias) -> Option<[usize; 2]> {
     let row = bias.data.get(..z.total()).filter(|_| z.s == 1)?;
     let seen: Vec<usize> = row
         .chunk_by(|a, b| (*a > MASKED) == (*b > MASKED))
@@ -414,13 +414,13 @@ fn always_seen(z: Setting, bias: &Bias) -> Option<[usize; 2]> {
 }
 
 /// What is wrong with the mask of the first call that isn't causal.
-fn explain(calls: &[(Setting, Bias)]) -> String {
+fn explain(calls: &[(CallShape, Bias)]) -> String {
     let causal = Mask {
         window: None,
         padding: false,
     };
     // Where sinks show, they explain most.
-    let sinks = |call: &&(Setting, Bias)| always_seen(call.0, &call.1).is_some();
+    let sinks = |call: &&(CallShape, Bias)| always_seen(call.0, &call.1).is_some();
     for (z, bias) in calls.iter().find(sinks).into_iter().chain(calls) {
         if let Some((_, query, key)) = first_difference(causal, *z, bias) {
             return if key > query {
@@ -447,7 +447,9 @@ fn explain(calls: &[(Setting, Bias)]) -> String {
 mod tests {
     use super::*;
 
-    fn made(allowed: impl Fn(Setting, usize, usize, usize) -> f64) -> impl Fn(Setting, Places) -> Result<Bias, Unread> {
+    fn made(
+        allowed: impl Fn(CallShape, usize, usize, usize) -> f64,
+    ) -> impl Fn(CallShape, Places) -> Result<Bias, Unread> {
         move |z, places| {
             let mut data = Vec::new();
             for b in 0..z.b {
@@ -594,7 +596,7 @@ mod tests {
     #[test]
     fn what_shows_only_in_the_last_rows_that_a_model_takes_is_found() {
         let sinks = made(|_, _, i, j| hide(j <= i && (i - j < 3900 || j < 4)));
-        let limited = |z: Setting, places: Places| match z.total() {
+        let limited = |z: CallShape, places: Places| match z.total() {
             0..=4000 => sinks(z, places),
             _ => Err(Unread::Beyond),
         };
@@ -626,12 +628,12 @@ mod tests {
     #[test]
     fn far_calls_that_the_model_does_not_take_are_left_out() {
         let causal = made(|_, _, i, j| hide(j <= i));
-        let limited = |z: Setting, places: Places| match z.total() {
+        let limited = |z: CallShape, places: Places| match z.total() {
             0..=128 => causal(z, places),
             _ => Err(Unread::Beyond),
         };
         assert!(classify(&limited, &[], &[64, 256]).is_ok_and(|m| m.window.is_none()));
-        let broken = |z: Setting, places: Places| match z.total() {
+        let broken = |z: CallShape, places: Places| match z.total() {
             0..=128 => causal(z, places),
             _ => Err(Unread::Unknown("masked has shape [1, 8]".to_owned())),
         };
@@ -645,7 +647,7 @@ mod tests {
     #[test]
     fn factors_that_depend_on_positions_are_refused() {
         let causal = made(|_, _, i, j| hide(j <= i));
-        let hotter = |z: Setting, places: Places| {
+        let hotter = |z: CallShape, places: Places| {
             let gain = if z.past < 100 { 0.25 } else { 0.5 };
             let gain = Some([gain, gain]);
             causal(z, places).map(|b| Bias { gain, ..b })

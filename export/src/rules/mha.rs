@@ -2,9 +2,9 @@
 //! queries, keys and values, a mask as padding, as scores, or causal.
 
 use super::{
-    Rule, Verdict,
-    core::{Core, InnerCache, Scores, only_known_attributes, site},
-    probe::Probes,
+    MatchResult, Rule,
+    core::{Core, InnerCache, Scores, attention_match, only_known_attributes},
+    sample_calls::SampleCalls,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -26,13 +26,13 @@ impl Rule for MultiHeadAttention {
         "mha"
     }
 
-    fn look<'a>(&self, _: &GraphView<'a>, probes: &Probes<'a>, node: &'a NodeProto) -> Verdict {
+    fn match_node<'a>(&self, _: &GraphView<'a>, samples: &SampleCalls<'a>, node: &'a NodeProto) -> MatchResult {
         if !node.is("com.microsoft", "MultiHeadAttention") {
-            return Verdict::NotMine;
+            return MatchResult::NotMine;
         }
-        match core(node).and_then(|core| site(probes, core)) {
-            Ok(site) => Verdict::Site(Box::new(site)),
-            Err(why) => Verdict::Refused(why),
+        match core(node).and_then(|core| attention_match(samples, core)) {
+            Ok(matched) => MatchResult::Match(Box::new(matched)),
+            Err(why) => MatchResult::Refused(why),
         }
     }
 }
@@ -67,7 +67,7 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
 mod tests {
     use super::*;
     use crate::{
-        rules::{Layout, Lengths, Site},
+        rules::{AttentionMatch, Layout, LengthSource},
         testing::{looked_after, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
@@ -98,7 +98,7 @@ mod tests {
         graph
     }
 
-    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<Site, String> {
+    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<AttentionMatch, String> {
         looked_after(&MultiHeadAttention, graph(), change)
     }
 
@@ -108,31 +108,31 @@ mod tests {
 
     #[test]
     fn a_cache_inside_and_a_padding_mask_match() {
-        let site = look(|_, _| {}).unwrap();
-        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (2, 2, Some(4)));
+        let matched = look(|_, _| {}).unwrap();
+        assert_eq!((matched.q_heads, matched.kv_heads, matched.head_size), (2, 2, Some(4)));
         assert_eq!(
-            (site.query.as_str(), site.key.as_str(), site.value.as_str()),
+            (matched.query.as_str(), matched.key.as_str(), matched.value.as_str()),
             ("q", "k", "v")
         );
         assert_eq!(
-            (site.query_layout, site.output_layout, site.output.as_str()),
+            (matched.query_layout, matched.output_layout, matched.output.as_str()),
             (Layout::Flat, Layout::Flat, "y")
         );
         assert_eq!(
-            (site.past_key.as_str(), site.present_value.as_str()),
+            (matched.past_key.as_str(), matched.present_value.as_str()),
             ("past_key_values.0.key", "present.0.value")
         );
         assert_eq!(
-            (site.scale, site.softcap, site.local_window_size),
+            (matched.scale, matched.softcap, matched.local_window_size),
             (0.5, 0.0, -1),
             "1/sqrt(4)"
         );
-        assert_eq!(site.lengths, Lengths::FromMask { padding: true });
+        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
     }
 
     #[test]
     fn scale_bias_and_no_padding_match() {
-        let site = look(|graph, node| {
+        let matched = look(|graph, node| {
             set(node, AttributeProto::float("scale", 0.3));
             let bias: Vec<f32> = (0..24).map(|i| i as f32 / 10.0).collect();
             graph.initializer.push(TensorProto::floats("bias", &[24], &bias));
@@ -140,14 +140,14 @@ mod tests {
             node.input[4] = String::new();
         })
         .unwrap();
-        assert_eq!((site.scale, site.bias.as_str()), (0.3, "bias"));
-        assert_eq!(site.lengths, Lengths::FromMask { padding: false });
+        assert_eq!((matched.scale, matched.bias.as_str()), (0.3, "bias"));
+        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
     }
 
     #[test]
     fn a_window_written_as_a_bias_on_the_scores_matches() {
         // [1, 1, S, T], from positions: -inf where a key is 3 or more tokens back.
-        let site = look(|graph, node| {
+        let matched = look(|graph, node| {
             for (name, value) in [("one", 1), ("three", 3), ("zero", 0)] {
                 graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
             }
@@ -176,7 +176,7 @@ mod tests {
             node.input[5] = "scores_bias".into();
         })
         .unwrap();
-        assert_eq!(site.local_window_size, 3);
+        assert_eq!(matched.local_window_size, 3);
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_cache_behind_a_copy_matches() {
-        let site = look(|graph, node| {
+        let matched = look(|graph, node| {
             let past = ["past_key_values.0.key"];
             graph
                 .node
@@ -221,12 +221,12 @@ mod tests {
                 .node
                 .push(NodeProto::new("", "Identity", "back", &["inner"], &["present.0.key"]));
         });
-        let site = site.unwrap();
+        let matched = matched.unwrap();
         assert_eq!(
             (
-                site.past_key.as_str(),
-                site.present_key.as_str(),
-                site.total_key.as_str()
+                matched.past_key.as_str(),
+                matched.present_key.as_str(),
+                matched.total_key.as_str()
             ),
             ("past_key_values.0.key", "present.0.key", "inner")
         );

@@ -1,7 +1,8 @@
 //! Source patterns: one rule a file. A rule looks at one node and says that it is not its business, or what it found, or
 //! why it can't be converted, with the value that failed. To add one: write the file, name it in [`RULES`].
 
-pub(crate) mod copies;
+pub(crate) mod cache_aliases;
+mod call_invariant;
 mod core;
 mod cross;
 mod decomposed;
@@ -10,19 +11,18 @@ mod functions;
 pub(crate) mod gqa;
 mod inputs;
 mod mask;
-mod mentioned;
 mod mha;
 mod onnx_attention;
 mod other;
 mod pairs;
-mod probe;
+mod sample_calls;
 mod state;
-mod steady;
 mod trace;
+mod window_candidates;
 
 pub use explain::none_found;
 pub use inputs::{Size, named_sizes, sizes, width};
-pub use probe::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, Probes, noise};
+pub use sample_calls::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls, noise};
 pub use state::{all_carried, carried};
 
 use explain::{Explain, INLINE};
@@ -39,7 +39,7 @@ pub trait Rule: Sync {
     /// How reports call it.
     fn name(&self) -> &'static str;
     /// What this node is to the rule.
-    fn look<'a>(&self, view: &GraphView<'a>, probes: &Probes<'a>, node: &'a NodeProto) -> Verdict;
+    fn match_node<'a>(&self, view: &GraphView<'a>, samples: &SampleCalls<'a>, node: &'a NodeProto) -> MatchResult;
 }
 
 /// All rules; the first that has something to say about a node decides.
@@ -51,11 +51,11 @@ pub const RULES: &[&dyn Rule] = &[
 ];
 
 /// What a rule says about a node.
-pub enum Verdict {
+pub enum MatchResult {
     /// Not an attention of this kind.
     NotMine,
     /// One that can be converted.
-    Site(Box<Site>),
+    Match(Box<AttentionMatch>),
     /// One that can't, and why.
     Refused(String),
 }
@@ -64,7 +64,7 @@ pub enum Verdict {
 ///
 /// Shapes: B batch, S tokens fed, Hq and Hkv heads, C cache capacity, D head size.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Site {
+pub struct AttentionMatch {
     /// `[B, S, Hq*D]`, or packed `[B, S, (Hq+2*Hkv)*D]` with `key` and `value` absent.
     pub query: String,
     pub key: String,
@@ -116,7 +116,7 @@ pub struct Site {
     pub total_value: String,
     /// Index of the node that makes `output` and gives way; none: the attention node itself.
     pub replaces: Option<usize>,
-    pub lengths: Lengths,
+    pub lengths: LengthSource,
     /// Added to queries, keys and values: `[(Hq+2*Hkv)*D]`.
     pub bias: String,
     /// Head sinks that are no tensor of their own in the source.
@@ -129,7 +129,7 @@ pub struct Site {
     pub qk_norm: Option<QkNorm>,
 }
 
-impl Site {
+impl AttentionMatch {
     /// One of the types of queries, keys and values, or outputs.
     pub fn typed(&self, t: DataType) -> DataType {
         if t == DataType::Undefined { self.data_type } else { t }
@@ -159,7 +159,7 @@ pub enum Layout {
 
 /// Where the lengths of sequences come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Lengths {
+pub enum LengthSource {
     /// `seqlens_k` and `total_sequence_length` are values of the source.
     #[default]
     Given,
@@ -193,32 +193,34 @@ pub struct Attention {
     pub op_type: String,
     /// The rule that spoke.
     pub rule: Option<&'static str>,
-    pub found: Result<Box<Site>, String>,
+    pub found: Result<Box<AttentionMatch>, String>,
     /// Whether the node as it is gives right results when tokens that are in its cache are fed again with a total length
     /// that counts them once: GQA with a cache of fixed capacity does, and attention to what an encoder gave.
     pub takes_tokens_again: bool,
 }
 
-/// What is to become of a site.
+/// what is to become of an attention.
 pub struct Conversion<'a> {
     pub attention: &'a Attention,
-    pub site: &'a Site,
+    pub matched: &'a AttentionMatch,
     pub node: usize,
     pub mode: Mode,
 }
 
 /// Finds every attention of a model, in graph order, those in subgraphs and functions last.
-pub fn survey<'a>(model: &'a ModelProto, probes: &Probes<'a>) -> Vec<Attention> {
-    let view = probes.view;
-    let explain = Explain::new(probes, &model.functions);
+pub fn find_attention<'a>(model: &'a ModelProto, samples: &SampleCalls<'a>) -> Vec<Attention> {
+    let view = samples.view;
+    let explain = Explain::new(samples, &model.functions);
     let functions = Functions::of(model);
     let mut found = Vec::new();
     for (index, node) in view.graph.node.iter().enumerate() {
-        let spoke = RULES.iter().find_map(|rule| match rule.look(view, probes, node) {
-            Verdict::NotMine => None,
-            Verdict::Site(site) => Some((Some(rule.name()), Ok(site))),
-            Verdict::Refused(why) => Some((Some(rule.name()), Err(why))),
-        });
+        let spoke = RULES
+            .iter()
+            .find_map(|rule| match rule.match_node(view, samples, node) {
+                MatchResult::NotMine => None,
+                MatchResult::Match(matched) => Some((Some(rule.name()), Ok(matched))),
+                MatchResult::Refused(why) => Some((Some(rule.name()), Err(why))),
+            });
         let spoke = spoke.or_else(|| other::attention(view, node).map(|why| (None, Err(why))));
         let spoke = spoke.or_else(|| functions.softmax(view, node).map(|why| (None, Err(why))));
         if let Some((rule, result)) = spoke {
@@ -253,7 +255,7 @@ pub fn survey<'a>(model: &'a ModelProto, probes: &Probes<'a>) -> Vec<Attention> 
     }
     for attention in found.iter_mut().filter(|a| a.found.is_err()) {
         let node = attention.node.and_then(|n| view.graph.node.get(n));
-        attention.takes_tokens_again |= node.is_some_and(|node| cross::keeps_nothing(probes, node));
+        attention.takes_tokens_again |= node.is_some_and(|node| cross::keeps_nothing(samples, node));
     }
     refuse_shared_caches(&mut found);
     pairs::refuse_crossed(view, &mut found);
@@ -265,21 +267,21 @@ pub fn survey<'a>(model: &'a ModelProto, probes: &Probes<'a>) -> Vec<Attention> 
 /// appends to its own cache, so all of them stay.
 fn refuse_shared_caches(found: &mut [Attention]) {
     let mut times: HashMap<String, usize> = HashMap::new();
-    for site in found.iter().filter_map(|a| a.found.as_ref().ok()) {
-        let caches: HashSet<&String> = [&site.past_key, &site.past_value].into_iter().collect();
+    for matched in found.iter().filter_map(|a| a.found.as_ref().ok()) {
+        let caches: HashSet<&String> = [&matched.past_key, &matched.past_value].into_iter().collect();
         for cache in caches {
             *times.entry(cache.clone()).or_default() += 1;
         }
     }
-    let why = |site: &Site| {
-        let mut caches = [&site.past_key, &site.past_value].into_iter();
+    let why = |matched: &AttentionMatch| {
+        let mut caches = [&matched.past_key, &matched.past_value].into_iter();
         let (cache, layers) = caches.find_map(|cache| Some((cache, times.get(cache).filter(|n| **n > 1)?)))?;
         Some(format!(
             "{layers} layers share the cache {cache}; layers without a cache of their own are not supported by this version"
         ))
     };
     for attention in found {
-        if let Some(why) = attention.found.as_ref().ok().and_then(|site| why(site)) {
+        if let Some(why) = attention.found.as_ref().ok().and_then(|matched| why(matched)) {
             attention.found = Err(why);
         }
     }
@@ -314,7 +316,7 @@ fn number_layers(view: &GraphView, found: &mut [Attention]) {
     let named: Vec<Option<usize>> = found
         .iter()
         .map(|a| match &a.found {
-            Ok(site) => layer_in(&site.past_key),
+            Ok(matched) => layer_in(&matched.past_key),
             Err(_) => a
                 .node
                 .and_then(|n| view.graph.node.get(n))
@@ -359,7 +361,7 @@ mod tests {
             name: String::new(),
             op_type: String::new(),
             rule: None,
-            found: Ok(Box::new(Site {
+            found: Ok(Box::new(AttentionMatch {
                 past_key: key.into(),
                 past_value: value.into(),
                 ..Default::default()
@@ -406,7 +408,7 @@ mod tests {
         };
         model.functions.push(function);
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
-        let found = survey(&model, &Probes::new(&view, None));
+        let found = find_attention(&model, &SampleCalls::new(&view, None));
         let reasons: Vec<_> = found.iter().map(|a| a.found.clone().unwrap_err()).collect();
         assert!(reasons[0].contains("branch of node if (If)"), "{reasons:?}");
         assert!(reasons[1].contains("function Block"), "{reasons:?}");

@@ -1,9 +1,9 @@
 //! ai.onnx::Attention (opset 23 to 25): with the cache as its own inputs or put together before it.
 
 use super::{
-    Rule, Verdict,
-    core::{Core, InnerCache, Scores, only_known_attributes, site},
-    probe::Probes,
+    MatchResult, Rule,
+    core::{Core, InnerCache, Scores, attention_match, only_known_attributes},
+    sample_calls::SampleCalls,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -27,13 +27,13 @@ impl Rule for OnnxAttention {
         "attention"
     }
 
-    fn look<'a>(&self, _: &GraphView<'a>, probes: &Probes<'a>, node: &'a NodeProto) -> Verdict {
+    fn match_node<'a>(&self, _: &GraphView<'a>, samples: &SampleCalls<'a>, node: &'a NodeProto) -> MatchResult {
         if !node.is("", "Attention") {
-            return Verdict::NotMine;
+            return MatchResult::NotMine;
         }
-        match core(node).and_then(|core| site(probes, core)) {
-            Ok(site) => Verdict::Site(Box::new(site)),
-            Err(why) => Verdict::Refused(why),
+        match core(node).and_then(|core| attention_match(samples, core)) {
+            Ok(matched) => MatchResult::Match(Box::new(matched)),
+            Err(why) => MatchResult::Refused(why),
         }
     }
 }
@@ -69,7 +69,7 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
 mod tests {
     use super::*;
     use crate::{
-        rules::{Layout, Lengths, Site},
+        rules::{AttentionMatch, Layout, LengthSource},
         testing::{looked_after, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
@@ -88,7 +88,7 @@ mod tests {
         graph
     }
 
-    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<Site, String> {
+    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<AttentionMatch, String> {
         looked_after(&OnnxAttention, graph(), change)
     }
 
@@ -98,19 +98,22 @@ mod tests {
 
     #[test]
     fn a_cache_inside_matches() {
-        let site = look(|_, _| {}).unwrap();
-        assert_eq!((site.q_heads, site.kv_heads, site.head_size), (4, 2, Some(4)));
-        assert_eq!((site.scale, site.softcap, site.local_window_size), (0.5, 0.0, -1));
+        let matched = look(|_, _| {}).unwrap();
+        assert_eq!((matched.q_heads, matched.kv_heads, matched.head_size), (4, 2, Some(4)));
         assert_eq!(
-            (site.query.as_str(), site.output.as_str(), site.query_layout),
+            (matched.scale, matched.softcap, matched.local_window_size),
+            (0.5, 0.0, -1)
+        );
+        assert_eq!(
+            (matched.query.as_str(), matched.output.as_str(), matched.query_layout),
             ("q", "y", Layout::Flat)
         );
-        assert_eq!(site.lengths, Lengths::FromMask { padding: false });
+        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
     }
 
     #[test]
     fn scale_softcap_and_a_boolean_mask_of_padding_match() {
-        let site = look(|graph, node| {
+        let matched = look(|graph, node| {
             set(node, AttributeProto::float("scale", 0.25));
             set(node, AttributeProto::float("softcap", 30.0));
             graph.initializer.push(TensorProto::int64s("middle", &[2], &[1, 2]));
@@ -125,8 +128,8 @@ mod tests {
             node.input[3] = "valid_4d".into();
         })
         .unwrap();
-        assert_eq!((site.scale, site.softcap), (0.25, 30.0));
-        assert_eq!(site.lengths, Lengths::FromMask { padding: true });
+        assert_eq!((matched.scale, matched.softcap), (0.25, 30.0));
+        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
     }
 
     #[test]
@@ -161,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_cache_put_together_before_it_matches() {
-        let site = look(|graph, node| {
+        let matched = look(|graph, node| {
             graph
                 .initializer
                 .push(TensorProto::int64s("heads", &[4], &[0, 0, 2, 4]));
@@ -211,14 +214,14 @@ mod tests {
         })
         .unwrap();
         assert_eq!(
-            (site.query.as_str(), site.key.as_str(), site.query_layout),
+            (matched.query.as_str(), matched.key.as_str(), matched.query_layout),
             ("q", "k", Layout::Flat)
         );
         assert_eq!(
-            (site.output_layout, site.total_key.as_str()),
+            (matched.output_layout, matched.total_key.as_str()),
             (Layout::Heads, "present.0.key")
         );
-        assert_eq!((site.q_heads, site.kv_heads), (4, 2));
+        assert_eq!((matched.q_heads, matched.kv_heads), (4, 2));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Which past a caller feeds back as which present. Hosts know them by their names alone: `past_key_values.0.key` comes back from
 //! `present.0.key`. A graph whose names say another thing than its nodes would be fed another layer's cache, or keys for values.
 
-use super::{Attention, Site, state::alike};
-use crate::verify::known::presents;
+use super::{Attention, AttentionMatch, state::alike};
+use crate::verify::graph_facts::presents;
 use retro_onnx::{ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -13,7 +13,7 @@ pub fn refuse_crossed(view: &GraphView, found: &mut [Attention]) {
     }
     let names = Names::of(view);
     for attention in found {
-        if let Some(why) = attention.found.as_ref().ok().and_then(|site| names.crossed(site)) {
+        if let Some(why) = attention.found.as_ref().ok().and_then(|matched| names.crossed(matched)) {
             attention.found = Err(why);
         }
     }
@@ -67,10 +67,10 @@ impl<'a> Names<'a> {
     }
 
     /// Why a host that goes by names would feed a cache into another's place.
-    fn crossed(&self, site: &Site) -> Option<String> {
+    fn crossed(&self, matched: &AttentionMatch) -> Option<String> {
         let pairs = [
-            (&site.past_key, &site.present_key),
-            (&site.past_value, &site.present_value),
+            (&matched.past_key, &matched.present_key),
+            (&matched.past_value, &matched.present_value),
         ];
         if pairs[0].0 == pairs[1].0 {
             return Some(format!("{} is its cache of keys and its cache of values", pairs[0].0));
@@ -118,7 +118,7 @@ fn place(name: &str) -> Option<Place> {
 mod tests {
     use super::*;
     use crate::{
-        rules::{Probes, survey},
+        rules::{SampleCalls, find_attention},
         testing::{gqa_model, gqa_node_mut},
     };
     use retro_onnx::{DataType, GraphProto};
@@ -133,14 +133,14 @@ mod tests {
             output: values(outputs),
             ..Default::default()
         };
-        let site = Site {
+        let matched = AttentionMatch {
             past_key: key[0].into(),
             present_key: key[1].into(),
             past_value: value[0].into(),
             present_value: value[1].into(),
             ..Default::default()
         };
-        Names::of(&GraphView::new(&graph, 21)).crossed(&site)
+        Names::of(&GraphView::new(&graph, 21)).crossed(&matched)
     }
 
     /// Of two layers: the first one's caches under names that follow a pattern, `{}` for what comes in or goes out.
@@ -250,7 +250,7 @@ mod tests {
             change(&mut node.input, &mut node.output);
         }
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
-        let found = survey(&model, &Probes::new(&view, None));
+        let found = find_attention(&model, &SampleCalls::new(&view, None));
         found.into_iter().map(|a| a.found.err()).collect()
     }
 

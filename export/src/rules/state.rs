@@ -21,9 +21,16 @@ pub fn carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Option<[&'a str
 pub fn all_carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Vec<[&'a str; 2]> {
     let mut known: HashSet<&str> = [INPUT_IDS, INPUTS_EMBEDS, ATTENTION_MASK, POSITION_IDS, LOGITS].into();
     for attention in found {
-        if let Ok(site) = &attention.found {
-            known
-                .extend([&site.past_key, &site.past_value, &site.present_key, &site.present_value].map(String::as_str));
+        if let Ok(matched) = &attention.found {
+            known.extend(
+                [
+                    &matched.past_key,
+                    &matched.past_value,
+                    &matched.present_key,
+                    &matched.present_value,
+                ]
+                .map(String::as_str),
+            );
         }
         // Layers that stay as they are speak for themselves (`takes_tokens_again`).
         if let Some(node) = attention.node.and_then(|n| view.graph.node.get(n)) {

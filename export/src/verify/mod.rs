@@ -1,19 +1,19 @@
 //! The original and the converted model on the same tokens: with a budget of all pages they must give the same logits.
 
 mod difference;
-pub(crate) mod known;
+pub(crate) mod graph_facts;
 mod model;
-pub mod nudge;
-mod others;
+mod other_inputs;
 mod outcome;
 mod runtime;
+pub mod ulp;
 mod value;
 mod ways;
 
 use difference::{Difference, Own};
 pub use model::{CacheFacts, LOGITS_TO_KEEP};
 use model::{Feed, Model};
-pub use others::{Fed, OtherInput, other_inputs};
+pub use other_inputs::{Fed, OtherInput, other_inputs};
 pub use outcome::{Compared, Skipped, Verification};
 pub use runtime::Runtime;
 use ways::Way;
@@ -60,7 +60,7 @@ pub struct Plan<'p> {
     /// measured, and the converted model may differ as much.
     pub together: bool,
     /// The original with its attention rounded otherwise, where more may come of that than rounding: how much, is measured too.
-    pub nudged: Option<&'p Path>,
+    pub perturbed: Option<&'p Path>,
     /// Largest difference that is rounding, for logits of up to 1; larger ones allow as much more.
     pub tolerance: f32,
     pub seed: u64,
@@ -84,7 +84,7 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
         let elsewhere = model.map(|m| m.elsewhere(runtime)).transpose().context(which)?;
         notes.extend(elsewhere.flatten().map(|what| format!("{which}: {what}")));
     }
-    let mut nudged = match plan.nudged.map(opened).transpose() {
+    let mut perturbed = match plan.perturbed.map(opened).transpose() {
         Ok(model) => model,
         Err(why) => {
             notes.push(format!("what rounding moves in the original is not known: {why:#}"));
@@ -102,7 +102,7 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
         largest_logit: 0.0,
     };
     for way in ways::ways(&original.fixed, plan.padding) {
-        run.compare(&way, &mut original, nudged.as_mut())?;
+        run.compare(&way, &mut original, perturbed.as_mut())?;
         if run.broken.is_some() {
             break;
         }
@@ -141,7 +141,7 @@ impl Run<'_> {
         }
     }
 
-    fn compare(&mut self, way: &Way, original: &mut Model, nudged: Option<&mut Model>) -> Result<()> {
+    fn compare(&mut self, way: &Way, original: &mut Model, perturbed: Option<&mut Model>) -> Result<()> {
         let plan = self.plan;
         let ids = tokens(plan.seed, way.batch, way.tokens(), plan.vocabulary);
         if way.pad > 0 && original.single() {
@@ -176,7 +176,7 @@ impl Run<'_> {
             .iter()
             .flatten()
             .fold(self.largest_logit, |most, x| most.max(x.abs()));
-        if let Some(model) = nudged
+        if let Some(model) = perturbed
             && let Ok(other) = original_gives(model, &ids, way, 1, plan.padding)
             && comparable(&other.logits)
         {

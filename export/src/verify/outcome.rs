@@ -180,14 +180,14 @@ impl fmt::Display for Verification {
         if let Some(why) = self.allowance() {
             writeln!(f, "verify   {why}")?;
         }
-        let verdict = if self.compared.iter().all(|c| c.passed) {
+        let results = if self.compared.iter().all(|c| c.passed) {
             "equal"
         } else {
             "DIFFERENT"
         };
         writeln!(
             f,
-            "verify   {verdict} on {}: logits up to {:.1}, tolerance {:.1e}{}",
+            "verify   {results} on {}: logits up to {:.1}, tolerance {:.1e}{}",
             self.device,
             self.largest_logit,
             self.tolerance,

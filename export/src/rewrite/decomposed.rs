@@ -1,13 +1,13 @@
 //! Attention of several nodes: what comes before the operator's node and after it, and what gives way.
 
 use super::{
-    copies,
-    lengths::{Lengths, cast_to},
+    cache_aliases,
     prune::{needed, prune},
     replace,
+    sequence_lengths::{SequenceLengths, cast_to},
 };
 use crate::{
-    rules::{self, Conversion, Layout, Site},
+    rules::{self, AttentionMatch, Conversion, Layout},
     settings::Settings,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -15,12 +15,12 @@ use half::{bf16, f16};
 use retro_onnx::{AttributeProto, Bytes, DataType, FreshNames, GraphProto, NodeProto, TensorProto};
 use std::collections::{HashMap, HashSet};
 
-/// Replaces the sites that are several nodes, and rebuilds what read the length of their caches.
+/// Replaces the attentions that are several nodes, and rebuilds what read the length of their caches.
 ///
 /// # Errors
 /// Something else needs what gives way.
 pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings, opset: i64) -> Result<()> {
-    let spelled: Vec<&Conversion> = conversions.iter().filter(|c| c.site.replaces.is_some()).collect();
+    let spelled: Vec<&Conversion> = conversions.iter().filter(|c| c.matched.replaces.is_some()).collect();
     if spelled.is_empty() {
         return Ok(());
     }
@@ -32,29 +32,29 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
     let mut fresh = FreshNames::of(graph);
     let padding = spelled
         .iter()
-        .all(|c| c.site.lengths == rules::Lengths::FromMask { padding: true });
+        .all(|c| c.matched.lengths == rules::LengthSource::FromMask { padding: true });
     let agree = padding
         || spelled
             .iter()
-            .all(|c| c.site.lengths == rules::Lengths::FromMask { padding: false });
+            .all(|c| c.matched.lengths == rules::LengthSource::FromMask { padding: false });
     ensure!(agree, "some layers mask padding and others don't");
-    let mut lengths = Lengths::new(graph, &mut fresh, opset, padding)?;
+    let mut lengths = SequenceLengths::new(graph, &mut fresh, opset, padding)?;
     let mut instead: HashMap<usize, Vec<NodeProto>> = HashMap::new();
     let mut gone: HashSet<&str> = HashSet::new();
     let mut constants = Vec::new();
     for conversion in &spelled {
-        let site = conversion.site;
-        let place = site.replaces.context("a site without a place")?;
-        let replaced = graph.node.get(place).context("a site's node is gone")?;
+        let matched = conversion.matched;
+        let place = matched.replaces.context("an attention without a place")?;
+        let replaced = graph.node.get(place).context("an attention's node is gone")?;
         let nodes = node_with_company(replaced, conversion, settings, &lengths, &mut fresh, &mut constants);
         instead.insert(place, nodes);
         // The source's own appending, and copies of its result.
         gone.extend(
             [
-                &site.total_key,
-                &site.total_value,
-                &site.present_key,
-                &site.present_value,
+                &matched.total_key,
+                &matched.total_value,
+                &matched.present_key,
+                &matched.present_value,
             ]
             .map(String::as_str),
         );
@@ -68,21 +68,21 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
         }
     }
     graph.initializer.append(&mut constants);
-    let sites: Vec<&Site> = spelled.iter().map(|c| c.site).collect();
-    let past: Vec<String> = sites
+    let matches: Vec<&AttentionMatch> = spelled.iter().map(|c| c.matched).collect();
+    let past: Vec<String> = matches
         .iter()
         .flat_map(|s| [s.past_key.clone(), s.past_value.clone()])
         .collect();
-    let present: Vec<String> = sites
+    let present: Vec<String> = matches
         .iter()
         .flat_map(|s| [&s.total_key, &s.total_value, &s.present_key, &s.present_value].map(String::clone))
         .collect();
     let caches: Vec<&str> = past.iter().chain(&present).map(String::as_str).collect();
-    copies::look_through(graph, &caches);
+    cache_aliases::look_through(graph, &caches);
     // Once without what is only the old attention's, so that it is not in the way.
     prune(graph, &was);
     // The total by the name that the operator's node gives it.
-    let renamed: HashMap<&str, &str> = sites
+    let renamed: HashMap<&str, &str> = matches
         .iter()
         .flat_map(|s| {
             [
@@ -126,11 +126,11 @@ fn node_with_company(
     replaced: &NodeProto,
     conversion: &Conversion,
     settings: &Settings,
-    lengths: &Lengths,
+    lengths: &SequenceLengths,
     fresh: &mut FreshNames,
     constants: &mut Vec<TensorProto>,
 ) -> Vec<NodeProto> {
-    let site = conversion.site;
+    let matched = conversion.matched;
     let layer = conversion.attention.layer;
     let mut nodes = Vec::new();
     let mut company = Company {
@@ -139,15 +139,15 @@ fn node_with_company(
         constants,
         nodes: &mut nodes,
     };
-    let (hq, hkv, d) = (site.q_heads, site.kv_heads, site.head_size.unwrap_or(0));
-    let mut own = site.clone();
+    let (hq, hkv, d) = (matched.q_heads, matched.kv_heads, matched.head_size.unwrap_or(0));
+    let mut own = matched.clone();
     let operands = [
-        (&site.query, site.query_layout, site.query_type, 0, hq, "query"),
-        (&site.key, site.key_layout, site.kv_type, hq * d, hkv, "key"),
+        (&matched.query, matched.query_layout, matched.query_type, 0, hq, "query"),
+        (&matched.key, matched.key_layout, matched.kv_type, hq * d, hkv, "key"),
         (
-            &site.value,
-            site.value_layout,
-            site.kv_type,
+            &matched.value,
+            matched.value_layout,
+            matched.kv_type,
             (hq + hkv) * d,
             hkv,
             "value",
@@ -155,22 +155,22 @@ fn node_with_company(
     ];
     let brought = operands.map(|(name, layout, data_type, start, heads, what)| {
         let mut name = company.flat(name, layout, heads * d, what);
-        if !site.bias.is_empty() {
-            name = company.biased(&name, &site.bias, start, start + heads * d, what);
+        if !matched.bias.is_empty() {
+            name = company.biased(&name, &matched.bias, start, start + heads * d, what);
         }
-        if site.typed(data_type) != site.data_type {
-            name = company.cast(&name, site.data_type, what);
+        if matched.typed(data_type) != matched.data_type {
+            name = company.cast(&name, matched.data_type, what);
         }
         name
     });
     [own.query, own.key, own.value] = brought;
     own.seqlens_k = lengths.seqlens_k.clone();
     own.total_sequence_length = lengths.total_sequence_length.clone();
-    if let Some(sinks) = &site.sinks {
-        own.head_sink = company.numbers(sinks, site.data_type, "head_sink");
+    if let Some(sinks) = &matched.sinks {
+        own.head_sink = company.numbers(sinks, matched.data_type, "head_sink");
     }
-    let cast_back = site.typed(site.output_type) != site.data_type;
-    let direct = site.output_layout == Layout::Flat && !cast_back;
+    let cast_back = matched.typed(matched.output_type) != matched.data_type;
+    let direct = matched.output_layout == Layout::Flat && !cast_back;
     if !direct {
         own.output = company.name("output");
     }
@@ -181,14 +181,19 @@ fn node_with_company(
     node.doc_string.clone_from(&replaced.doc_string);
     let of_it = Conversion {
         attention: conversion.attention,
-        site: &own,
+        matched: &own,
         node: conversion.node,
         mode: conversion.mode,
     };
     replace(&mut node, &of_it, settings);
     company.nodes.push(node);
     if !direct {
-        company.restore(&own.output, site, d, cast_back.then(|| site.typed(site.output_type)));
+        company.restore(
+            &own.output,
+            matched,
+            d,
+            cast_back.then(|| matched.typed(matched.output_type)),
+        );
     }
     nodes
 }
@@ -266,20 +271,20 @@ impl Company<'_> {
     }
 
     /// The operator's output in the source's layout and type, by the source's name.
-    fn restore(&mut self, from: &str, site: &Site, d: i64, to: Option<DataType>) {
+    fn restore(&mut self, from: &str, matched: &AttentionMatch, d: i64, to: Option<DataType>) {
         let mut from = from.to_owned();
         if let Some(to) = to {
             from = self.cast(&from, to, "output");
         }
-        if site.output_layout != Layout::Flat {
-            let shape = self.ints(&[0, 0, site.q_heads, d], "output_shape");
+        if matched.output_layout != Layout::Flat {
+            let shape = self.ints(&[0, 0, matched.q_heads, d], "output_shape");
             from = self.add("Reshape", &[&from, &shape], "output_by_head");
-            if site.output_layout == Layout::Heads {
+            if matched.output_layout == Layout::Heads {
                 self.add("Transpose", &[&from], "output_moved");
                 self.attribute(AttributeProto::ints("perm", &[0, 2, 1, 3]));
             }
         }
-        self.rename_last(&site.output);
+        self.rename_last(&matched.output);
     }
 
     /// Gives what the last node makes the source's name.

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 const SLICE_OPSET: i64 = 10;
 
 /// Values that tell lengths, and the nodes that make them.
-pub struct Lengths {
+pub struct SequenceLengths {
     pub seqlens_k: String,
     pub total_sequence_length: String,
     /// int64 `[1]`.
@@ -37,7 +37,7 @@ fn sum<'n>(from: &'n str, axis: &'n str, opset: i64) -> (Vec<&'n str>, Vec<Attri
     }
 }
 
-impl Lengths {
+impl SequenceLengths {
     /// `padding`: zeros at the mask's beginning are padding; else every zero is an error.
     pub fn new(graph: &mut GraphProto, fresh: &mut FreshNames, opset: i64, padding: bool) -> Result<Self> {
         let tokens = [INPUT_IDS, INPUTS_EMBEDS]
@@ -246,7 +246,7 @@ mod tests {
         let (dims, int): ([Dimension; 2], _) = (["b".into(), "s".into()], DataType::Int64);
         graph.input.push(ValueInfoProto::tensor(INPUT_IDS, int, dims));
         let mut fresh = FreshNames::of(&graph);
-        let lengths = Lengths::new(&mut graph, &mut fresh, opset, padding).unwrap();
+        let lengths = SequenceLengths::new(&mut graph, &mut fresh, opset, padding).unwrap();
         graph.node = lengths.nodes;
         let view = GraphView::new(&graph, opset);
         let program = Program::new(&view, None, &HashSet::new(), &HashSet::new());

@@ -3,7 +3,7 @@
 
 use super::{model::Feed, value::Value};
 use crate::rules::{
-    ATTENTION_MASK, Attention, INPUT_IDS, POSITION_IDS, Site, Size, all_carried, named_sizes, noise, sizes,
+    ATTENTION_MASK, Attention, AttentionMatch, INPUT_IDS, POSITION_IDS, Size, all_carried, named_sizes, noise, sizes,
 };
 use anyhow::Result;
 use ort::value::TensorElementType;
@@ -104,9 +104,9 @@ impl OtherInput {
 pub fn other_inputs(view: &GraphView, found: &[Attention], known: &[&str]) -> Vec<OtherInput> {
     let names = named_sizes(view);
     let carried = all_carried(view, found);
-    let sites: Vec<&Site> = found.iter().filter_map(|a| a.found.as_deref().ok()).collect();
-    let lengths: Vec<&str> = sites.iter().filter_map(|s| source(view, &s.seqlens_k)).collect();
-    let totals: Vec<&str> = sites
+    let matches: Vec<&AttentionMatch> = found.iter().filter_map(|a| a.found.as_deref().ok()).collect();
+    let lengths: Vec<&str> = matches.iter().filter_map(|s| source(view, &s.seqlens_k)).collect();
+    let totals: Vec<&str> = matches
         .iter()
         .filter_map(|s| source(view, &s.total_sequence_length))
         .collect();

@@ -30,7 +30,7 @@ pub(crate) fn quantizes_activations(view: &GraphView) -> bool {
 }
 
 /// Moves the values named, which are of these types. Whether there was one.
-pub fn nudge(model: &mut ModelProto, values: &[(String, DataType)]) -> bool {
+pub fn perturb(model: &mut ModelProto, values: &[(String, DataType)]) -> bool {
     let Some(graph) = model.graph.as_mut() else {
         return false;
     };

@@ -2,40 +2,40 @@
 //! nothing depends on.
 
 use super::CacheFacts;
-use crate::rules::{INPUT_IDS, INPUTS_EMBEDS, Layout, Site, width};
+use crate::rules::{AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, width};
 use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// The head size, from the weights around an attention that takes and gives heads side by side, else from its angles.
-pub fn head_size(view: &GraphView, site: &Site) -> Option<usize> {
+pub fn head_size(view: &GraphView, matched: &AttentionMatch) -> Option<usize> {
     // Where angles are for a part of each head only, they tell less than its size.
-    let angles = || usize::try_from(2 * *view.tensor_dims(&site.cos_cache)?.last()?).ok();
-    weighed_head_size(view, site)
+    let angles = || usize::try_from(2 * *view.tensor_dims(&matched.cos_cache)?.last()?).ok();
+    weighed_head_size(view, matched)
         .and_then(|d| usize::try_from(d).ok())
         .or_else(angles)
 }
 
 /// The head size, from the weights around an attention that takes and gives heads side by side.
-pub fn weighed_head_size(view: &GraphView, site: &Site) -> Option<i64> {
+pub fn weighed_head_size(view: &GraphView, matched: &AttentionMatch) -> Option<i64> {
     let share = |width: i64, heads: i64| (heads > 0 && width > 0 && width % heads == 0).then(|| width / heads);
-    let flat = site.output_layout == Layout::Flat;
-    let rows = width(view, &site.output)
+    let flat = matched.output_layout == Layout::Flat;
+    let rows = width(view, &matched.output)
         .filter(|_| flat)
         .and_then(|n| i64::try_from(n).ok());
-    let columns = view.producer(&site.query).and_then(|n| match n.op_type() {
+    let columns = view.producer(&matched.query).and_then(|n| match n.op_type() {
         "MatMul" | "Add" => n.input.iter().find_map(|i| view.tensor_dims(i)?.last().copied()),
         "MatMulNBits" => n.attribute("N")?.i,
         _ => None,
     });
-    let of_query = if site.key.is_empty() {
-        site.q_heads + 2 * site.kv_heads
+    let of_query = if matched.key.is_empty() {
+        matched.q_heads + 2 * matched.kv_heads
     } else {
-        site.q_heads
+        matched.q_heads
     };
-    rows.and_then(|n| share(n, site.q_heads))
+    rows.and_then(|n| share(n, matched.q_heads))
         .or_else(|| columns.and_then(|n| share(n, of_query)))
 }
 
-/// Caches that no site names: of layers that stay as they are. `grows`: they are fed as long as they are.
+/// Caches that no attention names: of layers that stay as they are. `grows`: they are fed as long as they are.
 pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<CacheFacts> {
     let inputs = view.graph.input.iter().map(ValueInfoProto::name);
     let others = inputs.filter(|name| view.initializer(name).is_none() && known.iter().all(|c| c.past != *name));

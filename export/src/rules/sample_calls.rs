@@ -1,6 +1,6 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
-use super::{copies, inputs};
+use super::{cache_aliases, inputs};
 use crate::eval::{Cone, Env, Program, Tensor};
 use retro_onnx::{DataType, Dimension, ValueInfoProto, graph::GraphView};
 use std::{
@@ -21,14 +21,14 @@ const MAX_RUNS: usize = 32;
 
 /// A call: B sequences of S tokens after a past of `past`; the last sequence begins with `pad` tokens of padding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Setting {
+pub struct CallShape {
     pub b: usize,
     pub s: usize,
     pub past: usize,
     pub pad: usize,
 }
 
-impl Setting {
+impl CallShape {
     pub const fn new(b: usize, s: usize, past: usize, pad: usize) -> Self {
         Self { b, s, past, pad }
     }
@@ -48,7 +48,7 @@ impl Setting {
     }
 }
 
-impl std::fmt::Display for Setting {
+impl std::fmt::Display for CallShape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} token(s) after {}", self.s, self.past)?;
         if self.pad > 0 {
@@ -60,13 +60,13 @@ impl std::fmt::Display for Setting {
 }
 
 /// Calls of a model, made when they are first asked for.
-pub struct Probes<'a> {
+pub struct SampleCalls<'a> {
     pub view: &'a GraphView<'a>,
     folder: Option<PathBuf>,
     program: OnceCell<Program<'a>>,
     /// Sizes of caches whose declaration leaves them open: heads and head size.
     open_sizes: OnceCell<HashMap<&'a str, [usize; 2]>>,
-    runs: RefCell<HashMap<Setting, Result<Rc<Env<'a>>, String>>>,
+    runs: RefCell<HashMap<CallShape, Result<Rc<Env<'a>>, String>>>,
     /// What masks were found to be, by all that they are computed from: layers share them.
     pub masks: RefCell<HashMap<String, Result<Known, String>>>,
 }
@@ -74,7 +74,7 @@ pub struct Probes<'a> {
 /// A mask's window, and whether it masks padding.
 pub type Known = (Option<usize>, bool);
 
-impl<'a> Probes<'a> {
+impl<'a> SampleCalls<'a> {
     /// `folder`: where external data lies.
     pub fn new(view: &'a GraphView<'a>, folder: Option<PathBuf>) -> Self {
         Self {
@@ -123,7 +123,7 @@ impl<'a> Probes<'a> {
     ///
     /// # Errors
     /// The model takes something that isn't understood.
-    pub fn run(&self, setting: Setting) -> Result<Rc<Env<'a>>, String> {
+    pub fn run(&self, setting: CallShape) -> Result<Rc<Env<'a>>, String> {
         if let Some(known) = self.runs.borrow().get(&setting) {
             return known.clone();
         }
@@ -143,13 +143,13 @@ impl<'a> Probes<'a> {
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn run_cone(&self, setting: Setting, cone: &Cone<'a>) -> Result<Env<'a>, String> {
+    pub fn run_cone(&self, setting: CallShape, cone: &Cone<'a>) -> Result<Env<'a>, String> {
         let open = self.open_sizes.get_or_init(|| self.find_open_sizes());
         let inputs = self.inputs(setting, open)?;
         Ok(self.program().run_cone(inputs, cone))
     }
 
-    fn inputs(&self, z: Setting, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, String> {
+    fn inputs(&self, z: CallShape, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, String> {
         let mut env = Env::default();
         let names = inputs::named_sizes(self.view);
         for input in &self.view.graph.input {
@@ -219,7 +219,7 @@ impl<'a> Probes<'a> {
         let mut sizes = HashMap::new();
         // What is appended in a layer may wait for the shapes of the layer before.
         for _ in 0..=open.len().min(64) {
-            let Ok(inputs) = self.inputs(Setting::new(1, 1, 1, 0), &sizes) else {
+            let Ok(inputs) = self.inputs(CallShape::new(1, 1, 1, 0), &sizes) else {
                 break;
             };
             if open.iter().all(|name| sizes.contains_key(name)) {
@@ -228,7 +228,7 @@ impl<'a> Probes<'a> {
             let env = self.program().run(inputs);
             let before = sizes.len();
             for name in &open {
-                let names = copies::ahead(self.view, name);
+                let names = cache_aliases::ahead(self.view, name);
                 let appends = names.iter().flat_map(|(own, _)| {
                     let readers = self.view.readers(own).filter(|n| n.is("", "Concat"));
                     readers.map(move |n| (own, n))

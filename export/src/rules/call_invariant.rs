@@ -3,12 +3,12 @@
 //! A factor that grows with the position may be 1 in all small calls, so trying is not enough: such a value must be made from
 //! constants and from sizes that don't change, a head's for instance.
 
-use super::probe::{Probes, Setting};
+use super::sample_calls::{CallShape, SampleCalls};
 use retro_onnx::{NodeProto, graph::subgraphs};
 use std::collections::HashSet;
 
 /// Calls that differ in every size that a call has: sequences, tokens, past tokens, all tokens.
-const DIFFERENT: [Setting; 2] = [Setting::new(1, 1, 3, 0), Setting::new(2, 3, 0, 0)];
+const DIFFERENT: [CallShape; 2] = [CallShape::new(1, 1, 3, 0), CallShape::new(2, 3, 0, 0)];
 const MAX_STEPS: usize = 512;
 /// Operators that hand sizes on as they are.
 const HAND_ON: [&str; 9] = [
@@ -24,15 +24,15 @@ const HAND_ON: [&str; 9] = [
 ];
 
 /// Whether all that a node reads, but for `data`, is steady. Shapes that it is brought into don't change its numbers.
-pub fn others_are_steady(probes: &Probes, node: &NodeProto, data: &str) -> bool {
+pub fn others_are_call_invariant(samples: &SampleCalls, node: &NodeProto, data: &str) -> bool {
     let shape_only = |slot: usize| slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"));
     let mut inputs = node.input.iter().map(String::as_str).enumerate();
-    inputs.all(|(slot, name)| name == data || shape_only(slot) || is_steady(probes, name))
+    inputs.all(|(slot, name)| name == data || shape_only(slot) || is_call_invariant(samples, name))
 }
 
 /// Whether a value is the same in every call.
-pub fn is_steady(probes: &Probes, name: &str) -> bool {
-    let view = probes.view;
+pub fn is_call_invariant(samples: &SampleCalls, name: &str) -> bool {
+    let view = samples.view;
     let mut seen = HashSet::new();
     let mut open = vec![name];
     while let Some(name) = open.pop() {
@@ -43,7 +43,7 @@ pub fn is_steady(probes: &Probes, name: &str) -> bool {
         if seen.len() > MAX_STEPS || subgraphs(node).next().is_some() {
             return false;
         }
-        if is_sizes(probes, name) && is_same(probes, name) {
+        if is_sizes(samples, name) && is_same(samples, name) {
             continue;
         }
         if reads_shape(node) {
@@ -59,9 +59,9 @@ fn reads_shape(node: &NodeProto) -> bool {
 }
 
 /// Whether a value is made of sizes and constants, each as it is.
-fn is_sizes(probes: &Probes, name: &str) -> bool {
+fn is_sizes(samples: &SampleCalls, name: &str) -> bool {
     const PICKS: [&str; 2] = ["Gather", "Slice"];
-    let view = probes.view;
+    let view = samples.view;
     let is_constant = |name: &str| {
         let made = view.producer(name).is_some_and(|n| n.is("", "Constant"));
         made || name.is_empty() || view.initializer(name).is_some()
@@ -90,8 +90,8 @@ fn is_sizes(probes: &Probes, name: &str) -> bool {
 }
 
 /// Whether a value has the same numbers in calls that have no size in common.
-fn is_same(probes: &Probes, name: &str) -> bool {
-    let numbers = DIFFERENT.map(|z| probes.run(z).ok().and_then(|env| env.get(name)?.data.clone()));
+fn is_same(samples: &SampleCalls, name: &str) -> bool {
+    let numbers = DIFFERENT.map(|z| samples.run(z).ok().and_then(|env| env.get(name)?.data.clone()));
     matches!(numbers, [Some(a), Some(b)] if a == b)
 }
 
@@ -132,9 +132,9 @@ mod tests {
             graph.node.push(node);
         }
         let view = GraphView::new(&graph, 23);
-        let probes = Probes::new(&view, None);
+        let samples = SampleCalls::new(&view, None);
         for name in ["one", "width", "root", "wq", ""] {
-            assert!(is_steady(&probes, name), "{name}");
+            assert!(is_call_invariant(&samples, name), "{name}");
         }
         // The last is 0 always, but that doesn't show in how it is made.
         for name in [
@@ -147,7 +147,7 @@ mod tests {
             "nothing",
             "picked",
         ] {
-            assert!(!is_steady(&probes, name), "{name}");
+            assert!(!is_call_invariant(&samples, name), "{name}");
         }
     }
 
@@ -163,8 +163,8 @@ mod tests {
         graph.node.push(NodeProto::new("", "Mul", "m", &["q", "shape"], &["b"]));
         graph.node.push(NodeProto::new("", "Mul", "w", &["q", "wq"], &["c"]));
         let view = GraphView::new(&graph, 23);
-        let probes = Probes::new(&view, None);
-        let steady = |made: &str| view.producer(made).map(|n| others_are_steady(&probes, n, "q"));
+        let samples = SampleCalls::new(&view, None);
+        let steady = |made: &str| view.producer(made).map(|n| others_are_call_invariant(&samples, n, "q"));
         assert_eq!(["a", "b", "c"].map(steady), [Some(true), Some(false), Some(true)]);
     }
 }

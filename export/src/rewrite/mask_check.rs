@@ -33,8 +33,10 @@ const MASKS: [&[&str]; 4] = [
 
 /// Lets the operator's nodes read lengths that are marked where the mask is not understood.
 pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i64) {
-    let given = conversions.iter().filter(|c| c.site.lengths == rules::Lengths::Given);
-    let counts: BTreeSet<&str> = given.map(|c| c.site.seqlens_k.as_str()).collect();
+    let given = conversions
+        .iter()
+        .filter(|c| c.matched.lengths == rules::LengthSource::Given);
+    let counts: BTreeSet<&str> = given.map(|c| c.matched.seqlens_k.as_str()).collect();
     let input_of = |name: &&str, rank: usize| {
         let declared = graph.input.iter().find(|i| i.name() == *name);
         declared.is_some_and(|i| i.dims().is_some_and(|d| d.len() == rank))
@@ -264,7 +266,7 @@ mod tests {
     use super::*;
     use crate::{
         eval::{Env, Program, Tensor},
-        rules::{Attention, Site},
+        rules::{Attention, AttentionMatch},
     };
     use retro_contract::Mode;
     use retro_onnx::Dimension;
@@ -307,7 +309,7 @@ mod tests {
     }
 
     fn check(graph: &mut GraphProto, opset: i64) {
-        let site = Site {
+        let matched = AttentionMatch {
             seqlens_k: "count".into(),
             ..Default::default()
         };
@@ -317,14 +319,14 @@ mod tests {
             name: "attention".into(),
             op_type: "GroupQueryAttention".into(),
             rule: None,
-            found: Ok(Box::new(site.clone())),
+            found: Ok(Box::new(matched.clone())),
             takes_tokens_again: true,
         };
         check_masks(
             graph,
             &[Conversion {
                 attention: &attention,
-                site: &site,
+                matched: &matched,
                 node: 3,
                 mode: Mode::Retro,
             }],

@@ -3,7 +3,7 @@
 
 use super::{
     core::{Core, Scores},
-    probe::{Probes, Setting},
+    sample_calls::{CallShape, SampleCalls},
 };
 use crate::eval::{Tensor, reads, windows};
 use retro_onnx::{GraphProto, NodeProto, graph::subgraphs};
@@ -23,13 +23,13 @@ const SIZES: std::ops::RangeInclusive<usize> = 10..=1_000_000;
 /// Numbers that may bound what a token sees: no model takes more tokens.
 const BOUNDS: std::ops::RangeInclusive<f64> = 2.0..=2_097_152.0;
 /// Calls in which numbers are computed.
-const COMPUTED: [Setting; 2] = [Setting::new(1, 1, 9, 0), Setting::new(1, 3, 5, 0)];
+const COMPUTED: [CallShape; 2] = [CallShape::new(1, 1, 9, 0), CallShape::new(1, 3, 5, 0)];
 /// Computed numbers up to this may be the sizes of those calls; the calls of a mask's proof show windows of so few tokens anyway.
 const SMALL: usize = 16;
 
 /// What may bound what a token sees.
 #[derive(Default)]
-pub struct Mentioned {
+pub struct WindowCandidates {
     /// Integers, and their neighbours, that may be a window.
     pub numbers: Vec<usize>,
     /// Sizes of tables.
@@ -101,11 +101,11 @@ fn roots<'a>(core: &Core<'a>) -> Vec<&'a str> {
     }
 }
 
-impl Mentioned {
+impl WindowCandidates {
     /// Walks through what computes an attention's mask.
-    pub fn find(probes: &Probes, core: &Core) -> Self {
-        let program = probes.program();
-        let calls: Vec<_> = COMPUTED.iter().filter_map(|z| probes.run(*z).ok()).collect();
+    pub fn find(samples: &SampleCalls, core: &Core) -> Self {
+        let program = samples.program();
+        let calls: Vec<_> = COMPUTED.iter().filter_map(|z| samples.run(*z).ok()).collect();
         let mut open = roots(core);
         let mut seen: HashSet<&str> = HashSet::new();
         let mut found = Found::default();
@@ -125,7 +125,7 @@ impl Mentioned {
                     .filter_map(|env| env.get(name))
                     .for_each(|t| found.computed(t)),
             }
-            let Some(node) = probes.view.producer(name) else {
+            let Some(node) = samples.view.producer(name) else {
                 continue;
             };
             found.inside(node);
@@ -153,9 +153,9 @@ const MAX_KEYED: usize = 4096;
 
 /// All that an attention's mask is computed from, as text: attentions with the same text have the same mask. Values are numbered in the
 /// order in which they are met, constants told by their numbers, so that each layer may have its own.
-pub fn mask_key<'a>(probes: &Probes<'a>, core: &Core<'a>) -> String {
+pub fn mask_key<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> String {
     let mut key = Key {
-        probes,
+        samples,
         product: match core.scores {
             Scores::Spelled { product, .. } => product,
             Scores::Fused(_) => "",
@@ -193,7 +193,7 @@ pub fn mask_key<'a>(probes: &Probes<'a>, core: &Core<'a>) -> String {
 }
 
 struct Key<'k, 'a> {
-    probes: &'k Probes<'a>,
+    samples: &'k SampleCalls<'a>,
     product: &'a str,
     text: String,
     numbered: HashMap<&'a str, usize>,
@@ -211,7 +211,7 @@ impl<'a> Key<'_, 'a> {
     /// The sizes of a value in calls that differ in all sizes.
     fn shape(&mut self, name: &str) {
         for z in COMPUTED {
-            let env = self.probes.run(z).ok();
+            let env = self.samples.run(z).ok();
             let shape = env.and_then(|env| env.get(name).map(|t| t.shape.clone()));
             self.write(&[&format!("{shape:?}")]);
         }
@@ -225,7 +225,7 @@ impl<'a> Key<'_, 'a> {
     fn value(&mut self, name: &'a str) {
         if name == self.product || name.is_empty() {
             self.write(&[if name.is_empty() { "-" } else { "@" }]);
-        } else if let Some(constant) = self.probes.program().constant(name) {
+        } else if let Some(constant) = self.samples.program().constant(name) {
             let about = match &constant.data {
                 Some(data) if data.len() <= FEW => format!("{data:?}"),
                 Some(data) => {
@@ -248,7 +248,7 @@ impl<'a> Key<'_, 'a> {
 
     /// How a value is made.
     fn made(&mut self, name: &'a str) {
-        let Some(node) = self.probes.view.producer(name) else {
+        let Some(node) = self.samples.view.producer(name) else {
             self.write(&[name]);
             return;
         };
@@ -261,9 +261,9 @@ impl<'a> Key<'_, 'a> {
         } else if node.is("", "Shape") {
             let of = node.input(0);
             // A cache, or one with what is appended to it: other values' shapes may differ in longer calls.
-            let append = self.probes.view.producer(of).filter(|n| n.is("", "Concat"));
-            let whole = append.is_some_and(|n| n.input.len() == 2 && self.probes.is_cache(n.input(0)));
-            if whole || self.probes.is_cache(of) {
+            let append = self.samples.view.producer(of).filter(|n| n.is("", "Concat"));
+            let whole = append.is_some_and(|n| n.input.len() == 2 && self.samples.is_cache(n.input(0)));
+            if whole || self.samples.is_cache(of) {
                 self.write(&[if whole { "present" } else { "past" }]);
                 self.shape(of);
             } else {
@@ -308,7 +308,7 @@ mod tests {
             &["present.0.key"],
         ));
         let view = GraphView::new(&graph, 23);
-        let probes = Probes::new(&view, None);
+        let samples = SampleCalls::new(&view, None);
         let key = |masked: &'static str| {
             let core = Core {
                 query: "q",
@@ -320,7 +320,7 @@ mod tests {
                 bias: "",
                 sink: None,
             };
-            mask_key(&probes, &core)
+            mask_key(&samples, &core)
         };
         assert_eq!(key("masked.0"), key("masked.1"));
         assert_ne!(key("masked.0"), key("masked.2"));
