@@ -4,7 +4,8 @@
 
 use super::{decomposed::Company, replace};
 use crate::{
-    rules::{AttentionMatch, Conversion, QkNorm, cache_aliases::copied},
+    prove::cache_aliases::copied,
+    rules::{AttentionMatch, Conversion, QkNorm},
     settings::Settings,
 };
 use anyhow::{Context, Result};
