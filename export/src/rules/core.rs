@@ -13,7 +13,7 @@ use super::{
     sample_calls::{CallShape, SampleCalls, noise},
     window_candidates::{WindowCandidates, mask_key},
 };
-use crate::eval::{Cone, Env, Tensor, fused_scores, reads};
+use crate::eval::{Cone, Env, Error, Tensor, fused_scores, reads};
 use retro_onnx::{DataType, NodeProto, graph::GraphView};
 use std::{cell::Cell, collections::HashSet, rc::Rc};
 
@@ -231,7 +231,7 @@ fn first_call<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<CallShap
                     .find_map(|(what, from)| Some((what, foreign(samples, from)?)));
                 return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
             }
-            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or(first),
+            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or_else(|| first.into()),
             Some(_) => {}
         }
     }
@@ -566,7 +566,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
             .or_else(|| env.get(masked))
             .ok_or_else(|| match tried.need(masked) {
                 Err(why) => why,
-                Ok(_) => "it is not known".to_owned(),
+                Ok(_) => Error::ValueUnknown(masked.to_owned()),
             })?;
         let unknown = || format!("{masked} {MORE}");
         let n: usize = got.shape.iter().product();
@@ -1070,7 +1070,7 @@ fn prove<'a>(
         for name in &outputs {
             let Some(got) = tried.get(name) else {
                 if let Err(why) = tried.need(name) {
-                    worst = why;
+                    worst = why.into();
                 }
                 continue;
             };
