@@ -13,7 +13,7 @@ pub mod sample_calls;
 mod window_candidates;
 
 use crate::{
-    eval::{Cone, Env, Tensor, fused_scores, reads},
+    eval::{Cone, Env, Error, Tensor, fused_scores, reads},
     rules::{AttentionMatch, Layout, LengthSource, Rope},
 };
 use call_invariant::{is_call_invariant, others_are_call_invariant};
@@ -238,7 +238,7 @@ fn first_call<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<CallShap
                     .find_map(|(what, from)| Some((what, foreign(samples, from)?)));
                 return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
             }
-            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or(first),
+            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or_else(|| first.into()),
             Some(_) => {}
         }
     }
@@ -573,7 +573,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
             .or_else(|| env.get(masked))
             .ok_or_else(|| match tried.need(masked) {
                 Err(why) => why,
-                Ok(_) => "it is not known".to_owned(),
+                Ok(_) => Error::ValueUnknown(masked.to_owned()),
             })?;
         let unknown = || format!("{masked} {MORE}");
         let n: usize = got.shape.iter().product();
@@ -1077,7 +1077,7 @@ fn prove<'a>(
         for name in &outputs {
             let Some(got) = tried.get(name) else {
                 if let Err(why) = tried.need(name) {
-                    worst = why;
+                    worst = why.into();
                 }
                 continue;
             };
