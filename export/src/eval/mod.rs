@@ -2,13 +2,12 @@
 //! activations have shapes only, so a run costs next to nothing whatever the model's size; where numbers are known
 //! (constants, masks, positions, or values that a rule plants) they are computed, in f64.
 
-mod attention;
 mod error;
 mod ops;
 mod tensor;
 
-pub use attention::{fused_scores, windows};
 pub use error::Error;
+pub use ops::{fused_scores, windows};
 pub use tensor::Tensor;
 
 use retro_onnx::{

@@ -1,6 +1,6 @@
 //! Attention nodes of one operator, as numbers: com.microsoft::MultiHeadAttention and ai.onnx::Attention.
 
-use super::{
+use crate::eval::{
     Error,
     tensor::{Lazy, Tensor, broadcast, numel},
 };

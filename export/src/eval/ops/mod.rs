@@ -1,8 +1,12 @@
 //! One operator after the other: shapes always, numbers where they are known. What is not listed gives the shape of its
 //! first input (norms, activations and the like); a wrong guess shows, because shapes then no longer go together.
 
+mod attention;
+
+pub use attention::{fused_scores, windows};
+
 use super::{
-    Error, attention,
+    Error,
     tensor::{Lazy, Tensor, are_held, broadcast, numbers, numel, strided, strides},
 };
 use retro_onnx::{DataType, NodeProto};
