@@ -3,19 +3,21 @@
 //! A model of any size is read and written with almost no heap: its weights are [`bytes::Bytes`] that point into the
 //! mapped file, and go from there straight to the output.
 
-mod build;
-mod external;
+mod constructors;
+mod direct_write;
+mod external_data;
 pub mod graph;
 mod messages;
 mod names;
-mod past_cache;
 mod read;
 mod stream;
 mod temporary;
 mod write;
 
 pub use bytes::Bytes;
-pub use external::{ExternalFile, external_files, for_each_tensor, inside, locations, rename_locations, stay_inside};
+pub use external_data::{
+    ExternalFile, external_files, for_each_tensor, inside, locations, rename_locations, stay_inside,
+};
 pub use messages::*;
 pub use names::FreshNames;
 pub use read::{LoadedModel, folder_of, map_file, read_bytes, read_model};

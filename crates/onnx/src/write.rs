@@ -1,8 +1,8 @@
 //! A model to a file, streamed, whole or not at all.
 
 use crate::{
+    direct_write::{self, LARGE_FILE},
     messages::ModelProto,
-    past_cache::{self, LARGE_FILE},
     read::folder_of,
     stream::{Sink, Stream},
     temporary::new_file_beside,
@@ -133,7 +133,7 @@ fn into_file(file: &mut File, len: u64, fill: impl FnOnce(&mut dyn Sink) -> io::
     if len < LARGE_FILE {
         fill(&mut ToFile(file))
     } else {
-        past_cache::write(file, len, fill)
+        direct_write::write(file, len, fill)
     }
 }
 
