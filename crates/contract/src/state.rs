@@ -3,8 +3,6 @@
 //! The plugin checks it, the converter declares it, and hosts allocate it. How its elements are computed is the plugin's
 //! affair alone.
 
-use crate::Selector;
-
 /// Sizes that the layout of a layer's state depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheSize {
@@ -89,15 +87,6 @@ impl StateLayout {
     /// Bytes of one KV head, for caches whose elements have `cache_element` bytes.
     pub fn bytes(&self, cache_element: usize) -> usize {
         self.len() * self.element.bytes(cache_element)
-    }
-}
-
-impl Selector {
-    /// The layout of a layer's state.
-    pub fn layout(self, size: &CacheSize) -> StateLayout {
-        match self {
-            Self::Bounds | Self::Moments | Self::SignedMoments => StateLayout::page_vectors(size),
-        }
     }
 }
 
