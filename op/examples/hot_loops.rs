@@ -21,7 +21,8 @@ use retro_attention::{
         select::choose_pages,
     },
     selector::{
-        Bounds, GroupScore, Moments, PageSelector, PageVectors, Scoring, SignedMoments, page_vectors::summarize,
+        Bounds, CacheSize, GroupScore, Moments, PageSelector, PageVectors, Scoring, SignedMoments, Sketch, Written,
+        page_vectors::summarize,
     },
     simd::Isa,
 };
@@ -125,21 +126,85 @@ fn attend<E: Element>(tokens: usize) -> Loop {
     }
 }
 
-fn score<E: Element, P: PageSelector<State<E> = E>>(group_score: GroupScore) -> Loop {
-    let summary: &[E] = narrow(&numbers(CANDIDATES * 2 * D));
-    let query = numbers(GROUP * D);
-    let scoring = Scoring {
+fn scoring(group_score: GroupScore, page_size: usize, sketch_bits: usize) -> Scoring {
+    Scoring {
         group_score,
         scale: 0.09,
         lambda: 2.5,
         correlation: 0.2,
-        page_size: PAGE,
+        page_size,
         head_size: D,
         len: CANDIDATES * PAGE,
+        softcap: 0.0,
+        local_window: None,
+        sketch_bits,
+    }
+}
+
+/// As many tokens as in [`score`], in pages of `page` tokens.
+fn sketch<E: Element>(bits: usize, page: usize, group_score: GroupScore) -> Loop {
+    let tokens = CANDIDATES * PAGE;
+    let (size, keys) = (sketch_size::<E>(bits), narrow::<E>(&numbers(tokens * D)));
+    let mut state = vec![0; Sketch::layout(&size).len()];
+    let written = Written {
+        from: 0,
+        appended: 0,
+        len: tokens,
     };
+    Sketch::update::<E>(&size, written, keys, &mut state, &mut Vec::new());
+    let (query, count) = (numbers(GROUP * D), tokens / page);
+    let scoring = scoring(group_score, page, bits);
+    let (mut prepared, mut heads, mut scores) = (Vec::new(), vec![0.0; GROUP * count], vec![0.0; count]);
+    let bytes = state.len();
+    let run = move |isa| {
+        Sketch::prepare(&scoring, black_box(&query), &mut prepared);
+        Sketch::score_heads::<E>(isa, &scoring, &prepared, &state, 0..count, &mut heads);
+        group_scores::<Sketch>(isa, &scoring, &mut heads, 0..count, &mut scores);
+        black_box(&scores);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes,
+    }
+}
+
+fn sketch_size<E>(sketch_bits: usize) -> CacheSize {
+    CacheSize {
+        capacity: CANDIDATES * PAGE,
+        pages: CANDIDATES,
+        page_size: PAGE,
+        head_size: D,
+        sketch_bits,
+        cache_element: size_of::<E>(),
+    }
+}
+
+/// The sketches of a page's rows.
+fn sketch_rows(bits: usize) -> Loop {
+    let size = sketch_size::<f32>(bits);
+    let (keys, mut state, mut scratch) = (numbers(PAGE * D), vec![0; Sketch::layout(&size).len()], Vec::new());
+    let written = Written {
+        from: 0,
+        appended: 0,
+        len: PAGE,
+    };
+    let run = move |_| {
+        Sketch::update::<f32>(&size, written, black_box(&keys), &mut state, &mut scratch);
+        black_box(&state);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes: PAGE * D * 4,
+    }
+}
+
+fn score<E: Element, P: PageSelector<State<E> = E>>(group_score: GroupScore) -> Loop {
+    let summary: &[E] = narrow(&numbers(CANDIDATES * 2 * D));
+    let query = numbers(GROUP * D);
+    let scoring = scoring(group_score, PAGE, 2);
     let (mut prepared, mut heads, mut scores) = (Vec::new(), vec![0.0; GROUP * CANDIDATES], vec![0.0; CANDIDATES]);
     let run = move |isa| {
-        P::prepare(black_box(&query), D, &mut prepared);
+        P::prepare(&scoring, black_box(&query), &mut prepared);
         P::score_heads::<E>(isa, &scoring, &prepared, summary, 0..CANDIDATES, &mut heads);
         group_scores::<P>(isa, &scoring, &mut heads, 0..CANDIDATES, &mut scores);
         black_box(&scores);
@@ -189,10 +254,16 @@ fn loops() -> Vec<Named> {
         ("score-f32-moments-softmax", || score::<f32, Moments>(Softmax)),
         ("score-f32-signed-softmax", || score::<f32, SignedMoments>(Softmax)),
         ("score-f16-bounds-max", || score::<f16, Bounds>(Max)),
+        ("score-f32-sketch-2-pages-16", || sketch::<f32>(2, 16, Softmax)),
+        ("score-f32-sketch-2-pages-4", || sketch::<f32>(2, 4, Softmax)),
+        ("score-f32-sketch-2-tokens", || sketch::<f32>(2, 1, Softmax)),
+        ("score-f16-sketch-1-pages-8", || sketch::<f16>(1, 8, Max)),
         ("choose", choose),
         ("summarize-bounds", summary::<Bounds>),
         ("summarize-moments", summary::<Moments>),
         ("summarize-signed", summary::<SignedMoments>),
+        ("sketch-rows-1", || sketch_rows(1)),
+        ("sketch-rows-2", || sketch_rows(2)),
     ]
 }
 

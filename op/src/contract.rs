@@ -50,6 +50,8 @@ pub struct Attributes {
     pub selector_lambda: f32,
     /// Share of a key's spread along the query that the page's principal direction stands for (`signed_moments`), 0 to 1.
     pub selector_correlation: f32,
+    /// Bits of an element of a sketch (`sketch`), 1 or 2.
+    pub sketch_bits: usize,
     pub mode: Mode,
 }
 
@@ -110,7 +112,7 @@ impl Attributes {
             }
         };
         let selector = choice(source, name::SELECTOR)?;
-        let page_sizes = for_selector!(selector, P => P::PAGE_SIZES);
+        let page_sizes = Selector::page_sizes(selector);
         let page_size = in_range(
             name::PAGE_SIZE,
             Some(limits::PAGE_SIZE),
@@ -145,6 +147,12 @@ impl Attributes {
             group_score: choice(source, name::GROUP_SCORE)?,
             selector_lambda: not_negative(name::SELECTOR_LAMBDA, limits::SELECTOR_LAMBDA)?,
             selector_correlation: correlation,
+            sketch_bits: in_range(
+                name::SKETCH_BITS,
+                Some(limits::SKETCH_BITS),
+                1,
+                limits::SKETCH_BITS_MAX as i64,
+            )?,
             mode: choice(source, name::MODE)?,
         })
     }
@@ -179,6 +187,8 @@ pub struct Dims {
     pub rotary_rows: usize,
     /// Rotated pairs: the width of cos_cache.
     pub rotary_half: usize,
+    /// Bytes of an element of the caches.
+    pub element: usize,
 }
 
 /// A tensor's sizes; on the stack up to the highest rank that an input has.
@@ -238,11 +248,13 @@ impl Dims {
             pages: self.pages,
             page_size: attributes.page_size,
             head_size: self.head_size,
+            sketch_bits: attributes.sketch_bits,
+            cache_element: self.element,
         }
     }
 
-    /// Checks every input's shape against the attributes and against each other.
-    pub fn read(attributes: &Attributes, shapes: &InputShapes) -> Result<Self> {
+    /// Checks every input's shape against the attributes and against each other; `element`: bytes of an element of the caches.
+    pub fn read(attributes: &Attributes, shapes: &InputShapes, element: usize) -> Result<Self> {
         let check = Checker(shapes);
         let (heads, kv_heads) = (attributes.heads, attributes.kv_heads);
 
@@ -315,7 +327,15 @@ impl Dims {
             pages,
             page_size: attributes.page_size,
             head_size,
+            sketch_bits: attributes.sketch_bits,
+            cache_element: element,
         };
+        require!(
+            attributes.selector != Selector::Sketch || (head_size * attributes.sketch_bits).is_multiple_of(8),
+            "input past_key has head size {head_size}, and attribute sketch_bits is {}: the selector sketch needs a product that \
+             is a multiple of 8",
+            attributes.sketch_bits
+        );
         let layout = for_selector!(attributes.selector, P => P::layout(&size));
         let mut state = SmallVec::<[usize; 6]>::from_slice(&[batch, kv_heads]);
         state.extend_from_slice(layout.sizes());
@@ -357,6 +377,7 @@ impl Dims {
             packed,
             rotary_rows,
             rotary_half,
+            element,
         })
     }
 }

@@ -1,9 +1,9 @@
 //! The operator's inputs and outputs as the host must know them, the same for every execution provider.
 
-use retro_contract::{input, output};
+use retro_contract::{Selector, StateElement, input, output};
 
 use crate::contract::InputShapes;
-use crate::ort::{Context, DataType, Error, Plain, Port, Result, ShapeContext, Tensor};
+use crate::ort::{Context, DataType, Error, Plain, Port, Result, ShapeContext, Tensor, require};
 
 /// Pairs (past, present) of the state.
 pub const STATE: [(usize, usize); 6] = [
@@ -15,8 +15,8 @@ pub const STATE: [(usize, usize); 6] = [
     (input::PAST_LSE, output::PRESENT_LSE),
 ];
 
-/// The input slots for element type `t`.
-pub const fn inputs(t: DataType) -> [Port; input::COUNT] {
+/// The input slots for caches of element type `t` and selector state of type `state`.
+pub const fn inputs(t: DataType, state: DataType) -> [Port; input::COUNT] {
     [
         Port::required(t),
         Port::optional(t),
@@ -28,7 +28,7 @@ pub const fn inputs(t: DataType) -> [Port; input::COUNT] {
         Port::optional(t),
         Port::optional(t),
         Port::required(i32::DATA_TYPE).on_cpu(),
-        Port::required(t),
+        Port::required(state),
         Port::required(i32::DATA_TYPE),
         Port::required(f32::DATA_TYPE),
         Port::required(f32::DATA_TYPE),
@@ -37,17 +37,41 @@ pub const fn inputs(t: DataType) -> [Port; input::COUNT] {
     ]
 }
 
-/// The output slots for element type `t`.
-pub const fn outputs(t: DataType) -> [Port; output::COUNT] {
+/// The output slots for caches of element type `t` and selector state of type `state`.
+pub const fn outputs(t: DataType, state: DataType) -> [Port; output::COUNT] {
     [
         Port::required(t),
         Port::required(t),
         Port::required(t),
-        Port::required(t),
+        Port::required(state),
         Port::required(i32::DATA_TYPE),
         Port::required(f32::DATA_TYPE),
         Port::required(f32::DATA_TYPE),
     ]
+}
+
+/// Whether a node's state of type `state` is its selector's, for caches of type `t`: ONNX Runtime chooses an operator by the
+/// types of its inputs, whatever its attributes.
+pub fn check_state_type(selector: Selector, t: DataType, state: DataType) -> Result<()> {
+    let expected = match selector.state_element() {
+        StateElement::Cache => t,
+        StateElement::Byte => u8::DATA_TYPE,
+    };
+    let name = |t: DataType| match t {
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT => "float".to_owned(),
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 => "float16".to_owned(),
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 => "bfloat16".to_owned(),
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 => "uint8".to_owned(),
+        other => format!("{other:?}"),
+    };
+    require!(
+        state == expected,
+        "input {} is {}, expected {}: attribute selector is {selector}",
+        input::NAMES[input::PAST_PAGE_SUMMARY],
+        name(state),
+        name(expected)
+    );
+    Ok(())
 }
 
 /// The inputs of one call, in slot order, with their shapes.

@@ -28,9 +28,14 @@ pub unsafe extern "C" fn RegisterCustomOps(
             ort::register(options, c"ai.retro", |ops| {
                 ops.operator::<cpu::CpuOperator<f32>>()
                     .operator::<cpu::CpuOperator<half::f16>>()
+                    .operator::<cpu::CpuOperator<f32, u8>>()
+                    .operator::<cpu::CpuOperator<half::f16, u8>>()
                     .operator::<cuda::CudaOperator<f32>>()
                     .operator::<cuda::CudaOperator<half::f16>>()
                     .operator::<cuda::CudaOperator<half::bf16>>()
+                    .operator::<cuda::CudaOperator<f32, u8>>()
+                    .operator::<cuda::CudaOperator<half::f16, u8>>()
+                    .operator::<cuda::CudaOperator<half::bf16, u8>>()
             })
         })
     }

@@ -7,8 +7,8 @@ use std::cell::Cell;
 use retro_attention::contract::{AttributeSource, Attributes, CallLengths, CallPlan, Dims, InputShapes};
 use retro_attention::cpu::{CpuCall, Dense, Inputs, LayerState, ScratchPool, Serial, Shared, run};
 use retro_attention::for_selector;
-use retro_attention::ort::Result;
-use retro_attention::selector::Selector;
+use retro_attention::ort::{Plain, Result};
+use retro_attention::selector::{CacheSize, Selector};
 use retro_contract::input;
 use smallvec::smallvec;
 
@@ -80,7 +80,7 @@ struct Layer {
     attributes: Attributes,
     key: Vec<f32>,
     value: Vec<f32>,
-    pages: Vec<f32>,
+    pages: Vec<u64>,
     steps: Vec<i32>,
     outputs: Vec<f32>,
     lse: Vec<f32>,
@@ -97,11 +97,12 @@ impl Layer {
         shapes[input::SEQLENS_K] = sizes(&[1]);
         shapes[input::TOTAL_SEQUENCE_LENGTH] = Some(smallvec![]);
         shapes[input::RETRO_LENGTH] = sizes(&[1]);
-        shapes[input::PAST_PAGE_SUMMARY] = sizes(&[1, KV_HEADS, PAGES, 2, D]);
+        let layout = self.attributes.selector.layout(&cache_size());
+        shapes[input::PAST_PAGE_SUMMARY] = Some([1, KV_HEADS].iter().chain(layout.sizes()).map(|&n| n as i64).collect());
         shapes[input::PAST_PAGE_STEPS] = sizes(&[1, KV_HEADS, PAGES]);
         shapes[input::PAST_OUTPUTS] = sizes(&[1, RING, HEADS, D]);
         shapes[input::PAST_LSE] = sizes(&[1, RING, HEADS]);
-        let dims = Dims::read(&self.attributes, &shapes).unwrap();
+        let dims = Dims::read(&self.attributes, &shapes, 4).unwrap();
         let lengths = CallLengths {
             seqlens_k: &[len as i32 - 1],
             total_sequence_length: len as i32,
@@ -117,6 +118,7 @@ impl Layer {
             sin: &[],
             head_sink: &[],
         };
+        let state = KV_HEADS * layout.len();
         for_selector!(self.attributes.selector, P => {
             let call = CpuCall::<f32, P> {
                 attributes: &self.attributes,
@@ -127,7 +129,7 @@ impl Layer {
                 state: LayerState {
                     key: Shared::new(&mut self.key),
                     value: Shared::new(&mut self.value),
-                    pages: Shared::new(&mut self.pages),
+                    pages: Shared::new(elements(&mut self.pages, state)),
                     steps: Shared::new(&mut self.steps),
                     outputs: Shared::new(&mut self.outputs),
                     lse: Shared::new(&mut self.lse),
@@ -136,6 +138,24 @@ impl Layer {
             };
             run(&call, &Serial, Dense::Own).unwrap();
         });
+    }
+}
+
+/// Words of memory as `len` elements of a selector's state.
+fn elements<T: Plain>(words: &mut [u64], len: usize) -> &mut [T] {
+    assert!(len * size_of::<T>() <= size_of_val(words) && align_of::<T>() <= align_of::<u64>());
+    // SAFETY: the words have as many bytes, aligned for T, which is a plain number of any bits.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), len) }
+}
+
+fn cache_size() -> CacheSize {
+    CacheSize {
+        capacity: CAPACITY,
+        pages: PAGES,
+        page_size: PAGE,
+        head_size: D,
+        sketch_bits: 2,
+        cache_element: 4,
     }
 }
 
@@ -153,7 +173,7 @@ fn a_step_allocates_nothing() {
             attributes: Attributes::read(&Node(selector)).unwrap(),
             key: vec![0.0; KV_HEADS * CAPACITY * D],
             value: vec![0.0; KV_HEADS * CAPACITY * D],
-            pages: vec![0.0; KV_HEADS * PAGES * 2 * D],
+            pages: vec![0; KV_HEADS * selector.parse::<Selector>().unwrap().layout(&cache_size()).bytes(4) / 8],
             steps: vec![-1; KV_HEADS * PAGES],
             outputs: vec![0.0; RING * HEADS * D],
             lse: vec![0.0; RING * HEADS],

@@ -1,8 +1,9 @@
 //! String attributes with a fixed set of values.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, ops::RangeInclusive, str::FromStr};
 
-use crate::state::{CacheSize, StateLayout};
+use crate::limits;
+use crate::state::{CacheSize, StateElement, StateLayout};
 
 /// A string that is none of an attribute's values.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +67,7 @@ macro_rules! choice {
 }
 
 choice!(
-    /// What a page summary holds and how a query head scores a page from it (attribute `selector`).
+    /// The state from which a query head scores a page (attribute `selector`).
     Selector, "selector", default Bounds, {
         /// Elementwise minimum and maximum of the page's keys (Quest).
         Bounds = "bounds",
@@ -74,6 +75,8 @@ choice!(
         Moments = "moments",
         /// As moments, each element of the standard deviation signed by the page's principal direction.
         SignedMoments = "signed_moments",
+        /// Every key again in one or two bits an element after a fixed rotation; scores are estimated attention mass.
+        Sketch = "sketch",
     }
 );
 
@@ -82,6 +85,23 @@ impl Selector {
     pub fn layout(self, size: &CacheSize) -> StateLayout {
         match self {
             Self::Bounds | Self::Moments | Self::SignedMoments => StateLayout::page_vectors(size),
+            Self::Sketch => StateLayout::sketches(size),
+        }
+    }
+
+    /// Element type of its state, as [`Self::layout`] says it too.
+    pub const fn state_element(self) -> StateElement {
+        match self {
+            Self::Bounds | Self::Moments | Self::SignedMoments => StateElement::Cache,
+            Self::Sketch => StateElement::Byte,
+        }
+    }
+
+    /// Page sizes that it has on the CPU, powers of two among them.
+    pub const fn page_sizes(self) -> RangeInclusive<usize> {
+        match self {
+            Self::Bounds | Self::Moments | Self::SignedMoments => limits::PAGE_SIZE_MIN..=limits::PAGE_SIZE_MAX,
+            Self::Sketch => 1..=limits::PAGE_SIZE_MAX,
         }
     }
 }
@@ -118,6 +138,15 @@ mod tests {
         for (v, choice) in Selector::VALUES.iter().zip(Selector::ALL) {
             assert_eq!(v.parse::<Selector>().unwrap(), *choice);
             assert_eq!(choice.as_str(), *v);
+            let size = CacheSize {
+                capacity: 100,
+                pages: 7,
+                page_size: 16,
+                head_size: 8,
+                sketch_bits: 2,
+                cache_element: 4,
+            };
+            assert_eq!(choice.layout(&size).element, choice.state_element());
         }
         for v in Mode::VALUES {
             assert_eq!(v.parse::<Mode>().unwrap().to_string(), *v);

@@ -11,7 +11,7 @@ mod state;
 
 pub use budget::{Budget, budget_pages, pages_for};
 pub use choice::{GroupScore, Mode, ParseChoiceError, Selector};
-pub use state::{CacheSize, StateElement, StateLayout};
+pub use state::{CacheSize, SKETCH_BLOCK, StateElement, StateLayout};
 
 /// ONNX domain of the operator.
 pub const DOMAIN: &str = "ai.retro";
@@ -42,7 +42,7 @@ pub mod input {
     pub const SIN_CACHE: usize = 8;
     /// int32 scalar, `[1]` or `[B]`, on the CPU: retrospective tokens among the S fed; -1 is prefill.
     pub const RETRO_LENGTH: usize = 9;
-    /// T `[B, Hkv, P, 2, D]`.
+    /// As the selector lays its state out: T `[B, Hkv, P, 2, D]`, or uint8 `[B, Hkv, ceil(C/128), Z]` (`sketch`).
     pub const PAST_PAGE_SUMMARY: usize = 10;
     /// int32 `[B, Hkv, P]`.
     pub const PAST_PAGE_STEPS: usize = 11;
@@ -117,9 +117,10 @@ pub mod attribute {
     pub const GROUP_SCORE: &str = "group_score";
     pub const SELECTOR_LAMBDA: &str = "selector_lambda";
     pub const SELECTOR_CORRELATION: &str = "selector_correlation";
+    pub const SKETCH_BITS: &str = "sketch_bits";
     pub const MODE: &str = "mode";
     /// All of them.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 18] = [
         NUM_HEADS,
         KV_NUM_HEADS,
         SCALE,
@@ -136,6 +137,7 @@ pub mod attribute {
         GROUP_SCORE,
         SELECTOR_LAMBDA,
         SELECTOR_CORRELATION,
+        SKETCH_BITS,
         MODE,
     ];
 }
@@ -143,7 +145,10 @@ pub mod attribute {
 /// Attribute defaults (the paper's) and bounds.
 pub mod limits {
     pub const PAGE_SIZE: usize = 16;
-    pub const PAGE_SIZE_MIN: usize = 8;
+    /// Of the selectors with two vectors a page, on the CPU: [`crate::Selector::page_sizes`] has every selector's.
+    pub const PAGE_SIZE_MIN: usize = 4;
+    /// Of every selector, on CUDA.
+    pub const PAGE_SIZE_MIN_CUDA: usize = 8;
     pub const PAGE_SIZE_MAX: usize = 128;
     pub const WINDOW: usize = 2;
     pub const WINDOW_MAX: usize = 64;
@@ -154,6 +159,8 @@ pub mod limits {
     pub const SINK_PAGES: usize = 1;
     pub const SELECTOR_LAMBDA: f32 = 2.5;
     pub const SELECTOR_CORRELATION: f32 = 0.2;
+    pub const SKETCH_BITS: usize = 2;
+    pub const SKETCH_BITS_MAX: usize = 2;
 }
 
 /// Slots of the output cache for a window: the last w-1 positions, and at least one so that the tensor is never empty.

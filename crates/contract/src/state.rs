@@ -14,6 +14,18 @@ pub struct CacheSize {
     pub page_size: usize,
     /// D.
     pub head_size: usize,
+    /// Bits of an element of a sketch (attribute `sketch_bits`).
+    pub sketch_bits: usize,
+    /// Bytes of an element of the caches.
+    pub cache_element: usize,
+}
+
+/// Cached rows that share a centre with the selector `sketch`.
+pub const SKETCH_BLOCK: usize = 128;
+
+/// Bytes of the sketches of a block of rows: codes, factors, centre.
+const fn sketch_block_bytes(size: &CacheSize) -> usize {
+    SKETCH_BLOCK * (size.head_size * size.sketch_bits / 8 + 2) + size.head_size * size.cache_element
 }
 
 /// Element type of a selector's state.
@@ -69,6 +81,15 @@ impl StateLayout {
         )
     }
 
+    /// Codes, factors and centre of every block of 128 rows, `[B, Hkv, ceil(C / 128), Z]` in bytes.
+    pub fn sketches(size: &CacheSize) -> Self {
+        Self::new(
+            [size.capacity.div_ceil(SKETCH_BLOCK), sketch_block_bytes(size)],
+            StateElement::Byte,
+            "[B, Hkv, ceil(C/128), Z = 128*(D*sketch_bits/8 + 2) + D*sizeof(T)]",
+        )
+    }
+
     /// The sizes behind `[B, Hkv]`.
     pub fn sizes(&self) -> &[usize] {
         &self.sizes[..self.rank]
@@ -101,12 +122,23 @@ mod tests {
             pages: 7,
             page_size: 16,
             head_size: 8,
+            sketch_bits: 2,
+            cache_element: 4,
         };
         let vectors = StateLayout::page_vectors(&size);
         assert_eq!((vectors.sizes(), vectors.len()), (&[7, 2, 8][..], 112));
         assert_eq!((vectors.bytes(4), vectors.bytes(2)), (448, 224));
         let codes = StateLayout::new([100, 5], StateElement::Byte, "[B, Hkv, C, 5]");
         assert_eq!((codes.sizes(), codes.bytes(4)), (&[100, 5][..], 500));
+        let sketches = StateLayout::sketches(&size);
+        assert_eq!((sketches.sizes(), sketches.bytes(4)), (&[1, 128 * 4 + 32][..], 544));
+        let one_bit = CacheSize {
+            capacity: 129,
+            sketch_bits: 1,
+            cache_element: 2,
+            ..size
+        };
+        assert_eq!(StateLayout::sketches(&one_bit).sizes(), &[2, 128 * 3 + 16]);
         assert!(!codes.is_empty() && StateLayout::new([0, 5], StateElement::Byte, "").is_empty());
     }
 }

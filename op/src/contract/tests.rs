@@ -82,7 +82,9 @@ fn defaults_are_the_papers() {
 fn each_bad_attribute_is_named() {
     let bad = |i: &[(&'static str, i64)]| message(Attributes::read(&node(i)));
     assert!(bad(&[("page_size", 12)]).contains("page_size is 12"));
-    assert!(bad(&[("page_size", 4)]).contains("page_size is 4, expected 8..128"));
+    assert!(bad(&[("page_size", 2)]).contains("page_size is 2, expected 4..128"));
+    assert!(bad(&[("sketch_bits", 0)]).contains("sketch_bits is 0, expected 1..2"));
+    assert!(bad(&[("sketch_bits", 3)]).contains("sketch_bits is 3, expected 1..2"));
     assert!(bad(&[("window", 0)]).contains("window is 0, expected 1..64"));
     assert!(bad(&[("window", 65)]).contains("window is 65"));
     assert!(bad(&[("kv_num_heads", 3)]).contains("multiple of kv_num_heads (3)"));
@@ -98,6 +100,13 @@ fn each_bad_attribute_is_named() {
             Selector::VALUES.join(", ")
         )
     );
+    let sketch = |page_size| {
+        let mut n = node(&[("page_size", page_size)]);
+        n.strings.insert("selector", "sketch");
+        Attributes::read(&n)
+    };
+    assert_eq!(sketch(1).unwrap().sketch_bits, 2);
+    assert!(message(sketch(256)).contains("page_size is 256, expected 1..128"));
     let mut n = node(&[]);
     n.floats.insert("budget_ratio", f32::NAN);
     assert!(message(Attributes::read(&n)).contains("budget_ratio is NaN"));
@@ -123,7 +132,7 @@ fn shapes() -> InputShapes {
 #[test]
 fn shapes_are_read_and_each_wrong_one_is_named() {
     let a = attributes(&[("window", 4)]);
-    let d = Dims::read(&a, &shapes()).unwrap();
+    let d = Dims::read(&a, &shapes(), 4).unwrap();
     assert_eq!(
         (d.batch, d.tokens, d.capacity, d.pages, d.head_size, d.packed),
         (2, 3, 40, 3, 8, false)
@@ -134,22 +143,49 @@ fn shapes_are_read_and_each_wrong_one_is_named() {
             continue;
         }
         s[slot] = Some(smallvec![7, 7, 7, 7]);
-        let m = message(Dims::read(&a, &s));
+        let m = message(Dims::read(&a, &s, 4));
         assert!(m.contains(&format!("input {}", input::NAMES[slot])), "slot {slot}: {m}");
         assert!(m.contains("[7, 7, 7, 7]") && m.contains("expected"), "{m}");
     }
     let mut s = shapes();
     s[input::VALUE] = None;
-    assert!(message(Dims::read(&a, &s)).contains("input value is missing"));
+    assert!(message(Dims::read(&a, &s, 4)).contains("input value is missing"));
     let rotary = attributes(&[("window", 4), ("do_rotary", 1)]);
-    assert!(message(Dims::read(&rotary, &shapes())).contains("input cos_cache is missing"));
+    assert!(message(Dims::read(&rotary, &shapes(), 4)).contains("input cos_cache is missing"));
+}
+
+#[test]
+fn sketches_are_bytes_a_block() {
+    let mut n = node(&[("window", 4), ("sketch_bits", 1)]);
+    n.strings.insert("selector", "sketch");
+    let a = Attributes::read(&n).unwrap();
+    let mut s = shapes();
+    s[input::PAST_PAGE_SUMMARY] = Some(smallvec![2, 2, 1, 128 * 3 + 16]);
+    Dims::read(&a, &s, 2).unwrap();
+    let wrong = message(Dims::read(&a, &s, 4));
+    assert!(
+        wrong.contains("expected [B, Hkv, ceil(C/128), Z = 128*(D*sketch_bits/8 + 2) + D*sizeof(T)] = [2, 2, 1, 416]"),
+        "{wrong}"
+    );
+    // A head of 12 elements is no whole number of bytes in one bit each.
+    for (slot, sizes) in [(input::PAST_KEY, [2, 2, 40, 12]), (input::PAST_VALUE, [2, 2, 40, 12])] {
+        s[slot] = Some(sizes.into_iter().collect());
+    }
+    s[input::QUERY] = Some(smallvec![2, 3, 48]);
+    s[input::KEY] = Some(smallvec![2, 3, 24]);
+    s[input::VALUE] = Some(smallvec![2, 3, 24]);
+    let wrong = message(Dims::read(&a, &s, 2));
+    assert!(
+        wrong.contains("head size 12") && wrong.contains("sketch_bits is 1") && wrong.contains("multiple of 8"),
+        "{wrong}"
+    );
 }
 
 fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Option<&[i32]>) -> Result<CallPlan> {
     let a = attributes(&[("window", 4)]);
     let dims = Dims {
         tokens,
-        ..Dims::read(&a, &shapes()).unwrap()
+        ..Dims::read(&a, &shapes(), 4).unwrap()
     };
     let lengths = CallLengths {
         seqlens_k: seqlens,

@@ -187,6 +187,9 @@ impl<E: Element, P: PageSelector> Step<'_, E, P> {
             page_size: attributes.page_size,
             head_size: self.call.dims.head_size,
             len: self.call.plan.sequences[b].len,
+            softcap: attributes.softcap,
+            local_window: attributes.local_window,
+            sketch_bits: attributes.sketch_bits,
         }
     }
 
@@ -253,7 +256,7 @@ impl<E: Element, P: PageSelector> Step<'_, E, P> {
         // SAFETY: queries and page state are complete.
         let (query, state) = unsafe { (self.newest_query(task, b), self.page_state(task)) };
         let scoring = self.scoring(b);
-        P::prepare(query, scoring.head_size, &mut scratch.summary);
+        P::prepare(&scoring, query, &mut scratch.summary);
         let own = scratch.rows.fit(self.group * (to - from));
         let pages = candidates.start + from..candidates.start + to;
         P::score_heads::<E>(self.isa, &scoring, &scratch.summary, state, pages, own);

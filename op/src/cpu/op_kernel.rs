@@ -14,11 +14,11 @@ use crate::for_selector;
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands, STATE};
 use crate::method::element::Element;
-use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Port, Result, ShapeContext, Tensor};
+use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Plain, Port, Result, ShapeContext, Tensor};
 use crate::selector::PageSelector;
 
-/// `ai.retro::RetroAttention` on the CPU for element type `E`.
-pub struct CpuOperator<E>(PhantomData<E>);
+/// `ai.retro::RetroAttention` on the CPU for caches of element type `E` and selector state of type `S`.
+pub struct CpuOperator<E, S = E>(PhantomData<(E, S)>);
 
 /// One node of one session.
 pub struct CpuKernel {
@@ -45,15 +45,16 @@ impl Pool for OrtPool<'_> {
     }
 }
 
-impl<E: Element> Operator for CpuOperator<E> {
+impl<E: Element, S: Plain> Operator for CpuOperator<E, S> {
     const NAME: &'static CStr = c"RetroAttention";
-    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE);
-    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE);
+    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE, S::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE, S::DATA_TYPE);
     const IN_PLACE: &'static [(usize, usize)] = &STATE;
     type Kernel = CpuKernel;
 
     fn create(info: &Info) -> Result<CpuKernel> {
         let attributes = Attributes::read(info)?;
+        io_spec::check_state_type(attributes.selector, E::DATA_TYPE, S::DATA_TYPE)?;
         let fallback = GqaFallback::new(info, &attributes, E::DATA_TYPE)?;
         let mut weights = Vec::new();
         for slot in [input::COS_CACHE, input::SIN_CACHE, input::HEAD_SINK] {
@@ -98,7 +99,7 @@ fn fallback_applies(dims: &Dims, plan: &CallPlan, has_head_sink: bool) -> bool {
 impl CpuKernel {
     fn compute<E: Element>(&self, context: &Context) -> Result<()> {
         let operands = Operands::read(context)?;
-        let dims = Dims::read(&self.attributes, &operands.shapes)?;
+        let dims = Dims::read(&self.attributes, &operands.shapes, size_of::<E>())?;
         let plan = self.plan(&operands, &dims)?;
 
         // Everything is checked: from here on outputs are written.

@@ -7,6 +7,13 @@
 
 use std::ffi::c_void;
 
+use retro_contract::Selector;
+
+/// Whether there are kernels for a selector.
+pub fn has_kernels(selector: Selector) -> bool {
+    selector != Selector::Sketch
+}
+
 /// A type that both sides have.
 pub trait CudaType: Sized {
     const ZERO: Self;

@@ -125,7 +125,7 @@ pub(super) fn names() -> Vec<String> {
     for (element, shapes) in [("f32", &ATTEND_F32[..]), ("f16", &ATTEND_HALF), ("bf16", &ATTEND_HALF)] {
         names.extend(["merge", "append", "clear"].map(|stem| name::of_type(stem, element)));
         names.extend(shapes.iter().map(|shape| name::attend(element, shape)));
-        for &selector in Selector::ALL {
+        for &selector in Selector::ALL.iter().filter(|s| super::abi::has_kernels(**s)) {
             for padded in super::abi::HEAD_SIZES {
                 names.extend([
                     name::score(element, padded, selector),

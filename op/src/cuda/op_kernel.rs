@@ -4,9 +4,9 @@ use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use retro_contract::{input, output};
+use retro_contract::{input, limits, output};
 
-use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params};
+use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
 use super::kernel_set::{CudaElement, Kernels, find};
 use super::launch::Stream;
@@ -16,10 +16,10 @@ use super::staging::{Staging, Used, WRITTEN};
 use crate::contract::{Attributes, Dims, Phase};
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands, STATE};
-use crate::ort::{Context, Elements, Error, Info, Operator, Port, Result, ShapeContext, Tensor, require};
+use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
 
-/// `ai.retro::RetroAttention` on CUDA for element type `E`.
-pub struct CudaOperator<E>(PhantomData<E>);
+/// `ai.retro::RetroAttention` on CUDA for caches of element type `E` and selector state of type `S`.
+pub struct CudaOperator<E, S = E>(PhantomData<(E, S)>);
 
 /// One node of one session.
 pub struct CudaKernel {
@@ -30,16 +30,29 @@ pub struct CudaKernel {
     kernels: [Arc<Kernels>; 3],
 }
 
-impl<E: CudaElement> Operator for CudaOperator<E> {
+impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
     const NAME: &'static CStr = c"RetroAttention";
     const PROVIDER: Option<&'static CStr> = Some(c"CUDAExecutionProvider");
-    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE);
-    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE);
+    const INPUTS: &'static [Port] = &io_spec::inputs(E::DATA_TYPE, S::DATA_TYPE);
+    const OUTPUTS: &'static [Port] = &io_spec::outputs(E::DATA_TYPE, S::DATA_TYPE);
     const IN_PLACE: &'static [(usize, usize)] = &STATE;
     type Kernel = CudaKernel;
 
     fn create(info: &Info) -> Result<CudaKernel> {
         let attributes = Attributes::read(info)?;
+        let selector = attributes.selector;
+        io_spec::check_state_type(selector, E::DATA_TYPE, S::DATA_TYPE)?;
+        require!(
+            has_kernels(selector),
+            "attribute selector is {selector}, which CUDA does not have: run the model on the CPU, or convert it with another \
+             selector, as signed_moments"
+        );
+        let smallest = limits::PAGE_SIZE_MIN_CUDA;
+        require!(
+            attributes.page_size >= smallest,
+            "attribute page_size is {}, on CUDA at least {smallest}: run the model on the CPU, or convert it with larger pages",
+            attributes.page_size
+        );
         let group = attributes.heads / attributes.kv_heads;
         require!(
             group <= MAX_GROUP,
@@ -81,7 +94,7 @@ impl CudaKernel {
     fn compute<E: CudaElement>(&self, context: &Context) -> Result<()> {
         let attributes = &self.attributes;
         let operands = Operands::read(context)?;
-        let dims = Dims::read(attributes, &operands.shapes)?;
+        let dims = Dims::read(attributes, &operands.shapes, size_of::<E>())?;
         let kernels = self.kernels_for(dims.head_size)?;
         let (phase, mut p) = self.params(&operands, &dims)?;
 

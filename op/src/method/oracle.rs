@@ -7,6 +7,8 @@ use retro_contract::{GroupScore, Mode, Selector, budget_pages};
 
 use crate::contract::Attributes;
 
+mod sketch;
+
 type Row = Vec<f64>;
 
 /// Rows fed to a layer: query `[n, heads, head_size]`, key and value `[n, kv_heads, head_size]`, RoPE applied.
@@ -46,8 +48,10 @@ pub struct Oracle {
     page_steps: Vec<Vec<i64>>,
     /// Per position: output and log-sum-exp of all query heads.
     cache: BTreeMap<usize, (Row, Row)>,
-    /// To the element type that page summaries are stored in.
+    /// To the element type that page summaries and centres are stored in.
     stored: fn(f64) -> f64,
+    /// One a KV head, with the selector `sketch`.
+    sketches: Vec<sketch::Sketches>,
 }
 
 /// What a decoding step gave.
@@ -91,6 +95,7 @@ impl Oracle {
             page_steps: vec![Vec::new(); attrs.kv_heads],
             cache: BTreeMap::new(),
             stored: |x| x,
+            sketches: (0..attrs.kv_heads).map(|_| sketch::Sketches::default()).collect(),
         }
     }
 
@@ -102,6 +107,10 @@ impl Oracle {
 
     fn group(&self) -> usize {
         self.attrs.heads / self.attrs.kv_heads
+    }
+
+    fn heads_of(&self, kv: usize) -> std::ops::Range<usize> {
+        kv * self.group()..(kv + 1) * self.group()
     }
 
     fn scale(&self) -> f64 {
@@ -128,7 +137,8 @@ impl Oracle {
         self.cache.retain(|&position, _| position < len);
     }
 
-    fn write(&mut self, first: usize, rows: &Rows) {
+    /// Writes rows from `first` on; those from `appended` on are new.
+    fn write(&mut self, first: usize, appended: usize, rows: &Rows) {
         let width = self.attrs.kv_heads * self.head_size;
         self.keys.truncate(first);
         self.values.truncate(first);
@@ -136,6 +146,13 @@ impl Oracle {
         self.values.extend(rows.value.chunks(width).map(wide));
         let pages = self.pages(self.len());
         self.page_steps.iter_mut().for_each(|steps| steps.resize(pages, -1));
+        if self.attrs.selector == Selector::Sketch {
+            let (size, bits, stored) = (self.head_size, self.attrs.sketch_bits, self.stored);
+            for (kv, sketches) in self.sketches.iter_mut().enumerate() {
+                let keys: Vec<&[f64]> = self.keys.iter().map(|key| &key[kv * size..][..size]).collect();
+                sketches.write(&keys, first, appended, bits, stored);
+            }
+        }
     }
 
     fn remember(&mut self, position: usize, output: Row, lse: Row) {
@@ -185,7 +202,7 @@ impl Oracle {
     /// One chunk of a prompt: its outputs.
     pub fn prefill(&mut self, rows: &Rows) -> Vec<f32> {
         let first = self.len();
-        self.write(first, rows);
+        self.write(first, first, rows);
         let all: Vec<usize> = (0..self.len()).collect();
         let mut outputs = Vec::new();
         for token in 0..rows.count {
@@ -234,13 +251,29 @@ impl Oracle {
             .collect()
     }
 
-    /// A page's score for every head of a group.
-    fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize) -> Vec<f64> {
+    /// A page's log mass by the sketches of the tokens that the newest query sees.
+    fn sketched_mass(&self, query: &[f64], turned: &[f64], kv: usize, page: usize) -> f64 {
+        let attrs = &self.attrs;
+        let newest = self.len() - 1;
+        let seen = |row: &usize| attrs.local_window.is_none_or(|w| newest - row < w);
+        let logit = |row: usize| {
+            let plain = self.scale() * self.sketches[kv].product(row, query, turned);
+            match attrs.softcap {
+                0.0 => plain,
+                cap => f64::from(cap) * (plain / f64::from(cap)).tanh(),
+            }
+        };
+        let logits: Vec<f64> = self.page_rows(page).filter(seen).map(logit).collect();
+        log_sum_exp(&logits)
+    }
+
+    /// A page's score for every head of a group; `turned`: their queries after the rotation, with the selector `sketch`.
+    fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize, turned: &[Row]) -> Vec<f64> {
         let (attrs, size) = (&self.attrs, self.head_size);
         let range = self.page_rows(page);
         let count = range.len() as f64;
         let element = |d: usize| range.clone().map(move |row| self.keys[row][kv * size + d]);
-        let group = kv * self.group()..(kv + 1) * self.group();
+        let group = self.heads_of(kv);
         let softmax = attrs.group_score == GroupScore::Softmax;
         let score = |head: usize| {
             let query = self.query(rows, token, head);
@@ -274,6 +307,7 @@ impl Oracle {
                     let spread = rho * line * line + (1.0 - rho) * spread;
                     self.scale() * (along + f64::from(attrs.selector_lambda) * spread.sqrt()) + count.ln()
                 }
+                Selector::Sketch => self.sketched_mass(&query, &turned[head % self.group()], kv, page),
             }
         };
         group.map(score).collect()
@@ -296,9 +330,16 @@ impl Oracle {
             Mode::Dense => return (candidates, f64::INFINITY),
             Mode::Streaming => rest.iter().map(|&page| page as f64).collect(),
             Mode::Retro => {
+                let newest = rows.count - 1;
+                let turned: Vec<Row> = if attrs.selector == Selector::Sketch {
+                    let query = |head| sketch::rotated(&self.query(rows, newest, head));
+                    self.heads_of(kv).map(query).collect()
+                } else {
+                    Vec::new()
+                };
                 let of_page: Vec<Vec<f64>> = candidates
                     .iter()
-                    .map(|&p| self.head_scores(rows, rows.count - 1, kv, p))
+                    .map(|&p| self.head_scores(rows, newest, kv, p, &turned))
                     .collect();
                 let norms: Vec<f64> = (0..self.group())
                     .map(|g| log_sum_exp(&of_page.iter().map(|s| s[g]).collect::<Vec<_>>()))
@@ -331,7 +372,7 @@ impl Oracle {
         let retro = rows.count - 1;
         let t = self.len();
         let first = t - retro;
-        self.write(first, rows);
+        self.write(first, t, rows);
         // What only tokens that were taken back again have loaded counts as loaded just before the rows fed now.
         for step in self.page_steps.iter_mut().flatten().filter(|step| **step >= t as i64) {
             *step = first as i64 - 1;

@@ -27,6 +27,9 @@ impl Plain for half::f16 {
 impl Plain for half::bf16 {
     const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
 }
+impl Plain for u8 {
+    const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+}
 impl Plain for i32 {
     const DATA_TYPE: DataType = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 }
@@ -35,6 +38,7 @@ impl Plain for i32 {
 fn element_bytes(data_type: DataType) -> Result<usize> {
     match data_type {
         DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 => Ok(4),
+        DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 => Ok(1),
         DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 | DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 => Ok(2),
         other => Err(Error::runtime(format!("a tensor of the operator holds {other:?}"))),
     }

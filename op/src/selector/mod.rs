@@ -4,9 +4,6 @@
 //! runs generic code for the one that a node names (attribute `selector`): an id without a type here does not compile.
 //! `cuda/kernels/selector/` has a file of the same name for each.
 
-use std::ops::RangeInclusive;
-
-use retro_contract::limits;
 pub use retro_contract::{CacheSize, GroupScore, Selector, StateElement, StateLayout};
 
 use crate::method::element::Element;
@@ -17,11 +14,13 @@ mod bounds;
 mod moments;
 pub mod page_vectors;
 mod signed_moments;
+mod sketch;
 
 pub use bounds::Bounds;
 pub use moments::Moments;
 pub use page_vectors::PageVectors;
 pub use signed_moments::SignedMoments;
+pub use sketch::Sketch;
 
 /// Evaluates an expression in which a name stands for the type of a selector: `for_selector!(id, P => decode::<E, P>(call))`.
 #[macro_export]
@@ -38,6 +37,10 @@ macro_rules! for_selector {
             }
             $crate::selector::Selector::SignedMoments => {
                 type $selector = $crate::selector::SignedMoments;
+                $body
+            }
+            $crate::selector::Selector::Sketch => {
+                type $selector = $crate::selector::Sketch;
                 $body
             }
         }
@@ -73,15 +76,19 @@ pub struct Scoring {
     pub head_size: usize,
     /// Valid tokens, the newest included.
     pub len: usize,
+    /// Softcap of the attention's logits; 0: off.
+    pub softcap: f32,
+    /// Tokens that the newest query sees, itself included; `None`: all.
+    pub local_window: Option<usize>,
+    /// Bits of an element of a sketch (attribute `sketch_bits`).
+    pub sketch_bits: usize,
 }
 
 /// What a step chooses its pages by. `E` is the element type of caches and activations.
 pub trait PageSelector: Send + Sync + 'static {
     /// Its name in models, reports and flags.
     const ID: Selector;
-    /// Page sizes that it has, powers of two among them.
-    const PAGE_SIZES: RangeInclusive<usize> = limits::PAGE_SIZE_MIN..=limits::PAGE_SIZE_MAX;
-    /// Element type of the state tensor. Another one than `E` needs a registration of its own (lib.rs).
+    /// Element type of the state tensor. lib.rs registers the operator for each.
     type State<E: Element>: Plain + Default + Send + Sync;
 
     /// Shape and element type of a layer's state: the contract's, which hosts read too.
@@ -104,11 +111,8 @@ pub trait PageSelector: Send + Sync + 'static {
     /// Whether no NaN and no infinity is in one KV head's state of `len` valid tokens, and so none among its keys.
     fn is_finite<E: Element>(size: &CacheSize, len: usize, state: &[Self::State<E>], scratch: &mut Vec<f32>) -> bool;
 
-    /// Floats of a head's query as [`Self::prepare`] leaves it.
-    fn prepared_len(head_size: usize) -> usize;
-
     /// Turns queries `[g, D]`, after RoPE and not scaled, into what [`Self::score_heads`] reads.
-    fn prepare(query: &[f32], head_size: usize, prepared: &mut Vec<f32>);
+    fn prepare(scoring: &Scoring, query: &[f32], prepared: &mut Vec<f32>);
 
     /// Scores of every head for some pages, head-major: `scores` is `[g, pages.len()]`. They may lack what
     /// [`Self::finish_scores`] adds. Equal state has equal scores, wherever it stands.
@@ -139,6 +143,8 @@ mod tests {
             pages: 7,
             page_size: 16,
             head_size: 8,
+            sketch_bits: 2,
+            cache_element: 4,
         };
         for &id in Selector::ALL {
             let (named, declared, kernels) = for_selector!(id, P => (

@@ -58,13 +58,9 @@ impl<V: PageVectors> PageSelector for V {
             })
     }
 
-    fn prepared_len(head_size: usize) -> usize {
-        2 * head_size
-    }
-
-    fn prepare(query: &[f32], head_size: usize, prepared: &mut Vec<f32>) {
+    fn prepare(scoring: &Scoring, query: &[f32], prepared: &mut Vec<f32>) {
         prepared.clear();
-        for head in query.chunks_exact(head_size) {
+        for head in query.chunks_exact(scoring.head_size) {
             V::prepare_head(head, prepared);
         }
     }

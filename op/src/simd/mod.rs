@@ -3,12 +3,14 @@
 //! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by the macro `dispatched!`, whose
 //! functions carry the target features that make the intrinsics inside them single instructions.
 
+mod codes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub(crate) use codes::{CodeIsa, Codes, GROUP, LARGEST, MOST_QUERIES, code_sums, place, query_place, query_words};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
@@ -138,6 +140,36 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     }
 }
 
+/// The natural logarithm of a positive normal number to 2 units in the last place, NaN of NaN and of infinity (Cephes'
+/// polynomial). Plain arithmetic, which a loop turns into vectors.
+#[inline(always)]
+pub(crate) fn ln(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // The bits of sqrt(1/2): the rest of x lies between it and sqrt(2).
+    const ROOT: u32 = 0x3f35_04f3;
+    let exponent = (x.to_bits().wrapping_sub(ROOT) as i32) >> 23;
+    let f = f32::from_bits(x.to_bits().wrapping_sub((exponent << 23) as u32)) - 1.0;
+    let mut p = 7.037_683_6e-2;
+    for c in [
+        -1.151_461e-1,
+        1.167_699_9e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_8e-1,
+        2.000_071_5e-1,
+        -2.499_999_4e-1,
+        3.333_333_1e-1,
+    ] {
+        p = p * f + c;
+    }
+    let square = f * f;
+    let n = exponent as f32;
+    let rest = p * f * square + n * LN2_LOW - 0.5 * square;
+    // What is no number stays none.
+    (f + rest) + n * LN2_HIGH + (x - x)
+}
+
 /// Defines `fn name(isa, args...)`, which runs `body::<S, T, ...>` compiled for `isa`. `$body` is an `unsafe fn` that is
 /// always inlined and asks of its caller nothing but the instruction set.
 macro_rules! dispatched {
@@ -249,6 +281,21 @@ mod tests {
             exp_all(isa, &mut nan);
             assert!(nan.iter().all(|x| x.is_nan()), "{isa:?}");
         }
+    }
+
+    #[test]
+    fn ln_is_close() {
+        for i in 0..200_000 {
+            let x = 1e-3 * 1.0001f32.powi(i % 150_000) + i as f32 * 1e-3;
+            let want = f64::from(x).ln();
+            assert!(
+                (f64::from(ln(x)) - want).abs() <= 2.5e-7 * want.abs().max(0.1),
+                "{x}: {} {want}",
+                ln(x)
+            );
+        }
+        assert_eq!(ln(1.0), 0.0);
+        assert!(ln(f32::NAN).is_nan() && ln(f32::INFINITY).is_nan());
     }
 
     dispatched! {

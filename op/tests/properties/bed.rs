@@ -6,7 +6,9 @@ use retro_attention::for_selector;
 use retro_attention::method::element::Element;
 use retro_attention::method::oracle::Rows;
 use retro_attention::method::rope::{Angles, rotate};
-use retro_contract::{input, pages_for};
+use retro_attention::ort::Plain;
+use retro_attention::selector::{StateElement, StateLayout};
+use retro_contract::{CacheSize, SKETCH_BLOCK, input, pages_for};
 
 /// What stands in page steps that nobody has written.
 const POISON_STEP: i32 = 0x5a5a_5a5a;
@@ -82,7 +84,8 @@ pub struct Bed<E> {
     pub pages: usize,
     pub key: Vec<E>,
     pub value: Vec<E>,
-    pub summary: Vec<E>,
+    /// The selector's, in its own type.
+    pub selector_state: Words,
     pub steps: Vec<i32>,
     pub outputs: Vec<f32>,
     pub lse: Vec<f32>,
@@ -92,6 +95,45 @@ pub struct Bed<E> {
     /// Threads that work is split for.
     pub threads: usize,
     scratch: ScratchPool,
+}
+
+/// Memory for elements of any type; poison has every bit set, which is a NaN of every type.
+pub struct Words {
+    words: Vec<u64>,
+    bytes: usize,
+}
+
+impl Words {
+    fn poison(bytes: usize) -> Self {
+        Self {
+            words: vec![u64::MAX; bytes.div_ceil(8)],
+            bytes,
+        }
+    }
+
+    pub fn elements<T: Plain>(&mut self) -> &mut [T] {
+        assert!(align_of::<T>() <= align_of::<u64>());
+        // SAFETY: the words have as many bytes, aligned for T, which is a plain number of any bits.
+        unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), self.bytes / size_of::<T>()) }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the words have as many bytes.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast(), self.bytes) }
+    }
+}
+
+/// How a layer's selector lays its state out.
+pub fn layout<E>(shape: &Shape, capacity: usize) -> StateLayout {
+    let a = &shape.attributes;
+    a.selector.layout(&CacheSize {
+        capacity,
+        pages: pages_for(capacity, a.page_size),
+        page_size: a.page_size,
+        head_size: shape.head_size,
+        sketch_bits: a.sketch_bits,
+        cache_element: size_of::<E>(),
+    })
 }
 
 /// Bits of each value, so that poison (NaN) compares too.
@@ -123,7 +165,7 @@ impl<E: Element> Bed<E> {
             pages,
             key: poison(batch * a.kv_heads * capacity * d),
             value: poison(batch * a.kv_heads * capacity * d),
-            summary: poison(batch * a.kv_heads * pages * 2 * d),
+            selector_state: Words::poison(batch * a.kv_heads * layout::<E>(shape, capacity).bytes(size_of::<E>())),
             steps: vec![POISON_STEP; batch * a.kv_heads * pages],
             outputs: vec![f32::NAN; batch * a.ring() * a.heads * d],
             lse: vec![f32::NAN; batch * a.ring() * a.heads],
@@ -196,7 +238,8 @@ impl<E: Element> Bed<E> {
             set(input::SIN_CACHE, &[self.capacity, self.shape.rotary_half]);
         }
         set(input::RETRO_LENGTH, &[b]);
-        set(input::PAST_PAGE_SUMMARY, &[b, kv_heads, self.pages, 2, d]);
+        let layout = layout::<E>(&self.shape, self.capacity);
+        set(input::PAST_PAGE_SUMMARY, &[&[b, kv_heads], layout.sizes()].concat());
         set(input::PAST_PAGE_STEPS, &[b, kv_heads, self.pages]);
         set(input::PAST_OUTPUTS, &[b, ring, heads, d]);
         set(input::PAST_LSE, &[b, ring, heads]);
@@ -207,7 +250,7 @@ impl<E: Element> Bed<E> {
             set(input::HEAD_SINK, &[heads]);
         }
         let said = |e: retro_attention::ort::Error| e.message().to_owned();
-        let dims = Dims::read(a, &shapes).map_err(said)?;
+        let dims = Dims::read(a, &shapes, size_of::<E>()).map_err(said)?;
         let last: Vec<i32> = feed.lens.iter().map(|&n| n as i32 - 1).collect();
         let retro: Vec<i32> = match feed.phase {
             Phase::Prefill => vec![-1; b],
@@ -240,7 +283,7 @@ impl<E: Element> Bed<E> {
             state: LayerState {
                 key: Shared::new(&mut self.key),
                 value: Shared::new(&mut self.value),
-                pages: Shared::new(&mut self.summary),
+                pages: Shared::new(self.selector_state.elements()),
                 steps: Shared::new(&mut self.steps),
                 outputs: Shared::new(&mut self.outputs),
                 lse: Shared::new(&mut self.lse),
@@ -303,6 +346,13 @@ impl<E: Element> Bed<E> {
         )
     }
 
+    /// The selector's state of one sequence.
+    pub fn state_bytes(&self, b: usize) -> &[u8] {
+        let bytes = self.selector_state.bytes();
+        let n = bytes.len() / self.batch;
+        &bytes[b * n..][..n]
+    }
+
     /// Everything of one sequence, as bits.
     pub fn sequence_bits(&self, b: usize) -> Vec<Vec<u32>> {
         fn part<T: Element>(data: &[T], b: usize, batch: usize) -> Vec<u32> {
@@ -313,7 +363,7 @@ impl<E: Element> Bed<E> {
         vec![
             part(&self.key, b, self.batch),
             part(&self.value, b, self.batch),
-            part(&self.summary, b, self.batch),
+            self.state_bytes(b).iter().map(|&byte| u32::from(byte)).collect(),
             self.steps[b * steps..][..steps].iter().map(|&s| s as u32).collect(),
             part(&self.outputs, b, self.batch),
             part(&self.lse, b, self.batch),
@@ -330,11 +380,18 @@ impl<E: Element> Bed<E> {
                     .iter()
                     .any(|v| !v.to_f32().is_nan())
             };
-            let summary = &self.summary[(h * self.pages + first) * 2 * d..(h + 1) * self.pages * 2 * d];
+            let layout = layout::<E>(&self.shape, self.capacity);
+            let (items, state) = (layout.sizes()[0], layout.bytes(size_of::<E>()));
+            // Pages, or blocks of rows.
+            let first_item = match layout.element {
+                StateElement::Cache => first,
+                StateElement::Byte => len.div_ceil(SKETCH_BLOCK),
+            };
+            let behind = &self.selector_state.bytes()[h * state..][..state][first_item * state / items..];
             let steps = &self.steps[h * self.pages + first..(h + 1) * self.pages];
             // A prefill may say "never loaded" of pages that nobody has reached; it may say nothing else.
             let stamped = steps.iter().any(|&s| s != POISON_STEP && s != -1);
-            if rows(&self.key) || rows(&self.value) || summary.iter().any(|v| !v.to_f32().is_nan()) || stamped {
+            if rows(&self.key) || rows(&self.value) || behind.iter().any(|&byte| byte != u8::MAX) || stamped {
                 return Err(format!("sequence {b} wrote behind its {len} tokens"));
             }
         }

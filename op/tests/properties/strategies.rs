@@ -41,7 +41,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
     let heads = (1usize..=3, prop_oneof![1usize..=4, Just(7), Just(16)]);
     let sizes = (
         prop_oneof![Just(8usize), Just(12), Just(16), Just(20), Just(33), Just(64)],
-        prop_oneof![3 => Just(8usize), 3 => Just(16), 1 => Just(32), 1 => Just(64), 1 => Just(128)],
+        prop_oneof![2 => Just(1usize), 1 => Just(2), 2 => Just(4), 3 => Just(8), 3 => Just(16), 1 => Just(32), 1 => Just(64), 1 => Just(128)],
         prop_oneof![2 => Just(1usize), 6 => 2usize..=9, 1 => Just(64)],
     );
     let budget = (0usize..=30, 0usize..=3, 0usize..=2);
@@ -50,6 +50,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
         prop_oneof![Just(GroupScore::Max), Just(GroupScore::Softmax)],
         prop_oneof![Just(2.5f32), 0.0f32..4.0],
         prop_oneof![Just(0.2f32), 0.0f32..1.0],
+        1usize..=2,
     );
     let softmax = (
         prop_oneof![2 => Just(None), 1 => (0.05f32..1.0).prop_map(Some)],
@@ -67,6 +68,12 @@ pub fn shape() -> impl Strategy<Value = Shape> {
             softmax,
             rotary,
         )| {
+            // A sketch's row is whole bytes.
+            let head_size = match (scores.0, head_size) {
+                (Selector::Sketch, 33) => 40,
+                (_, any) => any,
+            };
+            let sketch_bits = if head_size.is_multiple_of(8) { scores.4 } else { 2 };
             Shape {
                 attributes: Attributes {
                     heads: kv_heads * group,
@@ -76,7 +83,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
                     do_rotary: rotary.0 > 0,
                     rotary_interleaved: rotary.0 == 2,
                     local_window: softmax.2,
-                    page_size,
+                    page_size: page_size.max(*scores.0.page_sizes().start()),
                     window,
                     budget_ratio: percent as f64 / 100.0,
                     budget_min_pages: min_pages,
@@ -85,6 +92,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
                     group_score: scores.1,
                     selector_lambda: scores.2,
                     selector_correlation: scores.3,
+                    sketch_bits,
                     mode: Mode::Retro,
                 },
                 head_size,

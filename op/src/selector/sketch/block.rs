@@ -1,0 +1,94 @@
+//! Where things lie in the state: blocks of 128 rows, each with the codes of its rows (in groups, as `simd/codes.rs` reads
+//! them), their factors in bfloat16, and its centre in the cache's type.
+
+use std::ptr;
+
+use half::bf16;
+use retro_contract::SKETCH_BLOCK;
+
+use crate::method::element::Element;
+use crate::simd::{GROUP, place};
+
+/// Rows of a block.
+pub(super) const ROWS: usize = SKETCH_BLOCK;
+
+/// Elements of a centre that are widened at once.
+const PART: usize = 64;
+
+/// Sizes and places of a block.
+#[derive(Clone, Copy)]
+pub(super) struct BlockLayout {
+    /// D.
+    pub head_size: usize,
+    /// Bits of a code.
+    pub bits: usize,
+    /// Bytes of a row's codes.
+    pub width: usize,
+    /// Bytes of a block.
+    pub bytes: usize,
+}
+
+impl BlockLayout {
+    pub fn new<E: Element>(head_size: usize, bits: usize) -> Self {
+        let width = head_size * bits / 8;
+        Self {
+            head_size,
+            bits,
+            width,
+            bytes: ROWS * (width + 2) + head_size * size_of::<E>(),
+        }
+    }
+
+    /// Blocks that hold `len` rows.
+    pub fn blocks(&self, len: usize) -> usize {
+        len.div_ceil(ROWS)
+    }
+
+    /// Rows of a block among the first `len` of all.
+    pub fn rows_of(&self, block: usize, len: usize) -> usize {
+        len.saturating_sub(block * ROWS).min(ROWS)
+    }
+
+    /// Writes a row's codes and factor into its block.
+    pub fn write_row(&self, block: &mut [u8], row: usize, codes: &[u8], factor: bf16) {
+        let group = &mut block[row / GROUP * GROUP * self.width..][..GROUP * self.width];
+        for (byte, &code) in codes.iter().enumerate() {
+            group[place(self.width, byte, row % GROUP)] = code;
+        }
+        block[ROWS * self.width + 2 * row..][..2].copy_from_slice(&factor.to_bits().to_le_bytes());
+    }
+
+    /// The factors of a block's rows.
+    pub fn factors<'a>(&self, block: &'a [u8]) -> impl Iterator<Item = f32> + 'a {
+        let factors = block[ROWS * self.width..][..2 * ROWS].as_chunks::<2>().0;
+        factors
+            .iter()
+            .map(|&bits| f32::from_bits(u32::from(u16::from_le_bytes(bits)) << 16))
+    }
+
+    /// Writes a block's centre, rounded to `E`.
+    pub fn write_centre<E: Element>(&self, block: &mut [u8], centre: &[f32]) {
+        let size = size_of::<E>();
+        let bytes = &mut block[ROWS * (self.width + 2)..][..self.head_size * size];
+        for (numbers, bytes) in centre.chunks(PART).zip(bytes.chunks_mut(PART * size)) {
+            let mut rounded = [E::default(); PART];
+            E::narrow(numbers, &mut rounded[..numbers.len()]);
+            // SAFETY: as many elements as the bytes hold; elements are plain numbers without padding.
+            unsafe { ptr::copy_nonoverlapping(rounded.as_ptr().cast(), bytes.as_mut_ptr(), bytes.len()) };
+        }
+    }
+
+    /// A block's centre in parts of up to 64 elements: `part(first element, numbers)`.
+    pub fn centre_parts<E: Element>(&self, block: &[u8], mut part: impl FnMut(usize, &[f32])) {
+        let size = size_of::<E>();
+        let bytes = &block[ROWS * (self.width + 2)..][..self.head_size * size];
+        for (i, bytes) in bytes.chunks(PART * size).enumerate() {
+            let (mut elements, mut numbers) = ([E::default(); PART], [0.0; PART]);
+            let count = bytes.len() / size;
+            // SAFETY: as many bytes as the elements have; any bits are an element.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), elements.as_mut_ptr().cast(), bytes.len()) };
+            E::widen_into(&elements[..count], &mut numbers[..count]);
+            part(i * PART, &numbers[..count]);
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Keys to sketches.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::block::{BlockLayout, ROWS};
+use super::rotation::rotate;
+use crate::method::element::Element;
+use crate::selector::Written;
+use crate::simd::{Isa, Simd, dispatched};
+
+/// Makes the centres of the blocks that a call begins, each the mean of the 128 rows before it. The first block's is 0 and
+/// not kept.
+pub(super) fn centres<E: Element>(
+    layout: BlockLayout,
+    written: Written,
+    keys: &[E],
+    state: &mut [u8],
+    scratch: &mut Vec<f32>,
+) {
+    let d = layout.head_size;
+    for block in written.appended.div_ceil(ROWS).max(1)..layout.blocks(written.len) {
+        scratch.clear();
+        scratch.resize(2 * d, 0.0);
+        let (sum, buffer) = scratch.split_at_mut(d);
+        for key in keys[(block - 1) * ROWS * d..block * ROWS * d].chunks_exact(d) {
+            sum.iter_mut().zip(E::widen(key, buffer)).for_each(|(sum, x)| *sum += x);
+        }
+        sum.iter_mut().for_each(|sum| *sum *= 1.0 / ROWS as f32);
+        layout.write_centre::<E>(&mut state[block * layout.bytes..][..layout.bytes], sum);
+    }
+}
+
+/// Sketches rows.
+pub(super) fn rows<E: Element>(
+    layout: BlockLayout,
+    rows: Range<usize>,
+    keys: &[E],
+    state: &mut [u8],
+    scratch: &mut Vec<f32>,
+) {
+    rows_kernel::<E>(Isa::detect(), layout, rows, keys, state, scratch);
+}
+
+dispatched! {
+    fn rows_kernel<E: Element>(
+        layout: BlockLayout, rows: Range<usize>, keys: &[E], state: &mut [u8], scratch: &mut Vec<f32>,
+    ) = rows_body
+}
+
+/// # Safety
+/// The machine has the instruction set.
+#[inline(always)]
+unsafe fn rows_body<S: Simd, E: Element>(
+    layout: BlockLayout,
+    rows: Range<usize>,
+    keys: &[E],
+    state: &mut [u8],
+    scratch: &mut Vec<f32>,
+) {
+    let d = layout.head_size;
+    scratch.clear();
+    scratch.resize(2 * d + layout.width.div_ceil(4), 0.0);
+    let (centre, rest) = scratch.split_at_mut(d);
+    let (key, codes) = rest.split_at_mut(d);
+    // SAFETY: floats are four bytes each, and any bits are bytes.
+    let codes = unsafe { std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<u8>(), layout.width) };
+    let mut centre_of = None;
+    for row in rows {
+        let (block, within) = (row / ROWS, row % ROWS);
+        let state = &mut state[block * layout.bytes..][..layout.bytes];
+        if centre_of != Some(block) {
+            centre.fill(0.0);
+            if block > 0 {
+                layout.centre_parts::<E>(state, |at, numbers| {
+                    centre[at..][..numbers.len()].copy_from_slice(numbers)
+                });
+            }
+            centre_of = Some(block);
+        }
+        E::widen_into(&keys[row * d..][..d], key);
+        key.iter_mut().zip(centre.iter()).for_each(|(x, c)| *x -= c);
+        rotate(key);
+        let factor = match layout.bits {
+            1 => encode::<1>(key, codes),
+            _ => encode::<2>(key, codes),
+        };
+        layout.write_row(state, within, codes, factor);
+    }
+}
+
+/// The codes of a rotated key, its factor. Code c stands for the odd number `2 c + 1 - 2^BITS`.
+#[inline(always)]
+fn encode<const BITS: usize>(key: &[f32], codes: &mut [u8]) -> bf16 {
+    let squares = sum(key, |x| x * x);
+    let tau = (squares / key.len() as f32).sqrt();
+    let code = |x: f32| {
+        // A number that is none is as good as any: the factor says so.
+        let positive = u8::from(x >= 0.0);
+        if BITS == 1 {
+            return positive;
+        }
+        let far = u8::from(x.abs() >= tau);
+        // -3, -1, 1, 3
+        if positive == 1 { 2 + far } else { 1 - far }
+    };
+    for (byte, elements) in codes.iter_mut().zip(key.chunks_exact(8 / BITS)) {
+        *byte = elements.iter().rev().fold(0, |byte, &x| byte << BITS | code(x));
+    }
+    if squares == 0.0 {
+        return bf16::ZERO;
+    }
+    // Each element's sign is its code's.
+    let along = sum(key, |x| {
+        let x = x.abs();
+        if BITS == 2 && x >= tau { 3.0 * x } else { x }
+    });
+    let factor = squares / along;
+    if factor.is_finite() {
+        bf16::from_f32(factor)
+    } else {
+        bf16::NAN
+    }
+}
+
+/// The sum of a function of the elements, in eight lanes.
+#[inline(always)]
+fn sum(key: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; 8];
+    let (whole, rest) = key.as_chunks::<8>();
+    for chunk in whole {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane += of(x));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane += of(x));
+    lanes.iter().sum()
+}
