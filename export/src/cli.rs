@@ -69,7 +69,7 @@ pub struct Cli {
     #[arg(long, default_value_t = Settings::default().min_pages, value_name = "PAGES")]
     pub min_pages: usize,
 
-    /// Tokens a page: a power of two, 8 to 128
+    /// Tokens a page: a power of two, 4 to 128, from 1 on with --selector sketch; on CUDA 8 and more
     #[arg(long, default_value_t = Settings::default().page_size, value_name = "TOKENS")]
     pub page_size: usize,
 
@@ -81,7 +81,8 @@ pub struct Cli {
     #[arg(long, value_delimiter = ',', value_name = "LAYERS")]
     pub dense_layers: Vec<usize>,
 
-    /// What stands for a page when the best ones are chosen: bounds (the paper's), moments or signed_moments
+    /// What stands for a page when the best ones are chosen: bounds (the paper's), moments,
+    /// signed_moments, or sketch (every key again in a few bits; on the CPU only)
     #[arg(long, default_value_t = Settings::default().selector)]
     pub selector: Selector,
 
@@ -96,6 +97,10 @@ pub struct Cli {
     /// Share of the spread that the selector signed_moments takes from a page's principal direction, 0 to 1
     #[arg(long, default_value_t = Settings::default().selector_correlation, value_name = "NUMBER")]
     pub selector_correlation: f32,
+
+    /// Bits of an element of a key's sketch with the selector sketch: 1 or 2
+    #[arg(long, default_value_t = Settings::default().sketch_bits, value_name = "BITS")]
+    pub sketch_bits: usize,
 
     /// Which pages a step reads: retro (the best ones), dense (all), or streaming (the first and the newest: StreamingLLM)
     #[arg(long, default_value_t = Settings::default().mode)]
@@ -164,6 +169,7 @@ impl Cli {
                 group_score: self.group_score,
                 selector_lambda: self.selector_lambda,
                 selector_correlation: self.selector_correlation,
+                sketch_bits: self.sketch_bits,
                 mode: self.mode,
                 dense_layers: self.dense_layers.iter().copied().collect(),
             },

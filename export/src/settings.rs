@@ -12,7 +12,7 @@ pub struct Settings {
     pub budget: Budget,
     /// Floor of a relative budget, in pages.
     pub min_pages: usize,
-    /// Tokens a page: a power of two, 8 to 128.
+    /// Tokens a page: a power of two, 4 to 128, or 1 to 128 with the selector `sketch`; on CUDA 8 and more.
     pub page_size: usize,
     pub sink_pages: usize,
     pub selector: Selector,
@@ -21,6 +21,8 @@ pub struct Settings {
     pub selector_lambda: f32,
     /// Share of the spread that the selector `signed_moments` takes from the principal direction, 0 to 1.
     pub selector_correlation: f32,
+    /// Bits of an element of a key's sketch with the selector `sketch`, 1 or 2.
+    pub sketch_bits: usize,
     /// Which pages the layers read that are not named in `dense_layers`.
     pub mode: Mode,
     /// Layers that attend to everything.
@@ -40,6 +42,7 @@ impl Default for Settings {
             group_score: GroupScore::Softmax,
             selector_lambda: 2.0,
             selector_correlation: limits::SELECTOR_CORRELATION,
+            sketch_bits: limits::SKETCH_BITS,
             mode: Mode::Retro,
             dense_layers: BTreeSet::new(),
         }
@@ -67,6 +70,7 @@ impl Settings {
             sink_pages,
             selector_lambda: lambda,
             selector_correlation: correlation,
+            sketch_bits,
             ..
         } = *self;
         let max = limits::WINDOW_MAX;
@@ -74,10 +78,18 @@ impl Settings {
             (1..=max).contains(&window),
             "the window is {window}; it must be 1 to {max}"
         );
-        let (low, high) = (limits::PAGE_SIZE_MIN, limits::PAGE_SIZE_MAX);
+        let sizes = self.selector.page_sizes();
         ensure!(
-            page_size.is_power_of_two() && (low..=high).contains(&page_size),
-            "the page size is {page_size}; it must be a power of two, {low} to {high}"
+            page_size.is_power_of_two() && sizes.contains(&page_size),
+            "the page size is {page_size}; with the selector {} it must be a power of two, {} to {}",
+            self.selector,
+            sizes.start(),
+            sizes.end()
+        );
+        let most = limits::SKETCH_BITS_MAX;
+        ensure!(
+            (1..=most).contains(&sketch_bits),
+            "the bits of a sketch are {sketch_bits}; they must be 1 to {most}"
         );
         ensure!(
             (1..=1 << 20).contains(&min_pages),
@@ -122,6 +134,14 @@ mod tests {
         refused(|s| s.window = 65, "window is 65");
         refused(|s| s.page_size = 24, "page size is 24");
         refused(|s| s.page_size = 256, "page size is 256");
+        refused(|s| s.page_size = 2, "page size is 2; with the selector signed_moments");
+        refused(|s| s.sketch_bits = 3, "bits of a sketch are 3");
+        let tokens = Settings {
+            selector: Selector::Sketch,
+            page_size: 1,
+            ..Settings::default()
+        };
+        assert!(tokens.check().is_ok());
         refused(|s| s.min_pages = 0, "pages is 0");
         refused(|s| s.selector_lambda = f32::NAN, "lambda is NaN");
         refused(|s| s.selector_correlation = 1.5, "correlation is 1.5");

@@ -98,7 +98,8 @@ impl Layer {
         shapes[input::TOTAL_SEQUENCE_LENGTH] = Some(smallvec![]);
         shapes[input::RETRO_LENGTH] = sizes(&[1]);
         let layout = self.attributes.selector.layout(&cache_size());
-        shapes[input::PAST_PAGE_SUMMARY] = Some([1, KV_HEADS].iter().chain(layout.sizes()).map(|&n| n as i64).collect());
+        shapes[input::PAST_PAGE_SUMMARY] =
+            Some([1, KV_HEADS].iter().chain(layout.sizes()).map(|&n| n as i64).collect());
         shapes[input::PAST_PAGE_STEPS] = sizes(&[1, KV_HEADS, PAGES]);
         shapes[input::PAST_OUTPUTS] = sizes(&[1, RING, HEADS, D]);
         shapes[input::PAST_LSE] = sizes(&[1, RING, HEADS]);

@@ -1,6 +1,8 @@
 //! The operator's attributes and the sizes they imply.
 
-use retro_contract::{GroupScore, Mode, Selector, limits, pages_for, ring_slots};
+use retro_contract::{CacheSize, GroupScore, Mode, Selector, StateElement, StateLayout, limits, pages_for, ring_slots};
+
+use crate::tensor::Dtype;
 
 #[derive(Clone, Debug)]
 pub struct Attrs {
@@ -23,6 +25,7 @@ pub struct Attrs {
     pub group_score: GroupScore,
     pub lambda: f32,
     pub correlation: f32,
+    pub sketch_bits: usize,
     pub mode: Mode,
 }
 
@@ -46,6 +49,7 @@ impl Attrs {
             group_score: GroupScore::default(),
             lambda: limits::SELECTOR_LAMBDA,
             correlation: limits::SELECTOR_CORRELATION,
+            sketch_bits: limits::SKETCH_BITS,
             mode: Mode::default(),
         }
     }
@@ -71,6 +75,26 @@ impl Attrs {
 
     pub fn pages(&self, tokens: usize) -> usize {
         pages_for(tokens, self.page)
+    }
+
+    /// How the selector lays its state out for a cache of `capacity` tokens.
+    pub fn layout(&self, dtype: Dtype, capacity: usize) -> StateLayout {
+        self.selector.layout(&CacheSize {
+            capacity,
+            pages: self.pages(capacity),
+            page_size: self.page,
+            head_size: self.head_size,
+            sketch_bits: self.sketch_bits,
+            cache_element: dtype.bytes(),
+        })
+    }
+
+    /// The type of the selector's state.
+    pub fn state_dtype(&self, dtype: Dtype) -> Dtype {
+        match self.selector.state_element() {
+            StateElement::Cache => dtype,
+            StateElement::Byte => Dtype::U8,
+        }
     }
 
     pub fn actual_scale(&self) -> f64 {

@@ -1,13 +1,13 @@
-//! The golden vectors of one layer, both sets in one form. tests/data/golden/README.md says what they are.
+//! The golden vectors of one layer, all sets in one form. tests/data/golden/README.md says what they are.
 
 use std::{collections::HashMap, fs, io::Read, path::Path};
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype as Stored, SafeTensors};
 use serde_json::Value;
 
 pub use retro_attention::method::oracle::Rows;
 
-use crate::{attrs::Attrs, paths};
+use crate::{attrs::Attrs, paths, tensor::Dtype};
 
 pub struct Step {
     /// Newest position.
@@ -37,9 +37,10 @@ pub struct Case {
     /// Log-sum-exps in the output cache after the prompt, up to its last position.
     pub prompt_lse: Vec<f32>,
     pub steps: Vec<Step>,
-    /// Page bounds and keys at the end.
-    pub final_min: Vec<f32>,
-    pub final_max: Vec<f32>,
+    /// The caches' type that the numbers are for, beside others where that makes no difference.
+    pub dtype: Dtype,
+    /// Page bounds, `[min, max]`, and keys at the end.
+    pub final_bounds: Option<[Vec<f32>; 2]>,
     pub final_key: Option<Vec<f32>>,
     /// Inputs are exact in float16.
     pub exact: bool,
@@ -76,9 +77,9 @@ impl Tensors {
             let data = view.data();
             let words = || data.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
             let (floats, ints) = match view.dtype() {
-                Dtype::F32 => (words().map(f32::from_le_bytes).collect(), Vec::new()),
-                Dtype::I32 => (Vec::new(), words().map(i32::from_le_bytes).collect()),
-                Dtype::I8 => (data.iter().map(|&b| f32::from(b as i8) / 64.0).collect(), Vec::new()),
+                Stored::F32 => (words().map(f32::from_le_bytes).collect(), Vec::new()),
+                Stored::I32 => (Vec::new(), words().map(i32::from_le_bytes).collect()),
+                Stored::I8 => (data.iter().map(|&b| f32::from(b as i8) / 64.0).collect(), Vec::new()),
                 other => panic!("{}: unexpected {other:?}", path.display()),
             };
             Tensor {
@@ -136,9 +137,9 @@ fn lists(padded: &[i32], kv_heads: usize) -> Vec<Vec<usize>> {
     padded.chunks(padded.len() / kv_heads).map(row).collect()
 }
 
-/// All cases of `exact/` and `offsets/`.
+/// All cases of `exact/`, `offsets/` and `sketch/`.
 pub fn all() -> Vec<Case> {
-    exact().into_iter().chain(offsets()).collect()
+    [exact(), offsets(), sketch()].into_iter().flatten().collect()
 }
 
 pub fn exact() -> Vec<Case> {
@@ -230,8 +231,8 @@ fn exact_case(meta: &Value) -> Case {
         chunks: numbers(&meta["chunks"]),
         prompt_output: file.optional("prompt.out_tail"),
         prompt_lse: file.optional("prompt.cache_lse"),
-        final_min: file.floats("final.kmin").to_vec(),
-        final_max: file.floats("final.kmax").to_vec(),
+        dtype: Dtype::F32,
+        final_bounds: Some(["final.kmin", "final.kmax"].map(|bound| file.floats(bound).to_vec())),
         final_key: Some(file.optional("final.k")).filter(|k| !k.is_empty()),
         exact: true,
         output_tolerance: 2e-5,
@@ -244,17 +245,40 @@ fn exact_case(meta: &Value) -> Case {
 
 pub fn offsets() -> Vec<Case> {
     let index = index("offsets");
-    index["cases"]
-        .as_array()
-        .expect("cases")
-        .iter()
-        .map(offsets_case)
-        .collect()
+    let cases = index["cases"].as_array().expect("cases").iter();
+    cases.map(|meta| offsets_case("offsets", meta)).collect()
 }
 
-fn offsets_case(meta: &Value) -> Case {
+/// The selector `sketch`, each case for one type of caches, which its centres are rounded to.
+pub fn sketch() -> Vec<Case> {
+    let index = index("sketch");
+    let case = |meta: &Value| {
+        let mut case = offsets_case("sketch", meta);
+        let text = |key: &str| meta[key].as_str().unwrap_or_else(|| panic!("{key} in {}", case.name));
+        case.attrs.selector = text("selector").parse().expect("a selector");
+        case.attrs.group_score = text("group_score").parse().expect("a group score");
+        case.dtype = match text("dtype") {
+            "float16" => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        case.attrs.sketch_bits = number(meta, "sketch_bits");
+        case.attrs.softcap = meta["softcap"].as_f64().expect("a softcap") as f32;
+        case.attrs.local_window_size = meta["local_window_size"].as_i64().expect("a window");
+        // Logits of 110 cost float32 digits: FORMAT.md.
+        case.output_tolerance = if meta["options"]["lift"].is_number() {
+            1e-4
+        } else {
+            2e-5
+        };
+        case
+    };
+    index["cases"].as_array().expect("cases").iter().map(case).collect()
+}
+
+/// A case of `offsets/`, or of another set with its layout.
+fn offsets_case(set: &str, meta: &Value) -> Case {
     let name = meta["id"].as_str().expect("an id").to_owned();
-    let file = Tensors::read(&paths::data(&format!("golden/offsets/{name}.safetensors.xz")));
+    let file = Tensors::read(&paths::data(&format!("golden/{set}/{name}.safetensors.xz")));
     let mut attrs = Attrs::new(number(meta, "Hq"), number(meta, "Hkv"), number(meta, "D"));
     attrs.scale = meta["scale"].as_f64().expect("a scale") as f32;
     attrs.page = number(meta, "page");
@@ -313,8 +337,8 @@ fn offsets_case(meta: &Value) -> Case {
         prompt_output: file.optional("prompt.out"),
         prompt_lse: file.optional("prompt.cache_L"),
         steps,
-        final_min: file.floats("final.kmin").to_vec(),
-        final_max: file.floats("final.kmax").to_vec(),
+        dtype: Dtype::F32,
+        final_bounds: (set == "offsets").then(|| ["final.kmin", "final.kmax"].map(|bound| file.floats(bound).to_vec())),
         final_key: None,
         exact: false,
         output_tolerance: if shifted { 1e-4 } else { 2e-5 },

@@ -1,7 +1,7 @@
 //! One RetroAttention node in a session, its state, and calls with everything around them checked: what a call must not touch
 //! stays as it was, bit for bit.
 
-use retro_contract::{Mode, graph::State as Slot, output};
+use retro_contract::{Mode, SKETCH_BLOCK, StateElement, graph::State as Slot, output};
 
 use crate::{
     attrs::Attrs,
@@ -92,7 +92,10 @@ impl State {
         let tensors = [
             Tens::poisoned(dtype, &[batch, kv_heads, capacity, head_size]),
             Tens::poisoned(dtype, &[batch, kv_heads, capacity, head_size]),
-            Tens::poisoned(dtype, &[batch, kv_heads, pages, 2, head_size]),
+            Tens::poisoned(
+                attrs.state_dtype(dtype),
+                &[&[batch, kv_heads], attrs.layout(dtype, capacity).sizes()].concat(),
+            ),
             Tens::poisoned(Dtype::I32, &[batch, kv_heads, pages]),
             Tens::poisoned(Dtype::F32, &[batch, ring, heads, head_size]),
             Tens::poisoned(Dtype::F32, &[batch, ring, heads]),
@@ -116,6 +119,7 @@ impl State {
                 assert_eq!(part.shape()[1..], shape[1..], "states of one batch have equal shapes");
                 match part.dtype() {
                     Dtype::I32 => whole.ints_mut()[at..at + part.len()].copy_from_slice(part.ints_ref()),
+                    Dtype::U8 => whole.bytes_mut()[at..at + part.len()].copy_from_slice(part.bytes()),
                     _ => whole.write(at, &part.read()),
                 }
                 at += part.len();
@@ -211,8 +215,13 @@ impl Layer {
             head_sink: constants.head_sink.is_some(),
             ..slots
         };
-        let session =
-            host::open(&node::retro(node::attributes(attrs), slots, dtype)).expect("a session with the plugin");
+        let session = host::open(&node::retro_with_state(
+            node::attributes(attrs),
+            slots,
+            dtype,
+            attrs.state_dtype(dtype),
+        ))
+        .expect("a session with the plugin");
         Self {
             attrs: attrs.clone(),
             dtype,
@@ -350,10 +359,17 @@ impl Layer {
                     same(VALUE, row, "value row");
                 }
             }
-            for page in 0..self.attrs.pages(after.capacity) {
-                if page < first_page || (page >= pages && binding == Binding::InPlace) {
-                    same(SUMMARY, page, "page summary");
+            // Of the selector's state, pages or blocks of rows.
+            let (first_item, items) = match self.attrs.selector.state_element() {
+                StateElement::Cache => (first_page, pages),
+                StateElement::Byte => (first / SKETCH_BLOCK, len.div_ceil(SKETCH_BLOCK)),
+            };
+            for item in 0..after.tensors[SUMMARY].shape()[2] {
+                if item < first_item || (item >= items && binding == Binding::InPlace) {
+                    same(SUMMARY, item, "selector state");
                 }
+            }
+            for page in 0..self.attrs.pages(after.capacity) {
                 if page >= pages && binding == Binding::InPlace {
                     same(STEPS, page, "page step");
                 }
@@ -392,11 +408,13 @@ impl Layer {
                     whole(slot, head * state.capacity * head_size, len * head_size);
                 }
                 if self.attrs.mode == Mode::Retro {
-                    whole(
-                        SUMMARY,
-                        head * pages * 2 * head_size,
-                        self.attrs.pages(len) * 2 * head_size,
-                    );
+                    match self.attrs.selector.state_element() {
+                        StateElement::Cache => {
+                            let valid = self.attrs.pages(len) * 2 * head_size;
+                            whole(SUMMARY, head * pages * 2 * head_size, valid);
+                        }
+                        StateElement::Byte => check_factors(&self.attrs, &state.tensors[SUMMARY], head, len),
+                    }
                     whole(STEPS, head * pages, self.attrs.pages(len));
                 }
             }
@@ -426,6 +444,19 @@ impl Feed {
                 }
             }
         }
+    }
+}
+
+/// Every valid row has a factor that is a number.
+fn check_factors(attrs: &Attrs, state: &Tens, head: usize, len: usize) {
+    let &[_, _, blocks, size] = state.shape() else {
+        unreachable!()
+    };
+    let codes = SKETCH_BLOCK * attrs.head_size * attrs.sketch_bits / 8;
+    for row in 0..len {
+        let at = (head * blocks + row / SKETCH_BLOCK) * size + codes + 2 * (row % SKETCH_BLOCK);
+        let factor = &state.bytes()[at..at + 2];
+        assert_ne!(factor, [u8::MAX; 2], "the factor of row {row} was not written");
     }
 }
 

@@ -37,10 +37,11 @@ pub fn data_type(dtype: Dtype) -> DataType {
         Dtype::Bf16 => DataType::Bfloat16,
         Dtype::I32 => DataType::Int32,
         Dtype::I64 => DataType::Int64,
+        Dtype::U8 => DataType::Uint8,
     }
 }
 
-fn slot_type(name: &str, dtype: Dtype) -> DataType {
+fn slot_type(name: &str, dtype: Dtype, state: Dtype) -> DataType {
     match name {
         "seqlens_k"
         | "total_sequence_length"
@@ -48,6 +49,7 @@ fn slot_type(name: &str, dtype: Dtype) -> DataType {
         | "past_page_steps"
         | "present_page_steps"
         | "page_budget" => DataType::Int32,
+        "past_page_summary" | "present_page_summary" => data_type(state),
         "past_outputs" | "past_lse" | "present_outputs" | "present_lse" => DataType::Float,
         _ => data_type(dtype),
     }
@@ -80,12 +82,19 @@ pub fn attributes(a: &Attrs) -> Vec<AttributeProto> {
         AttributeProto::string(attribute::GROUP_SCORE, a.group_score.as_str()),
         AttributeProto::float(attribute::SELECTOR_LAMBDA, a.lambda),
         AttributeProto::float(attribute::SELECTOR_CORRELATION, a.correlation),
+        AttributeProto::int(attribute::SKETCH_BITS, a.sketch_bits as i64),
         AttributeProto::string(attribute::MODE, a.mode.as_str()),
     ]
 }
 
-/// One RetroAttention node whose inputs and outputs are the graph's, under the operator's own names.
+/// One RetroAttention node whose inputs and outputs are the graph's, under the operator's own names; its selector's state has
+/// the caches' type.
 pub fn retro(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dtype) -> Vec<u8> {
+    retro_with_state(attributes, slots, dtype, dtype)
+}
+
+/// As [`retro`], with a selector's state of type `state`.
+pub fn retro_with_state(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dtype, state: Dtype) -> Vec<u8> {
     let inputs: Vec<&str> = (0..input::COUNT)
         .map(|slot| if slots.has(slot) { input::NAMES[slot] } else { "" })
         .collect();
@@ -96,7 +105,7 @@ pub fn retro(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dtype) -> Vec
         node,
         &inputs,
         &output::NAMES,
-        dtype,
+        (dtype, state),
         OperatorSetIdProto::new(DOMAIN, OPSET_VERSION),
     )
 }
@@ -141,15 +150,21 @@ pub fn gqa(a: &Attrs, slots: Slots, dtype: Dtype) -> Vec<u8> {
         node,
         &inputs,
         outputs,
-        dtype,
+        (dtype, dtype),
         OperatorSetIdProto::new("com.microsoft", 1),
     )
 }
 
-fn encode(node: NodeProto, inputs: &[&str], outputs: &[&str], dtype: Dtype, domain: OperatorSetIdProto) -> Vec<u8> {
+fn encode(
+    node: NodeProto,
+    inputs: &[&str],
+    outputs: &[&str],
+    (dtype, state): (Dtype, Dtype),
+    domain: OperatorSetIdProto,
+) -> Vec<u8> {
     let values = |names: &[&str]| {
         let present = names.iter().filter(|name| !name.is_empty());
-        present.map(|name| value(name, slot_type(name, dtype))).collect()
+        present.map(|name| value(name, slot_type(name, dtype, state))).collect()
     };
     let graph = GraphProto {
         name: Some("one_node".to_owned()),

@@ -28,6 +28,7 @@ pub fn oracle(attrs: &Attrs, head_sink: Option<&[f32]>) -> Oracle {
         group_score: attrs.group_score,
         selector_lambda: attrs.lambda,
         selector_correlation: attrs.correlation,
+        sketch_bits: attrs.sketch_bits,
         mode: attrs.mode,
     };
     Oracle::new(&attributes, attrs.head_size, head_sink)

@@ -18,6 +18,8 @@ pub enum Dtype {
     Bf16,
     I32,
     I64,
+    /// Codes.
+    U8,
 }
 
 impl Dtype {
@@ -26,6 +28,7 @@ impl Dtype {
             Self::F32 | Self::I32 => 4,
             Self::F16 | Self::Bf16 => 2,
             Self::I64 => 8,
+            Self::U8 => 1,
         }
     }
 
@@ -36,6 +39,7 @@ impl Dtype {
             Self::Bf16 => TensorElementType::Bfloat16,
             Self::I32 => TensorElementType::Int32,
             Self::I64 => TensorElementType::Int64,
+            Self::U8 => TensorElementType::Uint8,
         }
     }
 
@@ -69,7 +73,7 @@ pub struct Tens {
 pub const POISON_STEP: i32 = -0x5a5a5a;
 
 impl Tens {
-    /// Filled with what nobody may read: NaN or [`POISON_STEP`].
+    /// Filled with what nobody may read: NaN (in bytes: of any float) or [`POISON_STEP`].
     pub fn poisoned(dtype: Dtype, shape: &[usize]) -> Self {
         let dims: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
         environment(); // loads ONNX Runtime, whose allocator follows
@@ -135,6 +139,7 @@ impl Tens {
             Dtype::Bf16 => self.slice_mut::<bf16>().fill(bf16::NAN),
             Dtype::I32 => self.slice_mut::<i32>().fill(POISON_STEP),
             Dtype::I64 => self.slice_mut::<i64>().fill(i64::MIN),
+            Dtype::U8 => self.bytes_mut().fill(u8::MAX),
         }
     }
 
@@ -206,6 +211,7 @@ impl Tens {
             Dtype::Bf16 => self.slice::<bf16>()[at].is_nan(),
             Dtype::I32 => self.slice::<i32>()[at] == POISON_STEP,
             Dtype::I64 => self.slice::<i64>()[at] == i64::MIN,
+            Dtype::U8 => self.bytes()[at] == u8::MAX,
         }
     }
 

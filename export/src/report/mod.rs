@@ -78,6 +78,7 @@ pub struct SettingsReport {
     pub group_score: &'static str,
     pub selector_lambda: f32,
     pub selector_correlation: f32,
+    pub sketch_bits: usize,
     pub dense_layers: Vec<usize>,
 }
 
@@ -219,6 +220,7 @@ impl SettingsReport {
             group_score: settings.group_score.as_str(),
             selector_lambda: settings.selector_lambda,
             selector_correlation: settings.selector_correlation,
+            sketch_bits: settings.sketch_bits,
             dense_layers: dense.map(|l| l.layer).collect(),
         }
     }
@@ -305,6 +307,7 @@ impl fmt::Display for Report {
                 " (lambda {}, correlation {})",
                 s.selector_lambda, s.selector_correlation
             ),
+            "sketch" => format!(" ({} bit{})", s.sketch_bits, if s.sketch_bits == 1 { "" } else { "s" }),
             _ => String::new(),
         };
         let plural = |n: usize| if n == 1 { "" } else { "s" };

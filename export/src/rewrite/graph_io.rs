@@ -7,6 +7,7 @@ use crate::{
     verify::graph_facts,
 };
 use retro_contract::{
+    CacheSize, SKETCH_BLOCK, StateElement,
     graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
     pages_for, ring_slots,
 };
@@ -50,12 +51,13 @@ pub fn declare(
         .filter(|c| !c.matched.sliding_cache)
         .find_map(|c| capacity_of(graph, &c.matched.past_key));
     let capacity = capacity.unwrap_or_else(|| "past_sequence_length".into());
-    let mut pages = PageDims::new(settings.page_size);
+    let mut pages = StateDims::new("retro_pages", settings.page_size);
+    let mut blocks = StateDims::new("retro_blocks", SKETCH_BLOCK);
     for conversion in conversions {
         if conversion.matched.sliding_cache {
             grow_capacity(graph, conversion.matched, &capacity);
         }
-        let state = state_of(graph, conversion.matched, settings, &mut pages)?;
+        let state = state_of(graph, conversion.matched, settings, &mut pages, &mut blocks)?;
         let layer = conversion.attention.layer;
         for (kind, data_type, dims) in state {
             let value = |name: String| ValueInfoProto::tensor(&name, data_type, dims.clone());
@@ -95,23 +97,27 @@ fn declare_sizes(graph: &mut GraphProto, conversions: &[Conversion], opset: i64)
     }
 }
 
-/// The dimension P for each kind of capacity: a number for a fixed one, a name of its own for each named one.
-struct PageDims {
-    page_size: usize,
+/// The dimension P, or the number of blocks of rows, for each kind of capacity: a number for a fixed one, a name of its own for
+/// each named one.
+struct StateDims {
+    stem: &'static str,
+    /// Tokens of a page or block.
+    tokens: usize,
     named: Vec<String>,
 }
 
-impl PageDims {
-    fn new(page_size: usize) -> Self {
+impl StateDims {
+    fn new(stem: &'static str, tokens: usize) -> Self {
         Self {
-            page_size,
+            stem,
+            tokens,
             named: Vec::new(),
         }
     }
 
     fn of(&mut self, capacity: &Dimension) -> Dimension {
         if let Some(tokens) = capacity.fixed().and_then(|c| usize::try_from(c).ok()) {
-            return (pages_for(tokens, self.page_size) as i64).into();
+            return (pages_for(tokens, self.tokens) as i64).into();
         }
         let name = capacity.symbol().unwrap_or_default();
         let known = self.named.iter().position(|n| n == name);
@@ -120,8 +126,8 @@ impl PageDims {
             self.named.len() - 1
         });
         match place {
-            0 => "retro_pages".into(),
-            more => format!("retro_pages_{}", more + 1).as_str().into(),
+            0 => self.stem.into(),
+            more => format!("{}_{}", self.stem, more + 1).as_str().into(),
         }
     }
 }
@@ -150,7 +156,8 @@ fn state_of(
     graph: &GraphProto,
     matched: &AttentionMatch,
     settings: &Settings,
-    pages: &mut PageDims,
+    pages: &mut StateDims,
+    blocks: &mut StateDims,
 ) -> Result<[(State, DataType, Vec<Dimension>); 4], Error> {
     let cache = graph
         .input
@@ -168,11 +175,27 @@ fn state_of(
     let d = matched.head_size.map_or_else(|| plain(size), Dimension::from);
     let r = Dimension::from(ring_slots(settings.window) as i64);
     let (hq, hkv) = (Dimension::from(matched.q_heads), Dimension::from(matched.kv_heads));
+    let (element, of_selector) = match settings.selector.state_element() {
+        StateElement::Cache => (matched.data_type, vec![p.clone(), 2.into(), d.clone()]),
+        StateElement::Byte => {
+            let head_size = d.fixed().and_then(|d| usize::try_from(d).ok());
+            let head_size = head_size.ok_or_else(|| Error::CacheShape(matched.past_key.clone()))?;
+            let layout = settings.selector.layout(&CacheSize {
+                capacity: SKETCH_BLOCK,
+                pages: pages_for(SKETCH_BLOCK, settings.page_size),
+                page_size: settings.page_size,
+                head_size,
+                sketch_bits: settings.sketch_bits,
+                cache_element: if matched.data_type == DataType::Float { 4 } else { 2 },
+            });
+            (DataType::Uint8, vec![blocks.of(capacity), (layout.len() as i64).into()])
+        }
+    };
     Ok([
         (
             State::PageSummary,
-            matched.data_type,
-            vec![b.clone(), hkv.clone(), p.clone(), 2.into(), d.clone()],
+            element,
+            [vec![b.clone(), hkv.clone()], of_selector].concat(),
         ),
         (State::PageSteps, DataType::Int32, vec![b.clone(), hkv, p]),
         (
@@ -212,7 +235,7 @@ mod tests {
 
     #[test]
     fn capacities_decide_the_pages() {
-        let mut pages = PageDims::new(16);
+        let mut pages = StateDims::new("retro_pages", 16);
         assert_eq!(pages.of(&33.into()), 3.into());
         assert_eq!(pages.of(&"a".into()), "retro_pages".into());
         assert_eq!(pages.of(&"b".into()), "retro_pages_2".into());

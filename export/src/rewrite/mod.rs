@@ -118,7 +118,7 @@ mod tests {
         testing::gqa_model,
         validate::validate,
     };
-    use retro_contract::{input, output};
+    use retro_contract::{Selector, input, output};
     use retro_onnx::{TensorProto, ValueInfoProto};
 
     fn rewritten(model: &ModelProto, settings: &Settings, keep_all: bool) -> Result<ModelProto, Error> {
@@ -183,6 +183,14 @@ mod tests {
             past("past_retro.0.page_summary"),
             "float32 batch_size 2 retro_pages 2 8"
         );
+        let sketch = Settings {
+            selector: Selector::Sketch,
+            sketch_bits: 1,
+            ..settings.clone()
+        };
+        let sketched = rewritten(&gqa_model(2), &sketch, false).unwrap();
+        let state = shape(&sketched.graph.as_ref().unwrap().input, "past_retro.0.page_summary");
+        assert_eq!(state, format!("uint8 batch_size 2 retro_blocks {}", 128 * 3 + 8 * 4));
         assert_eq!(past("past_retro.0.page_steps"), "int32 batch_size 2 retro_pages");
         assert_eq!(past("past_retro.1.outputs"), "float32 batch_size 3 4 8");
         assert_eq!(past("past_retro.1.lse"), "float32 batch_size 3 4");

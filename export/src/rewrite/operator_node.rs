@@ -81,6 +81,7 @@ fn attributes(matched: &AttentionMatch, mode: Mode, settings: &Settings) -> Vec<
         AttributeProto::string(attribute::GROUP_SCORE, settings.group_score.as_str()),
         AttributeProto::float(attribute::SELECTOR_LAMBDA, settings.selector_lambda),
         AttributeProto::float(attribute::SELECTOR_CORRELATION, settings.selector_correlation),
+        AttributeProto::int(attribute::SKETCH_BITS, settings.sketch_bits as i64),
         AttributeProto::string(attribute::MODE, mode.as_str()),
     ]
 }

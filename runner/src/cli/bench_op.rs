@@ -151,14 +151,16 @@ impl BenchOpArgs {
             self.kv_heads
         );
         ensure!(self.head_size >= 1, "--head-size 0: a head has at least one element");
-        ensure!(
-            self.page_size.is_power_of_two()
-                && (limits::PAGE_SIZE_MIN..=limits::PAGE_SIZE_MAX).contains(&self.page_size),
-            "--page-size {}: expected a power of two in {}..{}",
-            self.page_size,
-            limits::PAGE_SIZE_MIN,
-            limits::PAGE_SIZE_MAX
-        );
+        for selector in self.select.iter().map(|s| s.selector) {
+            let sizes = selector.page_sizes();
+            ensure!(
+                self.page_size.is_power_of_two() && sizes.contains(&self.page_size),
+                "--page-size {}: expected a power of two in {}..{} with the selector {selector}",
+                self.page_size,
+                sizes.start(),
+                sizes.end()
+            );
+        }
         ensure!(
             (0.0..=1.0).contains(&self.drift),
             "--drift {}: expected 0 to 1",

@@ -7,7 +7,10 @@ use ort::{
     session::Session,
     value::{Outlet, TensorElementType, ValueType},
 };
-use retro_contract::graph::{PAGE_BUDGET, RETRO_LENGTH, State};
+use retro_contract::{
+    SKETCH_BLOCK,
+    graph::{PAGE_BUDGET, RETRO_LENGTH, State},
+};
 use retro_export::verify::LOGITS_TO_KEEP;
 use retro_model_io::present_names;
 
@@ -50,6 +53,7 @@ impl StateSlot {
         let open = |axis: usize| match (self.kind, axis) {
             (_, 0) | (SlotKind::Recurrent, _) => batch,
             (SlotKind::Cache, _) => capacity,
+            (SlotKind::Retro(State::PageSummary), _) if self.is_sketch() => capacity.div_ceil(SKETCH_BLOCK),
             (SlotKind::Retro(_), _) => pages,
         };
         self.dims
@@ -57,6 +61,11 @@ impl StateSlot {
             .enumerate()
             .map(|(axis, d)| d.unwrap_or_else(|| open(axis)))
             .collect()
+    }
+
+    /// Whether it holds sketches: bytes, a block of rows after another, not pages.
+    pub fn is_sketch(&self) -> bool {
+        self.kind == SlotKind::Retro(State::PageSummary) && self.element == TensorElementType::Uint8
     }
 
     /// The declared capacity of a cache, in tokens.
@@ -349,7 +358,9 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
         Some((state, _)) => SlotKind::Retro(state),
         None => kind(name, shape, &folder.names.caches),
     };
+    let sketch = *ty == TensorElementType::Uint8;
     let rank = match kind {
+        SlotKind::Retro(State::PageSummary) if sketch => 4,
         SlotKind::Recurrent => shape.len(),
         SlotKind::Cache | SlotKind::Retro(State::Outputs) => 4,
         SlotKind::Retro(State::PageSummary) => 5,
@@ -382,7 +393,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
             (SlotKind::Cache, 3) | (SlotKind::Retro(State::PageSummary), 4) | (SlotKind::Retro(State::Outputs), 3) => {
                 folder.head_dim
             }
-            (SlotKind::Retro(State::PageSummary), 3) => Some(2),
+            (SlotKind::Retro(State::PageSummary), 3) if !sketch => Some(2),
             _ => None,
         });
         ensure!(

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use retro_contract::graph;
+use retro_contract::{SKETCH_BLOCK, graph};
 use serde::{Deserialize, Serialize};
 
 use crate::decoder::{io::SlotKind, model::Model};
@@ -77,14 +77,18 @@ impl PageReads {
             slots.any(|s| s.layer == layer)
         };
         let bytes = model.io.slots.iter().map(|slot| {
-            // Of one token of a cache, or one page of the state: all heads.
+            // Of one token of a cache, or one page or block of the state: all heads.
             let elements: usize = slot.shape(1, 1, 1).iter().product();
             let each = slot.element.byte_size(elements).unwrap_or(0) as f64;
             let read = match slot.kind {
                 SlotKind::Cache if selects(slot.layer) => self.tokens().unwrap_or(length),
                 SlotKind::Cache => length,
                 SlotKind::Retro(graph::State::PageSummary) if scored && selects(slot.layer) => {
-                    self.valid_pages().unwrap_or(0.0)
+                    if slot.is_sketch() {
+                        (length / SKETCH_BLOCK as f64).ceil()
+                    } else {
+                        self.valid_pages().unwrap_or(0.0)
+                    }
                 }
                 SlotKind::Retro(_) | SlotKind::Recurrent => 0.0,
             };

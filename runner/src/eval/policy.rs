@@ -85,6 +85,7 @@ impl PolicySpec {
             "group-score" => s.group_score = value.parse().map_err(|e| format!("{e}"))?,
             "lambda" => s.selector_lambda = number(key, value)?,
             "correlation" => s.selector_correlation = number(key, value)?,
+            "sketch-bits" => s.sketch_bits = number(key, value)?,
             "page-size" => s.page_size = number(key, value)?,
             "sink-pages" => s.sink_pages = number(key, value)?,
             "dense-layers" => {
@@ -112,6 +113,13 @@ impl PolicySpec {
         }
         if s.selector_correlation != u.selector_correlation {
             out.push(format!("correlation {}", s.selector_correlation));
+        }
+        if s.sketch_bits != u.sketch_bits {
+            out.push(format!(
+                "sketches of {} bit{}",
+                s.sketch_bits,
+                if s.sketch_bits == 1 { "" } else { "s" }
+            ));
         }
         if s.page_size != u.page_size {
             out.push(format!("pages of {}", s.page_size));

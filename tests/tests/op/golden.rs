@@ -59,18 +59,10 @@ fn check(case: &Case, dtype: Dtype, binding: Binding) {
 
     let len = case.prompt.count + case.steps.len();
     let pages = attrs.pages(len);
-    compare::assert_close(
-        &format!("{what}: kmin"),
-        &state.summary(0, 0, pages),
-        &case.final_min,
-        0.0,
-    );
-    compare::assert_close(
-        &format!("{what}: kmax"),
-        &state.summary(0, 1, pages),
-        &case.final_max,
-        0.0,
-    );
+    for (which, bound) in case.final_bounds.iter().flatten().enumerate() {
+        let what = format!("{what}: vector {which} of the page bounds");
+        compare::assert_close(&what, &state.summary(0, which, pages), bound, 0.0);
+    }
     if let Some(keys) = &case.final_key {
         compare::assert_close(&format!("{what}: keys"), &state.rows(layer::KEY, 0, len), keys, 0.0);
     }
@@ -128,6 +120,19 @@ fn offsets_set_in_place_and_copying() {
         Binding::BOTH
             .iter()
             .for_each(|&binding| check(&case, Dtype::F32, binding));
+    }
+}
+
+/// Each case in the type that its centres are rounded to.
+#[test]
+fn sketch_set_in_place_and_copying() {
+    if host::on_gpu() {
+        return println!("not tested: CUDA has no selector sketch");
+    }
+    for case in golden::sketch() {
+        Binding::BOTH
+            .iter()
+            .for_each(|&binding| check(&case, case.dtype, binding));
     }
 }
 

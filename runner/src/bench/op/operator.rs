@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use retro_contract::{Budget, CacheSize, Mode, pages_for};
+use retro_contract::{Budget, CacheSize, Mode, limits, pages_for};
 use retro_models::Dtype;
 
 use crate::bench::args::PageSelection;
@@ -35,6 +35,8 @@ impl AttentionShape {
             pages: pages_for(capacity, self.page_size),
             page_size: self.page_size,
             head_size: self.head_size,
+            sketch_bits: limits::SKETCH_BITS,
+            cache_element: self.dtype.size(),
         }
     }
 }
