@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use ort::value::{TensorElementType, ValueType};
-use retro_contract::{graph, pages_for};
+use retro_contract::{SKETCH_BLOCK, graph, pages_for};
 use serde_json::Value;
 
 use crate::{
@@ -44,6 +44,10 @@ fn dtype(value: &ValueType) -> Dtype {
             ty: TensorElementType::Int64,
             ..
         } => Dtype::I64,
+        ValueType::Tensor {
+            ty: TensorElementType::Uint8,
+            ..
+        } => Dtype::U8,
         other => panic!("unexpected {other:?}"),
     }
 }
@@ -151,12 +155,13 @@ impl Decoder {
 
 /// The declared shape with its free dimensions filled in: the batch is 1, the pages follow from the capacity.
 fn retro_shape(name: &str, value: &ValueType, capacity: usize, page: usize) -> Vec<usize> {
-    let ValueType::Tensor { shape, .. } = value else {
+    let ValueType::Tensor { ty, shape, .. } = value else {
         panic!("{name} is no tensor")
     };
     let fill = |(axis, &size): (usize, &i64)| match (axis, size) {
         (0, _) => 1,
         (_, 1..) => size as usize,
+        (2, _) if *ty == TensorElementType::Uint8 => capacity.div_ceil(SKETCH_BLOCK),
         (2, _) if name.contains(".page_") => pages_for(capacity, page),
         _ => panic!("{name}: axis {axis} of {shape:?} is free"),
     };

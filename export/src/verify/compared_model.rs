@@ -8,6 +8,7 @@ use ort::{
     value::{TensorElementType, ValueType},
 };
 use retro_contract::{
+    SKETCH_BLOCK,
     graph::{PAGE_BUDGET, RETRO_LENGTH},
     pages_for,
 };
@@ -146,7 +147,15 @@ impl Model {
                 };
                 vec![batch, cache.heads, fixed(2).unwrap_or(rows), cache.head_size]
             } else if name.starts_with("past_retro.") {
-                let pages = pages_for(self.capacity.unwrap_or(0), self.page_size);
+                // The selector sketch keeps bytes in blocks of rows, the others numbers in pages.
+                let pages = pages_for(
+                    self.capacity.unwrap_or(0),
+                    if *ty == TensorElementType::Uint8 {
+                        SKETCH_BLOCK
+                    } else {
+                        self.page_size
+                    },
+                );
                 let size = self.caches.first().map_or(1, |c| c.head_size);
                 let fill = |(axis, d): (usize, &i64)| match (axis, usize::try_from(*d)) {
                     (0, _) => batch,

@@ -5,7 +5,7 @@ use std::ops::Range;
 use retro_contract::GroupScore;
 
 use crate::selector::{PageSelector, Scoring};
-use crate::simd::{Simd, dispatched, exp};
+use crate::simd::{Simd, dispatched, exp, ln};
 
 dispatched! {
     /// The group's score of every candidate page, `scores` `[pages.len()]`, from its heads' (`[g, pages.len()]`, as
@@ -121,7 +121,7 @@ unsafe fn add_spread<S: Simd>(heads: &[f32], scores: &mut [f32]) {
         }
         for (score, sum) in scores[at..at + n].iter_mut().zip(buffer) {
             if *score != f32::NEG_INFINITY {
-                *score += sum.ln();
+                *score += ln(sum);
             }
         }
         at += n;

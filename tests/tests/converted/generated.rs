@@ -50,6 +50,40 @@ fn greedy_text_is_the_originals() {
     }
 }
 
+/// Sketches of a token a page and of eight, in either number of bits: the state's shape and type are what `retro-run`
+/// allocates, and what is read does not matter where everything is.
+#[test]
+fn sketches_generate_the_originals_text() {
+    if retro_tests::host::on_gpu() {
+        return println!("not tested: CUDA has no selector sketch");
+    }
+    for case in ["optimum-llama-fp32", "dynamo-llama-sdpa-op23"] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join(case);
+        zoo::runnable(case, &source);
+        let expected = text(&source, &[]);
+        for (bits, page) in [("1", "1"), ("2", "8")] {
+            let target = folder.path().join(format!("converted-{bits}"));
+            let options = [
+                "--window",
+                "4",
+                "--selector",
+                "sketch",
+                "--sketch-bits",
+                bits,
+                "--page-size",
+                page,
+            ];
+            convert(&source, &target, &options).expect("it converts");
+            for window in ["1", "4"] {
+                let got = text(&target, &["--budget", "1.0", "--window", window]);
+                assert_eq!(got, expected, "{case}, {bits} bits, w = {window}");
+            }
+            text(&target, &["--budget", "12", "--window", "4"]);
+        }
+    }
+}
+
 /// A merged decoder takes use_cache_branch, which no runner of plain decoders gives; the converted one has a default for it.
 #[test]
 fn a_merged_decoder_generates_once_converted() {

@@ -53,10 +53,12 @@ fn numbers_out_of_range() {
         ("num_heads", 3),
         ("kv_num_heads", 0),
         ("kv_num_heads", 3),
-        ("page_size", 4),
+        ("page_size", 2),
         ("page_size", 12),
         ("page_size", 256),
         ("page_size", -16),
+        ("sketch_bits", 0),
+        ("sketch_bits", 3),
         ("window", 0),
         ("window", 65),
         ("budget_min_pages", -1),
@@ -125,6 +127,30 @@ fn defaults_are_the_contracts() {
     let mut all = attributes();
     all.truncate(2);
     host::open(&node::retro(all, Slots::default(), Dtype::F32)).expect("two attributes suffice");
+}
+
+/// State of another type than the selector's: the operator is there for it, so the node says what is wrong.
+#[test]
+fn state_of_another_type_than_the_selectors() {
+    for (selector, state, says) in [
+        (
+            "sketch",
+            Dtype::F32,
+            ["past_page_summary is float, expected uint8", "selector is sketch"],
+        ),
+        (
+            "bounds",
+            Dtype::U8,
+            ["past_page_summary is uint8, expected float", "selector is bounds"],
+        ),
+    ] {
+        let mut all = attributes();
+        all.retain(|a| a.name.as_deref() != Some("selector"));
+        all.push(AttributeProto::string("selector", selector));
+        let model = node::retro_with_state(all, Slots::default(), Dtype::F32, state);
+        let error = host::open(&model).err().expect("the session is refused");
+        assert!(says.iter().all(|word| error.contains(word)), "{error}");
+    }
 }
 
 /// Keys in float16 beside queries in float32: ONNX Runtime refuses the graph, with the operator's one type T.
