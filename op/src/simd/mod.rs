@@ -17,6 +17,8 @@ pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+use std::sync::OnceLock;
+
 use half::f16;
 
 /// Instruction sets that the kernels are compiled for.
@@ -37,12 +39,16 @@ pub enum Isa {
 impl Isa {
     /// The best one that this machine has.
     pub fn detect() -> Self {
-        let all = Self::all();
-        #[cfg(target_arch = "x86_64")]
-        if all.contains(&Self::Avx512) && x86::halves_wide_vectors() {
-            return Self::Avx2;
-        }
-        all.last().copied().unwrap_or(Self::Portable)
+        // Asked once: a virtual machine takes microseconds for an answer.
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let all = Self::all();
+            #[cfg(target_arch = "x86_64")]
+            if all.contains(&Self::Avx512) && x86::halves_wide_vectors() {
+                return Self::Avx2;
+            }
+            all.last().copied().unwrap_or(Self::Portable)
+        })
     }
 
     /// All that this machine has.

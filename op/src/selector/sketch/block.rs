@@ -59,6 +59,7 @@ impl BlockLayout {
     }
 
     /// The factors of a block's rows.
+    #[inline(always)]
     pub fn factors<'a>(&self, block: &'a [u8]) -> impl Iterator<Item = f32> + 'a {
         let factors = block[ROWS * self.width..][..2 * ROWS].as_chunks::<2>().0;
         factors
@@ -79,11 +80,12 @@ impl BlockLayout {
     }
 
     /// A block's centre in parts of up to 64 elements: `part(first element, numbers)`.
+    #[inline(always)]
     pub fn centre_parts<E: Element>(&self, block: &[u8], mut part: impl FnMut(usize, &[f32])) {
         let size = size_of::<E>();
         let bytes = &block[ROWS * (self.width + 2)..][..self.head_size * size];
+        let (mut elements, mut numbers) = ([E::default(); PART], [0.0; PART]);
         for (i, bytes) in bytes.chunks(PART * size).enumerate() {
-            let (mut elements, mut numbers) = ([E::default(); PART], [0.0; PART]);
             let count = bytes.len() / size;
             // SAFETY: as many bytes as the elements have; any bits are an element.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), elements.as_mut_ptr().cast(), bytes.len()) };

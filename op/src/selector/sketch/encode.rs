@@ -61,11 +61,12 @@ unsafe fn rows_body<S: Simd, E: Element>(
 ) {
     let d = layout.head_size;
     scratch.clear();
-    scratch.resize(2 * d + layout.width.div_ceil(4), 0.0);
+    scratch.resize(2 * d + (d + layout.width).div_ceil(4), 0.0);
     let (centre, rest) = scratch.split_at_mut(d);
     let (key, codes) = rest.split_at_mut(d);
     // SAFETY: floats are four bytes each, and any bits are bytes.
-    let codes = unsafe { std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<u8>(), layout.width) };
+    let bytes = unsafe { std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<u8>(), d + layout.width) };
+    let (codes, packed) = bytes.split_at_mut(d);
     let mut centre_of = None;
     for row in rows {
         let (block, within) = (row / ROWS, row % ROWS);
@@ -83,30 +84,29 @@ unsafe fn rows_body<S: Simd, E: Element>(
         key.iter_mut().zip(centre.iter()).for_each(|(x, c)| *x -= c);
         rotate(key);
         let factor = match layout.bits {
-            1 => encode::<1>(key, codes),
-            _ => encode::<2>(key, codes),
+            1 => encode::<1>(key, codes, packed),
+            _ => encode::<2>(key, codes, packed),
         };
-        layout.write_row(state, within, codes, factor);
+        layout.write_row(state, within, packed, factor);
     }
 }
 
-/// The codes of a rotated key, its factor. Code c stands for the odd number `2 c + 1 - 2^BITS`.
+/// The codes of a rotated key, a byte each and packed, and its factor. Code c stands for the odd number `2 c + 1 - 2^BITS`.
 #[inline(always)]
-fn encode<const BITS: usize>(key: &[f32], codes: &mut [u8]) -> bf16 {
+fn encode<const BITS: usize>(key: &[f32], codes: &mut [u8], packed: &mut [u8]) -> bf16 {
     let squares = sum(key, |x| x * x);
     let tau = (squares / key.len() as f32).sqrt();
-    let code = |x: f32| {
-        // A number that is none is as good as any: the factor says so.
-        let positive = u8::from(x >= 0.0);
-        if BITS == 1 {
-            return positive;
-        }
-        let far = u8::from(x.abs() >= tau);
-        // -3, -1, 1, 3
-        if positive == 1 { 2 + far } else { 1 - far }
-    };
-    for (byte, elements) in codes.iter_mut().zip(key.chunks_exact(8 / BITS)) {
-        *byte = elements.iter().rev().fold(0, |byte, &x| byte << BITS | code(x));
+    // A number that is none has any code: its factor says so. -3, -1, 1 and 3 are 0 to 3.
+    for (code, &x) in codes.iter_mut().zip(key) {
+        let (positive, far) = (u8::from(x >= 0.0), u8::from(x.abs() >= tau));
+        *code = if BITS == 1 {
+            positive
+        } else {
+            positive << 1 | u8::from(positive == far)
+        };
+    }
+    for (byte, codes) in packed.iter_mut().zip(codes.chunks_exact(8 / BITS)) {
+        *byte = codes.iter().rev().fold(0, |byte, code| byte << BITS | code);
     }
     if squares == 0.0 {
         return bf16::ZERO;

@@ -43,6 +43,16 @@ pub(super) fn rotate(head: &mut [f32]) {
 #[inline(always)]
 fn hadamard(part: &mut [f32]) {
     let mut half = 1;
+    let (eights, rest) = part.as_chunks_mut::<8>();
+    if rest.is_empty() {
+        // The first three rounds stay within eight neighbours.
+        for x in eights {
+            *x = round_of_eight::<1>(x);
+            *x = round_of_eight::<2>(x);
+            *x = round_of_eight::<4>(x);
+        }
+        half = 8;
+    }
     while half < part.len() {
         for pair in part.chunks_exact_mut(2 * half) {
             let (low, high) = pair.split_at_mut(half);
@@ -52,6 +62,12 @@ fn hadamard(part: &mut [f32]) {
         }
         half *= 2;
     }
+}
+
+/// Sums at the places whose bit `H` is 0, differences at the others.
+#[inline(always)]
+fn round_of_eight<const H: usize>(x: &[f32; 8]) -> [f32; 8] {
+    std::array::from_fn(|i| x[i ^ H] + if i & H == 0 { x[i] } else { -x[i] })
 }
 
 #[cfg(test)]

@@ -182,30 +182,74 @@ unsafe fn exp_all<S: Simd>(values: &mut BlockRows) {
 /// The machine has the instruction set.
 #[inline(always)]
 unsafe fn page_masses<S: Simd, const P: usize>(logits: &BlockRows, first: usize, out: &mut [f32]) {
-    let top = folded::<P>(logits, |a, b| if a > b { a } else { b });
-    let mut weights = *logits;
+    let (mut top, mut sums, mut weights) = ([0.0; ROWS], [0.0; ROWS], *logits);
+    fold::<P>(logits, &mut top, |a, b| if a > b { a } else { b });
     for (page, &top) in weights.as_chunks_mut::<P>().0.iter_mut().zip(&top) {
         page.iter_mut().for_each(|x| *x -= top);
     }
     // SAFETY: passed on.
     unsafe { exp_all::<S>(&mut weights) };
-    let sums = folded::<P>(&weights, |a, b| a + b);
-    for ((out, &top), &sum) in out.iter_mut().zip(&top[first..]).zip(&sums[first..]) {
-        *out = top + ln(sum);
+    fold::<P>(&weights, &mut sums, |a, b| a + b);
+    for (top, &sum) in top[..ROWS / P].iter_mut().zip(&sums) {
+        *top += ln(sum);
     }
+    out.copy_from_slice(&top[first..][..out.len()]);
 }
 
-/// Each page's numbers folded into one by halves; the first `128 / P` are the pages'.
+/// Each page's numbers folded into one, by halves that lie side by side; the first `128 / P` are the pages'.
 #[inline(always)]
-fn folded<const P: usize>(values: &BlockRows, both: impl Fn(f32, f32) -> f32) -> BlockRows {
-    let (mut from, mut to) = (*values, [0.0; ROWS]);
-    let mut count = ROWS;
-    while count > ROWS / P {
-        count /= 2;
-        for (to, pair) in to[..count].iter_mut().zip(from.as_chunks::<2>().0) {
+fn fold<const P: usize>(values: &BlockRows, out: &mut BlockRows, both: impl Fn(f32, f32) -> f32 + Copy) {
+    let (mut a, mut b) = ([0.0; ROWS / 2], [0.0; ROWS / 4]);
+    let halve = |from: &[f32], to: &mut [f32]| {
+        for (to, pair) in to.iter_mut().zip(from.as_chunks::<2>().0) {
             *to = both(pair[0], pair[1]);
         }
-        std::mem::swap(&mut from, &mut to);
+    };
+    halve(values, if P == 2 { &mut out[..ROWS / 2] } else { &mut a });
+    if P >= 4 {
+        halve(&a, if P == 4 { &mut out[..ROWS / 4] } else { &mut b });
     }
-    from
+    if P >= 8 {
+        halve(
+            &b,
+            if P == 8 {
+                &mut out[..ROWS / 8]
+            } else {
+                &mut a[..ROWS / 8]
+            },
+        );
+    }
+    if P >= 16 {
+        halve(
+            &a[..ROWS / 8],
+            if P == 16 {
+                &mut out[..ROWS / 16]
+            } else {
+                &mut b[..ROWS / 16]
+            },
+        );
+    }
+    if P >= 32 {
+        halve(
+            &b[..ROWS / 16],
+            if P == 32 {
+                &mut out[..ROWS / 32]
+            } else {
+                &mut a[..ROWS / 32]
+            },
+        );
+    }
+    if P >= 64 {
+        halve(
+            &a[..ROWS / 32],
+            if P == 64 {
+                &mut out[..ROWS / 64]
+            } else {
+                &mut b[..ROWS / 64]
+            },
+        );
+    }
+    if P >= 128 {
+        halve(&b[..ROWS / 64], &mut out[..1]);
+    }
 }
