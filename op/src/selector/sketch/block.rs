@@ -13,7 +13,7 @@ use crate::simd::{GROUP, place};
 pub(super) const ROWS: usize = SKETCH_BLOCK;
 
 /// Elements of a centre that are widened at once.
-const PART: usize = 64;
+pub(super) const PART: usize = 64;
 
 /// Sizes and places of a block.
 #[derive(Clone, Copy)]
@@ -79,18 +79,16 @@ impl BlockLayout {
         }
     }
 
-    /// A block's centre in parts of up to 64 elements: `part(first element, numbers)`.
+    /// Elements of a block's centre from `at` on, as many as are there of `numbers`: how many.
     #[inline(always)]
-    pub fn centre_parts<E: Element>(&self, block: &[u8], mut part: impl FnMut(usize, &[f32])) {
+    pub fn centre<E: Element>(&self, block: &[u8], at: usize, numbers: &mut [f32; PART]) -> usize {
         let size = size_of::<E>();
-        let bytes = &block[ROWS * (self.width + 2)..][..self.head_size * size];
-        let (mut elements, mut numbers) = ([E::default(); PART], [0.0; PART]);
-        for (i, bytes) in bytes.chunks(PART * size).enumerate() {
-            let count = bytes.len() / size;
-            // SAFETY: as many bytes as the elements have; any bits are an element.
-            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), elements.as_mut_ptr().cast(), bytes.len()) };
-            E::widen_into(&elements[..count], &mut numbers[..count]);
-            part(i * PART, &numbers[..count]);
-        }
+        let count = PART.min(self.head_size - at);
+        let bytes = &block[ROWS * (self.width + 2) + at * size..][..count * size];
+        let mut elements = [E::default(); PART];
+        // SAFETY: as many bytes as so many elements have; any bits are an element.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), elements.as_mut_ptr().cast(), bytes.len()) };
+        E::widen_into(&elements[..count], &mut numbers[..count]);
+        count
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::block::{BlockLayout, ROWS};
+use super::block::{BlockLayout, PART, ROWS};
 use super::rotation::rotate;
 use crate::method::element::Element;
 use crate::selector::Written;
@@ -74,9 +74,11 @@ unsafe fn rows_body<S: Simd, E: Element>(
         if centre_of != Some(block) {
             centre.fill(0.0);
             if block > 0 {
-                layout.centre_parts::<E>(state, |at, numbers| {
-                    centre[at..][..numbers.len()].copy_from_slice(numbers)
-                });
+                let mut part = [0.0; PART];
+                for at in (0..d).step_by(PART) {
+                    let count = layout.centre::<E>(state, at, &mut part);
+                    centre[at..][..count].copy_from_slice(&part[..count]);
+                }
             }
             centre_of = Some(block);
         }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::block::{BlockLayout, ROWS};
+use super::block::{BlockLayout, PART, ROWS};
 use super::query::{Prepared, of_head, prepared_len};
 use crate::method::element::Element;
 use crate::selector::Scoring;
@@ -58,6 +58,10 @@ unsafe fn masses_body<S: Simd, E: Element>(
     for block in first_row / ROWS..end_row.div_ceil(ROWS) {
         let bytes = &state[block * layout.bytes..][..layout.bytes];
         let start = block * ROWS;
+        for line in (0..layout.bytes).step_by(64) {
+            // SAFETY: a hint, for any address.
+            unsafe { S::prefetch(bytes.as_ptr().wrapping_add(layout.bytes + line)) };
+        }
         let (from, to) = (first_row.max(start) - start, end_row.min(start + ROWS) - start);
         let groups = from / GROUP..to.div_ceil(GROUP);
         let of_pages = pages.start.max(start / scoring.page_size)..pages.end.min((start + ROWS) / scoring.page_size);
@@ -128,18 +132,22 @@ fn centre_products<E: Element>(
     queries: &[Prepared<'_>; MOST_QUERIES],
 ) -> [f32; MOST_QUERIES] {
     // In eight lanes, whatever the instruction set.
-    let mut lanes = [[0.0f32; 8]; MOST_QUERIES];
-    layout.centre_parts::<E>(block, |at, centre| {
+    let (mut lanes, mut part) = ([[0.0f32; 8]; MOST_QUERIES], [0.0; PART]);
+    for at in (0..layout.head_size).step_by(PART) {
+        let count = layout.centre::<E>(block, at, &mut part);
+        let (centres, left) = part[..count].as_chunks::<8>();
         for (lanes, query) in lanes.iter_mut().zip(queries) {
-            let query = &query.plain[at..][..centre.len()];
-            for (centre, query) in centre.chunks(8).zip(query.chunks(8)) {
-                lanes
-                    .iter_mut()
-                    .zip(centre.iter().zip(query))
-                    .for_each(|(lane, (c, q))| *lane += c * q);
+            let (eights, rest) = query.plain[at..][..count].as_chunks::<8>();
+            for (query, centre) in eights.iter().zip(centres) {
+                for i in 0..8 {
+                    lanes[i] += query[i] * centre[i];
+                }
+            }
+            for (lane, (query, centre)) in lanes.iter_mut().zip(rest.iter().zip(left)) {
+                *lane += query * centre;
             }
         }
-    });
+    }
     lanes.map(|l| ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7])))
 }
 

@@ -230,7 +230,9 @@ fn centres_are_made_once() {
     let mut state = sketched(&size, &keys, 128);
     let centre = |state: &[u8]| {
         let mut all = Vec::new();
-        layout.centre_parts::<f32>(&state[layout.bytes..], |_, part| all.extend_from_slice(part));
+        let mut part = [0.0; block::PART];
+        let count = layout.centre::<f32>(&state[layout.bytes..], 0, &mut part);
+        all.extend_from_slice(&part[..count]);
         all
     };
     let call = |keys: &[f32], state: &mut [u8], from, appended, len| {

@@ -1,7 +1,7 @@
 //! Models of N parallel attention nodes: each has its own caches and state, all share the rows fed.
 
 use prost::Message;
-use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, attribute, input, output};
+use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, StateElement, attribute, input, output};
 use retro_onnx::{
     AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
 };
@@ -72,7 +72,8 @@ pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u
     };
     let typed = |name: &str, plain: &str| {
         // No declared shapes: steps differ in the number of rows, and the operators check them.
-        let mut value = ValueInfoProto::tensor(name, data_type(plain, shape), std::iter::empty::<Dimension>());
+        let mut value =
+            ValueInfoProto::tensor(name, data_type(plain, shape, operator), std::iter::empty::<Dimension>());
         if let Some(tensor) = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut()) {
             tensor.shape = None;
         }
@@ -126,11 +127,16 @@ pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u
     model.encode_to_vec()
 }
 
-fn data_type(plain: &str, shape: &AttentionShape) -> DataType {
+fn data_type(plain: &str, shape: &AttentionShape, operator: &Operator) -> DataType {
+    let state = match operator {
+        Operator::Retro(retro) => retro.selection.selector.state_element(),
+        Operator::Gqa => StateElement::Cache,
+    };
     match plain {
         "seqlens_k" | "total_sequence_length" | "retro_length" | "past_page_steps" | "present_page_steps" => {
             DataType::Int32
         }
+        "past_page_summary" | "present_page_summary" if state == StateElement::Byte => DataType::Uint8,
         "past_outputs" | "past_lse" | "present_outputs" | "present_lse" => DataType::Float,
         _ => shape.dtype.onnx(),
     }
