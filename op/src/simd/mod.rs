@@ -3,6 +3,10 @@
 //! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by the macro `dispatched!`, whose
 //! functions carry the target features that make the intrinsics inside them single instructions.
 
+#[expect(
+    clippy::needless_range_loop,
+    reason = "indices over small arrays that stay in registers"
+)]
 mod codes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -165,7 +169,7 @@ pub(crate) fn ln(x: f32) -> f32 {
         -1.666_805_8e-1,
         2.000_071_5e-1,
         -2.499_999_4e-1,
-        3.333_333_1e-1,
+        3.333_333e-1,
     ] {
         p = p * f + c;
     }
@@ -173,7 +177,7 @@ pub(crate) fn ln(x: f32) -> f32 {
     let n = exponent as f32;
     let rest = p * f * square + n * LN2_LOW - 0.5 * square;
     // What is no number stays none.
-    (f + rest) + n * LN2_HIGH + (x - x)
+    (f + rest) + n * LN2_HIGH + 0.0 * x
 }
 
 /// Defines `fn name(isa, args...)`, which runs `body::<S, T, ...>` compiled for `isa`. `$body` is an `unsafe fn` that is

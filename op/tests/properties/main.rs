@@ -13,7 +13,7 @@ use proptest::test_runner::FileFailurePersistence;
 use retro_attention::contract::Phase;
 use retro_attention::method::element::Element;
 use retro_attention::method::oracle::{Oracle, Rows};
-use retro_contract::{Mode, Selector};
+use retro_contract::{Mode, SKETCH_BLOCK, Selector};
 use strategies::{History, Next, history, mode, shape};
 
 type Check = Result<(), TestCaseError>;
@@ -433,6 +433,52 @@ fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize, ke
     Ok(())
 }
 
+/// A step changes no more of the sketches than those of the rows that it feeds, and the centre of a block that it begins.
+fn overwriting_changes_the_rows_own_sketches<E: Element>(
+    shape: &Shape,
+    prompt: usize,
+    steps: usize,
+    seed: u64,
+) -> Check {
+    let mut shape = shape.clone();
+    shape.attributes.selector = Selector::Sketch;
+    if shape.head_size == 33 {
+        // No whole number of bytes a row.
+        shape.head_size = 40;
+    }
+    let (a, d) = (&shape.attributes, shape.head_size);
+    let mut random = Random(seed);
+    let mut bed = Bed::<E>::new(&shape, 1, prompt + steps);
+    let mut feed = |bed: &mut Bed<E>, count: usize, len: usize, phase| {
+        let rows = [random.rows::<E>(&shape.attributes, d, count)];
+        let feed = Feed {
+            rows: &rows,
+            lens: &[len],
+            phase,
+            budget: None,
+        };
+        run(bed, &feed).map(|_| ())
+    };
+    feed(&mut bed, prompt, prompt, Phase::Prefill)?;
+    for t in prompt..prompt + steps {
+        let r = (a.window - 1).min(t - prompt);
+        let before = bed.state_bytes(0).to_vec();
+        feed(&mut bed, r + 1, t + 1, Phase::Decode)?;
+        let of_head = before.len() / a.kv_heads;
+        let heads = before
+            .chunks_exact(of_head)
+            .zip(bed.state_bytes(0).chunks_exact(of_head));
+        let begun = usize::from(t % SKETCH_BLOCK == 0);
+        let most = (r + 1) * (d * a.sketch_bits / 8 + 2) + begun * d * size_of::<E>();
+        for (before, after) in heads {
+            let changed = before.iter().zip(after).filter(|(x, y)| x != y).count();
+            prop_assert!(changed <= most, "t = {}, r = {}: {} bytes of {}", t, r, changed, most);
+            prop_assert!(changed > 0, "t = {}: the new row has no sketch", t);
+        }
+    }
+    Ok(())
+}
+
 /// Rewinds of a ragged batch between its other calls: everything is the oracle's.
 fn rewinds_agree_with_the_oracle<E: Element>(shape: &Shape, history: &History, backs: &[usize]) -> Check {
     let a = &shape.attributes;
@@ -560,6 +606,11 @@ proptest! {
     fn truncation(shape in shape(), mode in mode(), prompt in 1usize..120, steps in 1usize..20, keep: usize, seed: u64, half in any::<bool>()) {
         let shape = with_mode(shape, mode);
         if half { truncation_forgets::<f16>(&shape, prompt, steps, keep, seed)? } else { truncation_forgets::<f32>(&shape, prompt, steps, keep, seed)? }
+    }
+
+    #[test]
+    fn overwriting(shape in shape(), prompt in 100usize..140, steps in 1usize..40, seed: u64, half in any::<bool>()) {
+        if half { overwriting_changes_the_rows_own_sketches::<f16>(&shape, prompt, steps, seed)? } else { overwriting_changes_the_rows_own_sketches::<f32>(&shape, prompt, steps, seed)? }
     }
 
     #[test]

@@ -52,6 +52,10 @@ dispatched! {
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
+#[expect(
+    clippy::extra_unused_type_parameters,
+    reason = "plain loops, compiled for the instruction set that it stands for"
+)]
 unsafe fn rows_body<S: Simd, E: Element>(
     layout: BlockLayout,
     rows: Range<usize>,

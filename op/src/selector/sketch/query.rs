@@ -53,6 +53,10 @@ dispatched! {
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
+#[expect(
+    clippy::extra_unused_type_parameters,
+    reason = "plain loops, compiled for the instruction set that it stands for"
+)]
 unsafe fn head_body<S: Simd>(query: &[f32], bits: usize, prepared: &mut Vec<f32>) {
     let (d, start, words) = (query.len(), prepared.len(), words(query.len(), bits));
     prepared.extend_from_slice(query);
