@@ -190,13 +190,23 @@ unsafe fn exp_all<S: Simd>(values: &mut BlockRows) {
 /// The machine has the instruction set.
 #[inline(always)]
 unsafe fn page_masses<S: Simd, const P: usize>(logits: &BlockRows, first: usize, out: &mut [f32]) {
-    let (mut top, mut sums, mut weights) = ([0.0; ROWS], [0.0; ROWS], *logits);
+    let (mut top, mut sums, mut weights) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
     fold::<P>(logits, &mut top, |a, b| if a > b { a } else { b });
-    for (page, &top) in weights.as_chunks_mut::<P>().0.iter_mut().zip(&top) {
-        page.iter_mut().for_each(|x| *x -= top);
+    // SAFETY: vectors have 4, 8 or 16 lanes, which divide 128; the instruction set is the caller's promise.
+    unsafe {
+        if P >= S::LANES {
+            for at in (0..ROWS).step_by(S::LANES) {
+                let weight = exp::<S>(S::sub(S::load(logits.as_ptr().add(at)), S::splat(top[at / P])));
+                S::store(weights.as_mut_ptr().add(at), weight);
+            }
+        } else {
+            weights = *logits;
+            for (page, &top) in weights.as_chunks_mut::<P>().0.iter_mut().zip(&top) {
+                page.iter_mut().for_each(|x| *x -= top);
+            }
+            exp_all::<S>(&mut weights);
+        }
     }
-    // SAFETY: passed on.
-    unsafe { exp_all::<S>(&mut weights) };
     fold::<P>(&weights, &mut sums, |a, b| a + b);
     for (top, &sum) in top[..ROWS / P].iter_mut().zip(&sums) {
         *top += ln(sum);
