@@ -17,6 +17,7 @@ use ort::{
     environment::Environment,
     session::{IoBinding, Session, builder::SessionBuilder},
 };
+use retro_contract::Selector;
 use retro_run::{Device, device, gpu::Gpu};
 
 use crate::{
@@ -70,6 +71,12 @@ pub fn dtypes() -> &'static [Dtype] {
     } else {
         &[Dtype::F32, Dtype::F16]
     }
+}
+
+/// The selectors that the operator has on the device under test.
+pub fn selectors() -> Vec<Selector> {
+    let all = Selector::ALL.iter().copied();
+    all.filter(|s| !on_gpu() || *s != Selector::Sketch).collect()
 }
 
 /// A session and where it runs.

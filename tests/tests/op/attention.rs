@@ -35,7 +35,7 @@ fn small() -> Attrs {
 
 #[test]
 fn every_selector_and_group_score() {
-    for &selector in Selector::ALL {
+    for selector in host::selectors() {
         for group_score in [GroupScore::Max, GroupScore::Softmax] {
             for (window, lambda, page) in [(1, 2.5, 16), (4, 1.0, 8), (8, 3.0, 32)] {
                 let attrs = Attrs {
@@ -64,6 +64,27 @@ fn page_sizes_and_windows_to_the_limits() {
             prompt,
             if window > 10 { 70 } else { 12 },
         ));
+    }
+}
+
+#[test]
+fn small_pages() {
+    if host::on_gpu() {
+        return println!("not tested: pages on CUDA have 8 tokens at least");
+    }
+    for (selector, page) in [
+        (Selector::Bounds, 4),
+        (Selector::SignedMoments, 4),
+        (Selector::Sketch, 1),
+        (Selector::Sketch, 2),
+    ] {
+        let attrs = Attrs {
+            selector,
+            page,
+            group_score: GroupScore::Softmax,
+            ..small()
+        };
+        everywhere(Duel::new(attrs, 140, 20));
     }
 }
 

@@ -1,9 +1,10 @@
 //! In place is the same as copied, to the last bit: random layers and histories, a batch of sequences of one length.
 
 use proptest::prelude::*;
-use retro_contract::{GroupScore, Mode, Selector};
+use retro_contract::{GroupScore, Mode};
 use retro_tests::{
     attrs::Attrs,
+    host,
     layer::{Binding, Feed, Layer, State},
     random::Random,
     tensor::Dtype,
@@ -18,7 +19,7 @@ fn attrs() -> impl Strategy<Value = Attrs> {
         1usize..=8,
     );
     let choices = (
-        proptest::sample::select(Selector::ALL),
+        proptest::sample::select(host::selectors()),
         prop_oneof![Just(GroupScore::Max), Just(GroupScore::Softmax)],
         prop_oneof![3 => Just(Mode::Retro), 1 => Just(Mode::Dense), 1 => Just(Mode::Streaming)],
         prop_oneof![2 => Just(-1i64), 1 => 1i64..80],

@@ -1,7 +1,7 @@
 //! A broken model shows, as with dense attention: a NaN or an infinity among what a call reads makes its outputs NaN, wherever it
 //! stands, and a page that cannot be scored is read.
 
-use retro_contract::{GroupScore, Mode, Selector};
+use retro_contract::{GroupScore, Mode};
 use retro_tests::{
     attrs::Attrs,
     golden::Rows,
@@ -110,7 +110,7 @@ fn any_page_of_a_prompt() {
 #[test]
 fn a_page_that_cannot_be_scored_is_read() {
     for &dtype in host::dtypes() {
-        for &selector in Selector::ALL {
+        for selector in host::selectors() {
             for group_score in [GroupScore::Max, GroupScore::Softmax] {
                 for (heads, kv_heads) in [(4, 2), (2, 2)] {
                     let attrs = Attrs {
