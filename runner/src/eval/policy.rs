@@ -32,7 +32,8 @@ pub struct PolicySpec {
 }
 
 const NAMES: &str = "dense, streaming, quest, retro or recommended";
-const OPTIONS: &str = "window, selector, group-score, lambda, correlation, page-size, sink-pages or dense-layers";
+const OPTIONS: &str =
+    "window, selector, group-score, lambda, correlation, sketch-bits, page-size, sink-pages or dense-layers";
 
 impl FromStr for PolicySpec {
     type Err = String;
