@@ -2,7 +2,7 @@
 
 use crate::{
     files::{ExternalMode, Output},
-    logits::{self, Logits},
+    logits::{self, KeepAll, Logits},
     merged::unfold,
     report::{Action, LayerReport, Report},
     revert,
@@ -568,13 +568,10 @@ fn summary(refused: &[(&Attention, &str)]) -> String {
 
 fn decide_logits(view: &GraphView, options: &Options) -> Logits {
     if options.all_logits {
-        return Logits::All("as asked".to_owned());
+        return Logits::All(KeepAll::Asked);
     }
-    match logits::look(view) {
-        Logits::Newest { .. } if view.opset < logits::GATHER_OPSET => Logits::All(format!(
-            "opset {} has no Gather that takes the last position",
-            view.opset
-        )),
+    match logits::find_lm_head(view) {
+        Logits::Newest { .. } if view.opset < logits::GATHER_OPSET => Logits::All(KeepAll::OldOpset(view.opset)),
         found => found,
     }
 }

@@ -81,7 +81,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
     let report = ModelReport::new(&model);
     let functions = model.functions.len();
     let graph = model.graph.as_ref().context("the model has no graph")?;
-    let unsound = validate(graph).err();
+    let unsound = validate(graph).err().map(|why| why.to_string());
     let (nodes, initializers) = (graph.node.len(), graph.initializer.len());
     let values = |values: &[ValueInfoProto]| values.iter().map(ValueReport::new).collect();
     let (inputs, outputs) = (values(&graph.input), values(&graph.output));
