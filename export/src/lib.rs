@@ -9,6 +9,7 @@ mod files;
 mod inspect;
 mod logits;
 mod merged;
+mod prove;
 mod report;
 mod revert;
 mod rewrite;

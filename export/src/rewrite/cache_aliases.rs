@@ -1,6 +1,6 @@
 //! Cache aliases: values that are copies of a cache. Whatever reads an alias's shape reads the cache's instead.
 
-use crate::rules::cache_aliases::copied;
+use crate::prove::cache_aliases::copied;
 use retro_onnx::{GraphProto, NodeProto, graph::subgraphs_mut};
 use std::collections::HashMap;
 

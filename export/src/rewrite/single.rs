@@ -4,7 +4,8 @@
 
 use super::{Error, decomposed::head_sink, operator_node::replace};
 use crate::{
-    rules::{AttentionMatch, Conversion, QkNorm, cache_aliases::copied},
+    prove::cache_aliases::copied,
+    rules::{AttentionMatch, Conversion, QkNorm},
     settings::Settings,
 };
 use retro_onnx::{DataType, GraphBuilder, GraphProto, NodeProto};
