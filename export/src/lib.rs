@@ -1,6 +1,6 @@
 //! Rewrites the attention nodes of ONNX graphs of language models into `ai.retro::RetroAttention`.
 //!
-//! [`convert`] is the whole of it; [`onnx`] reads and writes ONNX files of any size with almost no heap.
+//! [`convert`] is the whole of it; [`retro_onnx`] reads and writes ONNX files of any size with almost no heap.
 
 pub mod cli;
 mod convert;
