@@ -1,7 +1,6 @@
 //! Weights that nobody needs any more once a model was replaced.
 
 use super::{SPILLED, brought, same_path};
-use anyhow::Result;
 use retro_onnx::{ExternalFile, LoadedModel, folder_of, locations, read_model};
 use std::{
     collections::BTreeSet,
@@ -19,7 +18,7 @@ fn stale_by(
     target: &Path,
     new: &[ExternalFile],
     spill_name: &str,
-    read: &dyn Fn(&Path) -> Result<LoadedModel>,
+    read: &dyn Fn(&Path) -> Result<LoadedModel, retro_onnx::Error>,
 ) -> Vec<PathBuf> {
     let folder = folder_of(target);
     let Ok(old) = read(target) else {

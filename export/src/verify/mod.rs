@@ -1,22 +1,22 @@
 //! The original and the converted model on the same tokens: with a budget of all pages they must give the same logits.
 
+mod compared_model;
 mod difference;
 pub(crate) mod graph_facts;
-mod model;
+mod host_tensor;
 mod other_inputs;
 mod outcome;
 mod runtime;
+mod schedule;
 pub mod ulp;
-mod value;
-mod ways;
 
+pub use compared_model::{CacheFacts, LOGITS_TO_KEEP};
+use compared_model::{Feed, Model};
 use difference::{Difference, Own};
-pub use model::{CacheFacts, LOGITS_TO_KEEP};
-use model::{Feed, Model};
 pub use other_inputs::{Fed, OtherInput, other_inputs};
 pub use outcome::{Compared, Skipped, Verification};
 pub use runtime::Runtime;
-use ways::Way;
+use schedule::Way;
 
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -101,7 +101,7 @@ pub fn compare(runtime: &Runtime, plan: &Plan) -> Result<Verification> {
         rounding: Own::default(),
         largest_logit: 0.0,
     };
-    for way in ways::ways(&original.fixed, plan.padding) {
+    for way in schedule::ways(&original.fixed, plan.padding) {
         run.compare(&way, &mut original, perturbed.as_mut())?;
         if run.broken.is_some() {
             break;

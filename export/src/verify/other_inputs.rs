@@ -1,7 +1,7 @@
 //! Inputs beside tokens, mask, positions and caches, and what they are fed: embeddings, adapters, flags, what an encoder gave, state
 //! that comes back. Both models get the same, so any numbers will do that the original takes.
 
-use super::{model::Feed, value::Value};
+use super::{compared_model::Feed, host_tensor::Value};
 use crate::rules::{
     ATTENTION_MASK, Attention, AttentionMatch, INPUT_IDS, POSITION_IDS, Size, all_carried, named_sizes, noise, sizes,
 };

@@ -21,6 +21,8 @@ pub use operand::{OperandKind, OperandRefusal};
 pub use operator::{FunctionPart, OperatorRefusal};
 pub use proof::ProofRefusal;
 
+use crate::eval;
+
 /// Why an attention is not converted.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Refusal {
@@ -55,19 +57,13 @@ pub enum Refusal {
     #[error("its output is not that of softmax attention: {why}")]
     OtherOutput { why: Box<Refusal> },
     /// A value that the proof needs can't be computed.
-    #[error("{0}")]
-    Evaluation(String),
-}
-
-impl From<String> for Refusal {
-    fn from(why: String) -> Self {
-        Self::Evaluation(why)
-    }
+    #[error(transparent)]
+    Evaluation(#[from] eval::Error),
 }
 
 impl Refusal {
     /// What the evaluator could not compute, if that is the reason, at whichever step.
-    pub fn evaluation(&self) -> Option<&String> {
+    pub fn evaluation(&self) -> Option<&eval::Error> {
         match self {
             Self::Evaluation(why) => Some(why),
             Self::In { why, .. } | Self::OtherOutput { why } => why.evaluation(),

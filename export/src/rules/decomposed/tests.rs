@@ -283,6 +283,23 @@ fn as_floats(graph: &mut GraphProto, output: &str) {
 }
 
 #[test]
+fn a_mask_by_an_operator_that_is_not_supported_is_refused() {
+    let why = refusal(&[
+        &[SCALED],
+        &CAUSAL,
+        &[
+            ("Resize", &["plane"], "out of range"),
+            ("Add", &["scaled", "out of range"], "masked"),
+            SOFTMAX,
+        ],
+    ]);
+    assert!(
+        why.contains("out of range (Resize): the operator is not understood"),
+        "{why}"
+    );
+}
+
+#[test]
 fn a_window_that_is_computed_is_found() {
     let same = ("Identity", &["distance"][..], "apart");
     let floats = ("Cast", &["distance"][..], "distance_f");

@@ -10,9 +10,12 @@ use super::{
     cross_attention::{inputs_of, keeps_nothing},
     shown::shown,
 };
-use crate::prove::{
-    CacheRefusal, FunctionPart, INPUT_IDS, INPUTS_EMBEDS, MaskRefusal, NodeRefusal, OperatorRefusal, Refusal,
-    SampleCalls, Unread,
+use crate::{
+    eval::Error,
+    prove::{
+        CacheRefusal, FunctionPart, INPUT_IDS, INPUTS_EMBEDS, MaskRefusal, NodeRefusal, OperatorRefusal, Refusal,
+        SampleCalls, Unread,
+    },
 };
 use cache::{has_cache, layout, merged, sliding};
 use mask::{made_by_caller, other_input};
@@ -160,7 +163,8 @@ fn is_of_sizes(why: &Refusal) -> bool {
         why,
         Refusal::Cache(CacheRefusal::OtherNumbers { .. } | CacheRefusal::TotalShape { .. })
     );
-    by_cache || why.evaluation().is_some_and(|why| why.contains("do not go together"))
+    let by_evaluation = |why: &Error| matches!(why.cause(), Error::Broadcast { .. });
+    by_cache || why.evaluation().is_some_and(by_evaluation)
 }
 
 fn domain(name: &str) -> &str {

@@ -65,7 +65,7 @@ fn weights(model: &ModelProto) -> Result<Vec<Weights>> {
                 len: number("length").or_else(|| bytes_of(tensor)).unwrap_or(0),
             });
         }
-        Ok(())
+        anyhow::Ok(())
     })?;
     Ok(found)
 }

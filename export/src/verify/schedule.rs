@@ -1,6 +1,6 @@
 //! How a prompt is fed, and what a model's declared sizes leave of that.
 
-use super::{Padding, model::Fixed};
+use super::{Padding, compared_model::Fixed};
 
 const PROMPT: usize = 21;
 const STEPS: usize = 11;

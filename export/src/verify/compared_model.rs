@@ -1,6 +1,6 @@
 //! One model as a caller sees it: fed tokens, it keeps its caches and gives logits.
 
-use super::{Plan, other_inputs::OtherInput, runtime::Runtime, value::Value, ways::CAPACITY};
+use super::{Plan, host_tensor::Value, other_inputs::OtherInput, runtime::Runtime, schedule::CAPACITY};
 use crate::rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 use anyhow::{Context, Result, anyhow, bail};
 use ort::{

@@ -201,7 +201,7 @@ impl<'a> Output<'a> {
         external: &[ExternalFile],
         spilled: &[(u64, Bytes)],
     ) -> Result<Written> {
-        let bytes = model.len()?;
+        let bytes = model.byte_len()?;
         let target = match &self.source.named_folder {
             Some(_) => absolute(&self.target)?,
             None => self.target.clone(),
@@ -299,7 +299,7 @@ impl<'a> Output<'a> {
             new.push(place);
             Ok(())
         });
-        let done = placed.and_then(|()| persist(temp, &self.target, self.force));
+        let done = placed.and_then(|()| Ok(persist(temp, &self.target, self.force)?));
         if done.is_err() {
             // Weights without a model are of no use; what was there before is not touched.
             new.iter().for_each(|place| drop(fs::remove_file(place)));
