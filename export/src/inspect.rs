@@ -107,7 +107,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
         let found = find_attention(&model, &SampleCalls::new(&view, Some(source.folder().to_owned())));
         let action = |a: &crate::rules::Attention| match &a.found {
             Ok(_) => Action::Convertible,
-            Err(why) => Action::Kept { why: why.clone() },
+            Err(why) => Action::Kept { why: why.to_string() },
         };
         attention = found.iter().map(|a| LayerReport::new(a, action(a))).collect();
     }

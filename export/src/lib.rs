@@ -9,7 +9,7 @@ mod files;
 mod inspect;
 mod logits;
 mod merged;
-mod prove;
+pub mod prove;
 mod report;
 mod revert;
 mod rewrite;

@@ -486,7 +486,7 @@ fn decide<'a>(view: &GraphView, found: &'a [Attention], options: &Options) -> Re
                 });
             }
             (Ok(_), None) => {}
-            (Err(why), _) => refused.push((attention, why.as_str())),
+            (Err(why), _) => refused.push((attention, why.to_string())),
         }
     }
     if conversions.is_empty() && !refused.is_empty() {
@@ -544,7 +544,7 @@ fn stays_for_its_cache(attention: &Attention, options: &Options) -> bool {
 }
 
 /// Refusals as one line: each reason once, with its first node.
-fn summary(refused: &[(&Attention, &str)]) -> String {
+fn summary(refused: &[(&Attention, String)]) -> String {
     const SHOWN: usize = 3;
     let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
     for (attention, why) in refused {
@@ -581,7 +581,7 @@ fn layers(found: &[Attention], conversions: &[Conversion]) -> Vec<LayerReport> {
         let conversion = conversions.iter().find(|c| std::ptr::eq(c.attention, attention));
         match (conversion, &attention.found) {
             (Some(c), _) => Action::Converted { mode: c.mode },
-            (None, Err(why)) => Action::Kept { why: why.clone() },
+            (None, Err(why)) => Action::Kept { why: why.to_string() },
             (None, Ok(_)) => Action::Kept {
                 why: "it keeps a sliding-window cache".to_owned(),
             },

@@ -1,8 +1,7 @@
 //! Sizes of a graph's inputs, where its declarations leave them open: by the names that they share with tokens, mask and caches,
 //! else by what is computed with them.
 
-use super::sample_calls::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls};
-use crate::eval::reads;
+use super::model_inputs::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 use retro_onnx::{Dimension, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -92,27 +91,6 @@ pub fn sizes(view: &GraphView, names: &HashMap<&str, Size>, input: &ValueInfoPro
         })
     };
     dims.iter().enumerate().map(size).collect()
-}
-
-/// The input that a value comes from, where it depends on no token and no cache: of what an encoder gave, for instance.
-pub(crate) fn foreign<'a>(samples: &SampleCalls<'a>, value: &'a str) -> Option<&'a str> {
-    let view = samples.view;
-    let (mut open, mut seen, mut other) = (vec![value], HashSet::new(), None);
-    while let Some(name) = open.pop() {
-        if !seen.insert(name) || view.initializer(name).is_some() {
-            continue;
-        }
-        if view.is_input(name) {
-            match name {
-                INPUT_IDS | INPUTS_EMBEDS => return None,
-                ATTENTION_MASK | POSITION_IDS => {}
-                _ if samples.is_cache(name) => return None,
-                _ => other = Some(name),
-            }
-        }
-        open.extend(view.producer(name).into_iter().flat_map(reads));
-    }
-    other
 }
 
 /// The last dimension of a value, from what is computed with it.

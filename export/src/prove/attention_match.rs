@@ -1,0 +1,129 @@
+//! What is known of an attention that is converted, whatever pattern it was written in.
+//!
+//! Shapes: B sequences, S tokens fed in a call, Hq query heads, Hkv heads of keys and values, C tokens that the cache can
+//! hold, D head size.
+
+use retro_onnx::DataType;
+
+/// An attention that can be converted, whatever pattern it was written in. Names of values; "" is an absent one.
+///
+/// Shapes: B batch, S tokens fed, Hq and Hkv heads, C cache capacity, D head size.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AttentionMatch {
+    /// `[B, S, Hq*D]`, or packed `[B, S, (Hq+2*Hkv)*D]` with `key` and `value` absent.
+    pub query: String,
+    pub key: String,
+    pub value: String,
+    /// `[B, Hkv, C, D]`, graph inputs.
+    pub past_key: String,
+    pub past_value: String,
+    /// int32 `[B]`.
+    pub seqlens_k: String,
+    /// int32, one number.
+    pub total_sequence_length: String,
+    pub cos_cache: String,
+    pub sin_cache: String,
+    /// `[Hq]`.
+    pub head_sink: String,
+    /// `[B, S, Hq*D]`.
+    pub output: String,
+    /// As the past ones, graph outputs.
+    pub present_key: String,
+    pub present_value: String,
+
+    pub q_heads: i64,
+    pub kv_heads: i64,
+    /// D, where the graph tells it.
+    pub head_size: Option<i64>,
+    pub data_type: DataType,
+    /// 0: 1/sqrt(D).
+    pub scale: f32,
+    /// 0: off.
+    pub softcap: f32,
+    pub rope: Rope,
+    /// Tokens of a sliding window; -1: none.
+    pub local_window_size: i64,
+    /// The source layer keeps a cache of about its window's size and shifts it. The operator's cache holds everything.
+    pub sliding_cache: bool,
+
+    // What follows is for attention of several nodes; the defaults are those of a single one.
+    /// How the values named above are laid out.
+    pub query_layout: Layout,
+    pub key_layout: Layout,
+    pub value_layout: Layout,
+    pub output_layout: Layout,
+    /// Their element types; undefined: that of the cache.
+    pub query_type: DataType,
+    pub kv_type: DataType,
+    pub output_type: DataType,
+    /// Past and new keys or values together, as the source makes them; "" where only the graph's output has them.
+    pub total_key: String,
+    pub total_value: String,
+    /// Index of the node that makes `output` and gives way; none: the attention node itself.
+    pub replaces: Option<usize>,
+    pub lengths: LengthSource,
+    /// Added to queries, keys and values: `[(Hq+2*Hkv)*D]`.
+    pub bias: String,
+    /// Head sinks that are no tensor of their own in the source.
+    pub sinks: Option<Vec<f32>>,
+
+    // What a single node may have beside it or inside.
+    /// Values that are nothing but the cache, between the graph's inputs and outputs and the node.
+    pub copies: Vec<String>,
+    /// How the node normalises queries and keys before anything else.
+    pub qk_norm: Option<QkNorm>,
+}
+
+impl AttentionMatch {
+    /// One of the types of queries, keys and values, or outputs.
+    pub fn typed(&self, t: DataType) -> DataType {
+        if t == DataType::Undefined { self.data_type } else { t }
+    }
+}
+
+/// Root mean square normalisation of every head of queries and keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QkNorm {
+    /// Weights `[D]`, of the queries' type.
+    pub query: String,
+    pub key: String,
+    pub epsilon: f32,
+}
+
+/// How heads are laid out in a value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// `[B, S, H*D]`, as the operator takes and gives it.
+    #[default]
+    Flat,
+    /// `[B, S, H, D]`.
+    TokenHeads,
+    /// `[B, H, S, D]`.
+    Heads,
+}
+
+/// Where the lengths of sequences come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LengthSource {
+    /// `seqlens_k` and `total_sequence_length` are values of the source.
+    #[default]
+    Given,
+    /// From the width of the attention mask, and its zeros where the source masks padding.
+    FromMask { padding: bool },
+}
+
+/// Where rotary position embedding happens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rope {
+    /// Not in the attention node, and not right before it.
+    #[default]
+    None,
+    /// An own node before the attention.
+    Before,
+    /// In the node.
+    Inside {
+        interleaved: bool,
+        /// Elements of a head that are rotated, where the graph tells it.
+        dims: Option<i64>,
+    },
+}
