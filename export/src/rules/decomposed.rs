@@ -424,7 +424,7 @@ mod tests {
             ],
         ]);
         assert!(
-            why.contains("out of range (Resize): the operator is not understood"),
+            why.contains("out of range (Resize): the operator Resize is not supported"),
             "{why}"
         );
     }
