@@ -4,6 +4,7 @@
 
 pub mod cli;
 mod convert;
+mod error;
 mod eval;
 mod files;
 mod inspect;
@@ -20,12 +21,13 @@ mod table;
 mod validate;
 pub mod verify;
 
-pub use convert::{Options, SlidingCache, Verify, convert, convert_bytes};
-pub use files::ExternalMode;
-pub use inspect::inspect;
+pub use convert::{Error, Options, SlidingCache, Unconvertible, Verify, convert, convert_bytes};
+pub use files::{Error as FilesError, ExternalMode};
+pub use inspect::{Error as InspectError, Inspection, ValueReport, inspect};
 pub use report::*;
-pub use revert::revert;
-pub use settings::Settings;
+pub use revert::{Error as RevertError, RecordError, revert};
+pub use settings::{Error as SettingsError, Settings};
+pub use source::Error as SourceError;
 
 #[cfg(test)]
 mod testing;
