@@ -26,10 +26,7 @@ mod tests {
     fn causes_follow_one_another() {
         let source = io::Error::other(io::Error::from(io::ErrorKind::StorageFull));
         let path = "m.onnx".into();
-        let error = files::Error::Write {
-            path,
-            source: source.into(),
-        };
+        let error = files::Error::Write { path, source };
         assert_eq!(chain(&error), "cannot write m.onnx: no storage space");
     }
 }

@@ -1,7 +1,6 @@
 //! What a model is, without changing anything: what it takes and gives, its attention, its sizes, whether it is converted.
 
 use crate::{
-    error::Cause,
     merged::unfold,
     report::{Action, LayerReport, ModelReport},
     rules::{SampleCalls, find_attention},
@@ -89,18 +88,15 @@ pub enum Error {
     Source(#[from] source::Error),
     /// The model can't be read, or is no ONNX model.
     #[error(transparent)]
-    Read(Cause),
+    Read(#[from] retro_onnx::Error),
     /// A file of weights is not there, too short, or out of the model's folder.
     #[error("{}", .path.display())]
     Weights {
         /// The model's file.
         path: PathBuf,
         /// Which tensor, and why.
-        source: Cause,
+        source: retro_onnx::Error,
     },
-    /// The file has no graph.
-    #[error("the model has no graph")]
-    NoGraph,
 }
 
 /// Looks at a model, a file or a folder, of which `graph` may choose one.
@@ -109,16 +105,19 @@ pub enum Error {
 /// It can't be read, or its files of weights are not there.
 pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let source = find_source(path, graph, None)?;
-    let LoadedModel { mut model, len, .. } = read_model(&source.model).map_err(|e| Error::Read(e.into()))?;
-    let weights = |source_error: Cause| Error::Weights {
+    let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
+    let weights = |source_error| Error::Weights {
         path: source.model.clone(),
         source: source_error,
     };
-    stay_inside(&model, &source.model, source.folder()).map_err(|e| weights(e.into()))?;
-    let external = external_files(&model, source.folder()).map_err(|e| weights(e.into()))?;
+    stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
+    let external = external_files(&model, source.folder()).map_err(weights)?;
     let report = ModelReport::new(&model);
     let functions = model.functions.len();
-    let graph = model.graph.as_ref().ok_or(Error::NoGraph)?;
+    let graph = model
+        .graph
+        .as_ref()
+        .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
     let unsound = validate(graph).err().map(|why| why.to_string());
     let (nodes, initializers) = (graph.node.len(), graph.initializer.len());
     let values = |values: &[ValueInfoProto]| values.iter().map(ValueReport::new).collect();
@@ -140,7 +139,10 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     if unsound.is_none() && retro_nodes == 0 {
         // Where it can't be unfolded its attention is in branches, which the layers say.
         merged = unfold(&mut model).unwrap_or_else(|why| Some(format!("as it is: {why}")));
-        let graph = model.graph.as_ref().ok_or(Error::NoGraph)?;
+        let graph = model
+            .graph
+            .as_ref()
+            .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
         let view = GraphView::new(graph, model.onnx_opset());
         let found = find_attention(&model, &SampleCalls::new(&view, Some(source.folder().to_owned())));
         let action = |a: &crate::rules::Attention| match &a.found {

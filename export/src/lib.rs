@@ -10,6 +10,7 @@ mod files;
 mod inspect;
 mod logits;
 mod merged;
+mod prove;
 mod report;
 mod revert;
 mod rewrite;

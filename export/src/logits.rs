@@ -1,6 +1,6 @@
 //! Only the newest token's logits are needed: where the hidden rows of the others can be dropped before the lm_head.
 
-use retro_onnx::{AttributeProto, Dimension, GraphProto, NodeProto, TensorProto, graph::GraphView};
+use retro_onnx::{Dimension, GraphBuilder, GraphProto, NodeProto, graph::GraphView};
 
 /// Elementwise nodes that may stand between the lm_head and the logits.
 const ELEMENTWISE: [&str; 10] = [
@@ -171,17 +171,17 @@ fn weight_rank(view: &GraphView, weight: &str) -> Option<usize> {
 /// Opset from which Gather takes negative indices.
 pub const GATHER_OPSET: i64 = 11;
 
-/// Puts a Gather of the last position before the lm_head, and corrects the declared shapes. `fresh`: unused names of the
-/// gathered rows and of the index.
-pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], fresh: (&str, &str)) {
-    let (rows, index) = fresh;
+/// Puts a Gather of the last position before the lm_head, and corrects the declared shapes.
+pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], builder: &mut GraphBuilder) {
     let Some(input) = graph.node.get_mut(lm_head).and_then(|node| node.input.first_mut()) else {
         return;
     };
-    let hidden = std::mem::replace(input, rows.to_owned());
-    let gather = NodeProto::new("", "Gather", rows, &[&hidden, index], &[rows]).with(AttributeProto::int(AXIS, 1));
-    graph.node.insert(lm_head, gather);
-    graph.initializer.push(TensorProto::int64s(index, &[1], &[-1]));
+    builder.set_prefix("retro/");
+    let index = builder.int64s("newest_position", &[1], &[-1]);
+    let gather = builder.node("Gather", &[input.as_str(), &index]).int(AXIS, 1);
+    *input = gather.output("newest_hidden_state");
+    graph.node.splice(lm_head..lm_head, builder.take_nodes());
+    graph.initializer.append(&mut builder.take_initializers());
     let declared = graph.value_info.iter_mut().chain(&mut graph.output);
     for value in declared.filter(|v| after.iter().any(|name| name == v.name())) {
         if let Some(tokens) = value.dims_mut().filter(|d| d.len() == 3).and_then(|d| d.get_mut(1)) {
@@ -194,6 +194,7 @@ pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], fre
 mod tests {
     use super::*;
     use crate::testing::gqa_graph;
+    use retro_onnx::TensorProto;
 
     fn looked(change: impl FnOnce(&mut GraphProto)) -> Logits {
         let mut graph = gqa_graph(1);
@@ -289,9 +290,10 @@ mod tests {
     #[test]
     fn the_gather_and_the_shapes_are_right() {
         let mut graph = gqa_graph(1);
-        keep_newest(&mut graph, 2, &["logits".into()], ("rows", "index"));
-        assert_eq!(graph.node[2].input, ["attn.0", "index"]);
-        assert_eq!(graph.node[3].input, ["rows", "lm_head.weight"]);
+        let mut builder = GraphBuilder::part_of(&graph);
+        keep_newest(&mut graph, 2, &["logits".into()], &mut builder);
+        assert_eq!(graph.node[2].input, ["attn.0", "retro/newest_position"]);
+        assert_eq!(graph.node[3].input, ["retro/newest_hidden_state", "lm_head.weight"]);
         assert_eq!(graph.node[2].attribute[0].i(), 1);
         assert_eq!(graph.output[0].dims().unwrap()[1].fixed(), Some(1));
         assert_eq!(crate::validate::validate(&graph), Ok(()));

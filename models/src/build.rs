@@ -17,7 +17,7 @@ use crate::{
     config::LlamaConfig,
     dtype::Dtype,
     genai,
-    graph::{self, Graph},
+    graph::{self, Llama},
     initializer::{self, Initializer, Source},
     proto,
     random::RandomWeights,
@@ -101,10 +101,10 @@ pub fn build_random(config: &LlamaConfig, seed: u64, out: &Path, options: &Optio
 }
 
 fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
-    let graph = graph::llama(config, options.dtype);
-    initializer::check(source, &graph.initializers)?;
+    let llama = graph::llama(config, options.dtype);
+    initializer::check(source, &llama.initializers)?;
     fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
-    let sizes: Vec<u64> = graph
+    let sizes: Vec<u64> = llama
         .initializers
         .iter()
         .map(|i| i.bytes(options.dtype) as u64)
@@ -115,7 +115,7 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
         config,
         source,
         dtype: options.dtype,
-        graph: &graph,
+        llama: &llama,
     };
     let model = out.join("model.onnx");
     let data = out.join(DATA);
@@ -129,7 +129,7 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
         let offsets = layout(&sizes);
         let end = offsets.iter().zip(&sizes).map(|(o, s)| o + s).max().unwrap_or(0);
         job.write_data(&data, &offsets, end)?;
-        proto::model(&graph, options.dtype, |i, _| {
+        proto::model(&llama, options.dtype, |i, _| {
             let place = offsets.get(i).zip(sizes.get(i));
             let (offset, length) = place.context("an initializer without a place in the data file")?;
             Ok(proto::Data::External {
@@ -139,7 +139,7 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
             })
         })?
     } else {
-        proto::model(&graph, options.dtype, |i, init| {
+        proto::model(&llama, options.dtype, |i, init| {
             let mut bytes = vec![0; init.bytes(options.dtype)];
             job.fill(i, init, 0, &mut bytes)?;
             Ok(proto::Data::Inline(bytes))
@@ -148,7 +148,7 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
     write_model(&message, &model, true)?;
     let genai = serde_json::to_string_pretty(&genai::config(config))?;
     write_whole(&out.join("genai_config.json"), genai.as_bytes())?;
-    let parameters = graph
+    let parameters = llama
         .initializers
         .iter()
         .filter(|i| !matches!(i.content, initializer::Content::Rope { .. }));
@@ -190,7 +190,7 @@ struct Job<'a> {
     config: &'a LlamaConfig,
     source: &'a Source,
     dtype: Dtype,
-    graph: &'a Graph,
+    llama: &'a Llama,
 }
 
 /// A run of rows of one initializer and where it goes in the data file.
@@ -236,7 +236,7 @@ impl Job<'_> {
 
     fn pieces(&self, offsets: &[u64]) -> Vec<Piece<'_>> {
         let mut pieces = Vec::new();
-        for ((index, init), &offset) in self.graph.initializers.iter().enumerate().zip(offsets) {
+        for ((index, init), &offset) in self.llama.initializers.iter().enumerate().zip(offsets) {
             let row_bytes = init.columns() * self.dtype.size();
             let step = (CHUNK / row_bytes.max(1)).max(1);
             for row in (0..init.rows()).step_by(step) {

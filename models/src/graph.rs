@@ -3,7 +3,9 @@
 //!
 //! B batch, S tokens fed, `past` and `total` lengths of the cache: all symbolic dimensions of the inputs and outputs.
 
-use retro_onnx::DataType;
+use retro_onnx::{
+    AttributeProto, DataType, Dimension, GraphBuilder, GraphProto, NodeBuilder, TensorProto, ValueInfoProto,
+};
 
 use crate::{
     config::LlamaConfig,
@@ -11,50 +13,15 @@ use crate::{
     initializer::{Content, Initializer},
 };
 
-/// A node's attribute.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Attribute {
-    Int(i64),
-    Float(f32),
-    /// An int64 tensor, with its dimensions.
-    Int64s(Vec<i64>, Vec<i64>),
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub struct Node {
-    pub op_type: &'static str,
-    pub domain: &'static str,
-    pub name: String,
-    pub inputs: Vec<String>,
-    pub outputs: Vec<String>,
-    pub attributes: Vec<(&'static str, Attribute)>,
-}
-
-/// A dimension of a graph input or output.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Dim {
-    Is(usize),
-    Named(&'static str),
-}
-
-/// A typed graph input or output.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Value {
-    pub name: String,
-    pub elem_type: DataType,
-    pub dims: Vec<Dim>,
-}
-
 /// Everything of the model but the weights' bytes.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Graph {
-    pub nodes: Vec<Node>,
-    pub inputs: Vec<Value>,
-    pub outputs: Vec<Value>,
+#[derive(Clone, Debug, PartialEq)]
+pub struct Llama {
+    /// The graph without its initializers.
+    pub graph: GraphProto,
+    /// What the graph's initializers are made of, in the order of the file.
     pub initializers: Vec<Initializer>,
 }
 
-const MICROSOFT: &str = "com.microsoft";
 const COS: &str = "cos_cache";
 const SIN: &str = "sin_cache";
 const MASK: &str = "/model/attn_mask_reformat/attn_mask_subgraph";
@@ -64,9 +31,10 @@ const EMBED: &str = "model.embed_tokens.weight";
 ///
 /// Inputs: input_ids int64 `[B, S]`, attention_mask int64 `[B, total]`, past_key_values.N.key and .value `[B, Hkv, past, D]`.
 /// Outputs: logits `[B, S, V]`, present.N.key and .value `[B, Hkv, total, D]`.
-pub fn llama(config: &LlamaConfig, dtype: Dtype) -> Graph {
-    let mut b = Builder {
-        graph: Graph::default(),
+pub fn llama(config: &LlamaConfig, dtype: Dtype) -> Llama {
+    let mut b = LlamaBuilder {
+        graph: GraphBuilder::new("main_graph"),
+        initializers: Vec::new(),
         config,
         dtype,
     };
@@ -85,51 +53,48 @@ pub fn llama(config: &LlamaConfig, dtype: Dtype) -> Graph {
     }
     let (normed, _) = b.norm(config.layers, "final_norm_layernorm", &residual, branch.as_deref());
     b.lm_head(&normed);
-    b.graph
+    Llama {
+        graph: b.graph.into_graph(),
+        initializers: b.initializers,
+    }
 }
 
-struct Builder<'a> {
-    graph: Graph,
+struct LlamaBuilder<'a> {
+    graph: GraphBuilder,
+    initializers: Vec<Initializer>,
     config: &'a LlamaConfig,
     dtype: Dtype,
 }
 
-impl Builder<'_> {
+impl LlamaBuilder<'_> {
     fn interface(&mut self) {
-        let (kv_heads, head_dim, dtype) = (self.config.kv_heads, self.config.head_dim, self.dtype.onnx());
-        let value = |name: String, elem_type, dims: Vec<Dim>| Value { name, elem_type, dims };
-        let cache = |name: String, length| {
-            value(
-                name,
-                dtype,
-                vec![
-                    Dim::Named("batch_size"),
-                    Dim::Is(kv_heads),
-                    Dim::Named(length),
-                    Dim::Is(head_dim),
-                ],
-            )
+        let (layers, dtype) = (self.config.layers, self.dtype.onnx());
+        let size = |n: usize| Dimension::from(n as i64);
+        let (kv_heads, head_dim) = (size(self.config.kv_heads), size(self.config.head_dim));
+        let cache = |name: String, length: &str| {
+            let dims = ["batch_size".into(), kv_heads.clone(), length.into(), head_dim.clone()];
+            ValueInfoProto::tensor(&name, dtype, dims)
         };
-        let batch = Dim::Named("batch_size");
-        let inputs = &mut self.graph.inputs;
-        inputs.push(value(
-            "input_ids".into(),
-            DataType::Int64,
-            vec![batch.clone(), Dim::Named("sequence_length")],
-        ));
-        inputs.push(value(
-            "attention_mask".into(),
-            DataType::Int64,
-            vec![batch.clone(), Dim::Named("total_sequence_length")],
-        ));
-        let outputs = &mut self.graph.outputs;
-        let logits = vec![batch, Dim::Named("sequence_length"), Dim::Is(self.config.vocab_size)];
-        outputs.push(value("logits".into(), dtype, logits));
+        for (name, length) in [
+            ("input_ids", "sequence_length"),
+            ("attention_mask", "total_sequence_length"),
+        ] {
+            let dims = ["batch_size".into(), length.into()];
+            self.graph.input(ValueInfoProto::tensor(name, DataType::Int64, dims));
+        }
+        let dims = [
+            "batch_size".into(),
+            "sequence_length".into(),
+            size(self.config.vocab_size),
+        ];
+        self.graph.output(ValueInfoProto::tensor("logits", dtype, dims));
         // All keys, then all values, as builder 0.18 orders them.
         for kind in ["key", "value"] {
-            for layer in 0..self.config.layers {
-                inputs.push(cache(format!("past_key_values.{layer}.{kind}"), "past_sequence_length"));
-                outputs.push(cache(format!("present.{layer}.{kind}"), "total_sequence_length"));
+            for layer in 0..layers {
+                let past = format!("past_key_values.{layer}.{kind}");
+                self.graph.input(cache(past, "past_sequence_length"));
+                let present = format!("present.{layer}.{kind}");
+                self.graph.output(cache(present, "total_sequence_length"));
             }
         }
     }
@@ -137,42 +102,30 @@ impl Builder<'_> {
     /// seqlens_k = number of ones of each row - 1, total_sequence_length = width of the mask, both int32.
     fn mask(&mut self) {
         let (list, scalar) = ("/model/constants/INT64/[1]", "/model/constants/INT64/1");
-        let one = |dims| [("value", Attribute::Int64s(vec![1], dims))];
-        let name = "/model/constant_nodes/INT64";
-        self.node("Constant", "", &format!("{name}/[1]"), &[], &[list], &one(vec![1]));
         let path = |op: &str| format!("{MASK}/{op}");
         let out = |op: &str| format!("{MASK}/{op}/output_0");
-        let keep = [("keepdims", Attribute::Int(0))];
-        self.node(
-            "ReduceSum",
-            "",
-            &path("ReduceSum"),
-            &["attention_mask", list],
-            &[&out("ReduceSum")],
-            &keep,
-        );
-        self.node("Sub", "", &path("Sub"), &[&out("ReduceSum"), list], &[&out("Sub")], &[]);
-        let to = [("to", Attribute::Int(DataType::Int32 as i64))];
-        self.node("Cast", "", &path("Sub/Cast"), &[&out("Sub")], &[&out("Sub/Cast")], &to);
-        self.node("Shape", "", &path("Shape"), &["attention_mask"], &[&out("Shape")], &[]);
-        self.node("Constant", "", &format!("{name}/1"), &[], &[scalar], &one(vec![]));
-        let axis = [("axis", Attribute::Int(0))];
-        self.node(
-            "Gather",
-            "",
-            &path("Gather"),
-            &[&out("Shape"), scalar],
-            &[&out("Gather")],
-            &axis,
-        );
-        self.node(
-            "Cast",
-            "",
-            &path("Gather/Cast"),
-            &[&out("Gather")],
-            &[&out("Gather/Cast")],
-            &to,
-        );
+        let to = i64::from(i32::from(DataType::Int32));
+        self.one(&[1], "[1]", list);
+        let sum = self.graph.node("ReduceSum", &["attention_mask", list]);
+        sum.int("keepdims", 0).named(&path("ReduceSum"), &[&out("ReduceSum")]);
+        let sub = self.graph.node("Sub", &[&out("ReduceSum"), list]);
+        sub.named(&path("Sub"), &[&out("Sub")]);
+        let cast = self.graph.node("Cast", &[&out("Sub")]).int("to", to);
+        cast.named(&path("Sub/Cast"), &[&out("Sub/Cast")]);
+        let shape = self.graph.node("Shape", &["attention_mask"]);
+        shape.named(&path("Shape"), &[&out("Shape")]);
+        self.one(&[], "1", scalar);
+        let gather = self.graph.node("Gather", &[&out("Shape"), scalar]).int("axis", 0);
+        gather.named(&path("Gather"), &[&out("Gather")]);
+        let cast = self.graph.node("Cast", &[&out("Gather")]).int("to", to);
+        cast.named(&path("Gather/Cast"), &[&out("Gather/Cast")]);
+    }
+
+    /// A constant 1, int64.
+    fn one(&mut self, dims: &[i64], name: &str, output: &str) {
+        let value = AttributeProto::tensor("value", TensorProto::int64s("", dims, &[1]));
+        let node = self.graph.node("Constant", &[]).attribute(value);
+        node.named(&format!("/model/constant_nodes/INT64/{name}"), &[output]);
     }
 
     fn embedding(&mut self) -> String {
@@ -185,14 +138,8 @@ impl Builder<'_> {
             Some(std),
         );
         let out = "/model/embed_tokens/Gather/output_0";
-        self.node(
-            "Gather",
-            "",
-            "/model/embed_tokens/Gather",
-            &[EMBED, "input_ids"],
-            &[out],
-            &[],
-        );
+        let gather = self.graph.node("Gather", &[EMBED, "input_ids"]);
+        gather.named("/model/embed_tokens/Gather", &[out]);
         for (name, sin) in [(COS, false), (SIN, true)] {
             self.initializer(name, vec![c.max_positions, c.head_dim / 2], Content::Rope { sin }, None);
         }
@@ -210,35 +157,22 @@ impl Builder<'_> {
         self.initializer(&weight, vec![self.config.hidden_size], Content::Copy(source), None);
         let path = format!("/model/layers.{layer}/{which}");
         let (normed, sum) = (format!("{path}/output_0"), format!("{path}/output_3"));
-        let epsilon = ("epsilon", Attribute::Float(self.config.rms_norm_eps as f32));
+        let epsilon = self.config.rms_norm_eps as f32;
         match branch {
             None => {
-                let attributes = [epsilon, ("axis", Attribute::Int(-1)), ("stash_type", Attribute::Int(1))];
-                let name = format!("{path}/LayerNorm");
-                self.node(
-                    "SimplifiedLayerNormalization",
-                    "",
-                    &name,
-                    &[residual, &weight],
-                    &[&normed],
-                    &attributes,
-                );
+                let norm = self.graph.node("SimplifiedLayerNormalization", &[residual, &weight]);
+                let norm = norm.float("epsilon", epsilon).int("axis", -1).int("stash_type", 1);
+                norm.named(&format!("{path}/LayerNorm"), &[&normed]);
                 (normed, residual.into())
             }
             Some(branch) => {
-                let name = format!("{path}/SkipLayerNorm");
-                let inputs = [residual, branch, &weight];
                 let last = layer == self.config.layers;
+                let inputs = [residual, branch, &weight];
+                let norm = self.microsoft("SkipSimplifiedLayerNormalization", &inputs);
+                let norm = norm.float("epsilon", epsilon);
                 let all = [normed.as_str(), "", "", sum.as_str()];
                 let outputs = if last { &all[..1] } else { &all[..] };
-                self.node(
-                    "SkipSimplifiedLayerNormalization",
-                    MICROSOFT,
-                    &name,
-                    &inputs,
-                    outputs,
-                    &[epsilon],
-                );
+                norm.named(&format!("{path}/SkipLayerNorm"), outputs);
                 (normed, sum)
             }
         }
@@ -274,17 +208,15 @@ impl Builder<'_> {
             "",
         ]
         .map(|s: &str| s);
-        let attributes = [
-            ("num_heads", Attribute::Int(c.heads as i64)),
-            ("kv_num_heads", Attribute::Int(c.kv_heads as i64)),
-            ("scale", Attribute::Float((1.0 / (c.head_dim as f64).sqrt()) as f32)),
-            ("local_window_size", Attribute::Int(-1)),
-            ("softcap", Attribute::Float(0.0)),
-            ("do_rotary", Attribute::Int(1)),
-            ("rotary_interleaved", Attribute::Int(0)),
-        ];
-        let outputs = [out.as_str(), &present("key"), &present("value")];
-        self.node("GroupQueryAttention", MICROSOFT, &path, &inputs, &outputs, &attributes);
+        let (key, value) = (present("key"), present("value"));
+        let node = self.microsoft("GroupQueryAttention", &inputs);
+        let node = node
+            .int("num_heads", c.heads as i64)
+            .int("kv_num_heads", c.kv_heads as i64);
+        let node = node.float("scale", (1.0 / (c.head_dim as f64).sqrt()) as f32);
+        let node = node.int("local_window_size", -1).float("softcap", 0.0);
+        let node = node.int("do_rotary", 1).int("rotary_interleaved", 0);
+        node.named(&path, &[&out, &key, &value]);
         self.matmul(
             &format!("model.layers.{layer}.attn.o_proj"),
             &out,
@@ -306,9 +238,12 @@ impl Builder<'_> {
             format!("{path}/Mul"),
         );
         let out = |p: &str| format!("{p}/output_0");
-        self.node("Sigmoid", "", &sigmoid, &[&gate], &[&out(&sigmoid)], &[]);
-        self.node("Mul", "", &act, &[&gate, &out(&sigmoid)], &[&out(&act)], &[]);
-        self.node("Mul", "", &product, &[&out(&act), &up], &[&out(&product)], &[]);
+        let node = self.graph.node("Sigmoid", &[&gate]);
+        node.named(&sigmoid, &[&out(&sigmoid)]);
+        let node = self.graph.node("Mul", &[&gate, &out(&sigmoid)]);
+        node.named(&act, &[&out(&act)]);
+        let node = self.graph.node("Mul", &[&out(&act), &up]);
+        node.named(&product, &[&out(&product)]);
         let down = part("down", c.hidden_size);
         self.matmul(&name("down"), &out(&product), c.intermediate_size, down)
     }
@@ -318,7 +253,9 @@ impl Builder<'_> {
         let weight = if c.tie_word_embeddings {
             // One copy of the embedding in the file, as the builder's shared embeddings have it.
             let out = "/lm_head/Transpose/output_0";
-            self.node("Transpose", "", "/lm_head/Transpose", &[EMBED], &[out], &[]);
+            self.graph
+                .node("Transpose", &[EMBED])
+                .named("/lm_head/Transpose", &[out]);
             out.to_owned()
         } else {
             let name = "lm_head.MatMul.weight";
@@ -326,7 +263,8 @@ impl Builder<'_> {
             self.linear(name, c.hidden_size, parts);
             name.to_owned()
         };
-        self.node("MatMul", "", "/lm_head/MatMul", &[x, &weight], &["logits"], &[]);
+        let node = self.graph.node("MatMul", &[x, &weight]);
+        node.named("/lm_head/MatMul", &["logits"]);
     }
 
     /// `x` times the side-by-side transposes of `parts`, as the node and initializer names of `module`.
@@ -336,7 +274,7 @@ impl Builder<'_> {
         // "model.layers.0.attn.o_proj" names the node "/model/layers.0/attn/o_proj/MatMul".
         let path = format!("/{}/MatMul", module.replace('.', "/").replacen("layers/", "layers.", 1));
         let out = format!("{path}/output_0");
-        self.node("MatMul", "", &path, &[x, &weight], &[&out], &[]);
+        self.graph.node("MatMul", &[x, &weight]).named(&path, &[&out]);
         out
     }
 
@@ -347,7 +285,7 @@ impl Builder<'_> {
     }
 
     fn initializer(&mut self, name: &str, dims: Vec<usize>, content: Content, std: Option<f32>) {
-        self.graph.initializers.push(Initializer {
+        self.initializers.push(Initializer {
             name: name.into(),
             dims,
             content,
@@ -355,24 +293,8 @@ impl Builder<'_> {
         });
     }
 
-    fn node(
-        &mut self,
-        op_type: &'static str,
-        domain: &'static str,
-        name: &str,
-        inputs: &[&str],
-        outputs: &[&str],
-        attributes: &[(&'static str, Attribute)],
-    ) {
-        let owned = |list: &[&str]| list.iter().map(|&s| s.to_owned()).collect();
-        let (name, inputs, outputs) = (name.to_owned(), owned(inputs), owned(outputs));
-        self.graph.nodes.push(Node {
-            op_type,
-            domain,
-            name,
-            inputs,
-            outputs,
-            attributes: attributes.to_vec(),
-        });
+    /// A node of one of ONNX Runtime's contrib operators.
+    fn microsoft(&mut self, op_type: &str, inputs: &[&str]) -> NodeBuilder<'_> {
+        self.graph.node(op_type, inputs).domain("com.microsoft")
     }
 }

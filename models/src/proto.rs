@@ -1,17 +1,10 @@
-//! The graph as ONNX messages.
+//! The model as an ONNX message: the graph with its initializers, inline or in an external data file.
 
 use anyhow::Result;
 use bytes::Bytes;
-use retro_onnx::{
-    AttributeProto, DataLocation, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
-    StringStringEntryProto, TensorProto, ValueInfoProto,
-};
+use retro_onnx::{DataLocation, GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto, TensorProto};
 
-use crate::{
-    dtype::Dtype,
-    graph::{Attribute, Dim, Graph, Node, Value},
-    initializer::Initializer,
-};
+use crate::{dtype::Dtype, graph::Llama, initializer::Initializer};
 
 /// Where an initializer's bytes are.
 pub enum Data {
@@ -29,11 +22,11 @@ const OPSETS: [(&str, i64); 2] = [("", 22), ("com.microsoft", 1)];
 
 /// The model message; `data` gives each initializer's bytes or their place.
 pub fn model(
-    graph: &Graph,
+    llama: &Llama,
     dtype: Dtype,
     mut data: impl FnMut(usize, &Initializer) -> Result<Data>,
 ) -> Result<ModelProto> {
-    let initializer = graph
+    let initializer = llama
         .initializers
         .iter()
         .enumerate()
@@ -44,12 +37,8 @@ pub fn model(
         producer_name: Some(env!("CARGO_PKG_NAME").into()),
         producer_version: Some(env!("CARGO_PKG_VERSION").into()),
         graph: Some(GraphProto {
-            node: graph.nodes.iter().map(node).collect(),
-            name: Some("main_graph".into()),
             initializer,
-            input: graph.inputs.iter().map(value).collect(),
-            output: graph.outputs.iter().map(value).collect(),
-            ..Default::default()
+            ..llama.graph.clone()
         }),
         opset_import: OPSETS
             .iter()
@@ -80,37 +69,4 @@ fn tensor(init: &Initializer, dtype: Dtype, data: Data) -> TensorProto {
             ..Default::default()
         },
     }
-}
-
-fn node(node: &Node) -> NodeProto {
-    let names = |list: &'_ [String]| list.to_vec();
-    NodeProto {
-        input: names(&node.inputs),
-        output: names(&node.outputs),
-        attribute: node
-            .attributes
-            .iter()
-            .map(|(name, value)| attribute(name, value))
-            .collect(),
-        ..NodeProto::new(node.domain, node.op_type, &node.name, &[], &[])
-    }
-}
-
-fn attribute(name: &str, value: &Attribute) -> AttributeProto {
-    match value {
-        Attribute::Int(i) => AttributeProto::int(name, *i),
-        Attribute::Float(f) => AttributeProto::float(name, *f),
-        Attribute::Int64s(values, dims) => AttributeProto::tensor(name, TensorProto::int64s("", dims, values)),
-    }
-}
-
-fn value(value: &Value) -> ValueInfoProto {
-    ValueInfoProto::tensor(
-        &value.name,
-        value.elem_type,
-        value.dims.iter().map(|d| match d {
-            Dim::Is(n) => Dimension::from(*n as i64),
-            Dim::Named(name) => Dimension::from(*name),
-        }),
-    )
 }

@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use crate::state::{CacheSize, StateLayout};
+
 /// A string that is none of an attribute's values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseChoiceError {
@@ -79,6 +81,15 @@ choice!(
         SignedMoments = "signed_moments",
     }
 );
+
+impl Selector {
+    /// Shape and element type of a layer's state.
+    pub fn layout(self, size: &CacheSize) -> StateLayout {
+        match self {
+            Self::Bounds | Self::Moments | Self::SignedMoments => StateLayout::page_vectors(size),
+        }
+    }
+}
 
 choice!(
     /// How the scores of a query group's heads become the page's score (attribute `group_score`).

@@ -7,9 +7,11 @@ mod budget;
 mod choice;
 pub mod graph;
 pub mod metadata;
+mod state;
 
 pub use budget::{Budget, budget_pages, pages_for};
 pub use choice::{GroupScore, Mode, ParseChoiceError, Selector};
+pub use state::{CacheSize, StateElement, StateLayout};
 
 /// ONNX domain of the operator.
 pub const DOMAIN: &str = "ai.retro";

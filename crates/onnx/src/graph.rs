@@ -1,4 +1,4 @@
-//! A graph as rules ask about it: who makes a value, who reads it, what is constant.
+//! An index of a graph: which node makes a value, which ones read it, what is constant.
 
 use crate::{DataType, Dimension, GraphProto, NodeProto, TensorProto, ValueInfoProto};
 use std::collections::{HashMap, HashSet};
@@ -8,8 +8,9 @@ const MAX_STEPS: usize = 4096;
 
 /// The main graph of a model with its indices.
 pub struct GraphView<'a> {
+    /// The graph.
     pub graph: &'a GraphProto,
-    /// Version of ONNX's own operators; 0 when the model doesn't say.
+    /// Version of ONNX's own operators, see [`ModelProto::onnx_opset`](crate::ModelProto::onnx_opset).
     pub opset: i64,
     producers: HashMap<&'a str, usize>,
     readers: HashMap<&'a str, Vec<usize>>,
@@ -20,6 +21,7 @@ pub struct GraphView<'a> {
 }
 
 impl<'a> GraphView<'a> {
+    /// Indexes a graph whose operators have this version.
     pub fn new(graph: &'a GraphProto, opset: i64) -> Self {
         let mut producers = HashMap::new();
         let mut readers: HashMap<&str, Vec<usize>> = HashMap::new();
@@ -74,19 +76,22 @@ impl<'a> GraphView<'a> {
         indices.iter().filter_map(|&i| self.graph.node.get(i))
     }
 
-    /// Their indices.
+    /// Their indices, ascending.
     pub fn reader_indices(&self, name: &str) -> &[usize] {
         self.readers.get(name).map_or(&[][..], Vec::as_slice)
     }
 
+    /// The initializer of this name.
     pub fn initializer(&self, name: &str) -> Option<&'a TensorProto> {
         self.initializers.get(name).copied()
     }
 
+    /// Whether an input of the graph has this name.
     pub fn is_input(&self, name: &str) -> bool {
         self.inputs.contains(name)
     }
 
+    /// Whether an output of the graph has this name.
     pub fn is_output(&self, name: &str) -> bool {
         self.outputs.contains(name)
     }
@@ -154,13 +159,6 @@ impl<'a> GraphView<'a> {
             || self.initializers.contains_key(name)
             || self.declared.contains_key(name)
     }
-
-    /// `base`, or `base_2`, `base_3`, ... : the first that nothing in the graph uses.
-    pub fn fresh_name(&self, base: &str) -> String {
-        let numbered = (2..).map(|n| format!("{base}_{n}"));
-        let mut names = std::iter::once(base.to_owned()).chain(numbered);
-        names.find(|n| !self.mentions(n)).unwrap_or_default()
-    }
 }
 
 /// The graphs in a node's attributes.
@@ -170,7 +168,7 @@ pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
         .flat_map(|a| a.g.as_deref().into_iter().chain(&a.graphs))
 }
 
-/// The same, to be changed.
+/// The graphs in a node's attributes, to be changed.
 pub fn subgraphs_mut(node: &mut NodeProto) -> impl Iterator<Item = &mut GraphProto> {
     node.attribute
         .iter_mut()
@@ -238,14 +236,5 @@ mod tests {
         assert_eq!(view.declared_from_end("x", 3), None);
         assert_eq!(view.data_type("x"), Some(DataType::Float16));
         assert_eq!(view.data_type("w"), Some(DataType::Float));
-    }
-
-    #[test]
-    fn fresh_names_avoid_the_graph_and_its_subgraphs() {
-        let graph = sample();
-        let view = GraphView::new(&graph, 21);
-        assert_eq!(view.fresh_name("new"), "new");
-        assert_eq!(view.fresh_name("h"), "h_2");
-        assert_eq!(view.fresh_name("z"), "z_2");
     }
 }

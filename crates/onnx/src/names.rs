@@ -1,11 +1,14 @@
-//! Names that nothing in a graph has yet.
+//! Fresh names: those that nothing in a graph has yet.
 
 use crate::{GraphProto, TensorProto, ValueInfoProto, graph::subgraphs};
 use std::collections::HashSet;
 
+/// The names that are taken in a graph and its subgraphs, by values and by nodes.
+#[derive(Clone, Debug, Default)]
 pub struct FreshNames(HashSet<String>);
 
 impl FreshNames {
+    /// The names that a graph and its subgraphs have.
     pub fn of(graph: &GraphProto) -> Self {
         let mut taken = HashSet::new();
         let mut open = vec![graph];
@@ -22,7 +25,12 @@ impl FreshNames {
         Self(taken)
     }
 
-    /// `base`, or `base_2`, `base_3`, ...
+    /// Takes a name that something else was given.
+    pub fn take(&mut self, name: &str) {
+        self.0.insert(name.to_owned());
+    }
+
+    /// `base`, or the first of `base_2`, `base_3`, ... that is free. It is taken then.
     pub fn name(&mut self, base: &str) -> String {
         let numbered = (2..).map(|n| format!("{base}_{n}"));
         let mut names = std::iter::once(base.to_owned()).chain(numbered);

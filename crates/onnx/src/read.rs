@@ -1,10 +1,10 @@
-//! A model from a file, mapped: weights stay slices of the mapping.
+//! Reads a model from a mapped file. Its weights stay slices of the mapping.
 
 use crate::{
+    error::Error,
     messages::ModelProto,
     stream::{Sink, Stream},
 };
-use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use prost::Message;
 use std::{
@@ -15,6 +15,7 @@ use std::{
 
 /// A model and the file it came from.
 pub struct LoadedModel {
+    /// The model. Tensors' `raw_data` are slices of [`Self::bytes`].
     pub model: ModelProto,
     /// The file as it was named.
     pub path: PathBuf,
@@ -44,7 +45,7 @@ pub fn folder_of(path: &Path) -> &Path {
 /// # Errors
 /// The file is absent, not a regular file, empty, not an ONNX model, or holds something these messages can't represent
 /// (it would be lost on writing).
-pub fn read_model(path: &Path) -> Result<LoadedModel> {
+pub fn read_model(path: &Path) -> Result<LoadedModel, Error> {
     read_bytes(map_file(path)?, path)
 }
 
@@ -52,18 +53,16 @@ pub fn read_model(path: &Path) -> Result<LoadedModel> {
 ///
 /// # Errors
 /// As [`read_model`].
-pub fn read_bytes(bytes: Bytes, path: &Path) -> Result<LoadedModel> {
-    let model = ModelProto::decode(bytes.clone())
-        .map_err(|e| anyhow::anyhow!("{} is not an ONNX model, or is cut short: {e}", path.display()))?;
+pub fn read_bytes(bytes: Bytes, path: &Path) -> Result<LoadedModel, Error> {
+    let model = ModelProto::decode(bytes.clone()).map_err(|reason| Error::NotAModel {
+        path: path.to_owned(),
+        reason,
+    })?;
     if model.graph.is_none() {
-        bail!("{} is not an ONNX model: it has no graph", path.display());
+        return Err(Error::NoGraph(path.to_owned()));
     }
     if !writes_back_as(&model, &bytes) {
-        bail!(
-            "{} holds fields or an encoding that this version doesn't know and would lose; save it again with a current \
-             onnx package (onnx.save(onnx.load(...)))",
-            path.display()
-        );
+        return Err(Error::WouldLose(path.to_owned()));
     }
     Ok(LoadedModel {
         model,
@@ -73,26 +72,33 @@ pub fn read_bytes(bytes: Bytes, path: &Path) -> Result<LoadedModel> {
     })
 }
 
-pub fn map_file(path: &Path) -> Result<Bytes> {
-    let shown = path.display();
+/// The bytes of a file, mapped into memory: they are read from disk when they are looked at.
+///
+/// # Errors
+/// The file is absent, not a regular file, empty, or can't be mapped.
+pub fn map_file(path: &Path) -> Result<Bytes, Error> {
+    let named = || path.to_owned();
     let is_file = |meta: Metadata| {
         if meta.is_file() {
             Ok(meta)
         } else {
-            bail!("{shown} is not a file")
+            Err(Error::NotAFile(named()))
         }
     };
+    let open = |source| Error::Open { path: named(), source };
     // Asked before it is opened: opening a pipe would wait for whoever writes to it.
-    is_file(fs::metadata(path).with_context(|| format!("cannot open {shown}"))?)?;
-    let file = File::open(path).with_context(|| format!("cannot open {shown}"))?;
-    let meta = is_file(file.metadata().with_context(|| format!("cannot read {shown}"))?)?;
-    if meta.len() == 0 {
-        bail!("{shown} is empty");
+    is_file(fs::metadata(path).map_err(open)?)?;
+    let file = File::open(path).map_err(open)?;
+    let meta = file
+        .metadata()
+        .map_err(|source| Error::Read { path: named(), source })?;
+    if is_file(meta)?.len() == 0 {
+        return Err(Error::Empty(named()));
     }
     // SAFETY: the mapping is read-only and private. What this program writes goes to a new file that is renamed, so it
     // never changes a mapped one; a model that someone else rewrites in place while it is read is out of our hands, as
     // for every program that maps files.
-    let mapping = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {shown}"))?;
+    let mapping = unsafe { memmap2::Mmap::map(&file) }.map_err(|source| Error::Map { path: named(), source })?;
     Ok(Bytes::from_owner(mapping))
 }
 
@@ -144,7 +150,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("m.onnx");
         std::fs::write(&path, bytes).unwrap();
-        read_model(&path).err().map_or_else(String::new, |e| format!("{e:#}"))
+        read_model(&path).err().map_or_else(String::new, |e| e.to_string())
     }
 
     #[test]
@@ -170,7 +176,7 @@ mod tests {
         assert!(error_of(&sample().encode_to_vec()[..2000]).contains("cut short"));
         assert!(error_of(&[8, 10]).contains("no graph"));
         let folder = tempfile::tempdir().unwrap();
-        let error = |p: &Path| format!("{:#}", read_model(p).err().unwrap());
+        let error = |p: &Path| read_model(p).err().unwrap().to_string();
         assert!(error(folder.path()).contains("is not a file"));
         assert!(error(&folder.path().join("none.onnx")).contains("cannot open"));
     }

@@ -9,6 +9,10 @@ const GATHER: usize = 64 << 10;
 
 /// Where encoded bytes go, in order.
 pub trait Sink {
+    /// Takes the next bytes.
+    ///
+    /// # Errors
+    /// Those of whatever the bytes go to; writing ends there.
     fn take(&mut self, bytes: &[u8]) -> io::Result<()>;
 }
 

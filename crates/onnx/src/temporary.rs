@@ -23,6 +23,9 @@ pub fn is_temporary(name: &std::ffi::OsStr) -> bool {
 }
 
 /// A temporary file in the target's folder; it is removed again unless it is persisted.
+///
+/// # Errors
+/// The folder is absent, or may not be written.
 pub fn new_file_beside(target: &Path) -> io::Result<NamedTempFile> {
     for _ in 0..TRIES {
         let mut builder = tempfile::Builder::new();
@@ -43,6 +46,10 @@ pub struct NewFolder {
 }
 
 impl NewFolder {
+    /// A temporary folder inside a folder.
+    ///
+    /// # Errors
+    /// The folder is absent, or may not be written.
     pub fn inside(folder: &Path) -> io::Result<Self> {
         for _ in 0..TRIES {
             let mut builder = tempfile::Builder::new();
@@ -64,6 +71,7 @@ impl NewFolder {
         ))
     }
 
+    /// Where it is.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
@@ -76,6 +84,7 @@ impl NewFolder {
 
 /// A file on its way to its place.
 pub enum Staged {
+    /// A new file.
     File(NamedTempFile),
     /// A hard link, in a folder that is locked in its place: a lock on the file itself would be one on the file it is a link of.
     Link(NewFolder, PathBuf),
@@ -83,6 +92,9 @@ pub enum Staged {
 
 impl Staged {
     /// A hard link of a file, in a folder.
+    ///
+    /// # Errors
+    /// The file system has no hard links, or not from there to here.
     pub fn link(source: &Path, folder: &Path) -> io::Result<Self> {
         let new = NewFolder::inside(folder)?;
         let place = new.path().join("link");
@@ -91,6 +103,9 @@ impl Staged {
     }
 
     /// Puts it where nothing is.
+    ///
+    /// # Errors
+    /// Something is there, or the file system refuses.
     pub fn persist_noclobber(self, place: &Path) -> io::Result<()> {
         match self {
             Self::File(file) => file.persist_noclobber(place).map(drop).map_err(|e| e.error),

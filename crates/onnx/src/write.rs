@@ -1,13 +1,13 @@
-//! A model to a file, streamed, whole or not at all.
+//! Writes a model to a file, streamed. The file is there whole or not at all.
 
 use crate::{
+    direct_write::{self, LARGE_FILE},
+    error::Error,
     messages::ModelProto,
-    past_cache::{self, LARGE_FILE},
     read::folder_of,
     stream::{Sink, Stream},
     temporary::new_file_beside,
 };
-use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use prost::Message;
 use std::{
@@ -16,7 +16,7 @@ use std::{
     path::Path,
 };
 
-/// Protobuf's own limit, which ONNX Runtime enforces.
+/// Most bytes of a model's file: protobuf's own limit, which ONNX Runtime enforces.
 pub const MAX_MODEL_BYTES: usize = (1 << 31) - 1;
 
 /// Writes a model to a new file beside the target, syncs it, and renames it over the target: at every moment the target
@@ -24,7 +24,7 @@ pub const MAX_MODEL_BYTES: usize = (1 << 31) - 1;
 ///
 /// # Errors
 /// The model is larger than protobuf's 2 GiB, the target exists and `overwrite` is false, or writing fails.
-pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result<u64> {
+pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result<u64, Error> {
     let len = encoded_len(model)?;
     write_file(target, overwrite, |file| encode_to(model, file))?;
     Ok(len)
@@ -34,21 +34,19 @@ pub fn write_model(model: &ModelProto, target: &Path, overwrite: bool) -> Result
 ///
 /// # Errors
 /// More than an ONNX file may have.
-pub fn encoded_len(model: &ModelProto) -> Result<u64> {
+pub fn encoded_len(model: &ModelProto) -> Result<u64, Error> {
     let len = model.encoded_len();
     if len > MAX_MODEL_BYTES {
-        bail!(
-            "the model would be {len} bytes, more than the 2 GiB that an ONNX file may have; save its weights as external \
-             data first (onnx.save(..., save_as_external_data=True))"
-        );
+        return Err(Error::TooLarge(len));
     }
     Ok(len as u64)
 }
 
 /// What a model's file will hold.
 pub enum Content<'c> {
+    /// A model, which is encoded while it is written.
     Model(&'c ModelProto),
-    /// So many bytes, which are handed over one after the other, whenever they are asked for.
+    /// So many bytes, which the function hands to the sink in order, as often as it is called.
     Bytes(u64, &'c dyn Fn(&mut dyn Sink) -> io::Result<()>),
 }
 
@@ -57,13 +55,17 @@ impl Content<'_> {
     ///
     /// # Errors
     /// More than an ONNX file may have.
-    pub fn len(&self) -> Result<u64> {
+    pub fn byte_len(&self) -> Result<u64, Error> {
         match self {
             Self::Model(model) => encoded_len(model),
             Self::Bytes(len, _) => Ok(*len),
         }
     }
 
+    /// Writes the content to a new, empty file. Large files go past the page cache where the file system can.
+    ///
+    /// # Errors
+    /// Those of writing, and of the function that hands bytes over.
     pub fn write_to(&self, file: &mut File) -> io::Result<()> {
         match self {
             Self::Model(model) => encode_to(model, file),
@@ -82,21 +84,27 @@ pub fn encode_to(model: &ModelProto, file: &mut File) -> io::Result<()> {
 }
 
 /// Writes a file whole or not at all, as [`write_model`] does.
-fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
-    let shown = target.display();
+fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), Error> {
     if target.is_dir() {
-        bail!("cannot write {shown}: it is a folder");
+        return Err(Error::TargetIsFolder(target.to_owned()));
     }
-    let mut temp = new_file_beside(target).with_context(|| format!("cannot write {shown}"))?;
-    fill(temp.as_file_mut()).with_context(|| format!("cannot write {shown}"))?;
-    temp.as_file()
-        .sync_all()
-        .with_context(|| format!("cannot write {shown}"))?;
+    let temp = new_file_beside(target).and_then(|mut temp| {
+        fill(temp.as_file_mut())?;
+        temp.as_file().sync_all()?;
+        Ok(temp)
+    });
+    let temp = temp.map_err(|source| Error::Write {
+        path: target.to_owned(),
+        source,
+    })?;
     persist(temp, target, overwrite)
 }
 
-pub fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) -> Result<()> {
-    let shown = target.display();
+/// Renames a temporary file to its target, and makes that last through a power cut. The temporary file is removed where this fails.
+///
+/// # Errors
+/// The target exists and `overwrite` is false, or the file system refuses.
+pub fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) -> Result<(), Error> {
     let done = if overwrite {
         temp.persist(target)
     } else {
@@ -105,15 +113,20 @@ pub fn persist(temp: tempfile::NamedTempFile, target: &Path, overwrite: bool) ->
     match done {
         Ok(_) => {}
         Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-            bail!("{shown} exists already; use --force to replace it")
+            return Err(Error::TargetExists(target.to_owned()));
         }
-        Err(e) => return Err(e.error).with_context(|| format!("cannot write {shown}")),
+        Err(e) => {
+            return Err(Error::Write {
+                path: target.to_owned(),
+                source: e.error,
+            });
+        }
     }
     sync_folder(folder_of(target));
     Ok(())
 }
 
-/// Makes a rename last through a power cut, where the file system can; there is nothing to do if it can't.
+/// Makes renames in a folder last through a power cut, where the file system can; there is nothing to do if it can't.
 pub fn sync_folder(folder: &Path) {
     if let Ok(folder) = File::open(folder) {
         let _ = folder.sync_all();
@@ -133,11 +146,14 @@ fn into_file(file: &mut File, len: u64, fill: impl FnOnce(&mut dyn Sink) -> io::
     if len < LARGE_FILE {
         fill(&mut ToFile(file))
     } else {
-        past_cache::write(file, len, fill)
+        direct_write::write(file, len, fill)
     }
 }
 
-/// Writes bytes to their places in a new, empty file, zeros between them.
+/// Writes bytes to their places in a new, empty file, zeros between them. `placed`: offset in bytes and content, in order.
+///
+/// # Errors
+/// Those of writing; places that overlap.
 pub fn write_placed(file: &mut File, placed: &[(u64, Bytes)]) -> io::Result<()> {
     let end = placed.last().map_or(0, |(at, bytes)| at + bytes.len() as u64);
     into_file(file, end, |sink| {

@@ -156,7 +156,7 @@ fn wider_copy(
         sliding_cache: Some(SlidingCache::Full),
         ..options.clone()
     };
-    let loaded = read_model(&written.source.model).map_err(|e| verify::Error::Read(e.into()))?;
+    let loaded = read_model(&written.source.model)?;
     let mut converted = match convert_in_memory(loaded, written.source.folder(), &wide) {
         Ok(converted) => converted,
         Err(why) => return Ok(Err(why)),
@@ -172,10 +172,10 @@ fn perturbed_copy(written: &WrittenModel, beside: &Path) -> Result<Option<NamedT
     if written.facts.perturbed.is_empty() {
         return Ok(None);
     }
-    let loaded = read_model(&written.source.model).map_err(|e| verify::Error::Read(e.into()))?;
+    let loaded = read_model(&written.source.model)?;
     let mut model = loaded.model;
     // Names are those of what was converted, which was unfolded.
-    unfold(&mut model).map_err(|why| verify::Error::Read(why.into()))?;
+    unfold(&mut model).map_err(|why| verify::Error::Perturb(why.to_string()))?;
     if !ulp::perturb(&mut model, &written.facts.perturbed) || model.encoded_len() > MAX_MODEL_BYTES {
         return Ok(None);
     }

@@ -1,6 +1,6 @@
 //! Why a model isn't converted.
 
-use crate::{error::Cause, files, revert, settings, source, verify};
+use crate::{files, revert, rewrite, settings, source, verify};
 use std::path::PathBuf;
 
 /// Each is one line, with its sources, that says what is wrong, where, and what to do. Nothing is written then, but for
@@ -28,7 +28,7 @@ pub enum Error {
     NoRuntime(#[source] verify::Error),
     /// The model's file or a file of its weights can't be read, or is no ONNX model.
     #[error(transparent)]
-    Read(Cause),
+    Read(#[from] retro_onnx::Error),
     /// The model has the operator, or the metadata of a conversion.
     #[error("{0}: the model is converted already; convert the original again to change its settings")]
     AlreadyConverted(PathBuf),
@@ -38,7 +38,7 @@ pub enum Error {
         /// The model's file.
         path: PathBuf,
         /// Which tensor, and where it leads.
-        source: Cause,
+        source: retro_onnx::Error,
     },
     /// The model is none that a runtime would load.
     #[error("{} is an invalid ONNX model: {why}", .path.display())]
@@ -161,7 +161,7 @@ pub enum Unconvertible {
     },
     /// The graph has something in the way of the new nodes.
     #[error(transparent)]
-    Rewrite(Cause),
+    Rewrite(#[from] rewrite::Error),
     /// The converted graph is one that no runtime would load.
     #[error("the result would be an invalid ONNX model: {0}")]
     InvalidResult(String),

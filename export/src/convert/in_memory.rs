@@ -39,7 +39,10 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     check_source(&model, &path, folder)?;
     let merged = unfold(&mut model).map_err(|why| unconvertible(Unconvertible::Merged(why.to_string())))?;
 
-    let graph = model.graph.as_ref().ok_or_else(|| no_graph(&path))?;
+    let graph = model
+        .graph
+        .as_ref()
+        .ok_or_else(|| retro_onnx::Error::NoGraph(path.clone()))?;
     let view = GraphView::new(graph, model.onnx_opset());
     let samples = SampleCalls::new(&view, Some(folder.to_owned()));
     let found = find_attention(&model, &samples);
@@ -54,9 +57,12 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     report.merged = merged;
 
     rewrite(&mut model, &conversions, &logits, &options.settings)
-        .map_err(|why| unconvertible(Unconvertible::Rewrite(why.into())))?;
+        .map_err(|why| unconvertible(Unconvertible::Rewrite(why)))?;
 
-    let result = model.graph.as_ref().ok_or_else(|| no_graph(&path))?;
+    let result = model
+        .graph
+        .as_ref()
+        .ok_or_else(|| retro_onnx::Error::NoGraph(path.clone()))?;
     validate(result).map_err(|why| unconvertible(Unconvertible::InvalidResult(why.to_string())))?;
     Ok(ConvertedModel {
         model,
@@ -73,21 +79,17 @@ fn check_source(model: &ModelProto, path: &Path, folder: &Path) -> Result<(), Er
     }
     stay_inside(model, path, folder).map_err(|source| Error::WeightsOutside {
         path: path.to_owned(),
-        source: source.into(),
+        source,
     })?;
-    let graph = model.graph.as_ref().ok_or_else(|| no_graph(path))?;
+    let graph = model
+        .graph
+        .as_ref()
+        .ok_or_else(|| retro_onnx::Error::NoGraph(path.to_owned()))?;
     validate(graph).map_err(|why| Error::Invalid {
         path: path.to_owned(),
         why: why.to_string(),
     })?;
     check_operator_sets(model, path)
-}
-
-fn no_graph(path: &Path) -> Error {
-    Error::Invalid {
-        path: path.to_owned(),
-        why: "it has no graph".to_owned(),
-    }
 }
 
 fn is_converted(model: &ModelProto) -> bool {

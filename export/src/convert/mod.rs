@@ -59,9 +59,9 @@ pub fn convert(options: &Options) -> Result<Report, Error> {
     let output = plan_output(&source, options)?;
     let runtime = runtime_asked_for(options)?;
 
-    let loaded = read_model(&source.model).map_err(|e| Error::Read(e.into()))?;
+    let loaded = read_model(&source.model)?;
     let mut converted = convert_in_memory(loaded, source.folder(), options)?;
-    let mut external = external_files(&converted.model, source.folder()).map_err(|e| Error::Read(e.into()))?;
+    let mut external = external_files(&converted.model, source.folder())?;
 
     let Some(output) = output else {
         return Ok(converted.report);
@@ -90,10 +90,10 @@ pub fn convert(options: &Options) -> Result<Report, Error> {
 /// As [`convert`].
 pub fn convert_bytes(bytes: Bytes, folder: &Path, options: &Options) -> Result<Vec<u8>, Error> {
     options.settings.check()?;
-    let loaded = read_bytes(bytes, Path::new("the model")).map_err(|e| Error::Read(e.into()))?;
+    let loaded = read_bytes(bytes, Path::new("the model"))?;
     let path = loaded.path.clone();
     let mut converted = convert_in_memory(loaded, folder, options)?;
-    external_files(&converted.model, folder).map_err(|e| Error::Read(e.into()))?;
+    external_files(&converted.model, folder)?;
     record_original(&mut converted, &path)?;
     Ok(converted.model.encode_to_vec())
 }

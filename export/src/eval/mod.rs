@@ -2,11 +2,12 @@
 //! activations have shapes only, so a run costs next to nothing whatever the model's size; where numbers are known
 //! (constants, masks, positions, or values that a rule plants) they are computed, in f64.
 
-mod attention;
+mod error;
 mod ops;
 mod tensor;
 
-pub use attention::{fused_scores, windows};
+pub use error::Error;
+pub use ops::{fused_scores, windows};
 pub use tensor::Tensor;
 
 use retro_onnx::{
@@ -31,7 +32,7 @@ const MAX_DEPTH: usize = 16;
 #[derive(Clone, Default)]
 pub struct Env<'a> {
     values: HashMap<&'a str, Rc<Tensor>>,
-    unknown: HashMap<&'a str, String>,
+    unknown: HashMap<&'a str, Error>,
     /// Numbers computed so far.
     spent: usize,
 }
@@ -52,10 +53,10 @@ impl<'a> Env<'a> {
 
     /// # Errors
     /// Why the value is not known.
-    pub fn need(&self, name: &str) -> Result<&Rc<Tensor>, String> {
+    pub fn need(&self, name: &str) -> Result<&Rc<Tensor>, Error> {
         self.get(name).ok_or_else(|| match self.unknown.get(name) {
             Some(why) => why.clone(),
-            None => format!("{name} is not known"),
+            None => Error::ValueUnknown(name.to_owned()),
         })
     }
 
@@ -63,7 +64,7 @@ impl<'a> Env<'a> {
     ///
     /// # Errors
     /// Why the value is not known.
-    pub fn shape(&self, name: &str) -> Result<&[usize], String> {
+    pub fn shape(&self, name: &str) -> Result<&[usize], Error> {
         self.need(name).map(|t| t.shape.as_slice())
     }
 }
@@ -230,7 +231,7 @@ impl<'a> Program<'a> {
                 own.cloned()
             };
             if env.spent > MAX_SPENT {
-                Err("the model computes more than is looked at".to_owned())
+                Err(Error::TooMuchWork)
             } else {
                 evaluate(node, &look, self.view.opset, 0)
             }
@@ -256,8 +257,8 @@ impl<'a> Program<'a> {
                             env.set(name, value);
                         }
                         None => {
-                            let why = format!("node {} ({}): output {name} is not known", node.label(), node.op_type());
-                            env.unknown.insert(name, why);
+                            env.unknown
+                                .insert(name, at(node, Error::OutputUnknown(name.to_owned())));
                         }
                     }
                 }
@@ -267,7 +268,7 @@ impl<'a> Program<'a> {
                     // The first reason along the way is the one that explains.
                     let known = |i: &str| env.unknown.get(i).or_else(|| base?.unknown.get(i)).cloned();
                     let first = reads(node).find_map(known);
-                    let why = first.unwrap_or_else(|| format!("node {} ({}): {why}", node.label(), node.op_type()));
+                    let why = first.unwrap_or_else(|| at(node, why.clone()));
                     env.unknown.insert(name, why);
                 }
             }
@@ -275,10 +276,19 @@ impl<'a> Program<'a> {
     }
 }
 
+/// A failure, told with its node.
+fn at(node: &NodeProto, source: Error) -> Error {
+    Error::Node {
+        label: node.label(),
+        op_type: node.op_type().to_owned(),
+        source: Box::new(source),
+    }
+}
+
 /// Values by name, as a node sees them.
 type Look<'l> = &'l dyn Fn(&str) -> Option<Rc<Tensor>>;
 
-fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, String> {
+fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
     if node.is("", "If") {
         return branch(node, look, opset, depth);
     }
@@ -298,7 +308,7 @@ fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Ve
     }
     for (name, value) in node.input.iter().zip(&inputs) {
         if !name.is_empty() && value.is_none() {
-            return Err(format!("its input {name} is not known"));
+            return Err(Error::InputUnknown(name.clone()));
         }
     }
     ops::evaluate(node, &inputs, opset)
@@ -316,13 +326,13 @@ fn residual(node: &NodeProto) -> Option<&'static [bool]> {
 }
 
 /// An If whose condition is known: what its branch gives. Else its shapes, when both branches agree.
-fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, String> {
+fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
     if depth >= MAX_DEPTH {
-        return Err(format!("more than {MAX_DEPTH} graphs inside one another"));
+        return Err(Error::TooDeep(MAX_DEPTH));
     }
     let graph_of = |name: &str| node.attribute(name).and_then(|a| a.g.as_deref());
     let (Some(yes), Some(no)) = (graph_of("then_branch"), graph_of("else_branch")) else {
-        return Err("a branch is missing".to_owned());
+        return Err("a branch is missing".into());
     };
     let condition = look(node.input(0)).and_then(|c| c.data.as_ref()?.first().copied());
     match condition {

@@ -1,6 +1,6 @@
 //! A tensor as the evaluator sees it: always a shape, sometimes numbers.
 
-use super::ops;
+use super::{Error, ops};
 use half::{bf16, f16};
 use retro_onnx::{DataType, NodeProto, TensorProto};
 use std::{
@@ -99,18 +99,18 @@ impl std::fmt::Debug for Lazy {
 ///
 /// # Errors
 /// More than any model has.
-pub fn numel(shape: &[usize]) -> Result<usize, String> {
+pub fn numel(shape: &[usize]) -> Result<usize, Error> {
     let product = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
     product
         .filter(|n| *n <= MAX_ELEMENTS)
-        .ok_or_else(|| format!("the shape {shape:?} is absurd"))
+        .ok_or_else(|| Error::TooManyElements(shape.to_vec()))
 }
 
 /// The same for a tensor whose numbers are to be held.
-pub(super) fn numbers(shape: &[usize]) -> Result<usize, String> {
+pub(super) fn numbers(shape: &[usize]) -> Result<usize, Error> {
     let n = numel(shape)?;
     if n > MAX_NUMBERS {
-        return Err(format!("{n} numbers are more than are looked at"));
+        return Err(Error::TooManyNumbers(n));
     }
     Ok(n)
 }
@@ -129,7 +129,7 @@ pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
 }
 
 /// Reads `shape` elements out of `data`, each axis by its own stride.
-pub(super) fn strided(data: &[f64], offset: isize, shape: &[usize], strides: &[isize]) -> Result<Vec<f64>, String> {
+pub(super) fn strided(data: &[f64], offset: isize, shape: &[usize], strides: &[isize]) -> Result<Vec<f64>, Error> {
     let n = numbers(shape)?;
     let mut out = Vec::with_capacity(n);
     // The last axis a row at a time, where it is side by side or one number.
@@ -144,7 +144,11 @@ pub(super) fn strided(data: &[f64], offset: isize, shape: &[usize], strides: &[i
         let start = usize::try_from(at).ok();
         let len = if repeats { 1 } else { row };
         let found = start.and_then(|start| data.get(start..start.checked_add(len)?));
-        match found.ok_or("an index is out of range")? {
+        let beyond = Error::IndexOutOfRange {
+            index: at as i64,
+            len: data.len(),
+        };
+        match found.ok_or(beyond)? {
             [one] => out.resize(out.len() + row, *one),
             several => out.extend_from_slice(several),
         }
@@ -161,7 +165,7 @@ pub(super) fn strided(data: &[f64], offset: isize, shape: &[usize], strides: &[i
     Ok(out)
 }
 
-pub(super) fn broadcast(a: &[usize], b: &[usize]) -> Result<Vec<usize>, String> {
+pub(super) fn broadcast(a: &[usize], b: &[usize]) -> Result<Vec<usize>, Error> {
     let rank = a.len().max(b.len());
     let at = |s: &[usize], i: usize| {
         (i + s.len())
@@ -175,7 +179,10 @@ pub(super) fn broadcast(a: &[usize], b: &[usize]) -> Result<Vec<usize>, String> 
             (x, y) if x == y => Ok(x),
             (1, y) => Ok(y),
             (x, 1) => Ok(x),
-            _ => Err(format!("shapes {a:?} and {b:?} do not go together")),
+            _ => Err(Error::Broadcast {
+                left: a.to_vec(),
+                right: b.to_vec(),
+            }),
         })
         .collect()
 }
@@ -228,12 +235,12 @@ impl Tensor {
     }
 
     /// The same number everywhere.
-    pub fn filled(shape: Vec<usize>, data_type: DataType, x: f64) -> Result<Self, String> {
+    pub fn filled(shape: Vec<usize>, data_type: DataType, x: f64) -> Result<Self, Error> {
         Self::computed(shape, data_type, Lazy::new(&[], move |_| x))
     }
 
     /// Numbers by their place: at once, or when they are asked for if there are too many.
-    pub(super) fn computed(shape: Vec<usize>, data_type: DataType, numbers: Lazy) -> Result<Self, String> {
+    pub(super) fn computed(shape: Vec<usize>, data_type: DataType, numbers: Lazy) -> Result<Self, Error> {
         let n = numel(&shape)?;
         let rows = n.checked_div(shape.last().copied().unwrap_or(1)).unwrap_or(0);
         Ok(if n <= MAX_HELD && !numbers.is_affordable(n, rows) {
@@ -295,7 +302,7 @@ impl Tensor {
     }
 
     /// Its elements in another order: `shape` of them, each axis by its own stride.
-    pub(super) fn rearranged(&self, offset: isize, shape: Vec<usize>, by: &[isize]) -> Result<Self, String> {
+    pub(super) fn rearranged(&self, offset: isize, shape: Vec<usize>, by: &[isize]) -> Result<Self, Error> {
         match &self.data {
             Some(data) if numel(&shape)? <= MAX_HELD => {
                 let data = strided(data, offset, &shape, by)?;
@@ -312,7 +319,7 @@ impl Tensor {
     }
 
     /// How far each axis of `shape` moves in this tensor, when it is spread to it.
-    fn spread_strides(&self, shape: &[usize]) -> Result<Vec<isize>, String> {
+    fn spread_strides(&self, shape: &[usize]) -> Result<Vec<isize>, Error> {
         let own = strides(&self.shape);
         let shift = shape
             .len()
@@ -327,8 +334,8 @@ impl Tensor {
     }
 
     /// The tensor's numbers by their places in a shape that it is spread to.
-    pub(super) fn spread_numbers(&self, shape: &[usize]) -> Result<Lazy, String> {
-        let numbers = self.numbers().ok_or("its numbers are not known")?;
+    pub(super) fn spread_numbers(&self, shape: &[usize]) -> Result<Lazy, Error> {
+        let numbers = self.numbers().ok_or(Error::NumbersUnknown)?;
         if self.shape == shape {
             return Ok(numbers);
         }
@@ -347,14 +354,14 @@ impl Tensor {
     }
 
     /// The numbers as integers.
-    pub(super) fn as_ints(&self) -> Result<Vec<i64>, String> {
-        let data = self.data.as_ref().ok_or("its numbers are not known")?;
+    pub(super) fn as_ints(&self) -> Result<Vec<i64>, Error> {
+        let data = self.data.as_ref().ok_or(Error::NumbersUnknown)?;
         Ok(data.iter().map(|x| *x as i64).collect())
     }
 
     /// The tensor's numbers spread to a shape that it goes into.
-    pub(super) fn spread(&self, shape: &[usize]) -> Result<Vec<f64>, String> {
-        let data = self.data.as_ref().ok_or("its numbers are not known")?;
+    pub(super) fn spread(&self, shape: &[usize]) -> Result<Vec<f64>, Error> {
+        let data = self.data.as_ref().ok_or(Error::NumbersUnknown)?;
         if self.shape == shape {
             return Ok(data.clone());
         }

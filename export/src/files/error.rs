@@ -1,7 +1,9 @@
 //! Why an output can't be written.
 
-use crate::error::Cause;
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// Each is one line that says what is wrong, where, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +89,7 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Resolving the output's folder fails.
     #[error("the folder {} can't be read", .path.display())]
@@ -95,7 +97,7 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Writing fails.
     #[error("cannot write {}", .path.display())]
@@ -103,7 +105,7 @@ pub enum Error {
         /// The output, or a file of weights beside it.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Making a folder fails.
     #[error("cannot make the folder {}", .path.display())]
@@ -111,7 +113,7 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Copying or linking a file of weights fails.
     #[error("cannot bring the weights to {}", .path.display())]
@@ -119,7 +121,7 @@ pub enum Error {
         /// Where they were to be.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Copying or linking another file of the model's folder fails.
     #[error("cannot bring {} along", .path.display())]
@@ -127,7 +129,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Moving the old folder out of the way fails.
     #[error("cannot replace {}", .path.display())]
@@ -135,7 +137,7 @@ pub enum Error {
         /// The output.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// Removing the old folder fails; the new one is in place.
     #[error("cannot remove what was replaced, {}", .path.display())]
@@ -143,18 +145,18 @@ pub enum Error {
         /// The old folder under its temporary name.
         path: PathBuf,
         /// What the system says.
-        source: Cause,
+        source: io::Error,
     },
     /// The model can't be an ONNX file, or its file can't be put in place.
     #[error(transparent)]
-    Model(Cause),
+    Model(#[from] retro_onnx::Error),
 }
 
 macro_rules! at {
     ($($name:ident: $variant:ident),+) => {
         impl Error {
-            $(pub(super) fn $name<E: Into<Cause>>(path: &Path) -> impl Fn(E) -> Self + '_ {
-                move |source| Self::$variant { path: path.to_owned(), source: source.into() }
+            $(pub(super) fn $name(path: &Path) -> impl Fn(io::Error) -> Self + '_ {
+                move |source| Self::$variant { path: path.to_owned(), source }
             })+
         }
     };

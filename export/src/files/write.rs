@@ -15,7 +15,7 @@ use retro_onnx::{folder_of, remove_abandoned};
 /// # Errors
 /// The model is too large for an ONNX file, or the system refuses; what was at the output is there still.
 pub fn write(output: &Output, parts: &Parts) -> Result<Written, Error> {
-    let bytes = parts.model.len().map_err(|e| Error::Model(e.into()))?;
+    let bytes = parts.model.byte_len()?;
     let target = match &output.source.named_folder {
         Some(_) => absolute(&output.target)?,
         None => output.target.clone(),

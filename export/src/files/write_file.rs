@@ -109,7 +109,7 @@ fn put_in_place(output: &Output, staged: Vec<StagedFile>, model: NamedTempFile) 
         new.push(place);
         Ok(())
     });
-    let done = placed.and_then(|()| persist(model, &output.target, output.force).map_err(|e| Error::Model(e.into())));
+    let done = placed.and_then(|()| Ok(persist(model, &output.target, output.force)?));
     if done.is_err() {
         // Weights without a model are of no use; what was there before is not touched.
         new.iter().for_each(|place| drop(fs::remove_file(place)));

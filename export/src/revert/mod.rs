@@ -6,7 +6,7 @@ mod record;
 pub use record::{RECORD, RecordError, record};
 
 use crate::{
-    error::{Cause, chain},
+    error::chain,
     files::{self, ExternalMode, Output, Parts, brought, write},
     source::{self, find_source},
     spill::SPILLED,
@@ -30,14 +30,14 @@ pub enum Error {
     Files(#[from] files::Error),
     /// The model can't be read, or is no ONNX model.
     #[error(transparent)]
-    Read(Cause),
+    Read(#[from] retro_onnx::Error),
     /// A file of weights is not there, too short, or out of the model's folder.
     #[error("{}", .path.display())]
     Weights {
         /// The converted model's file.
         path: PathBuf,
         /// Which tensor, and why.
-        source: Cause,
+        source: retro_onnx::Error,
     },
     /// The model has no record of its original, or not the weights that go with it.
     #[error("{}", .path.display())]
@@ -71,8 +71,8 @@ pub fn revert(
 ) -> Result<(PathBuf, u64), Error> {
     let source = find_source(source, graph, Some(target))?;
     let output = Output::plan(&source, target, external, force)?;
-    let LoadedModel { model, len, .. } = read_model(&source.model).map_err(|e| Error::Read(e.into()))?;
-    let weights = |source_error: Cause| Error::Weights {
+    let LoadedModel { model, len, .. } = read_model(&source.model)?;
+    let weights = |source_error| Error::Weights {
         path: source.model.clone(),
         source: source_error,
     };
@@ -80,9 +80,9 @@ pub fn revert(
         path: source.model.clone(),
         source: source_error,
     };
-    stay_inside(&model, &source.model, source.folder()).map_err(|e| weights(e.into()))?;
+    stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
     // Weights are only looked up where a conversion would have put them.
-    let mut files = external_files(&model, source.folder()).map_err(|e| weights(e.into()))?;
+    let mut files = external_files(&model, source.folder()).map_err(weights)?;
     let spilled = model.metadata(SPILLED);
     // Weights that were moved out of the model are in a file of their own.
     let len = files.iter().fold(len, |sum, file| sum.saturating_add(file.len));

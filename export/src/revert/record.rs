@@ -1,7 +1,6 @@
 //! What a converted model remembers of its original: a list of pieces, which are bytes as they are, or the weights of one
 //! tensor of the converted model, counted in the order of the file. It is deflated, and kept as text in the metadata.
 
-use crate::error::Cause;
 use base64::{Engine, engine::general_purpose::STANDARD, read::DecoderReader};
 use flate2::{Compression, read::DeflateDecoder, write::DeflateEncoder};
 use prost::Message;
@@ -9,6 +8,7 @@ use retro_onnx::{Bytes, DataType, MAX_MODEL_BYTES, ModelProto, Sink, TensorProto
 use std::{
     cell::RefCell,
     collections::{HashMap, hash_map::Entry},
+    convert::Infallible,
     io::{self, Read, Write},
     path::Path,
 };
@@ -69,7 +69,7 @@ pub enum RecordError {
     Changed,
     /// A file of weights can't be read.
     #[error(transparent)]
-    Weights(Cause),
+    Weights(#[from] retro_onnx::Error),
     /// Compressing fails.
     #[error("the record of the original can't be made")]
     Compress(#[from] io::Error),
@@ -95,9 +95,9 @@ enum Weights {
     There { location: String, offset: u64, len: u64 },
 }
 
-fn weights(model: &ModelProto) -> Result<Vec<Weights>, RecordError> {
+fn weights(model: &ModelProto) -> Vec<Weights> {
     let mut found = Vec::new();
-    for_each_tensor(model, &mut |tensor| {
+    let Ok(()) = for_each_tensor(model, &mut |tensor| {
         if let Some(raw) = tensor.raw_data.as_ref().filter(|r| r.len() >= SHARED) {
             found.push(Weights::Here(raw.clone()));
         } else if tensor.is_external() {
@@ -109,10 +109,9 @@ fn weights(model: &ModelProto) -> Result<Vec<Weights>, RecordError> {
                 len: number("length").or_else(|| bytes_of(tensor)).unwrap_or(0),
             });
         }
-        Ok(())
-    })
-    .map_err(|e| RecordError::Weights(e.into()))?;
-    Ok(found)
+        Ok::<_, Infallible>(())
+    });
+    found
 }
 
 fn bytes_of(tensor: &TensorProto) -> Option<u64> {
@@ -133,7 +132,7 @@ pub fn record(converted: &mut ModelProto, original: &Bytes) -> Result<(), Record
     if len > most {
         return Err(RecordError::TooLarge { len, most });
     }
-    let shared = shared_weights(converted, original)?;
+    let shared = shared_weights(converted, original);
     let mut hash = Xxh3::new();
     hash.update(original);
     let mut out = DeflateEncoder::new(Vec::new(), Compression::default());
@@ -159,10 +158,10 @@ pub fn record(converted: &mut ModelProto, original: &Bytes) -> Result<(), Record
 }
 
 /// Weights of the converted model that lie in the original's bytes: offset, length, number.
-fn shared_weights(converted: &ModelProto, original: &Bytes) -> Result<Vec<(usize, usize, u64)>, RecordError> {
+fn shared_weights(converted: &ModelProto, original: &Bytes) -> Vec<(usize, usize, u64)> {
     let start = original.as_ptr() as usize;
     let mut shared = Vec::new();
-    for (number, weights) in weights(converted)?.iter().enumerate() {
+    for (number, weights) in weights(converted).iter().enumerate() {
         let Weights::Here(raw) = weights else { continue };
         let at = (raw.as_ptr() as usize).wrapping_sub(start);
         if original
@@ -173,7 +172,7 @@ fn shared_weights(converted: &ModelProto, original: &Bytes) -> Result<Vec<(usize
         }
     }
     shared.sort_unstable();
-    Ok(shared)
+    shared
 }
 
 fn plain(out: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
@@ -202,7 +201,7 @@ impl<'m> Record<'m> {
         let text = model.metadata(RECORD).ok_or(RecordError::NotConverted)?;
         Ok(Self {
             text,
-            weights: weights(model)?,
+            weights: weights(model),
             folder,
             maps: RefCell::default(),
             most: longest(len),
@@ -275,7 +274,7 @@ impl<'m> Record<'m> {
                     Entry::Occupied(known) => known.into_mut(),
                     Entry::Vacant(new) => {
                         let file = map_file(&self.folder.join(location));
-                        new.insert(file.map_err(|e| RecordError::Weights(e.into()))?)
+                        new.insert(file?)
                     }
                 };
                 let range = usize::try_from(*offset).ok().zip(usize::try_from(*len).ok());

@@ -1,6 +1,6 @@
 //! Shapes of copies of caches are shapes of the caches.
 
-use crate::rules::cache_aliases::copied;
+use crate::prove::cache_aliases::copied;
 use retro_onnx::{GraphProto, NodeProto, graph::subgraphs_mut};
 use std::collections::HashMap;
 

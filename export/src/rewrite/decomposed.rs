@@ -1,74 +1,48 @@
-//! Attention of several nodes: what comes before the operator's node and after it, and what gives way.
+//! Attention of several nodes: the operator's node takes their place, with nodes before and after it that bring values into its
+//! layout and type.
 
 use super::{
-    cache_aliases,
+    Error, cache_aliases,
+    operator_node::replace,
     prune::{needed, prune},
-    replace,
-    sequence_lengths::{SequenceLengths, cast_to},
+    sequence_lengths::SequenceLengths,
 };
 use crate::{
-    rules::{self, AttentionMatch, Conversion, Layout},
+    rules::{AttentionMatch, Conversion, Layout, LengthSource},
     settings::Settings,
 };
-use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
-use retro_onnx::{AttributeProto, Bytes, DataType, FreshNames, GraphProto, NodeProto, TensorProto};
+use retro_onnx::{Bytes, DataType, GraphBuilder, GraphProto, NodeProto};
 use std::collections::{HashMap, HashSet};
+
+/// From here on Slice takes its bounds as inputs, Gather negative indices, and Equal floats.
+const OPSET: i64 = 11;
+/// `[B, S, H, D]` to `[B, H, S, D]`, and back.
+const SWAP_TOKENS_AND_HEADS: [i64; 4] = [0, 2, 1, 3];
 
 /// Replaces the attentions that are several nodes, and rebuilds what read the length of their caches.
 ///
 /// # Errors
-/// Something else needs what gives way.
-pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Settings, opset: i64) -> Result<()> {
-    let spelled: Vec<&Conversion> = conversions.iter().filter(|c| c.matched.replaces.is_some()).collect();
-    if spelled.is_empty() {
+/// The opset is too old; the layers' masks differ; the graph has no tokens; something else needs what gives way.
+pub fn rewrite(
+    graph: &mut GraphProto,
+    conversions: &[Conversion],
+    settings: &Settings,
+    opset: i64,
+    builder: &mut GraphBuilder,
+) -> Result<(), Error> {
+    let decomposed: Vec<&Conversion> = conversions.iter().filter(|c| c.matched.replaces.is_some()).collect();
+    if decomposed.is_empty() {
         return Ok(());
     }
-    ensure!(
-        opset >= 11,
-        "opset {opset} is too old to convert attention of several nodes; export with 11 or newer"
-    );
+    if opset < OPSET {
+        return Err(Error::OldOpset(opset));
+    }
     let was = needed(graph);
-    let mut fresh = FreshNames::of(graph);
-    let padding = spelled
-        .iter()
-        .all(|c| c.matched.lengths == rules::LengthSource::FromMask { padding: true });
-    let agree = padding
-        || spelled
-            .iter()
-            .all(|c| c.matched.lengths == rules::LengthSource::FromMask { padding: false });
-    ensure!(agree, "some layers mask padding and others don't");
-    let mut lengths = SequenceLengths::new(graph, &mut fresh, opset, padding)?;
-    let mut instead: HashMap<usize, Vec<NodeProto>> = HashMap::new();
-    let mut gone: HashSet<&str> = HashSet::new();
-    let mut constants = Vec::new();
-    for conversion in &spelled {
-        let matched = conversion.matched;
-        let place = matched.replaces.context("an attention without a place")?;
-        let replaced = graph.node.get(place).context("an attention's node is gone")?;
-        let nodes = node_with_company(replaced, conversion, settings, &lengths, &mut fresh, &mut constants);
-        instead.insert(place, nodes);
-        // The source's own appending, and copies of its result.
-        gone.extend(
-            [
-                &matched.total_key,
-                &matched.total_value,
-                &matched.present_key,
-                &matched.present_value,
-            ]
-            .map(String::as_str),
-        );
-    }
-    let old = std::mem::take(&mut graph.node);
-    for (index, node) in old.into_iter().enumerate() {
-        match instead.remove(&index) {
-            Some(nodes) => graph.node.extend(nodes),
-            None if node.output.iter().any(|o| gone.contains(o.as_str())) => {}
-            None => graph.node.push(node),
-        }
-    }
-    graph.initializer.append(&mut constants);
-    let matches: Vec<&AttentionMatch> = spelled.iter().map(|c| c.matched).collect();
+    let padding = masks_padding(&decomposed)?;
+    let mut lengths = SequenceLengths::new(graph, builder, opset, padding)?;
+    replace_nodes(graph, &decomposed, settings, &lengths, builder)?;
+    let matches: Vec<&AttentionMatch> = decomposed.iter().map(|c| c.matched).collect();
     let past: Vec<String> = matches
         .iter()
         .flat_map(|s| [s.past_key.clone(), s.past_value.clone()])
@@ -81,27 +55,10 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
     cache_aliases::look_through(graph, &caches);
     // Once without what is only the old attention's, so that it is not in the way.
     prune(graph, &was);
-    // The total by the name that the operator's node gives it.
-    let renamed: HashMap<&str, &str> = matches
-        .iter()
-        .flat_map(|s| {
-            [
-                (s.total_key.as_str(), s.present_key.as_str()),
-                (s.total_value.as_str(), s.present_value.as_str()),
-            ]
-        })
-        .filter(|(a, b)| a != b)
-        .collect();
-    for node in &mut graph.node {
-        for input in &mut node.input {
-            if let Some(name) = renamed.get(input.as_str()) {
-                *input = (*name).to_owned();
-            }
-        }
-    }
-    let others = lengths.rewire(graph, &mut fresh, &past, &present);
-    if let Some((node, cache)) = others.first() {
-        bail!("node {node} reads the cache {cache} too, beside the attention: what it needs isn't understood");
+    read_present_caches(graph, &matches);
+    let others = lengths.rewire(graph, builder, &past, &present);
+    if let Some((node, cache)) = others.into_iter().next() {
+        return Err(Error::CacheReadElsewhere { node, cache });
     }
     let mut nodes = lengths.nodes;
     nodes.append(&mut graph.node);
@@ -111,41 +68,98 @@ pub fn rewrite(graph: &mut GraphProto, conversions: &[Conversion], settings: &Se
     Ok(())
 }
 
-/// Values of this program that nothing turned out to need.
-fn needless_lengths(graph: &GraphProto) -> HashSet<String> {
-    let own = graph
-        .node
-        .iter()
-        .flat_map(|n| &n.output)
-        .filter(|o| o.starts_with("retro/"));
-    own.cloned().collect()
+/// Whether the layers mask padding.
+///
+/// # Errors
+/// Some do and some don't.
+fn masks_padding(conversions: &[&Conversion]) -> Result<bool, Error> {
+    let all = |padding| {
+        let mut conversions = conversions.iter();
+        conversions.all(|c| c.matched.lengths == LengthSource::FromMask { padding })
+    };
+    match (all(true), all(false)) {
+        (true, _) => Ok(true),
+        (_, true) => Ok(false),
+        _ => Err(Error::MixedPadding),
+    }
 }
 
-/// The operator's node with the nodes around it that bring values into its layout and type.
-fn node_with_company(
+/// Puts the operator's nodes where the attentions were, and removes what appended to their caches.
+fn replace_nodes(
+    graph: &mut GraphProto,
+    conversions: &[&Conversion],
+    settings: &Settings,
+    lengths: &SequenceLengths,
+    builder: &mut GraphBuilder,
+) -> Result<(), Error> {
+    let mut instead: HashMap<usize, Vec<NodeProto>> = HashMap::new();
+    let mut gone: HashSet<&str> = HashSet::new();
+    for conversion in conversions {
+        let matched = conversion.matched;
+        let place = matched.replaces.ok_or(Error::NoAttention)?;
+        let replaced = graph.node.get(place).ok_or(Error::NoAttention)?;
+        instead.insert(place, attention_nodes(replaced, conversion, settings, lengths, builder));
+        // The source's own appending, and copies of its result.
+        let caches = [
+            &matched.total_key,
+            &matched.total_value,
+            &matched.present_key,
+            &matched.present_value,
+        ];
+        gone.extend(caches.map(String::as_str));
+    }
+    for (index, node) in std::mem::take(&mut graph.node).into_iter().enumerate() {
+        match instead.remove(&index) {
+            Some(nodes) => graph.node.extend(nodes),
+            None if node.output.iter().any(|o| gone.contains(o.as_str())) => {}
+            None => graph.node.push(node),
+        }
+    }
+    graph.initializer.append(&mut builder.take_initializers());
+    Ok(())
+}
+
+/// Lets what reads a cache before it is returned read it by the name that the operator's node gives it.
+fn read_present_caches(graph: &mut GraphProto, matches: &[&AttentionMatch]) {
+    let caches = matches.iter().flat_map(|s| {
+        [
+            (s.total_key.as_str(), s.present_key.as_str()),
+            (s.total_value.as_str(), s.present_value.as_str()),
+        ]
+    });
+    let renamed: HashMap<&str, &str> = caches.filter(|(total, present)| total != present).collect();
+    for input in graph.node.iter_mut().flat_map(|node| &mut node.input) {
+        if let Some(name) = renamed.get(input.as_str()) {
+            *input = (*name).to_owned();
+        }
+    }
+}
+
+/// Values of this program that nothing turned out to need.
+fn needless_lengths(graph: &GraphProto) -> HashSet<String> {
+    let outputs = graph.node.iter().flat_map(|n| &n.output);
+    outputs.filter(|o| o.starts_with("retro/")).cloned().collect()
+}
+
+/// The operator's node, with nodes before it that bring query, key and value into its layout and type, and nodes after it that
+/// bring its output into the source's.
+fn attention_nodes(
     replaced: &NodeProto,
     conversion: &Conversion,
     settings: &Settings,
     lengths: &SequenceLengths,
-    fresh: &mut FreshNames,
-    constants: &mut Vec<TensorProto>,
+    builder: &mut GraphBuilder,
 ) -> Vec<NodeProto> {
     let matched = conversion.matched;
-    let layer = conversion.attention.layer;
-    let mut nodes = Vec::new();
-    let mut company = Company {
-        layer,
-        fresh,
-        constants,
-        nodes: &mut nodes,
-    };
+    builder.set_prefix(format!("retro/layer.{}/", conversion.attention.layer));
     let (hq, hkv, d) = (matched.q_heads, matched.kv_heads, matched.head_size.unwrap_or(0));
     let mut own = matched.clone();
+    let (query, key, value) = (&matched.query, &matched.key, &matched.value);
     let operands = [
-        (&matched.query, matched.query_layout, matched.query_type, 0, hq, "query"),
-        (&matched.key, matched.key_layout, matched.kv_type, hq * d, hkv, "key"),
+        (query, matched.query_layout, matched.query_type, 0, hq, "query"),
+        (key, matched.key_layout, matched.kv_type, hq * d, hkv, "key"),
         (
-            &matched.value,
+            value,
             matched.value_layout,
             matched.kv_type,
             (hq + hkv) * d,
@@ -153,144 +167,90 @@ fn node_with_company(
             "value",
         ),
     ];
-    let brought = operands.map(|(name, layout, data_type, start, heads, what)| {
-        let mut name = company.flat(name, layout, heads * d, what);
+    [own.query, own.key, own.value] = operands.map(|(name, layout, data_type, start, heads, what)| {
+        let mut name = flatten_heads(builder, name, layout, heads * d, what);
         if !matched.bias.is_empty() {
-            name = company.biased(&name, &matched.bias, start, start + heads * d, what);
+            name = add_bias(builder, &name, &matched.bias, [start, start + heads * d], what);
         }
         if matched.typed(data_type) != matched.data_type {
-            name = company.cast(&name, matched.data_type, what);
+            name = builder.cast(&name, matched.data_type, &format!("{what}_cast"));
         }
         name
     });
-    [own.query, own.key, own.value] = brought;
     own.seqlens_k = lengths.seqlens_k.clone();
     own.total_sequence_length = lengths.total_sequence_length.clone();
     if let Some(sinks) = &matched.sinks {
-        own.head_sink = company.numbers(sinks, matched.data_type, "head_sink");
+        own.head_sink = head_sink(builder, sinks, matched.data_type);
     }
     let cast_back = matched.typed(matched.output_type) != matched.data_type;
     let direct = matched.output_layout == Layout::Flat && !cast_back;
     if !direct {
-        own.output = company.name("output");
+        own.output = builder.fresh_name("output");
     }
     let mut node = NodeProto {
-        name: Some(company.name("attention")),
+        name: Some(builder.fresh_name("attention")),
         ..Default::default()
     };
     node.doc_string.clone_from(&replaced.doc_string);
-    let of_it = Conversion {
-        attention: conversion.attention,
+    let conversion = Conversion {
         matched: &own,
-        node: conversion.node,
-        mode: conversion.mode,
+        ..*conversion
     };
-    replace(&mut node, &of_it, settings);
-    company.nodes.push(node);
+    replace(&mut node, &conversion, settings);
+    builder.push(node);
     if !direct {
-        company.restore(
-            &own.output,
-            matched,
-            d,
-            cast_back.then(|| matched.typed(matched.output_type)),
-        );
+        let to = cast_back.then(|| matched.typed(matched.output_type));
+        restore_output(builder, &own.output, matched, d, to);
     }
-    nodes
+    builder.take_nodes()
 }
 
-/// Makes the nodes around one attention.
-pub struct Company<'c> {
-    pub layer: usize,
-    pub fresh: &'c mut FreshNames,
-    pub constants: &'c mut Vec<TensorProto>,
-    pub nodes: &'c mut Vec<NodeProto>,
+/// A per-head sink, `[H]`, as a constant of the operator's type; returns its name.
+pub fn head_sink(builder: &mut GraphBuilder, sinks: &[f32], data_type: DataType) -> String {
+    let raw: Bytes = match data_type {
+        DataType::Float16 => sinks.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+        DataType::Bfloat16 => sinks.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+        _ => sinks.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    };
+    builder.raw("head_sink", data_type, &[sinks.len() as i64], raw)
 }
 
-impl Company<'_> {
-    pub fn name(&mut self, what: &str) -> String {
-        self.fresh.name(&format!("retro/layer.{}/{what}", self.layer))
-    }
+/// A value as `[B, S, width]`.
+fn flatten_heads(builder: &mut GraphBuilder, from: &str, layout: Layout, width: i64, what: &str) -> String {
+    let from = match layout {
+        Layout::Flat => return from.to_owned(),
+        Layout::TokenHeads => from.to_owned(),
+        Layout::Heads => {
+            let transpose = builder.node("Transpose", &[from]).ints("perm", &SWAP_TOKENS_AND_HEADS);
+            transpose.output(&format!("{what}_by_token"))
+        }
+    };
+    let shape = builder.int64s(&format!("{what}_shape"), &[3], &[0, 0, width]);
+    builder.node("Reshape", &[&from, &shape]).output(what)
+}
 
-    pub fn ints(&mut self, values: &[i64], what: &str) -> String {
-        let name = self.name(what);
-        self.constants
-            .push(TensorProto::int64s(&name, &[values.len() as i64], values));
-        name
-    }
+/// Adds the elements `start..end` of the packed bias.
+fn add_bias(builder: &mut GraphBuilder, from: &str, bias: &str, [start, end]: [i64; 2], what: &str) -> String {
+    let starts = builder.int64s(&format!("{what}_bias_start"), &[1], &[start]);
+    let ends = builder.int64s(&format!("{what}_bias_end"), &[1], &[end]);
+    let slice = builder.node("Slice", &[bias, &starts, &ends]);
+    let part = slice.output(&format!("{what}_bias"));
+    builder.node("Add", &[from, &part]).output(&format!("{what}_biased"))
+}
 
-    pub fn numbers(&mut self, values: &[f32], data_type: DataType, what: &str) -> String {
-        let name = self.name(what);
-        let raw: Bytes = match data_type {
-            DataType::Float16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-            DataType::Bfloat16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-            _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        };
-        self.constants
-            .push(TensorProto::raw(&name, data_type, &[values.len() as i64], raw));
-        name
+/// The operator's output in the source's layout and type, by the source's name. `to`: the type, where it is another.
+fn restore_output(builder: &mut GraphBuilder, from: &str, matched: &AttentionMatch, d: i64, to: Option<DataType>) {
+    let mut from = from.to_owned();
+    if let Some(to) = to {
+        from = builder.cast(&from, to, "output_cast");
     }
-
-    pub fn add(&mut self, op: &str, inputs: &[&str], what: &str) -> String {
-        let name = self.name(what);
-        self.nodes.push(NodeProto::new("", op, &name, inputs, &[&name]));
-        name
-    }
-
-    pub fn attribute(&mut self, attribute: AttributeProto) {
-        if let Some(node) = self.nodes.last_mut() {
-            node.attribute.push(attribute);
+    if matched.output_layout != Layout::Flat {
+        let shape = builder.int64s("output_shape", &[4], &[0, 0, matched.q_heads, d]);
+        from = builder.node("Reshape", &[&from, &shape]).output("output_by_head");
+        if matched.output_layout == Layout::Heads {
+            let transpose = builder.node("Transpose", &[&from]).ints("perm", &SWAP_TOKENS_AND_HEADS);
+            transpose.output("output_moved");
         }
     }
-
-    pub fn cast(&mut self, from: &str, to: DataType, what: &str) -> String {
-        let name = self.name(&format!("{what}_cast"));
-        self.nodes.push(cast_to(from, to, &name));
-        name
-    }
-
-    /// A value as `[B, S, width]`.
-    fn flat(&mut self, from: &str, layout: Layout, width: i64, what: &str) -> String {
-        let from = match layout {
-            Layout::Flat => return from.to_owned(),
-            Layout::TokenHeads => from.to_owned(),
-            Layout::Heads => {
-                let moved = self.add("Transpose", &[from], &format!("{what}_by_token"));
-                self.attribute(AttributeProto::ints("perm", &[0, 2, 1, 3]));
-                moved
-            }
-        };
-        let shape = self.ints(&[0, 0, width], &format!("{what}_shape"));
-        self.add("Reshape", &[&from, &shape], what)
-    }
-
-    fn biased(&mut self, from: &str, bias: &str, start: i64, end: i64, what: &str) -> String {
-        let starts = self.ints(&[start], &format!("{what}_bias_start"));
-        let ends = self.ints(&[end], &format!("{what}_bias_end"));
-        let part = self.add("Slice", &[bias, &starts, &ends], &format!("{what}_bias"));
-        self.add("Add", &[from, &part], &format!("{what}_biased"))
-    }
-
-    /// The operator's output in the source's layout and type, by the source's name.
-    fn restore(&mut self, from: &str, matched: &AttentionMatch, d: i64, to: Option<DataType>) {
-        let mut from = from.to_owned();
-        if let Some(to) = to {
-            from = self.cast(&from, to, "output");
-        }
-        if matched.output_layout != Layout::Flat {
-            let shape = self.ints(&[0, 0, matched.q_heads, d], "output_shape");
-            from = self.add("Reshape", &[&from, &shape], "output_by_head");
-            if matched.output_layout == Layout::Heads {
-                self.add("Transpose", &[&from], "output_moved");
-                self.attribute(AttributeProto::ints("perm", &[0, 2, 1, 3]));
-            }
-        }
-        self.rename_last(&matched.output);
-    }
-
-    /// Gives what the last node makes the source's name.
-    pub fn rename_last(&mut self, to: &str) {
-        if let Some(last) = self.nodes.last_mut() {
-            last.output = vec![to.to_owned()];
-        }
-    }
+    builder.rename_last_output(&matched.output);
 }

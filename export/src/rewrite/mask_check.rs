@@ -1,5 +1,8 @@
-//! Where the source counts the ones of its attention mask (GroupQueryAttention): a count says nothing about where the ones
-//! are. Here the mask itself is looked at, so that one which the operator would read otherwise is an error when the model runs.
+//! The check of the attention mask: seqlens_k from the mask itself, negative where the operator would read the mask otherwise than
+//! the source does. The operator then reports an error, where it would compute wrong numbers.
+//!
+//! It is used where the source tells lengths by the shape of its cache ([`super::sequence_lengths`]), and where the source counts
+//! the ones of its mask ([`check_masks`]), as GroupQueryAttention has it: a count says nothing about where the ones are.
 //!
 //! The operator takes what is fed as the newest tokens of its cache: with n valid tokens and S fed, n < S, the first S - n rows
 //! are padding. So n ones side by side are right at the end of the mask (padding on the left), and anywhere if n >= S (masks
@@ -16,9 +19,7 @@ use crate::{
     rules::{self, ATTENTION_MASK, Conversion, INPUT_IDS, INPUTS_EMBEDS},
 };
 use retro_contract::{input, limits::MASK_NOT_UNDERSTOOD};
-use retro_onnx::{
-    AttributeProto, DataType, FreshNames, GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::GraphView,
-};
+use retro_onnx::{DataType, GraphBuilder, GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeSet, HashSet};
 
 /// Nodes that a count of ones may be made of.
@@ -31,8 +32,8 @@ const MASKS: [&[&str]; 4] = [
     &["0000011", "0000000"],
 ];
 
-/// Lets the operator's nodes read lengths that are marked where the mask is not understood.
-pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i64) {
+/// Lets the operator's nodes read checked lengths where the source counts the ones of its attention mask.
+pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i64, builder: &mut GraphBuilder) {
     let given = conversions
         .iter()
         .filter(|c| c.matched.lengths == rules::LengthSource::Given);
@@ -47,12 +48,13 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
     let Some((tokens, rank)) = fed.filter(|_| input_of(&ATTENTION_MASK, 2)) else {
         return;
     };
-    let left = graph.node.iter().any(rules::gqa::is_one);
-    let mask_type = graph
-        .input
-        .iter()
-        .find(|i| i.name() == ATTENTION_MASK)
-        .and_then(ValueInfoProto::data_type);
+    let check = MaskCheck {
+        data_type: data_type(graph),
+        end: OnesEnd::WithTokensFed { tokens, rank },
+        from_start: graph.node.iter().any(rules::gqa::is_one),
+        opset,
+    };
+    builder.set_prefix("retro/given/");
     for count in counts {
         let view = GraphView::new(graph, opset);
         let Some(maker) = view.producer_index(count).filter(|_| depends(&view, count)) else {
@@ -60,14 +62,9 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         };
         let own = counts_ones(&view, count);
         let was = own.then(|| needed(graph));
-        let mut made = Made {
-            fresh: FreshNames::of(graph),
-            nodes: Vec::new(),
-            constants: Vec::new(),
-        };
-        let checked = made.checked((!own).then_some(count), mask_type, (tokens, rank), left, opset);
-        graph.initializer.append(&mut made.constants);
-        graph.node.splice(maker + 1..=maker, made.nodes);
+        let checked = check.seqlens_k(builder, (!own).then_some(count));
+        graph.initializer.append(&mut builder.take_initializers());
+        graph.node.splice(maker + 1..=maker, builder.take_nodes());
         let operators = graph
             .node
             .iter_mut()
@@ -82,6 +79,12 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
             prune(graph, &was);
         }
     }
+}
+
+/// The declared type of the graph's attention mask.
+pub fn data_type(graph: &GraphProto) -> Option<DataType> {
+    let mask = graph.input.iter().find(|i| i.name() == ATTENTION_MASK);
+    mask.and_then(ValueInfoProto::data_type)
 }
 
 /// Whether a value is the number of the attention mask's ones less one, as far as a few masks tell.
@@ -135,129 +138,114 @@ pub fn depends(view: &GraphView, from: &str) -> bool {
     false
 }
 
-struct Made {
-    fresh: FreshNames,
-    nodes: Vec<NodeProto>,
-    constants: Vec<TensorProto>,
+/// Which masks are right: n ones side by side, n > 0, at this place.
+pub struct MaskCheck<'a> {
+    /// The mask's declared type.
+    pub data_type: Option<DataType>,
+    /// Where the ones end.
+    pub end: OnesEnd<'a>,
+    /// Whether the ones must begin the mask.
+    pub from_start: bool,
+    /// Version of ONNX's operators, 10 or newer.
+    pub opset: i64,
 }
 
-impl Made {
-    fn add(&mut self, op: &str, inputs: &[&str], attributes: Vec<AttributeProto>, base: &str) -> String {
-        let name = self.fresh.name(&format!("retro/given/{base}"));
-        let mut node = NodeProto::new("", op, &name, inputs, &[&name]);
-        node.attribute = attributes;
-        self.nodes.push(node);
-        name
-    }
+/// Where a mask's ones end.
+pub enum OnesEnd<'a> {
+    /// At the mask's end.
+    WithMask,
+    /// At the mask's end, or anywhere if they are at least as many as the tokens fed: S of `tokens`, `[B, S]` or `[B, S, hidden]`.
+    WithTokensFed {
+        /// The name of the tokens' value.
+        tokens: &'a str,
+        /// Its rank.
+        rank: usize,
+    },
+}
 
-    fn longs(&mut self, values: &[i64], base: &str) -> String {
-        let name = self.fresh.name(&format!("retro/given/{base}"));
-        self.constants
-            .push(TensorProto::int64s(&name, &[values.len() as i64], values));
-        name
-    }
-
-    fn float(&mut self, value: f32, base: &str) -> String {
-        let name = self.fresh.name(&format!("retro/given/{base}"));
-        self.constants.push(TensorProto::floats(&name, &[1], &[value]));
-        name
-    }
-
-    fn cast(&mut self, from: &str, to: DataType, base: &str) -> String {
-        self.add(
-            "Cast",
-            &[from],
-            vec![AttributeProto::int("to", i64::from(i32::from(to)))],
-            base,
-        )
-    }
-
-    /// Whether whole numbers are equal. Equal takes floats from opset 11 on.
-    fn equal(&mut self, a: &str, b: &str, opset: i64, base: &str) -> String {
-        if opset >= 11 {
-            return self.add("Equal", &[a, b], vec![], base);
-        }
-        let [a, b] = [a, b].map(|x| self.cast(x, DataType::Int64, &format!("{base}_64")));
-        self.add("Equal", &[&a, &b], vec![], base)
-    }
-
-    /// Sums along the second axis, `[B, 1]`.
-    fn sum(&mut self, from: &str, opset: i64, base: &str) -> String {
-        if opset < 13 {
-            return self.add("ReduceSum", &[from], vec![AttributeProto::ints("axes", &[1])], base);
-        }
-        let axis = self.longs(&[1], &format!("{base}_axis"));
-        self.add("ReduceSum", &[from, &axis], vec![], base)
-    }
-
-    /// n - 1 (`count`, of any shape with B elements; where there is none, the mask's ones less one) as `[B]`, marked where the mask is not
-    /// understood, or does not begin with a one although it must.
-    fn checked(
-        &mut self,
-        count: Option<&str>,
-        mask_type: Option<DataType>,
-        (tokens, rank): (&str, usize),
-        must_begin: bool,
-        opset: i64,
-    ) -> String {
+impl MaskCheck<'_> {
+    /// n - 1 as int32 `[B]`, MASK_NOT_UNDERSTOOD where the mask is not right. `count`: a value that has n - 1, of any shape with B
+    /// elements; none: the mask's ones are counted. Returns the value's name.
+    pub fn seqlens_k(&self, b: &mut GraphBuilder, count: Option<&str>) -> String {
         let [from, minus, end] =
-            [(1, "from"), (-1, "minus_one"), (i64::MAX, "end")].map(|(x, base)| self.longs(&[x], base));
-        let [one, two] = [(1.0, "one"), (2.0, "two")].map(|(x, base)| self.float(x, base));
-        let mask = match mask_type {
+            [("from", 1), ("minus_one", -1), ("end", i64::MAX)].map(|(base, x)| b.int64s(base, &[1], &[x]));
+        let [one, two] = [("one", 1.0), ("two", 2.0)].map(|(base, x)| b.floats(base, &[1], &[x]));
+        let mask = match self.data_type {
             Some(DataType::Float) => ATTENTION_MASK.to_owned(),
-            _ => self.cast(ATTENTION_MASK, DataType::Float, "mask"),
+            _ => b.cast(ATTENTION_MASK, DataType::Float, "mask"),
         };
         // n - 1, as it came and as a float, `[B, 1]`.
         let (newest, newest_float) = match count {
             Some(count) => {
-                let column = self.longs(&[-1, 1], "column");
-                let newest = self.add("Reshape", &[count, &column], vec![], "newest");
-                let float = self.cast(&newest, DataType::Float, "newest_float");
+                let column = b.int64s("column", &[2], &[-1, 1]);
+                let newest = b.node("Reshape", &[count, &column]).output("newest");
+                let float = b.cast(&newest, DataType::Float, "newest_float");
                 (newest, float)
             }
             None => {
-                let valid = self.sum(&mask, opset, "valid");
-                let float = self.add("Sub", &[&valid, &one], vec![], "newest_float");
-                (self.cast(&float, DataType::Int32, "newest"), float)
+                let valid = self.sum(b, &mask, "valid");
+                let float = b.node("Sub", &[&valid, &one]).output("newest_float");
+                (b.cast(&float, DataType::Int32, "newest"), float)
             }
         };
-        // Pairs of neighbours that are both valid, the last one being its own: n - 1 + last if all are side by side.
-        let last = self.add("Slice", &[&mask, &minus, &end, &from], vec![], "last");
-        let longer = self.add(
-            "Concat",
-            &[&mask, &last],
-            vec![AttributeProto::int("axis", 1)],
-            "longer",
-        );
-        let next = self.add("Slice", &[&longer, &from, &end, &from], vec![], "next");
-        let both = self.add("Mul", &[&mask, &next], vec![], "both");
-        let pairs = self.sum(&both, opset, "pairs");
-        let expected = self.add("Add", &[&newest_float, &last], vec![], "expected");
-        let together = self.equal(&pairs, &expected, opset, "together");
-        // n >= S, unless the last one is valid: S times 1 - last, which is less than n + 1.
-        let mut shape = self.add("Shape", &[tokens], vec![], "fed_shape");
-        if rank > 2 {
-            let front = self.longs(&[0, 1], "front");
-            shape = self.add("Gather", &[&shape, &front], vec![], "fed_front");
+        // Pairs of neighbours that are both valid, the last one being its own: n - 1 + last if all are side by side, else fewer.
+        let last = b.node("Slice", &[&mask, &minus, &end, &from]).output("last");
+        let longer = b.node("Concat", &[&mask, &last]).int("axis", 1).output("longer");
+        let next = b.node("Slice", &[&longer, &from, &end, &from]).output("next");
+        let both = b.node("Mul", &[&mask, &next]).output("both");
+        let pairs = self.sum(b, &both, "pairs");
+        let mut sound = match self.end {
+            OnesEnd::WithMask => {
+                // pairs + last is n + 1 only if all are side by side and the last one is valid.
+                let found = b.node("Add", &[&pairs, &last]).output("pairs_and_last");
+                let expected = b.node("Add", &[&newest_float, &two]).output("expected");
+                self.equal(b, &found, &expected, "mask_is_sound")
+            }
+            OnesEnd::WithTokensFed { tokens, rank } => {
+                let expected = b.node("Add", &[&newest_float, &last]).output("expected");
+                let together = self.equal(b, &pairs, &expected, "together");
+                // n >= S, unless the last one is valid: S times 1 - last, which is less than n + 1.
+                let mut shape = b.node("Shape", &[tokens]).output("fed_shape");
+                if rank > 2 {
+                    let front = b.int64s("front", &[2], &[0, 1]);
+                    shape = b.node("Gather", &[&shape, &front]).output("fed_front");
+                }
+                let open = b.node("Sub", &[&one, &last]).output("open");
+                let rows = b.node("Expand", &[&open, &shape]).output("open_rows");
+                let needed = self.sum(b, &rows, "needed");
+                let more = b.node("Add", &[&newest_float, &two]).output("more");
+                let enough = b.node("Less", &[&needed, &more]).output("enough");
+                b.node("And", &[&together, &enough]).output("mask_is_sound")
+            }
+        };
+        if self.from_start {
+            let start = b.int64s("start", &[1], &[0]);
+            let first = b.node("Slice", &[&mask, &start, &from, &from]).output("first");
+            let begins = self.equal(b, &first, &one, "begins");
+            sound = b.node("And", &[&sound, &begins]).output("mask_is_sound_for_all");
         }
-        let open = self.add("Sub", &[&one, &last], vec![], "open");
-        let rows = self.add("Expand", &[&open, &shape], vec![], "open_rows");
-        let needed = self.sum(&rows, opset, "needed");
-        let more = self.add("Add", &[&newest_float, &two], vec![], "more");
-        let enough = self.add("Less", &[&needed, &more], vec![], "enough");
-        let mut sound = self.add("And", &[&together, &enough], vec![], "mask_is_sound");
-        if must_begin {
-            let start = self.longs(&[0], "start");
-            let first = self.add("Slice", &[&mask, &start, &from, &from], vec![], "first");
-            let begins = self.equal(&first, &one, opset, "begins");
-            sound = self.add("And", &[&sound, &begins], vec![], "mask_is_sound_for_all");
+        let bad = b.int32s("mask_not_understood", &[1, 1], &[MASK_NOT_UNDERSTOOD]);
+        let marked = b.node("Where", &[&sound, &newest, &bad]).output("marked");
+        let flat = b.int64s("flat", &[1], &[-1]);
+        b.node("Reshape", &[&marked, &flat]).output("seqlens_k")
+    }
+
+    /// Whether whole numbers are equal. Equal takes floats from opset 11 on.
+    fn equal(&self, b: &mut GraphBuilder, x: &str, y: &str, base: &str) -> String {
+        if self.opset >= 11 {
+            return b.node("Equal", &[x, y]).output(base);
         }
-        let bad = self.fresh.name("retro/given/mask_not_understood");
-        self.constants
-            .push(TensorProto::int32s(&bad, &[1, 1], &[MASK_NOT_UNDERSTOOD]));
-        let marked = self.add("Where", &[&sound, &newest, &bad], vec![], "marked");
-        let flat = self.longs(&[-1], "flat");
-        self.add("Reshape", &[&marked, &flat], vec![], "seqlens_k")
+        let [x, y] = [x, y].map(|value| b.cast(value, DataType::Int64, &format!("{base}_64")));
+        b.node("Equal", &[&x, &y]).output(base)
+    }
+
+    /// Sums along the second axis, `[B, 1]`.
+    fn sum(&self, b: &mut GraphBuilder, from: &str, base: &str) -> String {
+        if self.opset < 13 {
+            return b.node("ReduceSum", &[from]).ints("axes", &[1]).output(base);
+        }
+        let axis = b.int64s(&format!("{base}_axis"), &[1], &[1]);
+        b.node("ReduceSum", &[from, &axis]).output(base)
     }
 }
 
@@ -269,7 +257,7 @@ mod tests {
         rules::{Attention, AttentionMatch},
     };
     use retro_contract::Mode;
-    use retro_onnx::Dimension;
+    use retro_onnx::{AttributeProto, Dimension};
 
     /// A graph that counts its mask's ones as exporters do, and an operator's node that reads the count.
     fn counted(opset: i64, tokens: &[&str]) -> GraphProto {
@@ -322,6 +310,7 @@ mod tests {
             found: Ok(Box::new(matched.clone())),
             takes_tokens_again: true,
         };
+        let mut builder = GraphBuilder::part_of(graph);
         check_masks(
             graph,
             &[Conversion {
@@ -331,6 +320,7 @@ mod tests {
                 mode: Mode::Retro,
             }],
             opset,
+            &mut builder,
         );
     }
 

@@ -1,30 +1,30 @@
-//! From attentions to `ai.retro::RetroAttention` nodes: the nodes, the state that the graph takes and returns, the metadata.
+//! Rewrites the attentions of a graph to `ai.retro::RetroAttention` nodes, and declares the state that the graph takes and returns.
+//!
+//! In this order: inputs and outputs ([`graph_io`]), the attentions of one node, those of several nodes ([`decomposed`]), what a
+//! node of one needs around it ([`single`]), the check of the attention mask where the source counts its ones ([`mask_check`]),
+//! the logits readback, and the metadata.
 
 mod cache_aliases;
 mod decomposed;
+mod error;
+mod graph_io;
 mod mask_check;
+mod operator_node;
 mod prune;
 mod sequence_lengths;
 mod single;
 
 use crate::{
     logits::{self, Logits},
-    rules::{AttentionMatch, Conversion, LengthSource, Rope},
+    rules::{Conversion, LengthSource},
     settings::Settings,
-    verify::graph_facts,
 };
-use anyhow::{Context, Result, ensure};
+pub use error::Error;
 pub(crate) use mask_check::depends as reads_mask;
-use retro_contract::{
-    self as contract, Mode, attribute,
-    graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
-    input, metadata, output, pages_for, ring_slots,
-};
-use retro_onnx::{
-    AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-    ValueInfoProto, graph::GraphView,
-};
-use std::collections::{HashMap, HashSet};
+use operator_node::replace;
+use retro_contract::{self as contract, Mode, metadata};
+use retro_onnx::{GraphBuilder, GraphProto, ModelProto, OperatorSetIdProto, graph::GraphView};
+use std::collections::HashSet;
 
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
 const FEEDABLE_INITIALIZERS: i64 = 4;
@@ -32,70 +32,36 @@ const FEEDABLE_INITIALIZERS: i64 = 4;
 /// Rewrites the model's attentions, which must be of this model.
 ///
 /// # Errors
-/// A name that the converted model needs is taken.
-pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logits, settings: &Settings) -> Result<()> {
+/// A name that the converted model needs is taken, a cache has no declared shape, or something else needs what attention of
+/// several nodes gives way to. The model is not usable then.
+pub fn rewrite(
+    model: &mut ModelProto,
+    conversions: &[Conversion],
+    logits: &Logits,
+    settings: &Settings,
+) -> Result<(), Error> {
     let opset = model.onnx_opset();
     let version = model.ir_version.unwrap_or(FEEDABLE_INITIALIZERS);
-    let graph = model.graph.as_mut().context("the model has no graph")?;
-    let names = Names::free_in(&GraphView::new(graph, opset), conversions)?;
+    let graph = model.graph.as_mut().ok_or(Error::NoGraph)?;
+    graph_io::check_names(&GraphView::new(graph, opset), conversions)?;
+    // The one generator of names for all that is added.
+    let mut builder = GraphBuilder::part_of(graph);
     if version < FEEDABLE_INITIALIZERS {
         // All initializers were inputs there, and none could be fed.
         let constant: HashSet<String> = graph.initializer.iter().map(|t| t.name().to_owned()).collect();
         graph.input.retain(|i| !constant.contains(i.name()));
         model.ir_version = Some(FEEDABLE_INITIALIZERS);
     }
-    let mut pages = PageDims::new(settings.page_size);
-    declare_sizes(graph, conversions, opset);
-    graph
-        .input
-        .push(ValueInfoProto::tensor(RETRO_LENGTH, DataType::Int32, [1.into()]));
-    graph
-        .input
-        // One number, or one a sequence; the default has one.
-        .push(ValueInfoProto::tensor(
-            PAGE_BUDGET,
-            DataType::Int32,
-            ["retro_sequences".into()],
-        ));
-    graph.initializer.push(TensorProto::int32s(RETRO_LENGTH, &[1], &[0]));
-    graph.initializer.push(TensorProto::int32s(PAGE_BUDGET, &[1], &[0]));
-    let capacity = conversions
-        .iter()
-        .filter(|c| !c.matched.sliding_cache)
-        .find_map(|c| capacity_of(graph, &c.matched.past_key));
-    let capacity = capacity.unwrap_or_else(|| "past_sequence_length".into());
-    for conversion in conversions {
-        if conversion.matched.sliding_cache {
-            widen(graph, conversion.matched, &capacity);
-        }
-        let state = state_of(graph, conversion.matched, settings, &mut pages)?;
-        let layer = conversion.attention.layer;
-        for (kind, data_type, dims) in state {
-            graph
-                .input
-                .push(ValueInfoProto::tensor(&past(layer, kind), data_type, dims.clone()));
-            graph
-                .output
-                .push(ValueInfoProto::tensor(&present(layer, kind), data_type, dims));
-        }
-        keep_capacity(graph, conversion.matched);
-        if conversion.matched.replaces.is_some() {
-            continue;
-        }
-        let node = graph
-            .node
-            .get_mut(conversion.node)
-            .context("an attention's node is gone")?;
+    graph_io::declare(graph, conversions, settings, opset)?;
+    for conversion in conversions.iter().filter(|c| c.matched.replaces.is_none()) {
+        let node = graph.node.get_mut(conversion.node).ok_or(Error::NoAttention)?;
         replace(node, conversion, settings);
     }
-    decomposed::rewrite(graph, conversions, settings, opset)?;
-    single::surround(graph, conversions, settings, opset)?;
-    mask_check::check_masks(graph, conversions, opset);
-    // Nodes have moved: the lm_head is the one that makes the first of the values after it.
+    decomposed::rewrite(graph, conversions, settings, opset, &mut builder)?;
+    single::surround(graph, conversions, settings, opset, &mut builder)?;
+    mask_check::check_masks(graph, conversions, opset, &mut builder);
     if let Logits::Newest { after, .. } = logits {
-        let makes = |n: &NodeProto| after.last().is_some_and(|v| n.output.contains(v));
-        let lm_head = graph.node.iter().position(makes).context("the lm_head is gone")?;
-        logits::keep_newest(graph, lm_head, after, (&names.rows, &names.index));
+        keep_newest_logits(graph, after, &mut builder)?;
     }
     model
         .opset_import
@@ -104,246 +70,16 @@ pub fn rewrite(model: &mut ModelProto, conversions: &[Conversion], logits: &Logi
     Ok(())
 }
 
-/// Declares heads and their size where caches leave them open: hosts make their caches by what is declared.
-fn declare_sizes(graph: &mut GraphProto, conversions: &[Conversion], opset: i64) {
-    let mut sizes: HashMap<String, [Option<i64>; 2]> = HashMap::new();
-    let view = GraphView::new(graph, opset);
-    for matched in conversions.iter().map(|c| c.matched) {
-        let head_size = matched
-            .head_size
-            .or_else(|| graph_facts::weighed_head_size(&view, matched));
-        for name in [
-            &matched.past_key,
-            &matched.past_value,
-            &matched.present_key,
-            &matched.present_value,
-        ] {
-            sizes.insert(name.clone(), [Some(matched.kv_heads), head_size]);
-        }
-    }
-    for value in graph.input.iter_mut().chain(&mut graph.output) {
-        let Some(sizes) = sizes.get(value.name()) else { continue };
-        for (axis, size) in [1, 3].into_iter().zip(sizes) {
-            let dim = value.dims_mut().filter(|d| d.len() == 4).and_then(|d| d.get_mut(axis));
-            if let Some((dim, size)) = dim.zip(*size).filter(|(dim, _)| dim.fixed().is_none()) {
-                *dim = size.into();
-            }
-        }
-    }
+/// Cuts the hidden states before the lm_head to the newest token's. `after`: the values from the logits back to the lm_head's.
+fn keep_newest_logits(graph: &mut GraphProto, after: &[String], builder: &mut GraphBuilder) -> Result<(), Error> {
+    // Nodes have moved: the lm_head is the one that makes the first of the values after it.
+    let last = after.last().ok_or(Error::NoLmHead)?;
+    let lm_head = graph.node.iter().position(|n| n.output.contains(last));
+    logits::keep_newest(graph, lm_head.ok_or(Error::NoLmHead)?, after, builder);
+    Ok(())
 }
 
-/// Names for values that only this program refers to.
-struct Names {
-    rows: String,
-    index: String,
-}
-
-impl Names {
-    /// Makes sure that the names of the contract are free, and finds names for the rest.
-    fn free_in(view: &GraphView, conversions: &[Conversion]) -> Result<Self> {
-        let layers = conversions.iter().map(|c| c.attention.layer);
-        let state = layers.flat_map(|n| State::ALL.into_iter().flat_map(move |s| [past(n, s), present(n, s)]));
-        for name in [RETRO_LENGTH.to_owned(), PAGE_BUDGET.to_owned()]
-            .into_iter()
-            .chain(state)
-        {
-            ensure!(
-                !view.mentions(&name),
-                "the model has a value named {name} already, which a converted model needs"
-            );
-        }
-        Ok(Self {
-            rows: view.fresh_name("retro/newest_hidden_state"),
-            index: view.fresh_name("retro/newest_position"),
-        })
-    }
-}
-
-/// The dimension P for each kind of capacity: a number for a fixed one, a name of its own for each named one.
-struct PageDims {
-    page_size: usize,
-    named: Vec<String>,
-}
-
-impl PageDims {
-    fn new(page_size: usize) -> Self {
-        Self {
-            page_size,
-            named: Vec::new(),
-        }
-    }
-
-    fn of(&mut self, capacity: &Dimension) -> Dimension {
-        if let Some(tokens) = capacity.fixed().and_then(|c| usize::try_from(c).ok()) {
-            return (pages_for(tokens, self.page_size) as i64).into();
-        }
-        let name = capacity.symbol().unwrap_or_default();
-        let known = self.named.iter().position(|n| n == name);
-        let place = known.unwrap_or_else(|| {
-            self.named.push(name.to_owned());
-            self.named.len() - 1
-        });
-        match place {
-            0 => "retro_pages".into(),
-            more => format!("retro_pages_{}", more + 1).as_str().into(),
-        }
-    }
-}
-
-/// The declared capacity of a cache.
-fn capacity_of(graph: &GraphProto, past: &str) -> Option<Dimension> {
-    graph.input.iter().find(|i| i.name() == past)?.dims()?.get(2).cloned()
-}
-
-/// Declares a sliding-window cache as large as the others: the operator's caches hold the whole context.
-fn widen(graph: &mut GraphProto, matched: &AttentionMatch, capacity: &Dimension) {
-    for past in [&matched.past_key, &matched.past_value] {
-        let declared = graph
-            .input
-            .iter_mut()
-            .find(|i| i.name() == past)
-            .and_then(ValueInfoProto::dims_mut);
-        if let Some(tokens) = declared.and_then(|d| d.get_mut(2)) {
-            *tokens = capacity.clone();
-        }
-    }
-}
-
-/// Types and dimensions of a layer's state.
-fn state_of(
-    graph: &GraphProto,
-    matched: &AttentionMatch,
-    settings: &Settings,
-    pages: &mut PageDims,
-) -> Result<[(State, DataType, Vec<Dimension>); 4]> {
-    let cache = graph
-        .input
-        .iter()
-        .find(|i| i.name() == matched.past_key)
-        .and_then(ValueInfoProto::dims);
-    let Some([batch, _, capacity, size]) = cache else {
-        anyhow::bail!("{} has no declared shape of 4 dimensions", matched.past_key)
-    };
-    let plain = |d: &Dimension| Dimension {
-        denotation: None,
-        ..d.clone()
-    };
-    let (b, p) = (plain(batch), pages.of(capacity));
-    let d = matched.head_size.map_or_else(|| plain(size), Dimension::from);
-    let r = Dimension::from(ring_slots(settings.window) as i64);
-    let (hq, hkv) = (Dimension::from(matched.q_heads), Dimension::from(matched.kv_heads));
-    Ok([
-        (
-            State::PageSummary,
-            matched.data_type,
-            vec![b.clone(), hkv.clone(), p.clone(), 2.into(), d.clone()],
-        ),
-        (State::PageSteps, DataType::Int32, vec![b.clone(), hkv, p]),
-        (
-            State::Outputs,
-            DataType::Float,
-            vec![b.clone(), r.clone(), hq.clone(), d],
-        ),
-        (State::Lse, DataType::Float, vec![b, r, hq]),
-    ])
-}
-
-/// The operator's cache keeps its capacity, so the present one is declared as the past one.
-fn keep_capacity(graph: &mut GraphProto, matched: &AttentionMatch) {
-    for (past, present) in [
-        (&matched.past_key, &matched.present_key),
-        (&matched.past_value, &matched.present_value),
-    ] {
-        let dims = graph
-            .input
-            .iter()
-            .find(|i| i.name() == past)
-            .and_then(|i| i.dims().map(<[_]>::to_vec));
-        let declared = graph
-            .output
-            .iter_mut()
-            .find(|o| o.name() == present)
-            .and_then(ValueInfoProto::dims_mut);
-        if let (Some(dims), Some(declared)) = (dims, declared) {
-            *declared = dims;
-        }
-    }
-}
-
-/// Turns an attention's node into the operator's; its name, doc string and notes stay.
-fn replace(node: &mut NodeProto, conversion: &Conversion, settings: &Settings) {
-    let (matched, layer) = (conversion.matched, conversion.attention.layer);
-    let mut inputs = vec![String::new(); input::COUNT];
-    let mut outputs = vec![String::new(); output::COUNT];
-    for (slot, name) in [
-        (input::QUERY, matched.query.clone()),
-        (input::KEY, matched.key.clone()),
-        (input::VALUE, matched.value.clone()),
-        (input::PAST_KEY, matched.past_key.clone()),
-        (input::PAST_VALUE, matched.past_value.clone()),
-        (input::SEQLENS_K, matched.seqlens_k.clone()),
-        (input::TOTAL_SEQUENCE_LENGTH, matched.total_sequence_length.clone()),
-        (input::COS_CACHE, matched.cos_cache.clone()),
-        (input::SIN_CACHE, matched.sin_cache.clone()),
-        (input::RETRO_LENGTH, RETRO_LENGTH.to_owned()),
-        (input::PAST_PAGE_SUMMARY, past(layer, State::PageSummary)),
-        (input::PAST_PAGE_STEPS, past(layer, State::PageSteps)),
-        (input::PAST_OUTPUTS, past(layer, State::Outputs)),
-        (input::PAST_LSE, past(layer, State::Lse)),
-        (input::PAGE_BUDGET, PAGE_BUDGET.to_owned()),
-        (input::HEAD_SINK, matched.head_sink.clone()),
-    ] {
-        inputs[slot] = name;
-    }
-    for (slot, name) in [
-        (output::OUTPUT, matched.output.clone()),
-        (output::PRESENT_KEY, matched.present_key.clone()),
-        (output::PRESENT_VALUE, matched.present_value.clone()),
-        (output::PRESENT_PAGE_SUMMARY, present(layer, State::PageSummary)),
-        (output::PRESENT_PAGE_STEPS, present(layer, State::PageSteps)),
-        (output::PRESENT_OUTPUTS, present(layer, State::Outputs)),
-        (output::PRESENT_LSE, present(layer, State::Lse)),
-    ] {
-        outputs[slot] = name;
-    }
-    while inputs.last().is_some_and(String::is_empty) {
-        inputs.pop();
-    }
-    node.input = inputs;
-    node.output = outputs;
-    node.domain = Some(contract::DOMAIN.to_owned());
-    node.op_type = Some(contract::OP_TYPE.to_owned());
-    node.overload = None;
-    node.attribute = attributes(matched, conversion.mode, settings);
-}
-
-fn attributes(matched: &AttentionMatch, mode: Mode, settings: &Settings) -> Vec<AttributeProto> {
-    let (ratio, min_pages) = settings.budget.attributes(settings.min_pages, settings.page_size);
-    let (rotary, interleaved) = match matched.rope {
-        Rope::Inside { interleaved, .. } => (1, i64::from(interleaved)),
-        Rope::None | Rope::Before => (0, 0),
-    };
-    vec![
-        AttributeProto::int(attribute::NUM_HEADS, matched.q_heads),
-        AttributeProto::int(attribute::KV_NUM_HEADS, matched.kv_heads),
-        AttributeProto::float(attribute::SCALE, matched.scale),
-        AttributeProto::float(attribute::SOFTCAP, matched.softcap),
-        AttributeProto::int(attribute::DO_ROTARY, rotary),
-        AttributeProto::int(attribute::ROTARY_INTERLEAVED, interleaved),
-        AttributeProto::int(attribute::LOCAL_WINDOW_SIZE, matched.local_window_size),
-        AttributeProto::int(attribute::PAGE_SIZE, settings.page_size as i64),
-        AttributeProto::int(attribute::WINDOW, settings.window as i64),
-        AttributeProto::float(attribute::BUDGET_RATIO, ratio),
-        AttributeProto::int(attribute::BUDGET_MIN_PAGES, min_pages as i64),
-        AttributeProto::int(attribute::SINK_PAGES, settings.sink_pages as i64),
-        AttributeProto::string(attribute::SELECTOR, settings.selector.as_str()),
-        AttributeProto::string(attribute::GROUP_SCORE, settings.group_score.as_str()),
-        AttributeProto::float(attribute::SELECTOR_LAMBDA, settings.selector_lambda),
-        AttributeProto::float(attribute::SELECTOR_CORRELATION, settings.selector_correlation),
-        AttributeProto::string(attribute::MODE, mode.as_str()),
-    ]
-}
-
+/// Writes the settings and the converted layers into the model's metadata.
 fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Settings) {
     let layers = |of: &dyn Fn(&Conversion) -> bool| {
         let mut layers: Vec<usize> = conversions
@@ -382,8 +118,10 @@ mod tests {
         testing::gqa_model,
         validate::validate,
     };
+    use retro_contract::{input, output};
+    use retro_onnx::{TensorProto, ValueInfoProto};
 
-    fn rewritten(model: &ModelProto, settings: &Settings, keep_all: bool) -> Result<ModelProto> {
+    fn rewritten(model: &ModelProto, settings: &Settings, keep_all: bool) -> Result<ModelProto, Error> {
         let graph = model.graph.as_ref().unwrap();
         let view = GraphView::new(graph, 21);
         let found = find_attention(model, &SampleCalls::new(&view, None));
@@ -472,16 +210,6 @@ mod tests {
         assert_eq!(old.node.last(), new.node.last());
         assert_eq!(old.output[0], new.output[0]);
         assert_eq!(new.initializer.len(), old.initializer.len() + 2);
-    }
-
-    #[test]
-    fn capacities_decide_the_pages() {
-        let mut pages = PageDims::new(16);
-        assert_eq!(pages.of(&33.into()), 3.into());
-        assert_eq!(pages.of(&"a".into()), "retro_pages".into());
-        assert_eq!(pages.of(&"b".into()), "retro_pages_2".into());
-        assert_eq!(pages.of(&"a".into()), "retro_pages".into());
-        assert_eq!(pages.of(&Dimension::default()), "retro_pages_3".into());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A model's own functions. ONNX Runtime takes an operator's kernel before a function of the same name, so a node that a rule knows
 //! is that operator; all others are what their bodies say, which no rule looks into.
 
-use super::{explain::INLINE, other};
+use super::{explain::INLINE, unsupported};
 use retro_onnx::{
     FunctionProto, GraphProto, ModelProto, NodeProto,
     graph::{GraphView, subgraphs},
@@ -65,7 +65,7 @@ impl<'a> Functions<'a> {
         let mut inside = self.called(function.node.iter().collect());
         inside.push(function);
         let softmax = |f: &&FunctionProto| f.node.iter().any(|n| n.is("", "Softmax"));
-        if !inside.iter().any(softmax) || !other::weighs_values(view, node) {
+        if !inside.iter().any(softmax) || !unsupported::weighs_values(view, node) {
             return None;
         }
         // A whole attention in the function is named as such.
@@ -75,7 +75,7 @@ impl<'a> Functions<'a> {
                 ..Default::default()
             };
             let view = GraphView::new(&body, 0);
-            body.node.iter().any(|n| other::attention(&view, n).is_some())
+            body.node.iter().any(|n| unsupported::attention(&view, n).is_some())
         };
         if inside.iter().any(whole) {
             return None;

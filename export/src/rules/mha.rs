@@ -1,11 +1,8 @@
 //! com.microsoft::MultiHeadAttention: with the cache as its own inputs or put together before it, repeated heads, a bias on
 //! queries, keys and values, a mask as padding, as scores, or causal.
 
-use super::{
-    MatchResult, Rule,
-    core::{Core, InnerCache, Scores, attention_match, only_known_attributes},
-    sample_calls::SampleCalls,
-};
+use super::{MatchResult, Rule, SampleCalls};
+use crate::prove::{Core, InnerCache, Scores, attention_match, only_known_attributes};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.

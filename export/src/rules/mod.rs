@@ -1,29 +1,23 @@
 //! Source patterns: one rule a file. A rule looks at one node and says that it is not its business, or what it found, or
 //! why it can't be converted, with the value that failed. To add one: write the file, name it in [`RULES`].
 
-pub(crate) mod cache_aliases;
-mod call_invariant;
-mod core;
-mod cross;
+mod cache_names;
+mod carried_state;
+mod cross_attention;
 mod decomposed;
 mod explain;
 mod functions;
 pub(crate) mod gqa;
-mod inputs;
-mod mask;
 mod mha;
 mod onnx_attention;
-mod other;
-mod pairs;
-mod sample_calls;
-mod state;
-mod trace;
-mod window_candidates;
+mod unsupported;
 
+pub use crate::prove::{
+    input_sizes::{Size, named_sizes, sizes, width},
+    sample_calls::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls, noise},
+};
+pub use carried_state::{all_carried, carried};
 pub use explain::none_found;
-pub use inputs::{Size, named_sizes, sizes, width};
-pub use sample_calls::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls, noise};
-pub use state::{all_carried, carried};
 
 use explain::{Explain, INLINE};
 use functions::Functions;
@@ -221,7 +215,7 @@ pub fn find_attention<'a>(model: &'a ModelProto, samples: &SampleCalls<'a>) -> V
                 MatchResult::Match(matched) => Some((Some(rule.name()), Ok(matched))),
                 MatchResult::Refused(why) => Some((Some(rule.name()), Err(why))),
             });
-        let spoke = spoke.or_else(|| other::attention(view, node).map(|why| (None, Err(why))));
+        let spoke = spoke.or_else(|| unsupported::attention(view, node).map(|why| (None, Err(why))));
         let spoke = spoke.or_else(|| functions.softmax(view, node).map(|why| (None, Err(why))));
         if let Some((rule, result)) = spoke {
             let result = match (explain.returned(node), result) {
@@ -255,10 +249,10 @@ pub fn find_attention<'a>(model: &'a ModelProto, samples: &SampleCalls<'a>) -> V
     }
     for attention in found.iter_mut().filter(|a| a.found.is_err()) {
         let node = attention.node.and_then(|n| view.graph.node.get(n));
-        attention.takes_tokens_again |= node.is_some_and(|node| cross::keeps_nothing(samples, node));
+        attention.takes_tokens_again |= node.is_some_and(|node| cross_attention::keeps_nothing(samples, node));
     }
     refuse_shared_caches(&mut found);
-    pairs::refuse_crossed(view, &mut found);
+    cache_names::refuse_crossed(view, &mut found);
     number_layers(view, &mut found);
     found
 }
@@ -293,7 +287,7 @@ const ONLY_MAIN: &str = "only the main graph is converted";
 fn nested(graph: &GraphProto, place: &str, advice: &str, found: &mut Vec<Attention>) {
     let view = GraphView::new(graph, 0);
     for node in &graph.node {
-        let known = gqa::is_one(node) || other::attention(&view, node).is_some();
+        let known = gqa::is_one(node) || unsupported::attention(&view, node).is_some();
         if known {
             found.push(Attention {
                 layer: 0,

@@ -1,10 +1,7 @@
 //! ai.onnx::Attention (opset 23 to 25): with the cache as its own inputs or put together before it.
 
-use super::{
-    MatchResult, Rule,
-    core::{Core, InnerCache, Scores, attention_match, only_known_attributes},
-    sample_calls::SampleCalls,
-};
+use super::{MatchResult, Rule, SampleCalls};
+use crate::prove::{Core, InnerCache, Scores, attention_match, only_known_attributes};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.

@@ -60,7 +60,10 @@ pub enum Error {
     NothingCompared(String),
     /// A model that is needed for a comparison can't be made.
     #[error(transparent)]
-    Read(Cause),
+    Read(#[from] retro_onnx::Error),
+    /// The original with its attention rounded otherwise can't be made.
+    #[error("{0}")]
+    Perturb(String),
     /// A temporary model can't be written.
     #[error("cannot write a model to compare with to {}", .folder.display())]
     Write {

@@ -93,7 +93,10 @@ fn each_bad_attribute_is_named() {
     n.strings.insert("selector", "median");
     assert_eq!(
         message(Attributes::read(&n)),
-        "attribute selector is \"median\", expected one of: bounds, moments, signed_moments"
+        format!(
+            "attribute selector is \"median\", expected one of: {}",
+            Selector::VALUES.join(", ")
+        )
     );
     let mut n = node(&[]);
     n.floats.insert("budget_ratio", f32::NAN);

@@ -7,7 +7,7 @@
 use std::ops::RangeInclusive;
 
 use retro_contract::limits;
-pub use retro_contract::{GroupScore, Selector};
+pub use retro_contract::{CacheSize, GroupScore, Selector, StateElement, StateLayout};
 
 use crate::method::element::Element;
 use crate::ort::Plain;
@@ -44,57 +44,6 @@ macro_rules! for_selector {
     };
 }
 pub use for_selector;
-
-/// Sizes that a layer's state depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CacheSize {
-    /// C, tokens.
-    pub capacity: usize,
-    /// P, pages: C / `page_size` rounded up.
-    pub pages: usize,
-    /// Tokens of a page.
-    pub page_size: usize,
-    /// D.
-    pub head_size: usize,
-}
-
-/// The shape of a selector's state behind `[B, Hkv]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StateLayout {
-    sizes: [usize; 3],
-    rank: usize,
-    /// The whole shape for messages, as docs/operator.md writes it.
-    pub letters: &'static str,
-}
-
-impl StateLayout {
-    /// Of one to three sizes.
-    pub fn new<const N: usize>(sizes: [usize; N], letters: &'static str) -> Self {
-        const { assert!(N >= 1 && N <= 3) };
-        let mut all = [1; 3];
-        all[..N].copy_from_slice(&sizes);
-        Self {
-            sizes: all,
-            rank: N,
-            letters,
-        }
-    }
-
-    /// The sizes behind `[B, Hkv]`.
-    pub fn sizes(&self) -> &[usize] {
-        &self.sizes[..self.rank]
-    }
-
-    /// Elements of one KV head.
-    pub fn len(&self) -> usize {
-        self.sizes.iter().product()
-    }
-
-    /// Whether a KV head has no state.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
 
 /// The rows of a KV head's cache that a call has written, in tokens: `from..len`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,8 +84,10 @@ pub trait PageSelector: Send + Sync + 'static {
     /// Element type of the state tensor. Another one than `E` needs a registration of its own (lib.rs).
     type State<E: Element>: Plain + Default + Send + Sync;
 
-    /// Shape of the state of a layer behind `[B, Hkv]`.
-    fn layout(size: &CacheSize) -> StateLayout;
+    /// Shape and element type of a layer's state: the contract's, which hosts read too.
+    fn layout(size: &CacheSize) -> StateLayout {
+        Self::ID.layout(size)
+    }
 
     /// Brings one KV head's state up to date after rows were written.
     ///
@@ -172,4 +123,34 @@ pub trait PageSelector: Send + Sync + 'static {
 
     /// Makes one head's scores of all candidates comparable with other heads', as the group score needs them.
     fn finish_scores(scoring: &Scoring, scores: &mut [f32], pages: std::ops::Range<usize>);
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::ort::DataType;
+
+    #[test]
+    fn the_state_has_the_contracts_element_type() {
+        let size = CacheSize {
+            capacity: 100,
+            pages: 7,
+            page_size: 16,
+            head_size: 8,
+        };
+        for &id in Selector::ALL {
+            let (named, declared, kernels) = for_selector!(id, P => (
+                <P as PageSelector>::ID,
+                P::layout(&size).element,
+                [<P as PageSelector>::State::<f32>::DATA_TYPE, <P as PageSelector>::State::<f16>::DATA_TYPE],
+            ));
+            let expected = match declared {
+                StateElement::Cache => [f32::DATA_TYPE, f16::DATA_TYPE],
+                StateElement::Byte => [DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; 2],
+            };
+            assert_eq!((named, kernels), (id, expected));
+        }
+    }
 }

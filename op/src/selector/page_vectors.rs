@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{CacheSize, PageSelector, Scoring, Selector, StateLayout, Written};
+use super::{CacheSize, PageSelector, Scoring, Selector, Written};
 use crate::method::element::Element;
 use crate::method::tile::{ROWS, keys_of_tile};
 use crate::simd::{Isa, Simd, dispatched};
@@ -38,10 +38,6 @@ pub trait PageVectors: Send + Sync + 'static {
 impl<V: PageVectors> PageSelector for V {
     const ID: Selector = V::ID;
     type State<E: Element> = E;
-
-    fn layout(size: &CacheSize) -> StateLayout {
-        StateLayout::new([size.pages, 2, size.head_size], "[B, Hkv, P, 2, D]")
-    }
 
     fn update<E: Element>(size: &CacheSize, written: Written, keys: &[E], state: &mut [E], scratch: &mut Vec<f32>) {
         let (d, page_size) = (size.head_size, size.page_size);

@@ -39,8 +39,7 @@ pub struct Args {
     pub window: Vec<usize>,
     #[arg(long, value_delimiter = ',', default_value = "retro")]
     pub mode: Vec<Mode>,
-    /// Page selections as SELECTOR+GROUP_SCORE, like bounds+max or moments+softmax.
-    #[arg(long, value_delimiter = ',', default_value = "bounds+max")]
+    #[arg(long, value_delimiter = ',', default_value = "bounds+max", help = PageSelection::help())]
     pub select: Vec<PageSelection>,
     /// Run under a CUDA graph.
     #[arg(long, default_value = "off")]

@@ -2,11 +2,12 @@
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
+use ort::value::TensorElementType;
 use rand::{SeedableRng, rngs::StdRng};
-use retro_contract::Selector;
+use retro_contract::StateElement;
 use retro_onnx::DataType;
 use retro_run::{
-    bench::synthetic_cache::{normal, summary},
+    bench::synthetic_cache::{normal, random_bytes},
     decoder::device_buffers::DeviceBuffer,
 };
 
@@ -25,18 +26,15 @@ fn encode(dtype: DataType, numbers: &[f32]) -> Vec<u8> {
     }
 }
 
-fn chunk(seed: u64, count: usize, make: impl Fn(&mut StdRng, usize) -> f32 + Sync) -> Vec<f32> {
+fn chunk(seed: u64, count: usize) -> Vec<f32> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut numbers = vec![0.0f32; count];
     let part = count.div_ceil(threads).max(1);
     std::thread::scope(|scope| {
         for (i, numbers) in numbers.chunks_mut(part).enumerate() {
-            let make = &make;
             scope.spawn(move || {
                 let mut random = StdRng::seed_from_u64(seed ^ (i as u64) << 32);
-                for (j, x) in numbers.iter_mut().enumerate() {
-                    *x = make(&mut random, i * part + j);
-                }
+                numbers.fill_with(|| normal(&mut random));
             });
         }
     });
@@ -59,25 +57,26 @@ fn tile(buffer: &DeviceBuffer, offset: usize, length: usize, bytes: &[u8]) -> Re
 /// Random keys, values and queries.
 pub fn normals(buffer: &DeviceBuffer, offset: usize, length: usize, dtype: DataType) -> Result<()> {
     let count = CHUNK.min(length / bytes_of(dtype));
-    tile(
-        buffer,
-        offset,
-        length,
-        &encode(dtype, &chunk(1, count, |r, _| normal(r))),
-    )
+    tile(buffer, offset, length, &encode(dtype, &chunk(1, count)))
 }
 
-/// Page summaries `[..., 2, size]`.
-pub fn summaries(
+/// A selector's state: random numbers of the caches' type, or random codes.
+pub fn state(
     buffer: &DeviceBuffer,
     offset: usize,
     length: usize,
     dtype: DataType,
-    selector: Selector,
-    size: usize,
+    element: StateElement,
 ) -> Result<()> {
-    let vectors = (CHUNK / (2 * size)) | 1;
-    let count = (vectors * 2 * size).min(length / bytes_of(dtype));
-    let make = |random: &mut StdRng, i: usize| summary(selector, normal(random), (i / size) % 2, i);
-    tile(buffer, offset, length, &encode(dtype, &chunk(2, count, make)))
+    match element {
+        StateElement::Cache => normals(buffer, offset, length, dtype),
+        StateElement::Byte => {
+            let codes = random_bytes(
+                TensorElementType::Uint8,
+                CHUNK.min(length),
+                &mut StdRng::seed_from_u64(2),
+            )?;
+            tile(buffer, offset, length, &codes)
+        }
+    }
 }

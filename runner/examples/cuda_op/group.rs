@@ -3,7 +3,10 @@
 use anyhow::Result;
 use ort::{session::Session, value::TensorElementType};
 use retro_contract::{Budget, limits, pages_for, ring_slots};
-use retro_run::decoder::device_buffers::{DeviceBindings, DeviceBuffer, DeviceTensor};
+use retro_run::{
+    bench::synthetic_cache::state_type,
+    decoder::device_buffers::{DeviceBindings, DeviceBuffer, DeviceTensor},
+};
 
 use crate::{
     fill,
@@ -129,10 +132,12 @@ impl Group<'_> {
                 let tensor = self.tensor(offset, &[batch, s.kv_heads, layout.capacity, s.size])?;
                 bindings.in_place(&of_layer(names.0, layer), &of_layer(names.1, layer), &tensor)?;
             }
-            if let NodeKind::Retro { window, .. } = kind {
+            if let NodeKind::Retro { window, selection, .. } = kind {
                 let ring = ring_slots(window);
+                let own = layout.of(selection.selector);
+                let dims = [batch, s.kv_heads].into_iter().chain(own.sizes().iter().copied());
                 let tensors: [(TensorElementType, Vec<usize>); 4] = [
-                    (element, vec![batch, s.kv_heads, layout.pages, 2, s.size]),
+                    (state_type(own.element, element), dims.collect()),
                     (TensorElementType::Int32, vec![batch, s.kv_heads, layout.pages]),
                     (TensorElementType::Float32, vec![batch, ring, s.heads, s.size]),
                     (TensorElementType::Float32, vec![batch, ring, s.heads]),

@@ -1,6 +1,6 @@
 //! Memory layout for a context length and batch size.
 
-use retro_contract::{pages_for, ring_slots};
+use retro_contract::{CacheSize, Selector, StateLayout, pages_for, ring_slots};
 use retro_run::decoder::device_buffers::ALIGNMENT;
 
 use crate::{
@@ -16,9 +16,10 @@ pub struct MemoryLayout {
     pub batch: usize,
     pub capacity: usize,
     pub pages: usize,
+    size: CacheSize,
     /// Keys and values of each layer.
     pub caches: Vec<[usize; 2]>,
-    /// Of each layer: summaries, page steps, output cache, log-sum-exps.
+    /// Of each layer: the selector's state, page steps, output cache, log-sum-exps.
     pub state: Vec<[usize; 4]>,
     pub bank: usize,
     pub output: usize,
@@ -53,10 +54,19 @@ impl MemoryLayout {
         let bank = take((graph::BANK * most).max(prompt).max(batch * chunk) * s.packed() * element);
         let output = take((batch * most).max(prompt).max(batch * chunk) * s.heads * s.size * element);
         let rotary = [(); 2].map(|()| take(capacity * s.size / 2 * element));
+        let size = CacheSize {
+            capacity,
+            pages,
+            page_size: s.page,
+            head_size: s.size,
+        };
+        // One selector is measured at a time: the largest state is room for all.
+        let selectors = args.select.iter().map(|s| s.selector.layout(&size).bytes(element));
+        let selector_bytes = selectors.max().unwrap_or(0);
         let state = (0..s.layers)
             .map(|_| {
                 [
-                    take(batch * s.kv_heads * pages * 2 * s.size * element),
+                    take(batch * s.kv_heads * selector_bytes),
                     take(batch * s.kv_heads * pages * 4),
                     take(batch * ring * s.heads * s.size * 4),
                     take(batch * ring * s.heads * 4),
@@ -69,6 +79,7 @@ impl MemoryLayout {
             batch,
             capacity,
             pages,
+            size,
             caches,
             state,
             bank,
@@ -78,5 +89,20 @@ impl MemoryLayout {
             lengths,
             bytes: next,
         }
+    }
+
+    /// Bytes of a selector's state that a step reads of one KV head: that of the context alone.
+    pub fn read(&self, selector: Selector, element: usize) -> usize {
+        let valid = CacheSize {
+            capacity: self.context,
+            pages: pages_for(self.context, self.size.page_size),
+            ..self.size
+        };
+        selector.layout(&valid).bytes(element)
+    }
+
+    /// The layout of a selector's state.
+    pub fn of(&self, selector: Selector) -> StateLayout {
+        selector.layout(&self.size)
     }
 }

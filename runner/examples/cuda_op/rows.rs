@@ -1,6 +1,6 @@
 //! Rows of the table from timings.
 
-use retro_contract::{Mode, pages_for};
+use retro_contract::Mode;
 
 use crate::{entry::Entry, fill, graph::NodeKind, group::Group, table::Row};
 
@@ -54,20 +54,25 @@ pub fn of_overhead(group: &Group<'_>, micros: &[f64]) -> Row {
     }
 }
 
-/// Bytes of keys, values and summaries that a layer must read.
+/// Bytes of keys, values and selector state that a layer must read.
 fn bytes(group: &Group<'_>, entry: &Entry<'_>) -> f64 {
     let (s, context) = (&group.host.shape, group.layout.context);
     let loaded = || group.pages_of(entry.budget) * s.page;
-    let (loaded, summaries) = match entry.variant.kind {
-        NodeKind::Retro { mode: Mode::Retro, .. } => (loaded(), 2.0 * pages_for(context, s.page) as f64),
+    let element = fill::bytes_of(s.dtype);
+    let (loaded, state) = match entry.variant.kind {
+        NodeKind::Retro {
+            mode: Mode::Retro,
+            selection,
+            ..
+        } => (loaded(), group.layout.read(selection.selector, element)),
         NodeKind::Retro {
             mode: Mode::Streaming, ..
-        } => (loaded(), 0.0),
-        _ => (context, 0.0),
+        } => (loaded(), 0),
+        _ => (context, 0),
     };
-    let row = (group.layout.batch * s.kv_heads * s.size) as f64 * fill::bytes_of(s.dtype) as f64;
-    let summaries = if group.host.args.prompt() { 0.0 } else { summaries };
-    row * (2.0 * loaded.min(context) as f64 + summaries)
+    let state = if group.host.args.prompt() { 0 } else { state };
+    let heads = group.layout.batch * s.kv_heads;
+    (heads * (2 * loaded.min(context) * s.size * element + state)) as f64
 }
 
 /// Names of the node and of its page selection.

@@ -1,4 +1,4 @@
-//! Page summaries of a context: random numbers, or computed from the cache by a prefill.
+//! The selector's state for a context: random, or computed from the cache by a prefill.
 
 use anyhow::{Result, ensure};
 use ort::session::Session;
@@ -40,9 +40,9 @@ impl Filling {
         if let Some((_, kind, session)) = self.0.iter().find(|(s, ..)| *s == selector) {
             return prefill(group, *kind, session);
         }
-        let s = &group.host.shape;
+        let (s, element) = (&group.host.shape, group.layout.of(selector).element);
         for state in &group.layout.state {
-            fill::summaries(group.buffer, state[0], state[1] - state[0], s.dtype, selector, s.size)?;
+            fill::state(group.buffer, state[0], state[1] - state[0], s.dtype, element)?;
         }
         Ok(())
     }

@@ -29,6 +29,25 @@ pub struct PageSelection {
     pub group_score: GroupScore,
 }
 
+impl PageSelection {
+    /// The form and all values, for help texts.
+    pub fn help() -> String {
+        format!(
+            "Page selections as SELECTOR+GROUP_SCORE: {}, with {}",
+            one_of(Selector::VALUES),
+            one_of(GroupScore::VALUES)
+        )
+    }
+}
+
+/// `a`, `a or b`, `a, b or c`.
+fn one_of(values: &[&str]) -> String {
+    match values {
+        [others @ .., last] if !others.is_empty() => format!("{} or {last}", others.join(", ")),
+        _ => values.concat(),
+    }
+}
+
 impl FromStr for PageSelection {
     type Err = String;
 
@@ -63,6 +82,13 @@ mod tests {
         let selection: PageSelection = "moments+softmax".parse().unwrap();
         assert_eq!(selection.to_string(), "moments+softmax");
         assert!("moments".parse::<PageSelection>().unwrap_err().contains("bounds+max"));
+        for name in Selector::VALUES.iter().chain(GroupScore::VALUES) {
+            assert!(PageSelection::help().contains(name), "{name}");
+        }
+        assert_eq!(
+            [one_of(&["a"]), one_of(&["a", "b"]), one_of(&["a", "b", "c"])],
+            ["a", "a or b", "a, b or c"]
+        );
         assert!("x+max".parse::<PageSelection>().unwrap_err().contains("bounds"));
     }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use ort::value::TensorElementType;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use retro_contract::{Selector, graph};
+use retro_contract::{StateElement, graph};
 
 use crate::decoder::{
     decode_loop::{Decoder, Policy},
@@ -25,9 +25,18 @@ pub fn normal(random: &mut StdRng) -> f32 {
     (0..3).map(|_| random.random_range(-1.0f32..1.0)).sum()
 }
 
-fn encode(element: TensorElementType, count: usize, make: impl Fn(&mut StdRng, usize) -> f32) -> Result<Vec<u8>> {
-    let mut random = StdRng::seed_from_u64(1);
-    let numbers = (0..count).map(|i| make(&mut random, i));
+/// Random codes are below this: then no float that lies among them is NaN or infinite.
+pub const CODES: u8 = 0x40;
+
+/// The bytes of `count` random elements: numbers of N(0, 1), or codes below [`CODES`] for uint8.
+///
+/// # Errors
+/// When the element type is neither a float nor uint8.
+pub fn random_bytes(element: TensorElementType, count: usize, random: &mut StdRng) -> Result<Vec<u8>> {
+    if element == TensorElementType::Uint8 {
+        return Ok((0..count).map(|_| random.random_range(0..CODES)).collect());
+    }
+    let numbers = (0..count).map(|_| normal(random));
     Ok(match element {
         TensorElementType::Float32 => numbers.flat_map(f32::to_le_bytes).collect(),
         TensorElementType::Float16 => numbers.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
@@ -36,47 +45,31 @@ fn encode(element: TensorElementType, count: usize, make: impl Fn(&mut StdRng, u
     })
 }
 
-fn keys(element: TensorElementType) -> Result<Vec<u8>> {
-    encode(element, NUMBERS, |random, _| normal(random))
-}
-
-/// Page summaries of two vectors of `size`, like those of pages of 16 such keys.
-fn summaries(element: TensorElementType, size: usize, selector: Selector) -> Result<Vec<u8>> {
-    // An odd number of pages.
-    let pages = (NUMBERS / (2 * size.max(1))) | 1;
-    encode(element, pages * 2 * size, |random, i| {
-        summary(selector, normal(random), (i / size) % 2, i)
-    })
-}
-
-/// Element `i` of the first or second vector of a page summary, from noise of N(0, 1): for pages of 16 normal keys,
-/// minima and maxima are about 1.8 away from 0, means have a deviation of 1/4, and standard deviations are about 1.
-pub fn summary(selector: Selector, noise: f32, vector: usize, i: usize) -> f32 {
-    match (selector, vector) {
-        (Selector::Bounds, 0) => (-1.77 + 0.5 * noise).min(-0.1),
-        (Selector::Bounds, _) => (1.77 + 0.5 * noise).max(0.1),
-        (Selector::Moments | Selector::SignedMoments, 0) => 0.25 * noise,
-        (Selector::Moments, _) => (0.97 + 0.17 * noise).max(0.05),
-        (Selector::SignedMoments, _) => (0.97 + 0.17 * noise).max(0.05) * if i.is_multiple_of(2) { 1.0 } else { -1.0 },
+/// Element type of a selector's state for caches of type `cache`.
+pub fn state_type(element: StateElement, cache: TensorElementType) -> TensorElementType {
+    match element {
+        StateElement::Cache => cache,
+        StateElement::Byte => TensorElementType::Uint8,
     }
 }
 
-/// Fills a cache as after a prefill of `depth` tokens: random keys and values, page summaries like those of such keys,
+/// Fills a cache as after a prefill of `depth` tokens: random keys, values and selector state, whatever its layout, and
 /// page steps of the last token. For benchmarks: what is generated from it means nothing.
 ///
 /// # Errors
 /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
-pub fn fill(kv: &mut KvCache, depth: usize, selector: Selector) -> Result<()> {
+pub fn fill(kv: &mut KvCache, depth: usize) -> Result<()> {
     ensure!(
         (1..=kv.capacity()).contains(&depth),
         "{depth} tokens do not fit a cache of {}",
         kv.capacity()
     );
     for buffer in kv.buffers_mut()? {
-        let (element, width) = (buffer.element(), buffer.width());
         match buffer.kind() {
-            SlotKind::Cache => buffer.tile(&keys(element)?)?,
-            SlotKind::Retro(graph::State::PageSummary) => buffer.tile(&summaries(element, width, selector)?)?,
+            SlotKind::Cache | SlotKind::Retro(graph::State::PageSummary) => {
+                let mut random = StdRng::seed_from_u64(1);
+                buffer.tile(&random_bytes(buffer.element(), NUMBERS, &mut random)?)?;
+            }
             SlotKind::Retro(graph::State::PageSteps) => {
                 let newest = i32::try_from(depth)? - 1;
                 buffer.tile(&newest.to_le_bytes().repeat(1024))?;
@@ -86,11 +79,6 @@ pub fn fill(kv: &mut KvCache, depth: usize, selector: Selector) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The model's selector; the default one for a model without the operator.
-pub fn selector(model: &Model) -> Selector {
-    model.retro.as_ref().and_then(|r| r.selector).unwrap_or_default()
 }
 
 /// Decodes behind a synthetic cache of `depth` tokens: fills the window, runs `warm_up` steps, then `steps` timed ones;
@@ -109,7 +97,7 @@ pub fn decode_at(model: &mut Model, depth: usize, policy: Policy, warm_up: usize
         );
     }
     let mut state = model.new_state(1, capacity)?;
-    fill(state.kv_mut(), depth, selector(model))?;
+    fill(state.kv_mut(), depth)?;
     let prompt: Vec<u32> = (0..depth as u32).map(|i| i % 251).collect();
     let mut decoder = Decoder::new(model, &mut state, &[&prompt], policy)?;
     decoder.measure_nothing();
@@ -124,4 +112,38 @@ pub fn decode_at(model: &mut Model, depth: usize, policy: Policy, warm_up: usize
         decoder.push(0, token);
     }
     Ok(decoder.time - started)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_elements_are_finite_in_every_type() {
+        let bytes = |element| random_bytes(element, 100_000, &mut StdRng::seed_from_u64(1)).unwrap();
+        let words = |list: Vec<u8>| list.as_chunks::<2>().0.to_vec();
+        let floats = bytes(TensorElementType::Float32);
+        let floats = floats.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        assert!(floats.clone().all(f32::is_finite) && floats.clone().any(|x| x < -1.0) && floats.count() == 100_000);
+        assert!(
+            words(bytes(TensorElementType::Float16))
+                .iter()
+                .all(|b| f16::from_le_bytes(*b).is_finite())
+        );
+        assert!(
+            words(bytes(TensorElementType::Bfloat16))
+                .iter()
+                .all(|b| bf16::from_le_bytes(*b).is_finite())
+        );
+        let codes = bytes(state_type(StateElement::Byte, TensorElementType::Float16));
+        assert_eq!((codes.len(), codes.iter().max()), (100_000, Some(&(CODES - 1))));
+        let words = words(codes);
+        assert!(
+            words
+                .iter()
+                .all(|b| f16::from_le_bytes(*b).is_finite() && bf16::from_le_bytes(*b).is_finite())
+        );
+        let cache = state_type(StateElement::Cache, TensorElementType::Float16);
+        assert_eq!(cache, TensorElementType::Float16);
+    }
 }

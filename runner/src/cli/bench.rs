@@ -365,7 +365,7 @@ fn set(
         return state.kv_mut().rewind(depth);
     }
     if depth > 0 && !args.prefill_depth {
-        return synthetic_cache::fill(state.kv_mut(), depth, synthetic_cache::selector(model)).with_context(|| {
+        return synthetic_cache::fill(state.kv_mut(), depth).with_context(|| {
             format!(
                 "{}: give --prefill-depth to feed a prompt instead",
                 model.folder.graph.display()

@@ -42,11 +42,21 @@ pub struct BenchOpArgs {
     /// Windows: tokens fed per step.
     #[arg(short, long, value_delimiter = ',', default_value = "1,2,8", value_name = "LIST")]
     window: Vec<usize>,
-    /// Modes: retro, dense, streaming.
-    #[arg(long, value_delimiter = ',', default_value = "retro", value_name = "LIST")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "retro",
+        value_name = "LIST",
+        help = format!("Modes: {}", Mode::VALUES.join(", "))
+    )]
     mode: Vec<Mode>,
-    /// Page selections as SELECTOR+GROUP_SCORE: bounds, moments or signed_moments, with max or softmax.
-    #[arg(long, value_delimiter = ',', default_value = "bounds+max", value_name = "LIST")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "bounds+max",
+        value_name = "LIST",
+        help = PageSelection::help()
+    )]
     select: Vec<PageSelection>,
     /// Data types: f32, f16.
     #[arg(long, value_delimiter = ',', default_value = "f32", value_name = "LIST")]

@@ -344,12 +344,6 @@ impl StateBuffer {
         *self.tensor.data_type()
     }
 
-    /// The last dimension.
-    pub(crate) fn width(&self) -> usize {
-        let last = self.tensor.shape().last().copied();
-        last.map_or(1, |d| usize::try_from(d).unwrap_or(1))
-    }
-
     /// Page steps start at -1: no page was ever loaded.
     fn counts_from_minus_one(&self) -> bool {
         self.kind == SlotKind::Retro(graph::State::PageSteps)

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use retro_contract::graph;
 use serde::{Deserialize, Serialize};
 
 use crate::decoder::{io::SlotKind, model::Model};
@@ -66,8 +67,8 @@ impl PageReads {
         self.lengths += length as f64;
     }
 
-    /// Bytes of keys, values and, if pages are `scored`, page summaries that a decoding step of one sequence of `model`
-    /// reads in all layers. A layer that selects no pages reads every valid token.
+    /// Bytes of keys, values and, if pages are `scored`, selector state that a decoding step of one sequence of `model`
+    /// reads in all layers. A layer that selects no pages reads every valid token and no state.
     pub fn bytes_per_step(&self, model: &Model, scored: bool) -> f64 {
         let length = self.length().unwrap_or(0.0);
         let sparse = model.page_step_slots();
@@ -75,16 +76,19 @@ impl PageReads {
             let mut slots = sparse.iter().filter_map(|&i| model.io.slots.get(i));
             slots.any(|s| s.layer == layer)
         };
-        let caches = model.io.slots.iter().filter(|s| s.kind == SlotKind::Cache);
-        let bytes = caches.map(|slot| {
-            // One token of a cache, all its heads: as many bytes as one of a page summary's two vectors.
+        let bytes = model.io.slots.iter().map(|slot| {
+            // Of one token of a cache, or one page of the state: all heads.
             let elements: usize = slot.shape(1, 1, 1).iter().product();
-            let vector = slot.element.byte_size(elements).unwrap_or(0) as f64;
-            let read = match (self.tokens(), self.valid_pages()) {
-                (Some(tokens), Some(pages)) if selects(slot.layer) => tokens + if scored { pages } else { 0.0 },
-                _ => length,
+            let each = slot.element.byte_size(elements).unwrap_or(0) as f64;
+            let read = match slot.kind {
+                SlotKind::Cache if selects(slot.layer) => self.tokens().unwrap_or(length),
+                SlotKind::Cache => length,
+                SlotKind::Retro(graph::State::PageSummary) if scored && selects(slot.layer) => {
+                    self.valid_pages().unwrap_or(0.0)
+                }
+                SlotKind::Retro(_) | SlotKind::Recurrent => 0.0,
             };
-            vector * read
+            each * read
         });
         bytes.sum()
     }

@@ -100,5 +100,7 @@ pub(crate) fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> any
 /// What is wrong with a model's external data; `None` if it is complete.
 fn weights_fault(graph: &Path) -> Option<String> {
     let model = read_model(graph).ok()?.model;
-    external_files(&model, folder_of(graph)).err().map(|e| format!("{e:#}"))
+    external_files(&model, folder_of(graph))
+        .err()
+        .map(|e| format!("{:#}", anyhow::Error::from(e)))
 }

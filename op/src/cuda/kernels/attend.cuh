@@ -47,7 +47,7 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
     const Candidates all = candidates(p, s, b);
     if (chooses(p, all)) g.list = p.pages + size_t(pair) * p.max_pages;
     // The newest query takes every page.
-    if (p.mode != DENSE && s.fed > 1) g.steps = p.page_steps + size_t(pair) * p.cache_pages;
+    if (p.mode != DENSE && s.fed > 1) g.steps = page_steps_of(p, pair);
     g.sinks = p.mode == STREAMING ? all.sinks : 0;
     g.first_page = all.from;
     g.recent = p.mode == STREAMING ? recent_from(all) : all.from;
@@ -325,6 +325,54 @@ DEVICE void leave_partial(Block<DP, ROWS, GROUPS>& block, int my_tiles, int my_r
   __syncthreads();
 }
 
+// The block's share of the groups, in stages, as a thread reads it: one place of every stage. Empty places have
+// position s.len.
+template <class S> struct StagePlaces {
+  const Params& p;
+  const Sequence& s;
+  const Groups& groups;
+  int begin, end, place;
+
+  DEVICE int group(int stage) const { return begin + stage * S::GROUPS + place; }
+  DEVICE int ask(int stage) const { return group(stage) < end ? groups.ask(group(stage)) : 0; }
+  DEVICE int page(int stage, int asked) const { return group(stage) < end ? groups.page(group(stage), asked) : -1; }
+  DEVICE int position(int stage, int page) const {
+    return page < 0 ? s.len : (page << p.page_shift) + (group(stage) & ((1 << groups.shift) - 1)) * 8;
+  }
+  DEVICE int least_query(int page) const { return page < 0 ? 0 : groups.from(page); }
+};
+
+// Copies a stage's rows of keys and values into its slot of the ring. Rows beyond the end are 0 (the last page's tokens
+// not yet written may hold anything, even a NaN, which a weight of 0 would not silence); the mask takes them out. A
+// thread copies one chunk of every so many-th row.
+template <class T, class S, int DP> struct StageCopies {
+  const T* key;  // this thread's chunk of row 0
+  long long to_value;
+  u32 ring;
+  int d, len;
+
+  DEVICE StageCopies(const Params& p, const Sequence& s, int pair, u32 ring) : ring(ring), d(p.head_size), len(s.len) {
+    const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
+    const T* values = static_cast<const T*>(p.value_cache) + size_t(pair) * p.capacity * d;
+    key = keys + min(8 * int(threadIdx.x % S::CHUNKS), d - 8);
+    to_value = values - keys;
+  }
+  DEVICE void start(const Placed* placed, int slot) const {
+    constexpr int STRIDE = S::THREADS / S::CHUNKS;
+    const int copy_row = threadIdx.x / S::CHUNKS, copy_chunk = threadIdx.x % S::CHUNKS;
+    const bool copies = 8 * copy_chunk < d;
+#pragma unroll
+    for (int i = 0; i < S::TOKENS / STRIDE; i++) {
+      const int row = i * STRIDE + copy_row, at = placed[row / 8].at + row % 8;
+      const bool there = copies && at < len;
+      const T* from = key + size_t(u32(there ? at : 0)) * u32(d);
+      const u32 target = ring + slot * S::STAGE + (row * S::CHUNKS + (copy_chunk ^ (row % 8))) * 16;
+      copy_async(target, from, there);
+      copy_async(target + S::TOKENS * DP * 2, from + to_value, there);
+    }
+  }
+};
+
 // Keys and values stream through shared memory in stages of p.stages; logits are K Q^T (16 tokens x 8 rows), outputs
 // V^T P^T (16 elements x 8 rows), so that a query group of 8 rows wastes nothing. Chunks of a row are swizzled against
 // bank conflicts.
@@ -367,52 +415,21 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
   // a thread for each place of the first stages and the one behind them, then by those of the latter.
   const int its_stage = threadIdx.x / S::GROUPS, place = threadIdx.x % S::GROUPS;
   const bool reads_ahead = its_stage == p.stages;
+  const StagePlaces<S> places = {p, s, groups, begin, end, place};
   int asked = 0, page = -1;
-  auto ask = [&](int stage) {
-    const int group = begin + stage * S::GROUPS + place;
-    return group < end ? groups.ask(group) : 0;
-  };
-  auto listed = [&](int stage, int asked) {
-    const int group = begin + stage * S::GROUPS + place;
-    return group < end ? groups.page(group, asked) : -1;
-  };
-  auto position_in = [&](int stage, int page) {
-    const int group = begin + stage * S::GROUPS + place;
-    return page < 0 ? s.len : (page << p.page_shift) + (group & ((1 << groups.shift) - 1)) * 8;
-  };
-  auto least_query = [&](int page) { return page < 0 ? 0 : groups.from(page); };
-  if (its_stage <= p.stages) asked = ask(its_stage);
+  if (its_stage <= p.stages) asked = places.ask(its_stage);
   if (its_stage < p.stages)
-    page = listed(its_stage, asked), sh.placed[its_stage][place].at = position_in(its_stage, page);
+    page = places.page(its_stage, asked), sh.placed[its_stage][place].at = places.position(its_stage, page);
   __syncthreads();
 
-  const T* keys = static_cast<const T*>(p.key_cache) + size_t(pair) * p.capacity * d;
-  const T* values = static_cast<const T*>(p.value_cache) + size_t(pair) * p.capacity * d;
-  // Rows beyond the end are 0 (the last page's tokens not yet written may hold anything, even a NaN, which a weight of
-  // 0 would not silence); the mask takes them out. A thread copies one chunk of every so many-th row.
-  constexpr int STRIDE = S::THREADS / S::CHUNKS;
-  const int copy_row = threadIdx.x / S::CHUNKS, copy_chunk = threadIdx.x % S::CHUNKS;
-  const bool copies = 8 * copy_chunk < d;
-  const T* copy_key = keys + min(8 * copy_chunk, d - 8);
-  const long long to_value = values - keys;
+  const StageCopies<T, S, DP> copies(p, s, pair, ring);
   auto fetch = [&](int stage, int slot, int list) {
-    if (stage < last) {
-      const Placed* placed = sh.placed[list];
-#pragma unroll
-      for (int i = 0; i < S::TOKENS / STRIDE; i++) {
-        const int row = i * STRIDE + copy_row, at = placed[row / 8].at + row % 8;
-        const bool there = copies && at < s.len;
-        const T* key = copy_key + size_t(u32(there ? at : 0)) * u32(d);
-        const u32 target = ring + slot * S::STAGE + (row * S::CHUNKS + (copy_chunk ^ (row % 8))) * 16;
-        copy_async(target, key, there);
-        copy_async(target + S::TOKENS * DP * 2, key + to_value, there);
-      }
-    }
+    if (stage < last) copies.start(sh.placed[list], slot);
     commit_copies();
   };
   for (int i = 0; i < p.stages - 1; i++) fetch(i, i, i);
   // The first keys do not wait for A.
-  if (its_stage < p.stages) sh.placed[its_stage][place].from = least_query(page);
+  if (its_stage < p.stages) sh.placed[its_stage][place].from = places.least_query(page);
 
   u32 query[DP / 16][2];
 #pragma unroll
@@ -439,9 +456,9 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
     const int free_slot = slot ? slot - 1 : p.stages - 1, free_list = list ? list - 1 : lists - 1;
     Placed ahead;
     if (reads_ahead) {
-      const int page = listed(stage + p.stages, asked);
-      ahead = {position_in(stage + p.stages, page), least_query(page)};
-      asked = ask(stage + p.stages + 1);
+      const int page = places.page(stage + p.stages, asked);
+      ahead = {places.position(stage + p.stages, page), places.least_query(page)};
+      asked = places.ask(stage + p.stages + 1);
     }
     fetch(stage + p.stages - 1, free_slot, free_list ? free_list - 1 : lists - 1);
     const u32 stored = ring + slot * S::STAGE;
@@ -466,6 +483,63 @@ template <class T, int DP, int ROWS> DEVICE void attend_mma(const Params& p) {
 
 // ---- float32: no tensor core is exact enough ----
 
+// The block's query rows, rotated; zeros beyond the last row and beyond D.
+template <int DP>
+DEVICE void load_queries_f32(const Params& p, const Sequence& s, const RowBlock& rb, int b, int kv_head,
+                             float (&query)[F32_ROWS][DP]) {
+  for (int i = threadIdx.x; i < F32_ROWS * DP; i += 32 * F32_WARPS) {
+    const int n = i / DP, c = i % DP, r = rb.start + n, of_row = token_of(p, r), token = rb.token0 + of_row;
+    query[n][c] = r < rb.rows && c < p.head_size
+                      ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group), c,
+                                s.first + token)
+                      : 0.f;
+  }
+}
+
+// Products of a key with every row. Two lanes a token, each with every other float4 of the key.
+template <int DP>
+DEVICE void key_products_f32(const float (&query)[F32_ROWS][DP], const float* key /* null: zeros */, int d,
+                             float (&dot)[F32_ROWS]) {
+#pragma unroll
+  for (int n = 0; n < F32_ROWS; n++) dot[n] = 0.f;
+  if (key) {
+#pragma unroll 4
+    for (int c = threadIdx.x % 2 * 4; c < d; c += 8) {
+      const float4 k = *reinterpret_cast<const float4*>(key + c);
+#pragma unroll
+      for (int n = 0; n < F32_ROWS; n++) {
+        const float4 q = *reinterpret_cast<const float4*>(&query[n][c]);
+        dot[n] = fmaf(k.x, q.x, fmaf(k.y, q.y, fmaf(k.z, q.z, fmaf(k.w, q.w, dot[n]))));
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < F32_ROWS; n++) dot[n] += __shfl_xor_sync(ALL_LANES, dot[n], 1);
+}
+
+// Leaves a warp's maxima, sums and outputs in the block's memory.
+template <int DP>
+DEVICE void leave_partial_f32(Block<DP, F32_ROWS, F32_WARPS>& block, const float (&top)[F32_ROWS],
+                              float (&sum)[F32_ROWS], const float (&out)[F32_ROWS][DP / 32]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < F32_ROWS; n++) {
+    sum[n] = warp_sum(sum[n]);
+    if (lane == 0) block.stats[warp][n][0] = top[n], block.stats[warp][n][1] = sum[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < F32_ROWS; n++) {
+    float m = NEG_INF;
+#pragma unroll
+    for (int x = 0; x < F32_WARPS; x++) m = fmaxf(m, block.stats[x][n][0]);
+    const float scale = top[n] == NEG_INF ? 0.f : exp2f(top[n] - m);
+#pragma unroll
+    for (int c = 0; c < DP / 32; c++) block.outputs[warp][n][lane + 32 * c] = out[n][c] * scale;
+  }
+  __syncthreads();
+}
+
 template <int DP> DEVICE void attend_f32(const Params& p) {
   constexpr int ROWS = F32_ROWS, TOKENS = ATTEND_TILE;
   struct Shared {
@@ -483,13 +557,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
   const Sequence s = sequence(p, b);
   const RowBlock rb = row_block(p, s, gridDim.x - 1 - blockIdx.x /* the longest first */, ROWS);
   if (!s.valid || rb.start >= rb.rows) return;
-  for (int i = threadIdx.x; i < ROWS * DP; i += 32 * F32_WARPS) {
-    const int n = i / DP, c = i % DP, r = rb.start + n, of_row = token_of(p, r), token = rb.token0 + of_row;
-    sh.query[n][c] = r < rb.rows && c < d
-                         ? rotated(p, query_row<F32>(p, b, s.skipped + token, kv_head * p.group + r - of_row * p.group),
-                                   c, s.first + token)
-                         : 0.f;
-  }
+  load_queries_f32<DP>(p, s, rb, b, kv_head, sh.query);
   __syncthreads();
   const Groups groups = groups_of(p, s, rb, ROWS, b, pair);
   wait_for_pages(p, groups, pair);
@@ -515,26 +583,11 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
       at[half] = page < 0 ? s.len : (page << p.page_shift) + inside;
       from[half] = page < 0 ? 0 : groups.from(page);
     }
-    // Two lanes a token, each with every other float4 of the key.
     const int token = lane / 2, mine = (token < 8 ? at[0] : at[1]) + token % 8, limit = token < 8 ? from[0] : from[1];
     float dot[ROWS];
-#pragma unroll
-    for (int n = 0; n < ROWS; n++) dot[n] = 0.f;
-    if (mine < s.len) {
-      const float* key = keys + size_t(mine) * d;
-#pragma unroll 4
-      for (int c = lane % 2 * 4; c < d; c += 8) {
-        const float4 k = *reinterpret_cast<const float4*>(key + c);
-#pragma unroll
-        for (int n = 0; n < ROWS; n++) {
-          const float4 q = *reinterpret_cast<const float4*>(&sh.query[n][c]);
-          dot[n] = fmaf(k.x, q.x, fmaf(k.y, q.y, fmaf(k.z, q.z, fmaf(k.w, q.w, dot[n]))));
-        }
-      }
-    }
+    key_products_f32<DP>(sh.query, mine < s.len ? keys + size_t(mine) * d : nullptr, d, dot);
 #pragma unroll
     for (int n = 0; n < ROWS; n++) {
-      dot[n] += __shfl_xor_sync(ALL_LANES, dot[n], 1);
       const bool seen =
           position[n] >= max(mine, limit) && mine < s.len && (!p.local_window || mine >= seen_from(p, position[n]));
       const float x = seen ? logit(p, dot[n]) : NEG_INF;
@@ -564,22 +617,7 @@ template <int DP> DEVICE void attend_f32(const Params& p) {
     }
     __syncwarp();
   }
-#pragma unroll
-  for (int n = 0; n < ROWS; n++) {
-    sum[n] = warp_sum(sum[n]);
-    if (lane == 0) sh.block.stats[warp][n][0] = top[n], sh.block.stats[warp][n][1] = sum[n];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < ROWS; n++) {
-    float m = NEG_INF;
-#pragma unroll
-    for (int x = 0; x < F32_WARPS; x++) m = fmaxf(m, sh.block.stats[x][n][0]);
-    const float scale = top[n] == NEG_INF ? 0.f : exp2f(top[n] - m);
-#pragma unroll
-    for (int c = 0; c < DP / 32; c++) sh.block.outputs[warp][n][lane + 32 * c] = out[n][c] * scale;
-  }
-  __syncthreads();
+  leave_partial_f32<DP>(sh.block, top, sum, out);
   write_rows<F32, DP, ROWS, F32_WARPS>(p, s, rb, b, kv_head, sh.block);
   wait_for_previous();
 }

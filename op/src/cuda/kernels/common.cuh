@@ -144,6 +144,9 @@ DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_p
 // Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
 DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }
 
+// A of every page of a KV head: the newest position of the step that loaded it last.
+DEVICE int* page_steps_of(const Params& p, int pair) { return p.page_steps + size_t(pair) * p.cache_pages; }
+
 // The first page that mode "streaming" reads behind the forced ones at the start.
 DEVICE int recent_from(const Candidates& c) {
   const int beside_newest = c.sinks - (c.sinks == c.forced);

@@ -23,7 +23,7 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   constexpr int AT_ONCE = 8;
   const int pair = b * p.kv_heads + kv_head, newest = s.len - 1;
   const Candidates all = candidates(p, s, b);
-  int* const steps = p.page_steps + size_t(pair) * p.cache_pages;
+  int* const steps = page_steps_of(p, pair);
   int* const list = p.pages + size_t(pair) * p.max_pages;
   const bool chosen = chooses(p, all);
   const int count = chosen ? listed_pages(p, all) : 0;
@@ -55,6 +55,88 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
     if (p.mode == DENSE || page >= recent || page < p.sink_pages) steps[page] = newest;
 }
 
+// The warps that end a row, a power of two of them, and this warp's part: each joins every so many-th split.
+struct RowTeam {
+  int size, member, token;
+};
+
+// A prefill ends a row with each warp. A decoding step ends one with all, apart from the first block, which ends the
+// oldest and the newest row.
+DEVICE RowTeam row_team(const Params& p, int tokens) {
+  const int warp = threadIdx.x / 32;
+  int size = MERGE_WARPS, token = blockIdx.z;
+  if (p.phase == PREFILL && !p.last_tokens) {
+    size = 1;
+    token = blockIdx.z * MERGE_WARPS + warp;
+  } else if (p.phase == DECODE && tokens > 1 && token == 0) {
+    size = MERGE_WARPS / 2;
+    token = warp >= size ? tokens - 1 : 0;
+  }
+  return {size, warp & (size - 1), token};
+}
+
+// A row's largest logit (base 2) and sum of weights over all splits, and this warp's part of the outputs: a lane has
+// four neighbouring elements, and the four that lie 128 further.
+struct RowSum {
+  float top, sum, x[8];
+};
+
+// `part`: the row's first split. `weights`: of this warp, a weight a split.
+DEVICE RowSum join_splits(const Params& p, const RowTeam& team, size_t part, float* weights /* [MAX_SPLITS] */) {
+  // The first outputs are asked for before it is known what they weigh.
+  constexpr int AHEAD = 8;
+  const int lane = threadIdx.x % 32, d = p.head_size;
+  float m = NEG_INF, sum = 0.f;
+  float4 ahead[AHEAD];
+  const float* const outputs = p.part_outputs + part * d;
+  const int next = p.rows * d;  // of the next split
+  const int element0 = min(4 * lane, d - 4);
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++)
+    if (team.member + i * team.size < p.splits)
+      ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(team.member + i * team.size) * next + element0);
+#pragma unroll 1
+  for (int i = lane; i < p.splits; i += 32) {
+    const float2 of_split = *reinterpret_cast<const float2*>(p.part_stats + (part + size_t(i) * p.rows) * 2);
+    const float top = fmaxf(m, of_split.x);
+    // Without a largest logit the sum is 0, or NaN if all were, which must not be lost.
+    if (top == NEG_INF)
+      sum += of_split.y;
+    else
+      sum = sum * (m == NEG_INF ? 1.f : exp2_fast(m - top)) +
+            of_split.y * (of_split.x == NEG_INF ? 1.f : exp2_fast(of_split.x - top)),
+      m = top;
+    weights[i] = of_split.x;
+  }
+  const float mine = m;
+  m = warp_max(m);
+  sum = warp_sum(mine == NEG_INF ? sum : sum * exp2_fast(mine - m));
+  // A lane's own logits become weights.
+#pragma unroll 1
+  for (int i = lane; i < p.splits; i += 32) weights[i] = m == NEG_INF ? 0.f : exp2_fast(weights[i] - m);
+  __syncwarp();
+  RowSum row = {m, sum, {}};
+  auto add = [&](int c, int split, float4 o) {
+    const float weight = weights[split];
+    row.x[4 * c] = fmaf(weight, o.x, row.x[4 * c]);
+    row.x[4 * c + 1] = fmaf(weight, o.y, row.x[4 * c + 1]);
+    row.x[4 * c + 2] = fmaf(weight, o.z, row.x[4 * c + 2]);
+    row.x[4 * c + 3] = fmaf(weight, o.w, row.x[4 * c + 3]);
+  };
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++)
+    if (team.member + i * team.size < p.splits) add(0, team.member + i * team.size, ahead[i]);
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    const int element = 128 * c + 4 * lane;
+    if (element >= d) break;
+#pragma unroll 2
+    for (int i = team.member + (c ? 0 : AHEAD * team.size); i < p.splits; i += team.size)
+      add(c, i, *reinterpret_cast<const float4*>(outputs + size_t(i) * next + element));
+  }
+  return row;
+}
+
 template <class T> DEVICE void merge_kernel(const Params& p) {
   __shared__ float weights[MERGE_WARPS][MAX_SPLITS];
   __shared__ __align__(16) float parts[MERGE_WARPS][MAX_HEAD_SIZE];
@@ -76,25 +158,14 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   if (!s.valid || !p.part_outputs) return wait_for_previous();
   const int kv_head = token_of(p, head), pair = b * p.kv_heads + kv_head;
   const int token0 = first_token(p, s), tokens = s.fed - token0;
-  // Warps a row, a power of two; each takes every so many-th split.
-  int team = MERGE_WARPS, token = blockIdx.z;
-  if (p.phase == PREFILL && !p.last_tokens) {
-    team = 1;
-    token = blockIdx.z * MERGE_WARPS + warp;
-  } else if (p.phase == DECODE && tokens > 1) {
-    if (token == 0) {
-      team = MERGE_WARPS / 2;
-      token = warp >= team ? tokens - 1 : 0;
-    } else if (token == tokens - 1) {
-      return wait_for_previous();
-    }
-  }
-  const int member = warp & (team - 1);
-  const bool there = token < tokens;
-  const Row row = row_of(p, s, b, head, token0 + token);
+  // The first block ends the newest row of a step.
+  if (p.phase == DECODE && tokens > 1 && int(blockIdx.z) == tokens - 1) return wait_for_previous();
+  const RowTeam team = row_team(p, tokens);
+  const bool there = team.token < tokens;
+  const Row row = row_of(p, s, b, head, token0 + team.token);
   const size_t slot = slot_of(p, row);
   // Of a row that a team ends, a thread ends one element, or two; of others a lane ends four neighbours, and four more.
-  const int thread = 32 * member + lane, threads = 32 * team;
+  const int thread = 32 * team.member + lane, threads = 32 * team.size;
   // The output cache is read before the attention ends, and every slot before one is written.
   float cached[2] = {}, other = NEG_INF;
   if (there) {
@@ -107,79 +178,29 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
   // Not before: the next step's first kernels read state that this one's first kernels wrote before they wait for its
   // last.
   let_next_start();
-  float m = NEG_INF, sum = 0.f, x[8] = {};
-  const int r = token * p.group + head - kv_head * p.group;
-  const size_t part = size_t(pair) * p.splits * p.rows + r;
-  if (there) {
-    // The first outputs are asked for before it is known what they weigh.
-    constexpr int AHEAD = 8;
-    float4 ahead[AHEAD];
-    const float* const outputs = p.part_outputs + part * d;
-    const int next = p.rows * d;  // of the next split
-    const int element0 = min(4 * lane, d - 4);
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      if (member + i * team < p.splits)
-        ahead[i] = *reinterpret_cast<const float4*>(outputs + size_t(member + i * team) * next + element0);
-#pragma unroll 1
-    for (int i = lane; i < p.splits; i += 32) {
-      const float2 of_split = *reinterpret_cast<const float2*>(p.part_stats + (part + size_t(i) * p.rows) * 2);
-      const float top = fmaxf(m, of_split.x);
-      // Without a largest logit the sum is 0, or NaN if all were, which must not be lost.
-      if (top == NEG_INF)
-        sum += of_split.y;
-      else
-        sum = sum * (m == NEG_INF ? 1.f : exp2_fast(m - top)) +
-              of_split.y * (of_split.x == NEG_INF ? 1.f : exp2_fast(of_split.x - top)),
-        m = top;
-      weights[warp][i] = of_split.x;
-    }
-    const float mine = m;
-    m = warp_max(m);
-    sum = warp_sum(mine == NEG_INF ? sum : sum * exp2_fast(mine - m));
-    // A lane's own logits become weights.
-#pragma unroll 1
-    for (int i = lane; i < p.splits; i += 32) weights[warp][i] = m == NEG_INF ? 0.f : exp2_fast(weights[warp][i] - m);
-    __syncwarp();
-    auto add = [&](int c, int split, float4 o) {
-      const float weight = weights[warp][split];
-      x[4 * c] = fmaf(weight, o.x, x[4 * c]);
-      x[4 * c + 1] = fmaf(weight, o.y, x[4 * c + 1]);
-      x[4 * c + 2] = fmaf(weight, o.z, x[4 * c + 2]);
-      x[4 * c + 3] = fmaf(weight, o.w, x[4 * c + 3]);
-    };
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      if (member + i * team < p.splits) add(0, member + i * team, ahead[i]);
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const int element = 128 * c + 4 * lane;
-      if (element >= d) break;
-#pragma unroll 2
-      for (int i = member + (c ? 0 : AHEAD * team); i < p.splits; i += team)
-        add(c, i, *reinterpret_cast<const float4*>(outputs + size_t(i) * next + element));
-    }
-  }
-  const Joined j = there ? join(p, s, row, m, sum, other) : Joined{};
+  const int r = team.token * p.group + head - kv_head * p.group;
+  const RowSum all =
+      there ? join_splits(p, team, size_t(pair) * p.splits * p.rows + r, weights[warp]) : RowSum{NEG_INF, 0.f, {}};
+  const Joined j = there ? join(p, s, row, all.top, all.sum, other) : Joined{};
   T* out = static_cast<T*>(p.output) + ((size_t(b) * p.tokens + row.s) * p.heads + head) * d;
   auto end = [&](int c, float value) {
     if (p.write_output) narrow(value, out[c]);
     if (j.cached) p.cached_outputs[slot * d + c] = value;
   };
-  if (team == 1) {
+  if (team.size == 1) {
     // Rows of a prefill are complete.
     if (!there) return;
 #pragma unroll
     for (int c = 0; c < 8; c++) {
       const int at = 128 * (c / 4) + 4 * lane + c % 4;
-      if (at < d) end(at, x[c] * j.scale);
+      if (at < d) end(at, all.x[c] * j.scale);
     }
   } else {
 #pragma unroll
     for (int c = 0; c < 2; c++)
       if (128 * c < d)
-        *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {x[4 * c], x[4 * c + 1], x[4 * c + 2],
-                                                                        x[4 * c + 3]};
+        *reinterpret_cast<float4*>(&parts[warp][128 * c + 4 * lane]) = {all.x[4 * c], all.x[4 * c + 1],
+                                                                        all.x[4 * c + 2], all.x[4 * c + 3]};
     __syncthreads();  // every slot is read before one is written, too
     if (!there) return;
 #pragma unroll
@@ -188,9 +209,9 @@ template <class T> DEVICE void merge_kernel(const Params& p) {
       if (at >= d) break;
       float sum_of_parts = 0.f;
 #pragma unroll 4
-      for (int w = 0; w < team; w++) sum_of_parts += parts[warp - member + w][at];
+      for (int w = 0; w < team.size; w++) sum_of_parts += parts[warp - team.member + w][at];
       end(at, sum_of_parts * j.scale + j.keep * cached[c]);
     }
   }
-  if (j.cached && member == 0 && lane == 0) p.cached_lse[slot] = j.lse;
+  if (j.cached && team.member == 0 && lane == 0) p.cached_lse[slot] = j.lse;
 }

@@ -142,17 +142,126 @@ template <class T> struct Squares {
   }
 };
 
+// The queries of a KV head as the tensor cores take them, heads in the rows: what the first and the second vector of a
+// page are multiplied with, and what bfloat16 leaves out of the squares.
+template <class S, int DP> struct MmaQueries {
+  static constexpr int HEADS = MAX_GROUP, PITCH = query_pitch(DP);
+  using Rows = u16[HEADS][PITCH];
+  u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[S::SQUARES ? HEADS : 1][PITCH];
+};
+
+// Written by the whole block.
+template <class S, class T, int DP>
+DEVICE void stage_queries(const Params& p, const Sequence& s, int b, int head, bool wide, MmaQueries<S, DP>& queries) {
+  constexpr int HEADS = MmaQueries<S, DP>::HEADS;
+  const int d = p.head_size;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (wide ? HEADS : HEADS / 2) * (DP / 8); i += SCORE_THREADS) {
+    const int h = i / (DP / 8), c = i % (DP / 8) * 8;
+    float x[8] = {}, y[8];
+    // Where the length is not valid any position will do: nothing is scored.
+    if (h < p.group && c < d)
+      read_vec8(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c,
+                min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      S::prepare(rounded<T>(x[k]), x[k], y[k]);
+    }
+    store8(reinterpret_cast<T*>(&queries.first[h][c]), x);
+    if constexpr (S::SQUARES) {
+      BF16* const squares = reinterpret_cast<BF16*>(&queries.second[h][c]);
+      store8(squares, y);
+#pragma unroll
+      for (int k = 0; k < 8; k++) y[k] -= rounded<BF16>(y[k]);
+      store8(reinterpret_cast<BF16*>(&queries.rest[h][c]), y);
+    } else {
+      store8(reinterpret_cast<T*>(&queries.second[h][c]), y);
+    }
+  }
+}
+
+// Adds the products of 32 elements of 8 pages with 16 heads: x of the first vectors, y of the second ones (squared, if
+// the selector wants squares), z of the second ones with the first queries. `wide`: more than 8 heads.
+template <class S, class T, int DP>
+DEVICE void add_page_products(const MmaQueries<S, DP>& queries, int c, bool wide, uint4 u, uint4 v, float (&x)[4],
+                              float (&y)[4], float (&z)[4]) {
+  const int quad = threadIdx.x % 4, fragment_row = threadIdx.x % 32 / 4;
+  auto row = [&](const typename MmaQueries<S, DP>::Rows& rows, int half) {
+    if (half && !wide) return uint4{0, 0, 0, 0};
+    return *reinterpret_cast<const uint4*>(&rows[fragment_row + 8 * half][32 * c + 8 * quad]);
+  };
+  const uint4 q = row(queries.first, 0), q8 = row(queries.first, 1), r = row(queries.second, 0),
+              r8 = row(queries.second, 1);
+  Mma<T>::add(x, q.x, q8.x, q.y, q8.y, u.x, u.y);
+  Mma<T>::add(x, q.z, q8.z, q.w, q8.w, u.z, u.w);
+  if constexpr (S::SQUARES) {
+    if constexpr (S::LINE) {
+      Mma<T>::add(z, q.x, q8.x, q.y, q8.y, v.x, v.y);
+      Mma<T>::add(z, q.z, q8.z, q.w, q8.w, v.z, v.w);
+    }
+    const uint4 t = row(queries.rest, 0);
+    const Squares<T> a(v.x), b(v.y), e(v.z), f(v.w);
+    Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.rest, b.rest);
+    Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.rest, f.rest);
+    if (wide) {
+      const uint4 t8 = row(queries.rest, 1);
+      Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.most, b.most);
+      Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.most, f.most);
+      Mma<BF16>::add(y, t.x, t8.x, t.y, t8.y, a.most, b.most);
+      Mma<BF16>::add(y, t.z, t8.z, t.w, t8.w, e.most, f.most);
+    } else {
+      // The rows of the heads that are not there take what the queries' squares leave out.
+      Mma<BF16>::add(y, r.x, t.x, r.y, t.y, a.most, b.most);
+      Mma<BF16>::add(y, r.z, t.z, r.w, t.w, e.most, f.most);
+    }
+  } else {
+    Mma<T>::add(y, r.x, r8.x, r.y, r8.y, v.x, v.y);
+    Mma<T>::add(y, r.z, r8.z, r.w, r8.w, v.z, v.w);
+  }
+}
+
+// Stores the scores of 8 pages below `limit` and counts those of candidates, which begin at `from`. A lane has two
+// pages of two heads.
+template <class S>
+DEVICE void store_page_scores(const Params& p, int pair, int page0, int limit, int from, float log_count,
+                              const float (&x)[4], const float (&y)[4], const float (&z)[4], float4 (&stats)[2]) {
+  const int quad = threadIdx.x % 4, fragment_row = threadIdx.x % 32 / 4;
+  const bool softmax = p.group_score == SOFTMAX;
+  float best[2] = {NEG_INF, NEG_INF};
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    const int page = page0 + 2 * quad + e % 2, h = fragment_row + e / 2 * 8;
+    if (h >= p.group) continue;
+    const float score = S::score(p, x[e], y[e], z[e], log_count);
+    if (!softmax) {
+      best[e % 2] = fmaxf(best[e % 2], score);
+    } else if (page < limit) {
+      score_at(p, pair, page, h) = score;
+      if (page >= from) add_score(stats[e / 2], score);
+    }
+  }
+  if (softmax) return;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float m = best[e];
+#pragma unroll
+    for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
+    const int page = page0 + 2 * quad + e;
+    if (page >= limit) continue;
+    if (fragment_row == 0) score_at(p, pair, page, 0) = m + 0.f;
+    if (page >= from) stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
+  }
+}
+
 // float16 and bfloat16: on tensor cores, heads in the rows, 8 pages a warp in the columns. Summaries go from memory to
 // registers: a lane takes 8 neighbouring elements of its page, queries are permuted alike. Squares of standard
 // deviations and of queries may lie far outside float16's range: each is the sum of two bfloat16, which keeps 16 bits
 // of it, and a product of two squares three products.
 template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p, int b, int head, u8* raw) {
-  constexpr int PAGES = SCORE_PAGES, HEADS = MAX_GROUP, PITCH = query_pitch(DP), CHUNKS = DP / 32, WARPS = SCORE_WARPS;
-  struct Shared {
-    u16 first[HEADS][PITCH], second[HEADS][PITCH], rest[S::SQUARES ? HEADS : 1][PITCH];
-  };
-  static_assert(sizeof(Shared) <= queries_bytes(DP), "the host asks for as much");
-  Shared& sh = *reinterpret_cast<Shared*>(raw);
+  constexpr int PAGES = SCORE_PAGES, CHUNKS = DP / 32, WARPS = SCORE_WARPS;
+  using Queries = MmaQueries<S, DP>;
+  static_assert(sizeof(Queries) <= queries_bytes(DP), "the host asks for as much");
+  Queries& queries = *reinterpret_cast<Queries*>(raw);
   const int pair = b * p.kv_heads + head, d = p.head_size;
   const int lane = threadIdx.x % 32, quad = lane % 4, fragment_row = lane / 4;
   // Neighbouring pages, equally many for every warp.
@@ -175,31 +284,9 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
   // Summaries of untouched pages were complete before this kernel could start (merge.cuh); queries and lengths were
   // perhaps not.
   start_step();
-  const bool softmax = p.group_score == SOFTMAX, wide = p.group > 8;
+  const bool wide = p.group > 8;
   const Sequence s = sequence(p, b);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < (wide ? HEADS : HEADS / 2) * (DP / 8); i += SCORE_THREADS) {
-    const int h = i / (DP / 8), c = i % (DP / 8) * 8;
-    float x[8] = {}, y[8];
-    // Where the length is not valid any position will do: nothing is scored.
-    if (h < p.group && c < d)
-      read_vec8(p, query_row<T>(p, b, p.tokens - 1, head * p.group + h), c,
-                min(max(s.len - 1, 0), max(p.rotary_rows - 1, 0)), x);
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      S::prepare(rounded<T>(x[k]), x[k], y[k]);
-    }
-    store8(reinterpret_cast<T*>(&sh.first[h][c]), x);
-    if constexpr (S::SQUARES) {
-      BF16* const squares = reinterpret_cast<BF16*>(&sh.second[h][c]);
-      store8(squares, y);
-#pragma unroll
-      for (int k = 0; k < 8; k++) y[k] -= rounded<BF16>(y[k]);
-      store8(reinterpret_cast<BF16*>(&sh.rest[h][c]), y);
-    } else {
-      store8(reinterpret_cast<T*>(&sh.second[h][c]), y);
-    }
-  }
+  stage_queries<S, T, DP>(p, s, b, head, wide, queries);
   if (!s.valid || !step_is_scored(p, s, b)) return;
   const int limit = min(s.first >> p.page_shift /* the first touched page */, end), from = first_candidate(p, s);
   const PageStep step = first_page_step(p, s, pair, warp);
@@ -207,78 +294,21 @@ template <class S, class T, int DP> DEVICE void score_pages_mma(const Params& p,
   const float log_count = logf(float(1 << p.page_shift));
   // Of this lane's two heads.
   float4 stats[2] = {no_scores(), no_scores()};
-  auto row = [&](const u16(&rows)[HEADS][PITCH], int half, int c) {
-    if (half && !wide) return uint4{0, 0, 0, 0};
-    return *reinterpret_cast<const uint4*>(&rows[fragment_row + 8 * half][32 * c + 8 * quad]);
-  };
 #pragma unroll 1
   for (int page0 = begin; page0 < limit; page0 += PAGES) {
     float x[4] = {}, y[4] = {}, z[4] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-      const uint4 q = row(sh.first, 0, c), q8 = row(sh.first, 1, c), r = row(sh.second, 0, c),
-                  r8 = row(sh.second, 1, c);
-      const uint4 u = first[c], v = second[c];
-      Mma<T>::add(x, q.x, q8.x, q.y, q8.y, u.x, u.y);
-      Mma<T>::add(x, q.z, q8.z, q.w, q8.w, u.z, u.w);
-      if constexpr (S::SQUARES) {
-        if constexpr (S::LINE) {
-          Mma<T>::add(z, q.x, q8.x, q.y, q8.y, v.x, v.y);
-          Mma<T>::add(z, q.z, q8.z, q.w, q8.w, v.z, v.w);
-        }
-        const uint4 t = row(sh.rest, 0, c);
-        const Squares<T> a(v.x), b(v.y), e(v.z), f(v.w);
-        Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.rest, b.rest);
-        Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.rest, f.rest);
-        if (wide) {
-          const uint4 t8 = row(sh.rest, 1, c);
-          Mma<BF16>::add(y, r.x, r8.x, r.y, r8.y, a.most, b.most);
-          Mma<BF16>::add(y, r.z, r8.z, r.w, r8.w, e.most, f.most);
-          Mma<BF16>::add(y, t.x, t8.x, t.y, t8.y, a.most, b.most);
-          Mma<BF16>::add(y, t.z, t8.z, t.w, t8.w, e.most, f.most);
-        } else {
-          // The rows of the heads that are not there take what the queries' squares leave out.
-          Mma<BF16>::add(y, r.x, t.x, r.y, t.y, a.most, b.most);
-          Mma<BF16>::add(y, r.z, t.z, r.w, t.w, e.most, f.most);
-        }
-      } else {
-        Mma<T>::add(y, r.x, r8.x, r.y, r8.y, v.x, v.y);
-        Mma<T>::add(y, r.z, r8.z, r.w, r8.w, v.z, v.w);
-      }
+      add_page_products<S, T, DP>(queries, c, wide, first[c], second[c], x, y, z);
       // The next pages' part takes its place at once.
       load(page0 + PAGES, c);
     }
     if (S::SQUARES && !wide) y[0] += y[2], y[1] += y[3];
-    float best[2] = {NEG_INF, NEG_INF};
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int page = page0 + 2 * quad + e % 2, h = fragment_row + e / 2 * 8;
-      if (h >= p.group) continue;
-      const float score = S::score(p, x[e], y[e], z[e], log_count);
-      if (!softmax) {
-        best[e % 2] = fmaxf(best[e % 2], score);
-      } else if (page < limit) {
-        score_at(p, pair, page, h) = score;
-        if (page >= from) add_score(stats[e / 2], score);
-      }
-    }
-    if (!softmax) {
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float m = best[e];
-#pragma unroll
-        for (int i = 4; i < 32; i <<= 1) m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, i));
-        const int page = page0 + 2 * quad + e;
-        if (page >= limit) continue;
-        if (fragment_row == 0) score_at(p, pair, page, 0) = m + 0.f;
-        if (page >= from)
-          stats[0].x = fmaxf(stats[0].x, m), stats[0].z = m == NEG_INF ? stats[0].z : fminf(stats[0].z, m);
-      }
-    }
+    store_page_scores<S>(p, pair, page0, limit, from, log_count, x, y, z, stats);
   }
   forget_future(p, s, pair, p.score_blocks * WARPS, step);
   __syncthreads();  // the queries' memory becomes the statistics'
-  if (softmax)
+  if (p.group_score == SOFTMAX)
     leave_sums(p, pair, reinterpret_cast<float4*>(raw), stats[0], stats[1]);
   else
     leave_range(p, pair, reinterpret_cast<float4*>(raw), stats[0]);

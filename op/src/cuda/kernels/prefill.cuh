@@ -31,7 +31,7 @@ DEVICE void end_page(const Params& p, int page, int b, int head, T* copy /* of t
   const int pair = b * p.kv_heads + head, lane = threadIdx.x % 32;
   const Sequence s = sequence(p, b);
   if (!s.valid || page >= pages_for(p, s.len)) return;
-  if (lane == 0) p.page_steps[size_t(pair) * p.cache_pages + page] = s.len - 1;
+  if (lane == 0) page_steps_of(p, pair)[page] = s.len - 1;
   if (page < s.first >> p.page_shift) return;
   const int rows = min(s.len - (page << p.page_shift), 1 << p.page_shift);
   const T* keys = page_keys<T>(p, pair, page);

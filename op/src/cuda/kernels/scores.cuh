@@ -24,8 +24,6 @@ struct PageStep {
   int page, step;
 };
 
-DEVICE int* page_steps_of(const Params& p, int pair) { return p.page_steps + size_t(pair) * p.cache_pages; }
-
 // A lane's first page step, asked for before the scores are made. Lanes of all scoring warps share the pages.
 DEVICE PageStep first_page_step(const Params& p, const Sequence& s, int pair, int warp) {
   const int page = 32 * warp + threadIdx.x % 32;

@@ -1,17 +1,17 @@
 //! Random caches, the rows fed, and the operator's state as after a prefill.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use half::{f16, slice::HalfFloatSliceExt};
 use ort::{
     memory::Allocator,
     value::{DynTensor, TensorElementType},
 };
-use retro_contract::{Selector, pages_for, ring_slots};
+use retro_contract::{pages_for, ring_slots};
 use retro_models::Dtype;
 
 use super::operator::{AttentionShape, RetroVariant};
 use crate::{
-    decoder::upcast::upcast_f16,
+    bench::synthetic_cache::{CODES, state_type},
     runtime::{one_line, ort_error},
 };
 
@@ -32,6 +32,9 @@ impl Random {
         (bits / (1u64 << 23) as f32 - 1.0) * 1.732_050_8
     }
 }
+
+/// Elements that are made at a time.
+const PART: usize = 4096;
 
 /// Queries, keys and values of the tokens decoded after the prompt, in order of position.
 pub struct Rows {
@@ -100,54 +103,24 @@ impl Caches {
         })
     }
 
-    /// The state of `node` as after a prefill: page summaries, page steps, an empty output cache and its log-sum-exps.
+    /// The state of a node as after a prefill: the selector's (random, in its own layout), page steps, an empty output
+    /// cache and its log-sum-exps.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn state(&self, shape: &AttentionShape, retro: &RetroVariant, node: usize) -> Result<[DynTensor; 4]> {
         let (pages, d) = (pages_for(self.capacity, shape.page_size), shape.head_size);
-        let keys = &self.nodes[node][0];
-        let mut summary = allocate(element(shape.dtype), &[1, shape.kv_heads, pages, 2, d])?;
-        let mut rows = vec![0.0; shape.page_size * d];
-        fill(&mut summary, shape.dtype, 2 * d, |index, out| {
-            let (head, page) = (index / pages, index % pages);
-            let (from, to) = (page * shape.page_size, ((page + 1) * shape.page_size).min(self.prompt));
-            if from < to {
-                let rows = &mut rows[..(to - from) * d];
-                if read(keys, shape.dtype, (head * self.capacity + from) * d, rows).is_ok() {
-                    summarize(retro.selection.selector, rows, d, out);
-                }
-            }
-        })?;
+        let layout = retro.selection.selector.layout(&shape.cache_size(self.capacity));
+        let dims: Vec<usize> = [1, shape.kv_heads].iter().chain(layout.sizes()).copied().collect();
+        let mut selection = allocate(state_type(layout.element, element(shape.dtype)), &dims)?;
+        fill_state(&mut selection, Random::new(!(node as u64)))?;
         let mut steps = allocate(TensorElementType::Int32, &[1, shape.kv_heads, pages])?;
         let (_, data) = steps.try_extract_tensor_mut::<i32>().map_err(ort_error)?;
         data.fill(self.prompt as i32 - 1);
         let ring = ring_slots(retro.window);
         let outputs = allocate(TensorElementType::Float32, &[1, ring, shape.heads, d])?;
         let lse = allocate(TensorElementType::Float32, &[1, ring, shape.heads])?;
-        Ok([summary, steps, outputs, lse])
-    }
-}
-
-/// The summary of a page (docs/method.md, "Selectors").
-fn summarize(selector: Selector, rows: &[f32], d: usize, out: &mut [f32]) {
-    let (first, second) = out.split_at_mut(d);
-    let count = (rows.len() / d) as f32;
-    for (i, (a, b)) in first.iter_mut().zip(second).enumerate() {
-        let column = || rows.iter().skip(i).step_by(d).copied();
-        (*a, *b) = match selector {
-            Selector::Bounds => (
-                column().fold(f32::INFINITY, f32::min),
-                column().fold(f32::NEG_INFINITY, f32::max),
-            ),
-            Selector::Moments | Selector::SignedMoments => {
-                let mean = column().sum::<f32>() / count;
-                let variance = column().map(|x| (x - mean) * (x - mean)).sum::<f32>() / count;
-                // Random keys have no principal direction: any of them gives the signs.
-                let below = selector == Selector::SignedMoments && column().next().is_some_and(|x| x < mean);
-                (mean, if below { -variance.sqrt() } else { variance.sqrt() })
-            }
-        };
+        Ok([selection, steps, outputs, lse])
     }
 }
 
@@ -189,29 +162,17 @@ fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(
     Ok(())
 }
 
-/// Reads `out.len()` elements from `start` on, as f32.
-///
-/// # Errors
-/// When the tensor ends before.
-pub fn read(tensor: &DynTensor, dtype: Dtype, start: usize, out: &mut [f32]) -> Result<()> {
-    let range = start..start + out.len();
-    match dtype {
-        Dtype::F32 => {
-            let (_, data) = tensor.try_extract_tensor::<f32>().map_err(ort_error)?;
-            let Some(part) = data.get(range) else {
-                bail!("a tensor is too short")
-            };
-            out.copy_from_slice(part);
+/// Fills a selector's state with random numbers, or random codes. Which pages win does not matter to the time.
+fn fill_state(tensor: &mut DynTensor, mut random: Random) -> Result<()> {
+    match *tensor.data_type() {
+        TensorElementType::Uint8 => {
+            let (_, data) = tensor.try_extract_tensor_mut::<u8>().map_err(ort_error)?;
+            data.fill_with(|| (random.next().to_bits() >> 8) as u8 % CODES);
+            Ok(())
         }
-        Dtype::F16 => {
-            let (_, data) = tensor.try_extract_tensor::<f16>().map_err(ort_error)?;
-            let Some(part) = data.get(range) else {
-                bail!("a tensor is too short")
-            };
-            upcast_f16(part, out);
-        }
+        TensorElementType::Float16 => fill(tensor, Dtype::F16, PART, |_, part| part.fill_with(|| random.next())),
+        _ => fill(tensor, Dtype::F32, PART, |_, part| part.fill_with(|| random.next())),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -225,19 +186,6 @@ mod tests {
         let mean = list.iter().sum::<f64>() / 1e5;
         let variance = list.iter().map(|x| x * x).sum::<f64>() / 1e5;
         assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "{mean} {variance}");
-    }
-
-    #[test]
-    fn summaries_are_those_of_the_method() {
-        let rows = [1.0, -2.0, 4.0, 0.0, 1.0, 5.0];
-        let mut out = [0.0; 4];
-        summarize(Selector::Bounds, &rows, 2, &mut out);
-        assert_eq!(out, [1.0, -2.0, 4.0, 5.0]);
-        summarize(Selector::Moments, &rows, 2, &mut out);
-        assert_eq!(out[..2], [2.0, 1.0]);
-        assert!((out[2] - 2f32.sqrt()).abs() < 1e-6 && (out[3] - (26.0f32 / 3.0).sqrt()).abs() < 1e-6);
-        summarize(Selector::SignedMoments, &rows, 2, &mut out);
-        assert!((out[2] + 2f32.sqrt()).abs() < 1e-6 && (out[3] + (26.0f32 / 3.0).sqrt()).abs() < 1e-6);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use retro_contract::{Budget, Mode, pages_for};
+use retro_contract::{Budget, CacheSize, Mode, pages_for};
 use retro_models::Dtype;
 
 use crate::bench::args::PageSelection;
@@ -26,6 +26,16 @@ impl AttentionShape {
     /// Bytes of keys and values a token.
     pub fn token_bytes(&self) -> usize {
         2 * self.kv_heads * self.head_size * self.dtype.size()
+    }
+
+    /// Sizes that a selector's state depends on, for caches of `capacity` tokens.
+    pub fn cache_size(&self, capacity: usize) -> CacheSize {
+        CacheSize {
+            capacity,
+            pages: pages_for(capacity, self.page_size),
+            page_size: self.page_size,
+            head_size: self.head_size,
+        }
     }
 }
 
@@ -73,18 +83,20 @@ impl Operator {
         }
     }
 
-    /// Bytes that a step of one node must move: keys and values of the pages read, summaries of all valid pages if it
-    /// scores them, and the output cache of the retrospective rows. `pages`: read per KV head.
+    /// Bytes that a step of one node must move: keys and values of the pages read, the selector's state of all valid
+    /// tokens if it scores pages, and the output cache of the retrospective rows. `pages`: read per KV head.
     pub fn bytes(&self, shape: &AttentionShape, len: usize, pages: Option<f64>) -> f64 {
         let tokens = pages.map_or(len as f64, |p| (p * shape.page_size as f64).min(len as f64));
         let caches = tokens * shape.token_bytes() as f64;
-        let summaries = if self.scores(shape, len) {
-            pages_for(len, shape.page_size) * shape.token_bytes()
-        } else {
-            0
+        let state = match self {
+            Self::Retro(retro) if self.scores(shape, len) => {
+                let layout = retro.selection.selector.layout(&shape.cache_size(len));
+                shape.kv_heads * layout.bytes(shape.dtype.size())
+            }
+            _ => 0,
         };
         let ring = 2 * (self.window() - 1) * shape.heads * shape.head_size * size_of::<f32>();
-        caches + (summaries + ring) as f64
+        caches + (state + ring) as f64
     }
 }
 
@@ -102,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_are_pages_and_summaries() {
+    fn bytes_are_pages_and_the_selectors_state() {
         let shape = AttentionShape {
             heads: 4,
             kv_heads: 2,

@@ -1,9 +1,9 @@
 //! Cross-attention: keys and values that an encoder gave, which the tokens fed don't change.
 
 use super::{
-    INPUT_IDS, INPUTS_EMBEDS, decomposed,
-    sample_calls::SampleCalls,
-    state::{comes_back, dependents},
+    INPUT_IDS, INPUTS_EMBEDS, SampleCalls,
+    carried_state::{comes_back, dependents},
+    decomposed,
 };
 use crate::eval::reads;
 use retro_onnx::{NodeProto, graph::GraphView};

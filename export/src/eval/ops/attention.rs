@@ -1,6 +1,9 @@
 //! Attention nodes of one operator, as numbers: com.microsoft::MultiHeadAttention and ai.onnx::Attention.
 
-use super::tensor::{Lazy, Tensor, broadcast, numel};
+use crate::eval::{
+    Error,
+    tensor::{Lazy, Tensor, broadcast, numel},
+};
 use retro_onnx::{DataType, NodeProto};
 use std::rc::Rc;
 
@@ -40,7 +43,7 @@ fn past_slots(node: &NodeProto) -> (usize, usize) {
     if node.is("", "Attention") { (4, 5) } else { (6, 7) }
 }
 
-fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, String> {
+fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, Error> {
     let standard = node.is("", "Attention");
     let (hq, hkv) = if standard {
         (attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0))
@@ -50,28 +53,36 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, String> {
     };
     let [q, k, v] = [0, 1, 2].map(|slot| input(inputs, slot));
     let (Some(q), Some(k), Some(v)) = (q, k, v) else {
-        return Err("query, key and value are not three inputs".to_owned());
+        return Err("query, key and value are not three inputs".into());
     };
     // Heads, tokens and size of each, in whichever of the two shapes it comes.
-    let read = |t: &Tensor, heads: i64| -> Result<[usize; 4], String> {
+    let read = |t: &Tensor, heads: i64| -> Result<[usize; 4], Error> {
         match *t.shape.as_slice() {
             [b, h, s, d] => Ok([b, h, s, d]),
             [b, s, w] => {
                 let h = usize::try_from(heads).ok().filter(|h| *h > 0 && w % h == 0);
-                let h = h.ok_or_else(|| format!("{w} elements are not {heads} heads"))?;
+                let h = h.ok_or_else(|| Error::Sizes(format!("{w} elements are not {heads} heads")))?;
                 Ok([b, h, s, w / h])
             }
-            _ => Err(format!("a query, key or value has shape {:?}", t.shape)),
+            _ => Err(Error::Shape {
+                what: "a query, key or value",
+                actual: t.shape.clone(),
+            }),
         }
     };
     let ([b, hq, s, d], [_, hkv, new, _], [_, _, _, dv]) = (read(q, hq)?, read(k, hkv)?, read(v, hkv)?);
     let past = match input(inputs, past_slots(node).0).map(|p| p.shape.as_slice()) {
         None => 0,
         Some(&[_, _, past, _]) => past,
-        Some(other) => return Err(format!("the past key has shape {other:?}")),
+        Some(other) => {
+            return Err(Error::Shape {
+                what: "the past key",
+                actual: other.to_vec(),
+            });
+        }
     };
     if hkv == 0 || hq % hkv != 0 {
-        return Err(format!("{hq} query heads do not go into {hkv} key heads"));
+        return Err(Error::Sizes(format!("{hq} query heads do not go into {hkv} key heads")));
     }
     let t = past.checked_add(new).ok_or("absurd sizes")?;
     Ok(Sizes {
@@ -90,7 +101,7 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, String> {
 ///
 /// # Errors
 /// The node has an input or an attribute that isn't understood.
-pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, String> {
+pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, Error> {
     let z = sizes(node, inputs)?;
     let standard = node.is("", "Attention");
     let causal = attribute(node, if standard { "is_causal" } else { "unidirectional" }, 0) != 0;
@@ -133,14 +144,17 @@ pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, String> 
 }
 
 /// A mask's numbers by the place in `shape`, and whether they are truth values.
-fn mask_numbers(mask: &Tensor, shape: &[usize; 4], standard: bool) -> Result<(Lazy, bool), String> {
+fn mask_numbers(mask: &Tensor, shape: &[usize; 4], standard: bool) -> Result<(Lazy, bool), Error> {
     let t = shape[3];
     if standard && let Some(last) = mask.shape.last().filter(|last| **last < t && **last != 1) {
-        return Err(format!("its mask has {last} columns for {t} keys"));
+        return Err(Error::Sizes(format!("its mask has {last} columns for {t} keys")));
     }
-    let wrong = |why| format!("its mask: {why}");
+    let wrong = |why| Error::Mask(Box::new(why));
     if broadcast(&mask.shape, shape).map_err(wrong)? != shape {
-        return Err(format!("its mask has shape {:?}", mask.shape));
+        return Err(Error::Shape {
+            what: "its mask",
+            actual: mask.shape.clone(),
+        });
     }
     let numbers = mask.spread_numbers(shape).map_err(wrong)?;
     Ok((numbers, mask.data_type == DataType::Bool))
@@ -149,20 +163,26 @@ fn mask_numbers(mask: &Tensor, shape: &[usize; 4], standard: bool) -> Result<(La
 /// Whether a sequence sees a key.
 type Seen = Box<dyn Fn(usize, usize) -> bool>;
 
-fn key_padding(mask: &Tensor, b: usize, t: usize) -> Result<Seen, String> {
+fn key_padding(mask: &Tensor, b: usize, t: usize) -> Result<Seen, Error> {
     let numbers = mask.numbers().ok_or("its key_padding_mask is not known")?;
     match *mask.shape.as_slice() {
         [rows] if rows == b => Ok(Box::new(move |b, j| (j as f64) < numbers.at(b))),
         [rows, width] if rows == b && width == t => Ok(Box::new(move |b, j| numbers.at(b * width + j) != 0.0)),
-        _ => Err(format!("its key_padding_mask has shape {:?}", mask.shape)),
+        _ => Err(Error::Shape {
+            what: "its key_padding_mask",
+            actual: mask.shape.clone(),
+        }),
     }
 }
 
 /// How many tokens before and after itself a token sees at most (ai.onnx::Attention, opset 25).
-pub fn windows(node: &NodeProto) -> Result<[Option<usize>; 2], String> {
+pub fn windows(node: &NodeProto) -> Result<[Option<usize>; 2], Error> {
     let read = |name: &str| match attribute(node, name, -1) {
         -1 => Ok(None),
-        n => usize::try_from(n).map(Some).map_err(|_| format!("its {name} is {n}")),
+        n => usize::try_from(n).map(Some).map_err(|_| Error::Attribute {
+            name: name.to_owned(),
+            value: n.to_string(),
+        }),
     };
     Ok([read("left_window_size")?, read("right_window_size")?])
 }
@@ -214,7 +234,7 @@ pub(super) fn softmax(data: &mut [f64], width: usize) {
 }
 
 /// Output, present key and present value.
-pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tensor>>, String> {
+pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tensor>>, Error> {
     let z = sizes(node, inputs)?;
     let standard = node.is("", "Attention");
     let first = input(inputs, 0).ok_or("it has no query")?;
@@ -249,7 +269,7 @@ pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tenso
         Some(b) => b
             .get(from..from + len)
             .map(Some)
-            .ok_or("its bias is too short".to_owned()),
+            .ok_or(Error::Invalid("its bias is too short")),
     };
     let (qw, kw, vw) = (z.hq * z.d, z.hkv * z.d, z.hkv * z.dv);
     let new = z.t - z.past;
@@ -268,7 +288,7 @@ pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tenso
             return Ok(nothing());
         };
         if pk.len() != z.b * z.hkv * z.past * z.d || pv.len() != z.b * z.hkv * z.past * z.dv {
-            return Err("its past has another shape than its keys and values".to_owned());
+            return Err("its past has another shape than its keys and values".into());
         }
         k = append(pk, &k, z.b * z.hkv, z.past * z.d, new * z.d);
         v = append(pv, &v, z.b * z.hkv, z.past * z.dv, new * z.dv);

@@ -2,7 +2,7 @@
 //! several, or lie inside a table.
 
 use super::{
-    core::{Core, Scores},
+    Core, Scores,
     sample_calls::{CallShape, SampleCalls},
 };
 use crate::eval::{Tensor, reads, windows};

@@ -1,7 +1,8 @@
 //! `com.microsoft::GroupQueryAttention`: the operator's own model, so the node converts by adding state.
 //! Slots and attributes as of ONNX Runtime 1.31 (ContribOperators.md); older exporters write fewer.
 
-use super::{AttentionMatch, MatchResult, QkNorm, Rope, Rule, cache_aliases, sample_calls::SampleCalls};
+use super::{AttentionMatch, MatchResult, QkNorm, Rope, Rule, SampleCalls};
+use crate::prove::cache_aliases;
 use retro_onnx::{AttributeType, DataType, NodeProto, graph::GraphView};
 
 mod slot {

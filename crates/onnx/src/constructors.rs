@@ -1,9 +1,9 @@
-//! Short ways to make messages and to read them.
+//! Short ways to make messages, and to read them.
 
 use crate::messages::*;
 use bytes::Bytes;
 
-/// Stands for the version of ONNX's operators where a model doesn't say one: that of the oldest ONNX Runtime that loads the plugin.
+/// The version of ONNX's operators where a model doesn't say one: that of the oldest ONNX Runtime that loads the plugin.
 const UNSAID_OPSET: i64 = 22;
 
 impl ModelProto {
@@ -38,6 +38,7 @@ impl ModelProto {
 }
 
 impl OperatorSetIdProto {
+    /// A domain of operators ("" is ONNX's own) and its version.
     pub fn new(domain: &str, version: i64) -> Self {
         Self {
             domain: Some(domain.to_owned()),
@@ -47,6 +48,7 @@ impl OperatorSetIdProto {
 }
 
 impl StringStringEntryProto {
+    /// An entry of a list of keys and values.
     pub fn new(key: impl Into<String>, value: impl Into<String>) -> Self {
         Self {
             key: Some(key.into()),
@@ -97,6 +99,7 @@ impl NodeProto {
         self.output.get(slot).map_or("", String::as_str)
     }
 
+    /// The attribute of this name.
     pub fn attribute(&self, name: &str) -> Option<&AttributeProto> {
         self.attribute.iter().find(|a| a.name() == name)
     }
@@ -119,6 +122,7 @@ impl AttributeProto {
         }
     }
 
+    /// A whole number.
     pub fn int(name: &str, value: i64) -> Self {
         Self {
             i: Some(value),
@@ -126,6 +130,7 @@ impl AttributeProto {
         }
     }
 
+    /// A float32.
     pub fn float(name: &str, value: f32) -> Self {
         Self {
             f: Some(value),
@@ -133,6 +138,7 @@ impl AttributeProto {
         }
     }
 
+    /// A string.
     pub fn string(name: &str, value: &str) -> Self {
         Self {
             s: Some(Bytes::copy_from_slice(value.as_bytes())),
@@ -140,6 +146,7 @@ impl AttributeProto {
         }
     }
 
+    /// A list of whole numbers.
     pub fn ints(name: &str, values: &[i64]) -> Self {
         Self {
             ints: values.to_vec(),
@@ -147,6 +154,7 @@ impl AttributeProto {
         }
     }
 
+    /// A tensor.
     pub fn tensor(name: &str, value: TensorProto) -> Self {
         Self {
             t: Some(Box::new(value)),
@@ -154,6 +162,7 @@ impl AttributeProto {
         }
     }
 
+    /// A subgraph, as `If` and `Loop` have.
     pub fn graph(name: &str, value: GraphProto) -> Self {
         Self {
             g: Some(Box::new(value)),
@@ -174,6 +183,7 @@ impl TensorProto {
         }
     }
 
+    /// An int64 tensor, row-major.
     pub fn int64s(name: &str, dims: &[i64], values: &[i64]) -> Self {
         Self::raw(
             name,
@@ -183,6 +193,7 @@ impl TensorProto {
         )
     }
 
+    /// An int32 tensor, row-major.
     pub fn int32s(name: &str, dims: &[i64], values: &[i32]) -> Self {
         Self::raw(
             name,
@@ -192,6 +203,7 @@ impl TensorProto {
         )
     }
 
+    /// A float32 tensor, row-major.
     pub fn floats(name: &str, dims: &[i64], values: &[f32]) -> Self {
         Self::raw(
             name,
@@ -222,6 +234,22 @@ impl ValueInfoProto {
         let tensor_type = TensorTypeProto {
             elem_type: Some(data_type.into()),
             shape: Some(shape),
+        };
+        Self {
+            name: Some(name.to_owned()),
+            r#type: Some(TypeProto {
+                tensor_type: Some(tensor_type),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// A tensor value without a declared shape: ONNX Runtime then leaves every check of shapes to the operators.
+    pub fn unshaped(name: &str, data_type: DataType) -> Self {
+        let tensor_type = TensorTypeProto {
+            elem_type: Some(data_type.into()),
+            shape: None,
         };
         Self {
             name: Some(name.to_owned()),

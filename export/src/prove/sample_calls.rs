@@ -1,6 +1,6 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
-use super::{cache_aliases, inputs};
+use super::{cache_aliases, input_sizes as inputs};
 use crate::eval::{Cone, Env, Program, Tensor};
 use retro_onnx::{DataType, Dimension, ValueInfoProto, graph::GraphView};
 use std::{

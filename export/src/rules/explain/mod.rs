@@ -1,16 +1,17 @@
 //! What stands in an attention's way, in a user's terms. The rules say what failed; where its cause is one that exporters are known
 //! for (another layout of the cache, merged keys and values, a mask made by the caller), that is what a reader can act on.
 
+mod trace;
+
 use super::{
-    ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS,
-    core::MORE,
-    cross::{inputs_of, keeps_nothing},
-    sample_calls::SampleCalls,
-    state::alike,
-    trace::{Origin, Trace, is_product, operands},
+    ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls,
+    carried_state::alike,
+    cross_attention::{inputs_of, keeps_nothing},
 };
+use crate::prove::MORE;
 use retro_onnx::{DataType, Dimension, FunctionProto, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::HashSet;
+use trace::{Origin, Trace, is_product, operands};
 
 /// What to do about functions.
 pub const INLINE: &str = "inline the model's functions first (onnx.inliner.inline_local_functions)";

@@ -1,7 +1,7 @@
 //! Which past a caller feeds back as which present. Hosts know them by their names alone: `past_key_values.0.key` comes back from
 //! `present.0.key`. A graph whose names say another thing than its nodes would be fed another layer's cache, or keys for values.
 
-use super::{Attention, AttentionMatch, state::alike};
+use super::{Attention, AttentionMatch, carried_state::alike};
 use crate::verify::graph_facts::presents;
 use retro_onnx::{ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeMap, HashMap, HashSet};

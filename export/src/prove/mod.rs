@@ -2,20 +2,27 @@
 //! the attention is by trying it, and prove it.
 //!
 //! A rule names a [`Core`]. From there: the values that queries, new keys and new values can be taken from; the cache that
-//! the keys are appended to; the mask ([`super::mask`]); scale, softcap and head sinks. In the end the whole core, on random
+//! the keys are appended to; the mask ([`mask`]); scale, softcap and head sinks. In the end the whole core, on random
 //! queries, keys, values and caches, must give the numbers of the operator's formula; only then is it a [`AttentionMatch`].
 
-use super::{
-    AttentionMatch, Layout, LengthSource, Rope, cache_aliases,
-    call_invariant::{is_call_invariant, others_are_call_invariant},
-    inputs::foreign,
-    mask::{self, Bias, Mask, Places, Unread},
-    sample_calls::{CallShape, SampleCalls, noise},
-    window_candidates::{WindowCandidates, mask_key},
+pub(crate) mod cache_aliases;
+mod call_invariant;
+pub mod input_sizes;
+mod mask;
+pub mod sample_calls;
+mod window_candidates;
+
+use crate::{
+    eval::{Cone, Env, Error, Tensor, fused_scores, reads},
+    rules::{AttentionMatch, Layout, LengthSource, Rope},
 };
-use crate::eval::{Cone, Env, Tensor, fused_scores, reads};
+use call_invariant::{is_call_invariant, others_are_call_invariant};
+use input_sizes::foreign;
+use mask::{Bias, Mask, Places, Unread};
 use retro_onnx::{DataType, NodeProto, graph::GraphView};
+use sample_calls::{CallShape, SampleCalls, noise};
 use std::{cell::Cell, collections::HashSet, rc::Rc};
+use window_candidates::{WindowCandidates, mask_key};
 
 const MAX_CHAIN: usize = 64;
 /// What is said of a mask that the evaluator has no numbers for.
@@ -231,7 +238,7 @@ fn first_call<'a>(samples: &SampleCalls<'a>, core: &Core<'a>) -> Result<CallShap
                     .find_map(|(what, from)| Some((what, foreign(samples, from)?)));
                 return foreign.map_or(Ok(z), |(what, input)| Err(strange(what, input)));
             }
-            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or(first),
+            Some(first) if why.is_empty() => why = strange_input(samples, &env, core).unwrap_or_else(|| first.into()),
             Some(_) => {}
         }
     }
@@ -566,7 +573,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
             .or_else(|| env.get(masked))
             .ok_or_else(|| match tried.need(masked) {
                 Err(why) => why,
-                Ok(_) => "it is not known".to_owned(),
+                Ok(_) => Error::ValueUnknown(masked.to_owned()),
             })?;
         let unknown = || format!("{masked} {MORE}");
         let n: usize = got.shape.iter().product();
@@ -1070,7 +1077,7 @@ fn prove<'a>(
         for name in &outputs {
             let Some(got) = tried.get(name) else {
                 if let Err(why) = tried.need(name) {
-                    worst = why;
+                    worst = why.into();
                 }
                 continue;
             };

@@ -18,7 +18,7 @@ pub(crate) fn copied(node: &NodeProto) -> Option<&str> {
 }
 
 /// The type that a Cast gives, if an operator's cache may have it.
-pub(super) fn cast_to(node: &NodeProto) -> Option<DataType> {
+pub(crate) fn cast_to(node: &NodeProto) -> Option<DataType> {
     let to = node.attribute("to").filter(|_| node.is("", "Cast"))?.i();
     [DataType::Float, DataType::Float16, DataType::Bfloat16]
         .into_iter()
@@ -26,7 +26,7 @@ pub(super) fn cast_to(node: &NodeProto) -> Option<DataType> {
 }
 
 /// The value itself, what it is a copy of, and so on.
-pub(super) fn back<'a>(view: &GraphView<'a>, from: &'a str) -> Vec<&'a str> {
+pub(crate) fn back<'a>(view: &GraphView<'a>, from: &'a str) -> Vec<&'a str> {
     let mut names = vec![from];
     let mut name = from;
     while let Some(before) = view.producer(name).and_then(copied).filter(|_| names.len() < MOST) {
@@ -37,7 +37,7 @@ pub(super) fn back<'a>(view: &GraphView<'a>, from: &'a str) -> Vec<&'a str> {
 }
 
 /// The value itself and its copies, copies of copies too, each with its place in the list of what it is a copy of.
-pub(super) fn ahead<'a>(view: &GraphView<'a>, from: &'a str) -> Vec<(&'a str, usize)> {
+pub(crate) fn ahead<'a>(view: &GraphView<'a>, from: &'a str) -> Vec<(&'a str, usize)> {
     let mut names = vec![(from, 0)];
     let mut at = 0;
     while let Some((name, _)) = names.get(at).copied() {
@@ -53,7 +53,7 @@ pub(super) fn ahead<'a>(view: &GraphView<'a>, from: &'a str) -> Vec<(&'a str, us
 
 /// The output of the graph that a value becomes, and the names before it: the value's own and of the copies between them. Where
 /// the value is one itself, that.
-pub(super) fn output<'a>(view: &GraphView<'a>, from: &'a str) -> Option<(&'a str, Vec<&'a str>)> {
+pub(crate) fn output<'a>(view: &GraphView<'a>, from: &'a str) -> Option<(&'a str, Vec<&'a str>)> {
     let names = ahead(view, from);
     let mut at = names.iter().position(|(name, _)| view.is_output(name))?;
     let found = names.get(at)?.0;
@@ -66,7 +66,7 @@ pub(super) fn output<'a>(view: &GraphView<'a>, from: &'a str) -> Option<(&'a str
 }
 
 /// Past and present are one tensor to the operator, of one type.
-pub(super) fn same_type(view: &GraphView, past: &str, present: &str) -> Result<(), String> {
+pub(crate) fn same_type(view: &GraphView, past: &str, present: &str) -> Result<(), String> {
     match (view.data_type(past), view.data_type(present)) {
         (Some(a), Some(b)) if a != b => Err(format!(
             "its cache comes in as {} ({past}) and goes out as {} ({present})",

@@ -1,8 +1,12 @@
 //! One operator after the other: shapes always, numbers where they are known. What is not listed gives the shape of its
 //! first input (norms, activations and the like); a wrong guess shows, because shapes then no longer go together.
 
+mod attention;
+
+pub use attention::{fused_scores, windows};
+
 use super::{
-    attention,
+    Error,
     tensor::{Lazy, Tensor, are_held, broadcast, numbers, numel, strided, strides},
 };
 use retro_onnx::{DataType, NodeProto};
@@ -26,8 +30,8 @@ impl<'c> Call<'c> {
         self.inputs.get(slot)?.as_deref()
     }
 
-    fn need(&self, slot: usize) -> Result<&'c Tensor, String> {
-        self.get(slot).ok_or_else(|| format!("input {slot} is absent"))
+    fn need(&self, slot: usize) -> Result<&'c Tensor, Error> {
+        self.get(slot).ok_or(Error::InputAbsent(slot))
     }
 
     fn int(&self, name: &str, default: i64) -> i64 {
@@ -39,7 +43,7 @@ impl<'c> Call<'c> {
     }
 
     /// Integers that are an input in new opsets and an attribute in old ones.
-    fn ints(&self, slot: usize, name: &str) -> Result<Option<Vec<i64>>, String> {
+    fn ints(&self, slot: usize, name: &str) -> Result<Option<Vec<i64>>, Error> {
         match self.get(slot) {
             Some(t) => t.as_ints().map(Some),
             None => Ok(self.ints_attribute(name)),
@@ -47,7 +51,7 @@ impl<'c> Call<'c> {
     }
 }
 
-fn axis_of(axis: i64, rank: usize) -> Result<usize, String> {
+fn axis_of(axis: i64, rank: usize) -> Result<usize, Error> {
     let r = rank as i64;
     let at = if axis < 0 {
         axis.checked_add(r).unwrap_or(-1)
@@ -57,11 +61,19 @@ fn axis_of(axis: i64, rank: usize) -> Result<usize, String> {
     usize::try_from(at)
         .ok()
         .filter(|a| *a < rank)
-        .ok_or_else(|| format!("axis {axis} of {rank}"))
+        .ok_or(Error::Axis { axis, rank })
 }
 
-fn size(value: i64) -> Result<usize, String> {
-    usize::try_from(value).map_err(|_| format!("a size is {value}"))
+/// What is outside of the data.
+fn beyond(at: usize, data: &[f64]) -> Error {
+    Error::IndexOutOfRange {
+        index: at as i64,
+        len: data.len(),
+    }
+}
+
+fn size(value: i64) -> Result<usize, Error> {
+    usize::try_from(value).map_err(|_| Error::NegativeSize(value))
 }
 
 /// Operators that compute numbers when they are asked for, where there are many.
@@ -95,7 +107,7 @@ const ON_DEMAND: [&str; 27] = [
     "Attention",
 ];
 
-pub(super) fn evaluate(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, String> {
+pub(super) fn evaluate(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, Error> {
     let op = node.op_type();
     let on_demand = node.op_domain().is_empty()
         && [&ON_DEMAND[..], &UNARY, &BINARY].iter().any(|ops| ops.contains(&op))
@@ -113,7 +125,7 @@ pub(super) fn calculates(node: &NodeProto) -> bool {
     UNARY.contains(&op) || BINARY.contains(&op) || op == "Cast" || op == "CastLike"
 }
 
-fn compute(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, String> {
+fn compute(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, Error> {
     let call = Call { node, inputs, opset };
     let one = |t: Tensor| Ok(vec![Some(t)]);
     match (node.op_domain(), node.op_type()) {
@@ -212,9 +224,10 @@ fn compute(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, Stri
                 Some(Tensor::unknown(shape, DataType::Int64)),
             ])
         }
-        ("", "Loop" | "Scan" | "Unique" | "NonMaxSuppression" | "OneHot" | "Resize") => {
-            Err("the operator is not understood".to_owned())
-        }
+        ("", "Loop" | "Scan" | "Unique" | "NonMaxSuppression" | "OneHot" | "Resize") => Err(Error::NotSupported {
+            domain: node.op_domain().to_owned(),
+            op_type: node.op_type().to_owned(),
+        }),
         _ => {
             let first = call.need(0)?;
             one(Tensor::unknown(first.shape.clone(), first.data_type))
@@ -222,7 +235,7 @@ fn compute(node: &NodeProto, inputs: Inputs, opset: i64) -> Result<Outputs, Stri
     }
 }
 
-fn constant(node: &NodeProto) -> Result<Tensor, String> {
+fn constant(node: &NodeProto) -> Result<Tensor, Error> {
     let a = node.attribute.first().ok_or("a Constant without a value")?;
     let scalar = |t, x: f64| Tensor::new(vec![], t, vec![x]);
     Ok(match a.name() {
@@ -237,7 +250,7 @@ fn constant(node: &NodeProto) -> Result<Tensor, String> {
             let data: Vec<f64> = a.floats.iter().map(|x| f64::from(*x)).collect();
             Tensor::new(vec![data.len()], DataType::Float, data)
         }
-        other => return Err(format!("a Constant with {other}")),
+        other => return Err(Error::NotComputed(format!("a Constant with {other}"))),
     })
 }
 
@@ -253,14 +266,14 @@ fn held(x: f64, t: DataType) -> f64 {
     if x.abs() > most { x.signum() * f64::INFINITY } else { x }
 }
 
-fn cast(t: &Tensor, to: i64) -> Result<Tensor, String> {
+fn cast(t: &Tensor, to: i64) -> Result<Tensor, Error> {
     let to = i32::try_from(to).ok().and_then(|to| DataType::try_from(to).ok());
     let to = to.ok_or("a cast to an unknown type")?;
     each(t, to, move |x| held(x, to))
 }
 
 /// A function of each number.
-fn each(t: &Tensor, data_type: DataType, f: impl Fn(f64) -> f64 + 'static) -> Result<Tensor, String> {
+fn each(t: &Tensor, data_type: DataType, f: impl Fn(f64) -> f64 + 'static) -> Result<Tensor, Error> {
     if let Some(data) = &t.data {
         let data = data.iter().map(|x| f(*x)).collect();
         return Ok(Tensor::new(t.shape.clone(), data_type, data));
@@ -275,7 +288,7 @@ fn each(t: &Tensor, data_type: DataType, f: impl Fn(f64) -> f64 + 'static) -> Re
     }
 }
 
-fn shape(call: &Call) -> Result<Tensor, String> {
+fn shape(call: &Call) -> Result<Tensor, Error> {
     let dims = &call.need(0)?.shape;
     let rank = dims.len() as i64;
     let bound = |x: i64| (if x < 0 { x.saturating_add(rank) } else { x }).clamp(0, rank) as usize;
@@ -284,14 +297,17 @@ fn shape(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::ints(part.iter().map(|d| *d as f64).collect()))
 }
 
-fn with_shape(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, String> {
+fn with_shape(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, Error> {
     if numel(&shape)? != numel(&t.shape)? {
-        return Err(format!("{:?} does not become {shape:?}", t.shape));
+        return Err(Error::Reshape {
+            from: t.shape.clone(),
+            into: shape.iter().map(|d| *d as i64).collect(),
+        });
     }
     Ok(Tensor { shape, ..t.clone() })
 }
 
-fn reshape(call: &Call) -> Result<Tensor, String> {
+fn reshape(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let wanted = call.ints(1, "shape")?.ok_or("no shape")?;
     let keep_zero = call.int("allowzero", 0) != 0;
@@ -311,14 +327,17 @@ fn reshape(call: &Call) -> Result<Tensor, String> {
         let known = numel(&shape)?;
         let all = numel(&t.shape)?;
         if known == 0 || !all.is_multiple_of(known) {
-            return Err(format!("{:?} does not become {wanted:?}", t.shape));
+            return Err(Error::Reshape {
+                from: t.shape.clone(),
+                into: wanted,
+            });
         }
         shape[axis] = all / known;
     }
     with_shape(t, shape)
 }
 
-fn flatten(call: &Call) -> Result<Tensor, String> {
+fn flatten(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let axis = call.int("axis", 1);
     let rank = t.shape.len();
@@ -331,12 +350,12 @@ fn flatten(call: &Call) -> Result<Tensor, String> {
     with_shape(t, vec![numel(a)?, numel(b)?])
 }
 
-fn unsqueeze(call: &Call) -> Result<Tensor, String> {
+fn unsqueeze(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let axes = call.ints(1, "axes")?.ok_or("no axes")?;
     let rank = t.shape.len() + axes.len();
     if rank > 64 {
-        return Err(format!("{rank} dimensions"));
+        return Err(Error::TooManyDimensions(rank));
     }
     let axes: Vec<usize> = axes.iter().map(|a| axis_of(*a, rank)).collect::<Result<_, _>>()?;
     let mut old = t.shape.iter();
@@ -352,7 +371,7 @@ fn unsqueeze(call: &Call) -> Result<Tensor, String> {
     with_shape(t, shape)
 }
 
-fn squeeze(call: &Call) -> Result<Tensor, String> {
+fn squeeze(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let axes: Option<Vec<usize>> = call
         .ints(1, "axes")?
@@ -372,7 +391,7 @@ fn squeeze(call: &Call) -> Result<Tensor, String> {
     with_shape(t, shape.collect())
 }
 
-fn transpose(call: &Call) -> Result<Tensor, String> {
+fn transpose(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let rank = t.shape.len();
     let order: Vec<usize> = match call.ints_attribute("perm") {
@@ -380,7 +399,7 @@ fn transpose(call: &Call) -> Result<Tensor, String> {
         None => (0..rank).rev().collect(),
     };
     if order.len() != rank {
-        return Err("a permutation of another rank".to_owned());
+        return Err("a permutation of another rank".into());
     }
     let shape: Vec<usize> = order.iter().map(|a| t.shape[*a]).collect();
     let own = strides(&t.shape);
@@ -388,7 +407,7 @@ fn transpose(call: &Call) -> Result<Tensor, String> {
     t.rearranged(0, shape, &by)
 }
 
-fn spread_to(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, String> {
+fn spread_to(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, Error> {
     if !t.is_known() {
         return Ok(Tensor::unknown(shape, t.data_type));
     }
@@ -400,7 +419,7 @@ fn spread_to(t: &Tensor, shape: Vec<usize>) -> Result<Tensor, String> {
     Tensor::computed(shape, t.data_type, numbers)
 }
 
-fn expand(call: &Call) -> Result<Tensor, String> {
+fn expand(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let wanted: Vec<usize> = call
         .need(1)?
@@ -413,7 +432,7 @@ fn expand(call: &Call) -> Result<Tensor, String> {
     spread_to(t, shape)
 }
 
-fn tile(call: &Call) -> Result<Tensor, String> {
+fn tile(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let times: Vec<usize> = call
         .need(1)?
@@ -422,7 +441,7 @@ fn tile(call: &Call) -> Result<Tensor, String> {
         .map(|d| size(*d))
         .collect::<Result<_, _>>()?;
     if times.len() != t.shape.len() {
-        return Err("as many repeats as dimensions are needed".to_owned());
+        return Err("as many repeats as dimensions are needed".into());
     }
     let shape: Vec<usize> = t.shape.iter().zip(&times).map(|(d, n)| d.saturating_mul(*n)).collect();
     numel(&shape)?;
@@ -436,7 +455,7 @@ fn tile(call: &Call) -> Result<Tensor, String> {
     with_shape(&t.rearranged(0, pairs, &by)?, shape)
 }
 
-fn concat(call: &Call) -> Result<Tensor, String> {
+fn concat(call: &Call) -> Result<Tensor, Error> {
     let parts: Vec<&Tensor> = call.inputs.iter().filter_map(|t| t.as_deref()).collect();
     let first = *parts.first().ok_or("nothing to put together")?;
     let axis = axis_of(call.int("axis", 0), first.shape.len())?;
@@ -451,10 +470,11 @@ fn concat(call: &Call) -> Result<Tensor, String> {
                 .enumerate()
                 .all(|(i, (a, b))| i == axis || a == b);
         if !fits {
-            return Err(format!(
-                "{:?} and {:?} are put together along axis {axis}",
-                first.shape, part.shape
-            ));
+            return Err(Error::Concat {
+                first: first.shape.clone(),
+                other: part.shape.clone(),
+                axis,
+            });
         }
         shape[axis] = shape[axis].saturating_add(part.shape[axis]);
     }
@@ -474,7 +494,7 @@ fn concat(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(shape, first.data_type, data))
 }
 
-fn concat_on_demand(parts: &[&Tensor], shape: Vec<usize>, axis: usize) -> Result<Tensor, String> {
+fn concat_on_demand(parts: &[&Tensor], shape: Vec<usize>, axis: usize) -> Result<Tensor, Error> {
     let data_type = parts.first().map_or(DataType::Undefined, |t| t.data_type);
     let mut blocks = Vec::with_capacity(parts.len());
     for part in parts {
@@ -498,7 +518,7 @@ fn concat_on_demand(parts: &[&Tensor], shape: Vec<usize>, axis: usize) -> Result
     Tensor::computed(shape, data_type, numbers)
 }
 
-fn slice(call: &Call) -> Result<Tensor, String> {
+fn slice(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let starts = call.ints(1, "starts")?.ok_or("no starts")?;
     let ends = call.ints(2, "ends")?.ok_or("no ends")?;
@@ -511,7 +531,7 @@ fn slice(call: &Call) -> Result<Tensor, String> {
         .transpose()?
         .unwrap_or_else(|| vec![1; starts.len()]);
     if ends.len() != starts.len() || axes.len() != starts.len() || steps.len() != starts.len() {
-        return Err("starts, ends, axes and steps differ in number".to_owned());
+        return Err("starts, ends, axes and steps differ in number".into());
     }
     let own = strides(&t.shape);
     let mut shape = t.shape.clone();
@@ -529,7 +549,7 @@ fn slice(call: &Call) -> Result<Tensor, String> {
                     (to - from).max(0).div_euclid(*step) + i64::from((to - from).max(0) % step != 0),
                 )
             }
-            0 => return Err("a step of 0".to_owned()),
+            0 => return Err("a step of 0".into()),
             _ => {
                 let (from, to) = (wrap(*start).clamp(-1, d - 1), wrap(*end).clamp(-1, d - 1));
                 let back = step.checked_neg().ok_or("an absurd step")?;
@@ -546,7 +566,7 @@ fn slice(call: &Call) -> Result<Tensor, String> {
     t.rearranged(offset, shape, &by)
 }
 
-fn split(call: &Call) -> Result<Outputs, String> {
+fn split(call: &Call) -> Result<Outputs, Error> {
     let t = call.need(0)?;
     let axis = axis_of(call.int("axis", 0), t.shape.len())?;
     let count = call.node.output.len();
@@ -560,7 +580,10 @@ fn split(call: &Call) -> Result<Outputs, String> {
         }
     };
     if sizes.iter().try_fold(0usize, |n, d| n.checked_add(*d)) != Some(t.shape[axis]) {
-        return Err(format!("{sizes:?} is not a split of {}", t.shape[axis]));
+        return Err(Error::Split {
+            sizes,
+            len: t.shape[axis],
+        });
     }
     let own = strides(&t.shape);
     let by: Vec<isize> = own.iter().map(|s| *s as isize).collect();
@@ -576,7 +599,7 @@ fn split(call: &Call) -> Result<Outputs, String> {
     Ok(parts)
 }
 
-fn gather(call: &Call) -> Result<Tensor, String> {
+fn gather(call: &Call) -> Result<Tensor, Error> {
     let (t, ids) = (call.need(0)?, call.need(1)?);
     let axis = axis_of(call.int("axis", 0), t.shape.len())?;
     let mut shape = t.shape[..axis].to_vec();
@@ -587,7 +610,10 @@ fn gather(call: &Call) -> Result<Tensor, String> {
     let d = t.shape[axis] as i64;
     // A table of positions ends somewhere, and so do the calls that the model takes.
     if let Some(id) = ids.data.iter().flatten().find(|id| !(-d..d).contains(&(**id as i64))) {
-        return Err(format!("index {id} of {d} is out of range"));
+        return Err(Error::IndexOutOfRange {
+            index: *id as i64,
+            len: t.shape[axis],
+        });
     }
     let (Some(data), true, true) = (&t.data, ids.data.is_some(), are_held(&shape)) else {
         return gather_on_demand(t, ids, axis, shape);
@@ -600,15 +626,18 @@ fn gather(call: &Call) -> Result<Tensor, String> {
             let id = usize::try_from(id)
                 .ok()
                 .filter(|i| (*i as i64) < d)
-                .ok_or_else(|| format!("index {id} of {d} is out of range"))?;
+                .ok_or(Error::IndexOutOfRange {
+                    index: id,
+                    len: t.shape[axis],
+                })?;
             let from = (outer * t.shape[axis] + id) * inner;
-            out.extend_from_slice(data.get(from..from + inner).ok_or("an index is out of range")?);
+            out.extend_from_slice(data.get(from..from + inner).ok_or(beyond(from, data))?);
         }
     }
     Ok(Tensor::new(shape, t.data_type, out))
 }
 
-fn gather_on_demand(t: &Tensor, ids: &Tensor, axis: usize, shape: Vec<usize>) -> Result<Tensor, String> {
+fn gather_on_demand(t: &Tensor, ids: &Tensor, axis: usize, shape: Vec<usize>) -> Result<Tensor, Error> {
     let (Some(numbers), Some(places)) = (t.numbers(), ids.numbers()) else {
         return Ok(Tensor::unknown(shape, t.data_type));
     };
@@ -630,12 +659,12 @@ fn index_of(id: f64, d: usize) -> Option<usize> {
     usize::try_from(id).ok().filter(|id| *id < d)
 }
 
-fn gather_nd(call: &Call) -> Result<Tensor, String> {
+fn gather_nd(call: &Call) -> Result<Tensor, Error> {
     let (t, ids) = (call.need(0)?, call.need(1)?);
     let batch = size(call.int("batch_dims", 0))?;
     let depth = *ids.shape.last().ok_or("indices without dimensions")?;
     if batch + depth > t.shape.len() || batch >= ids.shape.len() || ids.shape.get(..batch) != t.shape.get(..batch) {
-        return Err("indices that do not fit".to_owned());
+        return Err("indices that do not fit".into());
     }
     let mut shape = ids.shape[..ids.shape.len() - 1].to_vec();
     shape.extend(&t.shape[batch + depth..]);
@@ -657,16 +686,19 @@ fn gather_nd(call: &Call) -> Result<Tensor, String> {
             let d = t.shape[batch + axis] as i64;
             let id = if *id < 0 { id + d } else { *id };
             if !(0..d).contains(&id) {
-                return Err(format!("index {id} of {d} is out of range"));
+                return Err(Error::IndexOutOfRange {
+                    index: id,
+                    len: d as usize,
+                });
             }
             from += id as usize * own[batch + axis];
         }
-        out.extend_from_slice(data.get(from..from + inner).ok_or("an index is out of range")?);
+        out.extend_from_slice(data.get(from..from + inner).ok_or(beyond(from, data))?);
     }
     Ok(Tensor::new(shape, t.data_type, out))
 }
 
-fn gather_nd_on_demand(t: &Tensor, ids: &Tensor, batch: usize, shape: Vec<usize>) -> Result<Tensor, String> {
+fn gather_nd_on_demand(t: &Tensor, ids: &Tensor, batch: usize, shape: Vec<usize>) -> Result<Tensor, Error> {
     let (Some(numbers), Some(places)) = (t.numbers(), ids.numbers()) else {
         return Ok(Tensor::unknown(shape, t.data_type));
     };
@@ -691,11 +723,11 @@ fn gather_nd_on_demand(t: &Tensor, ids: &Tensor, batch: usize, shape: Vec<usize>
     Tensor::computed(shape, t.data_type, numbers)
 }
 
-fn gather_elements(call: &Call) -> Result<Tensor, String> {
+fn gather_elements(call: &Call) -> Result<Tensor, Error> {
     let (t, ids) = (call.need(0)?, call.need(1)?);
     let axis = axis_of(call.int("axis", 0), t.shape.len())?;
     if ids.shape.len() != t.shape.len() {
-        return Err("indices of another rank".to_owned());
+        return Err("indices of another rank".into());
     }
     let (Some(data), Some(_)) = (&t.data, &ids.data) else {
         return Ok(Tensor::unknown(ids.shape.clone(), t.data_type));
@@ -714,12 +746,12 @@ fn gather_elements(call: &Call) -> Result<Tensor, String> {
             };
             from = from.saturating_add(place.saturating_mul(own[i]));
         }
-        out.push(*data.get(from).ok_or("an index is out of range")?);
+        out.push(*data.get(from).ok_or(beyond(from, data))?);
     }
     Ok(Tensor::new(ids.shape.clone(), t.data_type, out))
 }
 
-fn scatter_nd(call: &Call) -> Result<Tensor, String> {
+fn scatter_nd(call: &Call) -> Result<Tensor, Error> {
     let (t, ids, updates) = (call.need(0)?, call.need(1)?, call.need(2)?);
     if [t, ids, updates].iter().any(|t| !t.is_known()) {
         return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
@@ -732,7 +764,7 @@ fn scatter_nd(call: &Call) -> Result<Tensor, String> {
             .attribute("reduction")
             .is_some_and(|r| r.s() != b"none".as_slice())
     {
-        return Err("a scatter that is not understood".to_owned());
+        return Err("a scatter that is not understood".into());
     }
     let (Some(data), Some(_), Some(new)) = (&t.data, &ids.data, &updates.data) else {
         return scatter_nd_on_demand(t, ids, updates, depth);
@@ -746,20 +778,23 @@ fn scatter_nd(call: &Call) -> Result<Tensor, String> {
             let d = t.shape[axis] as i64;
             let id = if *id < 0 { id + d } else { *id };
             if !(0..d).contains(&id) {
-                return Err(format!("index {id} of {d} is out of range"));
+                return Err(Error::IndexOutOfRange {
+                    index: id,
+                    len: d as usize,
+                });
             }
             to += id as usize * own[axis];
         }
         let values = new.get(n * inner..(n + 1) * inner).ok_or("too few updates")?;
         out.get_mut(to..to + inner)
-            .ok_or("an index is out of range")?
+            .ok_or(beyond(to, data))?
             .copy_from_slice(values);
     }
     Ok(Tensor::new(t.shape.clone(), t.data_type, out))
 }
 
 /// A scatter into a block that begins at the start of every axis, in order: exporters write assignments to a slice so.
-fn scatter_nd_on_demand(t: &Tensor, ids: &Tensor, updates: &Tensor, depth: usize) -> Result<Tensor, String> {
+fn scatter_nd_on_demand(t: &Tensor, ids: &Tensor, updates: &Tensor, depth: usize) -> Result<Tensor, Error> {
     let (Some(old), Some(places), Some(new)) = (t.numbers(), ids.numbers(), updates.numbers()) else {
         return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
     };
@@ -802,15 +837,15 @@ fn scatter_nd_on_demand(t: &Tensor, ids: &Tensor, updates: &Tensor, depth: usize
     Tensor::computed(t.shape.clone(), t.data_type, numbers)
 }
 
-fn range(call: &Call) -> Result<Tensor, String> {
-    let number = |slot| -> Result<f64, String> {
+fn range(call: &Call) -> Result<Tensor, Error> {
+    let number = |slot| -> Result<f64, Error> {
         let data = call.need(slot)?.data.as_ref().ok_or("its bounds are not known")?;
-        data.first().copied().ok_or_else(|| "an empty bound".to_owned())
+        data.first().copied().ok_or_else(|| "an empty bound".into())
     };
     let (start, limit, step) = (number(0)?, number(1)?, number(2)?);
     let count = ((limit - start) / step).ceil();
     if !count.is_finite() {
-        return Err("an endless range".to_owned());
+        return Err("an endless range".into());
     }
     let count = count.max(0.0) as usize;
     numbers(&[count])?;
@@ -818,7 +853,7 @@ fn range(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(vec![count], call.need(0)?.data_type, data))
 }
 
-fn constant_of_shape(call: &Call) -> Result<Tensor, String> {
+fn constant_of_shape(call: &Call) -> Result<Tensor, Error> {
     let shape: Vec<usize> = call
         .need(0)?
         .as_ints()?
@@ -834,10 +869,10 @@ fn constant_of_shape(call: &Call) -> Result<Tensor, String> {
     Tensor::filled(shape, data_type, fill)
 }
 
-fn eye_like(call: &Call) -> Result<Tensor, String> {
+fn eye_like(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let &[_, columns] = t.shape.as_slice() else {
-        return Err("no matrix".to_owned());
+        return Err("no matrix".into());
     };
     let data_type = match call.int("dtype", 0) {
         0 => t.data_type,
@@ -855,7 +890,7 @@ fn eye_like(call: &Call) -> Result<Tensor, String> {
 }
 
 /// A tensor with more around it, or, where the numbers are negative, with less.
-fn pad(call: &Call) -> Result<Tensor, String> {
+fn pad(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let rank = t.shape.len();
     let pads = call.ints(1, "pads")?.ok_or("how much to pad is not known")?;
@@ -868,7 +903,7 @@ fn pad(call: &Call) -> Result<Tensor, String> {
         None => (0..rank).collect(),
     };
     if pads.len() != 2 * axes.len() {
-        return Err(format!("{} pads for {} axes", pads.len(), axes.len()));
+        return Err(Error::Sizes(format!("{} pads for {} axes", pads.len(), axes.len())));
     }
     let (mut shape, mut before) = (t.shape.clone(), vec![0i64; rank]);
     for (i, axis) in axes.iter().enumerate() {
@@ -905,7 +940,7 @@ fn pad(call: &Call) -> Result<Tensor, String> {
     Tensor::computed(shape, t.data_type, numbers)
 }
 
-fn choose(call: &Call) -> Result<Tensor, String> {
+fn choose(call: &Call) -> Result<Tensor, Error> {
     let (c, a, b) = (call.need(0)?, call.need(1)?, call.need(2)?);
     let shape = broadcast(&broadcast(&c.shape, &a.shape)?, &b.shape)?;
     numel(&shape)?;
@@ -931,7 +966,7 @@ fn choose(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(shape, a.data_type, data.collect()))
 }
 
-fn trilu(call: &Call) -> Result<Tensor, String> {
+fn trilu(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     if !t.is_known() {
         return Ok(t.clone());
@@ -942,7 +977,7 @@ fn trilu(call: &Call) -> Result<Tensor, String> {
     };
     let upper = call.int("upper", 1) != 0;
     let &[.., rows, columns] = t.shape.as_slice() else {
-        return Err("no matrix".to_owned());
+        return Err("no matrix".into());
     };
     let (rows, columns) = (rows.max(1), columns.max(1));
     let keep = move |at: usize| {
@@ -951,7 +986,7 @@ fn trilu(call: &Call) -> Result<Tensor, String> {
         if upper { d >= k } else { d <= k }
     };
     let Some(data) = t.data.as_ref().filter(|_| are_held(&t.shape)) else {
-        let numbers = t.numbers().ok_or("its numbers are not known")?;
+        let numbers = t.numbers().ok_or(Error::NumbersUnknown)?;
         let numbers = Lazy::new(
             &[&numbers.clone()],
             move |at| if keep(at) { numbers.at(at) } else { 0.0 },
@@ -966,7 +1001,7 @@ fn trilu(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(t.shape.clone(), t.data_type, data))
 }
 
-fn cumsum(call: &Call) -> Result<Tensor, String> {
+fn cumsum(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let Some(data) = &t.data else { return Ok(t.clone()) };
     let axis = call.need(1)?.as_ints()?.first().copied().unwrap_or(0);
@@ -980,7 +1015,7 @@ fn cumsum(call: &Call) -> Result<Tensor, String> {
             for step in 0..d {
                 let row = if reverse { d - 1 - step } else { step };
                 let at = (outer * d + row) * inner + i;
-                let x = *data.get(at).ok_or("an index is out of range")?;
+                let x = *data.get(at).ok_or(beyond(at, data))?;
                 out[at] = if exclusive { sum } else { sum + x };
                 sum += x;
             }
@@ -989,7 +1024,7 @@ fn cumsum(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(t.shape.clone(), t.data_type, out))
 }
 
-fn non_zero(call: &Call) -> Result<Tensor, String> {
+fn non_zero(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let data = t.data.as_ref().ok_or("its size depends on data")?;
     let own = strides(&t.shape);
@@ -1010,20 +1045,20 @@ fn non_zero(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::new(vec![own.len(), places.len()], DataType::Int64, out))
 }
 
-fn softmax(call: &Call) -> Result<Tensor, String> {
+fn softmax(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let Some(data) = &t.data else { return Ok(t.clone()) };
     let rank = t.shape.len();
     let axis = axis_of(call.int("axis", if call.opset >= 13 { -1 } else { 1 }), rank)?;
     if call.opset >= 13 && axis + 1 != rank {
-        return Err(format!("a Softmax along axis {axis} of {rank}"));
+        return Err(Error::NotComputed(format!("a Softmax along axis {axis} of {rank}")));
     }
     let mut out = data.clone();
     attention::softmax(&mut out, numel(&t.shape[axis..])?);
     Ok(Tensor::new(t.shape.clone(), t.data_type, out))
 }
 
-fn reduce(call: &Call) -> Result<Tensor, String> {
+fn reduce(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let rank = t.shape.len();
     let axes: Vec<usize> = match call.ints(1, "axes")? {
@@ -1079,7 +1114,7 @@ fn reduce(call: &Call) -> Result<Tensor, String> {
 }
 
 /// The largest or smallest number along one axis of a tensor that is not held; each is remembered, a row reads it many times.
-fn extreme_on_demand(t: &Tensor, lazy: Lazy, axis: usize, shape: Vec<usize>, most: bool) -> Result<Tensor, String> {
+fn extreme_on_demand(t: &Tensor, lazy: Lazy, axis: usize, shape: Vec<usize>, most: bool) -> Result<Tensor, Error> {
     let (d, inner) = (t.shape[axis], numel(&t.shape[axis + 1..])?);
     let known: RefCell<HashMap<usize, f64>> = RefCell::default();
     let numbers = Lazy::of_rows(&lazy.clone(), d, move |place| {
@@ -1099,7 +1134,7 @@ fn extreme_on_demand(t: &Tensor, lazy: Lazy, axis: usize, shape: Vec<usize>, mos
     Tensor::computed(shape, t.data_type, numbers)
 }
 
-fn arg_extreme(call: &Call) -> Result<Tensor, String> {
+fn arg_extreme(call: &Call) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let axis = axis_of(call.int("axis", 0), t.shape.len())?;
     let mut shape = t.shape.clone();
@@ -1132,19 +1167,22 @@ fn arg_extreme(call: &Call) -> Result<Tensor, String> {
     })
 }
 
-fn matmul(a: &Tensor, b: &Tensor, alpha: f64) -> Result<Tensor, String> {
+fn matmul(a: &Tensor, b: &Tensor, alpha: f64) -> Result<Tensor, Error> {
     let (sa, sb) = (&a.shape, &b.shape);
     if sa.is_empty() || sb.is_empty() {
-        return Err("a product of scalars".to_owned());
+        return Err("a product of scalars".into());
     }
     let row = |s: &Vec<usize>| if s.len() == 1 { vec![1, s[0]] } else { s.clone() };
     let column = |s: &Vec<usize>| if s.len() == 1 { vec![s[0], 1] } else { s.clone() };
     let (fa, fb) = (row(sa), column(sb));
     let (&[.., m, k], &[.., k2, n]) = (fa.as_slice(), fb.as_slice()) else {
-        return Err("no matrices".to_owned());
+        return Err("no matrices".into());
     };
     if k != k2 {
-        return Err(format!("{sa:?} times {sb:?}"));
+        return Err(Error::MatMul {
+            left: sa.clone(),
+            right: sb.clone(),
+        });
     }
     let batch = broadcast(&fa[..fa.len() - 2], &fb[..fb.len() - 2])?;
     let mut full = batch.clone();
@@ -1185,10 +1223,10 @@ fn matmul(a: &Tensor, b: &Tensor, alpha: f64) -> Result<Tensor, String> {
     Ok(Tensor::new(shape, a.data_type, out))
 }
 
-fn swapped(t: &Tensor) -> Result<Tensor, String> {
+fn swapped(t: &Tensor) -> Result<Tensor, Error> {
     let rank = t.shape.len();
     if rank < 2 {
-        return Err("no matrix".to_owned());
+        return Err("no matrix".into());
     }
     let mut shape = t.shape.clone();
     shape.swap(rank - 1, rank - 2);
@@ -1197,11 +1235,11 @@ fn swapped(t: &Tensor) -> Result<Tensor, String> {
     t.rearranged(0, shape, &by)
 }
 
-fn fused_matmul(call: &Call) -> Result<Tensor, String> {
+fn fused_matmul(call: &Call) -> Result<Tensor, Error> {
     if call.int("transBatchA", 0) != 0 || call.int("transBatchB", 0) != 0 {
-        return Err("a product with batches moved".to_owned());
+        return Err("a product with batches moved".into());
     }
-    let side = |slot, name| -> Result<Tensor, String> {
+    let side = |slot, name| -> Result<Tensor, Error> {
         let t = call.need(slot)?;
         if call.int(name, 0) != 0 {
             swapped(t)
@@ -1213,8 +1251,8 @@ fn fused_matmul(call: &Call) -> Result<Tensor, String> {
     matmul(&side(0, "transA")?, &side(1, "transB")?, alpha)
 }
 
-fn gemm(call: &Call) -> Result<Tensor, String> {
-    let side = |slot, name| -> Result<Tensor, String> {
+fn gemm(call: &Call) -> Result<Tensor, Error> {
+    let side = |slot, name| -> Result<Tensor, Error> {
         let t = call.need(slot)?;
         if call.int(name, 0) != 0 {
             swapped(t)
@@ -1226,7 +1264,7 @@ fn gemm(call: &Call) -> Result<Tensor, String> {
     Ok(Tensor::unknown(product.shape, product.data_type))
 }
 
-fn einsum(call: &Call) -> Result<Tensor, String> {
+fn einsum(call: &Call) -> Result<Tensor, Error> {
     let equation = call
         .node
         .attribute("equation")
@@ -1239,11 +1277,13 @@ fn einsum(call: &Call) -> Result<Tensor, String> {
     for (slot, term) in terms.iter().enumerate() {
         let t = call.need(slot)?;
         if term.len() != t.shape.len() || term.contains(&b'.') {
-            return Err(format!("the equation {equation} is not understood"));
+            return Err(Error::NotComputed(format!("the equation {equation} is not understood")));
         }
         for (label, d) in term.iter().zip(&t.shape) {
             match labels.iter().find(|(l, _)| l == label) {
-                Some((_, known)) if known != d => return Err(format!("{equation} has two sizes for a label")),
+                Some((_, known)) if known != d => {
+                    return Err(Error::Sizes(format!("{equation} has two sizes for a label")));
+                }
                 Some(_) => {}
                 None => labels.push((*label, *d)),
             }
@@ -1283,11 +1323,14 @@ fn einsum(call: &Call) -> Result<Tensor, String> {
 }
 
 /// Shapes of a GroupQueryAttention's outputs.
-fn grouped(call: &Call) -> Result<Outputs, String> {
+fn grouped(call: &Call) -> Result<Outputs, Error> {
     let q = call.need(0)?;
     let (hq, hkv) = (size(call.int("num_heads", 0))?, size(call.int("kv_num_heads", 0))?);
     let &[b, s, width] = q.shape.as_slice() else {
-        return Err(format!("a query of shape {:?}", q.shape));
+        return Err(Error::Shape {
+            what: "a query",
+            actual: q.shape.clone(),
+        });
     };
     let packed = call.get(1).is_none();
     let heads = if packed {
@@ -1296,7 +1339,7 @@ fn grouped(call: &Call) -> Result<Outputs, String> {
         hq
     };
     if heads == 0 {
-        return Err("no heads".to_owned());
+        return Err("no heads".into());
     }
     let out = Tensor::unknown(vec![b, s, (width / heads).saturating_mul(hq)], q.data_type);
     let cache = |slot: usize| call.get(slot).map(|t| Tensor::unknown(t.shape.clone(), t.data_type));
@@ -1330,7 +1373,7 @@ const UNARY: [&str; 24] = [
     "Elu",
 ];
 
-fn unary(call: &Call, op: &str) -> Result<Tensor, String> {
+fn unary(call: &Call, op: &str) -> Result<Tensor, Error> {
     let t = call.need(0)?;
     let data_type = if matches!(op, "IsNaN" | "IsInf" | "Not") {
         DataType::Bool
@@ -1398,7 +1441,7 @@ const BINARY: [&str; 22] = [
     "BitwiseXor",
 ];
 
-fn binary(call: &Call, op: &str) -> Result<Tensor, String> {
+fn binary(call: &Call, op: &str) -> Result<Tensor, Error> {
     let mut result = call.need(0)?.clone();
     for slot in 1..call.inputs.len() {
         let other = call.need(slot)?;
@@ -1489,7 +1532,7 @@ mod tests {
         floats(shape, &(0..n).map(|i| i as f64 - 3.0).collect::<Vec<_>>())
     }
 
-    fn result(node: &NodeProto, inputs: &[Tensor]) -> Result<Tensor, String> {
+    fn result(node: &NodeProto, inputs: &[Tensor]) -> Result<Tensor, Error> {
         let inputs: Vec<_> = inputs.iter().cloned().map(Rc::new).map(Some).collect();
         Ok(evaluate(node, &inputs, 23)?.remove(0).expect("an output"))
     }
@@ -1642,7 +1685,7 @@ mod tests {
         let gather = node("Gather", &[]);
         assert!(result(&gather, &[table.clone(), ints(&[2], &[99.0, -100.0])]).is_ok());
         let why = result(&gather, &[table, ints(&[1], &[100.0])]).expect_err("out of range");
-        assert!(why.contains("index 100 of 100 is out of range"), "{why}");
+        assert_eq!(why, Error::IndexOutOfRange { index: 100, len: 100 });
     }
 
     #[test]

@@ -1,12 +1,8 @@
 //! Attention spelled out: a product of queries and keys, a mask, a Softmax, a product with values. In any order of scaling,
 //! with any way of repeating heads and of moving axes, guards against rows without keys, softcap, head sinks.
 
-use super::{
-    MatchResult, Rule,
-    core::{Core, Scores, attention_match},
-    other,
-    sample_calls::SampleCalls,
-};
+use super::{MatchResult, Rule, SampleCalls, unsupported};
+use crate::prove::{Core, Scores, attention_match};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.
@@ -25,7 +21,7 @@ impl Rule for Decomposed {
     }
 
     fn match_node<'a>(&self, view: &GraphView<'a>, samples: &SampleCalls<'a>, node: &'a NodeProto) -> MatchResult {
-        if !node.is("", "Softmax") || !other::weighs_values(view, node) {
+        if !node.is("", "Softmax") || !unsupported::weighs_values(view, node) {
             return MatchResult::NotMine;
         }
         match core(view, samples, node).and_then(|core| attention_match(samples, core)) {
@@ -410,6 +406,23 @@ mod tests {
     fn as_floats(graph: &mut GraphProto, output: &str) {
         let node = graph.node.iter_mut().find(|n| n.output(0) == output).expect("the Cast");
         node.attribute = vec![AttributeProto::int("to", 1)];
+    }
+
+    #[test]
+    fn a_mask_by_an_operator_that_is_not_supported_is_refused() {
+        let why = refusal(&[
+            &[SCALED],
+            &CAUSAL,
+            &[
+                ("Resize", &["plane"], "out of range"),
+                ("Add", &["scaled", "out of range"], "masked"),
+                SOFTMAX,
+            ],
+        ]);
+        assert!(
+            why.contains("out of range (Resize): the operator is not understood"),
+            "{why}"
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a mask lets a token see, found by trying it: causal, a sliding window, padding; or none of these, and then why not.
 
 use super::sample_calls::CallShape;
+use crate::eval::Error;
 use std::collections::BTreeSet;
 
 /// A bias at most this is a mask: exporters write -inf, the type's lowest number, -1e9 or -10000.
@@ -96,15 +97,20 @@ pub enum Unread {
 }
 
 /// What the evaluator says.
-impl From<String> for Unread {
-    fn from(why: String) -> Self {
-        // Shapes or indices don't fit: ONNX Runtime doesn't run such a call either.
-        const BEYOND: [&str; 2] = ["do not go together", "out of range"];
-        if BEYOND.iter().any(|e| why.contains(e)) {
+impl From<Error> for Unread {
+    fn from(why: Error) -> Self {
+        if why.is_invalid_call() {
             Self::Beyond
         } else {
-            Self::Unknown(why)
+            Self::Unknown(why.into())
         }
+    }
+}
+
+/// What is told in words excuses nothing.
+impl From<String> for Unread {
+    fn from(why: String) -> Self {
+        Self::Unknown(why)
     }
 }
 
@@ -642,6 +648,80 @@ mod tests {
                 .unwrap_err()
                 .contains("at 1 token(s) after 256")
         );
+    }
+
+    /// A failure of a node whose name says what excuses a failure.
+    fn at_node(source: Error) -> Error {
+        Error::Node {
+            label: "shapes do not go together, out of range".to_owned(),
+            op_type: "Gather".to_owned(),
+            source: Box::new(source),
+        }
+    }
+
+    #[test]
+    fn a_failure_is_excused_by_its_variant_alone() {
+        let shapes = Error::Broadcast {
+            left: vec![2],
+            right: vec![3],
+        };
+        let index = Error::IndexOutOfRange { index: 128, len: 128 };
+        for excused in [shapes, index] {
+            let masked = Error::Mask(Box::new(excused.clone()));
+            for error in [excused.clone(), at_node(excused), at_node(masked)] {
+                assert_eq!(Unread::from(error), Unread::Beyond);
+            }
+        }
+        let words = "shapes do not go together, out of range";
+        for error in [
+            Error::Axis { axis: 2, rank: 2 },
+            Error::NegativeSize(-1),
+            Error::TooManyElements(vec![1 << 50]),
+            Error::TooManyNumbers(1 << 30),
+            Error::TooManyDimensions(65),
+            Error::TooMuchWork,
+            Error::TooDeep(16),
+            Error::Reshape {
+                from: vec![2],
+                into: vec![3],
+            },
+            Error::Split { sizes: vec![1], len: 2 },
+            Error::Concat {
+                first: vec![1],
+                other: vec![2],
+                axis: 0,
+            },
+            Error::MatMul {
+                left: vec![1, 2],
+                right: vec![3, 1],
+            },
+            Error::NotComputed(words.to_owned()),
+            Error::Shape {
+                what: words,
+                actual: vec![],
+            },
+            Error::Sizes(words.to_owned()),
+            Error::Attribute {
+                name: words.to_owned(),
+                value: words.to_owned(),
+            },
+            Error::InputAbsent(0),
+            Error::InputUnknown(words.to_owned()),
+            Error::ValueUnknown(words.to_owned()),
+            Error::OutputUnknown(words.to_owned()),
+            Error::NumbersUnknown,
+            Error::NotSupported {
+                domain: "out of range".to_owned(),
+                op_type: "do not go together".to_owned(),
+            },
+            Error::Invalid(words),
+        ] {
+            for error in [error.clone(), at_node(error)] {
+                let said = error.to_string();
+                assert_eq!(Unread::from(error), Unread::Unknown(said));
+            }
+        }
+        assert!(matches!(Unread::from(words.to_owned()), Unread::Unknown(_)));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Sizes of a graph's inputs, where its declarations leave them open: by the names that they share with tokens, mask and caches,
 //! else by what is computed with them.
 
-use super::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls};
+use super::sample_calls::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls};
 use crate::eval::reads;
 use retro_onnx::{Dimension, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -95,7 +95,7 @@ pub fn sizes(view: &GraphView, names: &HashMap<&str, Size>, input: &ValueInfoPro
 }
 
 /// The input that a value comes from, where it depends on no token and no cache: of what an encoder gave, for instance.
-pub(super) fn foreign<'a>(samples: &SampleCalls<'a>, value: &'a str) -> Option<&'a str> {
+pub(crate) fn foreign<'a>(samples: &SampleCalls<'a>, value: &'a str) -> Option<&'a str> {
     let view = samples.view;
     let (mut open, mut seen, mut other) = (vec![value], HashSet::new(), None);
     while let Some(name) = open.pop() {

@@ -1,9 +1,14 @@
-//! Weights in files beside the model: where they are, and that they are really there.
+//! External data: weights in files beside the model. Where they are, and that they are really there.
+//!
+//! The format: <https://onnx.ai/onnx/repo-docs/ExternalData.html>.
 
-use crate::messages::*;
-use anyhow::{Context, Result, bail, ensure};
+use crate::{
+    error::{Error, ExtentError},
+    messages::*,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     fs,
     path::{Component, Path, PathBuf},
 };
@@ -15,6 +20,7 @@ pub struct ExternalFile {
     pub location: PathBuf,
     /// The file, symbolic links resolved.
     pub source: PathBuf,
+    /// Its length in bytes.
     pub len: u64,
 }
 
@@ -23,7 +29,7 @@ pub struct ExternalFile {
 /// # Errors
 /// A location that leaves the folder, a file that is absent or not a regular file, or a tensor that reaches past the
 /// end of its file or has another length than its shape says.
-pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalFile>> {
+pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalFile>, Error> {
     let mut files: BTreeMap<PathBuf, ExternalFile> = BTreeMap::new();
     // How far into each file tensors reach, and the one that reaches farthest.
     let mut reaches: BTreeMap<PathBuf, (u64, String)> = BTreeMap::new();
@@ -31,59 +37,74 @@ pub fn external_files(model: &ModelProto, folder: &Path) -> Result<Vec<ExternalF
         if !tensor.is_external() {
             return Ok(());
         }
-        let name = tensor.name();
-        let entry = |key: &str| tensor.external_entry(key);
-        let location = entry("location").with_context(|| format!("tensor {name} is external but names no file"))?;
-        let relative = inside(location).with_context(|| outside(name, location))?;
+        let name = || tensor.name().to_owned();
+        let location = tensor.external_entry("location");
+        let location = location.ok_or_else(|| Error::NoLocation { tensor: name() })?;
+        let relative = inside(location).ok_or_else(|| outside(tensor, location))?;
         let file = match files.get(&relative) {
             Some(file) => file,
             None => {
-                let path = folder.join(&relative);
-                let source = fs::canonicalize(&path).with_context(|| {
-                    format!(
-                        "the weights of tensor {name} are in {}, which can't be read",
-                        path.display()
-                    )
-                })?;
-                let meta = fs::metadata(&source).with_context(|| format!("cannot read {}", path.display()))?;
-                ensure!(
-                    meta.is_file(),
-                    "{} holds weights by the model's word, but is not a file",
-                    path.display()
-                );
-                let file = ExternalFile {
-                    location: relative.clone(),
-                    source,
-                    len: meta.len(),
-                };
-                files.entry(relative.clone()).or_insert(file)
+                let file = file_of(tensor, folder, &relative)?;
+                files.entry(relative).or_insert(file)
             }
         };
-        let end = end_of(tensor, entry("offset"), entry("length"))
-            .with_context(|| format!("the weights of tensor {name} in {location}"))?;
+        let end = end_of(tensor).map_err(|source| Error::Extent {
+            tensor: name(),
+            location: location.to_owned(),
+            source,
+        })?;
         let reach = reaches.entry(file.location.clone()).or_default();
         if end > reach.0 {
-            *reach = (end, name.to_owned());
+            *reach = (end, name());
         }
         Ok(())
     })?;
-    for (location, (end, name)) in &reaches {
-        let len = files.get(location).map_or(0, |f| f.len);
-        ensure!(
-            *end <= len,
-            "{} has {len} bytes, but the model's weights in it need {end} (the last is tensor {name}): is the file complete?",
-            folder.join(location).display()
-        );
+    for (location, (needed, tensor)) in reaches {
+        let len = files.get(&location).map_or(0, |f| f.len);
+        if needed > len {
+            return Err(Error::ShortData {
+                path: folder.join(location),
+                len,
+                needed,
+                tensor,
+            });
+        }
     }
     Ok(files.into_values().collect())
 }
 
-/// Makes sure that a model's weights are where ONNX Runtime reads them: in its folder `folder`, or in that of the file that `path`, the
-/// model, is a link to. Nothing outside is opened. What isn't there is no matter of this.
+/// The file that a tensor's location names.
+fn file_of(tensor: &TensorProto, folder: &Path, location: &Path) -> Result<ExternalFile, Error> {
+    let path = folder.join(location);
+    let source = match fs::canonicalize(&path) {
+        Ok(source) => source,
+        Err(source) => {
+            return Err(Error::MissingData {
+                tensor: tensor.name().to_owned(),
+                path,
+                source,
+            });
+        }
+    };
+    match fs::metadata(&source) {
+        Ok(meta) if meta.is_file() => Ok(ExternalFile {
+            location: location.to_owned(),
+            source,
+            len: meta.len(),
+        }),
+        Ok(_) => Err(Error::DataNotAFile(path)),
+        Err(source) => Err(Error::Read { path, source }),
+    }
+}
+
+/// Makes sure that a model's weights are where ONNX Runtime reads them: in the model's folder, or in that of the file that
+/// `path` is a link to. No file outside is opened. Whether the weights are there is not asked.
+///
+/// `path` is the model, `folder` its folder.
 ///
 /// # Errors
 /// A location that leaves the folder, by its name or by links.
-pub fn stay_inside(model: &ModelProto, path: &Path, folder: &Path) -> Result<()> {
+pub fn stay_inside(model: &ModelProto, path: &Path, folder: &Path) -> Result<(), Error> {
     let linked = fs::canonicalize(path).ok();
     let linked = linked.as_deref().and_then(Path::parent).map(Path::to_owned);
     let allowed: Vec<PathBuf> = fs::canonicalize(folder).ok().into_iter().chain(linked).collect();
@@ -93,27 +114,27 @@ pub fn stay_inside(model: &ModelProto, path: &Path, folder: &Path) -> Result<()>
         let Some(location) = location.filter(|l| seen.insert((*l).to_owned())) else {
             return Ok(());
         };
-        let name = tensor.name();
-        let relative = inside(location).with_context(|| outside(name, location))?;
-        let place = folder.join(relative);
-        if let Ok(file) = fs::canonicalize(&place) {
-            ensure!(
-                allowed.iter().any(|folder| file.starts_with(folder)),
-                "the weights of tensor {name} are in {}, which leads to {} outside the model's folder: ONNX Runtime does not read them \
-                 there, so they are refused; put the file itself into the folder",
-                place.display(),
-                file.display()
-            );
+        let relative = inside(location).ok_or_else(|| outside(tensor, location))?;
+        let path = folder.join(relative);
+        match fs::canonicalize(&path) {
+            Ok(target) if !allowed.iter().any(|folder| target.starts_with(folder)) => Err(Error::LinkedOutside {
+                tensor: tensor.name().to_owned(),
+                path,
+                target,
+            }),
+            _ => Ok(()),
         }
-        Ok(())
     })
 }
 
-fn outside(name: &str, location: &str) -> String {
-    format!("tensor {name} is stored in {location:?}, which is not inside the model's folder: refused")
+fn outside(tensor: &TensorProto, location: &str) -> Error {
+    Error::OutsideFolder {
+        tensor: tensor.name().to_owned(),
+        location: location.to_owned(),
+    }
 }
 
-/// A location as a plain relative path; none if it could leave the folder.
+/// The location of external data as a plain relative path; none if it could leave the model's folder.
 pub fn inside(location: &str) -> Option<PathBuf> {
     let mut relative = PathBuf::new();
     for component in Path::new(location).components() {
@@ -126,18 +147,17 @@ pub fn inside(location: &str) -> Option<PathBuf> {
     (!relative.as_os_str().is_empty() && !location.contains('\0')).then_some(relative)
 }
 
-/// The locations that a model names, whether anything is there or not; those inside its folder alone.
+/// The locations inside its folder that a model names, whether anything is there or not.
 pub fn locations(model: &ModelProto) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
-    // The visit can't fail.
-    let _ = for_each_tensor(model, &mut |tensor| {
+    let Ok(()) = for_each_tensor(model, &mut |tensor| {
         found.extend(tensor.external_entry("location").and_then(inside));
-        Ok(())
+        Ok::<_, Infallible>(())
     });
     found
 }
 
-/// Lets a model look for its weights under other names.
+/// Changes the locations of a model's external data. `names`: old location and new one.
 pub fn rename_locations(model: &mut ModelProto, names: &BTreeMap<PathBuf, PathBuf>) {
     if names.is_empty() {
         return;
@@ -192,40 +212,48 @@ fn rename_in_attribute(a: &mut AttributeProto, rename: &mut dyn FnMut(&mut Tenso
         .for_each(|g| rename_in_graph(g, rename));
 }
 
-/// Where a tensor's weights end in their file.
-fn end_of(tensor: &TensorProto, offset: Option<&str>, length: Option<&str>) -> Result<u64> {
-    let number = |what: &str, text: Option<&str>| {
-        text.map(|t| t.parse::<u64>().ok().with_context(|| format!("have {what} {t:?}")))
-            .transpose()
+/// Where a tensor's weights end in their file, in bytes.
+fn end_of(tensor: &TensorProto) -> Result<u64, ExtentError> {
+    let number = |key: &'static str| {
+        let parse = |text: &str| {
+            text.parse::<u64>().map_err(|_| ExtentError::NotANumber {
+                key,
+                text: text.to_owned(),
+            })
+        };
+        tensor.external_entry(key).map(parse).transpose()
     };
-    let offset = number("offset", offset)?.unwrap_or(0);
-    let length = number("length", length)?;
+    let offset = number("offset")?.unwrap_or(0);
+    let length = number("length")?;
     let data_type = DataType::try_from(tensor.data_type()).unwrap_or_default();
+    let dims = || tensor.dims.clone();
     let needed = data_type.bits().and_then(|bits| {
-        let elements = tensor
-            .dims
-            .iter()
-            .try_fold(1u64, |n, d| n.checked_mul(u64::try_from(*d).ok()?))?;
+        let mut dims = tensor.dims.iter();
+        let elements = dims.try_fold(1u64, |n, d| n.checked_mul(u64::try_from(*d).ok()?))?;
         Some(elements.checked_mul(bits)?.div_ceil(8))
     });
-    let Some(needed) = needed else {
-        bail!("have no size: {} {:?}", data_type.label(), tensor.dims)
-    };
-    if let Some(length) = length {
-        ensure!(
-            length == needed,
-            "are {length} bytes long, but {:?} {} needs {needed}",
-            tensor.dims,
-            data_type.label()
-        );
+    let needed = needed.ok_or_else(|| ExtentError::NoSize {
+        data_type: data_type.label(),
+        dims: dims(),
+    })?;
+    match length {
+        Some(length) if length != needed => Err(ExtentError::OtherLength {
+            length,
+            data_type: data_type.label(),
+            dims: dims(),
+            needed,
+        }),
+        _ => offset
+            .checked_add(needed)
+            .ok_or(ExtentError::PastAnyFile { offset, length: needed }),
     }
-    offset
-        .checked_add(needed)
-        .with_context(|| format!("end past any file (offset {offset}, length {needed})"))
 }
 
-/// Calls `visit` with every tensor of a model, wherever it is.
-pub fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+/// Calls `visit` with every tensor of a model: initializers, attributes, subgraphs, functions and training graphs.
+///
+/// # Errors
+/// The first error of `visit`, which ends the walk.
+pub fn for_each_tensor<E>(model: &ModelProto, visit: &mut Visit<E>) -> Result<(), E> {
     let training = model
         .training_info
         .iter()
@@ -240,8 +268,11 @@ pub fn for_each_tensor(model: &ModelProto, visit: &mut dyn FnMut(&TensorProto) -
     Ok(())
 }
 
+/// What a walk calls for each tensor.
+type Visit<'v, E> = dyn FnMut(&TensorProto) -> Result<(), E> + 'v;
+
 // Recursion is as deep as the file's nesting, which decoding bounds.
-fn in_graph(graph: &GraphProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+fn in_graph<E>(graph: &GraphProto, visit: &mut Visit<E>) -> Result<(), E> {
     graph.initializer.iter().try_for_each(&mut *visit)?;
     graph
         .sparse_initializer
@@ -251,11 +282,11 @@ fn in_graph(graph: &GraphProto, visit: &mut dyn FnMut(&TensorProto) -> Result<()
     in_nodes(&graph.node, visit)
 }
 
-fn in_nodes(nodes: &[NodeProto], visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+fn in_nodes<E>(nodes: &[NodeProto], visit: &mut Visit<E>) -> Result<(), E> {
     nodes.iter().try_for_each(|node| in_attributes(&node.attribute, visit))
 }
 
-fn in_attributes(attributes: &[AttributeProto], visit: &mut dyn FnMut(&TensorProto) -> Result<()>) -> Result<()> {
+fn in_attributes<E>(attributes: &[AttributeProto], visit: &mut Visit<E>) -> Result<(), E> {
     for a in attributes {
         a.t.as_deref().into_iter().chain(&a.tensors).try_for_each(&mut *visit)?;
         let sparse = a.sparse_tensor.as_deref().into_iter().chain(&a.sparse_tensors);
@@ -302,11 +333,17 @@ mod tests {
         }
     }
 
+    /// An error with its causes, as commands print it.
+    fn text(error: &Error) -> String {
+        let cause = std::error::Error::source(error).map(|why| format!(": {why}"));
+        format!("{error}{}", cause.unwrap_or_default())
+    }
+
     fn check(entries: &[(&str, &str)]) -> Result<Vec<ExternalFile>, String> {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("sub")).unwrap();
         fs::write(folder.path().join("sub/data"), [0; 64]).unwrap();
-        external_files(&model(entries), folder.path()).map_err(|e| format!("{e:#}"))
+        external_files(&model(entries), folder.path()).map_err(|e| text(&e))
     }
 
     #[test]
@@ -356,7 +393,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("sub")).unwrap();
         fs::write(folder.path().join("sub/data"), [0; 64]).unwrap();
-        let why = format!("{:#}", external_files(&absurd, folder.path()).unwrap_err());
+        let why = text(&external_files(&absurd, folder.path()).unwrap_err());
         assert!(why.contains("have no size"), "{why}");
     }
 }
