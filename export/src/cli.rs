@@ -19,6 +19,7 @@ use std::path::PathBuf;
 )]
 #[command(subcommand_negates_reqs = true)]
 pub struct Cli {
+    /// What else than converting
     #[command(subcommand)]
     pub command: Option<Command>,
 
@@ -56,6 +57,7 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub tolerance: Option<f32>,
 
+    /// What the operator is set to
     #[command(flatten)]
     pub settings: Settings,
 
@@ -92,6 +94,7 @@ pub struct Cli {
     pub json: bool,
 }
 
+/// What else `retro-export` does.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Say what a model is: inputs, outputs, sizes, attention, whether and how it is converted

@@ -1,6 +1,8 @@
 //! Rewrites the attention nodes of ONNX graphs of language models into `ai.retro::RetroAttention`.
 //!
-//! [`convert`] is the whole of it; [`onnx`] reads and writes ONNX files of any size with almost no heap.
+//! [`convert()`] is the whole of it, [`revert()`] the way back, [`inspect()`] looks at a model without changing it. [`cli`] has
+//! the flags of `retro-export`. [`verify`] compares a converted model with its original in ONNX Runtime. Each part has errors of
+//! its own type, with their causes as sources.
 
 pub mod cli;
 mod convert;
