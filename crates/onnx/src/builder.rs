@@ -1,8 +1,8 @@
 //! Builds graphs: new ones, and parts to add to one that is there.
 
 use crate::{
-    AttributeProto, DataType, FreshNames, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-    ValueInfoProto,
+    AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+    fresh_names::FreshNames,
 };
 use bytes::Bytes;
 

@@ -11,11 +11,9 @@ mod constructors;
 mod direct_write;
 mod error;
 mod external_data;
+mod fresh_names;
 pub mod graph;
-// Fields have the names and the meaning that onnx.proto gives them.
-#[allow(missing_docs)]
 mod messages;
-mod names;
 mod read;
 mod stream;
 mod temporary;
@@ -28,7 +26,6 @@ pub use external_data::{
     ExternalFile, external_files, for_each_tensor, inside, locations, rename_locations, stay_inside,
 };
 pub use messages::*;
-pub use names::FreshNames;
 pub use read::{LoadedModel, folder_of, map_file, read_bytes, read_model};
 pub use stream::Sink;
 pub use temporary::{NewFolder, Staged, is_temporary, new_file_beside, remove_abandoned};

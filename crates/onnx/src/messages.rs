@@ -5,6 +5,9 @@
 //! plain optional fields (the same on the wire, and written in field order). Bytes are [`Bytes`], so that a tensor of a
 //! mapped file stays a slice of the mapping.
 
+// Fields have the names and the meaning that onnx.proto gives them: <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>.
+#![allow(missing_docs)]
+
 use bytes::Bytes;
 
 /// A model: a graph, what it imports, and notes about it.
