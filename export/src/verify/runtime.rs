@@ -53,7 +53,7 @@ impl Runtime {
         builder = builder
             .with_optimization_level(GraphOptimizationLevel::Level1)
             .map_err(|e| failed(one_line(&e)))?;
-        builder = self.device.provide(builder, false).map_err(failed)?;
+        builder = self.device.provide(builder, false).map_err(|e| failed(e.to_string()))?;
         if plugin {
             let shown = self.plugin.display();
             builder = builder
