@@ -1,5 +1,5 @@
-//! Steps that are fed from fixed buffers, as a CUDA graph wants them, make the same text as others. On the CPU, so that everything
-//! but the capture itself is tested without a GPU.
+//! Steps that are fed from fixed buffers, as a CUDA graph wants them, make the same text as others. On the CPU, so that
+//! everything but the capture itself is tested without a GPU.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! Where a model runs: the CPU, or a GPU through ONNX Runtime's CUDA execution provider. Never one instead of the other.
+//! Where a model runs: the CPU, or a GPU through ONNX Runtime's CUDA execution provider. Never one instead of the
+//! other.
 
 use std::{
     collections::BTreeMap,
@@ -116,8 +117,8 @@ fn number(id: usize) -> Result<i32> {
 }
 
 /// Loads NVIDIA's libraries from their Python packages where ONNX Runtime's library lies among them
-/// (site-packages/onnxruntime/capi and site-packages/nvidia), as `onnxruntime.preload_dlls` does. What is not there is left to
-/// the system's loader.
+/// (site-packages/onnxruntime/capi and site-packages/nvidia), as `onnxruntime.preload_dlls` does. What is not there is
+/// left to the system's loader.
 pub fn preload_libraries(runtime: &Path) {
     let Some(packages) = runtime.ancestors().nth(3).map(|p| p.join("nvidia")) else {
         return;

@@ -1,7 +1,7 @@
 //! Memory of an NVIDIA GPU, through the driver: what ONNX Runtime does not copy for its users.
 //!
-//! All copies here are complete when they return, on both sides. ONNX Runtime works on streams of its own, so every operation
-//! first waits for the device.
+//! All copies here are complete when they return, on both sides. ONNX Runtime works on streams of its own, so every
+//! operation first waits for the device.
 
 use std::{
     ffi::c_void,
@@ -235,7 +235,8 @@ impl Deref for Pinned {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `Gpu::pinned` allocated and wrote these bytes; they are ours until the drop, and copies are complete when they return.
+        // SAFETY: `Gpu::pinned` allocated and wrote these bytes; they are ours until the drop, and copies are complete
+        // when they return.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 }
@@ -280,7 +281,8 @@ impl Region<'_> {
             return Ok(());
         }
         let _one = self.idle()?;
-        // SAFETY: `at` checked that the bytes lie inside memory that is borrowed; the device is idle and the copy synchronous.
+        // SAFETY: `at` checked that the bytes lie inside memory that is borrowed; the device is idle and the copy
+        // synchronous.
         unsafe { memcpy_dtoh_sync(to, from) }.map_err(driver("cuMemcpyDtoH"))
     }
 

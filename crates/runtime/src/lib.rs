@@ -1,5 +1,5 @@
-//! What every program that runs models needs before it has one: ONNX Runtime and the operator's plugin, found and loaded, and
-//! the device to run on.
+//! What every program that runs models needs before it has one: ONNX Runtime and the operator's plugin, found and
+//! loaded, and the device to run on.
 
 pub mod device;
 mod error;

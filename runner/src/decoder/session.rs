@@ -119,8 +119,8 @@ fn load_error(graph: &Path, options: &OpenOptions, error: OrtError) -> Error {
     Error::Load { graph: path, reason }
 }
 
-/// Whether ONNX Runtime says that a graph cannot be captured. It has no code for that, only words. They choose the advice
-/// that is printed: the session does not open either way.
+/// Whether ONNX Runtime says that a graph cannot be captured. It has no code for that, only words. They choose the
+/// advice that is printed: the session does not open either way.
 fn speaks_of_capture(error: &OrtError) -> bool {
     error.message.contains("graph capture")
 }

@@ -46,8 +46,8 @@ impl Model {
     /// A state for `batch` sequences of up to `capacity` tokens.
     ///
     /// # Errors
-    /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch or for
-    /// fewer tokens.
+    /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch
+    /// or for fewer tokens.
     pub fn new_state(&self, batch: usize, capacity: usize) -> Result<DecoderState> {
         require!(batch == 1 || self.fixed_capacity, Error::OneSequence);
         let declared = self.io.batch.unwrap_or(batch);

@@ -170,8 +170,8 @@ impl TokenizerConfig<'_> {
         Ok(())
     }
 
-    /// A special token by its name in tokenizer_config.json; `null` is an answer. Where that has no list of added tokens,
-    /// special_tokens_map.json is asked first.
+    /// A special token by its name in tokenizer_config.json; `null` is an answer. Where that has no list of added
+    /// tokens, special_tokens_map.json is asked first.
     fn special(&self, name: &str) -> Option<&Value> {
         let older = self.config.get("added_tokens_decoder").is_none();
         let map = self.special_tokens_map.get(name).filter(|_| older);
