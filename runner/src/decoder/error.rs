@@ -34,7 +34,7 @@ pub enum Error {
     CannotRunOn {
         graph: PathBuf,
         device: Device,
-        source: retro_runtime::Error,
+        source: Box<retro_runtime::Error>,
     },
     /// A mistake of this program.
     #[error("{0}")]

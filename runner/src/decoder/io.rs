@@ -282,10 +282,10 @@ fn batch(session: &Session, slots: &[StateSlot]) -> Result<Option<usize>> {
             None if ids => first,
             None => None,
         };
-        if let Some(n) = fixed {
-            if let Some(other) = batch.replace(n).filter(|&other| other != n) {
-                return Err(Error::TwoBatches(n, other));
-            }
+        if let Some(n) = fixed
+            && let Some(other) = batch.replace(n).filter(|&other| other != n)
+        {
+            return Err(Error::TwoBatches(n, other));
         }
     }
     Ok(batch)

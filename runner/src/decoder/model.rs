@@ -56,7 +56,7 @@ impl Model {
             Some(_) => left_to_cpu(&session).map_err(|source| Error::CannotRunOn {
                 graph: folder.graph.clone(),
                 device: options.device,
-                source,
+                source: Box::new(source),
             })?,
             None => None,
         };
