@@ -26,7 +26,8 @@ struct Cli {
 enum Command {
     /// Build a model folder: model.onnx, its weights, genai_config.json, config.json and the tokenizer's files.
     Build(Box<Build>),
-    /// Write documents of the task `ledger`: facts and problems, and their answers. Seed 4242 makes models/ledger/documents.jsonl.
+    /// Write documents of the task `ledger`: facts and problems, and their answers. Seed 4242 makes
+    /// models/ledger/documents.jsonl.
     Ledger(Ledger),
 }
 

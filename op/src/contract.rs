@@ -1,7 +1,7 @@
 //! The operator's contract in code: attributes, shapes, lengths. docs/operator.md is the prose.
 //!
-//! Everything here is plain arithmetic on numbers, so that every execution provider checks the same things with the same
-//! words before it writes anything.
+//! Everything here is plain arithmetic on numbers, so that every execution provider checks the same things with the
+//! same words before it writes anything.
 
 use std::fmt;
 
@@ -48,7 +48,8 @@ pub struct Attributes {
     pub selector: Selector,
     pub group_score: GroupScore,
     pub selector_lambda: f32,
-    /// Share of a key's spread along the query that the page's principal direction stands for (`signed_moments`), 0 to 1.
+    /// Share of a key's spread along the query that the page's principal direction stands for (`signed_moments`), 0 to
+    /// 1.
     pub selector_correlation: f32,
     pub mode: Mode,
 }
@@ -371,7 +372,8 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// What a call is that feeds `tokens` tokens with these values of retro_length (at least one of them), after checking them.
+    /// What a call is that feeds `tokens` tokens with these values of retro_length (at least one of them), after
+    /// checking them.
     pub fn of_call(window: usize, tokens: usize, retro_length: &[i32], empty_cache: bool) -> Result<Self> {
         let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
         for &r in retro_length {

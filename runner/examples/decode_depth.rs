@@ -11,7 +11,7 @@ use clap::Parser;
 use retro_run::{
     Device, Model, OpenOptions, Runtime,
     bench::{args::TokenCount, synthetic_cache::decode_at},
-    decoder::decode_loop::Policy,
+    decoder::{decode_loop::Policy, session::Steps},
     model_spec::ModelSpec,
     runtime::{check_threads, find_plugin},
     tables::{Alignment, markdown},
@@ -70,8 +70,7 @@ fn run(args: &Args) -> Result<()> {
         threads: args.threads,
         plugin: find_plugin(args.plugin.as_deref())?,
         device: args.device,
-        cuda_graph: args.cuda_graph,
-        fixed_buffers: false,
+        steps: if args.cuda_graph { Steps::Captured } else { Steps::Plain },
         ..Default::default()
     };
     // One session per folder: weights are large.

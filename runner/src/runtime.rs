@@ -1,8 +1,7 @@
 //! ONNX Runtime and the plugin, found and loaded by [`retro_runtime`], and their errors.
 
-use std::fmt::Display;
-
-use anyhow::{Error, Result, anyhow, bail};
+use anyhow::{Result, bail};
+use retro_runtime::OrtError;
 pub use retro_runtime::{PLUGIN, PLUGIN_VARIABLE, RUNTIME_VARIABLE, Runtime, find_plugin};
 pub(crate) use retro_runtime::{check, one_line};
 
@@ -18,7 +17,7 @@ pub fn check_threads(threads: Option<usize>) -> Result<()> {
     }
 }
 
-/// Turns an error of the crate `ort` into one line, without the builder that some of them carry.
-pub(crate) fn ort_error(error: impl Display) -> Error {
-    anyhow!("{}", one_line(&error))
+/// An error of ONNX Runtime, whatever the crate `ort` lets it carry.
+pub(crate) fn ort_error<R>(error: ort::Error<R>) -> OrtError {
+    error.into()
 }

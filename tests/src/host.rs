@@ -89,7 +89,7 @@ impl Deref for Opened {
 fn builder(plugin: bool, device: Device) -> Result<SessionBuilder, String> {
     let builder = Session::builder(environment()).map_err(|e| e.to_string())?;
     let builder = builder.with_intra_threads(2).map_err(|e| e.to_string())?;
-    let builder = device.provide(builder, false)?;
+    let builder = device.provide(builder, false).map_err(|e| e.to_string())?;
     if plugin {
         builder
             .with_operator_library(paths::plugin())

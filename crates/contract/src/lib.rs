@@ -1,5 +1,5 @@
-//! The interface of the ONNX operator `ai.retro::RetroAttention`, version 1: names, indices, defaults and the few formulas
-//! that the plugin (`op/`), the converter (`export/`) and the runner (`runner/`) must agree on.
+//! The interface of the ONNX operator `ai.retro::RetroAttention`, version 1: names, indices, defaults and the few
+//! formulas that the plugin (`op/`), the converter (`export/`) and the runner (`runner/`) must agree on.
 //!
 //! docs/operator.md describes the operator; this crate is its one place in code. It depends on nothing.
 

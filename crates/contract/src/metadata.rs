@@ -12,8 +12,8 @@ pub const MIN_PAGES: &str = "retro.min_pages";
 pub const SINK_PAGES: &str = "retro.sink_pages";
 pub const SELECTOR: &str = "retro.selector";
 pub const GROUP_SCORE: &str = "retro.group_score";
-/// [`MASK_WIDTH`] in a model that takes the number of its tokens from the width of `attention_mask`, which then has to grow with
-/// the text.
+/// [`MASK_WIDTH`] in a model that takes the number of its tokens from the width of `attention_mask`, which then has to
+/// grow with the text.
 pub const LENGTHS: &str = "retro.lengths";
 pub const MASK_WIDTH: &str = "mask_width";
 /// Layers that carry a RetroAttention node, comma-separated: "0,1,2".

@@ -21,8 +21,8 @@ pub struct ModelFolder {
     pub tokenizer: Option<PathBuf>,
     pub context_length: Option<usize>,
     pub bos: Option<u32>,
-    /// Tokens that end a text, from the first of generation_config.json, config.json, its configuration of the text model, and
-    /// genai_config.json that names any.
+    /// Tokens that end a text, from the first of generation_config.json, config.json, its configuration of the text
+    /// model, and genai_config.json that names any.
     pub eos: Vec<u32>,
     /// The tokenizer's end-of-text token, for models whose configuration names none.
     pub eos_token: Option<String>,
@@ -276,8 +276,8 @@ impl Names {
     }
 }
 
-/// The tokens that end a text: those of the first file that names one, as transformers generates by generation_config.json and,
-/// without it, by config.json and its text model's part.
+/// The tokens that end a text: those of the first file that names one, as transformers generates by
+/// generation_config.json and, without it, by config.json and its text model's part.
 fn end_of_text(generation: &GenerationConfig, config: &Config, genai: &Genai) -> Vec<u32> {
     let vocabulary = genai.model.vocab_size.or_else(|| config.first(|c| c.vocab_size));
     // Ids that no token has end nothing: where a file has no other, the next one is asked.
@@ -288,8 +288,8 @@ fn end_of_text(generation: &GenerationConfig, config: &Config, genai: &Genai) ->
     let from_genai = &genai.model.eos_token_id;
     let from_config = config.parts().map(|part| &part.eos_token_id).into_iter().find(real);
     match from_config {
-        // onnxruntime-genai's builder writes the end-of-turn tokens beside the model's own, where generation_config.json, which had
-        // them, was not brought along.
+        // onnxruntime-genai's builder writes the end-of-turn tokens beside the model's own, where
+        // generation_config.json, which had them, was not brought along.
         Some(ids) if !ids.iter().all(|id| from_genai.contains(id)) => ids.clone(),
         _ => from_genai.clone(),
     }

@@ -78,11 +78,11 @@ impl<'a> Host<'a> {
     }
 
     pub fn synchronize(&self) -> Result<()> {
-        self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())
+        Ok(self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())?)
     }
 
     pub fn free_memory(&self) -> Result<usize> {
-        self.gpu.as_ref().map_or(Ok(usize::MAX), |gpu| gpu.free_memory())
+        Ok(self.gpu.as_ref().map_or(Ok(usize::MAX), |gpu| gpu.free_memory())?)
     }
 
     /// Device and sizes, as text and for JSON.

@@ -362,7 +362,7 @@ fn set(
     interrupt: &Interrupt,
 ) -> Result<()> {
     if !fresh && model.fixed_capacity {
-        return state.kv_mut().rewind(depth);
+        return Ok(state.kv_mut().rewind(depth)?);
     }
     if depth > 0 && !args.prefill_depth {
         return synthetic_cache::fill(state.kv_mut(), depth).with_context(|| {

@@ -20,6 +20,7 @@ use crate::{
         },
         table::{Cell, Column, Format, Table},
     },
+    decoder::session::BetweenRuns,
     interrupt::Signals,
     progress::{self, note},
     runtime,
@@ -284,7 +285,7 @@ fn measure(
     };
     let options = OpenOptions {
         threads: Some(threads),
-        idle_between_runs: true,
+        between_runs: BetweenRuns::Sleep,
         ..open.clone()
     };
     let rows = Rows::new(&shape, steps, args.drift);

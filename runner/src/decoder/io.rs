@@ -2,7 +2,6 @@
 //!
 //! B batch, C cache capacity in tokens, P pages of the cache.
 
-use anyhow::{Context, Result, bail, ensure};
 use ort::{
     session::Session,
     value::{Outlet, TensorElementType, ValueType},
@@ -12,7 +11,10 @@ use retro_export::verify::LOGITS_TO_KEEP;
 use retro_model_io::present_names;
 
 use crate::{
-    decoder::integers::{INTEGERS, MASKS},
+    decoder::{
+        error::{Error, Result, require},
+        integers::{INTEGERS, MASKS},
+    },
     model_folder::ModelFolder,
 };
 
@@ -155,27 +157,23 @@ impl ModelIo {
         let names = &folder.names;
         let outputs = session.outputs();
         let find = |name: &str| session.inputs().iter().find(|i| i.name() == name);
-        let embeds = find("inputs_embeds").map_or("", |_| " (it takes inputs_embeds, which another graph makes)");
-        let ids = find(&names.input_ids).with_context(|| {
-            format!(
-                "the graph has no input {:?}: it is no text decoder{embeds}",
-                names.input_ids
-            )
+        let hint = find("inputs_embeds").map_or("", |_| " (it takes inputs_embeds, which another graph makes)");
+        let ids = find(&names.input_ids).ok_or_else(|| Error::NoTokenInput {
+            name: names.input_ids.clone(),
+            hint,
         })?;
         let input_ids = fed(ids, &INTEGERS)?;
         let attention_mask = find(&names.attention_mask).map(|i| fed(i, &MASKS)).transpose()?;
         let position_ids = find(&names.position_ids).map(|i| fed(i, &INTEGERS)).transpose()?;
-        ensure!(
+        require!(
             input_ids.planes.is_none() && attention_mask.as_ref().is_none_or(|m| m.planes.is_none()),
-            "the graph takes token ids or a mask of three dimensions: retro-run feeds [sequences, tokens]"
+            Error::TokenPlanes
         );
-        ensure!(
-            input_ids.width.is_none_or(|n| n == 1),
-            "the graph is declared for {} tokens per call: retro-run needs one token, or any number",
-            input_ids.width.unwrap_or(0)
-        );
+        if let Some(width) = input_ids.width.filter(|&n| n != 1) {
+            return Err(Error::TokensPerCall(width));
+        }
         let logits = outputs.iter().find(|o| o.name() == names.logits);
-        let logits = logits.with_context(|| format!("the graph has no output {:?}", names.logits))?;
+        let logits = logits.ok_or_else(|| Error::NoOutput(names.logits.clone()))?;
         let optional: Vec<String> = session
             .overridable_initializers()
             .iter()
@@ -195,15 +193,15 @@ impl ModelIo {
             }
             let slot = slot(input, outputs, folder)?;
             if let Some(other) = slots.iter().find(|other| other.present == slot.present) {
-                bail!(
-                    "the inputs {:?} and {name:?} both match the output {:?}",
-                    other.past,
-                    slot.present
-                );
+                return Err(Error::TwoInputsOneOutput {
+                    first: other.past.clone(),
+                    second: name.to_owned(),
+                    output: slot.present,
+                });
             }
             slots.push(slot);
         }
-        let logits_type = logits.dtype().tensor_type().context("the logits are no tensor")?;
+        let logits_type = logits.dtype().tensor_type().ok_or(Error::LogitsNotATensor)?;
         Ok(Self {
             batch: batch(session, &slots)?,
             capacity: slots.iter().filter_map(StateSlot::capacity).min(),
@@ -236,14 +234,15 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
     let name = input.name();
     let (element, shape) = match input.dtype() {
         ValueType::Tensor { ty, shape, .. } => (*ty, shape),
-        _ => bail!("the graph's input {name:?} is no tensor"),
+        _ => return Err(Error::NotATensor(name.to_owned())),
     };
     if !types.contains(&element) {
         let types: Vec<String> = types.iter().map(ToString::to_string).collect();
-        bail!(
-            "the graph's input {name:?} is {element}: retro-run feeds {}",
-            types.join(", ")
-        );
+        return Err(Error::InputType {
+            name: name.to_owned(),
+            got: element,
+            expected: types.join(", "),
+        });
     }
     let fixed = |axis: usize| shape.get(axis).and_then(|&d| usize::try_from(d).ok());
     let (planes, width) = match shape.len() {
@@ -251,7 +250,12 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
         0 => (None, None),
         2 => (None, fixed(1)),
         3 => (Some(fixed(0).unwrap_or(3)), fixed(2)),
-        n => bail!("the graph's input {name:?} has {n} dimensions: retro-run feeds [sequences, tokens]"),
+        got => {
+            return Err(Error::InputRank {
+                name: name.to_owned(),
+                got,
+            });
+        }
     };
     Ok(TokenInput {
         name: name.to_owned(),
@@ -278,13 +282,10 @@ fn batch(session: &Session, slots: &[StateSlot]) -> Result<Option<usize>> {
             None if ids => first,
             None => None,
         };
-        if let Some(n) = fixed {
-            ensure!(
-                batch.is_none_or(|other| other == n),
-                "the graph's inputs are declared for batches of {n} and of {}",
-                batch.unwrap_or(0)
-            );
-            batch = Some(n);
+        if let Some(n) = fixed
+            && let Some(other) = batch.replace(n).filter(|&other| other != n)
+        {
+            return Err(Error::TwoBatches(n, other));
         }
     }
     Ok(batch)
@@ -333,7 +334,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
         dimension_symbols,
     } = input.dtype()
     else {
-        bail!("the graph's input {name:?} is no tensor and no input that retro-run knows");
+        return Err(Error::UnknownNotATensor(name.to_owned()));
     };
     let candidates = match retro(name) {
         Some((_, present)) => vec![present],
@@ -342,9 +343,7 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
     let present = candidates
         .iter()
         .find_map(|c| outputs.iter().find(|o| o.name() == c.as_str()));
-    let present = present.with_context(|| {
-        format!("the graph's input {name:?} is unknown to retro-run, and no output returns it as a cache")
-    })?;
+    let present = present.ok_or_else(|| Error::UnknownInput(name.to_owned()))?;
     let kind = match retro(name) {
         Some((state, _)) => SlotKind::Retro(state),
         None => kind(name, shape, &folder.names.caches),
@@ -355,11 +354,13 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
         SlotKind::Retro(State::PageSummary) => 5,
         SlotKind::Retro(State::PageSteps | State::Lse) => 3,
     };
-    ensure!(
-        shape.len() == rank,
-        "input {name:?} has {} dimensions, expected {rank}",
-        shape.len()
-    );
+    if shape.len() != rank {
+        return Err(Error::StateRank {
+            name: name.to_owned(),
+            got: shape.len(),
+            expected: rank,
+        });
+    }
     returns_as_it_came(input, present)?;
     let mut dims = Vec::with_capacity(rank);
     for (axis, &declared) in shape.iter().enumerate() {
@@ -385,11 +386,11 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
             (SlotKind::Retro(State::PageSummary), 3) => Some(2),
             _ => None,
         });
-        ensure!(
-            known.is_some(),
-            "dimension {axis} of input {name:?} is neither in the graph nor in the folder's configuration"
-        );
-        dims.push(known);
+        let unknown = || Error::UnknownDimension {
+            name: name.to_owned(),
+            axis,
+        };
+        dims.push(Some(known.ok_or_else(unknown)?));
     }
     Ok(StateSlot {
         past: name.to_owned(),
@@ -404,25 +405,27 @@ fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<Stat
 /// Checks that a present output can be the next past input: same element type, no contradicting dimensions.
 fn returns_as_it_came(past: &Outlet, present: &Outlet) -> Result<()> {
     let (a, b) = (past.dtype(), present.dtype());
-    ensure!(
-        a.tensor_type() == b.tensor_type(),
-        "the input {:?} is {:?}, but its output {:?} is of another type",
-        past.name(),
-        a.tensor_type(),
-        present.name()
-    );
+    if a.tensor_type() != b.tensor_type() {
+        return Err(Error::PresentType {
+            past: past.name().to_owned(),
+            got: a.tensor_type(),
+            present: present.name().to_owned(),
+        });
+    }
     let Some((a, b)) = a.tensor_shape().zip(b.tensor_shape()) else {
         return Ok(());
     };
     let differ = a.iter().zip(b.iter()).any(|(a, b)| *a > 0 && *b > 0 && a != b);
     // An output without a declared shape has no dimensions.
-    ensure!(
-        b.is_empty() || (a.len() == b.len() && !differ),
-        "the input {:?} is declared as {a:?}, but its output {:?} as {b:?}: retro-run needs both of one shape",
-        past.name(),
-        present.name()
-    );
-    Ok(())
+    if b.is_empty() || (a.len() == b.len() && !differ) {
+        return Ok(());
+    }
+    Err(Error::PresentShape {
+        past: past.name().to_owned(),
+        past_shape: a.to_vec(),
+        present: present.name().to_owned(),
+        present_shape: b.to_vec(),
+    })
 }
 
 /// Which state of the operator an input is, by its name, and the name of its output.

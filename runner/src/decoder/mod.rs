@@ -2,6 +2,7 @@
 //! around it. Each file imports only those above it:
 //!
 //! ```text
+//! error                        what can go wrong in all of them
 //! integers, upcast             numbers in the element types that graphs declare
 //! io, metadata, session        what a graph takes and gives, how it was converted, how it is opened
 //! model                        all of that together
@@ -18,6 +19,7 @@ pub mod batch;
 mod cuda_graph;
 pub mod decode_loop;
 pub mod device_buffers;
+mod error;
 pub mod generate;
 pub mod inputs;
 mod integers;
@@ -32,3 +34,5 @@ pub mod session;
 pub mod stats;
 pub mod step;
 pub(crate) mod upcast;
+
+pub use error::{Error, Result};

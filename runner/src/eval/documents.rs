@@ -136,7 +136,7 @@ impl DocumentsJob<'_> {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
         let batch = model.batch(self.batch);
-        let step = |_| {
+        let step = |_| -> Result<()> {
             bar.tick();
             Ok(self.interrupt.check()?)
         };

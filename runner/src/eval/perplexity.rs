@@ -212,7 +212,7 @@ impl FidelityJob<'_> {
         policy: Policy,
         part: &[Vec<u32>],
         bar: &Items,
-        observe: &mut Observer<'_>,
+        observe: &mut Observer<'_, anyhow::Error>,
     ) -> Result<(Vec<PageReads>, f64)> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
         let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {

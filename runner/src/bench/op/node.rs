@@ -19,7 +19,11 @@ use super::{
 };
 use crate::{
     OpenOptions, Runtime,
-    decoder::{page_reads::PageMeter, session::session_builder, upcast::upcast_f16},
+    decoder::{
+        page_reads::PageMeter,
+        session::{PluginUse, session_builder},
+        upcast::upcast_f16,
+    },
     runtime::{one_line, ort_error},
 };
 
@@ -61,8 +65,8 @@ impl Node {
             !plugin || options.plugin.is_some(),
             "the plugin is needed: build it with `cargo build --release`, or name it with --plugin"
         );
-        let session = session_builder(runtime, options, plugin)
-            .map_err(|e| anyhow!("{e}"))?
+        let plugin = if plugin { PluginUse::Load } else { PluginUse::Leave };
+        let session = session_builder(runtime, options, plugin)?
             .commit_from_memory(&model(shape, &operator, nodes))
             .map_err(|e| anyhow!("cannot make a session: {}", one_line(&e)))?;
         let mut binding = session.create_binding().map_err(ort_error)?;
@@ -71,7 +75,7 @@ impl Node {
             let past = name_of(input::NAMES[past], node);
             binding.bind_input(past, tensor).map_err(ort_error)?;
             let present = name_of(output::NAMES[present], node);
-            binding.bind_output(present, tensor).map_err(ort_error)
+            Ok(binding.bind_output(present, tensor).map_err(ort_error)?)
         };
         let mut state = Vec::new();
         for node in 0..nodes {
@@ -176,15 +180,15 @@ impl Node {
 }
 
 fn floats(dtype: Dtype, dims: [usize; 3], data: &[f32]) -> Result<DynValue> {
-    match dtype {
+    let tensor = match dtype {
         Dtype::F32 => Tensor::from_array((dims, data.to_vec())).map(Tensor::into_dyn),
         Dtype::F16 => {
             let mut narrow = vec![f16::ZERO; data.len()];
             narrow.convert_from_f32_slice(data);
             Tensor::from_array((dims, narrow)).map(Tensor::into_dyn)
         }
-    }
-    .map_err(ort_error)
+    };
+    Ok(tensor.map_err(ort_error)?)
 }
 
 fn integer(value: i32) -> Result<DynValue> {
