@@ -6,21 +6,22 @@
 use retro_onnx::DataType;
 
 /// An attention that can be converted, whatever pattern it was written in. Names of values; "" is an absent one.
-///
-/// Shapes: B batch, S tokens fed, Hq and Hkv heads, C cache capacity, D head size.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AttentionMatch {
     /// `[B, S, Hq*D]`, or packed `[B, S, (Hq+2*Hkv)*D]` with `key` and `value` absent.
     pub query: String,
+    /// `[B, S, Hkv*D]`.
     pub key: String,
+    /// `[B, S, Hkv*D]`.
     pub value: String,
     /// `[B, Hkv, C, D]`, graph inputs.
     pub past_key: String,
     pub past_value: String,
-    /// int32 `[B]`.
+    /// int32 `[B]`: tokens of each sequence in the cache after the call, less one, as GroupQueryAttention counts them.
     pub seqlens_k: String,
-    /// int32, one number.
+    /// int32, one number: tokens of the longest sequence after the call.
     pub total_sequence_length: String,
+    /// `[positions, rotated elements / 2]`.
     pub cos_cache: String,
     pub sin_cache: String,
     /// `[Hq]`.
@@ -31,10 +32,13 @@ pub struct AttentionMatch {
     pub present_key: String,
     pub present_value: String,
 
+    /// Hq.
     pub q_heads: i64,
+    /// Hkv.
     pub kv_heads: i64,
     /// D, where the graph tells it.
     pub head_size: Option<i64>,
+    /// Of the cache.
     pub data_type: DataType,
     /// 0: 1/sqrt(D).
     pub scale: f32,

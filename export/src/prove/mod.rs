@@ -1,12 +1,12 @@
 //! Proves what an attention is, whatever pattern it was written in.
 //!
 //! A rule ([`crate::rules`]) names an [`AttentionCandidate`]: queries, keys, values, output, and where the scores are. From
-//! there [`prove`] finds the values that the operator can take queries, keys and values from ([`operands`]), the cache that
-//! the keys are appended to ([`cache`]), the [`mask`], the [`scale`] and softcap, and head [`sinks`]. In the end the whole
+//! there [`prove`] finds the values that the operator can take queries, keys and values from (`operands`), the cache that
+//! the keys are appended to (`cache`), the `mask`, the `scale` and softcap, and head `sinks`. In the end the whole
 //! attention, on random queries, keys, values and caches, must give the numbers of the operator's formula
-//! ([`mod@reference`], [`output`]); only then is it an [`AttentionMatch`]. All is found by running the graph
-//! ([`crate::eval`]) in small calls ([`sample_calls`]); what must hold in every call is shown from the nodes too
-//! ([`call_invariant`]).
+//! (`reference`, `output`); only then is it an [`AttentionMatch`]. All is found by running the graph
+//! (`crate::eval`) in small calls (`sample_calls`); what must hold in every call is shown from the nodes too
+//! (`call_invariant`).
 //!
 //! Shapes: B sequences, S tokens fed in a call, T tokens in all (past and fed), Hq query heads, Hkv heads of keys and values,
 //! C tokens that the cache can hold, D head size.
@@ -49,7 +49,7 @@ use output::find_output;
 use probabilities::check_probabilities;
 use reference::Formula;
 use retro_onnx::DataType;
-use scale::Scale;
+use scale::find_scale;
 use sinks::find_sinks;
 
 /// Finds out what an attention is, and proves it.
@@ -68,7 +68,7 @@ pub fn prove<'a>(samples: &SampleCalls<'a>, candidate: AttentionCandidate<'a>) -
         .map(|sink| find_sinks(samples, first, sink, heads.hq))
         .transpose()?;
     check_probabilities(samples, &candidate, heads.hq, mask, sinks.as_deref())?;
-    let scale = Scale::find(samples, &candidate, &operands)?;
+    let scale = find_scale(samples, &candidate, &operands)?;
     let formula = Formula { mask, scale, sinks };
     let output = find_output(samples, &candidate, &operands, &formula)?;
     let matched = attention_match(samples, &candidate, &operands, formula, output)?;

@@ -15,7 +15,7 @@ use crate::eval::{Cone, Tensor};
 use retro_onnx::DataType;
 use std::collections::HashSet;
 
-/// The values between which probabilities are looked at.
+/// The values around a Softmax.
 struct Path<'a> {
     /// The product of queries and keys.
     product: &'a str,

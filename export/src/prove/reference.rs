@@ -10,11 +10,18 @@ use super::{
     operands::{HeadSizes, Operands, laid_out, layouts},
     refusal::{CacheRefusal, OperandRefusal, Refusal},
     sample_calls::SampleCalls,
-    scale::Scale,
     supported_mask::SupportedMask,
 };
 use crate::eval::{Env, Tensor};
 use retro_onnx::DataType;
+
+/// What an attention does to its scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scale {
+    pub scale: f64,
+    /// 0: none.
+    pub softcap: f64,
+}
 
 /// What was found out about an attention, as the formula needs it.
 pub struct Formula {

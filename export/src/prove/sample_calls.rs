@@ -19,7 +19,7 @@ use std::{
 
 /// Calls that are kept.
 const MAX_RUNS: usize = 32;
-/// Calls in which is looked at what may depend on the position.
+/// Calls of many tokens, in which a dependence on the position shows.
 pub const FAR_CALLS: [CallShape; 5] = [
     CallShape::new(1, 1, 64, 0),
     CallShape::new(1, 3, 1024, 0),
@@ -88,7 +88,7 @@ impl<'a> SampleCalls<'a> {
     /// The values of the whole graph in a call.
     ///
     /// # Errors
-    /// The model takes something that isn't understood.
+    /// No call can be made of the model's inputs.
     pub fn run(&self, call: CallShape) -> Result<Rc<Env<'a>>, InputRefusal> {
         if let Some(known) = self.runs.borrow().get(&call) {
             return known.clone();

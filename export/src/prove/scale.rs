@@ -6,7 +6,7 @@ use super::{
     call_shape::CallShape,
     candidate::{AttentionCandidate, ScoreSource},
     operands::Operands,
-    reference::ReferenceCall,
+    reference::{ReferenceCall, Scale},
     refusal::{ProofRefusal, Refusal},
     sample_calls::SampleCalls,
 };
@@ -18,28 +18,18 @@ const CALL: CallShape = CallShape::new(1, 1, 3, 0);
 const TINY: f64 = 1e-3;
 const HUGE: f64 = 1e4;
 
-/// What an attention does to its scores.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scale {
-    pub scale: f64,
-    /// 0: none.
-    pub softcap: f64,
-}
-
-impl Scale {
-    /// Reads it from a node's attributes, or from scores of queries of two sizes.
-    ///
-    /// # Errors
-    /// The scores can't be computed, or are not products with a positive scale.
-    pub fn find<'a>(
-        samples: &SampleCalls<'a>,
-        candidate: &AttentionCandidate<'a>,
-        operands: &Operands<'a>,
-    ) -> Result<Self, Refusal> {
-        match candidate.scores {
-            ScoreSource::Fused(node) => Ok(of_node(node, operands)),
-            ScoreSource::Decomposed { masked, .. } => of_scores(samples, masked, operands),
-        }
+/// Reads scale and softcap from a node's attributes, or from scores of queries of two sizes.
+///
+/// # Errors
+/// The scores can't be computed, or are not products with a positive scale.
+pub fn find_scale<'a>(
+    samples: &SampleCalls<'a>,
+    candidate: &AttentionCandidate<'a>,
+    operands: &Operands<'a>,
+) -> Result<Scale, Refusal> {
+    match candidate.scores {
+        ScoreSource::Fused(node) => Ok(of_node(node, operands)),
+        ScoreSource::Decomposed { masked, .. } => of_scores(samples, masked, operands),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A [`Rule`] looks at one node and says that it is not its business ([`MatchResult::NotMine`]), or what it found
 //! ([`AttentionMatch`]), or why it can't be converted ([`Refusal`]). Rules for an operator that is close to
-//! `ai.retro::RetroAttention` read its inputs and attributes ([`gqa`]); all others name what they think are queries, keys,
+//! `ai.retro::RetroAttention` read its inputs and attributes (`gqa`); all others name what they think are queries, keys,
 //! values and scores (an `AttentionCandidate`) and leave the rest to [`crate::prove`].
 //!
 //! To add a rule:
@@ -12,7 +12,7 @@
 //! 3. Give each new reason for a refusal a variant of [`Refusal`].
 //! 4. Put a graph of the exporter into `tests/data/zoo-graphs`, and name it in `tests/tests/converted/exports.rs`.
 //!
-//! [`find_attention`] runs the rules over a model. Where all refuse, [`explain`] names the cause as a user knows it.
+//! [`find_attention`] runs the rules over a model. Where all refuse, `explain` names the cause as a user knows it.
 
 mod attention;
 mod cache_names;
@@ -34,6 +34,7 @@ pub use crate::prove::{
     Rope, SampleCalls, Size, named_sizes, noise, sizes, width,
 };
 pub use attention::{Attention, Conversion};
+pub(crate) use cache_names::usual_presents;
 pub use carried_state::{all_carried, carried};
 pub use explain::none_found;
 pub use find::{RULES, find_attention};

@@ -135,7 +135,7 @@ mod tests {
         assert!(
             reason(vec![softmax.clone(), cast.clone(), values])
                 .unwrap()
-                .contains("spelled out")
+                .contains("decomposed attention")
         );
         assert_eq!(
             reason(vec![softmax.clone(), cast, weights]),

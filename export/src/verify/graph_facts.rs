@@ -2,7 +2,7 @@
 //! nothing depends on.
 
 use super::comparison::CacheFacts;
-use crate::rules::{AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, width};
+use crate::rules::{AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, usual_presents, width};
 use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// Operators that quantise activations by a range over all tokens fed together.
@@ -52,7 +52,7 @@ pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<
             let fixed = view.declared_from_end(past, 2).is_some();
             Some(CacheFacts {
                 past: past.to_owned(),
-                present: presents(past).into_iter().find(|name| view.is_output(name))?,
+                present: usual_presents(past).into_iter().find(|name| view.is_output(name))?,
                 heads: size(3)?,
                 head_size: size(1)?,
                 sliding: fixed,
@@ -60,17 +60,6 @@ pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<
             })
         })
         .collect()
-}
-
-/// past_key_values.0.key -> present.0.key; input.past_key_values.layers.0.keys -> output.past_key_values.layers.0.keys
-pub fn presents(past: &str) -> Vec<String> {
-    let mut names = vec![
-        past.replacen("past_key_values", "present", 1),
-        past.replacen("past", "present", 1),
-    ];
-    names.extend(past.strip_prefix("input.").map(|rest| format!("output.{rest}")));
-    names.retain(|name| name != past);
-    names
 }
 
 /// Inputs that are only handed on to outputs: whatever they are, nothing else changes.

@@ -24,7 +24,7 @@ use window_candidates::WindowCandidates;
 /// Numbers that are tried as windows, at most.
 const MAX_CANDIDATES: usize = 96;
 
-/// The mask of an attention. Attentions whose masks are computed alike are looked at once.
+/// The mask of an attention. Attentions whose masks are computed alike are read once.
 ///
 /// # Errors
 /// It is none that the operator can do; or it can't be computed.

@@ -15,7 +15,7 @@ use std::collections::{BTreeSet, HashSet};
 /// Constants up to this many elements are numbers that are mentioned; larger ones are tables.
 pub const FEW: usize = 8;
 const MAX_VALUES: usize = 20_000;
-/// Past tokens of calls that are looked at whatever is mentioned: a window may be computed from other numbers. The larger ones are
+/// Past tokens of calls that are read whatever is mentioned: a window may be computed from other numbers. The larger ones are
 /// primes: what recurs with any smaller period shows there too.
 const FAR: [usize; 7] = [64, 256, 1024, 4096, 9001, 30_011, 131_071];
 /// Tokens that a table may be for.

@@ -34,7 +34,7 @@ pub enum OperatorRefusal {
          it without this fusion, or with GroupQueryAttention"
     )]
     MergedCache { cache: String },
-    #[error("attention spelled out as MatMul, Softmax, MatMul")]
+    #[error("decomposed attention (MatMul, Softmax, MatMul)")]
     Decomposed,
     #[error("it is in a branch of node {node} ({op_type}); only the main graph is converted")]
     InBranch { node: String, op_type: String },

@@ -45,9 +45,11 @@ fn follow_past(
             return Err(CacheRefusal::OtherReaders { name: name.clone() });
         }
     }
-    let casts = between.iter().rev();
-    let casts = casts.filter_map(|name| view.producer(name).and_then(cache_aliases::cast_to));
-    let node_type = casts.last().or_else(|| view.data_type(&source));
+    // The copy nearest the node tells.
+    let cast = between
+        .iter()
+        .find_map(|name| view.producer(name).and_then(cache_aliases::cast_to));
+    let node_type = cast.or_else(|| view.data_type(&source));
     copies.extend(between);
     *past = source;
     Ok(node_type)
