@@ -96,7 +96,7 @@ pub enum Error {
         /// The model's file.
         path: PathBuf,
         /// Which tensor, and why.
-        source: retro_onnx::Error,
+        source: Box<retro_onnx::Error>,
     },
 }
 
@@ -109,7 +109,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
     let weights = |source_error| Error::Weights {
         path: source.model.clone(),
-        source: source_error,
+        source: Box::new(source_error),
     };
     stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
     let external = external_files(&model, source.folder()).map_err(weights)?;
