@@ -40,8 +40,9 @@ pub struct Inspection {
     pub inputs: Vec<ValueReport>,
     /// The graph's outputs, in order.
     pub outputs: Vec<ValueReport>,
-    /// Why a runtime could not load it.
-    pub unsound: Option<String>,
+    /// Why a runtime could not load it; none: it is a valid model.
+    #[serde(rename = "unsound")]
+    pub invalid: Option<String>,
     /// Metadata of a converted model, without the record of its original; none: it is not converted.
     pub converted: Option<BTreeMap<String, String>>,
     /// Whether the original can be restored.
@@ -95,7 +96,7 @@ pub enum Error {
         /// The model's file.
         path: PathBuf,
         /// Which tensor, and why.
-        source: retro_onnx::Error,
+        source: Box<retro_onnx::Error>,
     },
 }
 
@@ -108,7 +109,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
     let weights = |source_error| Error::Weights {
         path: source.model.clone(),
-        source: source_error,
+        source: Box::new(source_error),
     };
     stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
     let external = external_files(&model, source.folder()).map_err(weights)?;
@@ -118,7 +119,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
         .graph
         .as_ref()
         .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
-    let unsound = validate(graph).err().map(|why| why.to_string());
+    let invalid = validate(graph).err().map(|why| why.to_string());
     let (nodes, initializers) = (graph.node.len(), graph.initializer.len());
     let values = |values: &[ValueInfoProto]| values.iter().map(ValueReport::new).collect();
     let (inputs, outputs) = (values(&graph.input), values(&graph.output));
@@ -136,7 +137,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let revertible = model.metadata(crate::revert::RECORD).is_some();
     let mut merged = None;
     let mut attention = Vec::new();
-    if unsound.is_none() && retro_nodes == 0 {
+    if invalid.is_none() && retro_nodes == 0 {
         // Where it can't be unfolded its attention is in branches, which the layers say.
         merged = unfold(&mut model).unwrap_or_else(|why| Some(format!("as it is: {why}")));
         let graph = model
@@ -164,7 +165,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
         functions,
         inputs,
         outputs,
-        unsound,
+        invalid,
         converted: (retro_nodes > 0 || !settings.is_empty()).then_some(settings),
         revertible,
         retro_nodes,
@@ -198,8 +199,8 @@ impl fmt::Display for Inspection {
                 writeln!(f, "{what}   {names}: {is}")?;
             }
         }
-        if let Some(why) = &self.unsound {
-            writeln!(f, "unsound  {why}")?;
+        if let Some(why) = &self.invalid {
+            writeln!(f, "invalid  {why}")?;
         }
         if let Some(settings) = &self.converted {
             let back = if self.revertible {
@@ -220,7 +221,7 @@ impl fmt::Display for Inspection {
             writeln!(f, "merged   {merged}")?;
         }
         f.write_str(&table::layers(&self.attention))?;
-        if self.converted.is_none() && self.unsound.is_none() {
+        if self.converted.is_none() && self.invalid.is_none() {
             let good = self
                 .attention
                 .iter()

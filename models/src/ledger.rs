@@ -173,170 +173,255 @@ fn words(text: &str) -> impl Iterator<Item = String> + '_ {
     text.split_whitespace().map(str::to_owned)
 }
 
-fn document(random: &mut Random, ranges: &Ranges) -> Document {
-    let list = |text: &'static str| text.split_whitespace().collect::<Vec<&str>>();
-    let (people, cities, problems) = (
-        random.between(ranges.people),
-        random.between(ranges.cities),
-        random.between(ranges.problems),
-    );
-    let names = random.sample(&list(NAMES)[..ranges.pool.0], people);
-    let cities = random.sample(&list(CITIES)[..ranges.pool.1], cities);
-    let all_colors = list(COLORS);
-    let colors = random.sample(&all_colors, all_colors.len());
-    let mut lines = Vec::new();
-    // Per person: coins, friend, home; per city: tax. In the order of `names` and `cities`.
-    let mut person = Vec::new();
-    for name in &names {
-        let coins = random.between((1, 9));
-        let mut friend = random.pick(&names);
-        while friend == *name {
-            friend = random.pick(&names);
-        }
-        let home = random.pick(&cities);
-        person.push((coins, friend, home));
-        lines.push(fact("coins", name, &coins.to_string()));
-        lines.push(fact("friend", name, friend));
-        lines.push(fact("home", name, home));
-    }
-    let mut taxes = Vec::new();
-    for city in &cities {
-        let tax = random.between((1, 9));
-        taxes.push(tax);
-        lines.push(fact("tax", city, &tax.to_string()));
-    }
-    let at = |name: &str| names.iter().position(|n| *n == name).unwrap_or(0);
-    let coins = |name: &str| person[at(name)].0;
-    let friend = |name: &str| person[at(name)].1;
-    let home = |name: &str| person[at(name)].2;
-    let tax = |city: &str| taxes[cities.iter().position(|c| *c == city).unwrap_or(0)];
+/// What is known of a person.
+#[derive(Clone, Copy)]
+struct Person {
+    name: &'static str,
+    coins: usize,
+    friend: &'static str,
+    home: &'static str,
+}
 
-    let mut cumulative = Vec::new();
-    for i in 0..KINDS.len() {
-        // As the recipe sums: from the first on, anew for each.
-        cumulative.push(KINDS[..=i].iter().fold(0.0, |sum, k| sum + k.1));
+/// People, cities with their taxes, and colors, in the order in which they are drawn.
+struct World {
+    names: Vec<&'static str>,
+    people: Vec<Person>,
+    taxes: Vec<(&'static str, usize)>,
+    colors: Vec<&'static str>,
+}
+
+impl World {
+    fn draw(random: &mut Random, ranges: &Ranges, people: usize, cities: usize) -> Self {
+        let list = |text: &'static str| text.split_whitespace().collect::<Vec<&'static str>>();
+        let names = random.sample(&list(NAMES)[..ranges.pool.0], people);
+        let cities = random.sample(&list(CITIES)[..ranges.pool.1], cities);
+        let all_colors = list(COLORS);
+        let colors = random.sample(&all_colors, all_colors.len());
+        let mut person = |name: &'static str| {
+            let coins = random.between((1, 9));
+            let mut friend = random.pick(&names);
+            while friend == name {
+                friend = random.pick(&names);
+            }
+            let home = random.pick(&cities);
+            Person {
+                name,
+                coins,
+                friend,
+                home,
+            }
+        };
+        let people = names.iter().map(|name| person(name)).collect();
+        let taxes = cities.iter().map(|city| (*city, random.between((1, 9)))).collect();
+        Self {
+            names,
+            people,
+            taxes,
+            colors,
+        }
     }
-    let whole = cumulative[KINDS.len() - 1];
-    let (mut questions, mut outputs, mut kinds, mut answers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut numeric: Vec<(String, usize)> = Vec::new();
-    let mut small: Vec<(String, usize)> = Vec::new();
-    let mut bound: Vec<(&str, usize)> = Vec::new();
+
+    /// All of it in words, a line a fact.
+    fn facts(&self) -> Vec<Vec<String>> {
+        let of_person = |p: &Person| {
+            [
+                fact("coins", p.name, &p.coins.to_string()),
+                fact("friend", p.name, p.friend),
+                fact("home", p.name, p.home),
+            ]
+        };
+        let of_city = |(city, tax): &(&'static str, usize)| fact("tax", city, &tax.to_string());
+        let people = self.people.iter().flat_map(of_person);
+        people.chain(self.taxes.iter().map(of_city)).collect()
+    }
+
+    fn person(&self, name: &str) -> Person {
+        let found = self.people.iter().find(|p| p.name == name);
+        *found.unwrap_or(&self.people[0])
+    }
+
+    fn tax(&self, city: &str) -> usize {
+        let found = self.taxes.iter().find(|(name, _)| *name == city);
+        found.unwrap_or(&self.taxes[0]).1
+    }
+}
+
+/// Values that later problems may ask for, by name.
+#[derive(Default)]
+struct Values {
+    /// Answers that are numbers.
+    numeric: Vec<(String, usize)>,
+    /// Those of one digit.
+    small: Vec<(String, usize)>,
+    /// Colors that stand for a number.
+    bound: Vec<(&'static str, usize)>,
+}
+
+/// A problem in words: what is asked, the steps to the answer, the answer.
+struct Problem {
+    question: String,
+    steps: Vec<String>,
+    answer: String,
+}
+
+impl Problem {
+    /// One whose answer is the last of a chain of facts: what, of whom, value.
+    fn chain(question: String, facts: &[(&str, &str, &str)]) -> Self {
+        Self {
+            question,
+            steps: facts
+                .iter()
+                .flat_map(|(what, of, value)| fact(what, of, value))
+                .collect(),
+            answer: facts
+                .last()
+                .map_or_else(String::new, |(_, _, value)| (*value).to_owned()),
+        }
+    }
+}
+
+/// A kind of problem, drawn by how often it comes, or the one that takes its place where it can't be asked yet.
+fn draw_kind(random: &mut Random, world: &World, values: &Values) -> char {
+    // As the recipe sums: from the first on, anew for each.
+    let cumulative = |i: usize| KINDS[..=i].iter().fold(0.0, |sum, k| sum + k.1);
+    let u = random.unit() * cumulative(KINDS.len() - 1);
+    let mut i = 0;
+    while u > cumulative(i) {
+        i += 1;
+    }
+    match KINDS[i].0 {
+        'd' if values.numeric.is_empty() => 'a',
+        'j' if values.numeric.len() < 2 || values.small.is_empty() => 'c',
+        'e' if values.bound.len() >= world.colors.len() => 'c',
+        'f' if values.bound.is_empty() => 'e',
+        kind => kind,
+    }
+}
+
+fn draw_problem(random: &mut Random, world: &World, values: &mut Values, kind: char) -> Problem {
+    let person = world.person(random.pick(&world.names));
+    let name = person.name;
+    let friend = world.person(person.friend);
+    match kind {
+        'a' => Problem::chain(
+            format!("coins of friend of {name} ?"),
+            &[
+                ("friend", name, friend.name),
+                ("coins", friend.name, &friend.coins.to_string()),
+            ],
+        ),
+        'b' => Problem::chain(
+            format!("tax of home of {name} ?"),
+            &[
+                ("home", name, person.home),
+                ("tax", person.home, &world.tax(person.home).to_string()),
+            ],
+        ),
+        'g' => Problem::chain(
+            format!("tax of home of friend of {name} ?"),
+            &[
+                ("friend", name, friend.name),
+                ("home", friend.name, friend.home),
+                ("tax", friend.home, &world.tax(friend.home).to_string()),
+            ],
+        ),
+        'h' => Problem::chain(
+            format!("home of friend of {name} ?"),
+            &[("friend", name, friend.name), ("home", friend.name, friend.home)],
+        ),
+        'e' => {
+            let color = world.colors[values.bound.len()];
+            values.bound.push((color, person.coins));
+            let coins = person.coins.to_string();
+            Problem::chain(
+                format!("let {color} be coins of {name} ?"),
+                &[("coins", name, &coins), ("value", color, &coins)],
+            )
+        }
+        _ => draw_sum(random, world, values, kind, person),
+    }
+}
+
+/// A problem that adds two numbers or takes one from the other. `kind` says what the first one is, and whether the second one is
+/// an earlier answer.
+fn draw_sum(random: &mut Random, world: &World, values: &Values, kind: char, person: Person) -> Problem {
+    let answer_of = |random: &mut Random, answers: &[(String, usize)]| {
+        let i = (random.unit() * answers.len() as f64) as usize;
+        let (label, value) = &answers[i];
+        ("value", label.clone(), *value)
+    };
+    let (what, of, a) = match kind {
+        'c' => ("coins", person.name.to_owned(), person.coins),
+        'f' => {
+            let (color, value) = random.pick(&values.bound);
+            ("value", color.to_owned(), value)
+        }
+        _ => answer_of(random, &values.numeric),
+    };
+    let (what2, of2, b) = if kind == 'j' {
+        answer_of(random, &values.small)
+    } else {
+        let other = world.person(random.pick(&world.names));
+        ("coins", other.name.to_owned(), other.coins)
+    };
+    let minus = a >= b && (a + b > MAX_NUMBER || random.unit() < 0.35);
+    let (value, sign) = if minus { (a - b, "minus") } else { (a + b, "plus") };
+    let mut steps = fact(what, &of, &a.to_string());
+    steps.extend(fact(what2, &of2, &b.to_string()));
+    steps.extend(words(&format!("{a} {sign} {b} is {value} .")));
+    Problem {
+        question: format!("{what} of {of} {sign} {what2} of {of2} ?"),
+        steps,
+        answer: value.to_string(),
+    }
+}
+
+fn document(random: &mut Random, ranges: &Ranges) -> Document {
+    let people = random.between(ranges.people);
+    let cities = random.between(ranges.cities);
+    let problems = random.between(ranges.problems);
+    let world = World::draw(random, ranges, people, cities);
+    let mut values = Values::default();
+    let (mut questions, mut output, mut kinds, mut answers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for k in 1..=problems {
         let label = format!("#{k}");
-        let u = random.unit() * whole;
-        let mut i = 0;
-        while u > cumulative[i] {
-            i += 1;
-        }
-        let mut kind = KINDS[i].0;
-        if kind == 'd' && numeric.is_empty() {
-            kind = 'a';
-        }
-        if kind == 'j' && (numeric.len() < 2 || small.is_empty()) {
-            kind = 'c';
-        }
-        if kind == 'e' && bound.len() >= colors.len() {
-            kind = 'c';
-        }
-        if kind == 'f' && bound.is_empty() {
-            kind = 'e';
-        }
-        let name = random.pick(&names);
-        let question;
-        let mut out: Vec<String> = Vec::new();
-        let answer;
-        match kind {
-            'a' => {
-                let m = friend(name);
-                question = format!("coins of friend of {name} ?");
-                out.extend(fact("friend", name, m));
-                answer = coins(m).to_string();
-                out.extend(fact("coins", m, &answer));
-            }
-            'b' => {
-                let c = home(name);
-                question = format!("tax of home of {name} ?");
-                out.extend(fact("home", name, c));
-                answer = tax(c).to_string();
-                out.extend(fact("tax", c, &answer));
-            }
-            'g' => {
-                let m = friend(name);
-                let c = home(m);
-                question = format!("tax of home of friend of {name} ?");
-                out.extend(fact("friend", name, m));
-                out.extend(fact("home", m, c));
-                answer = tax(c).to_string();
-                out.extend(fact("tax", c, &answer));
-            }
-            'h' => {
-                let m = friend(name);
-                answer = home(m).to_owned();
-                question = format!("home of friend of {name} ?");
-                out.extend(fact("friend", name, m));
-                out.extend(fact("home", m, &answer));
-            }
-            'e' => {
-                let color = colors[bound.len()];
-                let v = coins(name);
-                question = format!("let {color} be coins of {name} ?");
-                answer = v.to_string();
-                out.extend(fact("coins", name, &answer));
-                out.extend(fact("value", color, &answer));
-                bound.push((color, v));
-            }
-            _ => {
-                let (what, of, a) = match kind {
-                    'c' => ("coins", name.to_owned(), coins(name)),
-                    'f' => {
-                        let (color, v) = random.pick(&bound);
-                        ("value", color.to_owned(), v)
-                    }
-                    _ => {
-                        let i = (random.unit() * numeric.len() as f64) as usize;
-                        let (label, v) = &numeric[i];
-                        ("value", label.clone(), *v)
-                    }
-                };
-                out.extend(fact(what, &of, &a.to_string()));
-                let (what2, of2, b) = if kind == 'j' {
-                    let i = (random.unit() * small.len() as f64) as usize;
-                    let (label, v) = &small[i];
-                    ("value", label.clone(), *v)
-                } else {
-                    let m = random.pick(&names);
-                    ("coins", m.to_owned(), coins(m))
-                };
-                let minus = a >= b && (a + b > MAX_NUMBER || random.unit() < 0.35);
-                let (v, sign) = if minus { (a - b, "minus") } else { (a + b, "plus") };
-                question = format!("{what} of {of} {sign} {what2} of {of2} ?");
-                answer = v.to_string();
-                out.extend(fact(what2, &of2, &b.to_string()));
-                out.extend(words(&format!("{a} {sign} {b} is {v} .")));
-            }
-        }
+        let kind = draw_kind(random, &world, &values);
+        let Problem {
+            question,
+            steps,
+            answer,
+        } = draw_problem(random, &world, &mut values, kind);
         questions.push(words(&format!("problem {label} : {question}")).collect::<Vec<_>>());
-        outputs.extend(words(&format!("answer {label} :")));
-        outputs.extend(out);
-        outputs.extend(words(&format!("so value of {label} {answer} .")));
+        output.extend(words(&format!("answer {label} :")));
+        output.extend(steps);
+        output.extend(words(&format!("so value of {label} {answer} .")));
         if let Ok(value) = answer.parse::<usize>() {
-            numeric.push((label.clone(), value));
+            values.numeric.push((label.clone(), value));
             if (1..=9).contains(&value) {
-                small.push((label, value));
+                values.small.push((label, value));
             }
         }
         kinds.push(kind);
         answers.push(answer);
     }
-    outputs.push("<eos>".to_owned());
-    // Facts in random order, problems in order, at random places.
-    random.shuffle(&mut lines);
-    let total = lines.len() + problems;
+    output.push("<eos>".to_owned());
+    Document {
+        prompt: draw_prompt(random, world.facts(), questions),
+        output,
+        kinds,
+        answers,
+    }
+}
+
+/// Facts in random order, problems in order, at random places.
+fn draw_prompt(random: &mut Random, mut facts: Vec<Vec<String>>, questions: Vec<Vec<String>>) -> Vec<String> {
+    random.shuffle(&mut facts);
+    let (total, problems) = (facts.len() + questions.len(), questions.len());
     let places: HashSet<usize> = random
         .sample(&(0..total).collect::<Vec<_>>(), problems)
         .into_iter()
         .collect();
-    let (mut facts, mut questions) = (lines.into_iter(), questions.into_iter());
+    let (mut facts, mut questions) = (facts.into_iter(), questions.into_iter());
     let mut prompt: Vec<String> = words("<bos> facts :").collect();
     for place in 0..total {
         let next = if places.contains(&place) {
@@ -347,12 +432,7 @@ fn document(random: &mut Random, ranges: &Ranges) -> Document {
         prompt.extend(next.unwrap_or_default());
     }
     prompt.extend(words("solve :"));
-    Document {
-        prompt,
-        output: outputs,
-        kinds,
-        answers,
-    }
+    prompt
 }
 
 /// `count` documents as lines of a documents file: id, prompt, answers, kinds, reference.

@@ -38,7 +38,7 @@ pub enum Error {
         /// The model's file.
         path: PathBuf,
         /// Which tensor, and where it leads.
-        source: retro_onnx::Error,
+        source: Box<retro_onnx::Error>,
     },
     /// The model is none that a runtime would load.
     #[error("{} is an invalid ONNX model: {why}", .path.display())]
@@ -75,7 +75,7 @@ pub enum Error {
         /// The model's file.
         path: PathBuf,
         /// The reason.
-        source: revert::RecordError,
+        source: Box<revert::RecordError>,
     },
     /// The output is written, and the comparison that was asked for can't be made.
     #[error("the comparison can't be made")]

@@ -79,7 +79,7 @@ fn check_source(model: &ModelProto, path: &Path, folder: &Path) -> Result<(), Er
     }
     stay_inside(model, path, folder).map_err(|source| Error::WeightsOutside {
         path: path.to_owned(),
-        source,
+        source: Box::new(source),
     })?;
     let graph = model
         .graph

@@ -143,7 +143,7 @@ fn write_output(
 fn record_original(converted: &mut ConvertedModel, path: &Path) -> Result<(), Error> {
     revert::record(&mut converted.model, &converted.bytes).map_err(|source| Error::Record {
         path: path.to_owned(),
-        source,
+        source: Box::new(source),
     })
 }
 

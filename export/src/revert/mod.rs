@@ -37,7 +37,7 @@ pub enum Error {
         /// The converted model's file.
         path: PathBuf,
         /// Which tensor, and why.
-        source: retro_onnx::Error,
+        source: Box<retro_onnx::Error>,
     },
     /// The model has no record of its original, or not the weights that go with it.
     #[error("{}", .path.display())]
@@ -45,7 +45,7 @@ pub enum Error {
         /// The converted model's file.
         path: PathBuf,
         /// The reason.
-        source: RecordError,
+        source: Box<RecordError>,
     },
 }
 
@@ -74,11 +74,11 @@ pub fn revert(
     let LoadedModel { model, len, .. } = read_model(&source.model)?;
     let weights = |source_error| Error::Weights {
         path: source.model.clone(),
-        source: source_error,
+        source: Box::new(source_error),
     };
     let record_error = |source_error| Error::Record {
         path: source.model.clone(),
-        source: source_error,
+        source: Box::new(source_error),
     };
     stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
     // Weights are only looked up where a conversion would have put them.
