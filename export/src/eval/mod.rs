@@ -251,7 +251,7 @@ impl<'a> Program<'a> {
                                 value.drop_numbers();
                             }
                             if base.is_none() {
-                                value.round_to_type(ops::calculates(node));
+                                value.round_to_type(|| ops::calculates(node));
                             }
                             env.spent += value.data.as_ref().map_or(0, Vec::len);
                             if env.spent > MAX_SPENT {
@@ -368,7 +368,7 @@ fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Optio
         for name in &node.output {
             let mut value = outputs.next().flatten();
             if let Some(value) = &mut value {
-                value.round_to_type(ops::calculates(node));
+                value.round_to_type(|| ops::calculates(node));
             }
             own.insert(name, value.map(Rc::new));
         }

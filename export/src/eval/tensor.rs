@@ -83,6 +83,21 @@ fn wrapped<const BITS: i32>(x: f64, signed: bool) -> f64 {
     }
 }
 
+/// An array's numbers in row-major order, a row at a time where the rows lie so: `to_owned` goes number by number.
+fn row_major(array: &ArrayViewD<f64>) -> Vec<f64> {
+    if let Some(data) = array.as_slice() {
+        return data.to_vec();
+    }
+    let mut data = Vec::with_capacity(array.len());
+    for row in array.rows() {
+        match row.as_slice() {
+            Some(row) => data.extend_from_slice(row),
+            None => data.extend(row.iter()),
+        }
+    }
+    data
+}
+
 impl Tensor {
     /// A tensor of which the shape alone is known.
     pub fn unknown(shape: Vec<usize>, data_type: DataType) -> Self {
@@ -115,11 +130,10 @@ impl Tensor {
     /// An array's numbers.
     pub(super) fn of_array(array: ArrayD<f64>, data_type: DataType) -> Self {
         let shape = array.shape().to_vec();
-        // An array may be in another order than row-major.
         let data = if array.is_standard_layout() {
             array.into_raw_vec_and_offset().0
         } else {
-            array.iter().copied().collect()
+            row_major(&array.view())
         };
         Self::new(shape, data_type, data)
     }
@@ -142,15 +156,15 @@ impl Tensor {
     /// Its numbers as its type stores them, and so as a kernel has them: a bound of a mask may depend on it. Float16 counts no
     /// further than 2048, and squares of distances leave int32 behind 46,340 tokens. Those on demand need it only where they are
     /// calculated.
-    pub(super) fn round_to_type(&mut self, calculated: bool) {
+    pub(super) fn round_to_type(&mut self, calculated: impl FnOnce() -> bool) {
         let Some(round) = rounding(self.data_type) else {
             return;
         };
         if let Some(data) = &mut self.data {
             data.iter_mut().for_each(|x| *x = round(*x));
         }
-        if calculated && let Some(lazy) = self.lazy.take() {
-            self.lazy = Some(lazy.map(round));
+        if self.lazy.is_some() && calculated() {
+            self.lazy = self.lazy.take().map(|lazy| lazy.map(round));
         }
     }
 
@@ -219,7 +233,8 @@ impl Tensor {
     /// Its elements in another order, or some of them.
     pub(super) fn rearranged(&self, layout: Layout) -> Result<Self, Error> {
         if let Some(data) = self.data.as_ref().filter(|_| is_stored(&layout.shape)) {
-            return Ok(Self::of_array(layout.view(data)?.to_owned(), self.data_type));
+            let data = row_major(&layout.view(data)?);
+            return Ok(Self::new(layout.shape, self.data_type, data));
         }
         match self.numbers() {
             Some(numbers) => {
@@ -299,13 +314,13 @@ mod tests {
             (DataType::Double, 0.1, 0.1),
         ] {
             let mut stored = Tensor::new(vec![1], data_type, vec![x]);
-            stored.round_to_type(false);
+            stored.round_to_type(|| false);
             assert_eq!(stored.data, Some(vec![expected]), "{data_type:?}");
             let mut asked = Tensor {
                 lazy: Some(Lazy::new(&[], move |_| x)),
                 ..Tensor::unknown(vec![1], data_type)
             };
-            asked.round_to_type(true);
+            asked.round_to_type(|| true);
             assert_eq!(asked.numbers().map(|n| n.at(0)), Some(expected), "{data_type:?}");
         }
     }

@@ -47,7 +47,13 @@ fn zip(a: &Tensor, b: &Tensor, data_type: DataType, f: impl Fn(f64, f64) -> f64 
     if !a.is_known() || !b.is_known() {
         return Ok(Tensor::unknown(shape, data_type));
     }
-    if a.data.is_some() && b.data.is_some() && is_stored(&shape) {
+    if is_stored(&shape)
+        && let (Some(x), Some(y)) = (&a.data, &b.data)
+    {
+        if a.shape == b.shape {
+            let numbers = x.iter().zip(y).map(|(x, y)| converted(f(*x, *y), data_type));
+            return Ok(Tensor::new(shape, data_type, numbers.collect()));
+        }
         let (x, y) = (a.broadcast_view(&shape)?, b.broadcast_view(&shape)?);
         let numbers = Zip::from(&x)
             .and(&y)

@@ -10,7 +10,7 @@ use crate::eval::{
     lazy::Lazy,
     tensor::{is_stored, numel, storable},
 };
-use ndarray::{Axis, IxDyn};
+use ndarray::IxDyn;
 use retro_onnx::DataType;
 
 /// An index, from the end if it is negative; none out of range.
@@ -89,8 +89,17 @@ pub(super) fn gather(call: &OpCall) -> Result<Tensor, Error> {
     if t.data.is_none() || ids.data.is_none() || !is_stored(&shape) {
         return gather_on_demand(t, ids, axis, shape);
     }
-    let chosen = t.view()?.select(Axis(axis), &rows);
-    Tensor::of_array(chosen, t.data_type).reshaped(shape)
+    let (outer, inner) = (numel(&t.shape[..axis])?, numel(&t.shape[axis + 1..])?);
+    let blocks = t.view()?.into_shape_with_order((outer, len, inner));
+    let blocks = blocks.map_err(|_| Error::Invalid("a table of another size"))?;
+    // Row by row: `select` joins a view for each index, which costs more than the few numbers of a row.
+    let mut out = Vec::with_capacity(numel(&shape)?);
+    for block in blocks.outer_iter() {
+        for row in &rows {
+            out.extend(block.row(*row).iter());
+        }
+    }
+    Ok(Tensor::new(shape, t.data_type, out))
 }
 
 fn gather_on_demand(t: &Tensor, ids: &Tensor, axis: usize, shape: Vec<usize>) -> Result<Tensor, Error> {

@@ -370,22 +370,26 @@ const SHAPE_PRESERVING: &[(&str, &[&str])] = &[
     (retro_contract::DOMAIN, &[retro_contract::OP_TYPE]),
 ];
 
-static INDEX: LazyLock<HashMap<(&str, &str), Operator>> = LazyLock::new(|| {
+/// By name; few names are in two domains.
+static INDEX: LazyLock<HashMap<&str, Vec<Operator>>> = LazyLock::new(|| {
     let preserving = SHAPE_PRESERVING.iter().flat_map(|(domain, names)| {
         let same = |name: &&'static str| Operator::new(name, Kernel::SameShape).of(domain).on_demand();
         names.iter().map(same)
     });
     let entries = OPERATORS.iter().copied().chain(preserving);
-    entries.map(|o| ((o.domain, o.op_type), o)).collect()
+    let mut index: HashMap<&str, Vec<Operator>> = HashMap::new();
+    entries.for_each(|o| index.entry(o.op_type).or_default().push(o));
+    index
 });
 
 /// A node's operator, if it is known.
-pub(super) fn find(node: &NodeProto) -> Option<Operator> {
-    INDEX.get(&(node.op_domain(), node.op_type())).copied()
+pub(super) fn find(node: &NodeProto) -> Option<&'static Operator> {
+    let named = INDEX.get(node.op_type())?;
+    named.iter().find(|o| o.domain == node.op_domain())
 }
 
 /// All of them.
 #[cfg(test)]
 pub(super) fn names() -> impl Iterator<Item = (&'static str, &'static str)> {
-    INDEX.keys().copied()
+    INDEX.values().flatten().map(|o| (o.domain, o.op_type))
 }
