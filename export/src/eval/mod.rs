@@ -1,6 +1,11 @@
 //! Runs the parts of a graph that decide what an attention does: shapes, masks, positions, scales, layouts. Weights and
 //! activations have shapes only, so a run costs next to nothing whatever the model's size; where numbers are known
 //! (constants, masks, positions, or values that a rule plants) they are computed, in f64.
+//!
+//! - [`Program`] is a graph made ready to run, whole or in part; [`Env`] holds the values of a run, and why others are not known.
+//! - [`Tensor`] is a value: a shape, and numbers that are stored (computed by `ndarray`) or on demand (`lazy`).
+//! - `ops` holds the operators, in one table. An operator that it doesn't list has no shape.
+//! - [`Error`] is why a value is not known; its variant tells what may be done about it.
 
 mod constant;
 mod error;
@@ -27,7 +32,7 @@ use std::{
 const SMALL: usize = 4096;
 const LARGE: usize = 1 << 22;
 /// Numbers that one run computes: far more than masks and positions of any model need.
-const MAX_SPENT: usize = 1 << 25;
+const MAX_COMPUTED: usize = 1 << 25;
 /// Graphs inside graphs.
 const MAX_DEPTH: usize = 16;
 
@@ -224,7 +229,7 @@ impl<'a> Program<'a> {
 
     fn step(&self, node: &'a NodeProto, env: &mut Env<'a>, base: Option<&Env<'a>>) {
         let outcome = {
-            let look = |name: &str| -> Option<Rc<Tensor>> {
+            let lookup = |name: &str| -> Option<Rc<Tensor>> {
                 let own = env.values.get(name).or_else(|| {
                     if env.unknown.contains_key(name) {
                         return None;
@@ -233,10 +238,10 @@ impl<'a> Program<'a> {
                 });
                 own.cloned()
             };
-            if env.spent > MAX_SPENT {
+            if env.spent > MAX_COMPUTED {
                 Err(Error::TooMuchWork)
             } else {
-                evaluate(node, &look, self.view.opset, 0)
+                evaluate(node, &lookup, self.view.opset, 0)
             }
         };
         match outcome {
@@ -254,7 +259,7 @@ impl<'a> Program<'a> {
                                 value.round_to_type(|| ops::calculates(node));
                             }
                             env.spent += value.data.as_ref().map_or(0, Vec::len);
-                            if env.spent > MAX_SPENT {
+                            if env.spent > MAX_COMPUTED {
                                 value.drop_numbers();
                             }
                             env.set(name, value);
@@ -289,16 +294,16 @@ fn at(node: &NodeProto, source: Error) -> Error {
 }
 
 /// Values by name, as a node sees them.
-type Look<'l> = &'l dyn Fn(&str) -> Option<Rc<Tensor>>;
+type Lookup<'l> = &'l dyn Fn(&str) -> Option<Rc<Tensor>>;
 
-fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
+fn evaluate(node: &NodeProto, lookup: Lookup, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
     if node.is("", "If") {
-        return branch(node, look, opset, depth);
+        return branch(node, lookup, opset, depth);
     }
     let inputs: Vec<Option<Rc<Tensor>>> = node
         .input
         .iter()
-        .map(|name| (!name.is_empty()).then(|| look(name)).flatten())
+        .map(|name| (!name.is_empty()).then(|| lookup(name)).flatten())
         .collect();
     if let ([Some(known), None, ..] | [None, Some(known), ..], true) = (inputs.as_slice(), depth == 0)
         && known.shape.len() == 3
@@ -329,7 +334,7 @@ fn residual(node: &NodeProto) -> Option<&'static [bool]> {
 }
 
 /// An If whose condition is known: what its branch gives. Else its shapes, when both branches agree.
-fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
+fn branch(node: &NodeProto, lookup: Lookup, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
     if depth >= MAX_DEPTH {
         return Err(Error::TooDeep(MAX_DEPTH));
     }
@@ -337,11 +342,11 @@ fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<
     let (Some(yes), Some(no)) = (graph_of("then_branch"), graph_of("else_branch")) else {
         return Err("a branch is missing".into());
     };
-    let condition = look(node.input(0)).and_then(|c| c.data.as_ref()?.first().copied());
+    let condition = lookup(node.input(0)).and_then(|c| c.data.as_ref()?.first().copied());
     match condition {
-        Some(c) => Ok(inside(if c != 0.0 { yes } else { no }, look, opset, depth)),
+        Some(c) => Ok(inside(if c != 0.0 { yes } else { no }, lookup, opset, depth)),
         None => {
-            let (a, b) = (inside(yes, look, opset, depth), inside(no, look, opset, depth));
+            let (a, b) = (inside(yes, lookup, opset, depth), inside(no, lookup, opset, depth));
             let agree = |(a, b): (Option<Tensor>, Option<Tensor>)| {
                 let (a, b) = (a?, b?);
                 (a.shape == b.shape).then(|| Tensor::unknown(a.shape, a.data_type))
@@ -351,18 +356,18 @@ fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<
     }
 }
 
-fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Option<Tensor>> {
+fn inside(graph: &GraphProto, lookup: Lookup, opset: i64, depth: usize) -> Vec<Option<Tensor>> {
     let mut own: HashMap<&str, Option<Rc<Tensor>>> = HashMap::new();
     for tensor in &graph.initializer {
         own.insert(tensor.name(), Tensor::constant(tensor, SMALL, None).map(Rc::new));
     }
     for node in &graph.node {
         let outputs = {
-            let look = |name: &str| match own.get(name) {
+            let lookup = |name: &str| match own.get(name) {
                 Some(known) => known.clone(),
-                None => look(name),
+                None => lookup(name),
             };
-            evaluate(node, &look, opset, depth + 1).unwrap_or_default()
+            evaluate(node, &lookup, opset, depth + 1).unwrap_or_default()
         };
         let mut outputs = outputs.into_iter();
         for name in &node.output {
@@ -375,7 +380,7 @@ fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Optio
     }
     let outputs = graph.output.iter().map(|o| match own.get(o.name()) {
         Some(known) => known.as_deref().cloned(),
-        None => look(o.name()).as_deref().cloned(),
+        None => lookup(o.name()).as_deref().cloned(),
     });
     outputs.collect()
 }

@@ -385,7 +385,7 @@ fn shapes_of_what_keeps_none_are_computed() {
     let (x, w) = (Tensor::unknown(vec![2, 8, 11], DataType::Float), counted(&[8, 1, 4]));
     assert_eq!(result(&conv, &[x, w]).unwrap().shape, [2, 8, 7]);
     let mut attention = node("Attention", &[]);
-    attention.domain = Some("com.microsoft".to_owned().into());
+    attention.domain = Some("com.microsoft".to_owned());
     let inputs = [
         Tensor::unknown(vec![2, 5, 16], DataType::Float),
         Tensor::unknown(vec![16, 24], DataType::Float),
