@@ -4,11 +4,10 @@ use crate::{
     merged::unfold,
     report::{Action, LayerReport, ModelReport},
     rules::{SampleCalls, find_attention},
-    source::find_source,
+    source::{self, find_source},
     table,
     validate::validate,
 };
-use anyhow::{Context, Result};
 use retro_contract as contract;
 use retro_onnx::{
     DataType, Dimension, LoadedModel, ValueInfoProto, external_files, graph::GraphView, read_model, stay_inside,
@@ -23,15 +22,23 @@ use std::{
 /// A model as it is.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
+    /// The model's file.
     pub path: PathBuf,
+    /// Where it comes from.
     pub model: ModelReport,
     /// Bytes of the model's file, and of its files of weights.
     pub bytes: u64,
+    /// Files of weights, relative to the model's folder, with their lengths in bytes.
     pub external_data: BTreeMap<String, u64>,
+    /// Nodes of the graph.
     pub nodes: usize,
+    /// Initializers of the graph.
     pub initializers: usize,
+    /// Functions that the model defines.
     pub functions: usize,
+    /// The graph's inputs, in order.
     pub inputs: Vec<ValueReport>,
+    /// The graph's outputs, in order.
     pub outputs: Vec<ValueReport>,
     /// Why a runtime could not load it.
     pub unsound: Option<String>,
@@ -43,13 +50,16 @@ pub struct Inspection {
     pub retro_nodes: usize,
     /// Attention that a conversion would find.
     pub attention: Vec<LayerReport>,
+    /// What a conversion would make of the If of a merged decoder.
     pub merged: Option<String>,
 }
 
 /// An input or output.
 #[derive(Debug, Serialize)]
 pub struct ValueReport {
+    /// Its name.
     pub name: String,
+    /// Its element type, where it is declared.
     pub data_type: Option<&'static str>,
     /// Numbers, names, or "?"; none: of unknown rank.
     pub shape: Option<Vec<String>>,
@@ -69,19 +79,46 @@ impl ValueReport {
     }
 }
 
+/// Why a model can't be looked at.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no model, or it isn't clear which.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// The model can't be read, or is no ONNX model.
+    #[error(transparent)]
+    Read(#[from] retro_onnx::Error),
+    /// A file of weights is not there, too short, or out of the model's folder.
+    #[error("{}", .path.display())]
+    Weights {
+        /// The model's file.
+        path: PathBuf,
+        /// Which tensor, and why.
+        source: retro_onnx::Error,
+    },
+}
+
 /// Looks at a model, a file or a folder, of which `graph` may choose one.
 ///
 /// # Errors
 /// It can't be read, or its files of weights are not there.
-pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
+pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let source = find_source(path, graph, None)?;
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
-    stay_inside(&model, &source.model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
-    let external = external_files(&model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
+    let weights = |source_error| Error::Weights {
+        path: source.model.clone(),
+        source: source_error,
+    };
+    stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
+    let external = external_files(&model, source.folder()).map_err(weights)?;
     let report = ModelReport::new(&model);
     let functions = model.functions.len();
-    let graph = model.graph.as_ref().context("the model has no graph")?;
-    let unsound = validate(graph).err();
+    let graph = model
+        .graph
+        .as_ref()
+        .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
+    let unsound = validate(graph).err().map(|why| why.to_string());
     let (nodes, initializers) = (graph.node.len(), graph.initializer.len());
     let values = |values: &[ValueInfoProto]| values.iter().map(ValueReport::new).collect();
     let (inputs, outputs) = (values(&graph.input), values(&graph.output));
@@ -102,7 +139,10 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
     if unsound.is_none() && retro_nodes == 0 {
         // Where it can't be unfolded its attention is in branches, which the layers say.
         merged = unfold(&mut model).unwrap_or_else(|why| Some(format!("as it is: {why}")));
-        let graph = model.graph.as_ref().context("the model has no graph")?;
+        let graph = model
+            .graph
+            .as_ref()
+            .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
         let view = GraphView::new(graph, model.onnx_opset());
         let found = find_attention(&model, &SampleCalls::new(&view, Some(source.folder().to_owned())));
         let action = |a: &crate::rules::Attention| match &a.found {

@@ -34,70 +34,48 @@ const KINDS: [(char, f64); 9] = [
     ('j', 0.07),
 ];
 
-/// How long documents are: ranges of people, cities and problems, and how many names and cities are in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size {
-    name: &'static str,
+/// How long documents are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Size {
+    /// 3 to 4 people, 2 cities, 3 to 4 problems.
+    Xxs,
+    /// 4 to 6 people, 2 to 3 cities, 3 to 5 problems.
+    Xs,
+    /// 7 to 10 people, 3 to 5 cities, 7 to 9 problems.
+    S,
+    /// 14 to 19 people, 6 to 8 cities, 15 to 20 problems.
+    M,
+    /// 26 to 38 people, 9 to 14 cities, 28 to 40 problems.
+    L,
+    /// 36 to 38 people, 13 to 14 cities, 38 to 40 problems.
+    Eval,
+}
+
+/// What documents of a size are drawn from.
+struct Ranges {
     people: (usize, usize),
     cities: (usize, usize),
     problems: (usize, usize),
+    /// How many of the names and of the cities are in use.
     pool: (usize, usize),
 }
 
-const SIZES: [Size; 6] = [
-    Size {
-        name: "xxs",
-        people: (3, 4),
-        cities: (2, 2),
-        problems: (3, 4),
-        pool: (8, 4),
-    },
-    Size {
-        name: "xs",
-        people: (4, 6),
-        cities: (2, 3),
-        problems: (3, 5),
-        pool: (12, 6),
-    },
-    Size {
-        name: "s",
-        people: (7, 10),
-        cities: (3, 5),
-        problems: (7, 9),
-        pool: (24, 12),
-    },
-    Size {
-        name: "m",
-        people: (14, 19),
-        cities: (6, 8),
-        problems: (15, 20),
-        pool: (40, 20),
-    },
-    Size {
-        name: "l",
-        people: (26, 38),
-        cities: (9, 14),
-        problems: (28, 40),
-        pool: (48, 24),
-    },
-    Size {
-        name: "eval",
-        people: (36, 38),
-        cities: (13, 14),
-        problems: (38, 40),
-        pool: (48, 24),
-    },
-];
-
-impl std::str::FromStr for Size {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        let found = SIZES.iter().find(|size| size.name == s).copied();
-        found.ok_or_else(|| {
-            let names: Vec<&str> = SIZES.iter().map(|s| s.name).collect();
-            format!("no size {s:?}, expected one of: {}", names.join(", "))
-        })
+impl Size {
+    fn ranges(self) -> Ranges {
+        let (people, cities, problems, pool) = match self {
+            Self::Xxs => ((3, 4), (2, 2), (3, 4), (8, 4)),
+            Self::Xs => ((4, 6), (2, 3), (3, 5), (12, 6)),
+            Self::S => ((7, 10), (3, 5), (7, 9), (24, 12)),
+            Self::M => ((14, 19), (6, 8), (15, 20), (40, 20)),
+            Self::L => ((26, 38), (9, 14), (28, 40), (48, 24)),
+            Self::Eval => ((36, 38), (13, 14), (38, 40), (48, 24)),
+        };
+        Ranges {
+            people,
+            cities,
+            problems,
+            pool,
+        }
     }
 }
 
@@ -195,15 +173,15 @@ fn words(text: &str) -> impl Iterator<Item = String> + '_ {
     text.split_whitespace().map(str::to_owned)
 }
 
-fn document(random: &mut Random, size: &Size) -> Document {
+fn document(random: &mut Random, ranges: &Ranges) -> Document {
     let list = |text: &'static str| text.split_whitespace().collect::<Vec<&str>>();
     let (people, cities, problems) = (
-        random.between(size.people),
-        random.between(size.cities),
-        random.between(size.problems),
+        random.between(ranges.people),
+        random.between(ranges.cities),
+        random.between(ranges.problems),
     );
-    let names = random.sample(&list(NAMES)[..size.pool.0], people);
-    let cities = random.sample(&list(CITIES)[..size.pool.1], cities);
+    let names = random.sample(&list(NAMES)[..ranges.pool.0], people);
+    let cities = random.sample(&list(CITIES)[..ranges.pool.1], cities);
     let all_colors = list(COLORS);
     let colors = random.sample(&all_colors, all_colors.len());
     let mut lines = Vec::new();
@@ -381,12 +359,12 @@ fn document(random: &mut Random, size: &Size) -> Document {
 ///
 /// # Errors
 /// When no document is asked for.
-pub fn documents(seed: u64, count: usize, size: &Size) -> Result<impl Iterator<Item = Value>> {
+pub fn documents(seed: u64, count: usize, size: Size) -> Result<impl Iterator<Item = Value>> {
     ensure!(count >= 1, "0 documents: ask for at least one");
     let mut random = Random::new(seed);
-    let size = *size;
+    let ranges = size.ranges();
     Ok((0..count).map(move |i| {
-        let d = document(&mut random, &size);
+        let d = document(&mut random, &ranges);
         json!({
             "id": format!("{seed}-{i}"),
             "prompt": d.prompt.join(" "),
@@ -400,6 +378,8 @@ pub fn documents(seed: u64, count: usize, size: &Size) -> Result<impl Iterator<I
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use clap::ValueEnum;
 
     use super::*;
 
@@ -426,16 +406,22 @@ mod tests {
         let text = std::fs::read_to_string(path).unwrap();
         let stored: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(stored.len(), 96);
-        let size: Size = "eval".parse().unwrap();
-        for (made, stored) in documents(4242, 96, &size).unwrap().zip(&stored) {
+        let size = Size::from_str("eval", false).unwrap();
+        for (made, stored) in documents(4242, 96, size).unwrap().zip(&stored) {
             assert_eq!(made, *stored);
         }
     }
 
     #[test]
     fn sizes_and_counts_that_do_not_exist_are_refused() {
-        assert!("huge".parse::<Size>().unwrap_err().contains("xs, s, m"));
-        assert!(documents(1, 0, &SIZES[0]).is_err());
-        assert_eq!(documents(1, 3, &SIZES[0]).unwrap().count(), 3);
+        let names: Vec<_> = Size::value_variants()
+            .iter()
+            .filter_map(Size::to_possible_value)
+            .collect();
+        let names: Vec<&str> = names.iter().map(|name| name.get_name()).collect();
+        assert_eq!(names, ["xxs", "xs", "s", "m", "l", "eval"]);
+        assert!(Size::from_str("huge", false).is_err());
+        assert!(documents(1, 0, Size::Xxs).is_err());
+        assert_eq!(documents(1, 3, Size::Xxs).unwrap().count(), 3);
     }
 }

@@ -31,7 +31,7 @@ impl ModelProto {
     }
 
     /// The version of ONNX's own operators. ONNX Runtime takes the newest that it knows where a model imports other operators
-    /// only; what this program adds to a graph is written alike from [`UNSAID_OPSET`] on.
+    /// only; what this program adds to a graph is written alike from that of the oldest supported ONNX Runtime on.
     pub fn onnx_opset(&self) -> i64 {
         self.opset_version("").unwrap_or(UNSAID_OPSET)
     }

@@ -1,5 +1,5 @@
-//! Files of gigabytes, written past the page cache: the kernel then copies nothing, throttles nothing, and a sync at the end has
-//! nothing left to do. Measured in `docs/notes/export.md`. Where the file system can't, the same blocks go through the cache.
+//! Writes files of gigabytes past the page cache (`O_DIRECT`): the kernel then copies nothing, throttles nothing, and a sync at the end
+//! has nothing left to do. Where the file system can't, the same blocks go through the cache.
 
 use crate::stream::Sink;
 use std::{

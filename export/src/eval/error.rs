@@ -98,7 +98,7 @@ pub enum Error {
     NumbersUnknown,
 
     /// An operator that the evaluator doesn't compute.
-    #[error("the operator is not understood")]
+    #[error("the operator {} is not supported", qualified(.domain, .op_type))]
     NotSupported { domain: String, op_type: String },
 
     /// A node that breaks its operator's rules, or uses what isn't computed of them.
@@ -116,6 +116,14 @@ pub enum Error {
         op_type: String,
         source: Box<Error>,
     },
+}
+
+fn qualified(domain: &str, op_type: &str) -> String {
+    if domain.is_empty() {
+        op_type.to_owned()
+    } else {
+        format!("{domain}::{op_type}")
+    }
 }
 
 impl Error {

@@ -2,7 +2,10 @@
 //! activations have shapes only, so a run costs next to nothing whatever the model's size; where numbers are known
 //! (constants, masks, positions, or values that a rule plants) they are computed, in f64.
 
+mod constant;
 mod error;
+mod layout;
+mod lazy;
 mod ops;
 mod tensor;
 
@@ -245,14 +248,14 @@ impl<'a> Program<'a> {
                         _ if base.is_some() && env.values.contains_key(name) => {}
                         Some(mut value) => {
                             if base.is_none() && self.data.contains(name) {
-                                value.forget();
+                                value.drop_numbers();
                             }
                             if base.is_none() {
-                                value.fit(ops::calculates(node));
+                                value.round_to_type(ops::calculates(node));
                             }
                             env.spent += value.data.as_ref().map_or(0, Vec::len);
                             if env.spent > MAX_SPENT {
-                                value.forget();
+                                value.drop_numbers();
                             }
                             env.set(name, value);
                         }
@@ -365,7 +368,7 @@ fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Optio
         for name in &node.output {
             let mut value = outputs.next().flatten();
             if let Some(value) = &mut value {
-                value.fit(ops::calculates(node));
+                value.round_to_type(ops::calculates(node));
             }
             own.insert(name, value.map(Rc::new));
         }
@@ -433,18 +436,8 @@ fn dependents<'a>(view: &GraphView<'a>, order: &[usize], roots: &HashSet<&'a str
 }
 
 fn constants<'a>(view: &GraphView<'a>, folder: Option<PathBuf>) -> HashMap<&'a str, Rc<Tensor>> {
-    const WEIGHED: [&str; 8] = [
-        "MatMul",
-        "Gemm",
-        "Gather",
-        "MatMulNBits",
-        "Conv",
-        "DequantizeLinear",
-        "MatMulInteger",
-        "GatherBlockQuantized",
-    ];
     let limit = |tensor: &TensorProto| {
-        let weight = view.readers(tensor.name()).any(|n| WEIGHED.contains(&n.op_type()));
+        let weight = view.readers(tensor.name()).any(ops::reads_weights);
         if weight { SMALL } else { LARGE }
     };
     let read = |t: &'a TensorProto| {

@@ -194,7 +194,7 @@ impl MaskCheck<'_> {
         let next = b.node("Slice", &[&longer, &from, &end, &from]).output("next");
         let both = b.node("Mul", &[&mask, &next]).output("both");
         let pairs = self.sum(b, &both, "pairs");
-        let mut sound = match self.end {
+        let mut valid_mask = match self.end {
             OnesEnd::WithMask => {
                 // pairs + last is n + 1 only if all are side by side and the last one is valid.
                 let found = b.node("Add", &[&pairs, &last]).output("pairs_and_last");
@@ -222,10 +222,10 @@ impl MaskCheck<'_> {
             let start = b.int64s("start", &[1], &[0]);
             let first = b.node("Slice", &[&mask, &start, &from, &from]).output("first");
             let begins = self.equal(b, &first, &one, "begins");
-            sound = b.node("And", &[&sound, &begins]).output("mask_is_sound_for_all");
+            valid_mask = b.node("And", &[&valid_mask, &begins]).output("mask_is_sound_for_all");
         }
         let bad = b.int32s("mask_not_understood", &[1, 1], &[MASK_NOT_UNDERSTOOD]);
-        let marked = b.node("Where", &[&sound, &newest, &bad]).output("marked");
+        let marked = b.node("Where", &[&valid_mask, &newest, &bad]).output("marked");
         let flat = b.int64s("flat", &[1], &[-1]);
         b.node("Reshape", &[&marked, &flat]).output("seqlens_k")
     }

@@ -132,9 +132,9 @@ mod tests {
             mode: if attention.layer == 1 { Mode::Dense } else { Mode::Retro },
         });
         let logits = if keep_all {
-            Logits::All("asked".into())
+            Logits::All(logits::KeepAll::Asked)
         } else {
-            logits::look(&view)
+            logits::find_lm_head(&view)
         };
         let mut out = model.clone();
         rewrite(&mut out, &conversions.collect::<Vec<_>>(), &logits, settings)?;

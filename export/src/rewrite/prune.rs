@@ -1,4 +1,4 @@
-//! Nodes that nothing needs any more.
+//! Removes nodes that nothing needs any more, and what only they read.
 
 use crate::eval::reads;
 use retro_onnx::{GraphProto, NodeProto, ValueInfoProto};

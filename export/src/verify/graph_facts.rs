@@ -1,9 +1,12 @@
 //! What a graph tells beyond its attention, so that it can be fed: sizes, caches of layers that stay as they are, inputs that
 //! nothing depends on.
 
-use super::CacheFacts;
+use super::comparison::CacheFacts;
 use crate::rules::{AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, usual_presents, width};
 use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
+
+/// Operators that quantise activations by a range over all tokens fed together.
+pub const DYNAMIC: [&str; 3] = ["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"];
 
 /// The head size, from the weights around an attention that takes and gives heads side by side, else from its angles.
 pub fn head_size(view: &GraphView, matched: &AttentionMatch) -> Option<usize> {

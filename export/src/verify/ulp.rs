@@ -2,6 +2,7 @@
 //! order of additions moves it. Where activations are quantised, that decides now and then which of two steps a number falls on,
 //! and how far logits move then is a property of the model.
 
+use super::graph_facts::DYNAMIC;
 use retro_onnx::{AttributeProto, DataType, ModelProto, NodeProto, TensorProto, graph::GraphView};
 
 /// Numbers next to each other get different signs.
@@ -25,7 +26,7 @@ pub(crate) fn quantizes_activations(view: &GraphView) -> bool {
     view.graph.node.iter().any(|n| match n.op_type() {
         "MatMulNBits" => n.attribute("accuracy_level").is_some_and(|a| a.i == Some(INT8)),
         "QuantizeLinear" => !view.is_constant(n.input(0)),
-        op => super::DYNAMIC.contains(&op),
+        op => DYNAMIC.contains(&op),
     })
 }
 
@@ -40,7 +41,7 @@ pub fn perturb(model: &mut ModelProto, values: &[(String, DataType)]) -> bool {
         let Some((place, by)) = place.zip(last_place(*data_type)) else {
             continue;
         };
-        let name = |what: &str| format!("{value}_nudged_{what}");
+        let name = |what: &str| format!("{value}_perturbed_{what}");
         let result = name("result");
         for input in graph.node.iter_mut().flat_map(|n| &mut n.input).filter(|i| *i == value) {
             input.clone_from(&result);

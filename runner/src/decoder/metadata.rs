@@ -95,9 +95,7 @@ mod tests {
         assert_eq!(choice::<Selector>("k", None).unwrap(), None);
         let moments = choice("k", Some("moments".into())).unwrap();
         assert_eq!(moments, Some(Selector::Moments));
-        let error = choice::<Selector>("k", Some("median".into()))
-            .unwrap_err()
-            .to_string();
+        let error = choice::<Selector>("k", Some("median".into())).unwrap_err().to_string();
         assert!(error.contains("metadata k") && error.contains("bounds"), "{error}");
         assert!(choice::<Budget>("k", Some("?".into())).is_err());
     }

@@ -294,7 +294,7 @@ fn a_mask_by_an_operator_that_is_not_supported_is_refused() {
         ],
     ]);
     assert!(
-        why.contains("out of range (Resize): the operator is not understood"),
+        why.contains("out of range (Resize): the operator Resize is not supported"),
         "{why}"
     );
 }
