@@ -42,7 +42,7 @@ pub struct Env<'a> {
     values: HashMap<&'a str, Rc<Tensor>>,
     unknown: HashMap<&'a str, Error>,
     /// Numbers computed so far.
-    spent: usize,
+    computed: usize,
 }
 
 impl<'a> Env<'a> {
@@ -55,8 +55,8 @@ impl<'a> Env<'a> {
     }
 
     /// Numbers that the run computed.
-    pub fn spent(&self) -> usize {
-        self.spent
+    pub fn computed(&self) -> usize {
+        self.computed
     }
 
     /// # Errors
@@ -78,7 +78,7 @@ impl<'a> Env<'a> {
 }
 
 /// Part of a graph: what some values are computed from.
-pub struct Cone<'a> {
+pub struct GraphSlice<'a> {
     nodes: Vec<usize>,
     constants: HashSet<&'a str>,
 }
@@ -90,10 +90,10 @@ pub struct Program<'a> {
     /// Where a node stands in `order`.
     place: Vec<usize>,
     constants: HashMap<&'a str, Rc<Tensor>>,
-    /// Values that depend on tokens or on what the model remembers, not only on their shapes: never computed unless planted.
+    /// Values that depend on tokens or on what the model remembers, not only on their shapes: never computed unless substituted.
     data: HashSet<&'a str>,
     /// Those of them that depend on a cache.
-    remembered: HashSet<&'a str>,
+    cache_dependent: HashSet<&'a str>,
 }
 
 impl<'a> Program<'a> {
@@ -115,7 +115,7 @@ impl<'a> Program<'a> {
         let both: HashSet<&str> = tokens.union(caches).copied().collect();
         Self {
             data: dependents(view, &order, &both),
-            remembered: dependents(view, &order, caches),
+            cache_dependent: dependents(view, &order, caches),
             view,
             order,
             place,
@@ -124,13 +124,13 @@ impl<'a> Program<'a> {
     }
 
     /// Whether a value depends on tokens or caches other than through shapes.
-    pub fn is_data(&self, name: &str) -> bool {
+    pub fn is_data_dependent(&self, name: &str) -> bool {
         self.data.contains(name)
     }
 
     /// Whether a value depends on what a cache holds.
-    pub fn is_remembered(&self, name: &str) -> bool {
-        self.remembered.contains(name)
+    pub fn is_cache_dependent(&self, name: &str) -> bool {
+        self.cache_dependent.contains(name)
     }
 
     pub fn constant(&self, name: &str) -> Option<&Rc<Tensor>> {
@@ -152,7 +152,7 @@ impl<'a> Program<'a> {
     }
 
     /// What `targets` are computed from, to be run again and again.
-    pub fn cone(&self, targets: &[&'a str]) -> Cone<'a> {
+    pub fn slice_to(&self, targets: &[&'a str]) -> GraphSlice<'a> {
         let mut above: BTreeSet<usize> = BTreeSet::new();
         let mut read: HashSet<&'a str> = HashSet::new();
         let mut open = targets.to_vec();
@@ -170,18 +170,18 @@ impl<'a> Program<'a> {
         }
         let nodes = above.iter().filter_map(|at| self.order.get(*at).copied()).collect();
         read.retain(|name| self.constants.contains_key(name));
-        Cone { nodes, constants: read }
+        GraphSlice { nodes, constants: read }
     }
 
     /// Runs a part of the graph on these inputs.
-    pub fn run_cone(&self, inputs: Env<'a>, cone: &Cone<'a>) -> Env<'a> {
+    pub fn run_slice(&self, inputs: Env<'a>, slice: &GraphSlice<'a>) -> Env<'a> {
         let mut env = inputs;
-        for name in &cone.constants {
+        for name in &slice.constants {
             if let Some(value) = self.constants.get(name) {
                 env.values.entry(name).or_insert_with(|| value.clone());
             }
         }
-        for node in cone.nodes.iter().filter_map(|i| self.view.graph.node.get(*i)) {
+        for node in slice.nodes.iter().filter_map(|i| self.view.graph.node.get(*i)) {
             if !(node.is("", "Constant") && env.values.contains_key(node.output(0))) {
                 self.step(node, &mut env, None);
             }
@@ -190,16 +190,16 @@ impl<'a> Program<'a> {
     }
 
     /// Computes what `targets` become when values of `base` are replaced: the nodes between them only, numbers and all.
-    pub fn plant(&self, base: &Env<'a>, seeds: Vec<(&'a str, Tensor)>, targets: &[&str]) -> Env<'a> {
-        let planted: HashSet<&str> = seeds.iter().map(|(name, _)| *name).collect();
+    pub fn substitute(&self, base: &Env<'a>, seeds: Vec<(&'a str, Tensor)>, targets: &[&str]) -> Env<'a> {
+        let substituted: HashSet<&str> = seeds.iter().map(|(name, _)| *name).collect();
         let place = |index: usize| self.place.get(index).copied().unwrap_or(usize::MAX);
         // What stands before every reader of a seed can't depend on one.
-        let readers = planted.iter().flat_map(|name| self.view.reader_indices(name));
+        let readers = substituted.iter().flat_map(|name| self.view.reader_indices(name));
         let first = readers.map(|i| place(*i)).min().unwrap_or(usize::MAX);
         let mut above: BTreeSet<usize> = BTreeSet::new();
         let mut open: Vec<&str> = targets.to_vec();
         while let Some(name) = open.pop() {
-            if planted.contains(name) {
+            if substituted.contains(name) {
                 continue;
             }
             if let Some(index) = self.view.producer_index(name)
@@ -211,7 +211,7 @@ impl<'a> Program<'a> {
             }
         }
         let mut env = Env::default();
-        let mut touched: HashSet<&str> = planted.clone();
+        let mut touched: HashSet<&str> = substituted.clone();
         for (name, value) in seeds {
             env.set(name, value);
         }
@@ -220,7 +220,12 @@ impl<'a> Program<'a> {
                 continue;
             };
             if reads(node).any(|i| touched.contains(i)) {
-                touched.extend(node.output.iter().map(String::as_str).filter(|o| !planted.contains(o)));
+                touched.extend(
+                    node.output
+                        .iter()
+                        .map(String::as_str)
+                        .filter(|o| !substituted.contains(o)),
+                );
                 self.step(node, &mut env, Some(base));
             }
         }
@@ -238,7 +243,7 @@ impl<'a> Program<'a> {
                 });
                 own.cloned()
             };
-            if env.spent > MAX_COMPUTED {
+            if env.computed > MAX_COMPUTED {
                 Err(Error::TooMuchWork)
             } else {
                 evaluate(node, &lookup, self.view.opset, 0)
@@ -249,7 +254,7 @@ impl<'a> Program<'a> {
                 for (name, value) in node.output.iter().map(String::as_str).zip(outputs) {
                     match value {
                         _ if name.is_empty() => {}
-                        // A planted value stays as planted.
+                        // A substituted value stays as substituted.
                         _ if base.is_some() && env.values.contains_key(name) => {}
                         Some(mut value) => {
                             if base.is_none() && self.data.contains(name) {
@@ -258,8 +263,8 @@ impl<'a> Program<'a> {
                             if base.is_none() {
                                 value.round_to_type(|| ops::calculates(node));
                             }
-                            env.spent += value.data.as_ref().map_or(0, Vec::len);
-                            if env.spent > MAX_COMPUTED {
+                            env.computed += value.data.as_ref().map_or(0, Vec::len);
+                            if env.computed > MAX_COMPUTED {
                                 value.drop_numbers();
                             }
                             env.set(name, value);

@@ -68,7 +68,11 @@ pub fn invariant_chain<'a>(samples: &SampleCalls<'a>, from: &'a str) -> Vec<&'a 
     let mut name = from;
     while names.len() < MAX_CHAIN {
         let Some(node) = samples.view.producer(name) else { break };
-        let mut data = node.input.iter().map(String::as_str).filter(|i| program.is_data(i));
+        let mut data = node
+            .input
+            .iter()
+            .map(String::as_str)
+            .filter(|i| program.is_data_dependent(i));
         let (Some(one), None) = (data.next(), data.next()) else {
             break;
         };

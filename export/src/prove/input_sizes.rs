@@ -13,7 +13,9 @@ const MAX_STEPS: usize = 256;
 /// One dimension of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
+    /// The same in every call.
     Number(usize),
+    /// Sequences of a batch.
     Sequences,
     /// Tokens fed in a call.
     Tokens,
@@ -24,6 +26,7 @@ pub enum Size {
 }
 
 impl Size {
+    /// The size in a call of so many sequences, tokens fed and tokens before those.
     pub fn of(self, sequences: usize, tokens: usize, past: usize) -> usize {
         match self {
             Self::Number(n) => n,

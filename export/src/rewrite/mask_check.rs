@@ -36,7 +36,7 @@ const MASKS: [&[&str]; 4] = [
 pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i64, builder: &mut GraphBuilder) {
     let given = conversions
         .iter()
-        .filter(|c| c.matched.lengths == rules::LengthSource::Given);
+        .filter(|c| c.matched.length_source == rules::LengthSource::FromGraph);
     let counts: BTreeSet<&str> = given.map(|c| c.matched.seqlens_k.as_str()).collect();
     let input_of = |name: &&str, rank: usize| {
         let declared = graph.input.iter().find(|i| i.name() == *name);

@@ -30,7 +30,7 @@ mod shown;
 mod unsupported;
 
 pub use crate::prove::{
-    ATTENTION_MASK, AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, LengthSource, POSITION_IDS, QkNorm, Refusal,
+    ATTENTION_MASK, AttentionMatch, HeadLayout, INPUT_IDS, INPUTS_EMBEDS, LengthSource, POSITION_IDS, QkNorm, Refusal,
     Rope, SampleCalls, Size, named_sizes, noise, sizes, width,
 };
 pub use attention::{Attention, Conversion};

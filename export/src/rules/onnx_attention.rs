@@ -65,7 +65,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
 mod tests {
     use super::*;
     use crate::{
-        prove::{AttentionMatch, Layout, LengthSource},
+        prove::{AttentionMatch, HeadLayout, LengthSource},
         testing::{changed_match, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
@@ -102,9 +102,9 @@ mod tests {
         );
         assert_eq!(
             (matched.query.as_str(), matched.output.as_str(), matched.query_layout),
-            ("q", "y", Layout::Flat)
+            ("q", "y", HeadLayout::Flat)
         );
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: false });
     }
 
     #[test]
@@ -125,7 +125,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!((matched.scale, matched.softcap), (0.25, 30.0));
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: true });
     }
 
     #[test]
@@ -211,11 +211,11 @@ mod tests {
         .unwrap();
         assert_eq!(
             (matched.query.as_str(), matched.key.as_str(), matched.query_layout),
-            ("q", "k", Layout::Flat)
+            ("q", "k", HeadLayout::Flat)
         );
         assert_eq!(
             (matched.output_layout, matched.total_key.as_str()),
-            (Layout::Heads, "present.0.key")
+            (HeadLayout::Heads, "present.0.key")
         );
         assert_eq!((matched.q_heads, matched.kv_heads), (4, 2));
     }

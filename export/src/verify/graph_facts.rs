@@ -2,7 +2,7 @@
 //! nothing depends on.
 
 use super::comparison::CacheFacts;
-use crate::rules::{AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, usual_presents, width};
+use crate::rules::{AttentionMatch, HeadLayout, INPUT_IDS, INPUTS_EMBEDS, usual_presents, width};
 use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// Operators that quantise activations by a range over all tokens fed together.
@@ -20,7 +20,7 @@ pub fn head_size(view: &GraphView, matched: &AttentionMatch) -> Option<usize> {
 /// The head size, from the weights around an attention that takes and gives heads side by side.
 pub fn weighed_head_size(view: &GraphView, matched: &AttentionMatch) -> Option<i64> {
     let share = |width: i64, heads: i64| (heads > 0 && width > 0 && width % heads == 0).then(|| width / heads);
-    let flat = matched.output_layout == Layout::Flat;
+    let flat = matched.output_layout == HeadLayout::Flat;
     let rows = width(view, &matched.output)
         .filter(|_| flat)
         .and_then(|n| i64::try_from(n).ok());

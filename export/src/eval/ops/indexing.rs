@@ -215,7 +215,7 @@ pub(super) fn gather_elements(call: &OpCall) -> Result<Tensor, Error> {
 /// [ScatterND](https://onnx.ai/onnx/operators/onnx__ScatterND.html), without a reduction.
 pub(super) fn scatter_nd(call: &OpCall) -> Result<Tensor, Error> {
     let (t, ids, updates) = (call.need(0)?, call.need(1)?, call.need(2)?);
-    if [t, ids, updates].iter().any(|t| !t.is_known()) {
+    if [t, ids, updates].iter().any(|t| !t.has_numbers()) {
         return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
     }
     let depth = *ids.shape.last().ok_or("indices without dimensions")?;
