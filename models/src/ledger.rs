@@ -5,9 +5,10 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Result, ensure};
 use rand_mt::Mt;
 use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
 
 const NAMES: &str = "Anna Ben Carl Dora Emil Fay Gus Hana Ivan Jane Kurt Lena Mia Nils Olga Paul Quin Rosa Sven Tara \
     Udo Vera Walt Xena Yuri Zoe Abel Bella Cora Dean Elsa Finn Gina Hugo Iris Jack Kate Leon Maya Noah Opal \
@@ -440,7 +441,9 @@ fn draw_prompt(random: &mut Random, mut facts: Vec<Vec<String>>, questions: Vec<
 /// # Errors
 /// When no document is asked for.
 pub fn documents(seed: u64, count: usize, size: Size) -> Result<impl Iterator<Item = Value>> {
-    ensure!(count >= 1, "0 documents: ask for at least one");
+    if count == 0 {
+        return Err(Error::NoDocuments);
+    }
     let mut random = Random::new(seed);
     let ranges = size.ranges();
     Ok((0..count).map(move |i| {

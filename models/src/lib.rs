@@ -6,6 +6,7 @@
 mod build;
 mod config;
 mod dtype;
+mod error;
 mod genai;
 pub mod graph;
 mod initializer;
@@ -17,3 +18,4 @@ mod safetensors;
 pub use build::{Built, EXTERNAL_THRESHOLD, Options, build, build_random, check_out};
 pub use config::LlamaConfig;
 pub use dtype::Dtype;
+pub use error::{ConfigError, Error, Result};

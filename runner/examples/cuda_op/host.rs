@@ -4,7 +4,8 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result, anyhow};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
-use retro_run::{Runtime, device::left_to_cpu, gpu::Gpu, runtime};
+use retro_contract::Selector;
+use retro_run::{OpenOptions, Runtime, bench::selector_state::StatePattern, device::left_to_cpu, gpu::Gpu, runtime};
 
 use crate::{
     args::Args,
@@ -61,6 +62,23 @@ impl<'a> Host<'a> {
             return Err(anyhow!("{left}"));
         }
         Ok(session)
+    }
+
+    /// What random state of a selector is repeated from.
+    pub fn state_pattern(&self, selector: Selector) -> Result<StatePattern> {
+        let options = OpenOptions {
+            plugin: Some(self.plugin.clone()),
+            ..OpenOptions::default()
+        };
+        let (s, cache) = (&self.shape, self.args.dtype.element());
+        Ok(StatePattern::new(
+            &self.runtime,
+            &options,
+            selector,
+            s.page,
+            s.size,
+            cache,
+        )?)
     }
 
     /// Options of a run that is timed, captured as a CUDA graph where it has a number.

@@ -165,7 +165,9 @@ impl BenchOpArgs {
             "--drift {}: expected 0 to 1",
             self.drift
         );
-        self.threads.iter().try_for_each(|&t| runtime::check_threads(Some(t)))
+        self.threads
+            .iter()
+            .try_for_each(|&t| Ok(runtime::check_threads(Some(t))?))
     }
 }
 
@@ -293,7 +295,7 @@ fn measure(
     let mut measured = operators
         .iter()
         .map(|&operator| Node::new(runtime, &options, &shape, operator, &mut caches))
-        .collect::<Result<Vec<_>>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
 
     let memory = MemoryProbe::new(threads);
     memory.pass();

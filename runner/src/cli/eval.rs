@@ -20,6 +20,7 @@ use crate::{
     built_model_cache::folder_key,
     decoder::decode_loop::CHUNK,
     eval::{
+        self,
         converted_models::ConvertedModelCache,
         documents, html,
         journal::{Header, Journal},
@@ -235,7 +236,7 @@ impl Comparison {
 
 fn journal<T: Clone + Serialize + serde::de::DeserializeOwned>(args: &EvalArgs, header: &Header) -> Result<Journal<T>> {
     match &args.resume {
-        Some(path) => Journal::open(path, header),
+        Some(path) => Ok(Journal::open(path, header)?),
         None => Ok(Journal::in_memory()),
     }
 }
@@ -357,10 +358,11 @@ fn named(args: &EvalArgs) -> String {
 }
 
 /// Tells an interruption from other errors.
-fn interruption(result: Result<()>) -> Result<Option<Interrupted>> {
+fn interruption(result: Result<(), eval::Error>) -> Result<Option<Interrupted>, eval::Error> {
     match result {
         Ok(()) => Ok(None),
-        Err(e) => e.downcast::<Interrupted>().map(Some),
+        Err(eval::Error::Interrupted(interrupted)) => Ok(Some(interrupted)),
+        Err(e) => Err(e),
     }
 }
 
@@ -386,7 +388,7 @@ impl<T: Serialize> Report<'_, T> {
         &self,
         args: &EvalArgs,
         interrupted: Option<Interrupted>,
-        figures: impl Fn() -> Result<Figures>,
+        figures: impl Fn() -> Result<Figures, eval::Error>,
     ) -> Result<()> {
         if let Some(interrupted) = interrupted {
             self.end_early(args)?;

@@ -35,4 +35,5 @@ pub mod stats;
 pub mod step;
 pub(crate) mod upcast;
 
+pub(crate) use error::require;
 pub use error::{Error, Result};

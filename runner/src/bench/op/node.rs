@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, ensure};
 use half::{f16, slice::HalfFloatSliceExt};
 use ort::{
     memory::Allocator,
@@ -13,18 +12,20 @@ use retro_contract::{Mode, input, output};
 use retro_models::Dtype;
 
 use super::{
-    data::{Caches, Rows, element},
+    data::{Caches, Rows, element, integer},
     graph::{STATE, model, name_of},
     operator::{AttentionShape, Operator},
 };
 use crate::{
     OpenOptions, Runtime,
+    bench::{Error, Result, selector_state::StatePattern},
     decoder::{
         page_reads::PageMeter,
+        require,
         session::{PluginUse, session_builder},
         upcast::upcast_f16,
     },
-    runtime::{one_line, ort_error},
+    runtime::ort_error,
 };
 
 /// A session of nodes of one operator.
@@ -61,14 +62,16 @@ impl Node {
             Operator::Retro(retro) => Some(retro),
         };
         let plugin = retro.is_some();
-        ensure!(
-            !plugin || options.plugin.is_some(),
-            "the plugin is needed: build it with `cargo build --release`, or name it with --plugin"
-        );
+        require!(!plugin || options.plugin.is_some(), Error::NoPlugin);
         let plugin = if plugin { PluginUse::Load } else { PluginUse::Leave };
         let session = session_builder(runtime, options, plugin)?
             .commit_from_memory(&model(shape, &operator, nodes))
-            .map_err(|e| anyhow!("cannot make a session: {}", one_line(&e)))?;
+            .map_err(Error::session)?;
+        let pattern = retro.map(|r| {
+            let (selector, cache) = (r.selection.selector, element(shape.dtype));
+            StatePattern::new(runtime, options, selector, shape.page_size, shape.head_size, cache)
+        });
+        let pattern = pattern.transpose()?;
         let mut binding = session.create_binding().map_err(ort_error)?;
         let mut bind = |slot: usize, node: usize, tensor: &mut DynTensor| -> Result<()> {
             let (past, present) = STATE[slot];
@@ -82,8 +85,8 @@ impl Node {
             for (slot, tensor) in caches.nodes[node].iter_mut().enumerate() {
                 bind(slot, node, tensor)?;
             }
-            if let Some(retro) = &retro {
-                let mut own = caches.state(shape, retro, node)?;
+            if let Some((retro, pattern)) = retro.as_ref().zip(pattern.as_ref()) {
+                let mut own = caches.state(shape, retro, pattern.bytes())?;
                 for (i, tensor) in own.iter_mut().enumerate() {
                     bind(2 + i, node, tensor)?;
                 }
@@ -114,9 +117,7 @@ impl Node {
         let retro = at.min(self.operator.window() - 1);
         let fed = retro + 1;
         let part = |data: &[f32], width: usize| -> Result<DynValue> {
-            let rows = data
-                .get((at - retro) * width..(at + 1) * width)
-                .context("no row for this step")?;
+            let rows = data.get((at - retro) * width..(at + 1) * width).ok_or(Error::NoRow)?;
             floats(shape.dtype, [1, fed, width], rows)
         };
         let kv_width = shape.kv_heads * shape.head_size;
@@ -144,7 +145,7 @@ impl Node {
 
         let output = outputs
             .get(name_of(output::NAMES[output::OUTPUT], 0))
-            .context("no output")?;
+            .ok_or(Error::NoOutput)?;
         self.newest = newest_row(output, shape.dtype, shape.heads * shape.head_size)?;
         if let Some([_, steps, ..]) = self.state.first() {
             let (dims, data) = steps.try_extract_tensor::<i32>().map_err(ort_error)?;
@@ -191,15 +192,10 @@ fn floats(dtype: Dtype, dims: [usize; 3], data: &[f32]) -> Result<DynValue> {
     Ok(tensor.map_err(ort_error)?)
 }
 
-fn integer(value: i32) -> Result<DynValue> {
-    let tensor = Tensor::from_array(([1usize], vec![value])).map_err(ort_error)?;
-    Ok(tensor.into_dyn())
-}
-
 /// The last `width` elements, as f32.
 fn newest_row(output: &DynValue, dtype: Dtype, width: usize) -> Result<Vec<f32>> {
     fn last<T>(data: &[T], width: usize) -> Result<&[T]> {
-        let start = data.len().checked_sub(width).context("the output is too short")?;
+        let start = data.len().checked_sub(width).ok_or(Error::ShortOutput)?;
         Ok(&data[start..])
     }
     match element(dtype) {
