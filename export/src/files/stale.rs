@@ -1,6 +1,6 @@
 //! Weights that nobody needs any more once a model was replaced.
 
-use super::{brought::brought, paths::same_path};
+use super::{copied_weights::brought, paths::same_path};
 use crate::spill::SPILLED;
 use retro_onnx::{ExternalFile, LoadedModel, folder_of, locations, read_model};
 use std::{
