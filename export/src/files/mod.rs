@@ -15,7 +15,7 @@ mod write;
 mod write_file;
 mod write_folder;
 
-pub use copied_weights::{brought, record_brought};
+pub use copied_weights::{copied_weights, record_copied_weights};
 pub use error::Error;
 pub use external::ExternalMode;
 pub use parts::Parts;
