@@ -25,7 +25,7 @@ const HAND_ON: [&str; 9] = [
     "Split",
 ];
 
-/// Whether a slot of a node is a shape that its data is brought into, which doesn't change its numbers.
+/// Whether a slot of a node is a shape that its data gets, which doesn't change its numbers.
 pub fn is_shape_only(node: &NodeProto, slot: usize) -> bool {
     slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"))
 }

@@ -66,12 +66,12 @@ pub struct AttentionCandidate<'a> {
     pub sink: Option<&'a str>,
 }
 
-/// Refuses a node with an attribute whose meaning is not known here.
+/// Refuses a node with an attribute that this version does not support.
 ///
 /// # Errors
 /// Names the first such attribute.
-pub fn only_known_attributes(node: &NodeProto, known: &[&str]) -> Result<(), Refusal> {
-    match node.attribute.iter().find(|a| !known.contains(&a.name())) {
+pub fn only_supported_attributes(node: &NodeProto, supported: &[&str]) -> Result<(), Refusal> {
+    match node.attribute.iter().find(|a| !supported.contains(&a.name())) {
         Some(other) => Err(AttributeRefusal::Unknown {
             name: other.name().to_owned(),
         }

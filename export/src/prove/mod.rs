@@ -32,7 +32,7 @@ mod sinks;
 mod supported_mask;
 
 pub use attention_match::{AttentionMatch, HeadLayout, LengthSource, QkNorm, Rope};
-pub use candidate::{AttentionCandidate, NodeCache, ScoreSource, only_known_attributes};
+pub use candidate::{AttentionCandidate, NodeCache, ScoreSource, only_supported_attributes};
 pub use input_sizes::{Size, named_sizes, sizes, width};
 pub use model_inputs::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 pub use noise::noise;

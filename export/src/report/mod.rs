@@ -136,7 +136,7 @@ pub enum Action {
         /// The reason.
         why: String,
     },
-    /// Nothing yet: it was only looked at.
+    /// Nothing yet: it was only checked.
     Convertible,
 }
 

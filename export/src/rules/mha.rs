@@ -3,7 +3,7 @@
 
 use super::rule::{MatchResult, Rule};
 use crate::prove::{
-    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_known_attributes, prove,
+    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_supported_attributes, prove,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -43,7 +43,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
     if let Some(extra) = node.output.iter().skip(3).find(|o| !o.is_empty()) {
         return Err(NodeRefusal::ReturnsScores { name: extra.clone() }.into());
     }
-    only_known_attributes(node, &KNOWN)?;
+    only_supported_attributes(node, &KNOWN)?;
     let cache = NodeCache::read(node, [slot::PAST_KEY, slot::PAST_VALUE])?;
     Ok(AttentionCandidate {
         query: node.input(0),

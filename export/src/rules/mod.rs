@@ -34,7 +34,6 @@ pub use crate::prove::{
     Rope, SampleCalls, Size, named_sizes, noise, sizes, width,
 };
 pub use attention::{Attention, Conversion};
-pub(crate) use cache_names::usual_presents;
 pub use carried_state::{all_carried, carried};
 pub use explain::none_found;
 pub use find::{RULES, find_attention};

@@ -2,7 +2,7 @@
 
 use super::rule::{MatchResult, Rule};
 use crate::prove::{
-    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_known_attributes, prove,
+    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_supported_attributes, prove,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -47,7 +47,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
         }
         .into());
     }
-    only_known_attributes(node, &KNOWN)?;
+    only_supported_attributes(node, &KNOWN)?;
     let cache = NodeCache::read(node, [4, 5])?;
     Ok(AttentionCandidate {
         query: node.input(0),
@@ -188,7 +188,7 @@ mod tests {
                 .map(str::to_owned)
                 .to_vec();
             node.output = vec!["y".into()];
-            // Without a past of its own the node takes the first query for token 0, so the mask is spelled out.
+            // Without a past of its own the node takes the first query for token 0, so the mask is written out.
             node.attribute.retain(|a| a.name() != "is_causal");
             for (name, value) in [("one", 1), ("zero", 0)] {
                 graph.initializer.push(TensorProto::int64s(name, &[], &[value]));

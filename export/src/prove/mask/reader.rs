@@ -1,4 +1,4 @@
-//! Reads what is added to an attention's scores: planted scores of 0 show the bias, scores of 1 what they are multiplied
+//! Reads what is added to an attention's scores: scores of 0 show the bias, scores of 1 what they are multiplied
 //! with.
 
 use super::bias::{ScoreBias, ScorePlaces, gain, read_places};

@@ -106,7 +106,7 @@ fn what_looks_like_a_window_from_one_place_only_is_refused() {
     assert!(why(&changing).contains("neither causal nor a sliding window"));
 }
 
-/// What is not a window is refused although nothing mentions where it begins.
+/// What is not a window is refused although no constant says where it begins.
 #[test]
 fn masks_are_told_by_their_far_rows() {
     let far = [64, 256, 1024, 4096, 9001];

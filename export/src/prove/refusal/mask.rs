@@ -31,7 +31,7 @@ pub enum MaskRefusal {
         input: String,
     },
     /// The nodes that compute the mask have more constants than are tried as the length of a sliding window.
-    #[error("what computes its mask mentions {count} numbers, too many to try each as a window")]
+    #[error("its mask is computed from {count} constants, too many to try each as the length of a sliding window")]
     TooManyNumbers {
         /// How many.
         count: usize,

@@ -40,13 +40,13 @@ pub enum NodeRefusal {
     #[error("an output (output, present_key or present_value) is absent")]
     OutputAbsent,
     /// The node has a key without a value, or the reverse.
-    #[error("only one of key and value is given")]
+    #[error("it has only one of key and value")]
     KeyOrValueAlone,
     /// The node normalises queries or keys alone.
-    #[error("{given} ({name}) comes without {missing}")]
+    #[error("{present} ({name}) comes without {missing}")]
     NormAlone {
         /// The input that it has.
-        given: &'static str,
+        present: &'static str,
         /// The value of that input.
         name: String,
         /// The input that it lacks.

@@ -6,9 +6,9 @@ const INLINE: &str = "inline the model's functions first (onnx.inliner.inline_lo
 /// What of an attention is inside a function of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FunctionPart {
-    /// What the product takes.
+    /// Keys or values.
     KeysOrValues,
-    /// What is added to the scores.
+    /// The mask.
     Mask,
 }
 
@@ -57,21 +57,34 @@ pub enum OperatorRefusal {
     /// The attention is in one of the model's functions.
     #[error("it is in the model's function {function}; only the main graph is converted: {INLINE}")]
     InFunction {
-        /// The function, as `domain::name`.
+        /// The function.
         function: String,
     },
     /// The Softmax of the attention is in one of the model's functions.
-    #[error("its Softmax is in the model's function {function}, which is not looked into: {INLINE}")]
+    #[error("its Softmax is in the model's function {function}, which this version does not analyse: {INLINE}")]
     SoftmaxInFunction {
-        /// The function, as `domain::name`.
+        /// The function.
         function: String,
     },
     /// A call of one of the model's functions computes a part of the attention.
-    #[error("{part} made in the model's function {function} (node {node}), which is not looked into: {INLINE}")]
+    #[error(
+        "{part} made in the model's function {function} (node {node}), which this version does not analyse: {INLINE}"
+    )]
     MadeInFunction {
         /// Which part.
         part: FunctionPart,
-        /// The function, as `domain::name`.
+        /// The function.
+        function: String,
+        /// The node that calls it.
+        node: String,
+    },
+    /// A value that the attention depends on is computed by one of the model's functions.
+    #[error(
+        "it depends on what the model's function {function} (node {node}) computes, which this version does not analyse: \
+         {INLINE}"
+    )]
+    DependsOnFunction {
+        /// The function.
         function: String,
         /// The node that calls it.
         node: String,
