@@ -33,6 +33,7 @@ const ALIGNMENT: u64 = 4096;
 /// What to build besides the shape.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Element type of weights, activations, keys and values.
     pub dtype: Dtype,
     /// Weights beyond this many bytes are written to `model.onnx.data`; protobuf itself ends at 2 GiB.
     pub external_threshold: u64,
@@ -52,14 +53,16 @@ impl Default for Options {
 pub struct Built {
     /// The graph's file.
     pub model: PathBuf,
+    /// Elements of all weights.
     pub parameters: u64,
     /// Bytes of all initializers.
     pub weight_bytes: u64,
+    /// Whether the weights are in `model.onnx.data` beside it.
     pub external: bool,
 }
 
-/// Builds the model of the folder `weights` (Hugging Face names: config.json, model.safetensors or its shards, tokenizer
-/// files) into the folder `out`, which is made if need be.
+/// Builds the model of the folder `weights` (Hugging Face names: config.json, model.safetensors or its shards,
+/// tokenizer files) into the folder `out`, which is made if need be.
 ///
 /// # Errors
 /// When the folder is incomplete, is no Llama (see [`LlamaConfig::read`]), or `out` cannot be written.
@@ -206,7 +209,8 @@ impl Job<'_> {
         initializer::fill(self.source, self.config, index, init, self.dtype, row, out)
     }
 
-    /// Makes and writes the pieces of all initializers with as many threads as the machine has; a thread holds one piece.
+    /// Makes and writes the pieces of all initializers with as many threads as the machine has; a thread holds one
+    /// piece.
     fn write_data(&self, path: &Path, offsets: &[u64], end: u64) -> Result<()> {
         let file = File::create(path).map_err(at!(Write, path))?;
         file.set_len(end).map_err(|source| Error::Extend {

@@ -9,23 +9,33 @@ use crate::error::{ConfigError, Result, at};
 /// Hyper-parameters of a Llama-shaped decoder. All counts are at least 1.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
+    /// Tokens of the vocabulary.
     pub vocab_size: usize,
+    /// Width of the residual stream.
     pub hidden_size: usize,
+    /// Width of the feed-forward layer.
     pub intermediate_size: usize,
+    /// Decoder layers.
     pub layers: usize,
+    /// Query heads Hq, a multiple of `kv_heads`.
     pub heads: usize,
+    /// KV heads Hkv.
     pub kv_heads: usize,
     /// Head size D; not necessarily `hidden_size / heads`.
     pub head_dim: usize,
+    /// What the norms add to the mean square.
     pub rms_norm_eps: f64,
+    /// RoPE's base.
     pub rope_theta: f64,
     /// Rows of the cos and sin tables: the longest context.
     pub max_positions: usize,
     /// The output projection is the embedding, transposed.
     pub tie_word_embeddings: bool,
+    /// The token that begins a text; `None`: none is named.
     pub bos_token_id: Option<u64>,
     /// One or several; the first is the one that `config.json` names first.
     pub eos_token_ids: Vec<u64>,
+    /// The token that pads; `None`: none is named.
     pub pad_token_id: Option<u64>,
 }
 
@@ -97,8 +107,8 @@ impl LlamaConfig {
         Ok(config)
     }
 
-    /// Takes the tokens that end a text from a generation_config.json, if there is one that names any: the ends of turns are
-    /// among them.
+    /// Takes the tokens that end a text from a generation_config.json, if there is one that names any: the ends of
+    /// turns are among them.
     ///
     /// # Errors
     /// When it is damaged.
@@ -180,7 +190,8 @@ impl LlamaConfig {
     }
 }
 
-/// An object without token ids that are null: what is not known is left out, as onnxruntime-genai takes numbers there only.
+/// An object without token ids that are null: what is not known is left out, as onnxruntime-genai takes numbers there
+/// only.
 pub(crate) fn without_null_ids(mut json: Value) -> Value {
     if let Some(entries) = json.as_object_mut() {
         entries.retain(|key, value| !(key.ends_with("_token_id") && value.is_null()));

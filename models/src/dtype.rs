@@ -21,6 +21,7 @@ impl Dtype {
         }
     }
 
+    /// The same type as ONNX names it.
     pub const fn onnx(self) -> DataType {
         match self {
             Self::F32 => DataType::Float,

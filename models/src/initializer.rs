@@ -1,4 +1,5 @@
-//! The initializers of a graph: what each is made of, and any run of its rows on demand, so that none has to exist whole.
+//! The initializers of a graph: what each is made of, and any run of its rows on demand, so that none has to exist
+//! whole.
 
 use crate::{
     config::LlamaConfig,

@@ -1,7 +1,9 @@
-//! Builds ONNX graphs of Llama-shaped decoders in the style of onnxruntime-genai's model builder: any size, weights from
-//! safetensors or random, f32 or f16, weights inline or in an external data file.
+//! Builds ONNX graphs of Llama-shaped decoders in the style of onnxruntime-genai's model builder: any size, weights
+//! from safetensors or random, f32 or f16, weights inline or in an external data file.
 //!
 //! `models/ledger` and `models/code` beside this crate are two small trained models to build from.
+
+#![warn(missing_docs)]
 
 mod build;
 mod config;
@@ -12,6 +14,7 @@ pub mod graph;
 mod initializer;
 pub mod ledger;
 mod proto;
+mod python_random;
 mod random;
 mod safetensors;
 

@@ -4,7 +4,10 @@
 //! [`locate`] finds the graph that a path stands for. [`ModelFolder`] reads what Hugging Face's and onnxruntime-genai's
 //! configuration files say about it. [`present_names`] pairs a graph's past inputs with its present outputs.
 
+#![warn(missing_docs)]
+
 mod config;
+mod config_files;
 mod error;
 mod json;
 mod locate;

@@ -5,7 +5,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::{GENAI_CONFIG, config::Genai, error::Error, json};
+use crate::{GENAI_CONFIG, config_files::Genai, error::Error, json};
 
 /// Where repositories of transformers.js keep their graphs, below the configuration and the tokenizer.
 const BELOW: &str = "onnx";

@@ -1,5 +1,6 @@
-//! ONNX files and graphs, as [ONNX's specification](https://onnx.ai/onnx/repo-docs/IR.html) has them: the messages, reading by
-//! mapping, writing by streaming, external data; an index of a graph ([`graph::GraphView`]) and a builder ([`GraphBuilder`]).
+//! ONNX files and graphs, as [ONNX's specification](https://onnx.ai/onnx/repo-docs/IR.html) has them: the messages,
+//! reading by mapping, writing by streaming, external data; an index of a graph ([`graph::GraphView`]) and a builder
+//! ([`GraphBuilder`]).
 //!
 //! A model of any size is read and written with almost no heap: its weights are [`bytes::Bytes`] that point into the
 //! mapped file, and go from there straight to the output.

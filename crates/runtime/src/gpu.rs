@@ -53,6 +53,7 @@ impl Gpu {
         Ok(Arc::new(Self { context, id }))
     }
 
+    /// Its number, as CUDA counts.
     pub fn id(&self) -> usize {
         self.id
     }
@@ -168,6 +169,7 @@ pub struct GpuMemory {
 }
 
 impl GpuMemory {
+    /// All of it.
     pub fn region(&mut self) -> Region<'_> {
         Region {
             gpu: &self.gpu,
@@ -177,6 +179,10 @@ impl GpuMemory {
         }
     }
 
+    /// Copies bytes from `offset` on to the host.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         let region = Region {
             gpu: &self.gpu,
@@ -204,10 +210,12 @@ impl GpuMemory {
         Ok((self.address + offset as u64) as *mut c_void)
     }
 
+    /// Its size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
+    /// The GPU that it is on.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
@@ -267,14 +275,20 @@ pub struct Region<'a> {
 }
 
 impl Region<'_> {
+    /// Its size in bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
+    /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 
+    /// Copies bytes from `offset` on to the host.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         let from = self.at(offset, to.len())?;
         if to.is_empty() {
@@ -286,6 +300,10 @@ impl Region<'_> {
         unsafe { memcpy_dtoh_sync(to, from) }.map_err(driver("cuMemcpyDtoH"))
     }
 
+    /// Replaces the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn write(&mut self, offset: usize, from: &[u8]) -> Result<()> {
         self.write_all(&[(offset, from)])
     }
@@ -309,6 +327,10 @@ impl Region<'_> {
         self.gpu.synchronize()
     }
 
+    /// Sets `bytes` bytes from `offset` on to one value.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn fill(&mut self, offset: usize, bytes: usize, value: u8) -> Result<()> {
         let to = self.at(offset, bytes)?;
         if bytes == 0 {

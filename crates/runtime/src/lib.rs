@@ -1,6 +1,8 @@
 //! What every program that runs models needs before it has one: ONNX Runtime and the operator's plugin, found and
 //! loaded, and the device to run on.
 
+#![warn(missing_docs)]
+
 pub mod device;
 mod error;
 pub mod gpu;

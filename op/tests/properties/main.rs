@@ -1,7 +1,7 @@
 //! The invariants of docs/method.md, on plain buffers: random attributes, chunks, budgets, windows, batches.
 //!
-//! `PROPTEST_CASES` sets how many cases a property gets, `PROPTEST_RNG_SEED` fixes which. What has failed once is kept in
-//! `op/tests/properties/main.regressions` and tried first.
+//! `PROPTEST_CASES` sets how many cases a property gets, `PROPTEST_RNG_SEED` fixes which. What has failed once is kept
+//! in `op/tests/properties/main.regressions` and tried first.
 
 mod bed;
 mod check;

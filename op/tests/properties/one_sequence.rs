@@ -174,7 +174,8 @@ pub fn one_token_is_quest_for_every_window<E: Element>(shape: &Shape, prompt: us
     Ok(())
 }
 
-/// After a rewind, of which the operator learns nothing but a shorter length, decoding goes on as if the later tokens had never been.
+/// After a rewind, of which the operator learns nothing but a shorter length, decoding goes on as if the later tokens
+/// had never been.
 pub fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize, keep: usize, seed: u64) -> Check {
     let a = &shape.attributes;
     let end = prompt + steps;
@@ -185,8 +186,8 @@ pub fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize
         let r = (a.window - 1).min(t - prompt);
         fixed.run(&mut bed, t - r, t + 1, Phase::Decode, None)?;
     }
-    // The operator recomputes the summary of the page that the next token falls into; a page that ends at `keep` is complete, as is its
-    // summary. The rule for page steps: A[j] = min(A[j], len - 1).
+    // The operator recomputes the summary of the page that the next token falls into; a page that ends at `keep` is
+    // complete, as is its summary. The rule for page steps: A[j] = min(A[j], len - 1).
     let keep = 1 + keep % (end - 1);
     let ruled: Vec<Vec<i32>> = bed
         .page_steps(0, keep)

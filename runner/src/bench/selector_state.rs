@@ -1,7 +1,7 @@
 //! A selector's state for synthetic caches, made by the operator itself from random keys.
 //!
-//! Noise is no state: its minima exceed its maxima, and its deviations are negative, which no prefill leaves behind. How
-//! state is computed is the plugin's affair alone, so the plugin computes it, and new selectors need nothing here.
+//! Noise is no state: its minima exceed its maxima, and its deviations are negative, which no prefill leaves behind.
+//! How state is computed is the plugin's affair alone, so the plugin computes it, and new selectors need nothing here.
 
 use ort::{session::SessionInputValue, value::TensorElementType};
 use rand::{SeedableRng, rngs::StdRng};
@@ -21,8 +21,8 @@ use super::{
 use crate::{
     Device, Model, OpenOptions, Runtime,
     decoder::{
-        io::SlotKind,
         session::{PluginUse, Steps, session_builder},
+        state_slot::SlotKind,
     },
     runtime::ort_error,
 };

@@ -1,5 +1,5 @@
-//! Synthetic caches: random keys and values, and a selector's state made of such keys, instead of a prefill. The speed of
-//! a step does not depend on the values, as long as they are valid.
+//! Synthetic caches: random keys and values, and a selector's state made of such keys, instead of a prefill. The speed
+//! of a step does not depend on the values, as long as they are valid.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use super::{Error, Result};
 use crate::decoder::{
     Error as DecoderError,
     decode_loop::{Decoder, Policy},
-    io::SlotKind,
     kv_cache::KvCache,
     model::Model,
     require,
     sampling::argmax,
+    state_slot::SlotKind,
 };
 
 /// Length of the repeated pattern. A prime, so that repetitions are not aligned with rows or pages.

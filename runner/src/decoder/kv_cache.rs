@@ -15,7 +15,7 @@ use retro_contract::graph;
 use crate::{
     decoder::{
         error::{Error, Result, require},
-        io::{SlotKind, StateSlot},
+        state_slot::{SlotKind, StateSlot},
     },
     gpu::Gpu,
     runtime::ort_error,

@@ -4,6 +4,7 @@
 //! ```text
 //! error                        what can go wrong in all of them
 //! integers, upcast             numbers in the element types that graphs declare
+//! state_slot                   caches and other state among a graph's inputs and outputs
 //! io, metadata, session        what a graph takes and gives, how it was converted, how it is opened
 //! model                        all of that together
 //! inputs, logits               what a step is fed, what comes back
@@ -31,6 +32,7 @@ pub mod model;
 pub mod page_reads;
 pub mod sampling;
 pub mod session;
+pub mod state_slot;
 pub mod stats;
 pub mod step;
 pub(crate) mod upcast;

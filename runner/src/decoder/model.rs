@@ -9,9 +9,10 @@ use crate::{
     Device,
     decoder::{
         error::{Error, Result, require},
-        io::{ModelIo, SlotKind},
+        io::ModelIo,
         metadata::RetroMetadata,
         session::{OpenOptions, Steps, open_session},
+        state_slot::SlotKind,
     },
     device::{Placed, left_to_cpu, placement},
     gpu::Gpu,

@@ -15,10 +15,11 @@ use crate::{
         cuda_graph::{DeviceRunner, SessionParts},
         error::{Error, Result, require},
         inputs::{Feed, inputs},
-        io::{ModelIo, StateSlot},
+        io::ModelIo,
         kv_cache::{InPlace, KvCache, Storage},
         logits::{Logits, newest_rows},
         model::Model,
+        state_slot::StateSlot,
     },
     runtime::ort_error,
 };

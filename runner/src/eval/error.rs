@@ -7,7 +7,8 @@ use crate::{Interrupted, decoder, text};
 /// The result of the comparison's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Each is one line that says what is wrong, where, and what to do. The cause, where there is one, is the error's source.
+/// Each is one line that says what is wrong, where, and what to do. The cause, where there is one, is the error's
+/// source.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum Error {

@@ -170,8 +170,8 @@ fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(
     Ok(())
 }
 
-/// Repeats the bytes of a selector's state over a tensor. Keys of the caches are others: which pages win does not matter
-/// to the time, as long as they win by the scores of real state.
+/// Repeats the bytes of a selector's state over a tensor. Keys of the caches are others: which pages win does not
+/// matter to the time, as long as they win by the scores of real state.
 fn tile(tensor: &mut DynTensor, pattern: &[u8]) -> Result<()> {
     fn elements<T: Copy>(data: &mut [T], pattern: impl Iterator<Item = T> + Clone) {
         data.iter_mut().zip(pattern.cycle()).for_each(|(to, from)| *to = from);
