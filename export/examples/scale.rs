@@ -4,7 +4,7 @@
 //! one so close to 2 GiB that its weights must move to a file of their own. Prints time, peak heap, and bytes written.
 
 use prost::Message;
-use retro_export::{ExternalMode, Options, convert, revert};
+use retro_export::{ExternalMode, Options, Placement, convert, revert};
 use retro_onnx::{
     AttributeProto, Bytes, DataLocation, DataType, Dimension, GraphProto, MAX_MODEL_BYTES, ModelProto, NodeProto,
     OperatorSetIdProto, StringStringEntryProto, TensorProto, ValueInfoProto, write_model,
@@ -156,7 +156,7 @@ fn measure(what: &str, source: &Path, target: &Path, external_data: Option<Exter
     let moved: u64 = report
         .external_data
         .iter()
-        .filter(|e| e.how.starts_with("moved"))
+        .filter(|e| e.how == Placement::MovedOut)
         .map(|e| e.bytes)
         .sum();
     println!(

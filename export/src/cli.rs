@@ -2,15 +2,14 @@
 
 use crate::{ExternalMode, Options, Settings, SlidingCache, Verify};
 use clap::{Parser, Subcommand};
-use retro_contract::{Budget, GroupScore, Mode, Selector};
 use retro_runtime::Device;
 use std::path::PathBuf;
 
 /// Converts the attention of an ONNX language model to retrospective sparse attention.
 ///
-/// Every attention that is understood becomes an ai.retro::RetroAttention node, however it was written. All else stays as it
-/// is. The result needs the operator's plugin, libretro_attention.so. Models of less than 1 GB are compared with their
-/// original afterwards, if ONNX Runtime is found.
+/// Every supported attention layer becomes an ai.retro::RetroAttention node, however it was written. All else stays as it is.
+/// The result needs the operator's plugin, libretro_attention.so. Models of less than 1 GB are compared with their original
+/// afterwards, if ONNX Runtime is found.
 #[derive(Debug, Parser)]
 #[command(
     name = "retro-export",
@@ -20,6 +19,7 @@ use std::path::PathBuf;
 )]
 #[command(subcommand_negates_reqs = true)]
 pub struct Cli {
+    /// What else than converting
     #[command(subcommand)]
     pub command: Option<Command>,
 
@@ -44,11 +44,11 @@ pub struct Cli {
     #[arg(long, conflicts_with = "no_verify")]
     pub verify: bool,
 
-    /// Don't compare
+    /// Don't compare the result with the original
     #[arg(long)]
     pub no_verify: bool,
 
-    /// Where to compare: cpu, cuda or cuda:N, the GPU of that number; as --verify does [default: cpu]
+    /// Compare as --verify does, on this device: cpu, cuda, or cuda:N for a GPU by its number [default: cpu]
     #[arg(long, value_name = "DEVICE", conflicts_with_all = ["no_verify", "revert"])]
     pub device: Option<Device>,
 
@@ -57,78 +57,35 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub tolerance: Option<f32>,
 
-    /// Tokens that a decoding step feeds at most: the new one and window - 1 corrected ones; 1 is Quest
-    #[arg(short, long, default_value_t = Settings::default().window, value_name = "TOKENS")]
-    pub window: usize,
+    /// What the operator is set to
+    #[command(flatten)]
+    pub settings: Settings,
 
-    /// How much of the cache a step reads: a share of the context (0.15) or a number of tokens (2048)
-    #[arg(short, long, default_value_t = Settings::default().budget, value_name = "SHARE|TOKENS")]
-    pub budget: Budget,
-
-    /// Least pages that a share of the context is rounded up to
-    #[arg(long, default_value_t = Settings::default().min_pages, value_name = "PAGES")]
-    pub min_pages: usize,
-
-    /// Tokens a page: a power of two, 4 to 128, from 1 on with --selector sketch; on CUDA 8 and more
-    #[arg(long, default_value_t = Settings::default().page_size, value_name = "TOKENS")]
-    pub page_size: usize,
-
-    /// First pages of the context that are always read
-    #[arg(long, default_value_t = Settings::default().sink_pages, value_name = "PAGES")]
-    pub sink_pages: usize,
-
-    /// Layers that read everything, by number
+    /// Layers that read the whole cache, by index
     #[arg(long, value_delimiter = ',', value_name = "LAYERS")]
     pub dense_layers: Vec<usize>,
-
-    /// What stands for a page when the best ones are chosen: bounds (the paper's), moments,
-    /// signed_moments, or sketch (every key again in a few bits; on the CPU only)
-    #[arg(long, default_value_t = Settings::default().selector)]
-    pub selector: Selector,
-
-    /// How the heads of a group agree on pages: max (the paper's) or softmax
-    #[arg(long, default_value_t = Settings::default().group_score)]
-    pub group_score: GroupScore,
-
-    /// Standard deviations that the selectors moments and signed_moments add to the mean
-    #[arg(long, default_value_t = Settings::default().selector_lambda, value_name = "NUMBER")]
-    pub selector_lambda: f32,
-
-    /// Share of the spread that the selector signed_moments takes from a page's principal direction, 0 to 1
-    #[arg(long, default_value_t = Settings::default().selector_correlation, value_name = "NUMBER")]
-    pub selector_correlation: f32,
-
-    /// Bits of an element of a key's sketch with the selector sketch: 1 or 2
-    #[arg(long, default_value_t = Settings::default().sketch_bits, value_name = "BITS")]
-    pub sketch_bits: usize,
-
-    /// Which pages a step reads: retro (the best ones), dense (all), or streaming (the first and the newest: StreamingLLM)
-    #[arg(long, default_value_t = Settings::default().mode)]
-    pub mode: Mode,
 
     /// Return the logits of all tokens fed, not the newest one's alone
     #[arg(long)]
     pub all_logits: bool,
 
-    /// Convert the layers that can be, even if some can't
+    /// Convert the supported attention layers, even if others are refused
     #[arg(long)]
     pub partial: bool,
 
-    /// Layers with a sliding-window cache: keep them as they are, or give them a full cache, which --window > 1 needs
-    /// [default: keep with --window 1, full otherwise]
-    #[arg(long, value_name = "keep|full")]
+    /// What becomes of layers with a sliding-window cache [default: keep with --window 1, full otherwise]
+    #[arg(long)]
     pub sliding_cache: Option<SlidingCache>,
 
-    /// Weights in files of their own: reference, link (hard links, which Python's onnx refuses to load) or copy
-    /// [default: reference beside the model, copy elsewhere]
-    #[arg(long, value_name = "reference|link|copy")]
+    /// What becomes of weights in files of their own [default: reference beside the model, copy elsewhere]
+    #[arg(long)]
     pub external_data: Option<ExternalMode>,
 
     /// Replace what is at the output
     #[arg(short, long)]
     pub force: bool,
 
-    /// Only say what would be done
+    /// Report what would be done, and write nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
 
@@ -137,6 +94,7 @@ pub struct Cli {
     pub json: bool,
 }
 
+/// What else `retro-export` does.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Say what a model is: inputs, outputs, sizes, attention, whether and how it is converted
@@ -160,18 +118,8 @@ impl Cli {
             graph: self.graph.clone(),
             target: self.output.clone(),
             settings: Settings {
-                window: self.window,
-                budget: self.budget,
-                min_pages: self.min_pages,
-                page_size: self.page_size,
-                sink_pages: self.sink_pages,
-                selector: self.selector,
-                group_score: self.group_score,
-                selector_lambda: self.selector_lambda,
-                selector_correlation: self.selector_correlation,
-                sketch_bits: self.sketch_bits,
-                mode: self.mode,
                 dense_layers: self.dense_layers.iter().copied().collect(),
+                ..self.settings.clone()
             },
             all_logits: self.all_logits,
             partial: self.partial,
@@ -194,9 +142,10 @@ impl Cli {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use retro_contract::{Budget, GroupScore, Mode, Selector};
 
     #[test]
-    fn flags_are_sound_and_default_to_the_settings() {
+    fn flags_are_valid_and_default_to_the_settings() {
         Cli::command().debug_assert();
         let cli = Cli::try_parse_from(["retro-export", "m.onnx", "-o", "out.onnx"]).unwrap();
         assert_eq!(cli.options().settings, Settings::default());
@@ -209,5 +158,27 @@ mod tests {
             Cli::try_parse_from(["retro-export", "m.onnx"]).is_err(),
             "an output is needed"
         );
+    }
+
+    #[test]
+    fn help_lists_every_choice_with_its_meaning() {
+        let help = Cli::command().render_long_help().to_string();
+        let choices = [
+            Selector::ALL
+                .iter()
+                .map(|c| (c.as_str(), c.meaning()))
+                .collect::<Vec<_>>(),
+            GroupScore::ALL.iter().map(|c| (c.as_str(), c.meaning())).collect(),
+            Mode::ALL.iter().map(|c| (c.as_str(), c.meaning())).collect(),
+        ];
+        let words: Vec<&str> = help.split_whitespace().collect();
+        for (value, meaning) in choices.iter().flatten() {
+            let line = format!("- {value}: {}", meaning.trim_end_matches('.'));
+            let line: Vec<&str> = line.split_whitespace().collect();
+            assert!(words.windows(line.len()).any(|w| w == line), "{value}: {help}");
+        }
+        for value in ["keep", "full", "reference", "link", "copy"] {
+            assert!(help.contains(&format!("- {value}:")), "{value}: {help}");
+        }
     }
 }

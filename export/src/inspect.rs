@@ -4,11 +4,10 @@ use crate::{
     merged::unfold,
     report::{Action, LayerReport, ModelReport},
     rules::{SampleCalls, find_attention},
-    source::find_source,
+    source::{self, find_source},
     table,
     validate::validate,
 };
-use anyhow::{Context, Result};
 use retro_contract as contract;
 use retro_onnx::{
     DataType, Dimension, LoadedModel, ValueInfoProto, external_files, graph::GraphView, read_model, stay_inside,
@@ -23,18 +22,27 @@ use std::{
 /// A model as it is.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
+    /// The model's file.
     pub path: PathBuf,
+    /// Where it comes from.
     pub model: ModelReport,
     /// Bytes of the model's file, and of its files of weights.
     pub bytes: u64,
+    /// Files of weights, relative to the model's folder, with their lengths in bytes.
     pub external_data: BTreeMap<String, u64>,
+    /// Nodes of the graph.
     pub nodes: usize,
+    /// Initializers of the graph.
     pub initializers: usize,
+    /// Functions that the model defines.
     pub functions: usize,
+    /// The graph's inputs, in order.
     pub inputs: Vec<ValueReport>,
+    /// The graph's outputs, in order.
     pub outputs: Vec<ValueReport>,
-    /// Why a runtime could not load it.
-    pub unsound: Option<String>,
+    /// Why a runtime could not load it; none: it is a valid model.
+    #[serde(rename = "unsound")]
+    pub invalid: Option<String>,
     /// Metadata of a converted model, without the record of its original; none: it is not converted.
     pub converted: Option<BTreeMap<String, String>>,
     /// Whether the original can be restored.
@@ -43,13 +51,16 @@ pub struct Inspection {
     pub retro_nodes: usize,
     /// Attention that a conversion would find.
     pub attention: Vec<LayerReport>,
+    /// What a conversion would make of the If of a merged decoder.
     pub merged: Option<String>,
 }
 
 /// An input or output.
 #[derive(Debug, Serialize)]
 pub struct ValueReport {
+    /// Its name.
     pub name: String,
+    /// Its element type, where it is declared.
     pub data_type: Option<&'static str>,
     /// Numbers, names, or "?"; none: of unknown rank.
     pub shape: Option<Vec<String>>,
@@ -69,19 +80,46 @@ impl ValueReport {
     }
 }
 
+/// Why a model can't be inspected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no model, or it isn't clear which.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// The model can't be read, or is no ONNX model.
+    #[error(transparent)]
+    Read(#[from] retro_onnx::Error),
+    /// A file of weights is not there, too short, or out of the model's folder.
+    #[error("{}", .path.display())]
+    Weights {
+        /// The model's file.
+        path: PathBuf,
+        /// Which tensor, and why.
+        source: Box<retro_onnx::Error>,
+    },
+}
+
 /// Looks at a model, a file or a folder, of which `graph` may choose one.
 ///
 /// # Errors
 /// It can't be read, or its files of weights are not there.
-pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
+pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let source = find_source(path, graph, None)?;
     let LoadedModel { mut model, len, .. } = read_model(&source.model)?;
-    stay_inside(&model, &source.model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
-    let external = external_files(&model, source.folder()).with_context(|| format!("{}", source.model.display()))?;
+    let weights = |source_error| Error::Weights {
+        path: source.model.clone(),
+        source: Box::new(source_error),
+    };
+    stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
+    let external = external_files(&model, source.folder()).map_err(weights)?;
     let report = ModelReport::new(&model);
     let functions = model.functions.len();
-    let graph = model.graph.as_ref().context("the model has no graph")?;
-    let unsound = validate(graph).err();
+    let graph = model
+        .graph
+        .as_ref()
+        .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
+    let invalid = validate(graph).err().map(|why| why.to_string());
     let (nodes, initializers) = (graph.node.len(), graph.initializer.len());
     let values = |values: &[ValueInfoProto]| values.iter().map(ValueReport::new).collect();
     let (inputs, outputs) = (values(&graph.input), values(&graph.output));
@@ -99,15 +137,18 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
     let revertible = model.metadata(crate::revert::RECORD).is_some();
     let mut merged = None;
     let mut attention = Vec::new();
-    if unsound.is_none() && retro_nodes == 0 {
+    if invalid.is_none() && retro_nodes == 0 {
         // Where it can't be unfolded its attention is in branches, which the layers say.
         merged = unfold(&mut model).unwrap_or_else(|why| Some(format!("as it is: {why}")));
-        let graph = model.graph.as_ref().context("the model has no graph")?;
+        let graph = model
+            .graph
+            .as_ref()
+            .ok_or_else(|| retro_onnx::Error::NoGraph(source.model.clone()))?;
         let view = GraphView::new(graph, model.onnx_opset());
         let found = find_attention(&model, &SampleCalls::new(&view, Some(source.folder().to_owned())));
         let action = |a: &crate::rules::Attention| match &a.found {
             Ok(_) => Action::Convertible,
-            Err(why) => Action::Kept { why: why.clone() },
+            Err(why) => Action::Kept { why: why.to_string() },
         };
         attention = found.iter().map(|a| LayerReport::new(a, action(a))).collect();
     }
@@ -124,7 +165,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection> {
         functions,
         inputs,
         outputs,
-        unsound,
+        invalid,
         converted: (retro_nodes > 0 || !settings.is_empty()).then_some(settings),
         revertible,
         retro_nodes,
@@ -158,8 +199,8 @@ impl fmt::Display for Inspection {
                 writeln!(f, "{what}   {names}: {is}")?;
             }
         }
-        if let Some(why) = &self.unsound {
-            writeln!(f, "unsound  {why}")?;
+        if let Some(why) = &self.invalid {
+            writeln!(f, "invalid  {why}")?;
         }
         if let Some(settings) = &self.converted {
             let back = if self.revertible {
@@ -180,7 +221,7 @@ impl fmt::Display for Inspection {
             writeln!(f, "merged   {merged}")?;
         }
         f.write_str(&table::layers(&self.attention))?;
-        if self.converted.is_none() && self.unsound.is_none() {
+        if self.converted.is_none() && self.invalid.is_none() {
             let good = self
                 .attention
                 .iter()

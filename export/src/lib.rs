@@ -1,15 +1,20 @@
 //! Rewrites the attention nodes of ONNX graphs of language models into `ai.retro::RetroAttention`.
 //!
-//! [`convert`] is the whole of it; [`onnx`] reads and writes ONNX files of any size with almost no heap.
+//! [`convert()`] is the whole of it, [`revert()`] the way back, [`inspect()`] looks at a model without changing it. [`cli`] has
+//! the flags of `retro-export`. [`verify`] compares a converted model with its original in ONNX Runtime. Each part has errors of
+//! its own type, with their causes as sources.
+
+#![warn(missing_docs)]
 
 pub mod cli;
 mod convert;
+mod error;
 mod eval;
 mod files;
 mod inspect;
 mod logits;
 mod merged;
-mod prove;
+pub mod prove;
 mod report;
 mod revert;
 mod rewrite;
@@ -21,12 +26,13 @@ mod table;
 mod validate;
 pub mod verify;
 
-pub use convert::{Options, SlidingCache, Verify, convert, convert_bytes};
-pub use files::ExternalMode;
-pub use inspect::inspect;
+pub use convert::{Error, Options, SlidingCache, Unconvertible, Verify, convert, convert_bytes};
+pub use files::{Error as FilesError, ExternalMode};
+pub use inspect::{Error as InspectError, Inspection, ValueReport, inspect};
 pub use report::*;
-pub use revert::revert;
-pub use settings::Settings;
+pub use revert::{Error as RevertError, RecordError, revert};
+pub use settings::{Error as SettingsError, Settings};
+pub use source::Error as SourceError;
 
 #[cfg(test)]
 mod testing;

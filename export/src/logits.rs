@@ -1,4 +1,5 @@
-//! Only the newest token's logits are needed: where the hidden rows of the others can be dropped before the lm_head.
+//! The logits readback: decoding needs the newest token's logits alone. Here the lm_head is found, and its input cut to the newest
+//! token's hidden state, so that nothing else is computed and read back.
 
 use retro_onnx::{Dimension, GraphBuilder, GraphProto, NodeProto, graph::GraphView};
 
@@ -13,45 +14,85 @@ const LM_HEADS: [(&str, &str); 4] = [
     ("com.microsoft", "MatMulBnb4"),
     ("com.microsoft", "MatMulFpQ4"),
 ];
+/// Nodes that cut a value: the model does it itself.
 const SLICES: [&str; 5] = ["Gather", "GatherElements", "GatherND", "Slice", "Split"];
+/// Most nodes between the lm_head and the logits.
 const MAX_STEPS: usize = 64;
-const AXIS: &str = "axis";
+/// Opset from which Gather takes negative indices.
+pub const GATHER_OPSET: i64 = 11;
 
-/// What is to be done about the rows before the newest.
+/// What becomes of the logits of the tokens before the newest. Whoever decodes reads back the newest token's alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Logits {
-    /// They can be dropped from the lm_head's first input.
+    /// The lm_head computes the newest token's alone: the others can be cut from its first input.
     Newest {
         /// Index and label of the lm_head.
         lm_head: usize,
         label: String,
-        /// Values after it, up to the logits, whose sequence dimension becomes 1.
+        /// Values after it, from the logits back to its own output. Their sequence dimension becomes 1.
         after: Vec<String>,
     },
-    /// The model drops them already.
+    /// The model cuts them already, and how.
     Already(String),
     /// They stay, and why.
-    All(String),
+    All(KeepAll),
 }
 
-/// Looks for the place.
-pub fn look(view: &GraphView) -> Logits {
+/// Why all tokens' logits stay.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeepAll {
+    #[error("as asked")]
+    Asked,
+
+    #[error("opset {0} has no Gather that takes the last position")]
+    OldOpset(i64),
+
+    #[error("no output is named logits")]
+    NoLogits,
+
+    #[error("the logits have no declared shape")]
+    NoShape,
+
+    #[error("the logits have {0} dimensions, not 3 (batch, tokens, vocabulary)")]
+    Rank(usize),
+
+    /// Cutting the lm_head's input would change what else reads its result.
+    #[error("{0}, on the way to the logits, is used elsewhere too")]
+    UsedElsewhere(String),
+
+    #[error("no node makes {0}")]
+    NoNode(String),
+
+    #[error("node {node} ({op_type}) is between the lm_head and the logits")]
+    Between { node: String, op_type: String },
+
+    #[error("there is no lm_head near the logits")]
+    NoLmHead,
+
+    #[error("node {node} ({op_type}), before the logits, mixes rows")]
+    MixesRows { node: String, op_type: String },
+
+    #[error("node {node}, which makes the logits, multiplies with {operand}, which is no weight")]
+    NotAWeight { node: String, operand: String },
+
+    #[error("the weights of node {node} have {rank} dimensions, not 2")]
+    WeightRank { node: String, rank: usize },
+
+    #[error("the shape of the weights of node {node} ({weight}) is unknown")]
+    UnknownWeight { node: String, weight: String },
+}
+
+/// Finds the lm_head, and whether its first input can be cut to the newest token.
+pub fn find_lm_head(view: &GraphView) -> Logits {
     find(view).unwrap_or_else(Logits::All)
 }
 
-fn find(view: &GraphView) -> Result<Logits, String> {
-    let logits = view
-        .graph
-        .output
-        .iter()
-        .find(|o| o.name() == "logits")
-        .ok_or("no output is named logits")?;
-    let dims = logits.dims().ok_or("the logits have no declared shape")?;
+fn find(view: &GraphView) -> Result<Logits, KeepAll> {
+    let logits = view.graph.output.iter().find(|o| o.name() == "logits");
+    let logits = logits.ok_or(KeepAll::NoLogits)?;
+    let dims = logits.dims().ok_or(KeepAll::NoShape)?;
     if dims.len() != 3 {
-        return Err(format!(
-            "the logits have {} dimensions, not 3 (batch, tokens, vocabulary)",
-            dims.len()
-        ));
+        return Err(KeepAll::Rank(dims.len()));
     }
     if dims.get(1).and_then(Dimension::fixed) == Some(1) {
         return Ok(Logits::Already("the model returns one position's logits".to_owned()));
@@ -66,75 +107,70 @@ fn find(view: &GraphView) -> Result<Logits, String> {
             readers - 1 + usize::from(view.is_output(name))
         };
         if others > 0 {
-            return Err(format!("{name}, on the way to the logits, is used elsewhere too"));
+            return Err(KeepAll::UsedElsewhere(name.to_owned()));
         }
         after.push(name.to_owned());
-        let index = view
-            .producer_index(name)
-            .ok_or_else(|| format!("no node makes {name}"))?;
-        let node = view.graph.node.get(index).ok_or("the graph has no such node")?;
+        let no_node = || KeepAll::NoNode(name.to_owned());
+        let index = view.producer_index(name).ok_or_else(no_node)?;
+        let node = view.graph.node.get(index).ok_or_else(no_node)?;
         if LM_HEADS.iter().any(|(domain, op_type)| node.is(domain, op_type)) {
             return lm_head(view, index, node, after);
         }
-        if node.op_domain().is_empty() && SLICES.contains(&node.op_type()) {
+        let op_type = node.op_type();
+        if node.op_domain().is_empty() && SLICES.contains(&op_type) {
             return Ok(Logits::Already(format!(
-                "node {} ({}) cuts the logits already",
-                node.label(),
-                node.op_type()
+                "node {} ({op_type}) cuts the logits already",
+                node.label()
             )));
         }
-        if !(node.op_domain().is_empty() && ELEMENTWISE.contains(&node.op_type())) {
-            return Err(format!(
-                "node {} ({}) is between the lm_head and the logits",
-                node.label(),
-                node.op_type()
-            ));
+        if !(node.op_domain().is_empty() && ELEMENTWISE.contains(&op_type)) {
+            return Err(KeepAll::Between {
+                node: node.label(),
+                op_type: op_type.to_owned(),
+            });
         }
         name = row_operand(view, node)?;
     }
-    Err("there is no lm_head near the logits".to_owned())
+    Err(KeepAll::NoLmHead)
 }
 
 /// The one input of an elementwise node that has rows; the others must be the same for every row.
-fn row_operand<'a>(view: &GraphView, node: &'a NodeProto) -> Result<&'a str, String> {
+fn row_operand<'a>(view: &GraphView, node: &'a NodeProto) -> Result<&'a str, KeepAll> {
     let inputs = node.input.iter().map(String::as_str).filter(|i| !i.is_empty());
     let (constant, rows): (Vec<&str>, Vec<&str>) = inputs.partition(|i| view.is_constant(i));
-    let same_for_every_row = |name: &str| {
-        let dims = view.tensor_dims(name)?;
-        let rows = dims
-            .len()
-            .checked_sub(2)
-            .and_then(|i| dims.get(i))
-            .copied()
-            .unwrap_or(1);
-        (rows == 1 && dims.len() <= 3).then_some(())
+    let same_for_every_row = |name: &&str| {
+        view.tensor_dims(name).is_some_and(|dims| {
+            let rows = dims.len().checked_sub(2).and_then(|i| dims.get(i));
+            rows.is_none_or(|rows| *rows == 1) && dims.len() <= 3
+        })
     };
     match rows.as_slice() {
-        [one] if constant.iter().all(|c| same_for_every_row(c).is_some()) => Ok(one),
-        _ => Err(format!(
-            "node {} ({}), before the logits, mixes rows",
-            node.label(),
-            node.op_type()
-        )),
+        [one] if constant.iter().all(same_for_every_row) => Ok(one),
+        _ => Err(KeepAll::MixesRows {
+            node: node.label(),
+            op_type: node.op_type().to_owned(),
+        }),
     }
 }
 
-fn lm_head(view: &GraphView, index: usize, node: &NodeProto, after: Vec<String>) -> Result<Logits, String> {
+fn lm_head(view: &GraphView, index: usize, node: &NodeProto, after: Vec<String>) -> Result<Logits, KeepAll> {
     let label = node.label();
     if node.op_type() == "MatMul" {
         let weight = node.input(1);
         if !view.is_constant(weight) {
-            return Err(format!(
-                "node {label}, which makes the logits, multiplies with {weight}, which is no weight"
-            ));
+            return Err(KeepAll::NotAWeight {
+                node: label,
+                operand: weight.to_owned(),
+            });
         }
         match weight_rank(view, weight) {
             Some(2) => {}
-            Some(rank) => return Err(format!("the weights of node {label} have {rank} dimensions, not 2")),
+            Some(rank) => return Err(KeepAll::WeightRank { node: label, rank }),
             None => {
-                return Err(format!(
-                    "the shape of the weights of node {label} ({weight}) is unknown"
-                ));
+                return Err(KeepAll::UnknownWeight {
+                    node: label,
+                    weight: weight.to_owned(),
+                });
             }
         }
     }
@@ -168,9 +204,6 @@ fn weight_rank(view: &GraphView, weight: &str) -> Option<usize> {
     None
 }
 
-/// Opset from which Gather takes negative indices.
-pub const GATHER_OPSET: i64 = 11;
-
 /// Puts a Gather of the last position before the lm_head, and corrects the declared shapes.
 pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], builder: &mut GraphBuilder) {
     let Some(input) = graph.node.get_mut(lm_head).and_then(|node| node.input.first_mut()) else {
@@ -178,7 +211,7 @@ pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], bui
     };
     builder.set_prefix("retro/");
     let index = builder.int64s("newest_position", &[1], &[-1]);
-    let gather = builder.node("Gather", &[input.as_str(), &index]).int(AXIS, 1);
+    let gather = builder.node("Gather", &[input.as_str(), &index]).int("axis", 1);
     *input = gather.output("newest_hidden_state");
     graph.node.splice(lm_head..lm_head, builder.take_nodes());
     graph.initializer.append(&mut builder.take_initializers());
@@ -199,7 +232,7 @@ mod tests {
     fn looked(change: impl FnOnce(&mut GraphProto)) -> Logits {
         let mut graph = gqa_graph(1);
         change(&mut graph);
-        look(&GraphView::new(&graph, 21))
+        find_lm_head(&GraphView::new(&graph, 21))
     }
 
     fn last(graph: &mut GraphProto) -> &mut NodeProto {
@@ -261,7 +294,7 @@ mod tests {
     #[test]
     fn whatever_is_unclear_keeps_all_logits_and_says_why() {
         let all = |why: &str, change: fn(&mut GraphProto)| match looked(change) {
-            Logits::All(reason) => assert!(reason.contains(why), "{reason}"),
+            Logits::All(reason) => assert!(reason.to_string().contains(why), "{reason}"),
             other => panic!("{other:?}"),
         };
         all("no output is named", |g| drop(g.output.remove(0)));

@@ -1,33 +1,119 @@
-//! What a converted model's attention is set to.
+//! What a converted model's attention is set to. Each setting is one field: its meaning, its flag of `retro-export`, how it is
+//! read, and its default ([`Settings::default`]); [`Settings::check`] has its range.
 
-use anyhow::{Result, ensure};
+use clap::{
+    Args,
+    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+};
 use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, str::FromStr};
 
-/// Settings of the operator; they become attributes and metadata.
-#[derive(Clone, Debug, PartialEq)]
+/// Settings of the operator. They become attributes of its nodes and metadata of the model.
+#[derive(Args, Clone, Debug, PartialEq)]
 pub struct Settings {
-    /// w: tokens fed a step at most, 1 to 64; 1 is Quest.
+    /// Tokens that a decoding step feeds at most: the new one and window - 1 corrected ones, 1 to 64; 1 is Quest
+    #[arg(short, long, default_value_t = Self::default().window, value_name = "TOKENS")]
     pub window: usize,
+
+    /// How much of the cache a step reads: a share of the context (0.15) or a number of tokens (2048)
+    #[arg(short, long, default_value_t = Self::default().budget, value_name = "SHARE|TOKENS")]
     pub budget: Budget,
-    /// Floor of a relative budget, in pages.
+
+    /// Fewest pages that a step reads where the budget is a share of the context
+    #[arg(long, default_value_t = Self::default().min_pages, value_name = "PAGES")]
     pub min_pages: usize,
-    /// Tokens a page: a power of two, 4 to 128, or 1 to 128 with the selector `sketch`; on CUDA 8 and more.
+
+    /// Tokens in a page: a power of two, 4 to 128, from 1 on with --selector sketch; on CUDA 8 and more
+    #[arg(long, default_value_t = Self::default().page_size, value_name = "TOKENS")]
     pub page_size: usize,
+
+    /// First pages of the context, which every step reads
+    #[arg(long, default_value_t = Self::default().sink_pages, value_name = "PAGES")]
     pub sink_pages: usize,
+
+    /// State used for scoring pages
+    #[arg(long, default_value_t = Self::default().selector, value_parser = choice(Selector::ALL, Selector::as_str, Selector::meaning))]
     pub selector: Selector,
+
+    /// Reduction of page scores over the query heads of a key/value head
+    #[arg(long, default_value_t = Self::default().group_score, value_parser = choice(GroupScore::ALL, GroupScore::as_str, GroupScore::meaning))]
     pub group_score: GroupScore,
-    /// Standard deviations added to the mean by the selectors `moments` and `signed_moments`.
+
+    /// Standard deviations that the selectors moments and signed_moments add to the mean
+    #[arg(long, default_value_t = Self::default().selector_lambda, value_name = "NUMBER")]
     pub selector_lambda: f32,
-    /// Share of the spread that the selector `signed_moments` takes from the principal direction, 0 to 1.
+
+    /// Share of the standard deviation that the selector signed_moments takes from a page's principal direction, 0 to 1
+    #[arg(long, default_value_t = Self::default().selector_correlation, value_name = "NUMBER")]
     pub selector_correlation: f32,
-    /// Bits of an element of a key's sketch with the selector `sketch`, 1 or 2.
+
+    /// Bits of an element of a key's sketch with the selector sketch: 1 or 2
+    #[arg(long, default_value_t = Self::default().sketch_bits, value_name = "BITS")]
     pub sketch_bits: usize,
-    /// Which pages the layers read that are not named in `dense_layers`.
+
+    /// Pages that a step reads, in all layers but the dense ones
+    #[arg(long, default_value_t = Self::default().mode, value_parser = choice(Mode::ALL, Mode::as_str, Mode::meaning))]
     pub mode: Mode,
-    /// Layers that attend to everything.
+
+    /// Layers that read the whole cache, by index: `--dense-layers`, which the command line adds.
+    #[arg(skip)]
     pub dense_layers: BTreeSet<usize>,
 }
+
+/// Reads one of the contract's choices; help and errors list them.
+fn choice<T>(
+    all: &'static [T],
+    text: fn(T) -> &'static str,
+    meaning: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T>
+where
+    T: Copy + FromStr<Err: std::error::Error + Send + Sync + 'static> + Send + Sync + 'static,
+{
+    let value = |choice: &T| PossibleValue::new(text(*choice)).help(meaning(*choice).trim_end_matches('.'));
+    PossibleValuesParser::new(all.iter().map(value).collect::<Vec<_>>()).try_map(|text| text.parse())
+}
+
+/// A setting that the operator would refuse.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// [`Settings::window`].
+    #[error("the window is {0}; it must be 1 to {max}", max = limits::WINDOW_MAX)]
+    Window(usize),
+    /// [`Settings::page_size`].
+    #[error(
+        "the page size is {page_size}; with the selector {selector} it must be a power of two, {low} to {high}",
+        low = selector.page_sizes().start(), high = selector.page_sizes().end()
+    )]
+    PageSize {
+        /// What was given.
+        page_size: usize,
+        /// [`Settings::selector`], which has the range.
+        selector: Selector,
+    },
+    /// [`Settings::min_pages`].
+    #[error("the least number of pages is {0}; it must be 1 to {MOST_PAGES}")]
+    MinPages(usize),
+    /// [`Settings::sink_pages`].
+    #[error("the number of sink pages is {0}, more than any context has")]
+    SinkPages(usize),
+    /// [`Settings::selector_lambda`].
+    #[error("the selector's lambda is {0}; it must be at least 0")]
+    SelectorLambda(f32),
+    /// [`Settings::selector_correlation`].
+    #[error("the selector's correlation is {0}; it must be 0 to 1")]
+    SelectorCorrelation(f32),
+    /// [`Settings::sketch_bits`].
+    #[error("the bits of a sketch are {0}; they must be 1 to {max}", max = limits::SKETCH_BITS_MAX)]
+    SketchBits(usize),
+    /// [`Settings::budget`], a number of tokens.
+    #[error("the budget is {0} tokens, more than any context has")]
+    Budget(usize),
+}
+
+/// More pages and tokens than any context has.
+const MOST_PAGES: usize = 1 << 20;
+const MOST_TOKENS: usize = 1 << 30;
 
 impl Default for Settings {
     /// The paper's window, budget and pages with the page selection that the evaluation recommends.
@@ -62,58 +148,36 @@ impl Settings {
 
     /// # Errors
     /// A setting that the operator would refuse.
-    pub fn check(&self) -> Result<()> {
-        let Self {
-            window,
-            page_size,
-            min_pages,
-            sink_pages,
-            selector_lambda: lambda,
-            selector_correlation: correlation,
-            sketch_bits,
-            ..
-        } = *self;
-        let max = limits::WINDOW_MAX;
-        ensure!(
-            (1..=max).contains(&window),
-            "the window is {window}; it must be 1 to {max}"
-        );
-        let sizes = self.selector.page_sizes();
-        ensure!(
-            page_size.is_power_of_two() && sizes.contains(&page_size),
-            "the page size is {page_size}; with the selector {} it must be a power of two, {} to {}",
-            self.selector,
-            sizes.start(),
-            sizes.end()
-        );
-        let most = limits::SKETCH_BITS_MAX;
-        ensure!(
-            (1..=most).contains(&sketch_bits),
-            "the bits of a sketch are {sketch_bits}; they must be 1 to {most}"
-        );
-        ensure!(
-            (1..=1 << 20).contains(&min_pages),
-            "the least number of pages is {min_pages}; it must be at least 1"
-        );
-        ensure!(
-            sink_pages <= 1 << 20,
-            "the number of sink pages is {sink_pages}, more than any context has"
-        );
-        ensure!(
-            lambda.is_finite() && lambda >= 0.0,
-            "the selector's lambda is {lambda}; it must be at least 0"
-        );
-        ensure!(
-            (0.0..=1.0).contains(&correlation),
-            "the selector's correlation is {correlation}; it must be 0 to 1"
-        );
-        if let Budget::Tokens(tokens) = self.budget {
-            ensure!(
-                tokens <= 1 << 30,
-                "the budget is {tokens} tokens, more than any context has"
-            );
+    pub fn check(&self) -> Result<(), Error> {
+        let (lambda, correlation) = (self.selector_lambda, self.selector_correlation);
+        if !(1..=limits::WINDOW_MAX).contains(&self.window) {
+            return Err(Error::Window(self.window));
         }
-        Ok(())
+        if !self.page_size.is_power_of_two() || !self.selector.page_sizes().contains(&self.page_size) {
+            return Err(Error::PageSize {
+                page_size: self.page_size,
+                selector: self.selector,
+            });
+        }
+        if !(1..=MOST_PAGES).contains(&self.min_pages) {
+            return Err(Error::MinPages(self.min_pages));
+        }
+        if self.sink_pages > MOST_PAGES {
+            return Err(Error::SinkPages(self.sink_pages));
+        }
+        if !lambda.is_finite() || lambda < 0.0 {
+            return Err(Error::SelectorLambda(lambda));
+        }
+        if !(0.0..=1.0).contains(&correlation) {
+            return Err(Error::SelectorCorrelation(correlation));
+        }
+        if !(1..=limits::SKETCH_BITS_MAX).contains(&self.sketch_bits) {
+            return Err(Error::SketchBits(self.sketch_bits));
+        }
+        match self.budget {
+            Budget::Tokens(tokens) if tokens > MOST_TOKENS => Err(Error::Budget(tokens)),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -1,11 +1,10 @@
 //! Which model is to be converted, and whether it goes into a file or a folder.
 
-use anyhow::{Context, Result};
 use retro_model_io::{configured_graph, graphs, locate};
 use retro_onnx::{folder_of, locations, read_model};
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -28,6 +27,23 @@ const VARIANTS: [&str; 16] = [
     "quantized",
     "quant",
 ];
+
+/// Why a path stands for no model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no model, or it isn't clear which.
+    #[error(transparent)]
+    Locate(#[from] retro_model_io::Error),
+    /// The model's folder can't be read.
+    #[error("cannot read {}", .path.display())]
+    Read {
+        /// The path that was named.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+}
 
 /// A model's file, and the folder that comes along, if one does.
 #[derive(Debug)]
@@ -60,7 +76,7 @@ impl Source {
 ///
 /// # Errors
 /// There is none, or it isn't clear which.
-pub fn find_source(path: &Path, choice: Option<&str>, target: Option<&Path>) -> Result<Source> {
+pub fn find_source(path: &Path, choice: Option<&str>, target: Option<&Path>) -> Result<Source, Error> {
     let located = locate(path, choice)?;
     let mut source = Source {
         model: located.graph,
@@ -73,7 +89,10 @@ pub fn find_source(path: &Path, choice: Option<&str>, target: Option<&Path>) -> 
         source.alone = !located.configured;
         if source.folder() != located.folder && source.model.strip_prefix(&located.folder).is_err() {
             // A folder above that the path doesn't mention.
-            let own = fs::canonicalize(source.folder()).with_context(|| format!("cannot read {}", path.display()))?;
+            let own = fs::canonicalize(source.folder()).map_err(|source| Error::Read {
+                path: path.to_owned(),
+                source,
+            })?;
             source.model = own.join(source.model.file_name().unwrap_or_default());
         }
         source.named_folder = Some(located.folder);

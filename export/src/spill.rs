@@ -1,21 +1,22 @@
-//! A model of more than 2 GiB: what protobuf can't hold in one file goes to another.
+//! A converted model of more than 2 GiB: what protobuf can't hold in one file becomes external data.
 
 use prost::Message;
 use retro_onnx::{Bytes, DataLocation, MAX_MODEL_BYTES, ModelProto, StringStringEntryProto};
 
-/// Metadata that names the file, so that the way back knows it is no file of the original.
+/// Metadata that names the file, so that reverting knows it is no file of the original.
 pub const SPILLED: &str = "retro.weights_moved_to";
-/// Smaller tensors stay: they are shapes and scales that a loader wants to see at once.
+/// Tensors of fewer bytes stay in the model: they are shapes and scales that a loader wants to see at once.
 const LEAST: usize = 1024;
-/// Where tensors begin in the file, so that they can be mapped.
+/// What offsets in the file are multiples of, in bytes, so that tensors can be mapped.
 const ALIGNMENT: u64 = 4096;
 
-/// Moves the weights of a model that is too large for one file. `room`: bytes that are still to be added to it. Gives what goes
-/// to the file, and where; nothing for a model that fits.
+/// Makes the weights of a model that is too large for one file external data, in the file `name` beside it. `room`: bytes that are
+/// still to be added to the model. Returns offsets in that file and what goes there, in order; nothing for a model that fits.
 pub fn spill(model: &mut ModelProto, name: &str, room: usize) -> Vec<(u64, Bytes)> {
     spill_above(model, name, MAX_MODEL_BYTES.saturating_sub(room))
 }
 
+/// The same, for models of more than `most` bytes.
 pub(crate) fn spill_above(model: &mut ModelProto, name: &str, most: usize) -> Vec<(u64, Bytes)> {
     if model.encoded_len() <= most {
         return Vec::new();

@@ -1,6 +1,6 @@
 //! Small graphs for the tests of this crate.
 
-use crate::rules::{AttentionMatch, MatchResult, Rule, SampleCalls};
+use crate::rules::{AttentionMatch, MatchResult, Refusal, Rule, SampleCalls};
 use retro_onnx::{
     AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
     graph::GraphView,
@@ -157,8 +157,8 @@ pub fn projected(q_heads: i64, kv_heads: i64) -> GraphProto {
     graph
 }
 
-/// What a rule says about the first node of a graph that is its business.
-pub fn looked(rule: &dyn Rule, graph: &GraphProto) -> Result<AttentionMatch, String> {
+/// What a rule says about the first node of a graph that it is about.
+pub fn first_match(rule: &dyn Rule, graph: &GraphProto) -> Result<AttentionMatch, Refusal> {
     let view = GraphView::new(graph, 23);
     let samples = SampleCalls::new(&view, None);
     let mut results = graph.node.iter().map(|n| rule.match_node(&view, &samples, n));
@@ -170,16 +170,16 @@ pub fn looked(rule: &dyn Rule, graph: &GraphProto) -> Result<AttentionMatch, Str
     first.expect("a node that is this rule's")
 }
 
-/// The same, once the graph and its last node, which stands apart, have been changed.
-pub fn looked_after(
+/// What a rule says once a graph has been changed; its last node stands apart from the graph for `change`.
+pub fn changed_match(
     rule: &dyn Rule,
     mut graph: GraphProto,
     change: impl FnOnce(&mut GraphProto, &mut NodeProto),
-) -> Result<AttentionMatch, String> {
+) -> Result<AttentionMatch, Refusal> {
     let mut node = graph.node.pop().expect("a graph with nodes");
     change(&mut graph, &mut node);
     graph.node.push(node);
-    looked(rule, &graph)
+    first_match(rule, &graph)
 }
 
 /// Gives a node an attribute, in the place of one with its name.

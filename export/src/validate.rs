@@ -1,11 +1,14 @@
-//! Whether a model is one that a runtime could load at all: exporters do write files that none can.
+//! Whether a graph is one that a runtime could load at all: exporters do write files that none can.
 
 use retro_onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::subgraphs};
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+};
 
 /// Faults listed before "and N more".
 const SHOWN: usize = 3;
-/// Faults after which a graph is not looked at further.
+/// Faults after which a graph is not checked further.
 const MANY: usize = 1000;
 
 /// Input slots and what they hold.
@@ -31,25 +34,75 @@ const REQUIRED: [(&str, &str, Slots); 3] = [
     ("", "MatMul", &[(0, "A"), (1, "B")]),
 ];
 
+/// What is wrong with a graph: its first faults, as one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvalidGraph {
+    /// In the order in which they were found; never empty.
+    pub faults: Vec<Fault>,
+}
+
+impl fmt::Display for InvalidGraph {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let shown: Vec<String> = self.faults.iter().take(SHOWN).map(Fault::to_string).collect();
+        f.write_str(&shown.join("; "))?;
+        match self.faults.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
+        }
+    }
+}
+
+impl std::error::Error for InvalidGraph {}
+
+/// One thing that is wrong with a graph. Nodes are called as in [`NodeProto::label`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// An output of a node is an input of the graph.
+    #[error("node {node} makes the value {value}, which is an input of the graph")]
+    MakesInput { node: String, value: String },
+
+    /// Two nodes make one value.
+    #[error("nodes {first} and {second} both make the value {value}")]
+    MadeTwice {
+        first: String,
+        second: String,
+        value: String,
+    },
+
+    /// An input that the operator can't do without is absent.
+    #[error("node {node} has no {what} (input {slot} of {op_type})")]
+    NoInput {
+        node: String,
+        what: &'static str,
+        slot: usize,
+        op_type: &'static str,
+    },
+
+    /// A node reads what nothing makes.
+    #[error("node {node} reads {value}, which doesn't exist")]
+    NoValue { node: String, value: String },
+
+    /// A node waits for itself.
+    #[error("node {node} needs its own result: the graph has a circle")]
+    Circle { node: String },
+
+    /// Nothing makes an output of the graph.
+    #[error("nothing makes the graph's output {output}")]
+    NoOutput { output: String },
+}
+
 /// Checks that every value that is read exists and is made once, that nothing goes in a circle, and that every output of
 /// the graph exists. Nodes may stand in any order: some exporters write them so, and ONNX Runtime sorts them.
 ///
 /// # Errors
-/// The first faults, as one line.
-pub fn validate(graph: &GraphProto) -> Result<(), String> {
+/// What is wrong.
+pub fn validate(graph: &GraphProto) -> Result<(), InvalidGraph> {
     let mut faults = Vec::new();
     check(graph, None, &mut faults);
-    match faults.len() {
-        0 => Ok(()),
-        n => {
-            let more = if n > SHOWN {
-                format!("; and {} more", n - SHOWN)
-            } else {
-                String::new()
-            };
-            faults.truncate(SHOWN);
-            Err(faults.join("; ") + &more)
-        }
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(InvalidGraph { faults })
     }
 }
 
@@ -66,67 +119,76 @@ impl Scope<'_, '_> {
 }
 
 /// Recursion is as deep as the file's nesting, which decoding bounds.
-fn check<'a>(graph: &'a GraphProto, outer: Option<&Scope<'_, 'a>>, faults: &mut Vec<String>) {
+fn check<'a>(graph: &'a GraphProto, outer: Option<&Scope<'_, 'a>>, faults: &mut Vec<Fault>) {
     if faults.len() > MANY {
         return;
     }
-    let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
-    let mut known = inputs.clone();
-    known.extend(graph.initializer.iter().map(TensorProto::name));
-    known.extend(
-        graph
-            .sparse_initializer
-            .iter()
-            .filter_map(|s| Some(s.values.as_ref()?.name())),
-    );
-    let mut makers: HashMap<&str, &NodeProto> = HashMap::new();
+    let mut names: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
+    names.extend(graph.initializer.iter().map(TensorProto::name));
+    let sparse = graph.sparse_initializer.iter();
+    names.extend(sparse.filter_map(|s| Some(s.values.as_ref()?.name())));
+    names.extend(node_outputs(graph, faults));
+    let scope = Scope { names: &names, outer };
     for node in &graph.node {
-        for output in node.output.iter().map(String::as_str).filter(|o| !o.is_empty()) {
-            if inputs.contains(output) {
-                faults.push(format!(
-                    "node {} makes the value {output}, which is an input of the graph",
-                    node.label()
-                ));
-            } else if let Some(first) = makers.insert(output, node) {
-                faults.push(format!(
-                    "nodes {} and {} both make the value {output}",
-                    first.label(),
-                    node.label()
-                ));
-            }
-        }
-    }
-    known.extend(makers.keys());
-    let scope = Scope { names: &known, outer };
-    for node in &graph.node {
-        for (domain, op_type, slots) in REQUIRED {
-            if node.is(domain, op_type) {
-                for (slot, what) in slots.iter().filter(|(slot, _)| node.input(*slot).is_empty()) {
-                    faults.push(format!(
-                        "node {} has no {what} (input {slot} of {op_type})",
-                        node.label()
-                    ));
-                }
-            }
-        }
-        for input in node.input.iter().map(String::as_str).filter(|i| !i.is_empty()) {
-            if !scope.has(input) {
-                faults.push(format!("node {} reads {input}, which doesn't exist", node.label()));
-            }
-        }
+        check_inputs(node, &scope, faults);
         for subgraph in subgraphs(node) {
             check(subgraph, Some(&scope), faults);
         }
     }
     if let Some(node) = in_a_circle(graph) {
-        faults.push(format!(
-            "node {} needs its own result: the graph has a circle",
-            node.label()
-        ));
+        faults.push(Fault::Circle { node: node.label() });
     }
     for output in graph.output.iter().map(ValueInfoProto::name) {
         if !scope.has(output) {
-            faults.push(format!("nothing makes the graph's output {output}"));
+            let output = output.to_owned();
+            faults.push(Fault::NoOutput { output });
+        }
+    }
+}
+
+/// The outputs of a graph's nodes: each of one node, and none that is an input of the graph.
+fn node_outputs<'a>(graph: &'a GraphProto, faults: &mut Vec<Fault>) -> Vec<&'a str> {
+    let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
+    let mut producers: HashMap<&str, &NodeProto> = HashMap::new();
+    for node in &graph.node {
+        for value in node.output.iter().map(String::as_str).filter(|o| !o.is_empty()) {
+            if inputs.contains(value) {
+                faults.push(Fault::MakesInput {
+                    node: node.label(),
+                    value: value.to_owned(),
+                });
+            } else if let Some(first) = producers.insert(value, node) {
+                faults.push(Fault::MadeTwice {
+                    first: first.label(),
+                    second: node.label(),
+                    value: value.to_owned(),
+                });
+            }
+        }
+    }
+    producers.into_keys().collect()
+}
+
+/// Checks that a node has the inputs that it can't do without, and that all it reads exists.
+fn check_inputs(node: &NodeProto, scope: &Scope, faults: &mut Vec<Fault>) {
+    for (domain, op_type, slots) in REQUIRED {
+        if node.is(domain, op_type) {
+            for (slot, what) in slots.iter().filter(|(slot, _)| node.input(*slot).is_empty()) {
+                faults.push(Fault::NoInput {
+                    node: node.label(),
+                    what,
+                    slot: *slot,
+                    op_type,
+                });
+            }
+        }
+    }
+    for value in node.input.iter().map(String::as_str).filter(|i| !i.is_empty()) {
+        if !scope.has(value) {
+            faults.push(Fault::NoValue {
+                node: node.label(),
+                value: value.to_owned(),
+            });
         }
     }
 }
@@ -171,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_graph_passes_captures_and_all() {
+    fn a_valid_graph_passes_captures_and_all() {
         let inner = GraphProto {
             node: vec![NodeProto::new("", "Neg", "n", &["h"], &["z"])],
             output: vec![ValueInfoProto::tensor("z", DataType::Float, [])],
@@ -195,7 +257,7 @@ mod tests {
 
     #[test]
     fn faults_are_named() {
-        let fault = |nodes| validate(&graph(nodes)).unwrap_err();
+        let fault = |nodes| validate(&graph(nodes)).unwrap_err().to_string();
         assert_eq!(fault(vec![]), "nothing makes the graph's output y");
         assert!(fault(vec![NodeProto::new("", "Abs", "a", &["q"], &["y"])]).contains("reads q, which doesn't exist"));
         let circle = vec![

@@ -9,13 +9,12 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
-
 use retro_onnx::write_model;
 
 use crate::{
     config::LlamaConfig,
     dtype::Dtype,
+    error::{Error, Result, at},
     genai,
     graph::{self, Llama},
     initializer::{self, Initializer, Source},
@@ -34,6 +33,7 @@ const ALIGNMENT: u64 = 4096;
 /// What to build besides the shape.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Element type of weights, activations, keys and values.
     pub dtype: Dtype,
     /// Weights beyond this many bytes are written to `model.onnx.data`; protobuf itself ends at 2 GiB.
     pub external_threshold: u64,
@@ -53,14 +53,16 @@ impl Default for Options {
 pub struct Built {
     /// The graph's file.
     pub model: PathBuf,
+    /// Elements of all weights.
     pub parameters: u64,
     /// Bytes of all initializers.
     pub weight_bytes: u64,
+    /// Whether the weights are in `model.onnx.data` beside it.
     pub external: bool,
 }
 
-/// Builds the model of the folder `weights` (Hugging Face names: config.json, model.safetensors or its shards, tokenizer
-/// files) into the folder `out`, which is made if need be.
+/// Builds the model of the folder `weights` (Hugging Face names: config.json, model.safetensors or its shards,
+/// tokenizer files) into the folder `out`, which is made if need be.
 ///
 /// # Errors
 /// When the folder is incomplete, is no Llama (see [`LlamaConfig::read`]), or `out` cannot be written.
@@ -81,7 +83,7 @@ pub fn build(weights: &Path, out: &Path, options: &Options) -> Result<Built> {
         let from = weights.join(name);
         if from.is_file() {
             // Read and written, not copied: a read-only source must not make a read-only model folder.
-            let bytes = fs::read(&from).with_context(|| format!("cannot read {}", from.display()))?;
+            let bytes = fs::read(&from).map_err(at!(Read, from))?;
             write_whole(&out.join(name), &bytes)?;
         }
     }
@@ -103,7 +105,7 @@ pub fn build_random(config: &LlamaConfig, seed: u64, out: &Path, options: &Optio
 fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
     let llama = graph::llama(config, options.dtype);
     initializer::check(source, &llama.initializers)?;
-    fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
+    fs::create_dir_all(out).map_err(at!(MakeFolder, out))?;
     let sizes: Vec<u64> = llama
         .initializers
         .iter()
@@ -122,7 +124,7 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
     // An older graph must not meet newer weights, should this be interrupted.
     for old in [&model, &data] {
         if old.exists() {
-            fs::remove_file(old).with_context(|| format!("cannot replace {}", old.display()))?;
+            fs::remove_file(old).map_err(at!(Replace, old))?;
         }
     }
     let message = if external {
@@ -131,7 +133,7 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
         job.write_data(&data, &offsets, end)?;
         proto::model(&llama, options.dtype, |i, _| {
             let place = offsets.get(i).zip(sizes.get(i));
-            let (offset, length) = place.context("an initializer without a place in the data file")?;
+            let (offset, length) = place.ok_or(Error::Internal("an initializer without a place in the data file"))?;
             Ok(proto::Data::External {
                 location: DATA,
                 offset: *offset,
@@ -183,7 +185,7 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         File::create(&part)?.write_all(bytes)?;
         fs::rename(&part, path)
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    write().map_err(at!(Write, path))
 }
 
 struct Job<'a> {
@@ -207,11 +209,15 @@ impl Job<'_> {
         initializer::fill(self.source, self.config, index, init, self.dtype, row, out)
     }
 
-    /// Makes and writes the pieces of all initializers with as many threads as the machine has; a thread holds one piece.
+    /// Makes and writes the pieces of all initializers with as many threads as the machine has; a thread holds one
+    /// piece.
     fn write_data(&self, path: &Path, offsets: &[u64], end: u64) -> Result<()> {
-        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-        file.set_len(end)
-            .with_context(|| format!("cannot make {} {end} bytes long", path.display()))?;
+        let file = File::create(path).map_err(at!(Write, path))?;
+        file.set_len(end).map_err(|source| Error::Extend {
+            path: path.to_owned(),
+            bytes: end,
+            source,
+        })?;
         let pieces = self.pieces(offsets);
         let next = AtomicUsize::new(0);
         let work = || -> Result<()> {
@@ -221,7 +227,7 @@ impl Job<'_> {
                 buffer.resize(piece.bytes, 0);
                 self.fill(piece.index, piece.init, piece.row, &mut buffer)?;
                 let written = file.write_all_at(&buffer, piece.offset);
-                written.with_context(|| format!("cannot write {}", path.display()))?;
+                written.map_err(at!(Write, path))?;
             }
             Ok(())
         };
@@ -230,7 +236,7 @@ impl Job<'_> {
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
             workers
                 .into_iter()
-                .try_for_each(|w| w.join().unwrap_or_else(|_| Err(anyhow!("a writing thread failed"))))
+                .try_for_each(|w| w.join().unwrap_or(Err(Error::Internal("a writing thread failed"))))
         })
     }
 
@@ -255,16 +261,17 @@ impl Job<'_> {
 }
 
 /// Checks an output folder before work starts: it must not be the folder that is read.
+///
+/// # Errors
+/// When it is.
 pub fn check_out(weights: &Path, out: &Path) -> Result<()> {
     let same = weights
         .canonicalize()
         .ok()
         .zip(out.canonicalize().ok())
         .is_some_and(|(a, b)| a == b);
-    ensure!(
-        !same,
-        "the output folder is the weights' own ({}): give another with -o",
-        out.display()
-    );
+    if same {
+        return Err(Error::WeightsFolder(out.to_owned()));
+    }
     Ok(())
 }

@@ -2,29 +2,40 @@
 
 use std::{fs, path::Path};
 
-use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+
+use crate::error::{ConfigError, Result, at};
 
 /// Hyper-parameters of a Llama-shaped decoder. All counts are at least 1.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
+    /// Tokens of the vocabulary.
     pub vocab_size: usize,
+    /// Width of the residual stream.
     pub hidden_size: usize,
+    /// Width of the feed-forward layer.
     pub intermediate_size: usize,
+    /// Decoder layers.
     pub layers: usize,
+    /// Query heads Hq, a multiple of `kv_heads`.
     pub heads: usize,
+    /// KV heads Hkv.
     pub kv_heads: usize,
     /// Head size D; not necessarily `hidden_size / heads`.
     pub head_dim: usize,
+    /// What the norms add to the mean square.
     pub rms_norm_eps: f64,
+    /// RoPE's base.
     pub rope_theta: f64,
     /// Rows of the cos and sin tables: the longest context.
     pub max_positions: usize,
     /// The output projection is the embedding, transposed.
     pub tie_word_embeddings: bool,
+    /// The token that begins a text; `None`: none is named.
     pub bos_token_id: Option<u64>,
     /// One or several; the first is the one that `config.json` names first.
     pub eos_token_ids: Vec<u64>,
+    /// The token that pads; `None`: none is named.
     pub pad_token_id: Option<u64>,
 }
 
@@ -35,30 +46,29 @@ impl LlamaConfig {
     /// When the file is unreadable, lacks a field, or describes something that the builder does not build (other
     /// activations, biases, scaled RoPE).
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
-        Self::from_json(&json).with_context(|| format!("{} is no Llama that can be built", path.display()))
+        let text = fs::read_to_string(path).map_err(at!(Read, path))?;
+        let json: Value = serde_json::from_str(&text).map_err(at!(NotJson, path))?;
+        Self::from_json(&json).map_err(at!(NoLlama, path))
     }
 
     /// As [`Self::read`], from parsed JSON.
-    pub fn from_json(json: &Value) -> Result<Self> {
+    ///
+    /// # Errors
+    /// When a field is missing, or describes something that the builder does not build.
+    pub fn from_json(json: &Value) -> Result<Self, ConfigError> {
         let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("llama");
-        ensure!(
-            model_type == "llama",
-            "model_type is {model_type:?}, expected \"llama\""
-        );
+        expect("model_type", model_type, "llama")?;
         let act = json.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
-        ensure!(act == "silu", "hidden_act is {act:?}, expected \"silu\"");
+        expect("hidden_act", act, "silu")?;
         for bias in ["attention_bias", "mlp_bias"] {
-            ensure!(
-                json.get(bias).and_then(Value::as_bool) != Some(true),
-                "{bias} is not supported"
-            );
+            if json.get(bias).and_then(Value::as_bool) == Some(true) {
+                return Err(ConfigError::Unsupported(bias));
+            }
         }
-        let count = |key: &str| -> Result<usize> {
+        let count = |key: &str| -> Result<usize, ConfigError> {
             match json.get(key).and_then(Value::as_u64) {
                 Some(n @ 1..=0x7fff_ffff) => Ok(n as usize),
-                _ => bail!("{key} is missing or not a positive integer"),
+                _ => Err(ConfigError::NoCount(key.to_owned())),
             }
         };
         let optional = |key: &str, default: usize| {
@@ -70,7 +80,7 @@ impl LlamaConfig {
         };
         let number = |value: Option<&Value>, key: &str| match value.and_then(Value::as_f64) {
             Some(x) if x.is_finite() && x > 0.0 => Ok(x),
-            _ => bail!("{key} is missing or not a positive number"),
+            _ => Err(ConfigError::NoNumber(key.to_owned())),
         };
         let hidden_size = count("hidden_size")?;
         let heads = count("num_attention_heads")?;
@@ -97,8 +107,8 @@ impl LlamaConfig {
         Ok(config)
     }
 
-    /// Takes the tokens that end a text from a generation_config.json, if there is one that names any: the ends of turns are
-    /// among them.
+    /// Takes the tokens that end a text from a generation_config.json, if there is one that names any: the ends of
+    /// turns are among them.
     ///
     /// # Errors
     /// When it is damaged.
@@ -106,9 +116,8 @@ impl LlamaConfig {
         if !path.is_file() {
             return Ok(());
         }
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let json: Value =
-            serde_json::from_str(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+        let text = fs::read_to_string(path).map_err(at!(Read, path))?;
+        let json: Value = serde_json::from_str(&text).map_err(at!(DamagedGeneration, path))?;
         let named = ids(json.get("eos_token_id"));
         if !named.is_empty() {
             self.eos_token_ids = named;
@@ -117,14 +126,17 @@ impl LlamaConfig {
     }
 
     /// Checks what the operators demand of the numbers.
-    pub fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// When a count is 0, heads are no multiple of KV heads, or the head size is odd.
+    pub fn check(&self) -> Result<(), ConfigError> {
         let Self {
             heads,
             kv_heads,
             head_dim,
             ..
         } = *self;
-        for (name, n) in [
+        for (name, got) in [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -134,16 +146,16 @@ impl LlamaConfig {
             ("head_dim", head_dim),
             ("max_positions", self.max_positions),
         ] {
-            ensure!(
-                (1..=0x7fff_ffff).contains(&n),
-                "{name} is {n}, expected a positive 32-bit number"
-            );
+            if !(1..=0x7fff_ffff).contains(&got) {
+                return Err(ConfigError::Count { name, got });
+            }
         }
-        ensure!(
-            heads % kv_heads == 0,
-            "{heads} heads are not a multiple of {kv_heads} key/value heads"
-        );
-        ensure!(head_dim % 2 == 0, "head size {head_dim} is odd, RoPE needs pairs");
+        if heads % kv_heads != 0 {
+            return Err(ConfigError::Heads { heads, kv_heads });
+        }
+        if head_dim % 2 != 0 {
+            return Err(ConfigError::OddHeadSize(head_dim));
+        }
         Ok(())
     }
 
@@ -178,12 +190,22 @@ impl LlamaConfig {
     }
 }
 
-/// An object without token ids that are null: what is not known is left out, as onnxruntime-genai takes numbers there only.
+/// An object without token ids that are null: what is not known is left out, as onnxruntime-genai takes numbers there
+/// only.
 pub(crate) fn without_null_ids(mut json: Value) -> Value {
     if let Some(entries) = json.as_object_mut() {
         entries.retain(|key, value| !(key.ends_with("_token_id") && value.is_null()));
     }
     json
+}
+
+/// Checks a word of the configuration.
+fn expect(key: &'static str, got: &str, expected: &'static str) -> Result<(), ConfigError> {
+    if got == expected {
+        return Ok(());
+    }
+    let got = got.to_owned();
+    Err(ConfigError::Kind { key, got, expected })
 }
 
 /// One id as a number, several as a list, as the configuration files have it.
@@ -204,7 +226,10 @@ fn ids(value: Option<&Value>) -> Vec<u64> {
 }
 
 /// RoPE's base, from where transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) puts it.
-fn rope_theta(json: &Value, number: impl Fn(Option<&Value>, &str) -> Result<f64>) -> Result<f64> {
+fn rope_theta(
+    json: &Value,
+    number: impl Fn(Option<&Value>, &str) -> Result<f64, ConfigError>,
+) -> Result<f64, ConfigError> {
     for key in ["rope_scaling", "rope_parameters"] {
         let Some(rope) = json.get(key).filter(|v| !v.is_null()) else {
             continue;
@@ -214,7 +239,10 @@ fn rope_theta(json: &Value, number: impl Fn(Option<&Value>, &str) -> Result<f64>
             .or_else(|| rope.get("type"))
             .and_then(Value::as_str)
             .unwrap_or("default");
-        ensure!(kind == "default", "{key} asks for {kind:?}, only plain RoPE is built");
+        if kind != "default" {
+            let kind = kind.to_owned();
+            return Err(ConfigError::Rope { key, kind });
+        }
         if let Some(theta) = rope.get("rope_theta") {
             return number(Some(theta), "rope_theta");
         }

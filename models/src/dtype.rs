@@ -1,14 +1,14 @@
 //! The two element types a built model can have.
 
-use std::str::FromStr;
-
 use half::f16;
 use retro_onnx::DataType;
 
 /// Element type of weights, activations, keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dtype {
+    /// float32.
     F32,
+    /// float16.
     F16,
 }
 
@@ -21,6 +21,7 @@ impl Dtype {
         }
     }
 
+    /// The same type as ONNX names it.
     pub const fn onnx(self) -> DataType {
         match self {
             Self::F32 => DataType::Float,
@@ -42,18 +43,6 @@ impl Dtype {
                     slot.copy_from_slice(&f16::from_f32(value).to_le_bytes());
                 }
             }
-        }
-    }
-}
-
-impl FromStr for Dtype {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "f32" => Ok(Self::F32),
-            "f16" => Ok(Self::F16),
-            _ => Err(format!("dtype is {s:?}, expected f32 or f16")),
         }
     }
 }

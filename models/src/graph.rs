@@ -29,8 +29,8 @@ const EMBED: &str = "model.embed_tokens.weight";
 
 /// The graph of `config` with elements of type `dtype`.
 ///
-/// Inputs: input_ids int64 `[B, S]`, attention_mask int64 `[B, total]`, past_key_values.N.key and .value `[B, Hkv, past, D]`.
-/// Outputs: logits `[B, S, V]`, present.N.key and .value `[B, Hkv, total, D]`.
+/// Inputs: input_ids int64 `[B, S]`, attention_mask int64 `[B, total]`, past_key_values.N.key and .value `[B, Hkv,
+/// past, D]`. Outputs: logits `[B, S, V]`, present.N.key and .value `[B, Hkv, total, D]`.
 pub fn llama(config: &LlamaConfig, dtype: Dtype) -> Llama {
     let mut b = LlamaBuilder {
         graph: GraphBuilder::new("main_graph"),

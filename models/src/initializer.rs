@@ -1,10 +1,10 @@
-//! The initializers of a graph: what each is made of, and any run of its rows on demand, so that none has to exist whole.
-
-use anyhow::{Context, Result};
+//! The initializers of a graph: what each is made of, and any run of its rows on demand, so that none has to exist
+//! whole.
 
 use crate::{
     config::LlamaConfig,
     dtype::Dtype,
+    error::{Error, Result},
     random::RandomWeights,
     safetensors::{Tensor, Weights},
 };
@@ -107,7 +107,10 @@ pub fn fill(
                 .iter()
                 .map(|(name, outer)| Ok((weights.get(name, &[*outer, inner])?, *outer)))
                 .collect::<Result<_>>()
-                .with_context(|| format!("initializer {}", init.name))?;
+                .map_err(|source| Error::Initializer {
+                    name: init.name.clone(),
+                    source: Box::new(source),
+                })?;
             let mut column0 = 0;
             for (tensor, outer) in parts {
                 // Source rows outermost: each is read once per call, a contiguous run of `rows` elements.

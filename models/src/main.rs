@@ -26,7 +26,8 @@ struct Cli {
 enum Command {
     /// Build a model folder: model.onnx, its weights, genai_config.json, config.json and the tokenizer's files.
     Build(Box<Build>),
-    /// Write documents of the task `ledger`: facts and problems, and their answers. Seed 4242 makes models/ledger/documents.jsonl.
+    /// Write documents of the task `ledger`: facts and problems, and their answers. Seed 4242 makes
+    /// models/ledger/documents.jsonl.
     Ledger(Ledger),
 }
 
@@ -38,8 +39,8 @@ struct Ledger {
     /// How many.
     #[arg(long, default_value_t = 96, value_name = "N")]
     docs: usize,
-    /// How long: xxs, xs, s, m, l or eval.
-    #[arg(long, default_value = "eval", value_name = "SIZE")]
+    /// How long.
+    #[arg(long, value_enum, default_value_t = retro_models::ledger::Size::Eval)]
     size: retro_models::ledger::Size,
     /// File to write.
     #[arg(short, long, value_name = "FILE")]
@@ -48,7 +49,7 @@ struct Ledger {
 
 fn ledger(args: &Ledger) -> Result<()> {
     let mut text = String::new();
-    for document in retro_models::ledger::documents(args.seed, args.docs, &args.size)? {
+    for document in retro_models::ledger::documents(args.seed, args.docs, args.size)? {
         text += &document.to_string();
         text.push('\n');
     }
@@ -80,8 +81,8 @@ struct Build {
     /// Folder to write to.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Element type: f32 or f16.
-    #[arg(long, default_value = "f32", value_name = "TYPE")]
+    /// Element type of weights, activations, keys and values.
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     /// Weights of more than this many bytes go to model.onnx.data.
     #[arg(long, default_value_t = EXTERNAL_THRESHOLD, value_name = "BYTES")]

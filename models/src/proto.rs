@@ -1,10 +1,9 @@
 //! The model as an ONNX message: the graph with its initializers, inline or in an external data file.
 
-use anyhow::Result;
 use bytes::Bytes;
 use retro_onnx::{DataLocation, GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto, TensorProto};
 
-use crate::{dtype::Dtype, graph::Llama, initializer::Initializer};
+use crate::{dtype::Dtype, error::Result, graph::Llama, initializer::Initializer};
 
 /// Where an initializer's bytes are.
 pub enum Data {

@@ -9,7 +9,8 @@ const LEVELS: usize = 4096;
 /// Table indices taken from one 64-bit draw (5 x 12 bits).
 const PER_DRAW: usize = 5;
 
-/// A source of normally distributed weights, quantised to 4096 levels: a table look-up per element keeps it at memory speed.
+/// A source of normally distributed weights, quantised to 4096 levels: a table look-up per element keeps it at memory
+/// speed.
 pub struct RandomWeights {
     seed: u64,
     normal: Vec<f32>,
@@ -71,7 +72,8 @@ fn mix(x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Inverse of the standard normal distribution function, by bisection over its erf series: made 4096 times, so simplicity wins.
+/// Inverse of the standard normal distribution function, by bisection over its erf series: made 4096 times, so
+/// simplicity wins.
 fn normal_quantile(p: f64) -> f64 {
     let (mut low, mut high) = (-8.0, 8.0);
     for _ in 0..60 {

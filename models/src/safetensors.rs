@@ -1,11 +1,13 @@
-//! Trained weights: one `model.safetensors` or the shards that `model.safetensors.index.json` names, mapped, never copied whole.
+//! Trained weights: one `model.safetensors` or the shards that `model.safetensors.index.json` names, mapped, never
+//! copied whole.
 
 use std::{collections::HashMap, fs::File, ops::Range, path::Path};
 
-use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use serde_json::Value;
+
+use crate::error::{Error, Result, at};
 
 /// Element types that weights are stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,21 +49,21 @@ impl Weights {
         };
         let index = folder.join("model.safetensors.index.json");
         if index.is_file() {
-            let text = std::fs::read_to_string(&index).with_context(|| format!("cannot read {}", index.display()))?;
-            let json: Value =
-                serde_json::from_str(&text).with_context(|| format!("{} is not JSON", index.display()))?;
+            let text = std::fs::read_to_string(&index).map_err(at!(Read, index))?;
+            let json: Value = serde_json::from_str(&text).map_err(at!(NotJson, index))?;
             let map = json.get("weight_map").and_then(Value::as_object);
-            let map = map.with_context(|| format!("{} has no weight_map", index.display()))?;
+            let map = map.ok_or_else(|| Error::NoWeightMap(index.clone()))?;
             let mut shards: Vec<&str> = map.values().filter_map(Value::as_str).collect();
             shards.sort_unstable();
             shards.dedup();
             for shard in shards {
                 // A shard is a plain name in this folder: nothing else is opened on a file's say-so.
-                ensure!(
-                    Path::new(shard).file_name().is_some_and(|name| name == shard),
-                    "{} names {shard:?}, which is not a file of the same folder",
-                    index.display()
-                );
+                if Path::new(shard).file_name().is_none_or(|name| name != shard) {
+                    return Err(Error::ForeignShard {
+                        index: index.clone(),
+                        shard: shard.to_owned(),
+                    });
+                }
                 weights.map(&folder.join(shard))?;
             }
         } else {
@@ -71,29 +73,36 @@ impl Weights {
     }
 
     fn map(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).with_context(|| format!("cannot open the weights {}", path.display()))?;
+        let file = File::open(path).map_err(at!(OpenWeights, path))?;
         // SAFETY: the mapping is read-only and private to this process; like every program that maps model files, this
         // one counts on nobody truncating them while it reads.
-        let mapped = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
-        let (header, metadata) = safetensors::SafeTensors::read_metadata(&mapped)
-            .map_err(|e| anyhow::anyhow!("{} is not a safetensors file: {e}", path.display()))?;
+        let mapped = unsafe { Mmap::map(&file) }.map_err(at!(Map, path))?;
+        let (header, metadata) =
+            safetensors::SafeTensors::read_metadata(&mapped).map_err(|reason| Error::NotSafetensors {
+                path: path.to_owned(),
+                reason,
+            })?;
         let data = header + 8; // the header's length itself takes 8 bytes
         for (name, info) in metadata.tensors() {
             let stored = match info.dtype {
                 safetensors::Dtype::F32 => Stored::F32,
                 safetensors::Dtype::F16 => Stored::F16,
                 safetensors::Dtype::BF16 => Stored::Bf16,
-                other => bail!(
-                    "tensor {name} of {} is {other:?}, expected f32, f16 or bf16",
-                    path.display()
-                ),
+                got => {
+                    return Err(Error::ElementType {
+                        tensor: name,
+                        path: path.to_owned(),
+                        got,
+                    });
+                }
             };
             let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
-            ensure!(
-                bytes.end <= mapped.len(),
-                "{} is cut short in tensor {name}",
-                path.display()
-            );
+            if bytes.end > mapped.len() {
+                return Err(Error::CutShort {
+                    path: path.to_owned(),
+                    tensor: name,
+                });
+            }
             let entry = Entry {
                 file: self.files.len(),
                 stored,
@@ -108,17 +117,16 @@ impl Weights {
 
     /// The tensor `name`, which must have exactly `shape`.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
-        let entry = self
-            .entries
-            .get(name)
-            .with_context(|| format!("the weights lack the tensor {name}"))?;
-        ensure!(
-            entry.shape == shape,
-            "tensor {name} has shape {:?}, config.json makes it {shape:?}",
-            entry.shape
-        );
+        let entry = self.entries.get(name).ok_or_else(|| Error::NoTensor(name.to_owned()))?;
+        if entry.shape != shape {
+            return Err(Error::TensorShape {
+                tensor: name.to_owned(),
+                got: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
         let bytes = self.files.get(entry.file).and_then(|f| f.get(entry.bytes.clone()));
-        let bytes = bytes.with_context(|| format!("tensor {name} lies outside its file"))?;
+        let bytes = bytes.ok_or_else(|| Error::OutsideFile(name.to_owned()))?;
         Ok(Tensor {
             stored: entry.stored,
             bytes,

@@ -181,12 +181,18 @@ fn what_is_missing_or_wrong_is_named_and_nothing_is_written() {
     let mut json = counting(&from, true).to_json();
     json["tie_word_embeddings"] = false.into();
     fs::write(from.join("config.json"), json.to_string()).unwrap();
-    let error = format!("{:#}", build(&from, &to, &Options::default()).unwrap_err());
+    let error = format!(
+        "{:#}",
+        anyhow::Error::from(build(&from, &to, &Options::default()).unwrap_err())
+    );
     assert!(error.contains("lm_head.weight"), "{error}");
     json["hidden_size"] = 50.into();
     json["tie_word_embeddings"] = true.into();
     fs::write(from.join("config.json"), json.to_string()).unwrap();
-    let error = format!("{:#}", build(&from, &to, &Options::default()).unwrap_err());
+    let error = format!(
+        "{:#}",
+        anyhow::Error::from(build(&from, &to, &Options::default()).unwrap_err())
+    );
     assert!(error.contains("has shape"), "{error}");
     fs::write(from.join("model.safetensors"), b"\x08\0\0\0\0\0\0\0garbage").unwrap();
     assert!(build(&from, &to, &Options::default()).is_err());

@@ -17,8 +17,8 @@ const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];
 fn main() {
     println!("cargo:rerun-if-changed=build");
     println!("cargo:rerun-if-changed=src/cuda/abi.rs");
-    // ORT unloads a plugin after its last session. Code that a thread pool or a late destructor may still reach, and the
-    // operator tables that we hand out for good, must outlive that.
+    // ORT unloads a plugin after its last session. Code that a thread pool or a late destructor may still reach, and
+    // the operator tables that we hand out for good, must outlive that.
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     }
@@ -48,7 +48,8 @@ fn write(path: &Path, text: &str) {
     fs::write(path, text).unwrap_or_else(|e| panic!("{} cannot be written: {e}", path.display()));
 }
 
-/// `$RETRO_NVCC` ("" means none), the one on the path, `$CUDA_HOME`'s, the usual place, or one fetched into .cache/cuda.
+/// `$RETRO_NVCC` ("" means none), the one on the path, `$CUDA_HOME`'s, the usual place, or one fetched into
+/// .cache/cuda.
 fn nvcc() -> Option<PathBuf> {
     if let Some(given) = env::var_os("RETRO_NVCC") {
         if given.is_empty() {

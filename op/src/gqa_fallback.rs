@@ -1,7 +1,7 @@
 //! Dense prefill by ORT's own GroupQueryAttention, called from inside our kernel.
 //!
-//! Each execution provider decides where it applies ([`crate::cpu`], [`crate::cuda`]); everything else is computed by our
-//! own kernels.
+//! Each execution provider decides where it applies ([`crate::cpu`], [`crate::cuda`]); everything else is computed by
+//! our own kernels.
 
 use retro_contract::input;
 
@@ -9,8 +9,8 @@ use crate::contract::Attributes;
 use crate::io_spec::Operands;
 use crate::ort::{Attribute, Context, DataType, Info, InvokedOp, Result, Tensor, host_version};
 
-/// The first version of ONNX Runtime (1.x) whose GroupQueryAttention has the sliding window that our contract asks for. Before, its
-/// prefill attends to one token more.
+/// The first version of ONNX Runtime (1.x) whose GroupQueryAttention has the sliding window that our contract asks for.
+/// Before, its prefill attends to one token more.
 const RIGHT_WINDOWS: u32 = 24;
 
 /// The host's GroupQueryAttention with a node's attributes.
@@ -23,8 +23,8 @@ pub struct GqaFallback {
 const INPUTS: usize = 9;
 
 impl GqaFallback {
-    /// Creates the operator for element type `data_type`; `None` where the host's computes something else, and, with a line in the
-    /// host's log, where the host has none for it.
+    /// Creates the operator for element type `data_type`; `None` where the host's computes something else, and, with a
+    /// line in the host's log, where the host has none for it.
     pub fn new(info: &Info, attributes: &Attributes, data_type: DataType) -> Result<Option<Self>> {
         if attributes.local_window.is_some() && host_version() < RIGHT_WINDOWS {
             return Ok(None);

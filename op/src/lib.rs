@@ -1,7 +1,7 @@
 //! `libretro_attention.so`: an ONNX Runtime plugin with the operator `ai.retro::RetroAttention`.
 //!
-//! Hosts load it through `RegisterCustomOps` (Python: `SessionOptions.register_custom_ops_library`). As a Rust library it
-//! gives the method on plain slices ([`method`], [`cpu`]).
+//! Hosts load it through `RegisterCustomOps` (Python: `SessionOptions.register_custom_ops_library`). As a Rust library
+//! it gives the method on plain slices ([`method`], [`cpu`]).
 
 pub mod contract;
 pub mod cpu;

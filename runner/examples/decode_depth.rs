@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use retro_run::{
     Device, Model, OpenOptions, Runtime,
-    bench::{args::TokenCount, synthetic_cache::decode_at},
-    decoder::decode_loop::Policy,
+    bench::{args::TokenCount, selector_state::StatePattern, synthetic_cache::decode_at},
+    decoder::{decode_loop::Policy, session::Steps},
     model_spec::ModelSpec,
     runtime::{check_threads, find_plugin},
     tables::{Alignment, markdown},
@@ -70,12 +70,11 @@ fn run(args: &Args) -> Result<()> {
         threads: args.threads,
         plugin: find_plugin(args.plugin.as_deref())?,
         device: args.device,
-        cuda_graph: args.cuda_graph,
-        fixed_buffers: false,
+        steps: if args.cuda_graph { Steps::Captured } else { Steps::Plain },
         ..Default::default()
     };
     // One session per folder: weights are large.
-    let mut models: BTreeMap<&PathBuf, Model> = BTreeMap::new();
+    let mut models: BTreeMap<&PathBuf, (Model, StatePattern)> = BTreeMap::new();
     for spec in &args.runs {
         if !models.contains_key(&spec.folder) {
             let model = Model::open(&runtime, &spec.folder, &options)?;
@@ -83,7 +82,8 @@ fn run(args: &Args) -> Result<()> {
             if let Some(line) = model.device_line() {
                 eprintln!("{line}");
             }
-            models.insert(&spec.folder, model);
+            let pattern = StatePattern::of_model(&runtime, &options, &model)?;
+            models.insert(&spec.folder, (model, pattern));
         }
     }
     let mut rows = Vec::new();
@@ -91,10 +91,10 @@ fn run(args: &Args) -> Result<()> {
         let mut millis: Vec<Vec<f64>> = vec![Vec::new(); args.runs.len()];
         for _ in 0..args.repetitions {
             for (spec, millis) in args.runs.iter().zip(&mut millis) {
-                let model = models.get_mut(&spec.folder).context("opened above")?;
+                let (model, pattern) = models.get_mut(&spec.folder).context("opened above")?;
                 let policy =
                     Policy::new(model, spec.options.window, spec.options.budget).with_context(|| spec.name.clone())?;
-                let time = decode_at(model, depth.0, policy, args.warm_up, args.steps)
+                let time = decode_at(model, (depth.0, pattern.bytes()), policy, args.warm_up, args.steps)
                     .with_context(|| format!("{} at {}", spec.name, depth.0))?;
                 millis.push(1e3 * time.as_secs_f64() / args.steps as f64);
             }

@@ -3,14 +3,53 @@
 
 use std::{
     fs::{self, File, TryLockError},
+    io,
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
 
-use anyhow::{Context, Result, ensure};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::model_folder::is_weights_folder;
+use crate::{decoder::require, model_folder::is_weights_folder};
+
+/// The result of the cache's calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a model cannot be had from the cache. The cause, where there is one, is the error's source.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum Error {
+    /// A graph cannot be built from the weights.
+    #[error(transparent)]
+    Build(#[from] retro_models::Error),
+    /// It cannot be converted.
+    #[error(transparent)]
+    Convert(#[from] Box<retro_export::Error>),
+    #[error("there is no model at {}", .0.display())]
+    NoModel(PathBuf),
+    #[error("no cache folder: set HOME or XDG_CACHE_HOME")]
+    NoFolder,
+    #[error("cannot make the cache folder {}; set XDG_CACHE_HOME to one that can be written", .path.display())]
+    MakeCache { path: PathBuf, source: io::Error },
+    #[error("cannot make a folder in {}", .path.display())]
+    MakePart { path: PathBuf, source: io::Error },
+    #[error("cannot make the folder {}", .path.display())]
+    MakeFolder { path: PathBuf, source: io::Error },
+    #[error("cannot open {}", .path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error("cannot read {}", .path.display())]
+    Read { path: PathBuf, source: io::Error },
+}
+
+/// Puts an error of the system, and the path that it is about, into a variant: `.map_err(at!(Read, path))`.
+macro_rules! at {
+    ($variant:ident, $path:expr) => {
+        |source| Error::$variant {
+            path: $path.to_owned(),
+            source,
+        }
+    };
+}
 
 /// The folder to open for the user's path: itself if it has a graph, else one built from its weights and, with
 /// `convert`, converted for windows up to `window`. `say` gets a line for the user when something is built.
@@ -18,7 +57,7 @@ use crate::model_folder::is_weights_folder;
 /// # Errors
 /// When there is nothing at `path`, the weights cannot be built or converted, or the cache folder cannot be written.
 pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&str)) -> Result<PathBuf> {
-    ensure!(path.exists(), "there is no model at {}", path.display());
+    require!(path.exists(), Error::NoModel(path.to_owned()));
     if !is_weights_folder(path) {
         return Ok(path.to_owned());
     }
@@ -33,12 +72,7 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         return Ok(folder);
     }
     let parent = folder.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).with_context(|| {
-        format!(
-            "cannot make the cache folder {}; set XDG_CACHE_HOME to one that can be written",
-            parent.display()
-        )
-    })?;
+    fs::create_dir_all(parent).map_err(at!(MakeCache, parent))?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     // Of several processes the first builds the model, the others wait and use it.
     let owned = own(&parent.join(format!(".{name}.lock")), path, say)?;
@@ -60,13 +94,13 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         .prefix(&format!(".{name}."))
         .suffix(PART)
         .tempdir_in(parent)
-        .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
+        .map_err(at!(MakePart, parent))?;
     let made = part.path().join("model");
     make(path, &made, &part.path().join("dense"), window, convert)?;
     match fs::rename(&made, &folder) {
         // Another process built the same model in the meantime.
         Err(_) if complete(&folder) => {}
-        other => other.with_context(|| format!("cannot make the folder {}", folder.display()))?,
+        other => other.map_err(at!(MakeFolder, folder))?,
     }
     Ok(folder)
 }
@@ -89,12 +123,11 @@ fn complete(folder: &Path) -> bool {
 /// Waits until no other process builds the same model. The lock is held as long as the returned file is open. `None`
 /// where the file system has no locks: then each process builds the model.
 fn own(lock: &Path, path: &Path, say: &mut dyn FnMut(&str)) -> Result<Option<File>> {
-    let cannot = || format!("cannot open {}", lock.display());
     let file = File::options()
         .create(true)
         .append(true)
         .open(lock)
-        .with_context(cannot)?;
+        .map_err(at!(Open, lock))?;
     let locked = match file.try_lock() {
         Err(TryLockError::WouldBlock) => {
             say(&format!(
@@ -137,7 +170,8 @@ fn make(weights: &Path, out: &Path, dense: &Path, window: usize, convert: bool) 
     if convert {
         convert_built(weights, out, dense, window, &options)
     } else {
-        retro_models::build(weights, out, &options).map(drop)
+        retro_models::build(weights, out, &options)?;
+        Ok(())
     }
 }
 
@@ -161,7 +195,8 @@ fn convert_built(
         external_data: Some(retro_export::ExternalMode::Link),
         force: true,
         ..Default::default()
-    })?;
+    })
+    .map_err(Box::new)?;
     Ok(())
 }
 
@@ -169,21 +204,16 @@ fn convert_built(
 fn cache_folder() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
     let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
-    let base = base.context("no cache folder: set HOME or XDG_CACHE_HOME")?;
+    let base = base.ok_or(Error::NoFolder)?;
     Ok(base.join("retro-attention"))
 }
 
 /// The folder's name and a hash of its path, its files' sizes and times, and this program's version.
 pub(crate) fn folder_key(folder: &Path) -> Result<String> {
-    let place = folder
-        .canonicalize()
-        .with_context(|| format!("cannot open {}", folder.display()))?;
+    let place = folder.canonicalize().map_err(at!(Open, folder))?;
     // Hashed as text: std's Hash may feed a hasher otherwise with another compiler.
     let mut all = format!("{}\n{}\n", env!("CARGO_PKG_VERSION"), place.display());
-    let mut files: Vec<_> = fs::read_dir(&place)
-        .with_context(|| format!("cannot read {}", folder.display()))?
-        .flatten()
-        .collect();
+    let mut files: Vec<_> = fs::read_dir(&place).map_err(at!(Read, folder))?.flatten().collect();
     files.sort_by_key(fs::DirEntry::file_name);
     for file in files {
         let Ok(metadata) = file.metadata() else { continue };

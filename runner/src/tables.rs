@@ -1,7 +1,25 @@
 //! Tables as text: Markdown that can be read as it is, and CSV.
 
-use anyhow::{Context, Result};
+use std::{io, string::FromUtf8Error};
+
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets::ASCII_MARKDOWN};
+
+/// The result of a table's writing.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What is wrong with a table.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Rows differ in length.
+    #[error(transparent)]
+    Csv(#[from] csv::Error),
+    /// Its text cannot be taken out of the writer.
+    #[error("cannot write CSV")]
+    Write(#[source] io::Error),
+    /// Its text is not in UTF-8.
+    #[error(transparent)]
+    Text(#[from] FromUtf8Error),
+}
 
 /// Where the text of a cell stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,10 +66,7 @@ pub fn csv<S: AsRef<str>>(lines: &[Vec<S>]) -> Result<String> {
     for line in lines {
         writer.write_record(line.iter().map(|cell| cell.as_ref().as_bytes()))?;
     }
-    let bytes = writer
-        .into_inner()
-        .map_err(|e| e.into_error())
-        .context("cannot write CSV")?;
+    let bytes = writer.into_inner().map_err(|e| Error::Write(e.into_error()))?;
     Ok(String::from_utf8(bytes)?)
 }
 

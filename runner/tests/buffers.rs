@@ -1,11 +1,11 @@
-//! Steps that are fed from fixed buffers, as a CUDA graph wants them, make the same text as others. On the CPU, so that everything
-//! but the capture itself is tested without a GPU.
+//! Steps that are fed from fixed buffers, as a CUDA graph wants them, make the same text as others. On the CPU, so that
+//! everything but the capture itself is tested without a GPU.
 
 use std::path::Path;
 
 use retro_run::{
     Model, OpenOptions, Runtime,
-    decoder::{batch::Prefilled, decode_loop::Policy},
+    decoder::{self, batch::Prefilled, decode_loop::Policy, session::Steps},
     runtime::find_plugin,
 };
 
@@ -34,11 +34,11 @@ fn fixed_buffers_change_nothing() {
             vec![prompt(900, 7)],
             vec![prompt(70, 11), prompt(33, 5), prompt(120, 13)],
         ] {
-            let texts = [false, true].map(|fixed_buffers| {
+            let texts = [Steps::Plain, Steps::FixedBuffers].map(|steps| {
                 let options = OpenOptions {
                     threads: Some(2),
                     plugin: plugin.clone(),
-                    fixed_buffers,
+                    steps,
                     ..OpenOptions::default()
                 };
                 let mut model = Model::open(&runtime, folder, &options).unwrap();
@@ -54,11 +54,15 @@ fn fixed_buffers_change_nothing() {
                     .iter()
                     .filter(|n| n.op_type == op && n.provider == "CPUExecutionProvider");
                 assert_eq!(attention.count(), layers, "{placed:?}");
-                let mut ready = Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| Ok(())).unwrap();
+                let mut ready =
+                    Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| Ok::<(), decoder::Error>(())).unwrap();
                 // The second time from the same prompts: what the mask shows must shrink again.
                 let mut decode = |window: usize, budget| {
                     let policy = Policy::new(&model, Some(window), budget).unwrap();
-                    ready.decode(&mut model, policy, 30, |_| Ok(())).unwrap().outputs
+                    ready
+                        .decode(&mut model, policy, 30, |_| Ok::<(), decoder::Error>(()))
+                        .unwrap()
+                        .outputs
                 };
                 let mut texts: Vec<Vec<Vec<u32>>> = windows.iter().map(|&w| decode(w, None)).collect();
                 if windows.len() > 1 {

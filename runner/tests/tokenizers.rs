@@ -1,4 +1,5 @@
-//! Token ids and text are transformers': small tokenizers built as those of well-known models, with the ids that it gives.
+//! Token ids and text are transformers': small tokenizers built as those of well-known models, with the ids that it
+//! gives.
 //!
 //! `data/tokenizers/make.py` makes them and says what they are.
 
@@ -87,7 +88,8 @@ fn a_token_that_is_asked_for_and_not_there_is_an_error() {
     assert!(format!("{error:#}").contains("bos_token \"<start>\""), "{error:#}");
 }
 
-/// special_tokens_map.json is older than the list of added tokens in tokenizer_config.json. Ids are transformers 4.57.3's.
+/// special_tokens_map.json is older than the list of added tokens in tokenizer_config.json. Ids are transformers
+/// 4.57.3's.
 #[test]
 fn an_older_file_of_special_tokens_counts_where_there_is_no_newer_list() {
     let tokenizer = fs::read(data().join("llama-2/tokenizer.json")).unwrap();

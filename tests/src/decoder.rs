@@ -101,7 +101,8 @@ impl Decoder {
         }
     }
 
-    /// Feeds tokens that end at position `length` - 1; their logits, or those of the newest. `retro`: for converted models.
+    /// Feeds tokens that end at position `length` - 1; their logits, or those of the newest. `retro`: for converted
+    /// models.
     pub fn feed(&mut self, tokens: &[i64], length: usize, retro: Option<i32>, budget: Option<usize>) -> Vec<f32> {
         self.feed_masked(tokens, &vec![1; length], retro, budget)
             .unwrap_or_else(|e| panic!("{} tokens to {length}, retro {retro:?}: {e}", tokens.len()))

@@ -1,7 +1,7 @@
 //! A real ONNX Runtime: sessions with the plugin loaded, runs through bound buffers, on the CPU or on a GPU.
 //!
-//! `RETRO_TEST_DEVICE=cuda` (or `cuda:N`) runs the tests on the CUDA execution provider. Tests keep their tensors on the host;
-//! a run on a GPU copies them there, runs, and copies back what may have been written ([`crate::mirror`]).
+//! `RETRO_TEST_DEVICE=cuda` (or `cuda:N`) runs the tests on the CUDA execution provider. Tests keep their tensors on
+//! the host; a run on a GPU copies them there, runs, and copies back what may have been written ([`crate::mirror`]).
 
 use std::{
     env,
@@ -96,7 +96,7 @@ impl Deref for Opened {
 fn builder(plugin: bool, device: Device) -> Result<SessionBuilder, String> {
     let builder = Session::builder(environment()).map_err(|e| e.to_string())?;
     let builder = builder.with_intra_threads(2).map_err(|e| e.to_string())?;
-    let builder = device.provide(builder, false)?;
+    let builder = device.provide(builder, false).map_err(|e| e.to_string())?;
     if plugin {
         builder
             .with_operator_library(paths::plugin())
@@ -131,8 +131,8 @@ pub fn open_on_cpu(model: &[u8]) -> Result<Opened, String> {
     Ok(Opened { session, gpu: None })
 }
 
-/// A session on a model file. A converted one has the plugin and runs on the device under test, where attention and matrix
-/// products must not fall back to the CPU; an original, there to compare with, runs on the CPU.
+/// A session on a model file. A converted one has the plugin and runs on the device under test, where attention and
+/// matrix products must not fall back to the CPU; an original, there to compare with, runs on the CPU.
 pub fn open_file(model: &Path, converted: bool) -> Result<Opened, String> {
     let device = if converted { device() } else { Device::Cpu };
     let gpu = on(device);
@@ -191,8 +191,8 @@ pub fn run_at(
 }
 
 pub(crate) fn run_binding(session: &Session, binding: &IoBinding) -> Result<(), String> {
-    // SAFETY: both objects are alive and belong together; OrtApi::RunWithBinding may be called from several threads on one
-    // session as long as each has its own binding, and this one is borrowed here alone.
+    // SAFETY: both objects are alive and belong together; OrtApi::RunWithBinding may be called from several threads on
+    // one session as long as each has its own binding, and this one is borrowed here alone.
     check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), ptr::null(), binding.ptr()) })
 }
 

@@ -1,5 +1,5 @@
-//! One RetroAttention node in a session, its state, and calls with everything around them checked: what a call must not touch
-//! stays as it was, bit for bit.
+//! One RetroAttention node in a session, its state, and calls with everything around them checked: what a call must not
+//! touch stays as it was, bit for bit.
 
 use retro_contract::{Mode, SKETCH_BLOCK, StateElement, graph::State as Slot, output};
 

@@ -1,5 +1,5 @@
-//! What the tests in `tests/` share: where things are, golden vectors, one-node models in a real ONNX Runtime session, and an
-//! obvious f64 implementation of the method to compare with where no golden vector exists.
+//! What the tests in `tests/` share: where things are, golden vectors, one-node models in a real ONNX Runtime session,
+//! and an obvious f64 implementation of the method to compare with where no golden vector exists.
 
 pub mod attrs;
 pub mod compare;

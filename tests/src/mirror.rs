@@ -1,5 +1,5 @@
-//! A run on a GPU for tensors that tests keep on the host: all of them in one block of device memory, with guards between
-//! them. After the run every byte that is no output must be what it was: inputs and guards.
+//! A run on a GPU for tensors that tests keep on the host: all of them in one block of device memory, with guards
+//! between them. After the run every byte that is no output must be what it was: inputs and guards.
 
 use std::{cell::RefCell, ffi::CString, ops::Range, ptr, sync::Arc};
 
@@ -43,8 +43,8 @@ impl View {
         let shape: Vec<i64> = tensor.shape().iter().map(|&n| n as i64).collect();
         let memory = device.memory().expect("ONNX Runtime names the device");
         let mut value = ptr::null_mut();
-        // SAFETY: `data` holds the tensor's bytes on that device for as long as the view lives (see `run`); shape and memory
-        // description are only read during the call.
+        // SAFETY: `data` holds the tensor's bytes on that device for as long as the view lives (see `run`); shape and
+        // memory description are only read during the call.
         let status = unsafe {
             (ort::api().CreateTensorWithDataAsOrtValue)(
                 memory.ptr(),
@@ -109,7 +109,8 @@ pub fn run_on_host(
         let view = View::new(tensor, Device::Cpu, memory[start..].as_mut_ptr().cast());
         let (api, c_name) = (ort::api(), |name: &str| CString::new(name).expect("a name"));
         if let Some(name) = as_input {
-            // SAFETY: binding and value are alive; the name is read during the call; the binding shares the value's ownership.
+            // SAFETY: binding and value are alive; the name is read during the call; the binding shares the value's
+            // ownership.
             check(unsafe { (api.BindInput)(binding.ptr().cast_mut(), c_name(name).as_ptr(), view.0) })?;
         }
         if let Some(name) = as_output {
@@ -182,7 +183,8 @@ fn run_in(
         let api = ort::api();
         let c_name = |name: &str| CString::new(name).expect("a name");
         if as_input {
-            // SAFETY: binding and value are alive; the name is read during the call; the binding shares the value's ownership.
+            // SAFETY: binding and value are alive; the name is read during the call; the binding shares the value's
+            // ownership.
             check(unsafe { (api.BindInput)(binding.ptr().cast_mut(), c_name(name).as_ptr(), view.0) })?;
         }
         if let Some(name) = as_output {

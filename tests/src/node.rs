@@ -2,9 +2,7 @@
 
 use prost::Message;
 use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, attribute, input, output};
-use retro_onnx::{
-    AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
-};
+use retro_onnx::{AttributeProto, DataType, GraphBuilder, ValueInfoProto};
 
 use crate::{attrs::Attrs, tensor::Dtype};
 
@@ -55,14 +53,6 @@ fn slot_type(name: &str, dtype: Dtype, state: Dtype) -> DataType {
     }
 }
 
-/// A value without a declared shape: ONNX Runtime then leaves every check of shapes to the operator.
-fn value(name: &str, data_type: DataType) -> ValueInfoProto {
-    let mut value = ValueInfoProto::tensor(name, data_type, std::iter::empty::<Dimension>());
-    let tensor_type = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut());
-    tensor_type.expect("a tensor").shape = None;
-    value
-}
-
 /// The node's attributes, every one written out.
 pub fn attributes(a: &Attrs) -> Vec<AttributeProto> {
     vec![
@@ -87,8 +77,8 @@ pub fn attributes(a: &Attrs) -> Vec<AttributeProto> {
     ]
 }
 
-/// One RetroAttention node whose inputs and outputs are the graph's, under the operator's own names; its selector's state has
-/// the caches' type.
+/// One RetroAttention node whose inputs and outputs are the graph's, under the operator's own names; its selector's
+/// state has the caches' type.
 pub fn retro(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dtype) -> Vec<u8> {
     retro_with_state(attributes, slots, dtype, dtype)
 }
@@ -98,15 +88,12 @@ pub fn retro_with_state(attributes: Vec<AttributeProto>, slots: Slots, dtype: Dt
     let inputs: Vec<&str> = (0..input::COUNT)
         .map(|slot| if slots.has(slot) { input::NAMES[slot] } else { "" })
         .collect();
-    let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
-    let mut node = NodeProto::new(DOMAIN, OP_TYPE, "node", &inputs[..=last], &output::NAMES);
-    node.attribute = attributes;
-    encode(
-        node,
+    one_node(
+        (DOMAIN, OP_TYPE, OPSET_VERSION),
+        attributes,
         &inputs,
         &output::NAMES,
         (dtype, state),
-        OperatorSetIdProto::new(DOMAIN, OPSET_VERSION),
     )
 }
 
@@ -136,48 +123,26 @@ pub fn gqa(a: &Attrs, slots: Slots, dtype: Dtype) -> Vec<u8> {
             ""
         }
     });
-    let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
-    let outputs = &output::NAMES[..3];
-    let mut node = NodeProto::new(
-        "com.microsoft",
-        "GroupQueryAttention",
-        "node",
-        &inputs[..=last],
-        outputs,
-    );
-    node.attribute = attributes(a).into_iter().take(7).collect();
-    encode(
-        node,
-        &inputs,
-        outputs,
-        (dtype, dtype),
-        OperatorSetIdProto::new("com.microsoft", 1),
-    )
+    let attributes = attributes(a).into_iter().take(7).collect();
+    let operator = ("com.microsoft", "GroupQueryAttention", 1);
+    one_node(operator, attributes, &inputs, &output::NAMES[..3], (dtype, dtype))
 }
 
-fn encode(
-    node: NodeProto,
+/// A model of one node whose inputs and outputs are the graph's. `operator`: domain, type and version.
+fn one_node(
+    (domain, op_type, version): (&str, &str, i64),
+    attributes: Vec<AttributeProto>,
     inputs: &[&str],
     outputs: &[&str],
     (dtype, state): (Dtype, Dtype),
-    domain: OperatorSetIdProto,
 ) -> Vec<u8> {
-    let values = |names: &[&str]| {
-        let present = names.iter().filter(|name| !name.is_empty());
-        present.map(|name| value(name, slot_type(name, dtype, state))).collect()
-    };
-    let graph = GraphProto {
-        name: Some("one_node".to_owned()),
-        input: values(inputs),
-        output: values(outputs),
-        node: vec![node],
-        ..Default::default()
-    };
-    let model = ModelProto {
-        ir_version: Some(10),
-        opset_import: vec![OperatorSetIdProto::new("", 21), domain],
-        graph: Some(graph),
-        ..Default::default()
-    };
-    model.encode_to_vec()
+    let mut b = GraphBuilder::new("one_node");
+    let value = |name: &str| ValueInfoProto::unshaped(name, slot_type(name, dtype, state));
+    let present = |name: &&&str| !name.is_empty();
+    inputs.iter().filter(present).for_each(|name| b.input(value(name)));
+    outputs.iter().filter(present).for_each(|name| b.output(value(name)));
+    let last = inputs.iter().rposition(|name| !name.is_empty()).expect("inputs");
+    let node = b.node(op_type, &inputs[..=last]).domain(domain);
+    node.attributes(attributes).named("node", outputs);
+    b.into_model(10, &[("", 21), (domain, version)]).encode_to_vec()
 }

@@ -5,8 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The repository: `$RETRO_TEST_ROOT`, else where this test was built, else, for a test that was carried to another machine, the
-/// current folder.
+/// The repository: `$RETRO_TEST_ROOT`, else where this test was built, else, for a test that was carried to another
+/// machine, the current folder.
 pub fn root() -> PathBuf {
     if let Some(path) = env::var_os("RETRO_TEST_ROOT") {
         return path.into();

@@ -184,7 +184,8 @@ impl Tens {
         if self.is_empty() {
             return &[]; // the pointer may be null
         }
-        // SAFETY: the tensor owns that many bytes, on the CPU, for as long as `self` is borrowed; `poisoned` initialised them.
+        // SAFETY: the tensor owns that many bytes, on the CPU, for as long as `self` is borrowed; `poisoned`
+        // initialised them.
         unsafe { slice::from_raw_parts(data, self.len() * self.dtype.bytes()) }
     }
 
@@ -231,8 +232,8 @@ impl Tens {
         if len == 0 {
             return &mut []; // the pointer may be null
         }
-        // SAFETY: as in `slice`, and `self` is borrowed mutably: no other reference to the data is alive, and no session
-        // runs on it because a run borrows the tensor too.
+        // SAFETY: as in `slice`, and `self` is borrowed mutably: no other reference to the data is alive, and no
+        // session runs on it because a run borrows the tensor too.
         unsafe { slice::from_raw_parts_mut(self.value.data_ptr_mut().cast::<T>(), len) }
     }
 }

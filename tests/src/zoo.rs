@@ -1,5 +1,6 @@
-//! Real exports without their weights: the graphs are what tests need, weights are noise of the same spread. An export of a
-//! megabyte becomes a few kilobytes. `cargo run --release -p retro-tests --example zoo_graph -- MODEL OUT` makes one.
+//! Real exports without their weights: the graphs are what tests need, weights are noise of the same spread. An export
+//! of a megabyte becomes a few kilobytes. `cargo run --release -p retro-tests --example zoo_graph -- MODEL OUT` makes
+//! one.
 
 use std::{collections::BTreeMap, fs, io::Read, path::Path};
 

@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use prost::Message;
 use retro_export::{
     Options, Verify, convert,
-    verify::{CacheFacts, Padding, Plan, Runtime, Verification, compare, ulp::perturb},
+    verify::{CacheFacts, Comparison, ComparisonRuntime, PaddingCheck, Verification, compare, ulp::perturb},
 };
 use retro_onnx::{AttributeProto, DataType, ModelProto, read_model};
 use retro_tests::{paths, zoo};
@@ -51,23 +51,23 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         .collect();
     assert!(perturb(&mut original, &outputs));
     fs::write(&perturbed, original.encode_to_vec()).unwrap();
-    let runtime = Runtime::find("cpu".parse().expect("a device")).expect("ONNX Runtime");
-    let plan = Plan {
+    let runtime = ComparisonRuntime::find("cpu".parse().expect("a device")).expect("ONNX Runtime");
+    let comparison = Comparison {
         original: &source,
         converted: &broken,
         windows: &[1, 2],
         caches: &caches(),
-        idle: &[],
-        others: &[],
+        unused_inputs: &[],
+        other_inputs: &[],
         page_size: 16,
         vocabulary: 256,
-        padding: Padding::Alone,
-        together: false,
+        padding: PaddingCheck::Alone,
+        dynamic_quantization: false,
         perturbed: Some(&perturbed),
         tolerance: 2e-2,
         seed: 1,
     };
-    compare(&runtime, &plan).expect("both run")
+    compare(&runtime, &comparison).expect("both run")
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::{fs, path::Path, sync::OnceLock};
 use retro_onnx::{DataType, GraphProto};
 use retro_run::{
     Model, OpenOptions, Runtime,
-    decoder::{batch::Prefilled, decode_loop::Policy},
+    decoder::{self, batch::Prefilled, decode_loop::Policy, session::Steps},
 };
 use retro_tests::{paths, zoo};
 
@@ -30,25 +30,24 @@ fn convert(source: &Path, target: &Path, window: usize) {
 }
 
 /// What a model makes of prompts, the second time from the state of the first.
-fn outputs(
-    runtime: &Runtime,
-    folder: &Path,
-    prompts: &[Vec<u32>],
-    window: usize,
-    fixed_buffers: bool,
-) -> Vec<Vec<u32>> {
+fn outputs(runtime: &Runtime, folder: &Path, prompts: &[Vec<u32>], window: usize, steps: Steps) -> Vec<Vec<u32>> {
     let options = OpenOptions {
         threads: Some(1),
         plugin: Some(paths::plugin()),
-        fixed_buffers,
+        steps,
         ..OpenOptions::default()
     };
     let mut model = Model::open(runtime, folder, &options).unwrap();
     model.folder.eos.clear();
     let budget = model.retro.is_some().then(|| "1.0".parse().unwrap());
     let policy = Policy::new(&model, Some(window), budget).unwrap();
-    let mut ready = Prefilled::new(&mut model, prompts.to_vec(), 120, 16, |_| Ok(())).unwrap();
-    let mut decode = || ready.decode(&mut model, policy, 20, |_| Ok(())).unwrap().outputs;
+    let mut ready = Prefilled::new(&mut model, prompts.to_vec(), 120, 16, |_| Ok::<(), decoder::Error>(())).unwrap();
+    let mut decode = || {
+        ready
+            .decode(&mut model, policy, 20, |_| Ok::<(), decoder::Error>(()))
+            .unwrap()
+            .outputs
+    };
     let first = decode();
     assert_eq!(decode(), first, "the state of the prompts is restored");
     first
@@ -82,17 +81,17 @@ fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
         let converted = folder.path().join(format!("converted{i}"));
         convert(&typed, &converted, 2);
         for prompts in &batches {
-            let expected = outputs(runtime, &plain, prompts, 1, false);
-            for fixed in [false, true] {
+            let expected = outputs(runtime, &plain, prompts, 1, Steps::Plain);
+            for fixed in [Steps::Plain, Steps::FixedBuffers] {
                 assert_eq!(
                     outputs(runtime, &typed, prompts, 1, fixed),
                     expected,
-                    "{ids:?} {mask:?} {fixed}"
+                    "{ids:?} {mask:?} {fixed:?}"
                 );
                 assert_eq!(
                     outputs(runtime, &converted, prompts, 2, fixed),
                     expected,
-                    "{ids:?} {mask:?} {fixed}"
+                    "{ids:?} {mask:?} {fixed:?}"
                 );
             }
         }
@@ -107,19 +106,22 @@ fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
             .map(|prompt| {
                 let mut model = Model::open(runtime, &hybrid, &OpenOptions::default()).unwrap();
                 let policy = Policy::new(&model, None, None).unwrap();
-                let mut ready = Prefilled::new(&mut model, vec![prompt.clone()], 120, 16, |_| Ok(())).unwrap();
+                let mut ready = Prefilled::new(&mut model, vec![prompt.clone()], 120, 16, |_| {
+                    Ok::<(), decoder::Error>(())
+                })
+                .unwrap();
                 ready
-                    .decode(&mut model, policy, 20, |_| Ok(()))
+                    .decode(&mut model, policy, 20, |_| Ok::<(), decoder::Error>(()))
                     .unwrap()
                     .outputs
                     .remove(0)
             })
             .collect();
-        for fixed in [false, true] {
+        for fixed in [Steps::Plain, Steps::FixedBuffers] {
             assert_eq!(
                 outputs(runtime, &converted, prompts, 1, fixed),
                 expected,
-                "hybrid, {fixed}"
+                "hybrid, {fixed:?}"
             );
         }
     }
@@ -138,16 +140,16 @@ fn a_model_that_reads_its_masks_width_refuses_them() {
     })
     .unwrap();
     let runtime = runtime();
-    let open = |fixed_buffers| {
+    let open = |steps| {
         let options = OpenOptions {
             plugin: Some(paths::plugin()),
-            fixed_buffers,
+            steps,
             ..OpenOptions::default()
         };
         Model::open(runtime, &target, &options)
     };
-    assert!(open(false).unwrap().retro.unwrap().lengths_from_width);
-    let error = format!("{:#}", open(true).err().expect("a refusal"));
+    assert!(open(Steps::Plain).unwrap().retro.unwrap().lengths_from_width);
+    let error = format!("{:#}", open(Steps::FixedBuffers).err().expect("a refusal"));
     assert!(
         error.contains("width") && error.contains("without --cuda-graph"),
         "{error}"

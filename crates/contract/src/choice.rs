@@ -28,10 +28,10 @@ impl fmt::Display for ParseChoiceError {
 impl std::error::Error for ParseChoiceError {}
 
 macro_rules! choice {
-    ($(#[$doc:meta])* $name:ident, $what:literal, default $default:ident, { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal, default $default:ident, { $(#[doc = $meaning:literal] $variant:ident = $text:literal),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name { $($(#[$vdoc])* $variant),+ }
+        pub enum $name { $(#[doc = $meaning] $variant),+ }
 
         impl $name {
             /// Every choice, in the order of [`Self::VALUES`].
@@ -43,6 +43,11 @@ macro_rules! choice {
             /// The attribute's value, as written in a model.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
+            }
+
+            /// What the choice means, for help texts.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => $meaning.trim_ascii()),+ }
             }
         }
 

@@ -8,9 +8,13 @@ pub const PAGE_BUDGET: &str = "retro_page_budget";
 /// The state of a layer, beside its keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
+    /// What pages are scored from, as the selector lays it out.
     PageSummary,
+    /// The step that read each page last, int32 `[B, Hkv, P]`.
     PageSteps,
+    /// Outputs of the last w - 1 positions, float32 `[B, R, Hq, D]`.
     Outputs,
+    /// Their log-sum-exps, float32 `[B, R, Hq]`.
     Lse,
 }
 
@@ -18,6 +22,7 @@ impl State {
     /// In the order of the operator's inputs and outputs.
     pub const ALL: [State; 4] = [State::PageSummary, State::PageSteps, State::Outputs, State::Lse];
 
+    /// The last part of its names in a graph.
     pub const fn as_str(self) -> &'static str {
         match self {
             State::PageSummary => "page_summary",

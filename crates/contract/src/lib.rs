@@ -1,7 +1,9 @@
-//! The interface of the ONNX operator `ai.retro::RetroAttention`, version 1: names, indices, defaults and the few formulas
-//! that the plugin (`op/`), the converter (`export/`) and the runner (`runner/`) must agree on.
+//! The interface of the ONNX operator `ai.retro::RetroAttention`, version 1: names, indices, defaults and the few
+//! formulas that the plugin (`op/`), the converter (`export/`) and the runner (`runner/`) must agree on.
 //!
 //! docs/operator.md describes the operator; this crate is its one place in code. It depends on nothing.
+
+#![warn(missing_docs)]
 
 mod budget;
 mod choice;
@@ -42,7 +44,8 @@ pub mod input {
     pub const SIN_CACHE: usize = 8;
     /// int32 scalar, `[1]` or `[B]`, on the CPU: retrospective tokens among the S fed; -1 is prefill.
     pub const RETRO_LENGTH: usize = 9;
-    /// As the selector lays its state out: T `[B, Hkv, P, 2, D]`, or uint8 `[B, Hkv, ceil(C/128), Z]` (`sketch`).
+    /// The selector's state, as [`Selector::layout`](crate::Selector::layout) has it: T `[B, Hkv, P, 2, D]` for two
+    /// vectors a page, uint8 `[B, Hkv, ceil(C/128), Z]` for sketches.
     pub const PAST_PAGE_SUMMARY: usize = 10;
     /// int32 `[B, Hkv, P]`.
     pub const PAST_PAGE_STEPS: usize = 11;
@@ -54,6 +57,7 @@ pub mod input {
     pub const PAGE_BUDGET: usize = 14;
     /// T `[Hq]`, optional: a softmax logit without a value.
     pub const HEAD_SINK: usize = 15;
+    /// Slots, the optional ones among them.
     pub const COUNT: usize = 16;
     /// Names for messages, in slot order.
     pub const NAMES: [&str; COUNT] = [
@@ -80,12 +84,19 @@ pub mod input {
 pub mod output {
     /// T `[B, S, Hq*D]`.
     pub const OUTPUT: usize = 0;
+    /// T `[B, Hkv, C, D]`.
     pub const PRESENT_KEY: usize = 1;
+    /// T `[B, Hkv, C, D]`.
     pub const PRESENT_VALUE: usize = 2;
+    /// The selector's state, as [`Selector::layout`](crate::Selector::layout) has it.
     pub const PRESENT_PAGE_SUMMARY: usize = 3;
+    /// int32 `[B, Hkv, P]`.
     pub const PRESENT_PAGE_STEPS: usize = 4;
+    /// float32 `[B, R, Hq, D]`.
     pub const PRESENT_OUTPUTS: usize = 5;
+    /// float32 `[B, R, Hq]`.
     pub const PRESENT_LSE: usize = 6;
+    /// Slots, all of them required.
     pub const COUNT: usize = 7;
     /// Names for messages, in slot order.
     pub const NAMES: [&str; COUNT] = [
@@ -101,23 +112,41 @@ pub mod output {
 
 /// Attribute names.
 pub mod attribute {
+    /// int: query heads Hq, a multiple of the KV heads.
     pub const NUM_HEADS: &str = "num_heads";
+    /// int: KV heads Hkv.
     pub const KV_NUM_HEADS: &str = "kv_num_heads";
+    /// float: softmax scale; 0 stands for 1 / sqrt(D).
     pub const SCALE: &str = "scale";
+    /// float: bound of the logits, softcap * tanh(logit / softcap); 0: none.
     pub const SOFTCAP: &str = "softcap";
+    /// int: 1 if the operator rotates queries and keys (RoPE).
     pub const DO_ROTARY: &str = "do_rotary";
+    /// int: 1 if rotated pairs are neighbours, 0 if they are halves of a head.
     pub const ROTARY_INTERLEAVED: &str = "rotary_interleaved";
+    /// int: tokens that a query sees, itself included; -1: all.
     pub const LOCAL_WINDOW_SIZE: &str = "local_window_size";
+    /// int: tokens a page, a power of two.
     pub const PAGE_SIZE: &str = "page_size";
+    /// int: the window w, tokens that a step feeds at most.
     pub const WINDOW: &str = "window";
+    /// float: share of the valid tokens that a step reads, 0 to 1.
     pub const BUDGET_RATIO: &str = "budget_ratio";
+    /// int: pages that a step reads at least.
     pub const BUDGET_MIN_PAGES: &str = "budget_min_pages";
+    /// int: first pages, which every step reads.
     pub const SINK_PAGES: &str = "sink_pages";
+    /// string: [`Selector`](crate::Selector).
     pub const SELECTOR: &str = "selector";
+    /// string: [`GroupScore`](crate::GroupScore).
     pub const GROUP_SCORE: &str = "group_score";
+    /// float: weight of the standard deviation in a page's score.
     pub const SELECTOR_LAMBDA: &str = "selector_lambda";
+    /// float: share of the spread along the query that signed deviations add up to, 0 to 1.
     pub const SELECTOR_CORRELATION: &str = "selector_correlation";
+    /// int: bits of an element of a sketch, 1 or 2.
     pub const SKETCH_BITS: &str = "sketch_bits";
+    /// string: [`Mode`](crate::Mode).
     pub const MODE: &str = "mode";
     /// All of them.
     pub const ALL: [&str; 18] = [
@@ -144,22 +173,34 @@ pub mod attribute {
 
 /// Attribute defaults (the paper's) and bounds.
 pub mod limits {
+    /// Tokens a page.
     pub const PAGE_SIZE: usize = 16;
-    /// Of the selectors with two vectors a page, on the CPU: [`crate::Selector::page_sizes`] has every selector's.
+    /// The smallest page of the selectors with two vectors a page, in tokens, on the CPU:
+    /// [`Selector::page_sizes`](crate::Selector::page_sizes) has every selector's.
     pub const PAGE_SIZE_MIN: usize = 4;
-    /// Of every selector, on CUDA.
+    /// The smallest page of every selector, in tokens, on CUDA.
     pub const PAGE_SIZE_MIN_CUDA: usize = 8;
+    /// The largest page, in tokens.
     pub const PAGE_SIZE_MAX: usize = 128;
+    /// The window w.
     pub const WINDOW: usize = 2;
+    /// The largest window, in tokens.
     pub const WINDOW_MAX: usize = 64;
     /// In `seqlens_k`: the graph found an attention mask that isn't padding followed by valid tokens.
     pub const MASK_NOT_UNDERSTOOD: i32 = i32::MIN;
+    /// Share of the valid tokens that a step reads.
     pub const BUDGET_RATIO: f32 = 0.15;
+    /// Pages that a step reads at least.
     pub const BUDGET_MIN_PAGES: usize = 4;
+    /// First pages that every step reads.
     pub const SINK_PAGES: usize = 1;
+    /// Weight of the standard deviation.
     pub const SELECTOR_LAMBDA: f32 = 2.5;
+    /// Share of the spread along the query that signed deviations add up to.
     pub const SELECTOR_CORRELATION: f32 = 0.2;
+    /// Bits of an element of a sketch.
     pub const SKETCH_BITS: usize = 2;
+    /// The most bits of an element of a sketch.
     pub const SKETCH_BITS_MAX: usize = 2;
 }
 

@@ -4,17 +4,22 @@
 pub const VERSION: &str = "retro.version";
 /// The window w, as the attribute.
 pub const WINDOW: &str = "retro.window";
+/// Tokens a page, as the attribute.
 pub const PAGE_SIZE: &str = "retro.page_size";
 /// As [`crate::Budget`] prints it: "0.15" or "2048".
 pub const BUDGET: &str = "retro.budget";
 /// Least pages that a share of the context is rounded up to, also one that a run asks for instead of [`BUDGET`]'s.
 pub const MIN_PAGES: &str = "retro.min_pages";
+/// First pages that every step reads, as the attribute.
 pub const SINK_PAGES: &str = "retro.sink_pages";
+/// The selector, as the attribute.
 pub const SELECTOR: &str = "retro.selector";
+/// The group score, as the attribute.
 pub const GROUP_SCORE: &str = "retro.group_score";
-/// [`MASK_WIDTH`] in a model that takes the number of its tokens from the width of `attention_mask`, which then has to grow with
-/// the text.
+/// [`MASK_WIDTH`] in a model that takes the number of its tokens from the width of `attention_mask`, which then has to
+/// grow with the text.
 pub const LENGTHS: &str = "retro.lengths";
+/// [`LENGTHS`]' one value.
 pub const MASK_WIDTH: &str = "mask_width";
 /// Layers that carry a RetroAttention node, comma-separated: "0,1,2".
 pub const LAYERS: &str = "retro.layers";

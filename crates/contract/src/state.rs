@@ -1,7 +1,7 @@
 //! Layout of a selector's state: the tensor `page_summary` of a layer.
 //!
-//! The plugin checks it, the converter declares it, and hosts allocate it. How its elements are computed is the plugin's
-//! affair alone.
+//! The plugin checks it, the converter declares it, and hosts allocate it. How its elements are computed is the
+//! plugin's affair alone.
 
 /// Sizes that the layout of a layer's state depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

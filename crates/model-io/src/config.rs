@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::{
     GENAI_CONFIG,
+    config_files::{Config, Genai, GenaiDecoder, GenerationConfig, TextConfig, TokenizerConfig},
     error::Error,
-    json::{self, count, id, ids, object, text, token, truth},
+    json,
     locate::locate,
 };
 
@@ -19,27 +19,37 @@ pub struct ModelFolder {
     pub graph: PathBuf,
     /// tokenizer.json, when there is one.
     pub tokenizer: Option<PathBuf>,
+    /// The longest context, in tokens.
     pub context_length: Option<usize>,
+    /// The token that begins a text.
     pub bos: Option<u32>,
-    /// Tokens that end a text, from the first of generation_config.json, config.json, its configuration of the text model, and
-    /// genai_config.json that names any.
+    /// Tokens that end a text, from the first of generation_config.json, config.json, its configuration of the text
+    /// model, and genai_config.json that names any.
     pub eos: Vec<u32>,
     /// The tokenizer's end-of-text token, for models whose configuration names none.
     pub eos_token: Option<String>,
+    /// KV heads Hkv of a layer.
     pub kv_heads: Option<usize>,
+    /// Head size D.
     pub head_dim: Option<usize>,
+    /// Tokens that a query of a sliding-window layer sees.
     pub sliding_window: Option<usize>,
     /// One buffer of fixed capacity serves as past and present; `None`: not said.
     pub share_buffer: Option<bool>,
+    /// Names of the graph's inputs and outputs.
     pub names: Names,
 }
 
 /// Names of the graph's inputs and outputs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Names {
+    /// Token ids, `[B, S]`.
     pub input_ids: String,
+    /// Ones for valid tokens, `[B, T]`.
     pub attention_mask: String,
+    /// Positions of the tokens fed, `[B, S]`.
     pub position_ids: String,
+    /// Scores of the next token, `[B, S, vocabulary]`.
     pub logits: String,
     /// Pairs of (past, present) with `%d` for the layer, from genai_config.json.
     pub caches: Vec<(String, String)>,
@@ -55,164 +65,6 @@ impl Default for Names {
             caches: Vec::new(),
         }
     }
-}
-
-/// generation_config.json.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct GenerationConfig {
-    #[serde(deserialize_with = "ids")]
-    eos_token_id: Vec<u32>,
-}
-
-/// config.json.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Config {
-    #[serde(flatten)]
-    model: TextConfig,
-    // What models of several kinds of input call the part that writes text.
-    #[serde(deserialize_with = "object")]
-    text_config: TextConfig,
-    #[serde(deserialize_with = "object")]
-    llm_config: TextConfig,
-    #[serde(deserialize_with = "object")]
-    language_config: TextConfig,
-    #[serde(deserialize_with = "object")]
-    decoder: TextConfig,
-    #[serde(deserialize_with = "object")]
-    generator: TextConfig,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct TextConfig {
-    #[serde(deserialize_with = "id")]
-    bos_token_id: Option<u32>,
-    #[serde(deserialize_with = "ids")]
-    eos_token_id: Vec<u32>,
-    #[serde(deserialize_with = "count")]
-    vocab_size: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    max_position_embeddings: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    n_positions: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    n_ctx: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    num_attention_heads: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    n_head: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    num_key_value_heads: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    head_dim: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    hidden_size: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    n_embd: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    sliding_window: Option<usize>,
-}
-
-impl TextConfig {
-    fn context_length(&self) -> Option<usize> {
-        self.max_position_embeddings.or(self.n_positions).or(self.n_ctx)
-    }
-
-    fn heads(&self) -> Option<usize> {
-        self.num_attention_heads.or(self.n_head)
-    }
-
-    fn head_dim(&self) -> Option<usize> {
-        let hidden = self.hidden_size.or(self.n_embd);
-        self.head_dim.or_else(|| hidden?.checked_div(self.heads()?))
-    }
-}
-
-impl Config {
-    /// The whole first, then its parts, as transformers asks them.
-    fn parts(&self) -> [&TextConfig; 6] {
-        [
-            &self.model,
-            &self.text_config,
-            &self.llm_config,
-            &self.language_config,
-            &self.decoder,
-            &self.generator,
-        ]
-    }
-
-    fn first<T>(&self, get: impl Fn(&TextConfig) -> Option<T>) -> Option<T> {
-        self.parts().into_iter().find_map(get)
-    }
-}
-
-/// genai_config.json.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Genai {
-    #[serde(deserialize_with = "object")]
-    pub(crate) model: GenaiModel,
-    #[serde(deserialize_with = "object")]
-    search: GenaiSearch,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct GenaiModel {
-    #[serde(deserialize_with = "count")]
-    context_length: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    vocab_size: Option<usize>,
-    #[serde(deserialize_with = "id")]
-    bos_token_id: Option<u32>,
-    #[serde(deserialize_with = "ids")]
-    eos_token_id: Vec<u32>,
-    #[serde(deserialize_with = "object")]
-    pub(crate) decoder: GenaiDecoder,
-    /// Other graphs among them: vision, embedding, speech.
-    #[serde(flatten)]
-    others: Map<String, Value>,
-}
-
-impl GenaiModel {
-    /// The files of all graphs.
-    pub(crate) fn graphs(self) -> impl Iterator<Item = String> {
-        let name = |part: Value| part.get("filename")?.as_str().map(str::to_owned);
-        let others = self.others.into_iter().filter_map(move |(_, part)| name(part));
-        self.decoder.filename.into_iter().chain(others)
-    }
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct GenaiDecoder {
-    #[serde(deserialize_with = "text")]
-    pub(crate) filename: Option<String>,
-    #[serde(deserialize_with = "count")]
-    num_key_value_heads: Option<usize>,
-    #[serde(deserialize_with = "count")]
-    head_size: Option<usize>,
-    #[serde(deserialize_with = "object")]
-    inputs: Map<String, Value>,
-    #[serde(deserialize_with = "object")]
-    outputs: Map<String, Value>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct GenaiSearch {
-    #[serde(deserialize_with = "truth")]
-    past_present_share_buffer: Option<bool>,
-}
-
-/// tokenizer_config.json, or special_tokens_map.json.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct TokenizerConfig {
-    #[serde(deserialize_with = "token")]
-    eos_token: Option<String>,
 }
 
 impl ModelFolder {
@@ -276,8 +128,8 @@ impl Names {
     }
 }
 
-/// The tokens that end a text: those of the first file that names one, as transformers generates by generation_config.json and,
-/// without it, by config.json and its text model's part.
+/// The tokens that end a text: those of the first file that names one, as transformers generates by
+/// generation_config.json and, without it, by config.json and its text model's part.
 fn end_of_text(generation: &GenerationConfig, config: &Config, genai: &Genai) -> Vec<u32> {
     let vocabulary = genai.model.vocab_size.or_else(|| config.first(|c| c.vocab_size));
     // Ids that no token has end nothing: where a file has no other, the next one is asked.
@@ -288,8 +140,8 @@ fn end_of_text(generation: &GenerationConfig, config: &Config, genai: &Genai) ->
     let from_genai = &genai.model.eos_token_id;
     let from_config = config.parts().map(|part| &part.eos_token_id).into_iter().find(real);
     match from_config {
-        // onnxruntime-genai's builder writes the end-of-turn tokens beside the model's own, where generation_config.json, which had
-        // them, was not brought along.
+        // onnxruntime-genai's builder writes the end-of-turn tokens beside the model's own, where
+        // generation_config.json, which had them, was not brought along.
         Some(ids) if !ids.iter().all(|id| from_genai.contains(id)) => ids.clone(),
         _ => from_genai.clone(),
     }

@@ -1,4 +1,5 @@
-//! Configuration files. They come from many tools and versions: a value of another form than expected counts as not given.
+//! Configuration files. They come from many tools and versions: a value of another form than expected counts as not
+//! given.
 
 use std::{fs, io, path::Path};
 

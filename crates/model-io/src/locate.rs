@@ -5,7 +5,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::{GENAI_CONFIG, config::Genai, error::Error, json};
+use crate::{GENAI_CONFIG, config_files::Genai, error::Error, json};
 
 /// Where repositories of transformers.js keep their graphs, below the configuration and the tokenizer.
 const BELOW: &str = "onnx";
@@ -29,8 +29,9 @@ pub struct Located {
     pub configured: bool,
 }
 
-/// Finds the graph that a file or folder stands for: in a folder, the one that `choice` names by its file or variant; else the
-/// one that genai_config.json names, else model.onnx, else the only *.onnx; if it holds none, the only one of its folder `onnx`.
+/// Finds the graph that a file or folder stands for: in a folder, the one that `choice` names by its file or variant;
+/// else the one that genai_config.json names, else model.onnx, else the only *.onnx; if it holds none, the only one of
+/// its folder `onnx`.
 ///
 /// # Errors
 /// There is none, it isn't clear which, or what names it is damaged.
@@ -73,8 +74,8 @@ pub fn locate(path: &Path, choice: Option<&str>) -> Result<Located, Error> {
     })
 }
 
-/// The graphs of a folder, in order of name: its own; those of its folder `onnx`; the one that its genai_config.json names, and
-/// those beside that. Links to folders are not followed.
+/// The graphs of a folder, in order of name: its own; those of its folder `onnx`; the one that its genai_config.json
+/// names, and those beside that. Links to folders are not followed.
 ///
 /// # Errors
 /// The folder can't be read, or its genai_config.json is damaged or names a graph outside.
@@ -115,8 +116,8 @@ fn only(folder: &Path) -> Result<PathBuf, Error> {
     found.pop().ok_or_else(|| Error::NoGraph(folder.to_owned()))
 }
 
-/// The graph of a folder that `choice` names: its path within the folder, its file's name with or without `.onnx`, or its
-/// variant, which is what stands behind the last `model_`, or behind any `_`.
+/// The graph of a folder that `choice` names: its path within the folder, its file's name with or without `.onnx`, or
+/// its variant, which is what stands behind the last `model_`, or behind any `_`.
 fn choose(folder: &Path, choice: &str) -> Result<PathBuf, Error> {
     let all = graphs(folder)?;
     if all.is_empty() {
@@ -189,8 +190,8 @@ fn inside(name: &str) -> Option<PathBuf> {
     (!path.as_os_str().is_empty()).then_some(path)
 }
 
-/// The folder with the configuration of a folder's graphs: itself, unless it has none and the one above is a model's folder that
-/// keeps graphs there.
+/// The folder with the configuration of a folder's graphs: itself, unless it has none and the one above is a model's
+/// folder that keeps graphs there.
 fn folder_of_graphs(own: &Path) -> Result<PathBuf, Error> {
     if is_configured(own) {
         return Ok(own.to_owned());

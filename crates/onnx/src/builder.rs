@@ -1,8 +1,8 @@
 //! Builds graphs: new ones, and parts to add to one that is there.
 
 use crate::{
-    AttributeProto, DataType, FreshNames, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-    ValueInfoProto,
+    AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+    fresh_names::FreshNames,
 };
 use bytes::Bytes;
 
@@ -39,8 +39,8 @@ impl GraphBuilder {
         }
     }
 
-    /// Begins a part to add to `graph`: fresh names are those that neither the graph nor its subgraphs have. The graph takes the
-    /// part by [`Self::take_nodes`] and [`Self::take_initializers`].
+    /// Begins a part to add to `graph`: fresh names are those that neither the graph nor its subgraphs have. The graph
+    /// takes the part by [`Self::take_nodes`] and [`Self::take_initializers`].
     pub fn part_of(graph: &GraphProto) -> Self {
         Self {
             built: GraphProto::default(),
@@ -102,8 +102,8 @@ impl GraphBuilder {
         name
     }
 
-    /// Begins a node of one of [ONNX's own operators](https://onnx.ai/onnx/operators/). It is added when its outputs get their
-    /// names. `inputs`: names of values; "" for an optional one that is absent.
+    /// Begins a node of one of [ONNX's own operators](https://onnx.ai/onnx/operators/). It is added when its outputs
+    /// get their names. `inputs`: names of values; "" for an optional one that is absent.
     pub fn node(&mut self, op_type: &str, inputs: &[&str]) -> NodeBuilder<'_> {
         NodeBuilder {
             node: NodeProto::new("", op_type, "", inputs, &[]),
@@ -146,8 +146,8 @@ impl GraphBuilder {
         self.built
     }
 
-    /// A model of the graph. `ir_version`: version of the ONNX format; `opsets`: domains of operators ("" is ONNX's own) and
-    /// their versions.
+    /// A model of the graph. `ir_version`: version of the ONNX format; `opsets`: domains of operators ("" is ONNX's
+    /// own) and their versions.
     pub fn into_model(self, ir_version: i64, opsets: &[(&str, i64)]) -> ModelProto {
         let opsets = opsets.iter();
         ModelProto {

@@ -3,7 +3,8 @@
 use crate::messages::*;
 use bytes::Bytes;
 
-/// The version of ONNX's operators where a model doesn't say one: that of the oldest ONNX Runtime that loads the plugin.
+/// The version of ONNX's operators where a model doesn't say one: that of the oldest ONNX Runtime that loads the
+/// plugin.
 const UNSAID_OPSET: i64 = 22;
 
 impl ModelProto {
@@ -22,16 +23,17 @@ impl ModelProto {
         }
     }
 
-    /// The version of a domain's operators that the model imports ("" is ONNX's own, also written "ai.onnx"). Where a model
-    /// imports it more than once, ONNX Runtime takes the last.
+    /// The version of a domain's operators that the model imports ("" is ONNX's own, also written "ai.onnx"). Where a
+    /// model imports it more than once, ONNX Runtime takes the last.
     pub fn opset_version(&self, domain: &str) -> Option<i64> {
         let plain = |d: &str| if d == "ai.onnx" { "" } else { d }.to_owned();
         let import = self.opset_import.iter().rfind(|o| plain(o.domain()) == plain(domain));
         import.map(OperatorSetIdProto::version)
     }
 
-    /// The version of ONNX's own operators. ONNX Runtime takes the newest that it knows where a model imports other operators
-    /// only; what this program adds to a graph is written alike from [`UNSAID_OPSET`] on.
+    /// The version of ONNX's own operators. ONNX Runtime takes the newest that it knows where a model imports other
+    /// operators only; what this program adds to a graph is written alike from that of the oldest supported ONNX
+    /// Runtime on.
     pub fn onnx_opset(&self) -> i64 {
         self.opset_version("").unwrap_or(UNSAID_OPSET)
     }

@@ -1,5 +1,5 @@
-//! Files of gigabytes, written past the page cache: the kernel then copies nothing, throttles nothing, and a sync at the end has
-//! nothing left to do. Measured in `docs/notes/export.md`. Where the file system can't, the same blocks go through the cache.
+//! Writes files of gigabytes past the page cache (`O_DIRECT`): the kernel then copies nothing, throttles nothing, and a
+//! sync at the end has nothing left to do. Where the file system can't, the same blocks go through the cache.
 
 use crate::stream::Sink;
 use std::{
@@ -139,7 +139,8 @@ fn write_blocks(
     Ok(())
 }
 
-/// Takes the room at once: writing where a file ends makes it longer each time, and that can't be done beside other writing.
+/// Takes the room at once: writing where a file ends makes it longer each time, and that can't be done beside other
+/// writing.
 #[cfg(target_os = "linux")]
 fn reserve(file: &File, len: u64) -> io::Result<()> {
     use rustix::{

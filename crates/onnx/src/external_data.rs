@@ -97,8 +97,8 @@ fn file_of(tensor: &TensorProto, folder: &Path, location: &Path) -> Result<Exter
     }
 }
 
-/// Makes sure that a model's weights are where ONNX Runtime reads them: in the model's folder, or in that of the file that
-/// `path` is a link to. No file outside is opened. Whether the weights are there is not asked.
+/// Makes sure that a model's weights are where ONNX Runtime reads them: in the model's folder, or in that of the file
+/// that `path` is a link to. No file outside is opened. Whether the weights are there is not asked.
 ///
 /// `path` is the model, `folder` its folder.
 ///

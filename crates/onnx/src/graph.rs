@@ -134,8 +134,8 @@ impl<'a> GraphView<'a> {
         }
     }
 
-    /// Whether a value depends on no graph input, so that it has no sequence dimension. Overridable initializers count as
-    /// constants: what they may be replaced with has the same shape.
+    /// Whether a value depends on no graph input, so that it has no sequence dimension. Overridable initializers count
+    /// as constants: what they may be replaced with has the same shape.
     pub fn is_constant(&self, name: &str) -> bool {
         let mut seen = HashSet::new();
         let mut open = vec![name];

@@ -1,5 +1,6 @@
-//! ONNX files and graphs, as [ONNX's specification](https://onnx.ai/onnx/repo-docs/IR.html) has them: the messages, reading by
-//! mapping, writing by streaming, external data; an index of a graph ([`graph::GraphView`]) and a builder ([`GraphBuilder`]).
+//! ONNX files and graphs, as [ONNX's specification](https://onnx.ai/onnx/repo-docs/IR.html) has them: the messages,
+//! reading by mapping, writing by streaming, external data; an index of a graph ([`graph::GraphView`]) and a builder
+//! ([`GraphBuilder`]).
 //!
 //! A model of any size is read and written with almost no heap: its weights are [`bytes::Bytes`] that point into the
 //! mapped file, and go from there straight to the output.
@@ -11,11 +12,9 @@ mod constructors;
 mod direct_write;
 mod error;
 mod external_data;
+mod fresh_names;
 pub mod graph;
-// Fields have the names and the meaning that onnx.proto gives them.
-#[allow(missing_docs)]
 mod messages;
-mod names;
 mod read;
 mod stream;
 mod temporary;
@@ -28,7 +27,6 @@ pub use external_data::{
     ExternalFile, external_files, for_each_tensor, inside, locations, rename_locations, stay_inside,
 };
 pub use messages::*;
-pub use names::FreshNames;
 pub use read::{LoadedModel, folder_of, map_file, read_bytes, read_model};
 pub use stream::Sink;
 pub use temporary::{NewFolder, Staged, is_temporary, new_file_beside, remove_abandoned};

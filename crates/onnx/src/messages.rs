@@ -1,9 +1,14 @@
-//! The messages of ONNX's protobuf format (onnx-ml.proto up to IR version 14), written by hand: no protoc, no build script.
+//! The messages of ONNX's protobuf format (onnx-ml.proto up to IR version 14), written by hand: no protoc, no build
+//! script.
 //!
 //! Two things differ from generated code, so that a file that nobody edited is written back byte for byte:
 //! every singular field is an `Option` (set to its default is not the same as absent), and the members of a `oneof` are
 //! plain optional fields (the same on the wire, and written in field order). Bytes are [`Bytes`], so that a tensor of a
 //! mapped file stays a slice of the mapping.
+
+// Fields have the names and the meaning that onnx.proto gives them:
+// <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>.
+#![allow(missing_docs)]
 
 use bytes::Bytes;
 

@@ -1,5 +1,7 @@
-//! Temporary files and folders beside what they are for. Whoever makes one holds a lock on it as long as it has its temporary name, so
-//! that those of a killed run can be told from a live one's and removed.
+//! Temporary files and folders beside what they are for. Whoever makes one holds a lock on it as long as it has its
+//! temporary name, so that those of a killed run can be told from a live one's and removed.
+//! [`write_model`](crate::write_model) makes its file so too, whoever calls it: so all that takes part in the locking
+//! is here, although the converter alone stages folders and links.
 
 use crate::read::folder_of;
 use rustix::fs::OFlags;
@@ -86,7 +88,8 @@ impl NewFolder {
 pub enum Staged {
     /// A new file.
     File(NamedTempFile),
-    /// A hard link, in a folder that is locked in its place: a lock on the file itself would be one on the file it is a link of.
+    /// A hard link, in a folder that is locked in its place: a lock on the file itself would be one on the file it is a
+    /// link of.
     Link(NewFolder, PathBuf),
 }
 

@@ -100,7 +100,8 @@ fn write_file(target: &Path, overwrite: bool, fill: impl FnOnce(&mut File) -> io
     persist(temp, target, overwrite)
 }
 
-/// Renames a temporary file to its target, and makes that last through a power cut. The temporary file is removed where this fails.
+/// Renames a temporary file to its target, and makes that last through a power cut. The temporary file is removed where
+/// this fails.
 ///
 /// # Errors
 /// The target exists and `overwrite` is false, or the file system refuses.
@@ -150,7 +151,8 @@ fn into_file(file: &mut File, len: u64, fill: impl FnOnce(&mut dyn Sink) -> io::
     }
 }
 
-/// Writes bytes to their places in a new, empty file, zeros between them. `placed`: offset in bytes and content, in order.
+/// Writes bytes to their places in a new, empty file, zeros between them. `placed`: offset in bytes and content, in
+/// order.
 ///
 /// # Errors
 /// Those of writing; places that overlap.

@@ -1,4 +1,5 @@
-//! Where a model runs: the CPU, or a GPU through ONNX Runtime's CUDA execution provider. Never one instead of the other.
+//! Where a model runs: the CPU, or a GPU through ONNX Runtime's CUDA execution provider. Never one instead of the
+//! other.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +11,6 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
 use ort::{
     AsPointer,
     ep::{self, ArenaExtendStrategy, ExecutionProvider},
@@ -18,11 +18,12 @@ use ort::{
     session::{Session, builder::SessionBuilder},
 };
 
-use crate::{check, gpu::Gpu, one_line};
+use crate::{Error, Result, check, gpu::Gpu};
 
 /// Where to run: `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
+    /// The CPU.
     #[default]
     Cpu,
     /// The GPU of that number.
@@ -58,11 +59,9 @@ impl Device {
     /// When ONNX Runtime was built without CUDA, or the machine has no such GPU.
     pub fn gpu(self) -> Result<Option<Arc<Gpu>>> {
         let Self::Cuda(id) = self else { return Ok(None) };
-        let available = ep::CUDA::is_available().map_err(|e| anyhow!("{}", one_line(&e)))?;
-        ensure!(
-            available,
-            "this ONNX Runtime has no CUDA execution provider: set ORT_DYLIB_PATH to one that has (libonnxruntime.so of the package onnxruntime-gpu), or use --device cpu"
-        );
+        if !ep::CUDA::is_available()? {
+            return Err(Error::NoCuda);
+        }
         Gpu::open(id).map(Some)
     }
 
@@ -73,29 +72,30 @@ impl Device {
     pub fn allocator(self, session: &Session) -> Result<Allocator> {
         match self {
             Self::Cpu => Ok(Allocator::default()),
-            Self::Cuda(_) => Allocator::new(session, self.memory()?).map_err(|e| anyhow!("{}", one_line(&e))),
+            Self::Cuda(_) => Ok(Allocator::new(session, self.memory()?)?),
         }
     }
 
     /// How ONNX Runtime names that memory.
+    ///
+    /// # Errors
+    /// When ONNX Runtime refuses it.
     pub fn memory(self) -> Result<MemoryInfo<'static>> {
         let (device, id) = match self {
             Self::Cpu => (AllocationDevice::CPU, 0),
-            Self::Cuda(id) => (AllocationDevice::CUDA, i32::try_from(id)?),
+            Self::Cuda(id) => (AllocationDevice::CUDA, number(id)?),
         };
-        MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default).map_err(|e| anyhow!("{}", one_line(&e)))
+        Ok(MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)?)
     }
 
-    /// A session's options with the execution provider of this device. Errors as text: `ort`'s carry the builder.
+    /// A session's options with the execution provider of this device.
     ///
     /// # Errors
     /// When the provider does not load.
-    pub fn provide(self, builder: SessionBuilder, cuda_graph: bool) -> Result<SessionBuilder, String> {
-        let builder = builder
-            .with_config_entry("session.record_ep_graph_assignment_info", "1")
-            .map_err(|e| one_line(&e))?;
+    pub fn provide(self, builder: SessionBuilder, cuda_graph: bool) -> Result<SessionBuilder> {
+        let builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;
         let Self::Cuda(id) = self else { return Ok(builder) };
-        let id = i32::try_from(id).map_err(|e| e.to_string())?;
+        let id = number(id)?;
         let provider = ep::CUDA::default()
             .with_device_id(id)
             // Caches are large: an arena that doubles would take twice the memory.
@@ -107,13 +107,18 @@ impl Device {
             .error_on_failure();
         builder
             .with_execution_providers([provider])
-            .map_err(|e| format!("the CUDA execution provider does not load: {}", one_line(&e)))
+            .map_err(|e| Error::Provider(e.into()))
     }
 }
 
+/// A GPU's number as ONNX Runtime takes it.
+fn number(id: usize) -> Result<i32> {
+    i32::try_from(id).map_err(|_| Error::DeviceNumber(id))
+}
+
 /// Loads NVIDIA's libraries from their Python packages where ONNX Runtime's library lies among them
-/// (site-packages/onnxruntime/capi and site-packages/nvidia), as `onnxruntime.preload_dlls` does. What is not there is left to
-/// the system's loader.
+/// (site-packages/onnxruntime/capi and site-packages/nvidia), as `onnxruntime.preload_dlls` does. What is not there is
+/// left to the system's loader.
 pub fn preload_libraries(runtime: &Path) {
     let Some(packages) = runtime.ancestors().nth(3).map(|p| p.join("nvidia")) else {
         return;
@@ -136,12 +141,16 @@ pub fn preload_libraries(runtime: &Path) {
 /// A node of a graph and who runs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
+    /// Name of the execution provider.
     pub provider: String,
+    /// The node's operator.
     pub op_type: String,
+    /// The node's name.
     pub name: String,
 }
 
 impl Placed {
+    /// Whether the GPU runs it.
     pub fn on_gpu(&self) -> bool {
         self.provider == ep::CUDA::NAME
     }
@@ -153,7 +162,7 @@ impl Placed {
 /// When ONNX Runtime does not say.
 pub fn placement(session: &Session) -> Result<Vec<Placed>> {
     let api = ort::api();
-    let check = |status| check(status).context("ONNX Runtime does not say where nodes run");
+    let check = |status| check(status).map_err(Error::Placement);
     let text = |p: *const c_char| {
         if p.is_null() {
             return String::new();
@@ -214,17 +223,16 @@ pub fn left_to_cpu(session: &Session) -> Result<Option<String>> {
         .iter()
         .find(|n| !n.on_gpu() && HEAVY.contains(&n.op_type.as_str()));
     if let Some(node) = heavy {
-        bail!(
-            "node {:?} ({}) has no CUDA kernel for its types and would run on {}: {}",
-            node.name,
-            node.op_type,
-            node.provider,
-            if node.op_type == retro_contract::OP_TYPE {
+        return Err(Error::NotOnGpu {
+            name: node.name.clone(),
+            op_type: node.op_type.clone(),
+            provider: node.provider.clone(),
+            advice: if node.op_type == retro_contract::OP_TYPE {
                 "the plugin was built without CUDA, or the element type is not supported"
             } else {
                 "convert the model's weights to float16, or use --device cpu"
-            }
-        );
+            },
+        });
     }
     Ok(elsewhere(&placed))
 }

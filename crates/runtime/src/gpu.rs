@@ -1,7 +1,7 @@
 //! Memory of an NVIDIA GPU, through the driver: what ONNX Runtime does not copy for its users.
 //!
-//! All copies here are complete when they return, on both sides. ONNX Runtime works on streams of its own, so every operation
-//! first waits for the device.
+//! All copies here are complete when they return, on both sides. ONNX Runtime works on streams of its own, so every
+//! operation first waits for the device.
 
 use std::{
     ffi::c_void,
@@ -10,7 +10,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{
     CudaContext, DriverError,
     result::{
@@ -20,6 +19,8 @@ use cudarc::driver::{
     sys::is_culib_present,
 };
 use ort::{memory::DeviceType, value::DynTensor};
+
+use crate::{Error, Result};
 
 /// A GPU whose primary context (the one that ONNX Runtime uses) is held.
 #[derive(Debug)]
@@ -36,19 +37,23 @@ impl Gpu {
     pub fn open(id: usize) -> Result<Arc<Self>> {
         // SAFETY: only tries to load the library, whose initialisers are the driver's own.
         let present = unsafe { is_culib_present() };
-        ensure!(
-            present,
-            "there is no NVIDIA driver on this machine (libcuda.so.1 is not found); use --device cpu"
-        );
+        if !present {
+            return Err(Error::NoDriver);
+        }
         let count = CudaContext::device_count();
         // Before the first call the driver wants cuInit, which CudaContext::new makes.
         let context = CudaContext::new(id).map_err(|e| match count {
-            Ok(count) if count > 0 => anyhow!("no GPU {id}: the driver knows {count}; {}", text(e)),
-            _ => anyhow!("the NVIDIA driver gives no GPU {id} ({}); use --device cpu", text(e)),
+            Ok(count) if count > 0 => Error::NoSuchGpu {
+                id,
+                count,
+                reason: text(e),
+            },
+            _ => Error::NoGpu { id, reason: text(e) },
         })?;
         Ok(Arc::new(Self { context, id }))
     }
 
+    /// Its number, as CUDA counts.
     pub fn id(&self) -> usize {
         self.id
     }
@@ -79,7 +84,11 @@ impl Gpu {
         // SAFETY: a context is current; what comes back is read only after it was written.
         let address = unsafe { malloc_sync(bytes.max(1)) }
             .map_err(driver("cuMemAlloc"))
-            .with_context(|| format!("no {bytes} bytes on GPU {}", self.id))?;
+            .map_err(|e| Error::GpuMemory {
+                id: self.id,
+                bytes,
+                reason: e.to_string(),
+            })?;
         Ok(GpuMemory {
             gpu: Arc::clone(self),
             address,
@@ -93,8 +102,14 @@ impl Gpu {
         // SAFETY: a context is current; all bytes are written below, before anything can read them.
         let address = unsafe { malloc_host(bytes.max(1), 0) }
             .map_err(driver("cuMemHostAlloc"))
-            .with_context(|| format!("no {bytes} bytes of page-locked memory"))?;
-        let address = NonNull::new(address.cast::<u8>()).context("cuMemHostAlloc gave no address")?;
+            .map_err(|e| Error::PinnedMemory {
+                bytes,
+                reason: e.to_string(),
+            })?;
+        let address = NonNull::new(address.cast::<u8>()).ok_or_else(|| Error::PinnedMemory {
+            bytes,
+            reason: "cuMemHostAlloc gave no address".to_owned(),
+        })?;
         // SAFETY: just allocated, so many bytes long.
         unsafe { address.write_bytes(0, bytes) };
         Ok(Pinned {
@@ -129,23 +144,20 @@ impl Gpu {
 
     fn check(&self, tensor: &DynTensor) -> Result<()> {
         let info = tensor.memory_info();
-        ensure!(
-            info.device_type() == DeviceType::GPU && info.device_id() as usize == self.id,
-            "the tensor lies on {} {}, not on GPU {}",
-            info.allocation_device().as_str(),
-            info.device_id(),
-            self.id
-        );
-        Ok(())
+        if info.device_type() == DeviceType::GPU && info.device_id() as usize == self.id {
+            return Ok(());
+        }
+        Err(Error::OtherDevice {
+            device: info.allocation_device().as_str().to_owned(),
+            number: info.device_id(),
+            expected: self.id,
+        })
     }
 }
 
 fn tensor_bytes(tensor: &DynTensor) -> Result<usize> {
     let elements = tensor.shape().num_elements();
-    tensor
-        .data_type()
-        .byte_size(elements)
-        .context("a tensor of strings has no memory on a GPU")
+    tensor.data_type().byte_size(elements).ok_or(Error::Strings)
 }
 
 /// Memory on a GPU that is ours.
@@ -157,6 +169,7 @@ pub struct GpuMemory {
 }
 
 impl GpuMemory {
+    /// All of it.
     pub fn region(&mut self) -> Region<'_> {
         Region {
             gpu: &self.gpu,
@@ -166,6 +179,10 @@ impl GpuMemory {
         }
     }
 
+    /// Copies bytes from `offset` on to the host.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         let region = Region {
             gpu: &self.gpu,
@@ -183,14 +200,22 @@ impl GpuMemory {
 
     /// Where a byte lies, for ONNX Runtime to make a tensor there.
     pub fn address(&self, offset: usize) -> Result<*mut c_void> {
-        ensure!(offset <= self.bytes, "byte {offset} of {}", self.bytes);
+        if offset > self.bytes {
+            return Err(Error::OutOfRange {
+                offset,
+                bytes: 0,
+                size: self.bytes,
+            });
+        }
         Ok((self.address + offset as u64) as *mut c_void)
     }
 
+    /// Its size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
+    /// The GPU that it is on.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
@@ -218,7 +243,8 @@ impl Deref for Pinned {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `Gpu::pinned` allocated and wrote these bytes; they are ours until the drop, and copies are complete when they return.
+        // SAFETY: `Gpu::pinned` allocated and wrote these bytes; they are ours until the drop, and copies are complete
+        // when they return.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 }
@@ -249,24 +275,35 @@ pub struct Region<'a> {
 }
 
 impl Region<'_> {
+    /// Its size in bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
+    /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 
+    /// Copies bytes from `offset` on to the host.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         let from = self.at(offset, to.len())?;
         if to.is_empty() {
             return Ok(());
         }
         let _one = self.idle()?;
-        // SAFETY: `at` checked that the bytes lie inside memory that is borrowed; the device is idle and the copy synchronous.
+        // SAFETY: `at` checked that the bytes lie inside memory that is borrowed; the device is idle and the copy
+        // synchronous.
         unsafe { memcpy_dtoh_sync(to, from) }.map_err(driver("cuMemcpyDtoH"))
     }
 
+    /// Replaces the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn write(&mut self, offset: usize, from: &[u8]) -> Result<()> {
         self.write_all(&[(offset, from)])
     }
@@ -290,6 +327,10 @@ impl Region<'_> {
         self.gpu.synchronize()
     }
 
+    /// Sets `bytes` bytes from `offset` on to one value.
+    ///
+    /// # Errors
+    /// The range is outside, or the driver fails.
     pub fn fill(&mut self, offset: usize, bytes: usize, value: u8) -> Result<()> {
         let to = self.at(offset, bytes)?;
         if bytes == 0 {
@@ -327,11 +368,12 @@ impl Region<'_> {
     /// Copies `bytes` from another place of the same GPU; the two must not overlap.
     pub fn copy(&mut self, offset: usize, from: &Region<'_>, from_offset: usize, bytes: usize) -> Result<()> {
         let (to, source) = (self.at(offset, bytes)?, from.at(from_offset, bytes)?);
-        ensure!(self.gpu.id == from.gpu.id, "a copy between GPUs");
-        ensure!(
-            to.abs_diff(source) >= bytes as u64,
-            "a copy between places that overlap"
-        );
+        if self.gpu.id != from.gpu.id {
+            return Err(Error::TwoGpus);
+        }
+        if to.abs_diff(source) < bytes as u64 {
+            return Err(Error::Overlap);
+        }
         if bytes == 0 {
             return Ok(());
         }
@@ -342,12 +384,13 @@ impl Region<'_> {
     }
 
     fn at(&self, offset: usize, bytes: usize) -> Result<u64> {
-        let end = offset.checked_add(bytes);
-        ensure!(
-            end.is_some_and(|end| end <= self.bytes),
-            "{bytes} bytes from {offset} on exceed a buffer of {}",
-            self.bytes
-        );
+        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
+            return Err(Error::OutOfRange {
+                offset,
+                bytes,
+                size: self.bytes,
+            });
+        }
         Ok(self.address + offset as u64)
     }
 
@@ -360,12 +403,12 @@ impl Region<'_> {
     }
 }
 
-fn driver(call: &'static str) -> impl Fn(DriverError) -> anyhow::Error {
-    move |e| anyhow!("{call} failed: {}", text(e))
+fn driver(call: &'static str) -> impl Fn(DriverError) -> Error {
+    move |e| Error::Driver { call, reason: text(e) }
 }
 
 fn text(error: DriverError) -> String {
-    let part = |s: Result<&std::ffi::CStr, DriverError>| {
+    let part = |s: std::result::Result<&std::ffi::CStr, DriverError>| {
         s.map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned())
     };
     format!("{}: {}", part(error.error_name()), part(error.error_string()))

@@ -5,10 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
 use ort::{environment::Environment, logging::LogLevel};
 
 use crate::{
+    Error, Result,
     device::{self, Device},
     one_line,
 };
@@ -50,23 +50,27 @@ impl Runtime {
             device::preload_libraries(&path);
         }
         let builder = ort::init_from(&path).map_err(|e| {
-            let hint = "set ORT_DYLIB_PATH=PATH/libonnxruntime.so (scripts/onnxruntime finds or fetches one)";
+            let reason = one_line(&e);
             if path == Path::new(ANYWHERE) {
-                anyhow!("no ONNX Runtime is found ({}); {hint}", one_line(&e))
+                Error::NoRuntime(reason)
             } else {
-                anyhow!("cannot use ONNX Runtime {}: {}; {hint}", path.display(), one_line(&e))
+                Error::UnusableRuntime {
+                    path: path.clone(),
+                    reason,
+                }
             }
         })?;
-        let environment = builder
-            .with_name("retro-attention")
-            .build()
-            .map_err(|e| anyhow!("cannot start ONNX Runtime {}: {}", path.display(), one_line(&e)))?;
+        let environment = builder.with_name("retro-attention").build().map_err(|e| Error::Start {
+            path: path.clone(),
+            error: e.into(),
+        })?;
         if std::env::var_os("ORT_LOG").is_none() {
             environment.set_log_level(LogLevel::Fatal);
         }
         Ok(Self { environment, path })
     }
 
+    /// What sessions are made in.
     pub fn environment(&self) -> &Environment {
         &self.environment
     }
@@ -74,13 +78,10 @@ impl Runtime {
 
 fn find_runtime(explicit: Option<&Path>) -> Result<PathBuf> {
     if let Some(path) = explicit {
-        ensure!(path.is_file(), "--ort names no file: {}", path.display());
-        return absolute(path);
+        return named("--ort", path);
     }
     if let Some(value) = variable(RUNTIME_VARIABLE) {
-        let path = PathBuf::from(value);
-        ensure!(path.is_file(), "{RUNTIME_VARIABLE} names no file: {}", path.display());
-        return absolute(&path);
+        return named(RUNTIME_VARIABLE, Path::new(&value));
     }
     for folder in program_folders() {
         let beside = newest_runtime(&folder).or_else(|| {
@@ -139,13 +140,10 @@ fn program_folders() -> Vec<PathBuf> {
 /// When a plugin that was asked for by name does not exist.
 pub fn find_plugin(explicit: Option<&Path>) -> Result<Option<PathBuf>> {
     if let Some(path) = explicit {
-        ensure!(path.is_file(), "--plugin names no file: {}", path.display());
-        return absolute(path).map(Some);
+        return named("--plugin", path).map(Some);
     }
     if let Some(value) = variable(PLUGIN_VARIABLE) {
-        let path = PathBuf::from(value);
-        ensure!(path.is_file(), "{PLUGIN_VARIABLE} names no file: {}", path.display());
-        return absolute(&path).map(Some);
+        return named(PLUGIN_VARIABLE, Path::new(&value)).map(Some);
     }
     // Test programs lie in target/release/deps, the library one folder above.
     let places = program_folders().into_iter().take(2);
@@ -156,9 +154,18 @@ fn variable(name: &str) -> Option<std::ffi::OsString> {
     std::env::var_os(name).filter(|v| !v.is_empty())
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
-    path.canonicalize()
-        .with_context(|| format!("cannot open {}", path.display()))
+/// The absolute path of a file that an option or variable names.
+fn named(option: &'static str, path: &Path) -> Result<PathBuf> {
+    if !path.is_file() {
+        return Err(Error::NoFile {
+            option,
+            path: path.to_owned(),
+        });
+    }
+    path.canonicalize().map_err(|error| Error::Open {
+        path: path.to_owned(),
+        error,
+    })
 }
 
 #[cfg(test)]

@@ -22,11 +22,11 @@ pub enum Error {
     NegativeSize(i64),
 
     /// A shape of more elements than any model has.
-    #[error("the shape {0:?} is absurd")]
+    #[error("the shape {0:?} has more elements than any model's")]
     TooManyElements(Vec<usize>),
 
     /// A tensor of more numbers than are stored.
-    #[error("{0} numbers are more than are looked at")]
+    #[error("{0} numbers are more than are computed")]
     TooManyNumbers(usize),
 
     /// More dimensions than any model has.
@@ -34,7 +34,7 @@ pub enum Error {
     TooManyDimensions(usize),
 
     /// A run computed as many numbers as it may.
-    #[error("the model computes more than is looked at")]
+    #[error("its masks and positions take more numbers than are computed")]
     TooMuchWork,
 
     /// Graphs inside graphs, more than are followed.
@@ -73,7 +73,7 @@ pub enum Error {
     #[error("{0}")]
     Sizes(String),
 
-    /// An attribute with a value that isn't understood.
+    /// An attribute with a value that isn't supported.
     #[error("its {name} is {value}")]
     Attribute { name: String, value: String },
 
@@ -98,7 +98,7 @@ pub enum Error {
     NumbersUnknown,
 
     /// An operator that the evaluator doesn't compute.
-    #[error("the operator is not understood")]
+    #[error("the operator {} is not supported", qualified(.domain, .op_type))]
     NotSupported { domain: String, op_type: String },
 
     /// A node that breaks its operator's rules, or uses what isn't computed of them.
@@ -118,12 +118,29 @@ pub enum Error {
     },
 }
 
+fn qualified(domain: &str, op_type: &str) -> String {
+    if domain.is_empty() {
+        op_type.to_owned()
+    } else {
+        format!("{domain}::{op_type}")
+    }
+}
+
 impl Error {
     /// What went wrong, without the nodes and inputs that it is told of.
     pub fn cause(&self) -> &Error {
         match self {
             Self::Mask(source) | Self::Node { source, .. } => source.cause(),
             own => own,
+        }
+    }
+
+    /// The node at which the evaluation stopped, if it is told with one.
+    pub fn node(&self) -> Option<&str> {
+        match self {
+            Self::Node { label, source, .. } => source.node().or(Some(label)),
+            Self::Mask(source) => source.node(),
+            _ => None,
         }
     }
 

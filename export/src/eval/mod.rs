@@ -1,8 +1,16 @@
 //! Runs the parts of a graph that decide what an attention does: shapes, masks, positions, scales, layouts. Weights and
 //! activations have shapes only, so a run costs next to nothing whatever the model's size; where numbers are known
 //! (constants, masks, positions, or values that a rule plants) they are computed, in f64.
+//!
+//! - [`Program`] is a graph made ready to run, whole or in part; [`Env`] holds the values of a run, and why others are not known.
+//! - [`Tensor`] is a value: a shape, and numbers that are stored (computed by `ndarray`) or on demand (`lazy`).
+//! - `ops` holds the operators, in one table. An operator that it doesn't list has no shape.
+//! - [`Error`] is why a value is not known; its variant tells what may be done about it.
 
+mod constant;
 mod error;
+mod layout;
+mod lazy;
 mod ops;
 mod tensor;
 
@@ -24,7 +32,7 @@ use std::{
 const SMALL: usize = 4096;
 const LARGE: usize = 1 << 22;
 /// Numbers that one run computes: far more than masks and positions of any model need.
-const MAX_SPENT: usize = 1 << 25;
+const MAX_COMPUTED: usize = 1 << 25;
 /// Graphs inside graphs.
 const MAX_DEPTH: usize = 16;
 
@@ -34,7 +42,7 @@ pub struct Env<'a> {
     values: HashMap<&'a str, Rc<Tensor>>,
     unknown: HashMap<&'a str, Error>,
     /// Numbers computed so far.
-    spent: usize,
+    computed: usize,
 }
 
 impl<'a> Env<'a> {
@@ -47,8 +55,8 @@ impl<'a> Env<'a> {
     }
 
     /// Numbers that the run computed.
-    pub fn spent(&self) -> usize {
-        self.spent
+    pub fn computed(&self) -> usize {
+        self.computed
     }
 
     /// # Errors
@@ -70,7 +78,7 @@ impl<'a> Env<'a> {
 }
 
 /// Part of a graph: what some values are computed from.
-pub struct Cone<'a> {
+pub struct GraphSlice<'a> {
     nodes: Vec<usize>,
     constants: HashSet<&'a str>,
 }
@@ -82,10 +90,10 @@ pub struct Program<'a> {
     /// Where a node stands in `order`.
     place: Vec<usize>,
     constants: HashMap<&'a str, Rc<Tensor>>,
-    /// Values that depend on tokens or on what the model remembers, not only on their shapes: never computed unless planted.
+    /// Values that depend on tokens or on what the model remembers, not only on their shapes: never computed unless substituted.
     data: HashSet<&'a str>,
     /// Those of them that depend on a cache.
-    remembered: HashSet<&'a str>,
+    cache_dependent: HashSet<&'a str>,
 }
 
 impl<'a> Program<'a> {
@@ -107,7 +115,7 @@ impl<'a> Program<'a> {
         let both: HashSet<&str> = tokens.union(caches).copied().collect();
         Self {
             data: dependents(view, &order, &both),
-            remembered: dependents(view, &order, caches),
+            cache_dependent: dependents(view, &order, caches),
             view,
             order,
             place,
@@ -116,13 +124,13 @@ impl<'a> Program<'a> {
     }
 
     /// Whether a value depends on tokens or caches other than through shapes.
-    pub fn is_data(&self, name: &str) -> bool {
+    pub fn is_data_dependent(&self, name: &str) -> bool {
         self.data.contains(name)
     }
 
     /// Whether a value depends on what a cache holds.
-    pub fn is_remembered(&self, name: &str) -> bool {
-        self.remembered.contains(name)
+    pub fn is_cache_dependent(&self, name: &str) -> bool {
+        self.cache_dependent.contains(name)
     }
 
     pub fn constant(&self, name: &str) -> Option<&Rc<Tensor>> {
@@ -144,7 +152,7 @@ impl<'a> Program<'a> {
     }
 
     /// What `targets` are computed from, to be run again and again.
-    pub fn cone(&self, targets: &[&'a str]) -> Cone<'a> {
+    pub fn slice_to(&self, targets: &[&'a str]) -> GraphSlice<'a> {
         let mut above: BTreeSet<usize> = BTreeSet::new();
         let mut read: HashSet<&'a str> = HashSet::new();
         let mut open = targets.to_vec();
@@ -162,18 +170,18 @@ impl<'a> Program<'a> {
         }
         let nodes = above.iter().filter_map(|at| self.order.get(*at).copied()).collect();
         read.retain(|name| self.constants.contains_key(name));
-        Cone { nodes, constants: read }
+        GraphSlice { nodes, constants: read }
     }
 
     /// Runs a part of the graph on these inputs.
-    pub fn run_cone(&self, inputs: Env<'a>, cone: &Cone<'a>) -> Env<'a> {
+    pub fn run_slice(&self, inputs: Env<'a>, slice: &GraphSlice<'a>) -> Env<'a> {
         let mut env = inputs;
-        for name in &cone.constants {
+        for name in &slice.constants {
             if let Some(value) = self.constants.get(name) {
                 env.values.entry(name).or_insert_with(|| value.clone());
             }
         }
-        for node in cone.nodes.iter().filter_map(|i| self.view.graph.node.get(*i)) {
+        for node in slice.nodes.iter().filter_map(|i| self.view.graph.node.get(*i)) {
             if !(node.is("", "Constant") && env.values.contains_key(node.output(0))) {
                 self.step(node, &mut env, None);
             }
@@ -182,16 +190,16 @@ impl<'a> Program<'a> {
     }
 
     /// Computes what `targets` become when values of `base` are replaced: the nodes between them only, numbers and all.
-    pub fn plant(&self, base: &Env<'a>, seeds: Vec<(&'a str, Tensor)>, targets: &[&str]) -> Env<'a> {
-        let planted: HashSet<&str> = seeds.iter().map(|(name, _)| *name).collect();
+    pub fn substitute(&self, base: &Env<'a>, seeds: Vec<(&'a str, Tensor)>, targets: &[&str]) -> Env<'a> {
+        let substituted: HashSet<&str> = seeds.iter().map(|(name, _)| *name).collect();
         let place = |index: usize| self.place.get(index).copied().unwrap_or(usize::MAX);
         // What stands before every reader of a seed can't depend on one.
-        let readers = planted.iter().flat_map(|name| self.view.reader_indices(name));
+        let readers = substituted.iter().flat_map(|name| self.view.reader_indices(name));
         let first = readers.map(|i| place(*i)).min().unwrap_or(usize::MAX);
         let mut above: BTreeSet<usize> = BTreeSet::new();
         let mut open: Vec<&str> = targets.to_vec();
         while let Some(name) = open.pop() {
-            if planted.contains(name) {
+            if substituted.contains(name) {
                 continue;
             }
             if let Some(index) = self.view.producer_index(name)
@@ -203,7 +211,7 @@ impl<'a> Program<'a> {
             }
         }
         let mut env = Env::default();
-        let mut touched: HashSet<&str> = planted.clone();
+        let mut touched: HashSet<&str> = substituted.clone();
         for (name, value) in seeds {
             env.set(name, value);
         }
@@ -212,7 +220,12 @@ impl<'a> Program<'a> {
                 continue;
             };
             if reads(node).any(|i| touched.contains(i)) {
-                touched.extend(node.output.iter().map(String::as_str).filter(|o| !planted.contains(o)));
+                touched.extend(
+                    node.output
+                        .iter()
+                        .map(String::as_str)
+                        .filter(|o| !substituted.contains(o)),
+                );
                 self.step(node, &mut env, Some(base));
             }
         }
@@ -221,7 +234,7 @@ impl<'a> Program<'a> {
 
     fn step(&self, node: &'a NodeProto, env: &mut Env<'a>, base: Option<&Env<'a>>) {
         let outcome = {
-            let look = |name: &str| -> Option<Rc<Tensor>> {
+            let lookup = |name: &str| -> Option<Rc<Tensor>> {
                 let own = env.values.get(name).or_else(|| {
                     if env.unknown.contains_key(name) {
                         return None;
@@ -230,10 +243,10 @@ impl<'a> Program<'a> {
                 });
                 own.cloned()
             };
-            if env.spent > MAX_SPENT {
+            if env.computed > MAX_COMPUTED {
                 Err(Error::TooMuchWork)
             } else {
-                evaluate(node, &look, self.view.opset, 0)
+                evaluate(node, &lookup, self.view.opset, 0)
             }
         };
         match outcome {
@@ -241,18 +254,18 @@ impl<'a> Program<'a> {
                 for (name, value) in node.output.iter().map(String::as_str).zip(outputs) {
                     match value {
                         _ if name.is_empty() => {}
-                        // A planted value stays as planted.
+                        // A substituted value stays as substituted.
                         _ if base.is_some() && env.values.contains_key(name) => {}
                         Some(mut value) => {
                             if base.is_none() && self.data.contains(name) {
-                                value.forget();
+                                value.drop_numbers();
                             }
                             if base.is_none() {
-                                value.fit(ops::calculates(node));
+                                value.round_to_type(|| ops::calculates(node));
                             }
-                            env.spent += value.data.as_ref().map_or(0, Vec::len);
-                            if env.spent > MAX_SPENT {
-                                value.forget();
+                            env.computed += value.data.as_ref().map_or(0, Vec::len);
+                            if env.computed > MAX_COMPUTED {
+                                value.drop_numbers();
                             }
                             env.set(name, value);
                         }
@@ -286,16 +299,16 @@ fn at(node: &NodeProto, source: Error) -> Error {
 }
 
 /// Values by name, as a node sees them.
-type Look<'l> = &'l dyn Fn(&str) -> Option<Rc<Tensor>>;
+type Lookup<'l> = &'l dyn Fn(&str) -> Option<Rc<Tensor>>;
 
-fn evaluate(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
+fn evaluate(node: &NodeProto, lookup: Lookup, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
     if node.is("", "If") {
-        return branch(node, look, opset, depth);
+        return branch(node, lookup, opset, depth);
     }
     let inputs: Vec<Option<Rc<Tensor>>> = node
         .input
         .iter()
-        .map(|name| (!name.is_empty()).then(|| look(name)).flatten())
+        .map(|name| (!name.is_empty()).then(|| lookup(name)).flatten())
         .collect();
     if let ([Some(known), None, ..] | [None, Some(known), ..], true) = (inputs.as_slice(), depth == 0)
         && known.shape.len() == 3
@@ -326,7 +339,7 @@ fn residual(node: &NodeProto) -> Option<&'static [bool]> {
 }
 
 /// An If whose condition is known: what its branch gives. Else its shapes, when both branches agree.
-fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
+fn branch(node: &NodeProto, lookup: Lookup, opset: i64, depth: usize) -> Result<Vec<Option<Tensor>>, Error> {
     if depth >= MAX_DEPTH {
         return Err(Error::TooDeep(MAX_DEPTH));
     }
@@ -334,11 +347,11 @@ fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<
     let (Some(yes), Some(no)) = (graph_of("then_branch"), graph_of("else_branch")) else {
         return Err("a branch is missing".into());
     };
-    let condition = look(node.input(0)).and_then(|c| c.data.as_ref()?.first().copied());
+    let condition = lookup(node.input(0)).and_then(|c| c.data.as_ref()?.first().copied());
     match condition {
-        Some(c) => Ok(inside(if c != 0.0 { yes } else { no }, look, opset, depth)),
+        Some(c) => Ok(inside(if c != 0.0 { yes } else { no }, lookup, opset, depth)),
         None => {
-            let (a, b) = (inside(yes, look, opset, depth), inside(no, look, opset, depth));
+            let (a, b) = (inside(yes, lookup, opset, depth), inside(no, lookup, opset, depth));
             let agree = |(a, b): (Option<Tensor>, Option<Tensor>)| {
                 let (a, b) = (a?, b?);
                 (a.shape == b.shape).then(|| Tensor::unknown(a.shape, a.data_type))
@@ -348,31 +361,31 @@ fn branch(node: &NodeProto, look: Look, opset: i64, depth: usize) -> Result<Vec<
     }
 }
 
-fn inside(graph: &GraphProto, look: Look, opset: i64, depth: usize) -> Vec<Option<Tensor>> {
+fn inside(graph: &GraphProto, lookup: Lookup, opset: i64, depth: usize) -> Vec<Option<Tensor>> {
     let mut own: HashMap<&str, Option<Rc<Tensor>>> = HashMap::new();
     for tensor in &graph.initializer {
         own.insert(tensor.name(), Tensor::constant(tensor, SMALL, None).map(Rc::new));
     }
     for node in &graph.node {
         let outputs = {
-            let look = |name: &str| match own.get(name) {
+            let lookup = |name: &str| match own.get(name) {
                 Some(known) => known.clone(),
-                None => look(name),
+                None => lookup(name),
             };
-            evaluate(node, &look, opset, depth + 1).unwrap_or_default()
+            evaluate(node, &lookup, opset, depth + 1).unwrap_or_default()
         };
         let mut outputs = outputs.into_iter();
         for name in &node.output {
             let mut value = outputs.next().flatten();
             if let Some(value) = &mut value {
-                value.fit(ops::calculates(node));
+                value.round_to_type(|| ops::calculates(node));
             }
             own.insert(name, value.map(Rc::new));
         }
     }
     let outputs = graph.output.iter().map(|o| match own.get(o.name()) {
         Some(known) => known.as_deref().cloned(),
-        None => look(o.name()).as_deref().cloned(),
+        None => lookup(o.name()).as_deref().cloned(),
     });
     outputs.collect()
 }
@@ -433,18 +446,8 @@ fn dependents<'a>(view: &GraphView<'a>, order: &[usize], roots: &HashSet<&'a str
 }
 
 fn constants<'a>(view: &GraphView<'a>, folder: Option<PathBuf>) -> HashMap<&'a str, Rc<Tensor>> {
-    const WEIGHED: [&str; 8] = [
-        "MatMul",
-        "Gemm",
-        "Gather",
-        "MatMulNBits",
-        "Conv",
-        "DequantizeLinear",
-        "MatMulInteger",
-        "GatherBlockQuantized",
-    ];
     let limit = |tensor: &TensorProto| {
-        let weight = view.readers(tensor.name()).any(|n| WEIGHED.contains(&n.op_type()));
+        let weight = view.readers(tensor.name()).any(ops::reads_weights);
         if weight { SMALL } else { LARGE }
     };
     let read = |t: &'a TensorProto| {

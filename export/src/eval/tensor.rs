@@ -1,113 +1,43 @@
 //! A tensor as the evaluator sees it: always a shape, sometimes numbers.
 
-use super::{Error, ops};
+use super::{Error, layout::Layout, lazy::Lazy};
 use half::{bf16, f16};
-use retro_onnx::{DataType, NodeProto, TensorProto};
-use std::{
-    borrow::Cow,
-    fs::File,
-    io::{Read, Seek, SeekFrom},
-    path::{Component, Path},
-    rc::Rc,
-};
+use ndarray::{ArrayD, ArrayViewD};
+use retro_onnx::DataType;
+use std::borrow::Cow;
 
-/// Numbers that one tensor may hold.
+/// Numbers that one tensor may store.
 const MAX_NUMBERS: usize = 1 << 23;
-/// From here on results are computed number by number, when they are asked for: a mask of all tokens by all tokens is read in a few
-/// rows only.
-const MAX_HELD: usize = 1 << 18;
-/// Steps that are worth doing for numbers that are asked for together.
-const MAX_STEPS: f64 = 4e8;
+/// From here on results are computed number by number, when they are asked for.
+const MAX_STORED: usize = 1 << 18;
 /// Elements that a shape may have.
 const MAX_ELEMENTS: usize = 1 << 46;
 
+/// A shape, a type, and the numbers where they are known: stored, or computed on demand.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub shape: Vec<usize>,
     pub data_type: DataType,
-    /// Row-major; integers and booleans too.
+    /// Row-major, in f64 whatever the type is; integers and booleans too.
     pub data: Option<Vec<f64>>,
-    /// The numbers of a tensor that is too large to hold them.
+    /// The numbers of a tensor that is too large to store them.
     pub lazy: Option<Lazy>,
-}
-
-/// Gives a number by its place in row-major order; NaN where there is none.
-#[derive(Clone)]
-pub struct Lazy {
-    number: Rc<dyn Fn(usize) -> f64>,
-    /// Steps that a number takes: values that are read several times are computed as often, which may double with each node.
-    each: f64,
-    /// Steps that the first number of a row takes besides.
-    row: f64,
-}
-
-impl Lazy {
-    /// `of`: the numbers that one of these is computed from.
-    pub(super) fn new(of: &[&Self], number: impl Fn(usize) -> f64 + 'static) -> Self {
-        Self {
-            number: Rc::new(number),
-            each: 1.0 + of.iter().map(|l| l.each).sum::<f64>(),
-            row: of.iter().map(|l| l.row).sum(),
-        }
-    }
-
-    /// Numbers that are computed from whole rows of `d` others, once a row.
-    pub(super) fn of_rows(of: &Self, d: usize, number: impl Fn(usize) -> f64 + 'static) -> Self {
-        Self {
-            number: Rc::new(number),
-            each: 1.0,
-            row: of.row + of.each * d as f64,
-        }
-    }
-
-    pub fn at(&self, place: usize) -> f64 {
-        (self.number)(place)
-    }
-
-    /// Whether so many numbers of so many rows are worth computing.
-    pub fn is_affordable(&self, numbers: usize, rows: usize) -> bool {
-        self.each * numbers as f64 + self.row * rows as f64 <= MAX_STEPS
-    }
-
-    /// Elements of `shape`, each axis by its own stride.
-    pub(super) fn strided(self, offset: isize, shape: &[usize], by: &[isize]) -> Self {
-        let own = strides(shape);
-        // Axes of one element never move.
-        let axes: Vec<(usize, usize, isize)> = own
-            .iter()
-            .zip(shape)
-            .zip(by)
-            .filter(|((_, d), _)| **d > 1)
-            .map(|((s, d), by)| (*s, *d, *by))
-            .collect();
-        let of = self.clone();
-        Self::new(&[&of], move |place| {
-            let steps = axes.iter().map(|(s, d, by)| (place / s % d) as isize * by);
-            let at = offset + steps.sum::<isize>();
-            usize::try_from(at).map_or(f64::NAN, |at| self.at(at))
-        })
-    }
-}
-
-impl std::fmt::Debug for Lazy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("numbers on demand")
-    }
 }
 
 /// Elements of a shape.
 ///
 /// # Errors
-/// More than any model has.
+/// More than any model has, even if some other dimension is 0.
 pub fn numel(shape: &[usize]) -> Result<usize, Error> {
-    let product = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-    product
-        .filter(|n| *n <= MAX_ELEMENTS)
-        .ok_or_else(|| Error::TooManyElements(shape.to_vec()))
+    let largest = shape.iter().try_fold(1usize, |n, d| n.checked_mul((*d).max(1)));
+    match largest {
+        Some(n) if n <= MAX_ELEMENTS => Ok(if shape.contains(&0) { 0 } else { n }),
+        _ => Err(Error::TooManyElements(shape.to_vec())),
+    }
 }
 
-/// The same for a tensor whose numbers are to be held.
-pub(super) fn numbers(shape: &[usize]) -> Result<usize, Error> {
+/// The same for a tensor whose numbers are to be stored.
+pub(super) fn storable(shape: &[usize]) -> Result<usize, Error> {
     let n = numel(shape)?;
     if n > MAX_NUMBERS {
         return Err(Error::TooManyNumbers(n));
@@ -115,81 +45,19 @@ pub(super) fn numbers(shape: &[usize]) -> Result<usize, Error> {
     Ok(n)
 }
 
-/// Whether so many numbers are held; more are computed when they are asked for.
-pub(super) fn are_held(shape: &[usize]) -> bool {
-    numel(shape).is_ok_and(|n| n <= MAX_HELD)
+/// Whether results of this shape are stored; larger ones are computed on demand.
+pub(super) fn is_stored(shape: &[usize]) -> bool {
+    numel(shape).is_ok_and(|n| n <= MAX_STORED)
 }
 
-pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
-    let mut strides = vec![1usize; shape.len()];
-    for axis in (1..shape.len()).rev() {
-        strides[axis - 1] = strides[axis].saturating_mul(shape[axis]);
-    }
-    strides
-}
-
-/// Reads `shape` elements out of `data`, each axis by its own stride.
-pub(super) fn strided(data: &[f64], offset: isize, shape: &[usize], strides: &[isize]) -> Result<Vec<f64>, Error> {
-    let n = numbers(shape)?;
-    let mut out = Vec::with_capacity(n);
-    // The last axis a row at a time, where it is side by side or one number.
-    let (outer, row) = match (shape.split_last(), strides.last()) {
-        (Some((row, outer)), Some(0 | 1)) => (outer, *row),
-        _ => (shape, 1),
-    };
-    let repeats = strides.last() == Some(&0);
-    let mut index = vec![0usize; outer.len()];
-    let mut at = offset;
-    for _ in 0..n.checked_div(row).unwrap_or(0) {
-        let start = usize::try_from(at).ok();
-        let len = if repeats { 1 } else { row };
-        let found = start.and_then(|start| data.get(start..start.checked_add(len)?));
-        let beyond = Error::IndexOutOfRange {
-            index: at as i64,
-            len: data.len(),
-        };
-        match found.ok_or(beyond)? {
-            [one] => out.resize(out.len() + row, *one),
-            several => out.extend_from_slice(several),
-        }
-        for axis in (0..outer.len()).rev() {
-            index[axis] += 1;
-            at += strides[axis];
-            if index[axis] < outer[axis] {
-                break;
-            }
-            at -= strides[axis] * outer[axis] as isize;
-            index[axis] = 0;
-        }
-    }
-    Ok(out)
-}
-
-pub(super) fn broadcast(a: &[usize], b: &[usize]) -> Result<Vec<usize>, Error> {
-    let rank = a.len().max(b.len());
-    let at = |s: &[usize], i: usize| {
-        (i + s.len())
-            .checked_sub(rank)
-            .and_then(|i| s.get(i))
-            .copied()
-            .unwrap_or(1)
-    };
-    (0..rank)
-        .map(|i| match (at(a, i), at(b, i)) {
-            (x, y) if x == y => Ok(x),
-            (1, y) => Ok(y),
-            (x, 1) => Ok(x),
-            _ => Err(Error::Broadcast {
-                left: a.to_vec(),
-                right: b.to_vec(),
-            }),
-        })
-        .collect()
+/// Rows of the last axis.
+fn rows(shape: &[usize], n: usize) -> usize {
+    n.checked_div(shape.last().copied().unwrap_or(1)).unwrap_or(0)
 }
 
 /// What a type makes of a number: the nearest that it has, or, of whole numbers, what is left of it. None where all numbers are as
 /// they are.
-fn fitting(data_type: DataType) -> Option<fn(f64) -> f64> {
+fn rounding(data_type: DataType) -> Option<fn(f64) -> f64> {
     Some(match data_type {
         DataType::Float => |x| f64::from(x as f32),
         DataType::Float16 => |x| f16::from_f64(x).to_f64(),
@@ -215,7 +83,23 @@ fn wrapped<const BITS: i32>(x: f64, signed: bool) -> f64 {
     }
 }
 
+/// An array's numbers in row-major order, a row at a time where the rows lie so: `to_owned` goes number by number.
+fn row_major(array: &ArrayViewD<f64>) -> Vec<f64> {
+    if let Some(data) = array.as_slice() {
+        return data.to_vec();
+    }
+    let mut data = Vec::with_capacity(array.len());
+    for row in array.rows() {
+        match row.as_slice() {
+            Some(row) => data.extend_from_slice(row),
+            None => data.extend(row.iter()),
+        }
+    }
+    data
+}
+
 impl Tensor {
+    /// A tensor of which the shape alone is known.
     pub fn unknown(shape: Vec<usize>, data_type: DataType) -> Self {
         Self {
             shape,
@@ -225,6 +109,7 @@ impl Tensor {
         }
     }
 
+    /// A tensor with its numbers, row-major.
     pub fn new(shape: Vec<usize>, data_type: DataType, data: Vec<f64>) -> Self {
         Self {
             shape,
@@ -235,17 +120,30 @@ impl Tensor {
     }
 
     /// The same number everywhere.
+    ///
+    /// # Errors
+    /// The shape has more elements than any model has.
     pub fn filled(shape: Vec<usize>, data_type: DataType, x: f64) -> Result<Self, Error> {
         Self::computed(shape, data_type, Lazy::new(&[], move |_| x))
+    }
+
+    /// An array's numbers.
+    pub(super) fn of_array(array: ArrayD<f64>, data_type: DataType) -> Self {
+        let shape = array.shape().to_vec();
+        let data = if array.is_standard_layout() {
+            array.into_raw_vec_and_offset().0
+        } else {
+            row_major(&array.view())
+        };
+        Self::new(shape, data_type, data)
     }
 
     /// Numbers by their place: at once, or when they are asked for if there are too many.
     pub(super) fn computed(shape: Vec<usize>, data_type: DataType, numbers: Lazy) -> Result<Self, Error> {
         let n = numel(&shape)?;
-        let rows = n.checked_div(shape.last().copied().unwrap_or(1)).unwrap_or(0);
-        Ok(if n <= MAX_HELD && !numbers.is_affordable(n, rows) {
+        Ok(if n <= MAX_STORED && !numbers.is_affordable(n, rows(&shape, n)) {
             Self::unknown(shape, data_type)
-        } else if n > MAX_HELD {
+        } else if n > MAX_STORED {
             Self {
                 lazy: Some(numbers),
                 ..Self::unknown(shape, data_type)
@@ -255,93 +153,119 @@ impl Tensor {
         })
     }
 
-    /// Its numbers as its type holds them, and so as a kernel has them: a bound of a mask may depend on it. Float16 counts no further
-    /// than 2048, and squares of distances leave int32 behind 46,340 tokens. Those that are not held need it only where they are
+    /// Its numbers as its type stores them, and so as a kernel has them: a bound of a mask may depend on it. Float16 counts no
+    /// further than 2048, and squares of distances leave int32 behind 46,340 tokens. Those on demand need it only where they are
     /// calculated.
-    pub(super) fn fit(&mut self, calculated: bool) {
-        let Some(fit) = fitting(self.data_type) else { return };
+    pub(super) fn round_to_type(&mut self, calculated: impl FnOnce() -> bool) {
+        let Some(round) = rounding(self.data_type) else {
+            return;
+        };
         if let Some(data) = &mut self.data {
-            data.iter_mut().for_each(|x| *x = fit(*x));
+            data.iter_mut().for_each(|x| *x = round(*x));
         }
-        if calculated && let Some(lazy) = self.lazy.take() {
-            self.lazy = Some(Lazy::new(&[&lazy.clone()], move |at| fit(lazy.at(at))));
+        if self.lazy.is_some() && calculated() {
+            self.lazy = self.lazy.take().map(|lazy| lazy.map(round));
         }
     }
 
-    /// Whether its numbers are known, held or not.
-    pub fn is_known(&self) -> bool {
+    /// Whether its numbers are known, stored or on demand.
+    pub fn has_numbers(&self) -> bool {
         self.data.is_some() || self.lazy.is_some()
     }
 
-    pub(super) fn forget(&mut self) {
+    pub(super) fn drop_numbers(&mut self) {
         self.data = None;
         self.lazy = None;
     }
 
     /// Its numbers by their places, if they are known.
     pub fn numbers(&self) -> Option<Lazy> {
-        let held = |data: &Vec<f64>| {
+        let stored = |data: &Vec<f64>| {
             let data = data.clone();
             Lazy::new(&[], move |at| data.get(at).copied().unwrap_or(f64::NAN))
         };
-        self.lazy.clone().or_else(|| self.data.as_ref().map(held))
+        self.lazy.clone().or_else(|| self.data.as_ref().map(stored))
     }
 
-    /// The tensor with its numbers held, where an operator needs them at once and there are few enough.
-    pub(super) fn held(&self) -> Cow<'_, Self> {
-        match &self.lazy {
-            Some(lazy) => match numbers(&self.shape) {
-                Ok(n) if lazy.is_affordable(n, n.checked_div(self.shape.last().copied().unwrap_or(1)).unwrap_or(0)) => {
-                    let data = (0..n).map(|at| lazy.at(at)).collect();
-                    Cow::Owned(Self::new(self.shape.clone(), self.data_type, data))
-                }
-                _ => Cow::Owned(Self::unknown(self.shape.clone(), self.data_type)),
-            },
-            None => Cow::Borrowed(self),
-        }
-    }
-
-    /// Its elements in another order: `shape` of them, each axis by its own stride.
-    pub(super) fn rearranged(&self, offset: isize, shape: Vec<usize>, by: &[isize]) -> Result<Self, Error> {
-        match &self.data {
-            Some(data) if numel(&shape)? <= MAX_HELD => {
-                let data = strided(data, offset, &shape, by)?;
-                Ok(Self::new(shape, self.data_type, data))
+    /// The tensor with its numbers stored, where an operator needs them at once and there are few enough.
+    pub(super) fn stored(&self) -> Cow<'_, Self> {
+        let Some(lazy) = &self.lazy else {
+            return Cow::Borrowed(self);
+        };
+        Cow::Owned(match storable(&self.shape) {
+            Ok(n) if lazy.is_affordable(n, rows(&self.shape, n)) => {
+                let data = (0..n).map(|at| lazy.at(at)).collect();
+                Self::new(self.shape.clone(), self.data_type, data)
             }
-            _ => match self.numbers() {
-                Some(numbers) => {
-                    let numbers = numbers.strided(offset, &shape, by);
-                    Self::computed(shape, self.data_type, numbers)
-                }
-                None => Ok(Self::unknown(shape, self.data_type)),
-            },
-        }
+            _ => Self::unknown(self.shape.clone(), self.data_type),
+        })
     }
 
-    /// How far each axis of `shape` moves in this tensor, when it is spread to it.
-    fn spread_strides(&self, shape: &[usize]) -> Result<Vec<isize>, Error> {
-        let own = strides(&self.shape);
-        let shift = shape
-            .len()
-            .checked_sub(self.shape.len())
-            .ok_or("a shape has too many dimensions")?;
-        Ok((0..shape.len())
-            .map(|axis| match axis.checked_sub(shift) {
-                Some(i) if self.shape[i] != 1 => own[i] as isize,
-                _ => 0,
-            })
-            .collect())
+    /// Its stored numbers as an array.
+    ///
+    /// # Errors
+    /// They are not stored.
+    pub(super) fn view(&self) -> Result<ArrayViewD<'_, f64>, Error> {
+        Layout::of(&self.shape).view(self.data.as_deref().ok_or(Error::NumbersUnknown)?)
     }
 
-    /// The tensor's numbers by their places in a shape that it is spread to.
-    pub(super) fn spread_numbers(&self, shape: &[usize]) -> Result<Lazy, Error> {
+    /// Its stored numbers as an array of a shape that it broadcasts to.
+    ///
+    /// # Errors
+    /// They are not stored, or it doesn't.
+    pub(super) fn broadcast_view(&self, shape: &[usize]) -> Result<ArrayViewD<'_, f64>, Error> {
+        let data = self.data.as_deref().ok_or(Error::NumbersUnknown)?;
+        Layout::of(&self.shape).broadcast(shape)?.view(data)
+    }
+
+    /// Its numbers by their places in a shape that it broadcasts to.
+    ///
+    /// # Errors
+    /// They are not known, or it doesn't.
+    pub(super) fn broadcast_numbers(&self, shape: &[usize]) -> Result<Lazy, Error> {
         let numbers = self.numbers().ok_or(Error::NumbersUnknown)?;
         if self.shape == shape {
             return Ok(numbers);
         }
-        Ok(numbers.strided(0, shape, &self.spread_strides(shape)?))
+        Ok(Layout::of(&self.shape).broadcast(shape)?.lazy(numbers))
     }
 
+    /// Its elements in another order, or some of them.
+    pub(super) fn rearranged(&self, layout: Layout) -> Result<Self, Error> {
+        if let Some(data) = self.data.as_ref().filter(|_| is_stored(&layout.shape)) {
+            let data = row_major(&layout.view(data)?);
+            return Ok(Self::new(layout.shape, self.data_type, data));
+        }
+        match self.numbers() {
+            Some(numbers) => {
+                let numbers = layout.lazy(numbers);
+                Self::computed(layout.shape, self.data_type, numbers)
+            }
+            None => Ok(Self::unknown(layout.shape, self.data_type)),
+        }
+    }
+
+    /// The tensor spread to a shape that it broadcasts to.
+    pub(super) fn expanded(&self, shape: &[usize]) -> Result<Self, Error> {
+        numel(shape)?;
+        self.rearranged(Layout::of(&self.shape).broadcast(shape)?)
+    }
+
+    /// Its elements in the same order by another shape of as many.
+    ///
+    /// # Errors
+    /// The shape has more elements, or fewer.
+    pub(super) fn reshaped(&self, shape: Vec<usize>) -> Result<Self, Error> {
+        if numel(&shape)? != numel(&self.shape)? {
+            return Err(Error::Reshape {
+                from: self.shape.clone(),
+                into: shape.iter().map(|d| *d as i64).collect(),
+            });
+        }
+        Ok(Self { shape, ..self.clone() })
+    }
+
+    /// Whole numbers in a row.
     pub(super) fn ints(values: Vec<f64>) -> Self {
         Self::new(vec![values.len()], DataType::Int64, values)
     }
@@ -354,113 +278,18 @@ impl Tensor {
     }
 
     /// The numbers as integers.
+    ///
+    /// # Errors
+    /// They are not stored.
     pub(super) fn as_ints(&self) -> Result<Vec<i64>, Error> {
         let data = self.data.as_ref().ok_or(Error::NumbersUnknown)?;
         Ok(data.iter().map(|x| *x as i64).collect())
     }
 
-    /// The tensor's numbers spread to a shape that it goes into.
-    pub(super) fn spread(&self, shape: &[usize]) -> Result<Vec<f64>, Error> {
-        let data = self.data.as_ref().ok_or(Error::NumbersUnknown)?;
-        if self.shape == shape {
-            return Ok(data.clone());
-        }
-        strided(data, 0, shape, &self.spread_strides(shape)?)
+    /// Its first number, if it is stored.
+    pub(super) fn first(&self) -> Option<f64> {
+        self.data.as_ref()?.first().copied()
     }
-
-    /// A constant in a graph inside a node, if it is small.
-    pub fn small(tensor: &TensorProto) -> Option<Self> {
-        Self::constant(tensor, 4096, None)
-    }
-
-    /// The value of a Constant.
-    pub fn of_constant(node: &NodeProto) -> Option<Self> {
-        ops::evaluate(node, &[], 0).ok()?.pop()?
-    }
-
-    /// A constant: its shape, and its numbers when there are at most `limit`. `folder`: where external data lies.
-    pub(super) fn constant(tensor: &TensorProto, limit: usize, folder: Option<&Path>) -> Option<Self> {
-        let shape: Option<Vec<usize>> = tensor.dims.iter().map(|d| usize::try_from(*d).ok()).collect();
-        let shape = shape?;
-        let data_type = DataType::try_from(tensor.data_type()).ok()?;
-        let n = numel(&shape).ok()?;
-        let data = if n <= limit {
-            values(tensor, data_type, n, folder)
-        } else {
-            None
-        };
-        Some(Self {
-            data,
-            ..Self::unknown(shape, data_type)
-        })
-    }
-}
-
-fn values(tensor: &TensorProto, data_type: DataType, n: usize, folder: Option<&Path>) -> Option<Vec<f64>> {
-    let size = usize::try_from(data_type.bits()?.checked_div(8)?)
-        .ok()
-        .filter(|s| *s > 0)?;
-    let typed: Vec<f64> = match data_type {
-        _ if tensor.is_external() => return decode(&external(tensor, n.checked_mul(size)?, folder?)?, data_type, n),
-        _ if tensor.raw_data.is_some() => return decode(tensor.raw_data.as_ref()?, data_type, n),
-        DataType::Float => tensor.float_data.iter().map(|x| f64::from(*x)).collect(),
-        DataType::Double => tensor.double_data.clone(),
-        DataType::Int64 => tensor.int64_data.iter().map(|x| *x as f64).collect(),
-        DataType::Uint64 | DataType::Uint32 => tensor.uint64_data.iter().map(|x| *x as f64).collect(),
-        DataType::Float16 => tensor
-            .int32_data
-            .iter()
-            .map(|x| f16::from_bits(*x as u16).to_f64())
-            .collect(),
-        DataType::Bfloat16 => tensor
-            .int32_data
-            .iter()
-            .map(|x| bf16::from_bits(*x as u16).to_f64())
-            .collect(),
-        _ => tensor.int32_data.iter().map(|x| f64::from(*x)).collect(),
-    };
-    (typed.len() == n).then_some(typed)
-}
-
-fn decode(raw: &[u8], data_type: DataType, n: usize) -> Option<Vec<f64>> {
-    fn each<const N: usize>(raw: &[u8], f: impl Fn([u8; N]) -> f64) -> Vec<f64> {
-        raw.as_chunks::<N>().0.iter().map(|c| f(*c)).collect()
-    }
-    let out = match data_type {
-        DataType::Float => each(raw, |b| f64::from(f32::from_le_bytes(b))),
-        DataType::Double => each(raw, f64::from_le_bytes),
-        DataType::Float16 => each(raw, |b| f16::from_le_bytes(b).to_f64()),
-        DataType::Bfloat16 => each(raw, |b| bf16::from_le_bytes(b).to_f64()),
-        DataType::Int64 => each(raw, |b| i64::from_le_bytes(b) as f64),
-        DataType::Uint64 => each(raw, |b| u64::from_le_bytes(b) as f64),
-        DataType::Int32 => each(raw, |b| f64::from(i32::from_le_bytes(b))),
-        DataType::Uint32 => each(raw, |b| f64::from(u32::from_le_bytes(b))),
-        DataType::Int16 => each(raw, |b| f64::from(i16::from_le_bytes(b))),
-        DataType::Uint16 => each(raw, |b| f64::from(u16::from_le_bytes(b))),
-        DataType::Int8 => each(raw, |b| f64::from(i8::from_le_bytes(b))),
-        DataType::Uint8 | DataType::Bool => each(raw, |[b]| f64::from(b)),
-        _ => return None,
-    };
-    (out.len() == n).then_some(out)
-}
-
-/// A small tensor's bytes from a file inside the model's folder.
-fn external(tensor: &TensorProto, len: usize, folder: &Path) -> Option<Vec<u8>> {
-    let entry = |key: &str| tensor.external_entry(key);
-    let location = Path::new(entry("location")?);
-    let plain = location
-        .components()
-        .all(|c| matches!(c, Component::Normal(_) | Component::CurDir));
-    let path = folder.join(location);
-    if !plain || !path.is_file() {
-        return None;
-    }
-    let offset: u64 = entry("offset").map_or(Some(0), |o| o.parse().ok())?;
-    let mut file = File::open(path).ok()?;
-    file.seek(SeekFrom::Start(offset)).ok()?;
-    let mut bytes = Vec::new();
-    file.take(len as u64).read_to_end(&mut bytes).ok()?;
-    (bytes.len() == len).then_some(bytes)
 }
 
 #[cfg(test)]
@@ -484,14 +313,14 @@ mod tests {
             (DataType::Int64, 1e12, 1e12),
             (DataType::Double, 0.1, 0.1),
         ] {
-            let mut held = Tensor::new(vec![1], data_type, vec![x]);
-            held.fit(false);
-            assert_eq!(held.data, Some(vec![expected]), "{data_type:?}");
+            let mut stored = Tensor::new(vec![1], data_type, vec![x]);
+            stored.round_to_type(|| false);
+            assert_eq!(stored.data, Some(vec![expected]), "{data_type:?}");
             let mut asked = Tensor {
                 lazy: Some(Lazy::new(&[], move |_| x)),
                 ..Tensor::unknown(vec![1], data_type)
             };
-            asked.fit(true);
+            asked.round_to_type(|| true);
             assert_eq!(asked.numbers().map(|n| n.at(0)), Some(expected), "{data_type:?}");
         }
     }

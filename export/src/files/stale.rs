@@ -1,6 +1,7 @@
 //! Weights that nobody needs any more once a model was replaced.
 
-use super::{SPILLED, brought, same_path};
+use super::{copied_weights::copied_weights, paths::same_path};
+use crate::spill::SPILLED;
 use retro_onnx::{ExternalFile, LoadedModel, folder_of, locations, read_model};
 use std::{
     collections::BTreeSet,
@@ -8,24 +9,24 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Weights that were made or brought for the model at `target`, which is replaced by one that needs `new` and has its own in `spill_name`,
+/// Weights that were written, copied or linked for the model at `target`, which is replaced by one that needs `new` and has its own in `spill_name`,
 /// and that no other *.onnx of the folder names. Other files are not opened.
 pub fn stale(target: &Path, new: &[ExternalFile], spill_name: &str) -> Vec<PathBuf> {
-    stale_by(target, new, spill_name, &read_model)
+    stale_by(target, new, spill_name, &|path| read_model(path).ok())
 }
 
 fn stale_by(
     target: &Path,
     new: &[ExternalFile],
     spill_name: &str,
-    read: &dyn Fn(&Path) -> Result<LoadedModel, retro_onnx::Error>,
+    read: &dyn Fn(&Path) -> Option<LoadedModel>,
 ) -> Vec<PathBuf> {
     let folder = folder_of(target);
-    let Ok(old) = read(target) else {
+    let Some(old) = read(target) else {
         return Vec::new();
     };
     let named = locations(&old.model);
-    let mut own: BTreeSet<PathBuf> = brought(&old.model).into_keys().collect();
+    let mut own: BTreeSet<PathBuf> = copied_weights(&old.model).into_keys().collect();
     own.extend(old.model.metadata(SPILLED).map(PathBuf::from));
     own.retain(|name| named.contains(name));
     own.retain(|name| *name != Path::new(spill_name) && new.iter().all(|f| f.location != *name));
@@ -38,12 +39,12 @@ fn stale_by(
     let models = entries.flatten().map(|e| e.path());
     for path in models.filter(|path| path.extension().is_some_and(|e| e == "onnx") && !same_path(path, target)) {
         match read(&path) {
-            Ok(model) => {
+            Some(model) => {
                 let named = locations(&model.model);
                 own.retain(|name| !named.contains(name));
             }
             // What it needs is not known.
-            Err(_) => return Vec::new(),
+            None => return Vec::new(),
         }
     }
     own.into_iter().map(|name| folder.join(name)).collect()
@@ -68,7 +69,7 @@ mod tests {
         let opened = RefCell::new(Vec::new());
         let read = |path: &Path| {
             opened.borrow_mut().push(path.file_name().unwrap().to_owned());
-            read_model(path)
+            read_model(path).ok()
         };
         let found = stale_by(&folder.path().join("model.onnx"), &[], "new.data", &read);
         assert_eq!(found, [folder.path().join("old.data")]);

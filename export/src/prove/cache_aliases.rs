@@ -1,6 +1,7 @@
 //! Caches by other names. Conversions to float16 that leave the graph's inputs and outputs alone put a Cast behind each, exporters
 //! leave an Identity or a Concat of one value: what is behind them is the same cache.
 
+use super::refusal::CacheRefusal;
 use retro_onnx::{DataType, NodeProto, graph::GraphView};
 
 /// Names of one cache, at most.
@@ -66,13 +67,17 @@ pub(crate) fn output<'a>(view: &GraphView<'a>, from: &'a str) -> Option<(&'a str
 }
 
 /// Past and present are one tensor to the operator, of one type.
-pub(crate) fn same_type(view: &GraphView, past: &str, present: &str) -> Result<(), String> {
+///
+/// # Errors
+/// Names both types.
+pub(crate) fn same_type(view: &GraphView, past: &str, present: &str) -> Result<(), CacheRefusal> {
     match (view.data_type(past), view.data_type(present)) {
-        (Some(a), Some(b)) if a != b => Err(format!(
-            "its cache comes in as {} ({past}) and goes out as {} ({present})",
-            a.label(),
-            b.label()
-        )),
+        (Some(past_type), Some(present_type)) if past_type != present_type => Err(CacheRefusal::TypeChanges {
+            past: past.to_owned(),
+            past_type,
+            present: present.to_owned(),
+            present_type,
+        }),
         _ => Ok(()),
     }
 }

@@ -3,13 +3,15 @@
 //! A factor that grows with the position may be 1 in all small calls, so trying is not enough: such a value must be made from
 //! constants and from sizes that don't change, a head's for instance.
 
-use super::sample_calls::{CallShape, SampleCalls};
+use super::{call_shape::CallShape, sample_calls::SampleCalls};
 use retro_onnx::{NodeProto, graph::subgraphs};
 use std::collections::HashSet;
 
 /// Calls that differ in every size that a call has: sequences, tokens, past tokens, all tokens.
 const DIFFERENT: [CallShape; 2] = [CallShape::new(1, 1, 3, 0), CallShape::new(2, 3, 0, 0)];
 const MAX_STEPS: usize = 512;
+/// Nodes of a chain, at most.
+pub const MAX_CHAIN: usize = 64;
 /// Operators that hand sizes on as they are.
 const HAND_ON: [&str; 9] = [
     "Identity",
@@ -23,11 +25,15 @@ const HAND_ON: [&str; 9] = [
     "Split",
 ];
 
-/// Whether all that a node reads, but for `data`, is steady. Shapes that it is brought into don't change its numbers.
+/// Whether a slot of a node is a shape that its data gets, which doesn't change its numbers.
+pub fn is_shape_only(node: &NodeProto, slot: usize) -> bool {
+    slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"))
+}
+
+/// Whether all that a node reads, but for `data` and shapes, is the same in every call.
 pub fn others_are_call_invariant(samples: &SampleCalls, node: &NodeProto, data: &str) -> bool {
-    let shape_only = |slot: usize| slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"));
     let mut inputs = node.input.iter().map(String::as_str).enumerate();
-    inputs.all(|(slot, name)| name == data || shape_only(slot) || is_call_invariant(samples, name))
+    inputs.all(|(slot, name)| name == data || is_shape_only(node, slot) || is_call_invariant(samples, name))
 }
 
 /// Whether a value is the same in every call.
@@ -52,6 +58,31 @@ pub fn is_call_invariant(samples: &SampleCalls, name: &str) -> bool {
         open.extend(node.input.iter().map(String::as_str));
     }
     true
+}
+
+/// A value and those before it, as long as each is made from one value that depends on tokens, and in the same way in every
+/// call: rearranged or scaled, but not by what depends on the position.
+pub fn invariant_chain<'a>(samples: &SampleCalls<'a>, from: &'a str) -> Vec<&'a str> {
+    let program = samples.program();
+    let mut names = vec![from];
+    let mut name = from;
+    while names.len() < MAX_CHAIN {
+        let Some(node) = samples.view.producer(name) else { break };
+        let mut data = node
+            .input
+            .iter()
+            .map(String::as_str)
+            .filter(|i| program.is_data_dependent(i));
+        let (Some(one), None) = (data.next(), data.next()) else {
+            break;
+        };
+        if !others_are_call_invariant(samples, node, one) {
+            break;
+        }
+        name = one;
+        names.push(name);
+    }
+    names
 }
 
 fn reads_shape(node: &NodeProto) -> bool {
@@ -102,7 +133,7 @@ mod tests {
     use retro_onnx::{AttributeProto, DataType, TensorProto, graph::GraphView};
 
     #[test]
-    fn sizes_of_heads_are_steady_and_positions_are_not() {
+    fn sizes_of_heads_are_call_invariant_and_positions_are_not() {
         let mut graph = projected(2, 2);
         for (name, value) in [("zero", 0), ("one", 1), ("two", 2)] {
             graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
@@ -164,7 +195,7 @@ mod tests {
         graph.node.push(NodeProto::new("", "Mul", "w", &["q", "wq"], &["c"]));
         let view = GraphView::new(&graph, 23);
         let samples = SampleCalls::new(&view, None);
-        let steady = |made: &str| view.producer(made).map(|n| others_are_call_invariant(&samples, n, "q"));
-        assert_eq!(["a", "b", "c"].map(steady), [Some(true), Some(false), Some(true)]);
+        let invariant = |made: &str| view.producer(made).map(|n| others_are_call_invariant(&samples, n, "q"));
+        assert_eq!(["a", "b", "c"].map(invariant), [Some(true), Some(false), Some(true)]);
     }
 }

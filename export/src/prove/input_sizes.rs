@@ -1,8 +1,7 @@
 //! Sizes of a graph's inputs, where its declarations leave them open: by the names that they share with tokens, mask and caches,
 //! else by what is computed with them.
 
-use super::sample_calls::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, SampleCalls};
-use crate::eval::reads;
+use super::model_inputs::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 use retro_onnx::{Dimension, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -14,7 +13,9 @@ const MAX_STEPS: usize = 256;
 /// One dimension of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
+    /// The same in every call.
     Number(usize),
+    /// Sequences of a batch.
     Sequences,
     /// Tokens fed in a call.
     Tokens,
@@ -25,6 +26,7 @@ pub enum Size {
 }
 
 impl Size {
+    /// The size in a call of so many sequences, tokens fed and tokens before those.
     pub fn of(self, sequences: usize, tokens: usize, past: usize) -> usize {
         match self {
             Self::Number(n) => n,
@@ -94,27 +96,6 @@ pub fn sizes(view: &GraphView, names: &HashMap<&str, Size>, input: &ValueInfoPro
     dims.iter().enumerate().map(size).collect()
 }
 
-/// The input that a value comes from, where it depends on no token and no cache: of what an encoder gave, for instance.
-pub(crate) fn foreign<'a>(samples: &SampleCalls<'a>, value: &'a str) -> Option<&'a str> {
-    let view = samples.view;
-    let (mut open, mut seen, mut other) = (vec![value], HashSet::new(), None);
-    while let Some(name) = open.pop() {
-        if !seen.insert(name) || view.initializer(name).is_some() {
-            continue;
-        }
-        if view.is_input(name) {
-            match name {
-                INPUT_IDS | INPUTS_EMBEDS => return None,
-                ATTENTION_MASK | POSITION_IDS => {}
-                _ if samples.is_cache(name) => return None,
-                _ => other = Some(name),
-            }
-        }
-        open.extend(view.producer(name).into_iter().flat_map(reads));
-    }
-    other
-}
-
 /// The last dimension of a value, from what is computed with it.
 pub fn width(view: &GraphView, name: &str) -> Option<usize> {
     let mut open = VecDeque::from([name]);
@@ -174,13 +155,13 @@ fn told_by(view: &GraphView, node: &NodeProto, value: &str) -> Option<usize> {
 
 /// The last dimension of a product with weights.
 fn columns(view: &GraphView, name: &str) -> Option<i64> {
-    let maker = view.producer(name)?;
-    match maker.op_type() {
-        "MatMul" => view.tensor_dims(maker.input(1))?.last().copied(),
-        "MatMulNBits" | "MatMulBnb4" => Some(maker.attribute("N")?.i()),
+    let producer = view.producer(name)?;
+    match producer.op_type() {
+        "MatMul" => view.tensor_dims(producer.input(1))?.last().copied(),
+        "MatMulNBits" | "MatMulBnb4" => Some(producer.attribute("N")?.i()),
         "Gemm" => {
-            let turned = maker.attribute("transB").is_some_and(|a| a.i() != 0);
-            view.tensor_dims(maker.input(1))?.get(usize::from(!turned)).copied()
+            let turned = producer.attribute("transB").is_some_and(|a| a.i() != 0);
+            view.tensor_dims(producer.input(1))?.get(usize::from(!turned)).copied()
         }
         _ => None,
     }
@@ -189,16 +170,16 @@ fn columns(view: &GraphView, name: &str) -> Option<i64> {
 /// The dimension before the last of a value that something is multiplied with.
 fn rows(view: &GraphView, name: &str) -> Option<usize> {
     let mut readers = view.readers(name).filter(|n| n.is("", "MatMul") && n.input(1) == name);
-    readers.find_map(|node| made_with(view, node.input(0)))
+    readers.find_map(|node| last_dimension(view, node.input(0)))
 }
 
-/// The last dimension of a value, from what made it or what else reads it.
-fn made_with(view: &GraphView, name: &str) -> Option<usize> {
+/// The last dimension of a value, from what computes it or what else reads it.
+fn last_dimension(view: &GraphView, name: &str) -> Option<usize> {
     let declared = view.declared_from_end(name, 1).and_then(|n| usize::try_from(n).ok());
     let made = || columns(view, name).and_then(|n| usize::try_from(n).ok());
     declared.or_else(made).or_else(|| width(view, name)).or_else(|| {
-        let maker = view.producer(name)?;
-        let scale = maker
+        let producer = view.producer(name)?;
+        let scale = producer
             .input
             .iter()
             .skip(1)

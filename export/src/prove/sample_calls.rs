@@ -1,7 +1,14 @@
 //! What a model takes, and small calls of it that rules try: so many sequences, tokens, past tokens, padding.
 
-use super::{cache_aliases, input_sizes as inputs};
-use crate::eval::{Cone, Env, Program, Tensor};
+use super::{
+    cache_aliases,
+    call_shape::CallShape,
+    input_sizes::{self, Size},
+    model_inputs::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS},
+    refusal::{InputRefusal, MaskRefusal},
+    supported_mask::SupportedMask,
+};
+use crate::eval::{Env, GraphSlice, Program, Tensor};
 use retro_onnx::{DataType, Dimension, ValueInfoProto, graph::GraphView};
 use std::{
     cell::{OnceCell, RefCell},
@@ -10,69 +17,29 @@ use std::{
     rc::Rc,
 };
 
-/// Inputs by which language models are called; runners and exporters agree on these names.
-pub const INPUT_IDS: &str = "input_ids";
-pub const INPUTS_EMBEDS: &str = "inputs_embeds";
-pub const ATTENTION_MASK: &str = "attention_mask";
-pub const POSITION_IDS: &str = "position_ids";
-
 /// Calls that are kept.
 const MAX_RUNS: usize = 32;
-
-/// A call: B sequences of S tokens after a past of `past`; the last sequence begins with `pad` tokens of padding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct CallShape {
-    pub b: usize,
-    pub s: usize,
-    pub past: usize,
-    pub pad: usize,
-}
-
-impl CallShape {
-    pub const fn new(b: usize, s: usize, past: usize, pad: usize) -> Self {
-        Self { b, s, past, pad }
-    }
-
-    pub const fn total(&self) -> usize {
-        self.past + self.s
-    }
-
-    /// Several tokens after a past.
-    pub const fn continues(&self) -> bool {
-        self.s > 1 && self.past > 0
-    }
-
-    /// First valid row of a sequence.
-    pub const fn first(&self, b: usize) -> usize {
-        if b + 1 == self.b { self.pad } else { 0 }
-    }
-}
-
-impl std::fmt::Display for CallShape {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} token(s) after {}", self.s, self.past)?;
-        if self.pad > 0 {
-            write!(f, ", {} of padding", self.pad)
-        } else {
-            Ok(())
-        }
-    }
-}
+/// Calls of many tokens, in which a dependence on the position shows.
+pub const FAR_CALLS: [CallShape; 5] = [
+    CallShape::new(1, 1, 64, 0),
+    CallShape::new(1, 3, 1024, 0),
+    CallShape::new(1, 1, 4096, 0),
+    CallShape::new(1, 1, 9001, 0),
+    CallShape::new(1, 1, 30_011, 0),
+];
 
 /// Calls of a model, made when they are first asked for.
 pub struct SampleCalls<'a> {
+    /// The model's main graph.
     pub view: &'a GraphView<'a>,
     folder: Option<PathBuf>,
     program: OnceCell<Program<'a>>,
     /// Sizes of caches whose declaration leaves them open: heads and head size.
     open_sizes: OnceCell<HashMap<&'a str, [usize; 2]>>,
-    runs: RefCell<HashMap<CallShape, Result<Rc<Env<'a>>, String>>>,
+    runs: RefCell<HashMap<CallShape, Result<Rc<Env<'a>>, InputRefusal>>>,
     /// What masks were found to be, by all that they are computed from: layers share them.
-    pub masks: RefCell<HashMap<String, Result<Known, String>>>,
+    pub masks: RefCell<HashMap<String, Result<SupportedMask, MaskRefusal>>>,
 }
-
-/// A mask's window, and whether it masks padding.
-pub type Known = (Option<usize>, bool);
 
 impl<'a> SampleCalls<'a> {
     /// `folder`: where external data lies.
@@ -87,6 +54,7 @@ impl<'a> SampleCalls<'a> {
         }
     }
 
+    /// The graph made ready to run: numbers of tokens and caches stay unknown.
     pub fn program(&self) -> &Program<'a> {
         self.program.get_or_init(|| {
             let caches: HashSet<&str> = self.caches().map(ValueInfoProto::name).collect();
@@ -115,6 +83,7 @@ impl<'a> SampleCalls<'a> {
         self.view.graph.input.iter().filter(is_cache)
     }
 
+    /// Whether a value is one of [`Self::caches`].
     pub fn is_cache(&self, name: &str) -> bool {
         self.caches().any(|c| c.name() == name)
     }
@@ -122,18 +91,18 @@ impl<'a> SampleCalls<'a> {
     /// The values of the whole graph in a call.
     ///
     /// # Errors
-    /// The model takes something that isn't understood.
-    pub fn run(&self, setting: CallShape) -> Result<Rc<Env<'a>>, String> {
-        if let Some(known) = self.runs.borrow().get(&setting) {
+    /// No call can be made of the model's inputs.
+    pub fn run(&self, call: CallShape) -> Result<Rc<Env<'a>>, InputRefusal> {
+        if let Some(known) = self.runs.borrow().get(&call) {
             return known.clone();
         }
         let open = self.open_sizes.get_or_init(|| self.find_open_sizes());
         let run = self
-            .inputs(setting, open)
+            .inputs(call, open)
             .map(|inputs| Rc::new(self.program().run(inputs)));
         let mut runs = self.runs.borrow_mut();
         if runs.len() < MAX_RUNS {
-            runs.insert(setting, run.clone());
+            runs.insert(call, run.clone());
         }
         drop(runs);
         run
@@ -143,70 +112,75 @@ impl<'a> SampleCalls<'a> {
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn run_cone(&self, setting: CallShape, cone: &Cone<'a>) -> Result<Env<'a>, String> {
+    pub fn run_slice(&self, call: CallShape, slice: &GraphSlice<'a>) -> Result<Env<'a>, InputRefusal> {
         let open = self.open_sizes.get_or_init(|| self.find_open_sizes());
-        let inputs = self.inputs(setting, open)?;
-        Ok(self.program().run_cone(inputs, cone))
+        let inputs = self.inputs(call, open)?;
+        Ok(self.program().run_slice(inputs, slice))
     }
 
-    fn inputs(&self, z: CallShape, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, String> {
+    /// The graph's inputs in a call. `open`: heads and head size of caches whose declaration leaves them open.
+    fn inputs(&self, call: CallShape, open: &HashMap<&'a str, [usize; 2]>) -> Result<Env<'a>, InputRefusal> {
         let mut env = Env::default();
-        let names = inputs::named_sizes(self.view);
+        let names = input_sizes::named_sizes(self.view);
         for input in &self.view.graph.input {
-            let name = input.name();
-            if self.view.initializer(name).is_some() {
+            if self.view.initializer(input.name()).is_some() {
                 continue;
             }
-            let data_type = input.data_type().unwrap_or(DataType::Float);
-            let rank = input.dims().map(<[_]>::len);
-            let fixed = |axis: usize| -> Option<usize> { input.dims()?.get(axis)?.fixed()?.try_into().ok() };
-            let value = match (name, rank) {
-                (INPUT_IDS, _) => Tensor::unknown(vec![z.b, z.s], data_type),
-                (INPUTS_EMBEDS, Some(3)) => {
-                    let width = fixed(2).or_else(|| inputs::width(self.view, name));
-                    let width =
-                        width.ok_or("inputs_embeds has no declared width, and nothing in the graph tells it")?;
-                    Tensor::unknown(vec![z.b, z.s, width], data_type)
-                }
-                (ATTENTION_MASK, Some(2) | None) => {
-                    let row = |b: usize| (0..z.total()).map(move |j| f64::from(u8::from(j >= z.first(b))));
-                    Tensor::new(vec![z.b, z.total()], data_type, (0..z.b).flat_map(row).collect())
-                }
-                (ATTENTION_MASK, Some(rank)) => {
-                    return Err(format!(
-                        "the input attention_mask has {rank} dimensions, not 2 (batch, tokens): the caller makes the mask"
-                    ));
-                }
-                (POSITION_IDS, rank) => {
-                    let row = |b: usize| (z.past..z.total()).map(move |j| j.saturating_sub(z.first(b)) as f64);
-                    let rows: Vec<f64> = (0..z.b).flat_map(row).collect();
-                    match rank {
-                        Some(3) => {
-                            let n = fixed(0).unwrap_or(3).min(8);
-                            let data = (0..n).flat_map(|_| rows.iter().copied()).collect();
-                            Tensor::new(vec![n, z.b, z.s], data_type, data)
-                        }
-                        _ => Tensor::new(vec![z.b, z.s], data_type, rows),
-                    }
-                }
-                (name, Some(4)) if self.is_cache(name) => {
-                    let [h, d] = open.get(name).copied().unwrap_or([1, 1]);
-                    let shape = vec![z.b, fixed(1).unwrap_or(h), z.past, fixed(3).unwrap_or(d)];
-                    Tensor::unknown(shape, data_type)
-                }
-                // Whatever else it takes: its shape.
-                (_, Some(rank)) if rank <= 8 => match inputs::sizes(self.view, &names, input) {
-                    Some(sizes) => {
-                        let shape = sizes.iter().map(|size| size.of(z.b, z.s, z.past)).collect();
-                        Tensor::unknown(shape, data_type)
-                    }
-                    None => continue,
-                },
-                _ => continue,
-            };
-            env.set(name, value);
+            if let Some(value) = self.input(call, open, &names, input)? {
+                env.set(input.name(), value);
+            }
         }
         Ok(env)
+    }
+
+    /// An input in a call; none where its shape can't be told. Tokens and caches have shapes only, masks and positions numbers.
+    fn input(
+        &self,
+        call: CallShape,
+        open: &HashMap<&'a str, [usize; 2]>,
+        names: &HashMap<&str, Size>,
+        input: &ValueInfoProto,
+    ) -> Result<Option<Tensor>, InputRefusal> {
+        let data_type = input.data_type().unwrap_or(DataType::Float);
+        let rank = input.dims().map(<[_]>::len);
+        let value = match (input.name(), rank) {
+            (INPUT_IDS, _) => Tensor::unknown(vec![call.b, call.s], data_type),
+            (INPUTS_EMBEDS, Some(3)) => {
+                let width = fixed(input, 2).or_else(|| input_sizes::width(self.view, INPUTS_EMBEDS));
+                let width = width.ok_or(InputRefusal::EmbeddingWidth)?;
+                Tensor::unknown(vec![call.b, call.s, width], data_type)
+            }
+            (ATTENTION_MASK, Some(2) | None) => {
+                let row = |b: usize| (0..call.total()).map(move |j| f64::from(u8::from(j >= call.first(b))));
+                Tensor::new(
+                    vec![call.b, call.total()],
+                    data_type,
+                    (0..call.b).flat_map(row).collect(),
+                )
+            }
+            (ATTENTION_MASK, Some(rank)) => return Err(InputRefusal::MaskRank { rank }),
+            (POSITION_IDS, rank) => positions(call, input, rank, data_type),
+            (name, Some(4)) if self.is_cache(name) => {
+                let [h, d] = open.get(name).copied().unwrap_or([1, 1]);
+                let shape = vec![
+                    call.b,
+                    fixed(input, 1).unwrap_or(h),
+                    call.past,
+                    fixed(input, 3).unwrap_or(d),
+                ];
+                Tensor::unknown(shape, data_type)
+            }
+            // Whatever else it takes: its shape.
+            (_, Some(rank)) if rank <= 8 => match input_sizes::sizes(self.view, names, input) {
+                Some(sizes) => {
+                    let size = |size: &Size| size.of(call.b, call.s, call.past);
+                    Tensor::unknown(sizes.iter().map(size).collect(), data_type)
+                }
+                None => return Ok(None),
+            },
+            _ => return Ok(None),
+        };
+        Ok(Some(value))
     }
 
     /// Sizes that a cache's declaration leaves open are those of what is appended to it.
@@ -252,17 +226,19 @@ impl<'a> SampleCalls<'a> {
     }
 }
 
-/// Numbers between -1 and 1 that look random and are the same every time.
-pub fn noise(n: usize, seed: u64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0xd1b5_4a32_d192_ed03;
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    (0..n)
-        .map(|_| (next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
-        .collect()
+/// The size of an input's dimension, where it is declared as a number.
+fn fixed(input: &ValueInfoProto, axis: usize) -> Option<usize> {
+    input.dims()?.get(axis)?.fixed()?.try_into().ok()
+}
+
+/// Positions from 0 for the first token that is no padding: `[B, S]`, or `[N, B, S]` of N sections (as for M-RoPE).
+fn positions(call: CallShape, input: &ValueInfoProto, rank: Option<usize>, data_type: DataType) -> Tensor {
+    let row = |b: usize| (call.past..call.total()).map(move |j| j.saturating_sub(call.first(b)) as f64);
+    let rows: Vec<f64> = (0..call.b).flat_map(row).collect();
+    if rank != Some(3) {
+        return Tensor::new(vec![call.b, call.s], data_type, rows);
+    }
+    let n = fixed(input, 0).unwrap_or(3).min(8);
+    let data = (0..n).flat_map(|_| rows.iter().copied()).collect();
+    Tensor::new(vec![n, call.b, call.s], data_type, data)
 }

@@ -1,13 +1,14 @@
 //! What was found and done, as text and as JSON.
 
+mod text;
+
 use crate::{
     logits::Logits,
     rules::{Attention, AttentionMatch, LengthSource, Rope},
     settings::Settings,
-    table,
     verify::Verification,
 };
-use retro_contract::{Budget, Mode};
+use retro_contract::{Budget, GroupScore, Mode, Selector};
 use retro_onnx::{ModelProto, OperatorSetIdProto};
 use serde::{Serialize, Serializer};
 use std::{
@@ -18,20 +19,27 @@ use std::{
 /// The report of a conversion.
 #[derive(Debug, Serialize)]
 pub struct Report {
+    /// The source's model file.
     pub source: PathBuf,
     /// The converted model's file; none in a dry run without an output.
     pub target: Option<PathBuf>,
+    /// Nothing was written.
     pub dry_run: bool,
+    /// Where the source comes from.
     pub model: ModelReport,
+    /// What the operator was set to.
     pub settings: SettingsReport,
     /// What became of the If of a merged decoder.
     pub merged: Option<String>,
     /// Every attention found, in graph order.
     pub layers: Vec<LayerReport>,
+    /// How many attention layers became the operator.
     pub converted_layers: usize,
+    /// What became of the logits.
     pub logits: LogitsReport,
     /// Length of the converted model's file; none in a dry run.
     pub bytes: Option<u64>,
+    /// Files of weights beside the converted model.
     pub external_data: Vec<ExternalReport>,
     /// Other files of the folder that came along.
     pub files: Vec<PathBuf>,
@@ -48,7 +56,9 @@ pub struct Report {
 /// The source model.
 #[derive(Debug, Serialize)]
 pub struct ModelReport {
+    /// The exporter and its version.
     pub producer: String,
+    /// Version of ONNX's file format.
     pub ir_version: i64,
     /// "domain version"; ONNX's own domain is "ai.onnx".
     pub opsets: Vec<String>,
@@ -68,28 +78,44 @@ impl fmt::Display for ModelReport {
 /// The settings the model was given.
 #[derive(Debug, Serialize)]
 pub struct SettingsReport {
+    /// w, tokens fed a step at most.
     pub window: usize,
     /// "0.15" or "2048", as on the command line.
     pub budget: String,
+    /// Fewest pages that a step reads; for a budget of tokens, the pages that hold them.
     pub min_pages: usize,
+    /// Tokens in a page.
     pub page_size: usize,
+    /// First pages of the context, which every step reads.
     pub sink_pages: usize,
-    pub selector: &'static str,
-    pub group_score: &'static str,
+    /// As on the command line.
+    #[serde(serialize_with = "as_text")]
+    pub selector: Selector,
+    /// Reduction of page scores over the query heads of a key/value head.
+    #[serde(serialize_with = "as_text")]
+    pub group_score: GroupScore,
+    /// Standard deviations that the selector adds to the mean.
     pub selector_lambda: f32,
+    /// Share of the standard deviation along a page's principal direction, 0 to 1.
     pub selector_correlation: f32,
+    /// Bits of an element of a key's sketch.
     pub sketch_bits: usize,
+    /// Converted layers that read the whole cache, by index.
     pub dense_layers: Vec<usize>,
 }
 
 /// An attention, what was found of it, and what became of it.
 #[derive(Debug, Serialize)]
 pub struct LayerReport {
+    /// The layer's index.
     pub layer: usize,
+    /// The node's name, or of several nodes the one that the rule goes by.
     pub node: String,
+    /// Its operator.
     pub op_type: String,
     /// The rule that knows it; none for an attention of no known pattern.
     pub rule: Option<&'static str>,
+    /// What became of it.
     #[serde(flatten)]
     pub action: Action,
     /// What was found; none for one that can't be converted.
@@ -101,34 +127,47 @@ pub struct LayerReport {
 #[derive(Debug, Serialize)]
 #[serde(tag = "action", rename_all = "lowercase")]
 pub enum Action {
+    /// It is the operator now.
     Converted {
+        /// Which pages its steps read.
         #[serde(serialize_with = "as_text")]
         mode: Mode,
     },
+    /// It is as it was.
     Kept {
+        /// The reason.
         why: String,
     },
-    /// Nothing yet: it was only looked at.
+    /// Nothing yet: it was only checked.
     Convertible,
 }
 
 /// The facts of an attention.
 #[derive(Debug, Serialize)]
 pub struct FoundReport {
+    /// Query heads.
     pub heads: i64,
+    /// Key/value heads.
     pub kv_heads: i64,
+    /// Elements of a head, where the graph tells it.
     pub head_size: Option<i64>,
+    /// Element type of the caches.
     pub data_type: &'static str,
+    /// `packed` queries, keys and values, or `separate` ones.
     pub inputs: &'static str,
+    /// Where queries and keys are rotated by their positions.
     pub rope: String,
+    /// What the mask leaves visible, and whether it takes padding.
     pub mask: String,
     /// 0: 1/sqrt(head size).
     pub scale: f32,
     /// 0: off.
     pub softcap: f32,
+    /// It has attention sinks, a number a head.
     pub head_sink: bool,
     /// The source's cache holds about its window; a converted layer's holds everything.
     pub sliding_cache: bool,
+    /// The graph's inputs for its keys and values.
     pub past: [String; 2],
 }
 
@@ -137,20 +176,49 @@ pub struct FoundReport {
 pub struct LogitsReport {
     /// "newest": only the newest position's now; "unchanged": the model returns them as before.
     pub rows: &'static str,
+    /// Where rows are dropped, or why none are.
     pub detail: String,
 }
 
 /// A file of weights.
 #[derive(Debug, Serialize)]
 pub struct ExternalReport {
+    /// The file, relative to the model's folder.
     pub location: PathBuf,
+    /// The length of the file, in bytes.
     pub bytes: u64,
-    /// "referenced", "linked", "copied" or "already there".
-    pub how: &'static str,
+    /// What became of it.
+    pub how: Placement,
 }
 
-fn as_text<S: Serializer>(mode: &Mode, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(mode.as_str())
+/// What became of a file of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Placement {
+    /// The output refers to the source's file.
+    #[serde(rename = "referenced")]
+    Referenced,
+    /// A hard link.
+    #[serde(rename = "linked")]
+    Linked,
+    /// A copy.
+    #[serde(rename = "copied")]
+    Copied,
+    /// The file was at its place before.
+    #[serde(rename = "already there")]
+    AlreadyThere,
+    /// Weights that were in the source's model file, which would be larger than an ONNX file may be.
+    #[serde(rename = "moved out of the model")]
+    MovedOut,
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 impl Report {
@@ -216,8 +284,8 @@ impl SettingsReport {
             },
             page_size: settings.page_size,
             sink_pages: settings.sink_pages,
-            selector: settings.selector.as_str(),
-            group_score: settings.group_score.as_str(),
+            selector: settings.selector,
+            group_score: settings.group_score,
             selector_lambda: settings.selector_lambda,
             selector_correlation: settings.selector_correlation,
             sketch_bits: settings.sketch_bits,
@@ -254,8 +322,8 @@ impl FoundReport {
             -1 => String::new(),
             tokens => format!(", sliding window of {tokens}"),
         };
-        let padding = match matched.lengths {
-            LengthSource::Given => "",
+        let padding = match matched.length_source {
+            LengthSource::FromGraph => "",
             LengthSource::FromMask { padding: true } => ", padding on the left",
             LengthSource::FromMask { padding: false } => ", no padding",
         };
@@ -292,76 +360,6 @@ impl LogitsReport {
                 rows: "unchanged",
                 detail: format!("all logits are kept: {why}"),
             },
-        }
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (m, s) = (&self.model, &self.settings);
-        writeln!(f, "model    {}", self.source.display())?;
-        writeln!(f, "         by {m}")?;
-        let lambda = match s.selector {
-            "moments" => format!(" (lambda {})", s.selector_lambda),
-            "signed_moments" => format!(
-                " (lambda {}, correlation {})",
-                s.selector_lambda, s.selector_correlation
-            ),
-            "sketch" => format!(" ({} bit{})", s.sketch_bits, if s.sketch_bits == 1 { "" } else { "s" }),
-            _ => String::new(),
-        };
-        let plural = |n: usize| if n == 1 { "" } else { "s" };
-        writeln!(
-            f,
-            "settings window {}, budget {} (at least {} page{}), pages of {} tokens, {} sink page{}, selector {}{lambda}, \
-             group score {}",
-            s.window,
-            s.budget,
-            s.min_pages,
-            plural(s.min_pages),
-            s.page_size,
-            s.sink_pages,
-            plural(s.sink_pages),
-            s.selector,
-            s.group_score
-        )?;
-        if let Some(merged) = &self.merged {
-            writeln!(f, "merged   {merged}")?;
-        }
-        f.write_str(&table::layers(&self.layers))?;
-        writeln!(f, "logits   {}", self.logits.detail)?;
-        for e in &self.external_data {
-            writeln!(f, "weights  {} {}, {} bytes", e.location.display(), e.how, e.bytes)?;
-        }
-        for file in &self.files {
-            writeln!(f, "file     {}", file.display())?;
-        }
-        for skipped in &self.skipped {
-            writeln!(f, "skipped  {skipped}")?;
-        }
-        if let Some(verification) = &self.verification {
-            write!(f, "{verification}")?;
-        }
-        if let Some(why) = &self.unverified {
-            writeln!(f, "verify   NOT VERIFIED: {why}")?;
-        }
-        let total = self.layers.len();
-        let share = format!(
-            "{} of {total} attention layer{} converted",
-            self.converted_layers,
-            plural(total)
-        );
-        match (&self.target, self.bytes) {
-            (Some(target), Some(bytes)) => writeln!(f, "wrote    {} ({bytes} bytes): {share}", target.display())?,
-            _ => writeln!(f, "dry run  nothing is written; {share} otherwise")?,
-        }
-        match &self.graph {
-            Some(graph) => writeln!(
-                f,
-                "graph    the folder has others too: run it with --graph {}",
-                graph.display()
-            ),
-            None => Ok(()),
         }
     }
 }

@@ -1,254 +1,52 @@
 //! The way back: a converted model carries how its original was written, all but the weights, which it has itself. From both
 //! come the original's bytes.
-//!
-//! The record is a list of pieces: bytes as they are, or the weights of one tensor of the converted model, which are counted in
-//! the order of the file. It is deflated, and kept as text in the metadata.
+
+mod record;
+
+pub use record::{RECORD, RecordError, record};
 
 use crate::{
-    files::{self, ExternalMode, Output},
-    source::find_source,
+    error::chain,
+    files::{self, ExternalMode, Output, Parts, copied_weights, write},
+    source::{self, find_source},
+    spill::SPILLED,
 };
-use anyhow::{Context, Result, bail, ensure};
-use base64::{Engine, engine::general_purpose::STANDARD, read::DecoderReader};
-use flate2::{Compression, read::DeflateDecoder, write::DeflateEncoder};
-use prost::Message;
-use retro_onnx::{
-    Bytes, Content, DataType, LoadedModel, MAX_MODEL_BYTES, ModelProto, Sink, TensorProto, external_files,
-    for_each_tensor, map_file, read_model, stay_inside,
-};
+use record::Record;
+use retro_onnx::{Content, LoadedModel, Sink, external_files, read_model, stay_inside};
 use std::{
-    cell::RefCell,
-    collections::HashMap,
-    io::{self, Read, Write},
+    io,
     path::{Path, PathBuf},
 };
-use xxhash_rust::xxh3::Xxh3;
 
-/// Metadata that holds the record.
-pub const RECORD: &str = "retro.original";
-/// Shorter weights are kept as bytes.
-const SHARED: usize = 1024;
-const VERSION: u8 = 1;
-/// Bytes that a record is inflated by at a time: nothing of it is kept.
-const CHUNK: usize = 1 << 16;
-const BYTES: u8 = 0;
-const WEIGHTS: u8 = 1;
-
-/// The longest original that a record of a converted model may speak of: what is in the converted model's file, and what a graph may
-/// have lost, tables of masks for instance. A record that inflates to more was made to do harm.
-fn longest(converted: u64) -> u64 {
-    const LOST: u64 = 64 << 20;
-    const TIMES: u64 = 16;
-    converted
-        .saturating_mul(TIMES)
-        .saturating_add(LOST)
-        .min(MAX_MODEL_BYTES as u64)
-}
-
-/// Weights of a model that a record can refer to, in order.
-enum Weights {
-    Here(Bytes),
-    There { location: String, offset: u64, len: u64 },
-}
-
-fn weights(model: &ModelProto) -> Result<Vec<Weights>> {
-    let mut found = Vec::new();
-    for_each_tensor(model, &mut |tensor| {
-        if let Some(raw) = tensor.raw_data.as_ref().filter(|r| r.len() >= SHARED) {
-            found.push(Weights::Here(raw.clone()));
-        } else if tensor.is_external() {
-            let entry = |key: &str| tensor.external_entry(key);
-            let number = |key: &str| entry(key).and_then(|v| v.parse().ok());
-            found.push(Weights::There {
-                location: entry("location").unwrap_or_default().to_owned(),
-                offset: number("offset").unwrap_or(0),
-                len: number("length").or_else(|| bytes_of(tensor)).unwrap_or(0),
-            });
-        }
-        anyhow::Ok(())
-    })?;
-    Ok(found)
-}
-
-fn bytes_of(tensor: &TensorProto) -> Option<u64> {
-    let bits = DataType::try_from(tensor.data_type()).ok()?.bits()?;
-    let n = tensor
-        .dims
-        .iter()
-        .try_fold(1u64, |n, d| n.checked_mul(u64::try_from(*d).ok()?))?;
-    Some(n.checked_mul(bits)?.div_ceil(8))
-}
-
-/// Writes into a converted model how to get its original back.
-///
-/// # Errors
-/// Compressing fails.
-pub fn record(converted: &mut ModelProto, original: &Bytes) -> Result<()> {
-    let (most, len) = (longest(converted.encoded_len() as u64), original.len() as u64);
-    ensure!(
-        len <= most,
-        "it has {len} bytes, of which the converted model keeps too few to give the others back with --revert (at most {most} bytes); save \
-         its large constants as external data first"
-    );
-    let start = original.as_ptr() as usize;
-    let mut shared: Vec<(usize, usize, u64)> = Vec::new();
-    for (number, weights) in weights(converted)?.iter().enumerate() {
-        let Weights::Here(raw) = weights else { continue };
-        let at = (raw.as_ptr() as usize).wrapping_sub(start);
-        if original
-            .get(at..at.saturating_add(raw.len()))
-            .is_some_and(|s| std::ptr::eq(s.as_ptr(), raw.as_ptr()))
-        {
-            shared.push((at, raw.len(), number as u64));
-        }
-    }
-    shared.sort_unstable();
-    let mut hash = Xxh3::new();
-    hash.update(original);
-    let mut out = DeflateEncoder::new(Vec::new(), Compression::default());
-    out.write_all(&[VERSION])?;
-    out.write_all(&(original.len() as u64).to_le_bytes())?;
-    out.write_all(&hash.digest().to_le_bytes())?;
-    let mut from = 0;
-    for (at, len, number) in shared {
-        // The same weights under two names are in the file once.
-        if at < from {
-            continue;
-        }
-        plain(&mut out, original.get(from..at).unwrap_or_default())?;
-        out.write_all(&[WEIGHTS])?;
-        out.write_all(&(len as u64).to_le_bytes())?;
-        out.write_all(&number.to_le_bytes())?;
-        from = at + len;
-    }
-    plain(&mut out, original.get(from..).unwrap_or_default())?;
-    let record = out.finish()?;
-    converted.set_metadata(RECORD, STANDARD.encode(record));
-    Ok(())
-}
-
-fn plain(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    if !bytes.is_empty() {
-        out.write_all(&[BYTES])?;
-        out.write_all(&(bytes.len() as u64).to_le_bytes())?;
-        out.write_all(bytes)?;
-    }
-    Ok(())
-}
-
-/// What a converted model remembers of its original.
-struct Record<'m> {
-    text: &'m str,
-    weights: Vec<Weights>,
-    folder: &'m Path,
-    /// Files of weights.
-    maps: RefCell<HashMap<String, Bytes>>,
-    /// Bytes that the original may have.
-    most: u64,
-}
-
-impl<'m> Record<'m> {
-    /// `len`: bytes of the model and its files of weights.
-    fn of(model: &'m ModelProto, folder: &'m Path, len: u64) -> Result<Self> {
-        let Some(text) = model.metadata(RECORD) else {
-            bail!(
-                "it was not converted by retro-export, or by a version that kept no record: the original can't be restored"
-            )
-        };
-        Ok(Self {
-            text,
-            weights: weights(model)?,
-            folder,
-            maps: RefCell::default(),
-            most: longest(len),
-        })
-    }
-
-    /// Hands the original's bytes over, in pieces; how many there were.
-    ///
-    /// # Errors
-    /// The record is damaged, or the model's weights are no longer those of the original: known at the end only.
-    fn give(&self, sink: &mut dyn Sink) -> Result<u64> {
-        const DAMAGED: &str = "its record of the original is damaged";
-        const SHORT: &str = "its record of the original is cut short or damaged";
-        let mut record = DeflateDecoder::new(DecoderReader::new(self.text.as_bytes(), &STANDARD));
-        fn number(record: &mut impl Read) -> Result<u64> {
-            let mut bytes = [0; 8];
-            record.read_exact(&mut bytes).context(SHORT)?;
-            Ok(u64::from_le_bytes(bytes))
-        }
-        fn byte(record: &mut impl Read) -> Result<u8> {
-            let mut bytes = [0; 1];
-            record.read_exact(&mut bytes).context(SHORT)?;
-            Ok(bytes[0])
-        }
-        ensure!(
-            byte(&mut record)? == VERSION,
-            "its record of the original is of another version"
-        );
-        let (length, wanted) = (number(&mut record)?, number(&mut record)?);
-        ensure!(
-            length <= self.most,
-            "its record of the original is damaged: it speaks of {length} bytes, which this model can't have come from"
-        );
-        let mut hash = Xxh3::new();
-        let mut chunk = vec![0; CHUNK];
-        let mut left = length;
-        while left > 0 {
-            let kind = byte(&mut record)?;
-            let len = number(&mut record)?;
-            ensure!((1..=left).contains(&len), DAMAGED);
-            left -= len;
-            match kind {
-                BYTES => {
-                    let mut rest = len;
-                    while rest > 0 {
-                        let next = rest.min(CHUNK as u64) as usize;
-                        let part = chunk.get_mut(..next).unwrap_or_default();
-                        record.read_exact(part).context(SHORT)?;
-                        hash.update(part);
-                        sink.take(part)?;
-                        rest -= next as u64;
-                    }
-                }
-                WEIGHTS => {
-                    let bytes = self.weights(number(&mut record)?)?;
-                    ensure!(
-                        bytes.len() as u64 == len,
-                        "its weights are no longer those of the original"
-                    );
-                    hash.update(&bytes);
-                    sink.take(&bytes)?;
-                }
-                _ => bail!(DAMAGED),
-            }
-        }
-        ensure!(record.read(&mut [0]).is_ok_and(|n| n == 0), DAMAGED);
-        ensure!(
-            hash.digest() == wanted,
-            "its weights or its record were changed since the conversion: the original can't be restored byte for byte"
-        );
-        Ok(length)
-    }
-
-    fn weights(&self, number: u64) -> Result<Bytes> {
-        let which = usize::try_from(number).ok().and_then(|n| self.weights.get(n));
-        match which.context("its weights are no longer those of the original")? {
-            Weights::Here(bytes) => Ok(bytes.clone()),
-            Weights::There { location, offset, len } => {
-                let mut maps = self.maps.borrow_mut();
-                if !maps.contains_key(location) {
-                    maps.insert(location.clone(), map_file(&self.folder.join(location))?);
-                }
-                let file = maps.get(location).context("a file of weights is gone")?;
-                let range = usize::try_from(*offset).ok().zip(usize::try_from(*len).ok());
-                let range = range
-                    .and_then(|(o, l)| Some(o..o.checked_add(l)?))
-                    .filter(|r| r.end <= file.len());
-                Ok(file.slice(range.context("a file of weights is too short")?))
-            }
-        }
-    }
+/// Why the original isn't restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no model, or it isn't clear which.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// The output can't be written where it was asked for.
+    #[error(transparent)]
+    Files(#[from] files::Error),
+    /// The model can't be read, or is no ONNX model.
+    #[error(transparent)]
+    Read(#[from] retro_onnx::Error),
+    /// A file of weights is not there, too short, or out of the model's folder.
+    #[error("{}", .path.display())]
+    Weights {
+        /// The converted model's file.
+        path: PathBuf,
+        /// Which tensor, and why.
+        source: Box<retro_onnx::Error>,
+    },
+    /// The model has no record of its original, or not the weights that go with it.
+    #[error("{}", .path.display())]
+    Record {
+        /// The converted model's file.
+        path: PathBuf,
+        /// The reason.
+        source: Box<RecordError>,
+    },
 }
 
 /// Takes bytes and forgets them.
@@ -270,120 +68,40 @@ pub fn revert(
     target: &Path,
     external: Option<ExternalMode>,
     force: bool,
-) -> Result<(PathBuf, u64)> {
+) -> Result<(PathBuf, u64), Error> {
     let source = find_source(source, graph, Some(target))?;
     let output = Output::plan(&source, target, external, force)?;
     let LoadedModel { model, len, .. } = read_model(&source.model)?;
-    let shown = source.model.display();
-    stay_inside(&model, &source.model, source.folder()).with_context(|| format!("{shown}"))?;
+    let weights = |source_error| Error::Weights {
+        path: source.model.clone(),
+        source: Box::new(source_error),
+    };
+    let record_error = |source_error| Error::Record {
+        path: source.model.clone(),
+        source: Box::new(source_error),
+    };
+    stay_inside(&model, &source.model, source.folder()).map_err(weights)?;
     // Weights are only looked up where a conversion would have put them.
-    let mut files = external_files(&model, source.folder()).with_context(|| format!("{shown}"))?;
-    let spilled = model.metadata(crate::spill::SPILLED);
+    let mut files = external_files(&model, source.folder()).map_err(weights)?;
+    let spilled = model.metadata(SPILLED);
     // Weights that were moved out of the model are in a file of their own.
     let len = files.iter().fold(len, |sum, file| sum.saturating_add(file.len));
-    let record = Record::of(&model, source.folder(), len).with_context(|| format!("{shown}"))?;
+    let record = Record::of(&model, source.folder(), len).map_err(record_error)?;
     // Whether it is what it says is known before anything is written.
-    let len = record.give(&mut Nowhere).with_context(|| format!("{shown}"))?;
+    let len = record.give(&mut Nowhere).map_err(record_error)?;
     files.retain(|f| spilled.is_none_or(|s| f.location != Path::new(s)));
-    let brought = files::brought(&model);
+    let copied = copied_weights(&model);
     for file in &mut files {
-        if let Some(usual) = brought.get(&file.location) {
+        if let Some(usual) = copied.get(&file.location) {
             file.location.clone_from(usual);
         }
     }
-    let fill = |sink: &mut dyn Sink| {
-        record
-            .give(sink)
-            .map(drop)
-            .map_err(|e| io::Error::other(format!("{e:#}")))
+    let fill = |sink: &mut dyn Sink| record.give(sink).map(drop).map_err(|e| io::Error::other(chain(&e)));
+    let parts = Parts {
+        model: &Content::Bytes(len, &fill),
+        external: &files,
+        spilled: &[],
     };
-    let written = output.write(&Content::Bytes(len, &fill), &files, &[])?;
+    let written = write(&output, &parts)?;
     Ok((output.model_path(), written.bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::gqa_model;
-
-    struct Kept(Vec<u8>);
-
-    impl Sink for Kept {
-        fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
-            self.0.extend_from_slice(bytes);
-            Ok(())
-        }
-    }
-
-    fn restored(model: &ModelProto, folder: &Path) -> Result<Vec<u8>> {
-        let mut kept = Kept(Vec::new());
-        Record::of(model, folder, model.encoded_len() as u64)?.give(&mut kept)?;
-        Ok(kept.0)
-    }
-
-    #[test]
-    fn the_record_gives_the_bytes_back_and_notices_changes() {
-        let bytes = Bytes::from(gqa_model(2).encode_to_vec());
-        let mut model = ModelProto::decode(bytes.clone()).unwrap();
-        let graph = model.graph.as_mut().unwrap();
-        graph.node.truncate(1);
-        graph.initializer.push(TensorProto::floats("new", &[512], &[0.0; 512]));
-        record(&mut model, &bytes).unwrap();
-        assert!(
-            model.metadata(RECORD).unwrap().len() < bytes.len() / 8,
-            "weights are not in the record"
-        );
-        let nowhere = Path::new(".");
-        let back = restored(&model, nowhere).unwrap();
-        assert!(back == bytes);
-        let weight = model
-            .graph
-            .as_mut()
-            .unwrap()
-            .initializer
-            .iter_mut()
-            .find(|t| t.name() == "lm_head.weight")
-            .unwrap();
-        *weight = TensorProto::floats("lm_head.weight", &[32, 10], &[0.2; 320]);
-        let why = format!("{:#}", restored(&model, nowhere).unwrap_err());
-        assert!(why.contains("changed since the conversion"), "{why}");
-        model.set_metadata(RECORD, "????");
-        assert!(restored(&model, nowhere).is_err());
-        model.metadata_props.clear();
-        assert!(
-            restored(&model, nowhere)
-                .unwrap_err()
-                .to_string()
-                .contains("not converted by retro-export")
-        );
-    }
-
-    /// A record of zeros without end, and ones that say too much or too little.
-    #[test]
-    fn what_a_record_inflates_to_is_bounded() {
-        let packed = |length: u64, piece: u64, given: usize| {
-            let mut out = DeflateEncoder::new(Vec::new(), Compression::best());
-            out.write_all(&[VERSION]).unwrap();
-            for number in [length, 0] {
-                out.write_all(&number.to_le_bytes()).unwrap();
-            }
-            out.write_all(&[BYTES]).unwrap();
-            out.write_all(&piece.to_le_bytes()).unwrap();
-            out.write_all(&vec![0; given]).unwrap();
-            let mut model = gqa_model(1);
-            model.set_metadata(RECORD, STANDARD.encode(out.finish().unwrap()));
-            format!("{:#}", restored(&model, Path::new(".")).unwrap_err())
-        };
-        for (length, piece, given, says) in [
-            (1 << 40, 1 << 40, 1 << 20, "can't have come from"),
-            (u64::MAX, u64::MAX, 0, "can't have come from"),
-            (1000, 1 << 40, 1 << 20, "damaged"),
-            (1000, 1000, 1 << 20, "damaged"),
-            (1000, 1000, 10, "cut short"),
-            (1000, 1000, 1000, "changed since"),
-        ] {
-            let why = packed(length, piece, given);
-            assert!(why.contains(says), "{length} {piece} {given}: {why}");
-        }
-    }
 }

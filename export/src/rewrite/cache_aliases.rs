@@ -1,10 +1,10 @@
-//! Shapes of copies of caches are shapes of the caches.
+//! Cache aliases: values that are copies of a cache. Whatever reads an alias's shape reads the cache's instead.
 
 use crate::prove::cache_aliases::copied;
 use retro_onnx::{GraphProto, NodeProto, graph::subgraphs_mut};
 use std::collections::HashMap;
 
-/// Lets what reads the shape of a copy read that of the cache, so that nothing but the old attention needs the copy.
+/// Lets what reads the shape of a cache alias read that of the cache, so that nothing but the old attention needs the alias.
 pub fn look_through(graph: &mut GraphProto, caches: &[&str]) {
     let mut sources: HashMap<String, &str> = HashMap::new();
     // Copies of copies, too: as many rounds as there are steps between them.

@@ -5,6 +5,7 @@ use crate::rules::{INPUT_IDS, INPUTS_EMBEDS};
 /// Each is one line that says what is wrong, and where.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The model has no graph.
     #[error("the model has no graph")]
     NoGraph,
 
@@ -16,9 +17,11 @@ pub enum Error {
     #[error("the lm_head is gone")]
     NoLmHead,
 
+    /// A name of the operator's contract is a value of the model.
     #[error("the model has a value named {0} already, which a converted model needs")]
     NameTaken(String),
 
+    /// A past cache is not declared as `[B, H, T, D]`.
     #[error("{0} has no declared shape of 4 dimensions")]
     CacheShape(String),
 
@@ -26,12 +29,15 @@ pub enum Error {
     #[error("opset {0} is too old to convert attention of several nodes; export with 11 or newer")]
     OldOpset(i64),
 
+    /// There is one check of the attention mask for all layers.
     #[error("some layers mask padding and others don't")]
     MixedPadding,
 
+    /// How many tokens are fed can't be told.
     #[error("the graph has no input {INPUT_IDS} or {INPUTS_EMBEDS} that tells how many tokens are fed")]
     NoTokens,
 
-    #[error("node {node} reads the cache {cache} too, beside the attention: what it needs isn't understood")]
+    /// The cache has its capacity's shape now, which that node does not expect.
+    #[error("node {node} reads the cache {cache} too, beside the attention: what it needs isn't supported")]
     CacheReadElsewhere { node: String, cache: String },
 }

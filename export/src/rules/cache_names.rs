@@ -1,8 +1,9 @@
 //! Which past a caller feeds back as which present. Hosts know them by their names alone: `past_key_values.0.key` comes back from
 //! `present.0.key`. A graph whose names say another thing than its nodes would be fed another layer's cache, or keys for values.
 
-use super::{Attention, AttentionMatch, carried_state::alike};
-use crate::verify::graph_facts::presents;
+use super::{attention::Attention, carried_state::alike};
+use crate::prove::{AttentionMatch, CacheRefusal};
+use retro_model_io::exporters_present_names;
 use retro_onnx::{ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -14,7 +15,7 @@ pub fn refuse_crossed(view: &GraphView, found: &mut [Attention]) {
     let names = Names::of(view);
     for attention in found {
         if let Some(why) = attention.found.as_ref().ok().and_then(|matched| names.crossed(matched)) {
-            attention.found = Err(why);
+            attention.found = Err(why.into());
         }
     }
 }
@@ -33,7 +34,7 @@ impl<'a> Names<'a> {
         };
         let outputs: Vec<&str> = view.graph.output.iter().map(ValueInfoProto::name).collect();
         for past in view.graph.input.iter().map(ValueInfoProto::name) {
-            let usual = presents(past);
+            let usual = exporters_present_names(past);
             let pairs = |present: &str| alike(past, present) || usual.iter().any(|name| name == present);
             for present in outputs.iter().filter(|present| pairs(present)) {
                 names.present_of.entry(past).or_default().insert(present);
@@ -67,29 +68,33 @@ impl<'a> Names<'a> {
     }
 
     /// Why a host that goes by names would feed a cache into another's place.
-    fn crossed(&self, matched: &AttentionMatch) -> Option<String> {
+    fn crossed(&self, matched: &AttentionMatch) -> Option<CacheRefusal> {
         let pairs = [
             (&matched.past_key, &matched.present_key),
             (&matched.past_value, &matched.present_value),
         ];
         if pairs[0].0 == pairs[1].0 {
-            return Some(format!("{} is its cache of keys and its cache of values", pairs[0].0));
+            let name = pairs[0].0.clone();
+            return Some(CacheRefusal::OnePast { name });
         }
         if pairs[0].1 == pairs[1].1 {
-            return Some(format!("{} gives back its keys and its values", pairs[0].1));
+            let name = pairs[0].1.clone();
+            return Some(CacheRefusal::OnePresent { name });
         }
         pairs.into_iter().find_map(|(past, present)| {
             let named = self.present_of.get(past.as_str());
             let back = self.past_of.get(present.as_str());
-            let (other, of) = match (named, back) {
+            let (other, named) = match (named, back) {
                 (Some(named), _) if !named.contains(present.as_str()) => (named.iter().min()?, past),
                 (None, Some(back)) => (back.iter().min()?, present),
                 _ => return None,
             };
-            Some(format!(
-                "its cache comes in as {past} and goes out as {present}, but by its name {of} goes with {other}: callers, which go by \
-                 names, would feed another cache in its place; name them alike"
-            ))
+            Some(CacheRefusal::Crossed {
+                past: past.clone(),
+                present: present.clone(),
+                named: named.clone(),
+                other: (*other).to_owned(),
+            })
         })
     }
 }
@@ -140,7 +145,9 @@ mod tests {
             present_value: value[1].into(),
             ..Default::default()
         };
-        Names::of(&GraphView::new(&graph, 21)).crossed(&matched)
+        Names::of(&GraphView::new(&graph, 21))
+            .crossed(&matched)
+            .map(|why| why.to_string())
     }
 
     /// Of two layers: the first one's caches under names that follow a pattern, `{}` for what comes in or goes out.
@@ -251,7 +258,10 @@ mod tests {
         }
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
         let found = find_attention(&model, &SampleCalls::new(&view, None));
-        found.into_iter().map(|a| a.found.err()).collect()
+        found
+            .into_iter()
+            .map(|a| a.found.err().map(|why| why.to_string()))
+            .collect()
     }
 
     #[test]

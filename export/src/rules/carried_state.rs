@@ -1,7 +1,8 @@
 //! State that a model carries from call to call beside the keys and values of its attention: of convolutions, of recurrent
 //! layers, counters. Each call moves it on by the tokens fed, so that a token that is fed again is taken for two.
 
-use super::{ATTENTION_MASK, Attention, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
+use super::attention::Attention;
+use crate::prove::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 use retro_onnx::{Dimension, NodeProto, ValueInfoProto, graph::GraphView};
 use std::collections::HashSet;
 
@@ -48,7 +49,7 @@ pub fn all_carried<'a>(view: &GraphView<'a>, found: &[Attention]) -> Vec<[&'a st
 }
 
 /// Whether an input comes back changed.
-pub(super) fn comes_back(view: &GraphView, name: &str) -> bool {
+pub fn comes_back(view: &GraphView, name: &str) -> bool {
     let past = view.graph.input.iter().find(|i| i.name() == name);
     let outputs: Vec<&ValueInfoProto> = view.graph.output.iter().filter(|o| o.name() != LOGITS).collect();
     let tokens = dependents(view, &[INPUT_IDS, INPUTS_EMBEDS]);
@@ -75,7 +76,7 @@ fn returned<'a>(
 }
 
 /// Values that depend on these other than through their shapes.
-pub(super) fn dependents<'a>(view: &GraphView<'a>, roots: &[&'a str]) -> HashSet<&'a str> {
+pub fn dependents<'a>(view: &GraphView<'a>, roots: &[&'a str]) -> HashSet<&'a str> {
     let mut found: HashSet<&str> = HashSet::new();
     let mut open = roots.to_vec();
     while let Some(name) = open.pop() {
@@ -93,7 +94,7 @@ pub(super) fn dependents<'a>(view: &GraphView<'a>, roots: &[&'a str]) -> HashSet
 }
 
 /// Whether names are the same but for which of them comes in: `past.0.conv` and `present.0.conv`.
-pub(super) fn alike(past: &str, present: &str) -> bool {
+pub fn alike(past: &str, present: &str) -> bool {
     let words = |name: &str| -> Vec<String> {
         let name = name.to_lowercase();
         let name = name

@@ -1,11 +1,13 @@
 //! Cross-attention: keys and values that an encoder gave, which the tokens fed don't change.
 
 use super::{
-    INPUT_IDS, INPUTS_EMBEDS, SampleCalls,
     carried_state::{comes_back, dependents},
     decomposed,
 };
-use crate::eval::reads;
+use crate::{
+    eval::reads,
+    prove::{INPUT_IDS, INPUTS_EMBEDS, SampleCalls},
+};
 use retro_onnx::{NodeProto, graph::GraphView};
 use std::collections::HashSet;
 
@@ -30,8 +32,8 @@ fn operands<'a>(samples: &SampleCalls<'a>, node: &NodeProto) -> Option<[&'a str;
     let node = view.producer(node.output.iter().find(|o| !o.is_empty())?)?;
     let inside: &[usize] = match (node.op_domain(), node.op_type()) {
         ("", "Softmax") => {
-            let core = decomposed::core(view, samples, node).ok()?;
-            return Some([core.query, core.key, core.value]);
+            let candidate = decomposed::candidate(view, samples, node).ok()?;
+            return Some([candidate.query, candidate.key, candidate.value]);
         }
         ("", "Attention") => &[4, 5, 6],
         ("com.microsoft", "MultiHeadAttention") => &[6, 7, 8, 9],

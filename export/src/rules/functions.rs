@@ -1,7 +1,8 @@
 //! A model's own functions. ONNX Runtime takes an operator's kernel before a function of the same name, so a node that a rule knows
-//! is that operator; all others are what their bodies say, which no rule looks into.
+//! is that operator; all others are what their bodies say, which no rule reads.
 
-use super::{explain::INLINE, unsupported};
+use super::unsupported;
+use crate::prove::OperatorRefusal;
 use retro_onnx::{
     FunctionProto, GraphProto, ModelProto, NodeProto,
     graph::{GraphView, subgraphs},
@@ -60,7 +61,7 @@ impl<'a> Functions<'a> {
     }
 
     /// Why a call whose function holds the Softmax of an attention that is otherwise in the graph stays as it is.
-    pub fn softmax(&self, view: &GraphView, node: &NodeProto) -> Option<String> {
+    pub fn softmax(&self, view: &GraphView, node: &NodeProto) -> Option<OperatorRefusal> {
         let function = self.get(node)?;
         let mut inside = self.called(function.node.iter().collect());
         inside.push(function);
@@ -80,10 +81,9 @@ impl<'a> Functions<'a> {
         if inside.iter().any(whole) {
             return None;
         }
-        Some(format!(
-            "its Softmax is in the model's function {}, which is not looked into: {INLINE}",
-            function.name()
-        ))
+        Some(OperatorRefusal::SoftmaxInFunction {
+            function: function.name().to_owned(),
+        })
     }
 }
 
@@ -113,7 +113,10 @@ mod tests {
         };
         let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
         let found = find_attention(&model, &SampleCalls::new(&view, None));
-        found.into_iter().filter_map(|a| a.found.err()).collect()
+        found
+            .into_iter()
+            .filter_map(|a| Some(a.found.err()?.to_string()))
+            .collect()
     }
 
     fn softmax() -> NodeProto {
@@ -165,7 +168,7 @@ mod tests {
 
     /// ONNX Runtime has kernels for these: the function is for runtimes that don't.
     #[test]
-    fn functions_of_known_operators_are_not_looked_into() {
+    fn functions_of_known_operators_are_not_searched() {
         let call = NodeProto::new("com.microsoft", "GroupQueryAttention", "call", &["q"], &["y"]);
         let body = function("com.microsoft", "GroupQueryAttention", &[softmax(), weighed()]);
         let why = said(&[call], vec![body]);

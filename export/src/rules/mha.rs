@@ -1,8 +1,10 @@
 //! com.microsoft::MultiHeadAttention: with the cache as its own inputs or put together before it, repeated heads, a bias on
 //! queries, keys and values, a mask as padding, as scores, or causal.
 
-use super::{MatchResult, Rule, SampleCalls};
-use crate::prove::{Core, InnerCache, Scores, attention_match, only_known_attributes};
+use super::rule::{MatchResult, Rule};
+use crate::prove::{
+    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_supported_attributes, prove,
+};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.
@@ -27,33 +29,28 @@ impl Rule for MultiHeadAttention {
         if !node.is("com.microsoft", "MultiHeadAttention") {
             return MatchResult::NotMine;
         }
-        match core(node).and_then(|core| attention_match(samples, core)) {
-            Ok(matched) => MatchResult::Match(Box::new(matched)),
-            Err(why) => MatchResult::Refused(why),
-        }
+        candidate(node).and_then(|candidate| prove(samples, candidate)).into()
     }
 }
 
-fn core(node: &NodeProto) -> Result<Core<'_>, String> {
+fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
     if node.input(1).is_empty() || node.input(2).is_empty() {
-        return Err("its queries, keys and values come packed in one input, which is not understood".to_owned());
+        return Err(NodeRefusal::Packed.into());
     }
     if let Some(extra) = node.input.iter().skip(slot::COUNT).find(|i| !i.is_empty()) {
-        return Err(format!("it takes {extra}, which is for beam search or shared buffers"));
+        return Err(NodeRefusal::BeamSearch { name: extra.clone() }.into());
     }
     if let Some(extra) = node.output.iter().skip(3).find(|o| !o.is_empty()) {
-        return Err(format!(
-            "it returns its scores ({extra}), which page selection doesn't compute"
-        ));
+        return Err(NodeRefusal::ReturnsScores { name: extra.clone() }.into());
     }
-    only_known_attributes(node, &KNOWN)?;
-    let cache = InnerCache::read(node, [slot::PAST_KEY, slot::PAST_VALUE])?;
-    Ok(Core {
+    only_supported_attributes(node, &KNOWN)?;
+    let cache = NodeCache::read(node, [slot::PAST_KEY, slot::PAST_VALUE])?;
+    Ok(AttentionCandidate {
         query: node.input(0),
         key: node.input(1),
         value: node.input(2),
         output: node.output(0),
-        scores: Scores::Fused(node),
+        scores: ScoreSource::Fused(node),
         cache,
         bias: node.input(slot::BIAS),
         sink: None,
@@ -64,8 +61,8 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
 mod tests {
     use super::*;
     use crate::{
-        rules::{AttentionMatch, Layout, LengthSource},
-        testing::{looked_after, projected, set},
+        prove::{AttentionMatch, HeadLayout, LengthSource},
+        testing::{changed_match, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
 
@@ -95,17 +92,17 @@ mod tests {
         graph
     }
 
-    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<AttentionMatch, String> {
-        looked_after(&MultiHeadAttention, graph(), change)
+    fn matched_after(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<AttentionMatch, Refusal> {
+        changed_match(&MultiHeadAttention, graph(), change)
     }
 
     fn refusal(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> String {
-        look(change).expect_err("it should be refused")
+        matched_after(change).expect_err("it should be refused").to_string()
     }
 
     #[test]
     fn a_cache_inside_and_a_padding_mask_match() {
-        let matched = look(|_, _| {}).unwrap();
+        let matched = matched_after(|_, _| {}).unwrap();
         assert_eq!((matched.q_heads, matched.kv_heads, matched.head_size), (2, 2, Some(4)));
         assert_eq!(
             (matched.query.as_str(), matched.key.as_str(), matched.value.as_str()),
@@ -113,7 +110,7 @@ mod tests {
         );
         assert_eq!(
             (matched.query_layout, matched.output_layout, matched.output.as_str()),
-            (Layout::Flat, Layout::Flat, "y")
+            (HeadLayout::Flat, HeadLayout::Flat, "y")
         );
         assert_eq!(
             (matched.past_key.as_str(), matched.present_value.as_str()),
@@ -124,12 +121,12 @@ mod tests {
             (0.5, 0.0, -1),
             "1/sqrt(4)"
         );
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: true });
     }
 
     #[test]
     fn scale_bias_and_no_padding_match() {
-        let matched = look(|graph, node| {
+        let matched = matched_after(|graph, node| {
             set(node, AttributeProto::float("scale", 0.3));
             let bias: Vec<f32> = (0..24).map(|i| i as f32 / 10.0).collect();
             graph.initializer.push(TensorProto::floats("bias", &[24], &bias));
@@ -138,13 +135,13 @@ mod tests {
         })
         .unwrap();
         assert_eq!((matched.scale, matched.bias.as_str()), (0.3, "bias"));
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: false });
     }
 
     #[test]
     fn a_window_written_as_a_bias_on_the_scores_matches() {
         // [1, 1, S, T], from positions: -inf where a key is 3 or more tokens back.
-        let matched = look(|graph, node| {
+        let matched = matched_after(|graph, node| {
             for (name, value) in [("one", 1), ("three", 3), ("zero", 0)] {
                 graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
             }
@@ -183,9 +180,9 @@ mod tests {
         let why = refusal(|_, node| node.input.push("beams".into()));
         assert!(why.contains("it takes beams"), "{why}");
         let why = refusal(|_, node| node.output.push("scores".into()));
-        assert!(why.contains("returns its scores (scores)"), "{why}");
+        assert!(why.contains("returns its attention scores (scores)"), "{why}");
         let why = refusal(|_, node| set(node, AttributeProto::int("brand_new", 1)));
-        assert!(why.contains("attribute brand_new is not understood"), "{why}");
+        assert!(why.contains("attribute brand_new is not supported"), "{why}");
         let why = refusal(|_, node| node.input[7] = String::new());
         assert!(why.contains("its cache is not complete"), "{why}");
     }
@@ -207,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_cache_behind_a_copy_matches() {
-        let matched = look(|graph, node| {
+        let matched = matched_after(|graph, node| {
             let past = ["past_key_values.0.key"];
             graph
                 .node

@@ -1,7 +1,9 @@
 //! ai.onnx::Attention (opset 23 to 25): with the cache as its own inputs or put together before it.
 
-use super::{MatchResult, Rule, SampleCalls};
-use crate::prove::{Core, InnerCache, Scores, attention_match, only_known_attributes};
+use super::rule::{MatchResult, Rule};
+use crate::prove::{
+    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_supported_attributes, prove,
+};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// The rule.
@@ -28,34 +30,31 @@ impl Rule for OnnxAttention {
         if !node.is("", "Attention") {
             return MatchResult::NotMine;
         }
-        match core(node).and_then(|core| attention_match(samples, core)) {
-            Ok(matched) => MatchResult::Match(Box::new(matched)),
-            Err(why) => MatchResult::Refused(why),
-        }
+        candidate(node).and_then(|candidate| prove(samples, candidate)).into()
     }
 }
 
-fn core(node: &NodeProto) -> Result<Core<'_>, String> {
+fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
     if !node.input(6).is_empty() {
-        return Err(format!(
-            "it takes nonpad_kv_seqlen ({}), for a cache of another kind",
-            node.input(6)
-        ));
+        return Err(NodeRefusal::ValidLengths {
+            name: node.input(6).to_owned(),
+        }
+        .into());
     }
     if !node.output(3).is_empty() {
-        return Err(format!(
-            "it returns its scores ({}), which page selection doesn't compute",
-            node.output(3)
-        ));
+        return Err(NodeRefusal::ReturnsScores {
+            name: node.output(3).to_owned(),
+        }
+        .into());
     }
-    only_known_attributes(node, &KNOWN)?;
-    let cache = InnerCache::read(node, [4, 5])?;
-    Ok(Core {
+    only_supported_attributes(node, &KNOWN)?;
+    let cache = NodeCache::read(node, [4, 5])?;
+    Ok(AttentionCandidate {
         query: node.input(0),
         key: node.input(1),
         value: node.input(2),
         output: node.output(0),
-        scores: Scores::Fused(node),
+        scores: ScoreSource::Fused(node),
         cache,
         bias: "",
         sink: None,
@@ -66,8 +65,8 @@ fn core(node: &NodeProto) -> Result<Core<'_>, String> {
 mod tests {
     use super::*;
     use crate::{
-        rules::{AttentionMatch, Layout, LengthSource},
-        testing::{looked_after, projected, set},
+        prove::{AttentionMatch, HeadLayout, LengthSource},
+        testing::{changed_match, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
 
@@ -85,17 +84,17 @@ mod tests {
         graph
     }
 
-    fn look(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<AttentionMatch, String> {
-        looked_after(&OnnxAttention, graph(), change)
+    fn matched_after(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> Result<AttentionMatch, Refusal> {
+        changed_match(&OnnxAttention, graph(), change)
     }
 
     fn refusal(change: impl FnOnce(&mut GraphProto, &mut NodeProto)) -> String {
-        look(change).expect_err("it should be refused")
+        matched_after(change).expect_err("it should be refused").to_string()
     }
 
     #[test]
     fn a_cache_inside_matches() {
-        let matched = look(|_, _| {}).unwrap();
+        let matched = matched_after(|_, _| {}).unwrap();
         assert_eq!((matched.q_heads, matched.kv_heads, matched.head_size), (4, 2, Some(4)));
         assert_eq!(
             (matched.scale, matched.softcap, matched.local_window_size),
@@ -103,14 +102,14 @@ mod tests {
         );
         assert_eq!(
             (matched.query.as_str(), matched.output.as_str(), matched.query_layout),
-            ("q", "y", Layout::Flat)
+            ("q", "y", HeadLayout::Flat)
         );
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: false });
     }
 
     #[test]
     fn scale_softcap_and_a_boolean_mask_of_padding_match() {
-        let matched = look(|graph, node| {
+        let matched = matched_after(|graph, node| {
             set(node, AttributeProto::float("scale", 0.25));
             set(node, AttributeProto::float("softcap", 30.0));
             graph.initializer.push(TensorProto::int64s("middle", &[2], &[1, 2]));
@@ -126,13 +125,13 @@ mod tests {
         })
         .unwrap();
         assert_eq!((matched.scale, matched.softcap), (0.25, 30.0));
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: true });
     }
 
     #[test]
     fn windows_of_opset_25_count_the_tokens_before_and_behind() {
         let windows = |sides: &[(&str, i64)]| {
-            look(|_, node| {
+            matched_after(|_, node| {
                 sides
                     .iter()
                     .for_each(|(name, n)| set(node, AttributeProto::int(name, *n)))
@@ -152,16 +151,16 @@ mod tests {
             assert_eq!(windows(sides).unwrap().local_window_size, window, "{sides:?}");
         }
         for sides in [&[(left, 5), (causal, 0)][..], &[(right, 2), (causal, 0)]] {
-            let why = windows(sides).expect_err("tokens behind");
+            let why = windows(sides).expect_err("tokens behind").to_string();
             assert!(why.contains("token 0 sees token 1"), "{why}");
         }
-        let why = windows(&[(left, -2)]).expect_err("no size");
+        let why = windows(&[(left, -2)]).expect_err("no size").to_string();
         assert!(why.contains("its left_window_size is -2"), "{why}");
     }
 
     #[test]
     fn a_cache_put_together_before_it_matches() {
-        let matched = look(|graph, node| {
+        let matched = matched_after(|graph, node| {
             graph
                 .initializer
                 .push(TensorProto::int64s("heads", &[4], &[0, 0, 2, 4]));
@@ -189,7 +188,7 @@ mod tests {
                 .map(str::to_owned)
                 .to_vec();
             node.output = vec!["y".into()];
-            // Without a past of its own the node takes the first query for token 0, so the mask is spelled out.
+            // Without a past of its own the node takes the first query for token 0, so the mask is written out.
             node.attribute.retain(|a| a.name() != "is_causal");
             for (name, value) in [("one", 1), ("zero", 0)] {
                 graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
@@ -212,11 +211,11 @@ mod tests {
         .unwrap();
         assert_eq!(
             (matched.query.as_str(), matched.key.as_str(), matched.query_layout),
-            ("q", "k", Layout::Flat)
+            ("q", "k", HeadLayout::Flat)
         );
         assert_eq!(
             (matched.output_layout, matched.total_key.as_str()),
-            (Layout::Heads, "present.0.key")
+            (HeadLayout::Heads, "present.0.key")
         );
         assert_eq!((matched.q_heads, matched.kv_heads), (4, 2));
     }
@@ -226,9 +225,9 @@ mod tests {
         let why = refusal(|_, node| node.input.push("lengths".into()));
         assert!(why.contains("nonpad_kv_seqlen (lengths)"), "{why}");
         let why = refusal(|_, node| node.output.push("scores".into()));
-        assert!(why.contains("returns its scores (scores)"), "{why}");
+        assert!(why.contains("returns its attention scores (scores)"), "{why}");
         let why = refusal(|_, node| set(node, AttributeProto::int("brand_new", 1)));
-        assert!(why.contains("attribute brand_new is not understood"), "{why}");
+        assert!(why.contains("attribute brand_new is not supported"), "{why}");
         let why = refusal(|_, node| node.input[5] = String::new());
         assert!(why.contains("its cache is not complete"), "{why}");
     }

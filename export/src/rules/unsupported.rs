@@ -1,6 +1,7 @@
 //! Attention that no rule converts, so that a report can name it.
 
-use super::explain::shown;
+use super::shown::shown;
+use crate::prove::OperatorRefusal;
 use retro_onnx::{NodeProto, graph::GraphView};
 use std::collections::HashSet;
 
@@ -21,44 +22,50 @@ const FUSED: [(&str, &str); 13] = [
 ];
 
 /// Why a node is an attention that stays as it is; none if it isn't an attention.
-pub(super) fn attention(view: &GraphView, node: &NodeProto) -> Option<String> {
+pub fn attention(view: &GraphView, node: &NodeProto) -> Option<OperatorRefusal> {
     if FUSED.iter().any(|(domain, op_type)| node.is(domain, op_type)) {
-        let domain = if node.op_domain().is_empty() {
-            "ai.onnx"
-        } else {
-            node.op_domain()
-        };
-        let more = match node.op_type() {
-            "Attention" if node.is("com.microsoft", "Attention") => match node.input(4) {
-                "" => "; it projects queries, keys and values itself and keeps no cache, as encoders do".to_owned(),
-                past => format!(
-                    ": keys and values are merged in one cache, {}; export it without this fusion, or with GroupQueryAttention",
-                    shown(view, past)
-                ),
-            },
-            "DecoderAttention" | "DecoderMaskedMultiHeadAttention" | "DecoderMaskedSelfAttention" => {
-                ": it is for beam search, with caches of its own kind".to_owned()
-            }
-            "PagedAttention" | "SparsePagedAttention" => {
-                ": its cache is paged, blocks of a pool that all sequences share, not [B, H, T, D]".to_owned()
-            }
-            "SparseAttention" | "DynamicSparseAttention" => ": it is sparse already, in a way of its own".to_owned(),
-            "LongformerAttention" | "PackedAttention" | "PackedMultiHeadAttention" => {
-                ": it is an encoder's, which keeps no cache".to_owned()
-            }
-            _ => String::new(),
-        };
-        return Some(format!(
-            "{domain}::{} is not supported by this version{more}",
-            node.op_type()
-        ));
+        return Some(fused(view, node));
     }
-    (node.is("", "Softmax") && weighs_values(view, node))
-        .then(|| "attention spelled out as MatMul, Softmax, MatMul".to_owned())
+    (node.is("", "Softmax") && weighs_values(view, node)).then_some(OperatorRefusal::Decomposed)
+}
+
+/// Why an operator for attention stays as it is.
+fn fused(view: &GraphView, node: &NodeProto) -> OperatorRefusal {
+    let merged = node.input(4);
+    if node.is("com.microsoft", "Attention") && !merged.is_empty() {
+        return OperatorRefusal::MergedCache {
+            cache: shown(view, merged),
+        };
+    }
+    let about = match node.op_type() {
+        "Attention" if node.is("com.microsoft", "Attention") => {
+            "; it projects queries, keys and values itself and keeps no cache, as encoders do"
+        }
+        "DecoderAttention" | "DecoderMaskedMultiHeadAttention" | "DecoderMaskedSelfAttention" => {
+            ": it is for beam search, with caches of its own kind"
+        }
+        "PagedAttention" | "SparsePagedAttention" => {
+            ": its cache is paged, blocks of a pool that all sequences share, not [B, H, T, D]"
+        }
+        "SparseAttention" | "DynamicSparseAttention" => ": it is sparse already, in a way of its own",
+        "LongformerAttention" | "PackedAttention" | "PackedMultiHeadAttention" => {
+            ": it is an encoder's, which keeps no cache"
+        }
+        _ => "",
+    };
+    let domain = match node.op_domain() {
+        "" => "ai.onnx",
+        domain => domain,
+    };
+    OperatorRefusal::Unsupported {
+        domain: domain.to_owned(),
+        op_type: node.op_type().to_owned(),
+        about,
+    }
 }
 
 /// Whether a Softmax's output, perhaps cast or guarded on the way, is multiplied with something that depends on the input.
-pub(super) fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
+pub fn weighs_values(view: &GraphView, softmax: &NodeProto) -> bool {
     let mut open = vec![softmax.output(0)];
     let mut seen = HashSet::new();
     for _ in 0..32 {
@@ -95,7 +102,7 @@ mod tests {
             initializer: vec![TensorProto::floats("w", &[2, 2], &[0.; 4])],
             ..Default::default()
         };
-        attention(&GraphView::new(&graph, 21), &graph.node[0])
+        attention(&GraphView::new(&graph, 21), &graph.node[0]).map(|why| why.to_string())
     }
 
     #[test]
@@ -128,7 +135,7 @@ mod tests {
         assert!(
             reason(vec![softmax.clone(), cast.clone(), values])
                 .unwrap()
-                .contains("spelled out")
+                .contains("decomposed attention")
         );
         assert_eq!(
             reason(vec![softmax.clone(), cast, weights]),

@@ -1,32 +1,37 @@
 //! How far two runs' logits are apart.
 
-use anyhow::{Result, ensure};
+use super::error::Error;
+use serde::{Serialize, Serializer};
+use std::fmt;
 
+/// A difference between two runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Difference {
+pub struct LogitDifference {
     /// The largest of any logit.
     pub largest: f32,
-    /// In the middle of all positions, of each the largest.
+    /// Of each position the largest: the median over all positions.
     pub median: f32,
     /// Positions with the same most likely token.
-    pub same: usize,
+    pub same_token: usize,
 }
 
-impl Difference {
+impl LogitDifference {
     /// Between what is expected and what came, position by position.
-    pub fn between(expected: &[Vec<f32>], got: &[Vec<f32>]) -> Result<Self> {
-        ensure!(
-            expected.len() == got.len(),
-            "the two models give different numbers of logits"
-        );
-        let (mut by_position, mut same) = (Vec::new(), 0);
+    pub fn between(expected: &[Vec<f32>], got: &[Vec<f32>]) -> Result<Self, Error> {
+        if expected.len() != got.len() {
+            return Err(Error::LogitCounts {
+                expected: expected.len(),
+                actual: got.len(),
+            });
+        }
+        let (mut by_position, mut same_token) = (Vec::new(), 0);
         for (a, b) in expected.iter().zip(got) {
-            ensure!(
-                a.len() == b.len(),
-                "the two models have {} and {} logits",
-                a.len(),
-                b.len()
-            );
+            if a.len() != b.len() {
+                return Err(Error::Vocabularies {
+                    expected: a.len(),
+                    actual: b.len(),
+                });
+            }
             let worst = a.iter().zip(b).fold(0.0f32, |worst, (a, b)| {
                 // Not a number anywhere is a difference, unless both have it.
                 let d = if a.is_nan() && b.is_nan() || a == b {
@@ -37,13 +42,13 @@ impl Difference {
                 worst.max(if d.is_nan() { f32::INFINITY } else { d })
             });
             by_position.push(worst);
-            same += usize::from(best(a) == best(b));
+            same_token += usize::from(best(a) == best(b));
         }
         by_position.sort_by(f32::total_cmp);
         Ok(Self {
             largest: by_position.last().copied().unwrap_or(0.0),
             median: by_position.get(by_position.len() / 2).copied().unwrap_or(0.0),
-            same,
+            same_token,
         })
     }
 }
@@ -53,43 +58,80 @@ fn best(logits: &[f32]) -> Option<usize> {
     logits.iter().enumerate().max_by(by).map(|(i, _)| i)
 }
 
-/// How far the original is from itself where only what is no fault changes, and what that was.
-#[derive(Clone, Debug, Default)]
-pub struct Own {
-    pub largest: f32,
-    pub median: f32,
-    /// What made the largest one.
-    pub changed: Option<String>,
+/// What changes between two runs of the original that differ by no fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variation {
+    /// Its attention is rounded otherwise.
+    RoundedOtherwise,
+    /// So many tokens are fed together in a step, where activations are quantised by what is fed together.
+    FedTogether(usize),
+    /// Each sequence is fed alone.
+    SequencesAlone,
+    /// Padding has other tokens.
+    OtherPadding,
 }
 
-impl Own {
-    pub fn take(&mut self, difference: &Difference, changed: &str) {
+impl fmt::Display for Variation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RoundedOtherwise => f.write_str("rounded otherwise"),
+            Self::FedTogether(tokens) => write!(f, "fed {tokens} together"),
+            Self::SequencesAlone => f.write_str("fed each sequence alone"),
+            Self::OtherPadding => f.write_str("with other tokens in its padding"),
+        }
+    }
+}
+
+impl Serialize for Variation {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// How far the original is from itself where only what is no fault changes, and what that was.
+#[derive(Clone, Debug, Default)]
+pub struct OwnDifference {
+    pub largest: f32,
+    pub median: f32,
+    /// What made the largest one; none: nothing was measured.
+    pub cause: Option<Variation>,
+}
+
+impl OwnDifference {
+    /// Adds a measurement.
+    pub fn include(&mut self, difference: &LogitDifference, cause: Variation) {
         self.median = self.median.max(difference.median);
-        if self.changed.is_none() || difference.largest > self.largest {
+        if self.cause.is_none() || difference.largest > self.largest {
             self.largest = difference.largest;
-            self.changed = Some(changed.to_owned());
+            self.cause = Some(cause);
         }
     }
 
-    pub fn difference(&self) -> Difference {
-        Difference {
-            largest: self.largest,
-            median: self.median,
-            same: 0,
+    /// Adds what was measured elsewhere.
+    pub fn include_all(&mut self, other: &Self) {
+        let difference = LogitDifference {
+            largest: other.largest,
+            median: other.median,
+            same_token: 0,
+        };
+        if let Some(cause) = other.cause {
+            self.include(&difference, cause);
         }
     }
 
     /// Whether a difference may be the same thing once more, in each of the two models. The largest ones are luck; a fault moves
     /// most positions: in the middle there is little more than the original's own.
-    pub fn explains(&self, difference: &Difference, tolerance: f32) -> bool {
-        difference.largest <= self.allows(tolerance) && difference.median <= self.allows_most(tolerance)
+    pub fn explains(&self, difference: &LogitDifference, tolerance: f32) -> bool {
+        difference.largest <= self.largest_allowed(tolerance) && difference.median <= self.median_allowed(tolerance)
     }
 
-    pub fn allows_most(&self, tolerance: f32) -> f32 {
+    /// The largest median over positions that is no fault.
+    pub fn median_allowed(&self, tolerance: f32) -> f32 {
         tolerance.max(1.5 * self.median)
     }
 
-    pub fn allows(&self, tolerance: f32) -> f32 {
+    /// The largest difference that is no fault.
+    pub fn largest_allowed(&self, tolerance: f32) -> f32 {
         tolerance + 2.0 * self.largest
     }
 }
@@ -104,38 +146,41 @@ mod tests {
         let mut got = expected.clone();
         got[1] = vec![0.5, 1.0];
         got[3] = vec![0.0, -1.0];
-        let difference = Difference::between(&expected, &got).unwrap();
+        let difference = LogitDifference::between(&expected, &got).unwrap();
         assert_eq!(
             difference,
-            Difference {
+            LogitDifference {
                 largest: 2.0,
                 median: 0.0,
-                same: 4
+                same_token: 4
             }
         );
         got[0] = vec![f32::NAN, 1.0];
-        assert_eq!(Difference::between(&expected, &got).unwrap().largest, f32::INFINITY);
-        assert!(Difference::between(&expected, &got[1..]).is_err());
+        assert_eq!(
+            LogitDifference::between(&expected, &got).unwrap().largest,
+            f32::INFINITY
+        );
+        assert!(LogitDifference::between(&expected, &got[1..]).is_err());
     }
 
     #[test]
     fn a_few_positions_may_be_rounding_but_not_most() {
-        let mut own = Own::default();
-        let few = Difference {
+        let mut own = OwnDifference::default();
+        let few = LogitDifference {
             largest: 0.1,
             median: 1e-6,
-            same: 0,
+            same_token: 0,
         };
-        own.take(&few, "rounded otherwise");
-        own.take(&Difference { largest: 0.05, ..few }, "fed 2 together");
-        assert_eq!(own.changed.as_deref(), Some("rounded otherwise"));
+        own.include(&few, Variation::RoundedOtherwise);
+        own.include(&LogitDifference { largest: 0.05, ..few }, Variation::FedTogether(2));
+        assert_eq!(own.cause, Some(Variation::RoundedOtherwise));
         let tolerance = 0.02;
-        assert!(own.explains(&Difference { largest: 0.2, ..few }, tolerance));
-        assert!(!own.explains(&Difference { largest: 0.3, ..few }, tolerance));
-        let most = Difference {
+        assert!(own.explains(&LogitDifference { largest: 0.2, ..few }, tolerance));
+        assert!(!own.explains(&LogitDifference { largest: 0.3, ..few }, tolerance));
+        let most = LogitDifference {
             largest: 0.2,
             median: 0.1,
-            same: 0,
+            same_token: 0,
         };
         assert!(!own.explains(&most, tolerance));
     }

@@ -1,6 +1,6 @@
 //! Tensors on their way into a session and out of it.
 
-use anyhow::{Result, anyhow, bail, ensure};
+use super::error::Error;
 use half::{bf16, f16};
 use ort::{
     memory::Allocator,
@@ -9,13 +9,13 @@ use ort::{
 
 /// A tensor of the host: bytes of a type in a shape.
 #[derive(Clone, Debug)]
-pub struct Value {
+pub struct HostTensor {
     pub element: TensorElementType,
     pub shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
-fn size_of(element: TensorElementType) -> Result<usize> {
+fn size_of(element: TensorElementType) -> Result<usize, Error> {
     Ok(match element {
         TensorElementType::Float32 | TensorElementType::Int32 | TensorElementType::Uint32 => 4,
         TensorElementType::Float16
@@ -24,12 +24,13 @@ fn size_of(element: TensorElementType) -> Result<usize> {
         | TensorElementType::Uint16 => 2,
         TensorElementType::Int64 | TensorElementType::Uint64 | TensorElementType::Float64 => 8,
         TensorElementType::Bool | TensorElementType::Uint8 | TensorElementType::Int8 => 1,
-        other => bail!("a tensor of {other:?} is not understood"),
+        other => return Err(Error::ElementType(other)),
     })
 }
 
-impl Value {
-    pub fn zeros(element: TensorElementType, shape: &[usize]) -> Result<Self> {
+impl HostTensor {
+    /// A tensor of zeros.
+    pub fn zeros(element: TensorElementType, shape: &[usize]) -> Result<Self, Error> {
         let n: usize = shape.iter().product();
         Ok(Self {
             element,
@@ -38,8 +39,8 @@ impl Value {
         })
     }
 
-    /// Integers in whatever integer or floating type is wanted.
-    pub fn numbers(element: TensorElementType, shape: &[usize], values: &[i64]) -> Result<Self> {
+    /// From integers, in an integer or floating type.
+    pub fn from_ints(element: TensorElementType, shape: &[usize], values: &[i64]) -> Result<Self, Error> {
         let bytes = match element {
             TensorElementType::Int64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             TensorElementType::Int32 => values.iter().flat_map(|v| (*v as i32).to_le_bytes()).collect(),
@@ -47,31 +48,33 @@ impl Value {
             TensorElementType::Int8 | TensorElementType::Uint8 => values.iter().map(|v| *v as u8).collect(),
             _ => {
                 let values: Vec<f64> = values.iter().map(|v| *v as f64).collect();
-                return Self::reals(element, shape, &values);
+                return Self::from_floats(element, shape, &values);
             }
         };
         Self::of(element, shape, bytes)
     }
 
-    /// Numbers in whatever floating type is wanted.
-    pub fn reals(element: TensorElementType, shape: &[usize], values: &[f64]) -> Result<Self> {
+    /// From floats, in a floating type.
+    pub fn from_floats(element: TensorElementType, shape: &[usize], values: &[f64]) -> Result<Self, Error> {
         let bytes = match element {
             TensorElementType::Float32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
             TensorElementType::Float64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             TensorElementType::Float16 => values.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
             TensorElementType::Bfloat16 => values.iter().flat_map(|v| bf16::from_f64(*v).to_le_bytes()).collect(),
-            other => bail!("an input of {other:?} is not understood"),
+            other => return Err(Error::ElementType(other)),
         };
         Self::of(element, shape, bytes)
     }
 
-    fn of(element: TensorElementType, shape: &[usize], bytes: Vec<u8>) -> Result<Self> {
+    fn of(element: TensorElementType, shape: &[usize], bytes: Vec<u8>) -> Result<Self, Error> {
         let wanted = shape.iter().product::<usize>() * size_of(element)?;
-        ensure!(
-            bytes.len() == wanted,
-            "{} bytes for a tensor of shape {shape:?}, which has {wanted}",
-            bytes.len()
-        );
+        if bytes.len() != wanted {
+            return Err(Error::Bytes {
+                shape: shape.to_vec(),
+                expected: wanted,
+                actual: bytes.len(),
+            });
+        }
         Ok(Self {
             element,
             shape: shape.to_vec(),
@@ -80,7 +83,7 @@ impl Value {
     }
 
     /// As floats, for numbers that are floats.
-    pub fn floats(&self) -> Result<Vec<f32>> {
+    pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
         Ok(match self.element {
             TensorElementType::Float32 => self
                 .bytes
@@ -103,14 +106,14 @@ impl Value {
                 .iter()
                 .map(|b| bf16::from_le_bytes(*b).to_f32())
                 .collect(),
-            other => bail!("{other:?} instead of floats"),
+            other => return Err(Error::NoFloats(other)),
         })
     }
 
     /// The first `tokens` rows of `[B, H, T, D]`.
-    pub fn first_tokens(&self, tokens: usize) -> Result<Self> {
+    pub fn first_tokens(&self, tokens: usize) -> Result<Self, Error> {
         let &[b, h, t, d] = self.shape.as_slice() else {
-            bail!("a cache of shape {:?}", self.shape)
+            return Err(Error::CacheShape(self.shape.clone()));
         };
         if t <= tokens {
             return Ok(self.clone());
@@ -127,12 +130,14 @@ impl Value {
         })
     }
 
-    pub fn to_ort(&self) -> Result<DynTensor> {
+    /// As a tensor that ONNX Runtime owns.
+    pub fn to_ort(&self) -> Result<DynTensor, Error> {
         let dims: Vec<i64> = self.shape.iter().map(|d| *d as i64).collect();
-        let mut tensor = DynTensor::new(&Allocator::default(), self.element, dims).map_err(|e| anyhow!("{e}"))?;
+        let mut tensor =
+            DynTensor::new(&Allocator::default(), self.element, dims).map_err(|e| Error::Tensor(e.to_string()))?;
         if !self.bytes.is_empty() {
             // SAFETY: ONNX Runtime has just allocated a tensor of this type and shape on the CPU, which holds as many bytes
-            // as `bytes` by `zeros` and `numbers`; nobody else has it yet.
+            // as `bytes` by `zeros`, `of` and `from_ort`; nobody else has it yet.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.bytes.as_ptr(), tensor.data_ptr_mut().cast(), self.bytes.len());
             }
@@ -140,16 +145,21 @@ impl Value {
         Ok(tensor)
     }
 
-    pub fn from_ort(value: &DynValue) -> Result<Self> {
+    /// A copy of a tensor of ONNX Runtime's, wherever it lies.
+    pub fn from_ort(value: &DynValue) -> Result<Self, Error> {
         let ValueType::Tensor { ty, shape, .. } = value.dtype() else {
-            bail!("an output is no tensor")
+            return Err(Error::OutputNoTensor);
         };
-        let shape: Vec<usize> = shape.iter().map(|d| usize::try_from(*d)).collect::<Result<_, _>>()?;
+        let sizes = shape.iter().map(|d| usize::try_from(*d));
+        let sizes: Result<Vec<usize>, _> = sizes.collect();
+        let shape = sizes.map_err(|_| Error::OutputShape(shape.to_vec()))?;
         fn bytes<T: PrimitiveTensorElementType + Copy, const N: usize>(
             value: &DynValue,
             to_bytes: impl Fn(T) -> [u8; N],
-        ) -> Result<Vec<u8>> {
-            let (_, data) = value.try_extract_tensor::<T>().map_err(|e| anyhow!("{e}"))?;
+        ) -> Result<Vec<u8>, Error> {
+            let (_, data) = value
+                .try_extract_tensor::<T>()
+                .map_err(|e| Error::Tensor(e.to_string()))?;
             Ok(data.iter().flat_map(|x| to_bytes(*x)).collect())
         }
         let bytes = match ty {
@@ -163,7 +173,7 @@ impl Value {
             TensorElementType::Int8 => bytes(value, i8::to_le_bytes)?,
             TensorElementType::Uint8 => bytes(value, u8::to_le_bytes)?,
             TensorElementType::Bool => bytes(value, |x: bool| [u8::from(x)])?,
-            other => bail!("an output of {other:?} is not understood"),
+            other => return Err(Error::ElementType(*other)),
         };
         Ok(Self {
             element: *ty,

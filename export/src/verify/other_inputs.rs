@@ -1,23 +1,24 @@
 //! Inputs beside tokens, mask, positions and caches, and what they are fed: embeddings, adapters, flags, what an encoder gave, state
 //! that comes back. Both models get the same, so any numbers will do that the original takes.
 
-use super::{compared_model::Feed, host_tensor::Value};
+use super::{error::Error, feed::Feed, host_tensor::HostTensor};
 use crate::rules::{
     ATTENTION_MASK, Attention, AttentionMatch, INPUT_IDS, POSITION_IDS, Size, all_carried, named_sizes, noise, sizes,
 };
-use anyhow::Result;
 use ort::value::TensorElementType;
 use retro_contract::graph::{PAGE_BUDGET, RETRO_LENGTH};
 use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// What an input is fed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fed {
+pub enum InputFill {
     /// Numbers that look random: the same for a token whenever it is fed, and for a sequence in every call.
     Noise,
+    /// Zeros.
     Zeros,
     /// Whether there is a past.
     HasPast,
+    /// Ones.
     Ones,
     /// Positions of the tokens fed.
     Positions,
@@ -29,50 +30,52 @@ pub enum Fed {
     Carried(String),
 }
 
-/// An input.
+/// An input beside tokens, mask, positions and caches.
 #[derive(Clone, Debug)]
 pub struct OtherInput {
+    /// Its name in the graph.
     pub name: String,
+    /// Its shape.
     pub sizes: Vec<Size>,
-    pub fed: Fed,
+    /// What it is fed.
+    pub fill: InputFill,
 }
 
 impl OtherInput {
     /// The output that it comes back as.
     pub fn carried(&self) -> Option<&str> {
-        match &self.fed {
-            Fed::Carried(present) => Some(present),
+        match &self.fill {
+            InputFill::Carried(present) => Some(present),
             _ => None,
         }
     }
 
     /// It counts tokens, those of padding too.
-    pub fn counts(&self) -> bool {
-        matches!(self.fed, Fed::Positions | Fed::Length(_) | Fed::Past)
+    pub fn counts_tokens(&self) -> bool {
+        matches!(self.fill, InputFill::Positions | InputFill::Length(_) | InputFill::Past)
     }
 
-    pub fn shape(&self, feed: &Feed) -> Vec<usize> {
-        let past = feed.total - feed.count;
+    fn shape(&self, feed: &Feed) -> Vec<usize> {
         self.sizes
             .iter()
-            .map(|s| s.of(feed.ids.len(), feed.count, past))
+            .map(|s| s.of(feed.ids.len(), feed.count, feed.past()))
             .collect()
     }
 
-    pub fn value(&self, ty: TensorElementType, feed: &Feed) -> Result<Value> {
+    pub(super) fn tensor(&self, ty: TensorElementType, feed: &Feed) -> Result<HostTensor, Error> {
         let shape = self.shape(feed);
         let n: usize = shape.iter().product();
-        match self.fed {
-            Fed::Noise => Value::reals(ty, &shape, &self.noise(&shape, feed)),
-            Fed::Length(more) => Value::numbers(ty, &shape, &vec![feed.total as i64 + more; n]),
-            Fed::Past => Value::numbers(ty, &shape, &vec![(feed.total - feed.count) as i64; n]),
-            Fed::Positions => {
-                let positions: Vec<i64> = (feed.total - feed.count..feed.total).map(|j| j as i64).collect();
-                Value::numbers(ty, &shape, &positions.repeat(n / positions.len().max(1)))
+        match self.fill {
+            InputFill::Noise => HostTensor::from_floats(ty, &shape, &self.noise(&shape, feed)),
+            InputFill::Length(more) => HostTensor::from_ints(ty, &shape, &vec![feed.total as i64 + more; n]),
+            InputFill::Past => HostTensor::from_ints(ty, &shape, &vec![feed.past() as i64; n]),
+            InputFill::Positions => {
+                let positions: Vec<i64> = (feed.past()..feed.total).map(|j| j as i64).collect();
+                HostTensor::from_ints(ty, &shape, &positions.repeat(n / positions.len().max(1)))
             }
-            Fed::HasPast => Value::numbers(ty, &shape, &vec![i64::from(feed.total > feed.count); n]),
-            Fed::Ones => Value::numbers(ty, &shape, &vec![1; n]),
-            Fed::Zeros | Fed::Carried(_) => Value::zeros(ty, &shape),
+            InputFill::HasPast => HostTensor::from_ints(ty, &shape, &vec![i64::from(feed.past() > 0); n]),
+            InputFill::Ones => HostTensor::from_ints(ty, &shape, &vec![1; n]),
+            InputFill::Zeros | InputFill::Carried(_) => HostTensor::zeros(ty, &shape),
         }
     }
 
@@ -80,11 +83,11 @@ impl OtherInput {
         let seed = self.name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
             (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
         });
-        let id = |b: usize, j: usize| feed.ids.get(b).and_then(|row| row.get(j)).map_or(0, |id| *id as u64);
+        let id = |b: usize, j: usize| feed.id(b, j) as u64;
         // A sequence is known by its last token: its place among others may differ from run to run.
         let last = |b: usize| feed.ids.get(b).and_then(|row| row.last()).map_or(0, |id| *id as u64);
         let row = |n: usize, of: u64| noise(n, seed.wrapping_add(of.wrapping_mul(0x9e37_79b9)));
-        let first = feed.total - feed.count;
+        let first = feed.past();
         let width = |axes: usize| shape.iter().skip(axes).product::<usize>();
         match self.sizes.as_slice() {
             [Size::Sequences, Size::Tokens, ..] => (0..feed.ids.len())
@@ -123,34 +126,34 @@ pub fn other_inputs(view: &GraphView, found: &[Attention], known: &[&str]) -> Ve
             let name = input.name();
             let sizes = sizes(view, &names, input)?;
             let one = sizes.iter().all(|s| *s == Size::Number(1));
-            let fed = match input.data_type()? {
-                _ if lengths.contains(&name) => Fed::Length(-1),
-                _ if totals.contains(&name) => Fed::Length(0),
+            let fill = match input.data_type()? {
+                _ if lengths.contains(&name) => InputFill::Length(-1),
+                _ if totals.contains(&name) => InputFill::Length(0),
                 _ if carried.iter().any(|[past, _]| *past == name) => {
                     let present = carried.iter().find(|[past, _]| *past == name)?[1];
-                    Fed::Carried(present.to_owned())
+                    InputFill::Carried(present.to_owned())
                 }
-                DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double => Fed::Noise,
-                DataType::Bool if one && name.contains("use_cache") => Fed::HasPast,
-                DataType::Bool if one => Fed::Ones,
+                DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double => InputFill::Noise,
+                DataType::Bool if one && name.contains("use_cache") => InputFill::HasPast,
+                DataType::Bool if one => InputFill::Ones,
                 DataType::Int64 | DataType::Int32 => match sizes.as_slice() {
-                    [Size::Tokens] => Fed::Positions,
-                    _ if name == "cache_position" => Fed::Positions,
-                    _ if one && name.contains("total") => Fed::Length(0),
-                    _ if one && name.contains("past") => Fed::Past,
-                    _ => Fed::Zeros,
+                    [Size::Tokens] => InputFill::Positions,
+                    _ if name == "cache_position" => InputFill::Positions,
+                    _ if one && name.contains("total") => InputFill::Length(0),
+                    _ if one && name.contains("past") => InputFill::Past,
+                    _ => InputFill::Zeros,
                 },
-                _ => Fed::Zeros,
+                _ => InputFill::Zeros,
             };
             // A name of its own for the number of tokens.
-            let sizes = match (&fed, sizes.as_slice()) {
-                (Fed::Positions, [_]) => vec![Size::Tokens],
+            let sizes = match (&fill, sizes.as_slice()) {
+                (InputFill::Positions, [_]) => vec![Size::Tokens],
                 _ => sizes,
             };
             Some(OtherInput {
                 name: name.to_owned(),
                 sizes,
-                fed,
+                fill,
             })
         })
         .collect()

@@ -1,47 +1,59 @@
 //! What came of a comparison, as text and as JSON.
 
+use super::difference::Variation;
 use serde::Serialize;
 use std::fmt;
 
 /// One comparison.
 #[derive(Clone, Debug, Serialize)]
 pub struct Compared {
+    /// w, tokens fed a step.
     pub window: usize,
+    /// Sequences.
     pub batch: usize,
     /// "whole", "chunked" or "padded": how the prompt was fed.
     pub prefill: &'static str,
+    /// The largest difference of any logit.
     pub largest_difference: f32,
     /// In the middle of all positions.
     pub median_difference: f32,
     /// How much the original differs from itself where nothing changes that is a fault, if its activations are quantised.
     pub own_difference: Option<f32>,
     /// What made that difference.
-    pub own_difference_by: Option<String>,
+    pub own_difference_by: Option<Variation>,
     /// Up to what the largest difference is no fault.
     pub allowed: f32,
     /// The same of the one in the middle.
     pub allowed_median: f32,
+    /// The difference is no fault.
     pub passed: bool,
     /// Share of positions where both have the same most likely token.
     pub greedy_agreement: f32,
+    /// Positions that have logits of both models.
     pub positions: usize,
 }
 
 /// A comparison that the original could not be run for.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Skipped {
+    /// w, tokens fed a step.
     pub window: usize,
+    /// Sequences.
     pub batch: usize,
+    /// As [`Compared::prefill`].
     pub prefill: &'static str,
+    /// Why the original doesn't run.
     pub why: String,
 }
 
 /// All comparisons.
 #[derive(Clone, Debug, Serialize)]
 pub struct Verification {
+    /// ONNX Runtime's library.
     pub runtime: std::path::PathBuf,
     /// Where both models ran: "cpu" or "cuda:N".
     pub device: String,
+    /// What was compared.
     pub compared: Vec<Compared>,
     /// What could not be compared.
     pub skipped: Vec<Skipped>,
@@ -49,9 +61,11 @@ pub struct Verification {
     pub broken: Option<String>,
     /// How a run was not as asked: nodes on another device, an original that takes a prompt's rest only token by token.
     pub notes: Vec<String>,
+    /// The largest absolute value of the original's logits.
     pub largest_logit: f32,
     /// The largest difference that is rounding: what was asked for, times the largest logit if that is above 1.
     pub tolerance: f32,
+    /// The converted model runs where its original does, and every difference is within what is allowed.
     pub passed: bool,
 }
 
@@ -102,6 +116,7 @@ impl Verification {
         ))
     }
 
+    /// Share of all positions where both have the same most likely token.
     pub fn greedy_agreement(&self) -> f32 {
         let (same, all) = self.compared.iter().fold((0.0, 0), |(same, all), c| {
             (same + c.greedy_agreement * c.positions as f32, all + c.positions)
@@ -111,8 +126,8 @@ impl Verification {
 
     /// What a comparison allows besides the tolerance, and why: one line; none where it is the tolerance alone.
     fn allowance(&self) -> Option<String> {
-        let own = |c: &Compared| c.own_difference.zip(c.own_difference_by.clone());
-        let mut causes: Vec<(f32, String)> = Vec::new();
+        let own = |c: &Compared| c.own_difference.zip(c.own_difference_by);
+        let mut causes: Vec<(f32, Variation)> = Vec::new();
         for (own, by) in self.compared.iter().filter_map(own) {
             match causes.iter_mut().find(|(_, known)| *known == by) {
                 Some((most, _)) => *most = most.max(own),
@@ -203,7 +218,7 @@ impl fmt::Display for Verification {
 mod tests {
     use super::*;
 
-    fn compared(window: usize, difference: f32, own: Option<(f32, &str)>) -> Compared {
+    fn compared(window: usize, difference: f32, own: Option<(f32, Variation)>) -> Compared {
         let allowed = 0.7 + 2.0 * own.map_or(0.0, |(own, _)| own);
         Compared {
             window,
@@ -212,7 +227,7 @@ mod tests {
             largest_difference: difference,
             median_difference: 0.1,
             own_difference: own.map(|(own, _)| own),
-            own_difference_by: own.map(|(_, by)| by.to_owned()),
+            own_difference_by: own.map(|(_, by)| by),
             allowed,
             allowed_median: 0.7,
             passed: difference <= allowed,
@@ -237,7 +252,7 @@ mod tests {
 
     #[test]
     fn what_is_allowed_is_said_and_why() {
-        let own = Some((0.4, "rounded otherwise"));
+        let own = Some((0.4, Variation::RoundedOtherwise));
         let text = verification(vec![compared(1, 1.1, own), compared(2, 0.2, own)], None).to_string();
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].contains("difference 1.1e0 of 1.5e0 allowed"), "{text}");

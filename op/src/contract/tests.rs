@@ -1,8 +1,10 @@
 use std::collections::HashMap;
 
+use retro_contract::{GroupScore, Mode, Selector, input};
 use smallvec::smallvec;
 
 use super::*;
+use crate::ort::Result;
 
 #[derive(Default)]
 struct Node {

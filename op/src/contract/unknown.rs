@@ -1,13 +1,13 @@
-//! Attributes that are not the operator's. A host gives a plugin no list of a node's attributes, it only answers for a name; so the
-//! names are asked for that somebody could have meant something by.
+//! Attributes that are not the operator's. A host gives a plugin no list of a node's attributes, it only answers for a
+//! name; so the names are asked for that somebody could have meant something by.
 
 use retro_contract::{OP_TYPE, attribute};
 
 use super::AttributeSource;
 use crate::ort::{Error, Result};
 
-/// Attributes of GroupQueryAttention, MultiHeadAttention and ai.onnx Attention that change what they compute and that this
-/// operator does not have, and names that other libraries use for what it has.
+/// Attributes of GroupQueryAttention, MultiHeadAttention and ai.onnx Attention that change what they compute and that
+/// this operator does not have, and names that other libraries use for what it has.
 const FOREIGN: [&str; 41] = [
     "smooth_softmax",
     "qk_output",
@@ -52,8 +52,9 @@ const FOREIGN: [&str; 41] = [
     "rho",
 ];
 
-/// What a common slip makes of `name`: a character left out or doubled, two neighbours swapped, a plural, words joined in another way.
-/// Every name costs about a microsecond of each node when a session is made, so not all that are one edit away.
+/// What a common slip makes of `name`: a character left out or doubled, two neighbours swapped, a plural, words joined
+/// in another way. Every name costs about a microsecond of each node when a session is made, so not all that are one
+/// edit away.
 fn slips(name: &str) -> impl Iterator<Item = String> + '_ {
     let left_out = (0..name.len()).map(move |i| format!("{}{}", &name[..i], &name[i + 1..]));
     let doubled = (0..name.len()).map(move |i| format!("{}{}", &name[..=i], &name[i..]));

@@ -1,5 +1,5 @@
-//! A decoding step: select pages with the newest query, attend to them once for it and for every retrospective query that
-//! has not seen them, merge.
+//! A decoding step: select pages with the newest query, attend to them once for it and for every retrospective query
+//! that has not seen them, merge.
 
 use retro_contract::Mode;
 
@@ -162,9 +162,9 @@ impl<E: Element, P: PageSelector> Step<'_, E, P> {
         self.call.plan.sequences[b].fed * self.group * self.call.dims.head_size
     }
 
-    /// The pages among which a step chooses: those that the newest query's sliding window touches. A retrospective query may
-    /// look further back, but only pages that the newest one's window touches are ever loaded; a dense layer reads
-    /// whatever any of its queries sees.
+    /// The pages among which a step chooses: those that the newest query's sliding window touches. A retrospective
+    /// query may look further back, but only pages that the newest one's window touches are ever loaded; a dense layer
+    /// reads whatever any of its queries sees.
     fn candidates(&self, b: usize) -> std::ops::Range<usize> {
         let (attributes, sequence) = (self.call.attributes, &self.call.plan.sequences[b]);
         let newest = sequence.len - 1;
@@ -318,8 +318,8 @@ impl<E: Element, P: PageSelector> Step<'_, E, P> {
             ),
         }
 
-        // Row i (position first + i) takes a page if no step since i loaded it (A < i) and it holds a token up to i. Both
-        // hold from some row on, so a page serves a suffix of the rows; the newest row always.
+        // Row i (position first + i) takes a page if no step since i loaded it (A < i) and it holds a token up to i.
+        // Both hold from some row on, so a page serves a suffix of the rows; the newest row always.
         // SAFETY: this task owns its KV head's page steps; they are written after the attention.
         let steps = unsafe { call.state.steps.range(task * call.dims.pages, call.dims.pages) };
         let (first, last_row) = (sequence.first_position(), sequence.fed - 1);

@@ -1,5 +1,5 @@
-//! What a call writes before any attention: keys and values of the fed rows, the state that pages are scored from, page steps;
-//! and how queries are read.
+//! What a call writes before any attention: keys and values of the fed rows, the state that pages are scored from, page
+//! steps; and how queries are read.
 
 use super::call::{AngleCache, CpuCall, Rows};
 use super::scratch::TaskScratch;

@@ -1,4 +1,5 @@
-//! The end of a row: splits joined, the head sink or the output cache merged in, outputs written, the output cache filled.
+//! The end of a row: splits joined, the head sink or the output cache merged in, outputs written, the output cache
+//! filled.
 
 use retro_contract::Mode;
 

@@ -1,7 +1,7 @@
 //! The CPU execution provider: the method of [`crate::method`], spread over a thread pool.
 //!
-//! [`run`] is the whole operator on plain buffers. Tasks are independent pairs of a sequence and a KV head, split further
-//! over pages where that leaves cores idle.
+//! [`run`] is the whole operator on plain buffers. Tasks are independent pairs of a sequence and a KV head, split
+//! further over pages where that leaves cores idle.
 
 mod call;
 mod decode;

@@ -66,8 +66,8 @@ impl<E: Element, S: Plain> Operator for CpuOperator<E, S> {
             }
         }
         weights.retain(Elements::is_copy);
-        // The threads of the session's pool are not told through ONNX Runtime's C API: as many as the process may run on.
-        // Finer parts than threads cost little; the pool runs what it can.
+        // The threads of the session's pool are not told through ONNX Runtime's C API: as many as the process may run
+        // on. Finer parts than threads cost little; the pool runs what it can.
         let width = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(CpuKernel {
             attributes,
@@ -87,8 +87,9 @@ impl<E: Element, S: Plain> Operator for CpuOperator<E, S> {
     }
 }
 
-/// Whether ORT's own operator computes what our contract asks for in this prefill: one sequence (it refuses several with a
-/// past) or a batch of prompts of one length, no left padding, no head sink, D a multiple of 16 and its rotated half of 8.
+/// Whether ORT's own operator computes what our contract asks for in this prefill: one sequence (it refuses several
+/// with a past) or a batch of prompts of one length, no left padding, no head sink, D a multiple of 16 and its rotated
+/// half of 8.
 fn fallback_applies(dims: &Dims, plan: &CallPlan, has_head_sink: bool) -> bool {
     let whole_prompts = plan.sequences.iter().all(|s| s.len == dims.tokens);
     let one = dims.batch == 1 && plan.sequences.iter().all(|s| s.fed == dims.tokens);

@@ -76,7 +76,8 @@ pub(super) fn prefill<E: Element, P: PageSelector>(
     Ok(())
 }
 
-/// Whether a NaN or an infinity is among the queries of a KV head's group or in its page state, and so perhaps among its keys.
+/// Whether a NaN or an infinity is among the queries of a KV head's group or in its page state, and so perhaps among
+/// its keys.
 fn is_broken<E: Element, P: PageSelector>(
     call: &CpuCall<'_, E, P>,
     rows: &Rows<'_, E>,

@@ -66,11 +66,11 @@ dispatched! {
     ) = pages_body
 }
 
-/// Adds pages, each to the rows from its own first one on. A row sees a page's tokens up to its own position and within its
-/// sliding window; keys and values of a page are read from memory once for all rows.
+/// Adds pages, each to the rows from its own first one on. A row sees a page's tokens up to its own position and within
+/// its sliding window; keys and values of a page are read from memory once for all rows.
 ///
-/// `query`: `rows * D`, after RoPE and scaled; `keys`, `values`: one KV head's cache, `[C, D]`. Panics when a page holds
-/// tokens of the block's that lie outside the cache.
+/// `query`: `rows * D`, after RoPE and scaled; `keys`, `values`: one KV head's cache, `[C, D]`. Panics when a page
+/// holds tokens of the block's that lie outside the cache.
 pub fn attend_pages<E: Element>(
     isa: Isa,
     block: &Block,
@@ -177,8 +177,8 @@ impl<E: Element> Tile<'_, E> {
             return;
         }
         let count = end - start;
-        // SAFETY: tokens `start..end` lie before the block's newest, which the cache holds; there are at most PAGE_SIZE_MAX of
-        // them, so that whole tiles and vectors of logits fit in STRIDE.
+        // SAFETY: tokens `start..end` lie before the block's newest, which the cache holds; there are at most
+        // PAGE_SIZE_MAX of them, so that whole tiles and vectors of logits fit in STRIDE.
         unsafe {
             if keys_of_tile::<S>() == 4 {
                 self.logits::<S, R, 4>(row, start, count, logits);
@@ -203,8 +203,8 @@ impl<E: Element> Tile<'_, E> {
                 }
                 line[..low[r] - start].fill(f32::NEG_INFINITY);
                 line[high[r] - start..].fill(f32::NEG_INFINITY);
-                // A NaN is never the largest; its weight is NaN, and so is the sum. Where every logit is NaN or -inf the finite
-                // maximum keeps the NaNs and gives -inf the weight 0.
+                // A NaN is never the largest; its weight is NaN, and so is the sum. Where every logit is NaN or -inf
+                // the finite maximum keeps the NaNs and gives -inf the weight 0.
                 let mut top = S::splat(f32::MIN);
                 for at in (0..padded).step_by(S::LANES) {
                     top = S::max(S::load(line.as_ptr().add(at)), top);

@@ -11,8 +11,8 @@ dispatched! {
     /// The group's score of every candidate page, `scores` `[pages.len()]`, from its heads' (`[g, pages.len()]`, as
     /// [`PageSelector::score_heads`] leaves them; changed here).
     ///
-    /// With `GroupScore::Softmax` it is the logarithm of the sum over heads of each head's softmax: the same order, without
-    /// pages far below the best all rounding to 0.
+    /// With `GroupScore::Softmax` it is the logarithm of the sum over heads of each head's softmax: the same order,
+    /// without pages far below the best all rounding to 0.
     pub fn group_scores<P: PageSelector>(
         scoring: &Scoring, heads: &mut [f32], pages: Range<usize>, scores: &mut [f32],
     ) = group_body
@@ -52,14 +52,14 @@ unsafe fn group_body<S: Simd, P: PageSelector>(
         unsafe { add_spread::<S>(heads, scores) };
     }
     for score in scores.iter_mut() {
-        // A page that cannot be scored (a NaN among its keys, or a number beyond f32's range) is read first, so that what is wrong
-        // with it shows, as with dense attention. Adding 0 turns -0 into 0, so that the two tie.
+        // A page that cannot be scored (a NaN among its keys, or a number beyond f32's range) is read first, so that
+        // what is wrong with it shows, as with dense attention. Adding 0 turns -0 into 0, so that the two tie.
         *score = if score.is_nan() { f32::INFINITY } else { *score + 0.0 };
     }
 }
 
-/// The logarithm of the sum of e^s over the numbers among the values: a page that cannot be scored leaves the others' shares
-/// alone. 0 where all are -inf or NaN.
+/// The logarithm of the sum of e^s over the numbers among the values: a page that cannot be scored leaves the others'
+/// shares alone. 0 where all are -inf or NaN.
 ///
 /// # Safety
 /// The machine has the instruction set.

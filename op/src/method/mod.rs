@@ -1,7 +1,7 @@
 //! The method on plain slices, apart from ONNX Runtime: page summaries, selection, attention over pages, merging.
 //!
-//! Source: Choi, Kang, Jo, Kim, "Retrospective Sparse Attention for Efficient Long-Context Generation", arXiv 2508.09001;
-//! page selection: Tang et al., "Quest", ICML 2024. docs/method.md states the arithmetic exactly.
+//! Source: Choi, Kang, Jo, Kim, "Retrospective Sparse Attention for Efficient Long-Context Generation", arXiv
+//! 2508.09001; page selection: Tang et al., "Quest", ICML 2024. docs/method.md states the arithmetic exactly.
 
 pub mod attend;
 pub mod element;

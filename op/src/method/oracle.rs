@@ -1,5 +1,6 @@
-//! The method in float64, one sequence at a time, written to be read: lists of rows, no page is skipped, nothing is fast.
-//! The fast path is compared with it; it is itself compared with golden vectors of other hands (`tests/tests/oracle.rs`).
+//! The method in float64, one sequence at a time, written to be read: lists of rows, no page is skipped, nothing is
+//! fast. The fast path is compared with it; it is itself compared with golden vectors of other hands
+//! (`tests/tests/oracle.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -99,7 +100,8 @@ impl Oracle {
         }
     }
 
-    /// Page summaries are rounded like this before they are used: moments, unlike bounds, are no numbers of the keys' type.
+    /// Page summaries are rounded like this before they are used: moments, unlike bounds, are no numbers of the keys'
+    /// type.
     pub fn storing(mut self, round: fn(f64) -> f64) -> Self {
         self.stored = round;
         self
@@ -217,8 +219,8 @@ impl Oracle {
         outputs
     }
 
-    /// Signs of the elements of the direction that two rounds of the power iteration find from the row farthest from the
-    /// mean of `range`.
+    /// Signs of the elements of the direction that two rounds of the power iteration find from the row farthest from
+    /// the mean of `range`.
     fn signs(&self, kv: usize, range: std::ops::Range<usize>) -> Row {
         let size = self.head_size;
         let count = range.len() as f64;

@@ -209,7 +209,8 @@ mod tests {
         assert_eq!(pick(&s, &[-1.0, 1.0], &zero, 0, 3), [0, 1, 3]);
     }
 
-    /// A page whose score is NaN is read before any other, whatever the selector and the number of heads, and the others keep their order.
+    /// A page whose score is NaN is read before any other, whatever the selector and the number of heads, and the
+    /// others keep their order.
     #[test]
     fn pages_that_cannot_be_scored_come_first() {
         for selector in with_page_vectors() {

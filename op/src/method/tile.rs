@@ -30,8 +30,8 @@ unsafe fn load_some<S: Simd, E: Element>(p: *const E, n: usize) -> S::V {
     }
 }
 
-/// Products of R rows of `d` floats, `stride` apart, with K keys: `[row][key]`. Every product is summed in the same order.
-/// With `SQUARED` of the keys' squares.
+/// Products of R rows of `d` floats, `stride` apart, with K keys: `[row][key]`. Every product is summed in the same
+/// order. With `SQUARED` of the keys' squares.
 ///
 /// # Safety
 /// Rows and keys have `d` elements, and the machine has the instruction set.
@@ -97,8 +97,8 @@ pub(crate) unsafe fn products<S: Simd, E: Element, const R: usize, const K: usiz
 /// `acc[r] = shrink[r] * acc[r] + sum over t of weights[r][t] * values[t]` for R rows of `d` floats.
 ///
 /// # Safety
-/// `acc` has R rows of `d` floats, `weights` R rows of `count` floats, `weights_stride` apart, `values` `count` rows of `d`
-/// elements, and the machine has the instruction set.
+/// `acc` has R rows of `d` floats, `weights` R rows of `count` floats, `weights_stride` apart, `values` `count` rows of
+/// `d` elements, and the machine has the instruction set.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the operands of one loop")]
 pub(crate) unsafe fn accumulate<S: Simd, E: Element, const R: usize>(

@@ -16,8 +16,8 @@ static HOST_VERSION: AtomicU32 = AtomicU32::new(0);
 /// The oldest host on which the plugin is tested, as an API version (the minor version of ONNX Runtime).
 const MIN_API: u32 = 22;
 
-/// The host's function table: a raw pointer, never a reference, because an older host's table is shorter than our struct.
-/// Every slot that the plugin reads exists since [`MIN_API`].
+/// The host's function table: a raw pointer, never a reference, because an older host's table is shorter than our
+/// struct. Every slot that the plugin reads exists since [`MIN_API`].
 pub(super) fn api() -> *const OrtApi {
     API.load(Ordering::Acquire)
 }
@@ -98,8 +98,8 @@ pub(super) unsafe fn negotiate(base: *const OrtApiBase) -> std::result::Result<(
     }
 }
 
-/// A status with this message, from the oldest table that the host has; null, which ONNX Runtime takes for success with no
-/// operator registered, where it has none at all.
+/// A status with this message, from the oldest table that the host has; null, which ONNX Runtime takes for success with
+/// no operator registered, where it has none at all.
 ///
 /// # Safety
 /// As [`negotiate`].

@@ -51,8 +51,8 @@ impl Context {
         Ok(stream)
     }
 
-    /// Runs `task(0..count)` on the session's intra-op thread pool and waits for all. A panic in a task becomes an error
-    /// once every task has ended.
+    /// Runs `task(0..count)` on the session's intra-op thread pool and waits for all. A panic in a task becomes an
+    /// error once every task has ended.
     pub fn parallel_for(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
         struct Shared<'a> {
             task: &'a (dyn Fn(usize) + Sync),

@@ -60,8 +60,8 @@ pub trait Operator: 'static {
     fn infer(shapes: &ShapeContext) -> Result<()>;
 }
 
-/// ORT below 1.24 dereferences a null type for an absent optional input before it calls shape inference: a crash at load.
-/// Operators with optional inputs go without it there.
+/// ORT below 1.24 dereferences a null type for an absent optional input before it calls shape inference: a crash at
+/// load. Operators with optional inputs go without it there.
 const SAFE_INFERENCE_API: u32 = 24;
 
 fn port(ports: &'static [Port], index: usize) -> Port {

@@ -84,7 +84,8 @@ impl Info {
             .map_err(|_| Error::invalid(format!("attribute {name} is not UTF-8 text")))
     }
 
-    /// Whether the node has an attribute of this name, whatever its type. A host names no attributes: it can only be asked.
+    /// Whether the node has an attribute of this name, whatever its type. A host names no attributes: it can only be
+    /// asked.
     pub fn has_attribute(&self, name: &str) -> Result<bool> {
         let c = c_name(name)?;
         let mut v = 0;

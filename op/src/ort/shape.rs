@@ -41,8 +41,8 @@ impl ShapeContext {
                 c"".as_ptr()
             };
         }
-        // A dimension that is neither known nor named would be written as the number -1, which shape inference of a later
-        // Reshape takes for a second "whatever is left". Batch and tokens are the same for every node of a model.
+        // A dimension that is neither known nor named would be written as the number -1, which shape inference of a
+        // later Reshape takes for a second "whatever is left". Batch and tokens are the same for every node of a model.
         for (axis, name) in [c"RetroAttention_batch", c"RetroAttention_tokens"]
             .into_iter()
             .enumerate()

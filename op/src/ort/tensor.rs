@@ -80,7 +80,8 @@ impl Tensor {
         Ok(p)
     }
 
-    /// Copies a tensor of the same type and shape, unless both are the same memory (a buffer shared by past and present).
+    /// Copies a tensor of the same type and shape, unless both are the same memory (a buffer shared by past and
+    /// present).
     pub fn copy_from(&self, source: &Tensor) -> Result<()> {
         let (to, from) = (self.address()?, source.address()?);
         if to == from {
@@ -107,9 +108,9 @@ impl Tensor {
     }
 }
 
-/// The data of a CPU tensor for one call, or for as long as a constant lives: the host's own memory, or a copy where that lies
-/// at an address that its elements cannot be used at. A host may hand over memory at any address, as ONNX Runtime does with
-/// weights that it maps from a file.
+/// The data of a CPU tensor for one call, or for as long as a constant lives: the host's own memory, or a copy where
+/// that lies at an address that its elements cannot be used at. A host may hand over memory at any address, as ONNX
+/// Runtime does with weights that it maps from a file.
 pub struct Elements {
     data_type: DataType,
     len: usize,
@@ -119,8 +120,8 @@ pub struct Elements {
     copy: Option<Vec<u64>>,
 }
 
-// SAFETY: the pointer is the host's, which hands tensors to any thread; what is done with their memory is up to the callers of
-// the unsafe functions.
+// SAFETY: the pointer is the host's, which hands tensors to any thread; what is done with their memory is up to the
+// callers of the unsafe functions.
 unsafe impl Send for Elements {}
 // SAFETY: as above.
 unsafe impl Sync for Elements {}
@@ -183,7 +184,8 @@ impl Elements {
             .copy
             .as_ref()
             .map_or(self.address.cast_const().cast(), |c| c.as_ptr().cast());
-        // SAFETY: `len` elements, as `of` found; a tensor at a misaligned address has a copy; the rest is the caller's promise.
+        // SAFETY: `len` elements, as `of` found; a tensor at a misaligned address has a copy; the rest is the caller's
+        // promise.
         Ok(unsafe { std::slice::from_raw_parts(data, self.len) })
     }
 

@@ -1,5 +1,5 @@
-//! Selector `bounds` (the paper's, Quest's): elementwise minimum and maximum of the page's keys, an upper bound of every
-//! product with the query.
+//! Selector `bounds` (the paper's, Quest's): elementwise minimum and maximum of the page's keys, an upper bound of
+//! every product with the query.
 //!
 //! Source: Tang et al., "Quest", ICML 2024.
 

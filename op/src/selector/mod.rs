@@ -1,7 +1,8 @@
 //! Selectors: the state from which a decoding step scores pages without reading their keys, one file each.
 //!
-//! A selector is a type that implements [`PageSelector`]; the two-vector ones do so through [`PageVectors`]. [`for_selector!`]
-//! runs generic code for the one that a node names (attribute `selector`): an id without a type here does not compile.
+//! A selector is a type that implements [`PageSelector`]; the two-vector ones do so through [`PageVectors`].
+//! [`for_selector!`] runs generic code for the one that a node names (attribute `selector`): an id without a type here
+//! does not compile.
 //! `cuda/kernels/selector/` has a file of the same name for each.
 
 pub use retro_contract::{CacheSize, GroupScore, Selector, StateElement, StateLayout};
@@ -22,7 +23,8 @@ pub use page_vectors::PageVectors;
 pub use signed_moments::SignedMoments;
 pub use sketch::Sketch;
 
-/// Evaluates an expression in which a name stands for the type of a selector: `for_selector!(id, P => decode::<E, P>(call))`.
+/// Evaluates an expression in which a name stands for the type of a selector: `for_selector!(id, P => decode::<E,
+/// P>(call))`.
 #[macro_export]
 macro_rules! for_selector {
     ($id:expr, $selector:ident => $body:expr) => {
@@ -98,8 +100,8 @@ pub trait PageSelector: Send + Sync + 'static {
 
     /// Brings one KV head's state up to date after rows were written.
     ///
-    /// `keys`: its valid rows `[len, D]`, after RoPE; `state`: as [`Self::layout`] has it. From the keys, not from older
-    /// state, where rows were overwritten.
+    /// `keys`: its valid rows `[len, D]`, after RoPE; `state`: as [`Self::layout`] has it. From the keys, not from
+    /// older state, where rows were overwritten.
     fn update<E: Element>(
         size: &CacheSize,
         written: Written,

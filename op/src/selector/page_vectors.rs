@@ -1,5 +1,5 @@
-//! Selectors whose state is a page summary: two vectors of D a page, `[B, Hkv, P, 2, D]` in the cache's type, and a score
-//! that comes from products with them.
+//! Selectors whose state is a page summary: two vectors of D a page, `[B, Hkv, P, 2, D]` in the cache's type, and a
+//! score that comes from products with them.
 
 use std::ops::Range;
 
@@ -13,7 +13,8 @@ pub trait PageVectors: Send + Sync + 'static {
     /// Its name in models.
     const ID: Selector;
 
-    /// Makes the two vectors of a page from its valid keys, `[n, D]` with n at least 1. `first` and `second` hold zeros,
+    /// Makes the two vectors of a page from its valid keys, `[n, D]` with n at least 1. `first` and `second` hold
+    /// zeros,
     /// `scratch` has `2 D` floats.
     fn summarize(keys: &[f32], first: &mut [f32], second: &mut [f32], scratch: &mut [f32]);
 
@@ -23,8 +24,8 @@ pub trait PageVectors: Send + Sync + 'static {
     /// Scores of R heads and K pages, before [`Self::finish_scores`].
     ///
     /// # Safety
-    /// `query` points to R heads that [`Self::prepare_head`] made, each of `stored` to a page's two vectors of D; the machine
-    /// has the instruction set.
+    /// `query` points to R heads that [`Self::prepare_head`] made, each of `stored` to a page's two vectors of D; the
+    /// machine has the instruction set.
     unsafe fn tile<S: Simd, E: Element, const R: usize, const K: usize>(
         scoring: &Scoring,
         query: *const f32,
@@ -88,7 +89,8 @@ impl<V: PageVectors> PageSelector for V {
 
 /// Recomputes a page's summary (`[2, D]`) from its valid key rows (`[n, D]`, n at least 1).
 ///
-/// From the rows, not from the old summary: a step overwrites keys, and a running minimum would keep the overwritten ones.
+/// From the rows, not from the old summary: a step overwrites keys, and a running minimum would keep the overwritten
+/// ones.
 pub fn summarize<V: PageVectors, E: Element>(rows: &[E], summary: &mut [E], scratch: &mut Vec<f32>) {
     let d = summary.len() / 2;
     scratch.clear();

@@ -1,5 +1,5 @@
-//! Selector `signed_moments`: as `moments`, each element of the standard deviation signed by the page's principal direction,
-//! so that deviations which move together add up along the query.
+//! Selector `signed_moments`: as `moments`, each element of the standard deviation signed by the page's principal
+//! direction, so that deviations which move together add up along the query.
 
 use std::ops::Range;
 
@@ -64,8 +64,9 @@ impl PageVectors for SignedMoments {
 /// Rounds of the power iteration in [`principal_direction`].
 const ROUNDS: usize = 2;
 
-/// About the first principal direction of the rows, up to its length and sign, into `direction`: two rounds of the power
-/// iteration from the row farthest from the mean. `next` is scratch. The largest element is 1 or -1; all are 0 when the rows are equal.
+/// About the first principal direction of the rows, up to its length and sign, into `direction`: two rounds of the
+/// power iteration from the row farthest from the mean. `next` is scratch. The largest element is 1 or -1; all are 0
+/// when the rows are equal.
 ///
 /// Only the signs of its elements are used, and two rounds settle those that matter (docs/notes/accuracy.md).
 fn principal_direction(rows: &[f32], mean: &[f32], direction: &mut [f32], next: &mut [f32]) {
@@ -73,7 +74,8 @@ fn principal_direction(rows: &[f32], mean: &[f32], direction: &mut [f32], next: 
     let (mut farthest, mut most) = (0, 0.0f32);
     for (i, row) in rows.chunks_exact(d).enumerate() {
         let distance: f32 = row.iter().zip(mean).map(|(&x, &m)| (x - m) * (x - m)).sum();
-        // The first of those that are as far but for rounding, so that every execution provider starts from the same row.
+        // The first of those that are as far but for rounding, so that every execution provider starts from the same
+        // row.
         if distance > most * 1.00001 {
             (farthest, most) = (i, distance);
         }

@@ -1,7 +1,7 @@
 //! Vectors of f32, one implementation an instruction set, and the choice among them at run time.
 //!
-//! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by the macro `dispatched!`, whose
-//! functions carry the target features that make the intrinsics inside them single instructions.
+//! A kernel is written once, generic over [`Simd`], and compiled for every instruction set by the macro `dispatched!`,
+//! whose functions carry the target features that make the intrinsics inside them single instructions.
 
 #[expect(
     clippy::needless_range_loop,
@@ -86,8 +86,8 @@ impl Isa {
 /// Vectors of [`Simd::LANES`] floats.
 ///
 /// # Safety
-/// Every function needs the instruction set that the implementor stands for. Pointers need not be aligned; loads and stores
-/// access [`Simd::LANES`] elements.
+/// Every function needs the instruction set that the implementor stands for. Pointers need not be aligned; loads and
+/// stores access [`Simd::LANES`] elements.
 #[expect(
     clippy::missing_safety_doc,
     reason = "the trait's own section holds for every function"
@@ -116,9 +116,9 @@ pub trait Simd: Copy {
     unsafe fn sums(v: [Self::V; 4]) -> [f32; 4];
     /// The largest lane.
     unsafe fn largest(v: Self::V) -> f32;
-    /// Asks for the cache line at `p`, which may be any address, in the second-level cache. Not in the first: what is on its
-    /// way there holds one of its few miss buffers for as long as memory takes, which bounds a core to half of what
-    /// memory gives it (measured on Zen 4: 10 against 24 GB/s).
+    /// Asks for the cache line at `p`, which may be any address, in the second-level cache. Not in the first: what is
+    /// on its way there holds one of its few miss buffers for as long as memory takes, which bounds a core to half of
+    /// what memory gives it (measured on Zen 4: 10 against 24 GB/s).
     unsafe fn prefetch(p: *const u8);
 }
 
@@ -180,8 +180,8 @@ pub(crate) fn ln(x: f32) -> f32 {
     (f + rest) + n * LN2_HIGH + 0.0 * x
 }
 
-/// Defines `fn name(isa, args...)`, which runs `body::<S, T, ...>` compiled for `isa`. `$body` is an `unsafe fn` that is
-/// always inlined and asks of its caller nothing but the instruction set.
+/// Defines `fn name(isa, args...)`, which runs `body::<S, T, ...>` compiled for `isa`. `$body` is an `unsafe fn` that
+/// is always inlined and asks of its caller nothing but the instruction set.
 macro_rules! dispatched {
     ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$($g:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*

@@ -42,8 +42,8 @@ unsafe fn largest_256(v: __m256) -> f32 {
     }
 }
 
-/// Whether 512-bit operations run as two of 256 bits each: on AMD's Zen 4 (family 19h), where AVX2 then measured 10 to 25 %
-/// faster in these kernels.
+/// Whether 512-bit operations run as two of 256 bits each: on AMD's Zen 4 (family 19h), where AVX2 then measured 10 to
+/// 25 % faster in these kernels.
 pub(super) fn halves_wide_vectors() -> bool {
     let vendor = __cpuid(0);
     let family = {

@@ -2,14 +2,9 @@
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
-use ort::value::TensorElementType;
 use rand::{SeedableRng, rngs::StdRng};
-use retro_contract::StateElement;
 use retro_onnx::DataType;
-use retro_run::{
-    bench::synthetic_cache::{normal, random_bytes},
-    decoder::device_buffers::DeviceBuffer,
-};
+use retro_run::{bench::synthetic_cache::normal, decoder::device_buffers::DeviceBuffer};
 
 /// Length of the repeated chunk. A prime, so that repetitions are not aligned with rows or pages.
 const CHUNK: usize = 8_388_593;
@@ -42,7 +37,7 @@ fn chunk(seed: u64, count: usize) -> Vec<f32> {
 }
 
 /// Repeats `bytes` over `length` bytes from `offset` on.
-fn tile(buffer: &DeviceBuffer, offset: usize, length: usize, bytes: &[u8]) -> Result<()> {
+pub fn tile(buffer: &DeviceBuffer, offset: usize, length: usize, bytes: &[u8]) -> Result<()> {
     let first = bytes.get(..length.min(bytes.len())).context("a chunk")?;
     buffer.write(offset, first)?;
     let mut at = first.len();
@@ -58,25 +53,4 @@ fn tile(buffer: &DeviceBuffer, offset: usize, length: usize, bytes: &[u8]) -> Re
 pub fn normals(buffer: &DeviceBuffer, offset: usize, length: usize, dtype: DataType) -> Result<()> {
     let count = CHUNK.min(length / bytes_of(dtype));
     tile(buffer, offset, length, &encode(dtype, &chunk(1, count)))
-}
-
-/// A selector's state: random numbers of the caches' type, or random codes.
-pub fn state(
-    buffer: &DeviceBuffer,
-    offset: usize,
-    length: usize,
-    dtype: DataType,
-    element: StateElement,
-) -> Result<()> {
-    match element {
-        StateElement::Cache => normals(buffer, offset, length, dtype),
-        StateElement::Byte => {
-            let codes = random_bytes(
-                TensorElementType::Uint8,
-                CHUNK.min(length),
-                &mut StdRng::seed_from_u64(2),
-            )?;
-            tile(buffer, offset, length, &codes)
-        }
-    }
 }

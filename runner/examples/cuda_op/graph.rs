@@ -2,10 +2,7 @@
 
 use prost::Message;
 use retro_contract::{DOMAIN, Mode, OP_TYPE, OPSET_VERSION, attribute, limits};
-use retro_onnx::{
-    AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
-    ValueInfoProto,
-};
+use retro_onnx::{AttributeProto, DataType, GraphBuilder, TensorProto, ValueInfoProto};
 
 use retro_run::bench::args::PageSelection;
 
@@ -63,109 +60,92 @@ pub fn of_layer(name: &str, layer: usize) -> String {
 }
 
 fn value(name: &str, data_type: DataType) -> ValueInfoProto {
-    let mut value = ValueInfoProto::tensor(name, data_type, std::iter::empty::<Dimension>());
-    if let Some(tensor) = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut()) {
-        tensor.shape = None;
-    }
-    value
+    ValueInfoProto::unshaped(name, data_type)
 }
 
 /// The model as bytes.
 pub fn model(kind: NodeKind, feeding: Feeding, shape: &NodeShape) -> Vec<u8> {
     let int = DataType::Int32;
-    let mut graph = GraphProto {
-        name: Some("nodes".to_owned()),
-        ..Default::default()
-    };
+    let mut b = GraphBuilder::new("nodes");
     match feeding {
-        Feeding::Direct => graph.input.extend([value("qkv", shape.dtype), value("seqlens_k", int)]),
+        Feeding::Direct => {
+            b.input(value("qkv", shape.dtype));
+            b.input(value("seqlens_k", int));
+        }
         Feeding::Steps => {
-            graph.input.extend([value("bank", shape.dtype), value("lengths", int)]);
-            graph.initializer.push(TensorProto::int32s("one", &[1], &[1]));
-            graph
-                .initializer
-                .push(TensorProto::int32s("rows", &[1], &[BANK as i32]));
-            graph
-                .node
-                .push(NodeProto::new("", "Add", "count", &["lengths", "one"], &["seqlens_k"]));
-            graph
-                .node
-                .push(NodeProto::new("", "Mod", "row", &["seqlens_k", "rows"], &["row"]));
-            graph
-                .node
-                .push(NodeProto::new("", "Gather", "pick", &["bank", "row"], &["qkv"]));
-            graph.output.push(value("seqlens_k", int));
+            b.input(value("bank", shape.dtype));
+            b.input(value("lengths", int));
+            b.initializer(TensorProto::int32s("one", &[1], &[1]));
+            b.initializer(TensorProto::int32s("rows", &[1], &[BANK as i32]));
+            b.node("Add", &["lengths", "one"]).named("count", &["seqlens_k"]);
+            b.node("Mod", &["seqlens_k", "rows"]).named("row", &["row"]);
+            b.node("Gather", &["bank", "row"]).named("pick", &["qkv"]);
+            b.output(value("seqlens_k", int));
             if shape.layers == 0 {
-                graph.output.push(value("qkv", shape.dtype));
+                b.output(value("qkv", shape.dtype));
             }
         }
     }
-    graph.input.push(value("total_sequence_length", int));
+    b.input(value("total_sequence_length", int));
     if shape.rotary {
-        graph
-            .input
-            .extend([value("cos", shape.dtype), value("sin", shape.dtype)]);
+        b.input(value("cos", shape.dtype));
+        b.input(value("sin", shape.dtype));
     }
     if kind != NodeKind::Gqa {
-        graph
-            .input
-            .extend([value("retro_length", int), value("page_budget", int)]);
+        b.input(value("retro_length", int));
+        b.input(value("page_budget", int));
     }
     for layer in 0..shape.layers {
-        let name = |name: &str| of_layer(name, layer);
-        let cache = [("past_key", "present_key"), ("past_value", "present_value")];
-        let (rotary_cos, rotary_sin) = if shape.rotary { ("cos", "sin") } else { ("", "") };
-        let past: Vec<String> = cache.iter().map(|c| name(c.0)).collect();
-        let mut inputs = vec![
-            "qkv",
-            "",
-            "",
-            &past[0],
-            &past[1],
-            "seqlens_k",
-            "total_sequence_length",
-            rotary_cos,
-            rotary_sin,
-        ];
-        let mut outputs = vec![name("output"), name(cache[0].1), name(cache[1].1)];
-        graph.input.extend(past.iter().map(|n| value(n, shape.dtype)));
-        let state: Vec<String> = STATE.iter().map(|s| name(s.0)).collect();
-        let types = [shape.dtype, int, DataType::Float, DataType::Float];
-        graph.output.extend(outputs.iter().map(|n| value(n, shape.dtype)));
-        let (domain, op) = match kind {
-            NodeKind::Gqa => ("com.microsoft", "GroupQueryAttention"),
-            NodeKind::Retro { .. } => {
-                inputs.push("retro_length");
-                inputs.extend(state.iter().map(String::as_str));
-                inputs.push("page_budget");
-                for ((names, data_type), past) in STATE.iter().zip(types).zip(&state) {
-                    graph.input.push(value(past, data_type));
-                    graph.output.push(value(&name(names.1), data_type));
-                    outputs.push(name(names.1));
-                }
-                (DOMAIN, OP_TYPE)
-            }
-        };
-        if kind == NodeKind::Gqa {
+        attention(&mut b, kind, shape, layer);
+    }
+    let opsets = [("", 21), ("com.microsoft", 1), (DOMAIN, OPSET_VERSION)];
+    b.into_model(10, &opsets).encode_to_vec()
+}
+
+/// One node with its caches and state.
+fn attention(b: &mut GraphBuilder, kind: NodeKind, shape: &NodeShape, layer: usize) {
+    let name = |name: &str| of_layer(name, layer);
+    let cache = [("past_key", "present_key"), ("past_value", "present_value")];
+    let (rotary_cos, rotary_sin) = if shape.rotary { ("cos", "sin") } else { ("", "") };
+    let past = cache.map(|c| name(c.0));
+    let mut inputs = vec![
+        "qkv",
+        "",
+        "",
+        &past[0],
+        &past[1],
+        "seqlens_k",
+        "total_sequence_length",
+        rotary_cos,
+        rotary_sin,
+    ];
+    let mut outputs = vec![name("output"), name(cache[0].1), name(cache[1].1)];
+    past.iter().for_each(|n| b.input(value(n, shape.dtype)));
+    outputs.iter().for_each(|n| b.output(value(n, shape.dtype)));
+    let state = STATE.map(|s| name(s.0));
+    let types = [shape.dtype, DataType::Int32, DataType::Float, DataType::Float];
+    let (domain, op_type) = match kind {
+        NodeKind::Gqa => {
             let last = inputs.iter().rposition(|n| !n.is_empty()).unwrap_or(0);
             inputs.truncate(last + 1);
+            ("com.microsoft", "GroupQueryAttention")
         }
-        let outputs: Vec<&str> = outputs.iter().map(String::as_str).collect();
-        let mut node = NodeProto::new(domain, op, &name("attention"), &inputs, &outputs);
-        node.attribute = attributes(kind, shape);
-        graph.node.push(node);
-    }
-    let model = ModelProto {
-        ir_version: Some(10),
-        opset_import: vec![
-            OperatorSetIdProto::new("", 21),
-            OperatorSetIdProto::new("com.microsoft", 1),
-            OperatorSetIdProto::new(DOMAIN, OPSET_VERSION),
-        ],
-        graph: Some(graph),
-        ..Default::default()
+        NodeKind::Retro { .. } => {
+            inputs.push("retro_length");
+            inputs.extend(state.iter().map(String::as_str));
+            inputs.push("page_budget");
+            for ((names, data_type), past) in STATE.iter().zip(types).zip(&state) {
+                b.input(value(past, data_type));
+                b.output(value(&name(names.1), data_type));
+                outputs.push(name(names.1));
+            }
+            (DOMAIN, OP_TYPE)
+        }
     };
-    model.encode_to_vec()
+    let outputs: Vec<&str> = outputs.iter().map(String::as_str).collect();
+    let node = b.node(op_type, &inputs).domain(domain);
+    let node = node.attributes(attributes(kind, shape));
+    node.named(&name("attention"), &outputs);
 }
 
 fn attributes(kind: NodeKind, shape: &NodeShape) -> Vec<AttributeProto> {

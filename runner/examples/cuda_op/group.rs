@@ -47,24 +47,24 @@ impl Group<'_> {
     }
 
     pub fn set_lengths(&self, last: i32) -> Result<()> {
-        self.buffer
-            .write(self.layout.lengths, &ints(&vec![last; self.layout.batch]))
+        let lengths = ints(&vec![last; self.layout.batch]);
+        Ok(self.buffer.write(self.layout.lengths, &lengths)?)
     }
 
     pub fn set_budget(&self, pages: i32) -> Result<()> {
-        self.buffer
-            .write(self.layout.budget, &ints(&vec![pages; self.layout.batch]))
+        let budgets = ints(&vec![pages; self.layout.batch]);
+        Ok(self.buffer.write(self.layout.budget, &budgets)?)
     }
 
     /// A tensor of the model's type.
     pub fn tensor(&self, offset: usize, shape: &[usize]) -> Result<DeviceTensor> {
-        self.buffer.tensor(offset, self.host.args.dtype.element(), shape)
+        Ok(self.buffer.tensor(offset, self.host.args.dtype.element(), shape)?)
     }
 
     /// An int32 per sequence.
     fn numbers(&self, offset: usize) -> Result<DeviceTensor> {
-        self.buffer
-            .tensor(offset, TensorElementType::Int32, &[self.layout.batch])
+        let shape = [self.layout.batch];
+        Ok(self.buffer.tensor(offset, TensorElementType::Int32, &shape)?)
     }
 
     /// Binds all inputs and outputs of a session of this kind; the returned tensors belong to these bindings alone.
@@ -117,7 +117,7 @@ impl Group<'_> {
     fn bind_steps(&self, tokens: usize, bindings: &mut DeviceBindings) -> Result<()> {
         let bank = self.tensor(self.layout.bank, &[graph::BANK, tokens, self.host.shape.packed()])?;
         bindings.input("bank", &bank)?;
-        bindings.in_place("lengths", "seqlens_k", &self.numbers(self.layout.lengths)?)
+        Ok(bindings.in_place("lengths", "seqlens_k", &self.numbers(self.layout.lengths)?)?)
     }
 
     /// Binds caches and state, all in place.

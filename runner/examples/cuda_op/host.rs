@@ -4,7 +4,8 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result, anyhow};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
-use retro_run::{Runtime, device::left_to_cpu, gpu::Gpu, runtime};
+use retro_contract::Selector;
+use retro_run::{OpenOptions, Runtime, bench::selector_state::StatePattern, device::left_to_cpu, gpu::Gpu, runtime};
 
 use crate::{
     args::Args,
@@ -63,6 +64,23 @@ impl<'a> Host<'a> {
         Ok(session)
     }
 
+    /// What random state of a selector is repeated from.
+    pub fn state_pattern(&self, selector: Selector) -> Result<StatePattern> {
+        let options = OpenOptions {
+            plugin: Some(self.plugin.clone()),
+            ..OpenOptions::default()
+        };
+        let (s, cache) = (&self.shape, self.args.dtype.element());
+        Ok(StatePattern::new(
+            &self.runtime,
+            &options,
+            selector,
+            s.page,
+            s.size,
+            cache,
+        )?)
+    }
+
     /// Options of a run that is timed, captured as a CUDA graph where it has a number.
     pub fn run_options(&self, cuda_graph: Option<usize>) -> Result<RunOptions<NoSelectedOutputs>> {
         let mut options = RunOptions::new().map_err(|e| anyhow!("{e}"))?;
@@ -78,11 +96,11 @@ impl<'a> Host<'a> {
     }
 
     pub fn synchronize(&self) -> Result<()> {
-        self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())
+        Ok(self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())?)
     }
 
     pub fn free_memory(&self) -> Result<usize> {
-        self.gpu.as_ref().map_or(Ok(usize::MAX), |gpu| gpu.free_memory())
+        Ok(self.gpu.as_ref().map_or(Ok(usize::MAX), |gpu| gpu.free_memory())?)
     }
 
     /// Device and sizes, as text and for JSON.

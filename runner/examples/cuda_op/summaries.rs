@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use ort::session::Session;
 use retro_contract::{Mode, Selector};
+use retro_run::bench::selector_state::StatePattern;
 
 use crate::{
     args::Summaries,
@@ -13,38 +14,55 @@ use crate::{
     steps::PREFILL_CHUNK,
 };
 
-/// The sessions that compute summaries: none where they are random.
-pub struct Filling(Vec<(Selector, NodeKind, Session)>);
+/// How the state of each selector is made.
+pub struct Filling(Vec<(Selector, Source)>);
+
+enum Source {
+    /// By a prefill of the caches' own tokens.
+    Prefill(NodeKind, Session),
+    /// From a pattern that a prefill of other tokens has left.
+    Pattern(StatePattern),
+}
 
 impl Filling {
     pub fn new(host: &Host<'_>) -> Result<Self> {
         let args = host.args;
-        let mut sessions: Vec<(Selector, NodeKind, Session)> = Vec::new();
-        if args.summaries == Summaries::Prefill && !args.prompt() {
-            for selection in &args.select {
-                if sessions.iter().all(|(s, ..)| *s != selection.selector) {
+        let mut sources: Vec<(Selector, Source)> = Vec::new();
+        if args.prompt() {
+            return Ok(Self(sources));
+        }
+        for selection in &args.select {
+            let selector = selection.selector;
+            if sources.iter().any(|(s, _)| *s == selector) {
+                continue;
+            }
+            let source = match args.summaries {
+                Summaries::Random => Source::Pattern(host.state_pattern(selector)?),
+                Summaries::Prefill => {
                     let kind = NodeKind::Retro {
                         mode: Mode::Retro,
                         selection: *selection,
                         window: args.widest_window(),
                     };
-                    let session = host.session(kind, Feeding::Direct, args.layers, false)?;
-                    sessions.push((selection.selector, kind, session));
+                    Source::Prefill(kind, host.session(kind, Feeding::Direct, args.layers, false)?)
                 }
-            }
+            };
+            sources.push((selector, source));
         }
-        Ok(Self(sessions))
+        Ok(Self(sources))
     }
 
     pub fn fill(&self, group: &Group<'_>, selector: Selector) -> Result<()> {
-        if let Some((_, kind, session)) = self.0.iter().find(|(s, ..)| *s == selector) {
-            return prefill(group, *kind, session);
+        match self.0.iter().find(|(s, _)| *s == selector) {
+            Some((_, Source::Prefill(kind, session))) => prefill(group, *kind, session),
+            Some((_, Source::Pattern(pattern))) => {
+                for state in &group.layout.state {
+                    fill::tile(group.buffer, state[0], state[1] - state[0], pattern.bytes())?;
+                }
+                Ok(())
+            }
+            None => Ok(()),
         }
-        let (s, element) = (&group.host.shape, group.layout.of(selector).element);
-        for state in &group.layout.state {
-            fill::state(group.buffer, state[0], state[1] - state[0], s.dtype, element)?;
-        }
-        Ok(())
     }
 }
 

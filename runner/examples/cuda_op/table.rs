@@ -82,7 +82,7 @@ pub fn print(rows: &[Row], format: Format, about: &Value) -> Result<String> {
             let title = about["text"].as_str().unwrap_or_default();
             Ok(format!("{title}\n\n{}", markdown(&lines, Alignment::Left)))
         }
-        Format::Csv => csv(&lines),
+        Format::Csv => Ok(csv(&lines)?),
         Format::Json => {
             let rows: Vec<Value> = rows.iter().map(Row::json).collect();
             Ok(json!({ "about": about, "rows": rows }).to_string() + "\n")

@@ -62,7 +62,7 @@ pub fn time(group: &Group<'_>, entry: &Entry<'_>) -> Result<f64> {
     }
     let (warm_up, runs) = if prompt { (1, 1) } else { (WARM_UP, host.args.runs) };
     let micros = micros(host, warm_up, runs, || {
-        entry.bindings.run(&entry.variant.session, Some(&entry.options))
+        Ok(entry.bindings.run(&entry.variant.session, Some(&entry.options))?)
     })?;
     if !prompt {
         // The counter must have moved with every run, else nothing was measured.
@@ -88,6 +88,6 @@ pub fn overhead(group: &Group<'_>) -> Result<Vec<f64>> {
     group.set_lengths(0)?;
     let options = host.run_options(None)?;
     (0..args.repetitions)
-        .map(|_| micros(host, 1, args.runs, || bindings.run(&session, Some(&options))))
+        .map(|_| micros(host, 1, args.runs, || Ok(bindings.run(&session, Some(&options))?)))
         .collect()
 }

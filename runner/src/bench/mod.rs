@@ -1,10 +1,14 @@
 //! Benchmarks: samples and their statistics, memory bandwidth, synthetic caches, tables.
 
 pub mod args;
+mod error;
 pub mod memory;
 pub mod op;
+pub mod selector_state;
 pub mod synthetic_cache;
 pub mod table;
+
+pub use error::{Error, Result};
 
 /// Samples of repeated measurements.
 #[derive(Clone, Debug, Default)]

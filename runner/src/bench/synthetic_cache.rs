@@ -1,20 +1,22 @@
-//! Synthetic caches: filled with random numbers instead of a prefill. The speed of a step does not depend on the
-//! values.
+//! Synthetic caches: random keys and values, and a selector's state made of such keys, instead of a prefill. The speed
+//! of a step does not depend on the values, as long as they are valid.
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use ort::value::TensorElementType;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use retro_contract::{StateElement, graph};
 
+use super::{Error, Result};
 use crate::decoder::{
+    Error as DecoderError,
     decode_loop::{Decoder, Policy},
-    io::SlotKind,
     kv_cache::KvCache,
     model::Model,
+    require,
     sampling::argmax,
+    state_slot::SlotKind,
 };
 
 /// Length of the repeated pattern. A prime, so that repetitions are not aligned with rows or pages.
@@ -25,23 +27,16 @@ pub fn normal(random: &mut StdRng) -> f32 {
     (0..3).map(|_| random.random_range(-1.0f32..1.0)).sum()
 }
 
-/// Random codes are below this: then no float that lies among them is NaN or infinite.
-pub const CODES: u8 = 0x40;
-
-/// The bytes of `count` random elements: numbers of N(0, 1), or codes below [`CODES`] for uint8.
+/// The bytes of numbers in a cache's element type.
 ///
 /// # Errors
-/// When the element type is neither a float nor uint8.
-pub fn random_bytes(element: TensorElementType, count: usize, random: &mut StdRng) -> Result<Vec<u8>> {
-    if element == TensorElementType::Uint8 {
-        return Ok((0..count).map(|_| random.random_range(0..CODES)).collect());
-    }
-    let numbers = (0..count).map(|_| normal(random));
+/// When it is no float.
+pub fn encode(element: TensorElementType, numbers: impl Iterator<Item = f32>) -> Result<Vec<u8>> {
     Ok(match element {
         TensorElementType::Float32 => numbers.flat_map(f32::to_le_bytes).collect(),
         TensorElementType::Float16 => numbers.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
         TensorElementType::Bfloat16 => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
-        other => bail!("caches of {other} cannot be filled with random numbers"),
+        other => return Err(Error::CacheType(other)),
     })
 }
 
@@ -53,27 +48,30 @@ pub fn state_type(element: StateElement, cache: TensorElementType) -> TensorElem
     }
 }
 
-/// Fills a cache as after a prefill of `depth` tokens: random keys, values and selector state, whatever its layout, and
-/// page steps of the last token. For benchmarks: what is generated from it means nothing.
+/// Fills a cache as after a prefill of `depth` tokens: random keys and values, the selector's state in the repeated
+/// `pattern` (of [`StatePattern`](super::selector_state::StatePattern)), and page steps of the last token. For
+/// benchmarks: what is generated from it means nothing.
 ///
 /// # Errors
 /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
-pub fn fill(kv: &mut KvCache, depth: usize) -> Result<()> {
-    ensure!(
-        (1..=kv.capacity()).contains(&depth),
-        "{depth} tokens do not fit a cache of {}",
-        kv.capacity()
-    );
+pub fn fill(kv: &mut KvCache, depth: usize, pattern: &[u8]) -> Result<()> {
+    let capacity = kv.capacity();
+    let newest = i32::try_from(depth)
+        .ok()
+        .filter(|newest| (1..=capacity).contains(&depth) && *newest > 0);
+    let newest = newest.ok_or(DecoderError::DoesNotFit {
+        tokens: depth,
+        capacity,
+    })? - 1;
     for buffer in kv.buffers_mut()? {
         match buffer.kind() {
-            SlotKind::Cache | SlotKind::Retro(graph::State::PageSummary) => {
+            SlotKind::Cache => {
                 let mut random = StdRng::seed_from_u64(1);
-                buffer.tile(&random_bytes(buffer.element(), NUMBERS, &mut random)?)?;
+                let numbers = (0..NUMBERS).map(|_| normal(&mut random));
+                buffer.tile(&encode(buffer.element(), numbers)?)?;
             }
-            SlotKind::Retro(graph::State::PageSteps) => {
-                let newest = i32::try_from(depth)? - 1;
-                buffer.tile(&newest.to_le_bytes().repeat(1024))?;
-            }
+            SlotKind::Retro(graph::State::PageSummary) => buffer.tile(pattern)?,
+            SlotKind::Retro(graph::State::PageSteps) => buffer.tile(&newest.to_le_bytes().repeat(1024))?,
             // Zeros are as good as any values.
             SlotKind::Recurrent | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
         }
@@ -81,23 +79,26 @@ pub fn fill(kv: &mut KvCache, depth: usize) -> Result<()> {
     Ok(())
 }
 
-/// Decodes behind a synthetic cache of `depth` tokens: fills the window, runs `warm_up` steps, then `steps` timed ones;
-/// returns their time.
+/// Decodes behind a synthetic cache of `depth` tokens ([`fill`]): fills the window, runs `warm_up` steps, then `steps`
+/// timed ones; returns their time.
 ///
 /// # Errors
 /// When the model fails or its context is too short.
-pub fn decode_at(model: &mut Model, depth: usize, policy: Policy, warm_up: usize, steps: usize) -> Result<Duration> {
+pub fn decode_at(
+    model: &mut Model,
+    (depth, pattern): (usize, &[u8]),
+    policy: Policy,
+    warm_up: usize,
+    steps: usize,
+) -> Result<Duration> {
     let before = policy.window - 1 + warm_up;
     let capacity = depth + before + steps + 1;
     if let Some(most) = model.context_length() {
-        ensure!(
-            capacity <= most,
-            "{depth} tokens and {} steps exceed the model's context of {most} tokens",
-            before + steps
-        );
+        let steps = before + steps;
+        require!(capacity <= most, Error::Context { depth, steps, most });
     }
     let mut state = model.new_state(1, capacity)?;
-    fill(state.kv_mut(), depth)?;
+    fill(state.kv_mut(), depth, pattern)?;
     let prompt: Vec<u32> = (0..depth as u32).map(|i| i % 251).collect();
     let mut decoder = Decoder::new(model, &mut state, &[&prompt], policy)?;
     decoder.measure_nothing();
@@ -108,7 +109,7 @@ pub fn decode_at(model: &mut Model, depth: usize, policy: Policy, warm_up: usize
             started = decoder.time;
         }
         let logits = decoder.step()?;
-        let token = argmax(logits.row(0)).context("the model gave no finite score for any token")?;
+        let token = argmax(logits.row(0)).ok_or(DecoderError::NoFiniteScore)?;
         decoder.push(0, token);
     }
     Ok(decoder.time - started)
@@ -119,31 +120,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn random_elements_are_finite_in_every_type() {
-        let bytes = |element| random_bytes(element, 100_000, &mut StdRng::seed_from_u64(1)).unwrap();
-        let words = |list: Vec<u8>| list.as_chunks::<2>().0.to_vec();
-        let floats = bytes(TensorElementType::Float32);
-        let floats = floats.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-        assert!(floats.clone().all(f32::is_finite) && floats.clone().any(|x| x < -1.0) && floats.count() == 100_000);
-        assert!(
-            words(bytes(TensorElementType::Float16))
-                .iter()
-                .all(|b| f16::from_le_bytes(*b).is_finite())
-        );
-        assert!(
-            words(bytes(TensorElementType::Bfloat16))
-                .iter()
-                .all(|b| bf16::from_le_bytes(*b).is_finite())
-        );
-        let codes = bytes(state_type(StateElement::Byte, TensorElementType::Float16));
-        assert_eq!((codes.len(), codes.iter().max()), (100_000, Some(&(CODES - 1))));
-        let words = words(codes);
-        assert!(
-            words
-                .iter()
-                .all(|b| f16::from_le_bytes(*b).is_finite() && bf16::from_le_bytes(*b).is_finite())
-        );
-        let cache = state_type(StateElement::Cache, TensorElementType::Float16);
-        assert_eq!(cache, TensorElementType::Float16);
+    fn numbers_are_written_in_the_caches_type() {
+        let bytes = |element| encode(element, [1.0, -2.5].into_iter());
+        let joined = |parts: [&[u8]; 2]| parts.concat();
+        let (one, other) = (1.0f32.to_le_bytes(), (-2.5f32).to_le_bytes());
+        assert_eq!(bytes(TensorElementType::Float32).unwrap(), joined([&one, &other]));
+        let (one, other) = (f16::from_f32(1.0).to_le_bytes(), f16::from_f32(-2.5).to_le_bytes());
+        assert_eq!(bytes(TensorElementType::Float16).unwrap(), joined([&one, &other]));
+        let (one, other) = (bf16::from_f32(1.0).to_le_bytes(), bf16::from_f32(-2.5).to_le_bytes());
+        assert_eq!(bytes(TensorElementType::Bfloat16).unwrap(), joined([&one, &other]));
+        assert!(bytes(TensorElementType::Int64).is_err());
+    }
+
+    #[test]
+    fn state_is_of_the_caches_type_or_codes() {
+        let cache = TensorElementType::Float16;
+        assert_eq!(state_type(StateElement::Cache, cache), cache);
+        assert_eq!(state_type(StateElement::Byte, cache), TensorElementType::Uint8);
     }
 }

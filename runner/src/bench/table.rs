@@ -1,10 +1,9 @@
 //! Result tables as Markdown, JSON or CSV.
 
-use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::{Map, Value};
 
-use crate::tables::{Alignment, csv, markdown};
+use crate::tables::{Alignment, Result, csv, markdown};
 
 /// Output format of a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

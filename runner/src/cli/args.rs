@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::{Device, OpenOptions, Runtime, runtime};
+use crate::{Device, OpenOptions, Runtime, decoder::session::Steps, runtime};
 
 /// Device, threads and libraries of a session.
 #[derive(Args, Clone, Debug)]
@@ -29,7 +29,7 @@ impl SessionArgs {
         let (runtime, options) = self.libraries.load(self.device)?;
         let options = OpenOptions {
             threads: self.threads,
-            cuda_graph: self.cuda_graph,
+            steps: if self.cuda_graph { Steps::Captured } else { Steps::Plain },
             ..options
         };
         Ok((runtime, options))

@@ -10,7 +10,9 @@ use super::{args::SessionArgs, output::print};
 use crate::{
     DecoderState, Feed, Interrupt, Interrupted, Model, OpenOptions, Runtime,
     bench::{
-        Samples, synthetic_cache,
+        Samples,
+        selector_state::StatePattern,
+        synthetic_cache,
         table::{Cell, Column, Format, Table},
     },
     decoder::decode_loop::{CHUNK, Decoder, Policy},
@@ -205,6 +207,8 @@ struct Opened {
     /// Longest window that this model is run with.
     window: usize,
     state: Option<DecoderState>,
+    /// What its synthetic caches have as the selector's state.
+    pattern: StatePattern,
 }
 
 impl Contenders {
@@ -219,6 +223,7 @@ impl Contenders {
                     note(&format!("{}: {}", spec.folder.display(), model.plugin_line()));
                     opened.push(Opened {
                         folder: spec.folder.clone(),
+                        pattern: StatePattern::of_model(runtime, options, &model)?,
                         model,
                         window: 1,
                         state: None,
@@ -270,9 +275,8 @@ impl Contenders {
                 );
             }
             one.state = None;
-            let mut state = one.model.new_state(1, capacity)?;
-            set(args, &mut one.model, &mut state, depth, true, &self.interrupt)?;
-            one.state = Some(state);
+            one.state = Some(one.model.new_state(1, capacity)?);
+            one.set(args, depth, true, &self.interrupt)?;
         }
         Ok(())
     }
@@ -285,25 +289,18 @@ impl Contenders {
         for _ in 0..args.repetitions {
             for ((_, at, policy), (samples, reading)) in self.list.iter().zip(samples.iter_mut().zip(&mut readings)) {
                 let one = self.opened.get_mut(*at).context("no such model")?;
-                let state = one.state.as_mut().context("no state")?;
-                set(args, &mut one.model, state, depth, false, &self.interrupt)?;
+                one.set(args, depth, false, &self.interrupt)?;
                 let seconds = match test {
                     Test::Prompt(n) => {
-                        feed(
-                            &mut one.model,
-                            state,
-                            depth,
-                            WARM_UP.min(n),
-                            args.chunk,
-                            &self.interrupt,
-                        )?;
-                        set(args, &mut one.model, state, depth, false, &self.interrupt)?;
+                        one.feed(depth, WARM_UP.min(n), args.chunk, &self.interrupt)?;
+                        one.set(args, depth, false, &self.interrupt)?;
                         let start = Instant::now();
-                        feed(&mut one.model, state, depth, n, args.chunk, &self.interrupt)?;
+                        one.feed(depth, n, args.chunk, &self.interrupt)?;
                         start.elapsed().as_secs_f64()
                     }
                     Test::Generate(n) => {
                         let prompt = tokens(depth);
+                        let state = one.state.as_mut().context(NO_STATE)?;
                         let mut decoder = Decoder::new(&mut one.model, state, &[&prompt], *policy)?;
                         for _ in 0..policy.window - 1 + WARM_UP {
                             self.interrupt.check()?;
@@ -352,58 +349,50 @@ impl Contenders {
     }
 }
 
-/// Brings a state to `depth` tokens: a fresh one is filled, a used one rewound.
-fn set(
-    args: &BenchArgs,
-    model: &mut Model,
-    state: &mut DecoderState,
-    depth: usize,
-    fresh: bool,
-    interrupt: &Interrupt,
-) -> Result<()> {
-    if !fresh && model.fixed_capacity {
-        return state.kv_mut().rewind(depth);
+const NO_STATE: &str = "no state";
+
+impl Opened {
+    /// Brings the state to `depth` tokens: a fresh one is filled, a used one rewound.
+    fn set(&mut self, args: &BenchArgs, depth: usize, fresh: bool, interrupt: &Interrupt) -> Result<()> {
+        let state = self.state.as_mut().context(NO_STATE)?;
+        if !fresh && self.model.fixed_capacity {
+            return Ok(state.kv_mut().rewind(depth)?);
+        }
+        if depth > 0 && !args.prefill_depth {
+            return synthetic_cache::fill(state.kv_mut(), depth, self.pattern.bytes()).with_context(|| {
+                format!(
+                    "{}: give --prefill-depth to feed a prompt instead",
+                    self.model.folder.graph.display()
+                )
+            });
+        }
+        *state = self.model.new_state(1, state.kv().capacity())?;
+        self.feed(0, depth, args.chunk, interrupt)
     }
-    if depth > 0 && !args.prefill_depth {
-        return synthetic_cache::fill(state.kv_mut(), depth).with_context(|| {
-            format!(
-                "{}: give --prefill-depth to feed a prompt instead",
-                model.folder.graph.display()
-            )
-        });
+
+    /// Feeds `count` tokens of a prompt after `depth` others.
+    fn feed(&mut self, depth: usize, count: usize, chunk: usize, interrupt: &Interrupt) -> Result<()> {
+        let state = self.state.as_mut().context(NO_STATE)?;
+        let all = tokens(depth + count);
+        let chunk = self.model.io.input_ids.width.unwrap_or(chunk);
+        let mut done = depth;
+        for part in all.get(depth..).unwrap_or(&[]).chunks(chunk) {
+            interrupt.check()?;
+            done += part.len();
+            let feed = Feed {
+                ids: part.iter().map(|&id| i64::from(id)).collect(),
+                lengths: vec![done],
+                retro_length: -1,
+                ..Feed::default()
+            };
+            self.model.run(state, &feed)?;
+        }
+        Ok(())
     }
-    *state = model.new_state(1, state.kv().capacity())?;
-    feed(model, state, 0, depth, args.chunk, interrupt)
 }
 
 /// Token ids below 64, which every vocabulary has.
 fn tokens(count: usize) -> Vec<u32> {
     let next = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
     (0..count).map(|i| next(i) as u32).collect()
-}
-
-/// Feeds `count` tokens of a prompt after `depth` others.
-fn feed(
-    model: &mut Model,
-    state: &mut DecoderState,
-    depth: usize,
-    count: usize,
-    chunk: usize,
-    interrupt: &Interrupt,
-) -> Result<()> {
-    let all = tokens(depth + count);
-    let chunk = model.io.input_ids.width.unwrap_or(chunk);
-    let mut done = depth;
-    for part in all.get(depth..).unwrap_or(&[]).chunks(chunk) {
-        interrupt.check()?;
-        done += part.len();
-        let feed = Feed {
-            ids: part.iter().map(|&id| i64::from(id)).collect(),
-            lengths: vec![done],
-            retro_length: -1,
-            ..Feed::default()
-        };
-        model.run(state, &feed)?;
-    }
-    Ok(())
 }

@@ -20,6 +20,7 @@ use crate::{
         },
         table::{Cell, Column, Format, Table},
     },
+    decoder::session::BetweenRuns,
     interrupt::Signals,
     progress::{self, note},
     runtime,
@@ -166,7 +167,9 @@ impl BenchOpArgs {
             "--drift {}: expected 0 to 1",
             self.drift
         );
-        self.threads.iter().try_for_each(|&t| runtime::check_threads(Some(t)))
+        self.threads
+            .iter()
+            .try_for_each(|&t| Ok(runtime::check_threads(Some(t))?))
     }
 }
 
@@ -286,7 +289,7 @@ fn measure(
     };
     let options = OpenOptions {
         threads: Some(threads),
-        idle_between_runs: true,
+        between_runs: BetweenRuns::Sleep,
         ..open.clone()
     };
     let rows = Rows::new(&shape, steps, args.drift);
@@ -294,7 +297,7 @@ fn measure(
     let mut measured = operators
         .iter()
         .map(|&operator| Node::new(runtime, &options, &shape, operator, &mut caches))
-        .collect::<Result<Vec<_>>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
 
     let memory = MemoryProbe::new(threads);
     memory.pass();

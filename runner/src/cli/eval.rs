@@ -20,6 +20,7 @@ use crate::{
     built_model_cache::folder_key,
     decoder::decode_loop::CHUNK,
     eval::{
+        self,
         converted_models::ConvertedModelCache,
         documents, html,
         journal::{Header, Journal},
@@ -235,7 +236,7 @@ impl Comparison {
 
 fn journal<T: Clone + Serialize + serde::de::DeserializeOwned>(args: &EvalArgs, header: &Header) -> Result<Journal<T>> {
     match &args.resume {
-        Some(path) => Journal::open(path, header),
+        Some(path) => Ok(Journal::open(path, header)?),
         None => Ok(Journal::in_memory()),
     }
 }
@@ -283,23 +284,14 @@ fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<
          summaries of one sequence in all layers."
             .to_owned(),
     ];
-    if let Some(interrupted) = interrupted {
-        return Err(finished_rows(
-            args,
-            interrupted,
-            &facts,
-            &documents_table(&rows),
-            &rows,
-            comparison.rows.len(),
-        )?
-        .into());
-    }
-    let figures = if args.html.is_some() || args.figures.is_some() {
-        html::documents_figures(&rows)?
-    } else {
-        Vec::new()
+    let report = Report {
+        title: "Right answers",
+        facts: &facts,
+        table: &documents_table(&rows),
+        rows: &rows,
+        total: comparison.rows.len(),
     };
-    finish(args, "Right answers", &facts, &documents_table(&rows), &figures, &rows)
+    report.end(args, interrupted, || html::documents_figures(&rows))
 }
 
 fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
@@ -349,30 +341,14 @@ fn eval_texts(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
          text. Standard errors are over texts."
             .to_owned(),
     ];
-    if let Some(interrupted) = interrupted {
-        return Err(finished_rows(
-            args,
-            interrupted,
-            &facts,
-            &fidelity_table(&rows),
-            &rows,
-            comparison.rows.len(),
-        )?
-        .into());
-    }
-    let figures = if args.html.is_some() || args.figures.is_some() {
-        html::fidelity_figures(&rows)?
-    } else {
-        Vec::new()
+    let report = Report {
+        title: "Fidelity to dense attention",
+        facts: &facts,
+        table: &fidelity_table(&rows),
+        rows: &rows,
+        total: comparison.rows.len(),
     };
-    finish(
-        args,
-        "Fidelity to dense attention",
-        &facts,
-        &fidelity_table(&rows),
-        &figures,
-        &rows,
-    )
+    report.end(args, interrupted, || html::fidelity_figures(&rows))
 }
 
 fn named(args: &EvalArgs) -> String {
@@ -382,75 +358,91 @@ fn named(args: &EvalArgs) -> String {
 }
 
 /// Tells an interruption from other errors.
-fn interruption(result: Result<()>) -> Result<Option<Interrupted>> {
+fn interruption(result: Result<(), eval::Error>) -> Result<Option<Interrupted>, eval::Error> {
     match result {
         Ok(()) => Ok(None),
-        Err(e) => e.downcast::<Interrupted>().map(Some),
+        Err(eval::Error::Interrupted(interrupted)) => Ok(Some(interrupted)),
+        Err(e) => Err(e),
     }
 }
 
-/// Prints the rows that were complete when the run was interrupted, and says how to resume it. Reports are written for
-/// a complete run alone.
-fn finished_rows<T: Serialize>(
-    args: &EvalArgs,
-    interrupted: Interrupted,
-    facts: &[String],
-    table: &[Vec<String>],
-    rows: &[T],
+/// What a comparison has found.
+struct Report<'a, T> {
+    title: &'a str,
+    /// Lines about all rows.
+    facts: &'a [String],
+    table: &'a [Vec<String>],
+    /// The rows of the table that are complete.
+    rows: &'a [T],
+    /// Rows of a complete run.
     total: usize,
-) -> Result<Interrupted> {
-    if !rows.is_empty() || args.json {
-        print_rows(args, facts, table, &rows)?;
-    }
-    let kept = match &args.resume {
-        Some(path) => format!(
-            "{} has the results so far; the same command resumes the run",
-            path.display()
-        ),
-        None => "give --resume FILE to make runs resumable".to_owned(),
-    };
-    note(&format!("{} of {total} rows are complete; {kept}", rows.len()));
-    Ok(interrupted)
 }
 
-fn print_rows(args: &EvalArgs, facts: &[String], table: &[Vec<String>], rows: &impl Serialize) -> Result<()> {
-    if args.json {
-        print(&format!("{}\n", serde_json::json!({ "facts": facts, "rows": rows })))
-    } else {
-        print(&markdown(table, Alignment::Left))
-    }
-}
+/// Figures by name, as SVG.
+type Figures = Vec<(String, String)>;
 
-/// Prints the table and writes the reports, each whatever becomes of the other.
-fn finish(
-    args: &EvalArgs,
-    title: &str,
-    facts: &[String],
-    table: &[Vec<String>],
-    figures: &[(String, String)],
-    rows: &impl Serialize,
-) -> Result<()> {
-    let written = write_reports(args, title, facts, table, figures);
-    print_rows(args, facts, table, rows).and(written)
-}
-
-fn write_reports(
-    args: &EvalArgs,
-    title: &str,
-    facts: &[String],
-    table: &[Vec<String>],
-    figures: &[(String, String)],
-) -> Result<()> {
-    if let Some(path) = &args.html {
-        write_whole(path, &html::page(title, facts, table, figures))?;
+impl<T: Serialize> Report<'_, T> {
+    /// Ends the command: prints the table and writes the reports that were asked for, each whatever becomes of the
+    /// other. An interrupted run ends with that error, and writes no reports.
+    fn end(
+        &self,
+        args: &EvalArgs,
+        interrupted: Option<Interrupted>,
+        figures: impl Fn() -> Result<Figures, eval::Error>,
+    ) -> Result<()> {
+        if let Some(interrupted) = interrupted {
+            self.end_early(args)?;
+            return Err(interrupted.into());
+        }
+        let figures = match (&args.html, &args.figures) {
+            (None, None) => Vec::new(),
+            _ => figures()?,
+        };
+        let written = self.write(args, &figures);
+        self.print(args).and(written)
     }
-    if let Some(folder) = &args.figures {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        for (name, svg) in figures {
-            write_whole(&folder.join(format!("{name}.svg")), svg)?;
+
+    /// Prints the rows that were complete when the run was interrupted, and says how to resume it.
+    fn end_early(&self, args: &EvalArgs) -> Result<()> {
+        if !self.rows.is_empty() || args.json {
+            self.print(args)?;
+        }
+        let kept = match &args.resume {
+            Some(path) => format!(
+                "{} has the results so far; the same command resumes the run",
+                path.display()
+            ),
+            None => "give --resume FILE to make runs resumable".to_owned(),
+        };
+        note(&format!(
+            "{} of {} rows are complete; {kept}",
+            self.rows.len(),
+            self.total
+        ));
+        Ok(())
+    }
+
+    fn print(&self, args: &EvalArgs) -> Result<()> {
+        let Self { facts, table, rows, .. } = self;
+        if args.json {
+            print(&format!("{}\n", serde_json::json!({ "facts": facts, "rows": rows })))
+        } else {
+            print(&markdown(table, Alignment::Left))
         }
     }
-    Ok(())
+
+    fn write(&self, args: &EvalArgs, figures: &[(String, String)]) -> Result<()> {
+        if let Some(path) = &args.html {
+            write_whole(path, &html::page(self.title, self.facts, self.table, figures))?;
+        }
+        if let Some(folder) = &args.figures {
+            fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+            for (name, svg) in figures {
+                write_whole(&folder.join(format!("{name}.svg")), svg)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Whether files can be made in the folder that an output goes to.

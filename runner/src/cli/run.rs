@@ -122,7 +122,8 @@ impl SamplingArgs {
             repeat_penalty: self.repeat_penalty,
             seed: self.seed,
         };
-        options.check().map(|()| options)
+        options.check()?;
+        Ok(options)
     }
 }
 
@@ -195,7 +196,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let text_shows = stream && io::stdout().is_terminal();
     let reading = progress::bar(tokens.len(), "prompt", true);
     let writing = progress::bar(options.plan.max_new, "text", !text_shows);
-    let output = generate(&mut model, &text, &tokens, &options, &mut |event| {
+    let output = generate(&mut model, &text, &tokens, &options, &mut |event| -> Result<()> {
         match event {
             Event::Prompt(n) => reading.inc(n as u64),
             Event::Text(piece) => {

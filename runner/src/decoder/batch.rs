@@ -5,10 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
-
 use crate::decoder::{
     decode_loop::{Decoder, Policy, prefill},
+    error::{Error, Result},
     kv_cache::Snapshot,
     logits::Logits,
     model::Model,
@@ -29,8 +28,9 @@ pub struct Prefilled {
     time: Duration,
 }
 
-/// Called with a row of the batch, a position in its text, and the logits of the token there.
-pub type Observer<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+/// Called with a row of the batch, a position in its text, and the logits of the token there. It may stop the work with
+/// an error of its own type.
+pub type Observer<'a, E> = dyn FnMut(usize, usize, &[f32]) -> Result<(), E> + 'a;
 
 /// The result of decoding a batch.
 pub struct Decoded {
@@ -47,13 +47,13 @@ impl Prefilled {
     ///
     /// # Errors
     /// When a prompt does not fit `capacity`, or the model or `progress` fails.
-    pub fn new(
+    pub fn new<E: From<Error>>(
         model: &mut Model,
         prompts: Vec<Vec<u32>>,
         capacity: usize,
         chunk: usize,
-        mut progress: impl FnMut(usize) -> Result<()>,
-    ) -> Result<Self> {
+        mut progress: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Self, E> {
         let mut state = model.new_state(prompts.len(), capacity)?;
         let mut time = Duration::ZERO;
         let mut first = Logits::default();
@@ -94,13 +94,13 @@ impl Prefilled {
     ///
     /// # Errors
     /// When the model or `progress` fails.
-    pub fn decode(
+    pub fn decode<E: From<Error>>(
         &mut self,
         model: &mut Model,
         policy: Policy,
         max_new: usize,
-        mut progress: impl FnMut(usize) -> Result<()>,
-    ) -> Result<Decoded> {
+        mut progress: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Decoded, E> {
         if let Some(snapshot) = &self.snapshot {
             self.state.kv_mut().restore(snapshot)?;
         }
@@ -116,8 +116,7 @@ impl Prefilled {
                 if decoder.finished(row) {
                     continue;
                 }
-                let token = argmax(logits.row(row));
-                let token = token.ok_or_else(|| anyhow::anyhow!("the model gave no finite score for any token"))?;
+                let token = argmax(logits.row(row)).ok_or(Error::NoFiniteScore)?;
                 decoder.push(row, token);
                 if eos.contains(&token) || decoder.output(row).len() >= max_new {
                     decoder.finish(row);
@@ -169,13 +168,13 @@ impl Prefilled {
     ///
     /// # Errors
     /// When the model or `observe` fails.
-    pub fn force(
+    pub fn force<E: From<Error>>(
         &mut self,
         model: &mut Model,
         policy: Policy,
         texts: &[&[u32]],
-        observe: &mut Observer<'_>,
-    ) -> Result<(Vec<PageReads>, Duration)> {
+        observe: &mut Observer<'_, E>,
+    ) -> Result<(Vec<PageReads>, Duration), E> {
         if let Some(snapshot) = &self.snapshot {
             self.state.kv_mut().restore(snapshot)?;
         }

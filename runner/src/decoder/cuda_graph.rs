@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
 use ort::{
     session::{IoBinding, NoSelectedOutputs, RunOptions, Session},
     value::{DynTensorValueType, TensorElementType},
@@ -18,6 +17,7 @@ use crate::{
     Device,
     decoder::{
         device_buffers::{self, ALIGNMENT, DeviceBuffer, DeviceTensor, bind_input, bind_output},
+        error::{Error, Result, require},
         inputs::{Feed, inputs},
         integers,
         io::{ModelIo, TokenInput},
@@ -130,7 +130,10 @@ impl DeviceRunner {
             }
             return Ok(logits);
         }
-        let captured = self.captured.as_mut().context("set above")?;
+        let captured = self
+            .captured
+            .as_mut()
+            .ok_or(Error::Internal("a step without its buffers"))?;
         if !captured.ready {
             // To capture a graph ONNX Runtime runs the step twice. The second run would read an output cache in which
             // the newest token has replaced the oldest one: restore the state, and run the step itself after.
@@ -178,13 +181,13 @@ impl DeviceRunner {
             .map_err(ort_error)?;
         let options = options(graph_id)?;
         let mut outputs = session.run_binding_with_options(binding, &options).map_err(ort_error)?;
-        let logits = outputs.remove(&io.logits).context("the graph gave no logits")?;
+        let logits = outputs.remove(&io.logits).ok_or(Error::NoLogits)?;
         let shape = LogitsShape::of(&logits, self.batch)?;
         let Some(gpu) = gpu else {
             return Ok((newest_rows(&logits, io.logits_type, self.batch)?, shape));
         };
         let tensor = logits.downcast::<DynTensorValueType>().map_err(ort_error)?;
-        let read = |at: usize, row: &mut [u8]| gpu.read_tensor(&tensor, at, row);
+        let read = |at: usize, row: &mut [u8]| Ok(gpu.read_tensor(&tensor, at, row)?);
         let logits = self.readback.newest(io.logits_type, self.batch, &shape, read)?;
         Ok((logits, shape))
     }
@@ -202,7 +205,10 @@ fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
 fn size(element: TensorElementType, shape: &[usize]) -> Result<usize> {
     let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
     let bytes = elements.and_then(|n| element.byte_size(n));
-    bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))
+    bytes.ok_or_else(|| Error::TooLarge {
+        what: format!("a tensor of {element}"),
+        shape: shape.to_vec(),
+    })
 }
 
 impl CapturedStep {
@@ -251,7 +257,7 @@ impl CapturedStep {
     fn take_shape(&mut self, parts: &SessionParts<'_>, batch: usize, shape: LogitsShape) -> Result<()> {
         let dims = [batch, shape.rows, shape.vocab];
         let size = parts.io.logits_type.byte_size(dims.iter().product());
-        let buffer = DeviceBuffer::new(parts.gpu, size.context("logits of no size")?)?;
+        let buffer = DeviceBuffer::new(parts.gpu, size.ok_or(Error::LogitsType(parts.io.logits_type))?)?;
         self.logits = Some((buffer.tensor(0, parts.io.logits_type, &dims)?, shape));
         Ok(())
     }
@@ -287,7 +293,7 @@ impl CapturedStep {
         if let Some((_, ones)) = &mut self.mask {
             ones.clone_from(&feed.lengths);
         }
-        let (tensor, shape) = self.logits.as_ref().context("logits without a place")?;
+        let (tensor, shape) = self.logits.as_ref().ok_or(Error::Internal("logits without a place"))?;
         bind_output(binding, &io.logits, tensor)?;
         let options = options(Some(&self.id.to_string()))?;
         device_buffers::run(session, binding, &options)?;
@@ -305,7 +311,7 @@ fn mask_changes(
     let one = size(input.element, &[1])?;
     let capacity = mask.bytes() / one / want.len();
     let change = |(b, (&have, &want)): (usize, (&usize, &usize))| {
-        ensure!(want <= capacity, "{want} tokens do not fit a cache of {capacity}");
+        require!(want <= capacity, Error::DoesNotFit { tokens: want, capacity });
         // Usually one more.
         let (from, to) = (have.min(want), have.max(want));
         let value = i64::from(want > have);

@@ -6,10 +6,10 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
 use retro_contract::{Budget, limits};
 
 use crate::decoder::{
+    error::{Error, Result, require},
     inputs::Feed,
     logits::Logits,
     model::Model,
@@ -37,14 +37,8 @@ impl Policy {
     pub fn new(model: &Model, window: Option<usize>, budget: Option<Budget>) -> Result<Self> {
         let window = model.window(window)?;
         if budget.is_some() {
-            ensure!(
-                model.retro.is_some(),
-                "--budget: the model was not converted; convert it with retro-export"
-            );
-            ensure!(
-                model.io.page_budget.is_some(),
-                "--budget: this model takes no budget at run time; convert it again with retro-export --budget"
-            );
+            require!(model.retro.is_some(), Error::BudgetOfUnconverted);
+            require!(model.io.page_budget.is_some(), Error::NoBudgetInput);
         }
         Ok(Self { window, budget })
     }
@@ -55,15 +49,15 @@ impl Policy {
 ///
 /// # Errors
 /// When ONNX Runtime or `progress` fails.
-pub fn prefill(
+pub fn prefill<E: From<Error>>(
     model: &mut Model,
     state: &mut DecoderState,
     prompt: &[u32],
     chunk: usize,
-    mut progress: impl FnMut(usize) -> Result<()>,
-) -> Result<Logits> {
-    ensure!(!prompt.is_empty(), "the prompt is empty");
-    ensure!(chunk >= 1, "--chunk 0: a chunk has at least one token");
+    mut progress: impl FnMut(usize) -> Result<(), E>,
+) -> Result<Logits, E> {
+    require!(!prompt.is_empty(), Error::EmptyPrompt);
+    require!(chunk >= 1, Error::EmptyChunk);
     // A graph may be declared for one token per call.
     let chunk = model.io.input_ids.width.unwrap_or(chunk);
     let mut logits = Logits::default();
@@ -114,12 +108,8 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// When the model was converted for a smaller window, or takes no budget at run time.
     pub fn new(model: &'a mut Model, state: &'a mut DecoderState, prompts: &[&[u32]], policy: Policy) -> Result<Self> {
-        ensure!(
-            prompts.len() == state.kv().batch(),
-            "{} prompts for a batch of {}",
-            prompts.len(),
-            state.kv().batch()
-        );
+        let (count, batch) = (prompts.len(), state.kv().batch());
+        require!(count == batch, Error::Prompts { prompts: count, batch });
         let policy = Policy::new(model, Some(policy.window), policy.budget)?;
         let page_size = model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size);
         let measured = model.page_step_slots();
@@ -192,7 +182,7 @@ impl<'a> Decoder<'a> {
                 .tokens
                 .len()
                 .checked_sub(r + 1)
-                .context("a sequence is shorter than the window")?;
+                .ok_or(Error::Internal("a sequence is shorter than the window"))?;
             ids.extend(s.tokens.get(start..).unwrap_or(&[]).iter().map(|&id| i64::from(id)));
         }
         let budgets = self

@@ -12,7 +12,6 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result, bail, ensure};
 use ort::{
     AsPointer,
     session::{IoBinding, NoSelectedOutputs, RunOptions, Session},
@@ -21,6 +20,7 @@ use ort::{
 
 use crate::{
     Device,
+    decoder::error::{Error, Result, require},
     gpu::{Gpu, GpuMemory},
     runtime::{check, ort_error},
 };
@@ -52,6 +52,15 @@ impl Drop for Memory {
     }
 }
 
+const NO_ADDRESS: Error = Error::Internal("host memory without an address");
+
+/// Checks that a range lies inside a buffer of `size` bytes.
+fn inside(offset: usize, bytes: usize, size: usize) -> Result<()> {
+    let ends = offset.checked_add(bytes).is_some_and(|end| end <= size);
+    require!(ends, retro_runtime::Error::OutOfRange { offset, bytes, size });
+    Ok(())
+}
+
 impl DeviceBuffer {
     /// A buffer on the GPU (contents undefined), or on the host (zeroed) without one.
     ///
@@ -61,10 +70,11 @@ impl DeviceBuffer {
         let (device, memory) = match gpu {
             Some(gpu) => (Device::Cuda(gpu.id()), Memory::Gpu(RefCell::new(gpu.allocate(bytes)?))),
             None => {
-                let layout = Layout::from_size_align(bytes.max(1), ALIGNMENT)?;
+                let layout = Layout::from_size_align(bytes.max(1), ALIGNMENT);
+                let layout = layout.map_err(|_| Error::NoHostMemory(bytes))?;
                 // SAFETY: the layout's size is not 0.
                 let data = unsafe { alloc_zeroed(layout) };
-                ensure!(!data.is_null(), "no memory for {bytes} bytes");
+                require!(!data.is_null(), Error::NoHostMemory(bytes));
                 (Device::Cpu, Memory::Host(data, layout))
             }
         };
@@ -77,11 +87,7 @@ impl DeviceBuffer {
     }
 
     fn host(&self, offset: usize, bytes: usize) -> Result<Option<*mut u8>> {
-        ensure!(
-            offset.checked_add(bytes).is_some_and(|end| end <= self.0.bytes),
-            "{bytes} bytes from {offset} on exceed a buffer of {}",
-            self.0.bytes
-        );
+        inside(offset, bytes, self.0.bytes)?;
         Ok(match &self.0.memory {
             // SAFETY: inside the block, as checked.
             Memory::Host(data, _) => Some(unsafe { data.add(offset) }),
@@ -103,13 +109,11 @@ impl DeviceBuffer {
     /// When a range exceeds the buffer, or a GPU fails.
     pub fn write_all(&self, parts: &[(usize, impl AsRef<[u8]>)]) -> Result<()> {
         if let Memory::Gpu(memory) = &self.0.memory {
-            return memory.borrow_mut().region().write_all(parts);
+            return Ok(memory.borrow_mut().region().write_all(parts)?);
         }
         for (offset, from) in parts {
             let from = from.as_ref();
-            let to = self
-                .host(*offset, from.len())?
-                .context("host memory without an address")?;
+            let to = self.host(*offset, from.len())?.ok_or(NO_ADDRESS)?;
             // SAFETY: the block holds the range; nothing runs on it meanwhile, as runs happen in this thread (`Rc`) and
             // are complete on the host when they return.
             unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
@@ -126,7 +130,7 @@ impl DeviceBuffer {
             // SAFETY: as in `write`; the memory was zeroed when it was allocated.
             (Some(from), _) => unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) },
             (None, Memory::Gpu(memory)) => memory.borrow().read(offset, to)?,
-            (None, Memory::Host(..)) => bail!("host memory without an address"),
+            (None, Memory::Host(..)) => return Err(NO_ADDRESS),
         }
         Ok(())
     }
@@ -140,7 +144,7 @@ impl DeviceBuffer {
             // SAFETY: as in `write`.
             (Some(to), _) => unsafe { ptr::write_bytes(to, value, bytes) },
             (None, Memory::Gpu(memory)) => memory.borrow_mut().region().fill(offset, bytes, value)?,
-            (None, Memory::Host(..)) => bail!("host memory without an address"),
+            (None, Memory::Host(..)) => return Err(NO_ADDRESS),
         }
         Ok(())
     }
@@ -150,12 +154,12 @@ impl DeviceBuffer {
     /// # Errors
     /// When the ranges overlap or exceed the buffer, or a GPU fails.
     pub fn copy(&self, to: usize, from: usize, bytes: usize) -> Result<()> {
-        ensure!(to.abs_diff(from) >= bytes, "a copy between overlapping ranges");
+        require!(to.abs_diff(from) >= bytes, retro_runtime::Error::Overlap);
         match (self.host(to, bytes)?, self.host(from, bytes)?, &self.0.memory) {
             // SAFETY: as in `write`, and the places do not overlap.
             (Some(to), Some(from), _) => unsafe { ptr::copy_nonoverlapping(from, to, bytes) },
             (_, _, Memory::Gpu(memory)) => memory.borrow_mut().copy_inside(to, from, bytes)?,
-            _ => bail!("host memory without an address"),
+            _ => return Err(NO_ADDRESS),
         }
         Ok(())
     }
@@ -167,15 +171,15 @@ impl DeviceBuffer {
     pub fn tensor(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<DeviceTensor> {
         let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| element.byte_size(n));
-        let bytes = bytes.with_context(|| format!("a tensor of {element} {shape:?} is too large"))?;
-        ensure!(
-            offset.is_multiple_of(ALIGNMENT),
-            "a tensor at offset {offset}, which is not aligned"
-        );
+        let bytes = bytes.ok_or_else(|| Error::TooLarge {
+            what: format!("a tensor of {element}"),
+            shape: shape.to_vec(),
+        })?;
+        require!(offset.is_multiple_of(ALIGNMENT), Error::Misaligned(offset));
         let data: *mut c_void = match (self.host(offset, bytes)?, &self.0.memory) {
             (Some(data), _) => data.cast(),
             (None, Memory::Gpu(memory)) => memory.borrow().address(offset)?,
-            (None, Memory::Host(..)) => bail!("host memory without an address"),
+            (None, Memory::Host(..)) => return Err(NO_ADDRESS),
         };
         let memory = self.0.device.memory()?;
         let dims: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
@@ -231,11 +235,7 @@ impl DeviceTensor {
     /// When the range exceeds the tensor.
     pub fn part<B: AsRef<[u8]>>(&self, at: usize, from: B) -> Result<(usize, B)> {
         let bytes = from.as_ref().len();
-        ensure!(
-            at.checked_add(bytes).is_some_and(|end| end <= self.bytes),
-            "{bytes} bytes for a tensor of {}",
-            self.bytes
-        );
+        inside(at, bytes, self.bytes)?;
         Ok((self.offset + at, from))
     }
 
@@ -244,12 +244,7 @@ impl DeviceTensor {
     /// # Errors
     /// When the range exceeds the tensor, or a GPU fails.
     pub fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
-        ensure!(
-            at + to.len() <= self.bytes,
-            "{} bytes of a tensor of {}",
-            to.len(),
-            self.bytes
-        );
+        inside(at, to.len(), self.bytes)?;
         self.buffer.read(self.offset + at, to)
     }
 
@@ -326,26 +321,39 @@ impl DeviceBindings {
     pub fn run(&self, session: &Session, options: Option<&RunOptions<NoSelectedOutputs>>) -> Result<()> {
         let options = options.map_or(ptr::null(), AsPointer::ptr);
         // SAFETY: session, binding and options are alive, and the blocks of all bound tensors are kept.
-        check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), options, self.io.ptr()) })
+        Ok(check(unsafe {
+            (ort::api().RunWithBinding)(session.ptr().cast_mut(), options, self.io.ptr())
+        })?)
     }
 }
 
 /// Runs a session whose outputs are all bound to the caller's tensors.
 pub(crate) fn run(session: &mut Session, io: &IoBinding, options: &RunOptions<NoSelectedOutputs>) -> Result<()> {
     // SAFETY: all three are alive; what is bound is alive as long as the state that owns the binding.
-    check(unsafe { (ort::api().RunWithBinding)(session.ptr().cast_mut(), options.ptr(), io.ptr()) })
+    Ok(check(unsafe {
+        (ort::api().RunWithBinding)(session.ptr().cast_mut(), options.ptr(), io.ptr())
+    })?)
+}
+
+/// A name as the C API takes it.
+fn c_name(name: &str) -> Result<CString> {
+    CString::new(name).map_err(|_| Error::Internal("a name with a zero byte"))
 }
 
 /// Binds a tensor as an input of a binding that must not outlive the tensor's block.
 pub(crate) fn bind_input(io: &IoBinding, name: &str, tensor: &DeviceTensor) -> Result<()> {
-    let name = CString::new(name)?;
+    let name = c_name(name)?;
     // SAFETY: both objects are alive; the name is read during the call; the binding takes a share of the value.
-    check(unsafe { (ort::api().BindInput)(io.ptr().cast_mut(), name.as_ptr(), tensor.value) })
+    Ok(check(unsafe {
+        (ort::api().BindInput)(io.ptr().cast_mut(), name.as_ptr(), tensor.value)
+    })?)
 }
 
 /// As [`bind_input`], for an output.
 pub(crate) fn bind_output(io: &IoBinding, name: &str, tensor: &DeviceTensor) -> Result<()> {
-    let name = CString::new(name)?;
+    let name = c_name(name)?;
     // SAFETY: as in `bind_input`.
-    check(unsafe { (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), tensor.value) })
+    Ok(check(unsafe {
+        (ort::api().BindOutput)(io.ptr().cast_mut(), name.as_ptr(), tensor.value)
+    })?)
 }

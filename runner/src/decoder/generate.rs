@@ -2,16 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-
 use crate::{
     decoder::{
         decode_loop::{Decoder, Policy, prefill},
+        error::{Error, Result, require},
         model::Model,
         sampling::{Sampler, Sampling},
         stats::Stats,
     },
-    interrupt::{Interrupt, Interrupted},
+    interrupt::Interrupt,
     text::{Detokenizer, ModelTokenizer, StopFilter},
 };
 
@@ -36,10 +35,10 @@ pub fn plan(
     model: Option<usize>,
 ) -> Result<ContextPlan> {
     if let (Some(c), Some(most)) = (context, model) {
-        ensure!(c <= most, "-c {c} exceeds the model's context of {most} tokens");
+        require!(c <= most, Error::Context { asked: c, most });
     }
-    ensure!(n_predict != Some(0), "-n 0: ask for at least one token");
-    ensure!(context != Some(0), "-c 0: a context has at least one token");
+    require!(n_predict != Some(0), Error::NoTokens);
+    require!(context != Some(0), Error::NoContext);
     let limit = context.or(model);
     let what = if context.is_some() {
         "the context asked for with -c"
@@ -49,30 +48,30 @@ pub fn plan(
     match (n_predict, limit) {
         (Some(n), Some(limit)) => {
             let total = prompt.saturating_add(n);
-            ensure!(
-                total <= limit,
-                "a prompt of {prompt} tokens and {n} more (-n) exceed {what}, {limit} tokens"
-            );
+            let exceeds = Error::OutputExceeds {
+                prompt,
+                new: n,
+                what,
+                limit,
+            };
+            require!(total <= limit, exceeds);
             Ok(ContextPlan {
                 capacity: context.unwrap_or(total),
                 max_new: n,
             })
         }
         (None, Some(limit)) => {
-            ensure!(
-                prompt < limit,
-                "a prompt of {prompt} tokens leaves no room in {what}, {limit} tokens"
-            );
+            require!(prompt < limit, Error::NoRoom { prompt, what, limit });
             Ok(ContextPlan {
                 capacity: limit,
                 max_new: limit - prompt,
             })
         }
         (Some(n), None) => {
-            let capacity = prompt.checked_add(n).context("-n is too large")?;
+            let capacity = prompt.checked_add(n).ok_or(Error::TooManyTokens)?;
             Ok(ContextPlan { capacity, max_new: n })
         }
-        (None, None) => anyhow::bail!("the model's context length is unknown: give -n or -c"),
+        (None, None) => Err(Error::UnknownContext),
     }
 }
 
@@ -134,13 +133,13 @@ pub enum Event<'a> {
 ///
 /// # Errors
 /// When the model or `observe` fails.
-pub fn generate(
+pub fn generate<E: From<Error>>(
     model: &mut Model,
     tokenizer: &ModelTokenizer,
     prompt: &[u32],
     options: &Generation,
-    observe: &mut dyn FnMut(Event<'_>) -> Result<()>,
-) -> Result<Output> {
+    observe: &mut dyn FnMut(Event<'_>) -> Result<(), E>,
+) -> Result<Output, E> {
     options.sampling.check()?;
     let mut state = model.new_state(1, options.plan.capacity)?;
     let eos = tokenizer.ends(&model.folder);
@@ -148,8 +147,11 @@ pub fn generate(
     let mut read = 0;
     let prefilled = prefill(model, &mut state, prompt, options.chunk, |n| {
         read += n;
-        observe(Event::Prompt(n))?;
-        Ok(options.interrupt.check()?)
+        observe(Event::Prompt(n)).map_err(Stop::Failed)?;
+        match options.interrupt.raised() {
+            Some(_) => Err(Stop::Interrupted),
+            None => Ok(()),
+        }
     });
     let (kv_bytes, state_bytes) = state.kv().sizes();
     let mut stats = Stats {
@@ -161,7 +163,7 @@ pub fn generate(
     };
     let mut logits = match prefilled {
         // No output, but figures of what was prefilled.
-        Err(e) if e.is::<Interrupted>() => {
+        Err(Stop::Interrupted) => {
             return Ok(Output {
                 text: String::new(),
                 tokens: Vec::new(),
@@ -169,7 +171,8 @@ pub fn generate(
                 stats,
             });
         }
-        other => other?,
+        Err(Stop::Failed(e)) => return Err(e),
+        Ok(logits) => logits,
     };
     let mut sampler = Sampler::new(options.sampling);
     // On a GPU, copying the page steps back would cost as much as a step.
@@ -225,32 +228,44 @@ pub fn generate(
     })
 }
 
+/// Why a prefill ended early.
+enum Stop<E> {
+    Interrupted,
+    Failed(E),
+}
+
+impl<E: From<Error>> From<Error> for Stop<E> {
+    fn from(error: Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 /// Decodes tokens and passes their text on once it is final.
-struct Writer<'a> {
+struct Writer<'a, E> {
     tokenizer: &'a ModelTokenizer,
     detokenizer: Detokenizer,
     filter: StopFilter,
     text: String,
-    observe: &'a mut dyn FnMut(Event<'_>) -> Result<()>,
+    observe: &'a mut dyn FnMut(Event<'_>) -> Result<(), E>,
 }
 
-impl Writer<'_> {
-    fn push(&mut self, token: u32) -> Result<()> {
-        let piece = self.detokenizer.push(self.tokenizer, token)?;
+impl<E: From<Error>> Writer<'_, E> {
+    fn push(&mut self, token: u32) -> Result<(), E> {
+        let piece = self.detokenizer.push(self.tokenizer, token).map_err(Error::from)?;
         let piece = self.filter.push(&piece);
         self.emit(&piece)
     }
 
     /// Passes on what was held back; returns the whole text.
-    fn finish(mut self) -> Result<String> {
-        let last = self.detokenizer.finish(self.tokenizer)?;
+    fn finish(mut self) -> Result<String, E> {
+        let last = self.detokenizer.finish(self.tokenizer).map_err(Error::from)?;
         for piece in [self.filter.push(&last), self.filter.finish()] {
             self.emit(&piece)?;
         }
         Ok(self.text)
     }
 
-    fn emit(&mut self, piece: &str) -> Result<()> {
+    fn emit(&mut self, piece: &str) -> Result<(), E> {
         (self.observe)(Event::Text(piece))?;
         self.text.push_str(piece);
         Ok(())

@@ -1,11 +1,11 @@
 //! The inputs of a step other than caches: token ids, mask, positions, and those that the operator adds.
 
-use anyhow::{Result, ensure};
 use ort::value::{DynValue, Tensor};
 use retro_contract::graph;
 
 use crate::{
     decoder::{
+        error::{Error, Result, require},
         integers,
         io::{BudgetInput, ModelIo, TokenInput},
     },
@@ -65,10 +65,7 @@ pub(crate) fn inputs<'a>(io: &'a ModelIo, batch: usize, feed: &Feed, mask: bool)
         let numbers = match input.width {
             // As wide as the cache: ones for the part that is filled.
             Some(width) => {
-                ensure!(
-                    longest <= width,
-                    "{longest} tokens exceed the attention mask, which is declared for {width}"
-                );
+                require!(longest <= width, Error::ExceedsMask { tokens: longest, width });
                 let row = |&n: &usize| (0..width).map(move |i| i64::from(i < n));
                 feed.lengths.iter().flat_map(row).collect()
             }

@@ -1,10 +1,12 @@
 //! Integers in the element type that a graph declares for an input.
 
-use anyhow::{Result, bail};
 use half::{bf16, f16};
 use ort::value::{DynValue, Tensor, TensorElementType};
 
-use crate::runtime::ort_error;
+use crate::{
+    decoder::error::{Error, Result},
+    runtime::ort_error,
+};
 
 /// Element types of token ids and positions.
 pub(crate) const INTEGERS: [TensorElementType; 2] = [TensorElementType::Int64, TensorElementType::Int32];
@@ -31,7 +33,7 @@ pub(crate) fn bytes(element: TensorElementType, numbers: impl Iterator<Item = i6
         TensorElementType::Float32 => numbers.flat_map(|n| (n as f32).to_le_bytes()).collect(),
         TensorElementType::Float16 => numbers.flat_map(|n| f16::from_f32(n as f32).to_le_bytes()).collect(),
         TensorElementType::Bfloat16 => numbers.flat_map(|n| bf16::from_f32(n as f32).to_le_bytes()).collect(),
-        other => bail!("retro-run cannot feed integers as {other}"),
+        other => return Err(Error::IntegerType(other)),
     })
 }
 
@@ -51,9 +53,9 @@ pub(crate) fn tensor(
         TensorElementType::Float32 => make(shape, numbers.map(|n| n as f32).collect::<Vec<_>>()),
         TensorElementType::Float16 => make(shape, numbers.map(|n| f16::from_f32(n as f32)).collect::<Vec<_>>()),
         TensorElementType::Bfloat16 => make(shape, numbers.map(|n| bf16::from_f32(n as f32)).collect::<Vec<_>>()),
-        other => bail!("retro-run cannot feed integers as {other}"),
+        other => return Err(Error::IntegerType(other)),
     };
-    value.map_err(ort_error)
+    Ok(value.map_err(ort_error)?)
 }
 
 fn make<T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static>(

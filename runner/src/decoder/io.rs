@@ -2,80 +2,21 @@
 //!
 //! B batch, C cache capacity in tokens, P pages of the cache.
 
-use anyhow::{Context, Result, bail, ensure};
 use ort::{
     session::Session,
     value::{Outlet, TensorElementType, ValueType},
 };
-use retro_contract::{
-    SKETCH_BLOCK,
-    graph::{PAGE_BUDGET, RETRO_LENGTH, State},
-};
+use retro_contract::graph::{PAGE_BUDGET, RETRO_LENGTH};
 use retro_export::verify::LOGITS_TO_KEEP;
-use retro_model_io::present_names;
 
 use crate::{
-    decoder::integers::{INTEGERS, MASKS},
+    decoder::{
+        error::{Error, Result, require},
+        integers::{INTEGERS, MASKS},
+        state_slot::{SlotKind, StateSlot, slot},
+    },
     model_folder::ModelFolder,
 };
-
-/// What a past/present pair holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SlotKind {
-    /// Keys or values `[B, Hkv, C, D]`.
-    Cache,
-    /// State of a convolution or a recurrent layer: declared dimensions except B, zeros at first.
-    Recurrent,
-    /// State of the operator, `[B, ...]`; page summaries and page steps have P as third dimension.
-    Retro(State),
-}
-
-/// One past/present pair.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StateSlot {
-    /// Name of the input.
-    pub past: String,
-    /// Name of the output.
-    pub present: String,
-    /// What the buffer holds.
-    pub kind: SlotKind,
-    /// The layer's number.
-    pub layer: usize,
-    /// Element type of both.
-    pub element: TensorElementType,
-    /// Fixed dimensions; `None` stands for B, C or P.
-    pub dims: Vec<Option<usize>>,
-}
-
-impl StateSlot {
-    /// The shape for a batch and a capacity in tokens and pages. Capacity 0 is an empty past.
-    pub fn shape(&self, batch: usize, capacity: usize, pages: usize) -> Vec<usize> {
-        let open = |axis: usize| match (self.kind, axis) {
-            (_, 0) | (SlotKind::Recurrent, _) => batch,
-            (SlotKind::Cache, _) => capacity,
-            (SlotKind::Retro(State::PageSummary), _) if self.is_sketch() => capacity.div_ceil(SKETCH_BLOCK),
-            (SlotKind::Retro(_), _) => pages,
-        };
-        self.dims
-            .iter()
-            .enumerate()
-            .map(|(axis, d)| d.unwrap_or_else(|| open(axis)))
-            .collect()
-    }
-
-    /// Whether it holds sketches: bytes, a block of rows after another, not pages.
-    pub fn is_sketch(&self) -> bool {
-        self.kind == SlotKind::Retro(State::PageSummary) && self.element == TensorElementType::Uint8
-    }
-
-    /// The declared capacity of a cache, in tokens.
-    fn capacity(&self) -> Option<usize> {
-        match self.kind {
-            SlotKind::Cache => self.dims.get(2).copied().flatten(),
-            _ => None,
-        }
-    }
-}
 
 /// An integer input, or the mask, that each step sets.
 #[derive(Clone, Debug, PartialEq)]
@@ -164,27 +105,23 @@ impl ModelIo {
         let names = &folder.names;
         let outputs = session.outputs();
         let find = |name: &str| session.inputs().iter().find(|i| i.name() == name);
-        let embeds = find("inputs_embeds").map_or("", |_| " (it takes inputs_embeds, which another graph makes)");
-        let ids = find(&names.input_ids).with_context(|| {
-            format!(
-                "the graph has no input {:?}: it is no text decoder{embeds}",
-                names.input_ids
-            )
+        let hint = find("inputs_embeds").map_or("", |_| " (it takes inputs_embeds, which another graph makes)");
+        let ids = find(&names.input_ids).ok_or_else(|| Error::NoTokenInput {
+            name: names.input_ids.clone(),
+            hint,
         })?;
         let input_ids = fed(ids, &INTEGERS)?;
         let attention_mask = find(&names.attention_mask).map(|i| fed(i, &MASKS)).transpose()?;
         let position_ids = find(&names.position_ids).map(|i| fed(i, &INTEGERS)).transpose()?;
-        ensure!(
+        require!(
             input_ids.planes.is_none() && attention_mask.as_ref().is_none_or(|m| m.planes.is_none()),
-            "the graph takes token ids or a mask of three dimensions: retro-run feeds [sequences, tokens]"
+            Error::TokenPlanes
         );
-        ensure!(
-            input_ids.width.is_none_or(|n| n == 1),
-            "the graph is declared for {} tokens per call: retro-run needs one token, or any number",
-            input_ids.width.unwrap_or(0)
-        );
+        if let Some(width) = input_ids.width.filter(|&n| n != 1) {
+            return Err(Error::TokensPerCall(width));
+        }
         let logits = outputs.iter().find(|o| o.name() == names.logits);
-        let logits = logits.with_context(|| format!("the graph has no output {:?}", names.logits))?;
+        let logits = logits.ok_or_else(|| Error::NoOutput(names.logits.clone()))?;
         let optional: Vec<String> = session
             .overridable_initializers()
             .iter()
@@ -204,15 +141,15 @@ impl ModelIo {
             }
             let slot = slot(input, outputs, folder)?;
             if let Some(other) = slots.iter().find(|other| other.present == slot.present) {
-                bail!(
-                    "the inputs {:?} and {name:?} both match the output {:?}",
-                    other.past,
-                    slot.present
-                );
+                return Err(Error::TwoInputsOneOutput {
+                    first: other.past.clone(),
+                    second: name.to_owned(),
+                    output: slot.present,
+                });
             }
             slots.push(slot);
         }
-        let logits_type = logits.dtype().tensor_type().context("the logits are no tensor")?;
+        let logits_type = logits.dtype().tensor_type().ok_or(Error::LogitsNotATensor)?;
         Ok(Self {
             batch: batch(session, &slots)?,
             capacity: slots.iter().filter_map(StateSlot::capacity).min(),
@@ -245,14 +182,15 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
     let name = input.name();
     let (element, shape) = match input.dtype() {
         ValueType::Tensor { ty, shape, .. } => (*ty, shape),
-        _ => bail!("the graph's input {name:?} is no tensor"),
+        _ => return Err(Error::NotATensor(name.to_owned())),
     };
     if !types.contains(&element) {
         let types: Vec<String> = types.iter().map(ToString::to_string).collect();
-        bail!(
-            "the graph's input {name:?} is {element}: retro-run feeds {}",
-            types.join(", ")
-        );
+        return Err(Error::InputType {
+            name: name.to_owned(),
+            got: element,
+            expected: types.join(", "),
+        });
     }
     let fixed = |axis: usize| shape.get(axis).and_then(|&d| usize::try_from(d).ok());
     let (planes, width) = match shape.len() {
@@ -260,7 +198,12 @@ fn fed(input: &Outlet, types: &[TensorElementType]) -> Result<TokenInput> {
         0 => (None, None),
         2 => (None, fixed(1)),
         3 => (Some(fixed(0).unwrap_or(3)), fixed(2)),
-        n => bail!("the graph's input {name:?} has {n} dimensions: retro-run feeds [sequences, tokens]"),
+        got => {
+            return Err(Error::InputRank {
+                name: name.to_owned(),
+                got,
+            });
+        }
     };
     Ok(TokenInput {
         name: name.to_owned(),
@@ -287,13 +230,10 @@ fn batch(session: &Session, slots: &[StateSlot]) -> Result<Option<usize>> {
             None if ids => first,
             None => None,
         };
-        if let Some(n) = fixed {
-            ensure!(
-                batch.is_none_or(|other| other == n),
-                "the graph's inputs are declared for batches of {n} and of {}",
-                batch.unwrap_or(0)
-            );
-            batch = Some(n);
+        if let Some(n) = fixed
+            && let Some(other) = batch.replace(n).filter(|&other| other != n)
+        {
+            return Err(Error::TwoBatches(n, other));
         }
     }
     Ok(batch)
@@ -332,195 +272,4 @@ fn budgets(session: &Session) -> Option<BudgetInput> {
     } else {
         BudgetInput::PerSequence
     })
-}
-
-fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> Result<StateSlot> {
-    let name = input.name();
-    let ValueType::Tensor {
-        ty,
-        shape,
-        dimension_symbols,
-    } = input.dtype()
-    else {
-        bail!("the graph's input {name:?} is no tensor and no input that retro-run knows");
-    };
-    let candidates = match retro(name) {
-        Some((_, present)) => vec![present],
-        None => present_names(name, &folder.names.caches),
-    };
-    let present = candidates
-        .iter()
-        .find_map(|c| outputs.iter().find(|o| o.name() == c.as_str()));
-    let present = present.with_context(|| {
-        format!("the graph's input {name:?} is unknown to retro-run, and no output returns it as a cache")
-    })?;
-    let kind = match retro(name) {
-        Some((state, _)) => SlotKind::Retro(state),
-        None => kind(name, shape, &folder.names.caches),
-    };
-    let sketch = *ty == TensorElementType::Uint8;
-    let rank = match kind {
-        SlotKind::Retro(State::PageSummary) if sketch => 4,
-        SlotKind::Recurrent => shape.len(),
-        SlotKind::Cache | SlotKind::Retro(State::Outputs) => 4,
-        SlotKind::Retro(State::PageSummary) => 5,
-        SlotKind::Retro(State::PageSteps | State::Lse) => 3,
-    };
-    ensure!(
-        shape.len() == rank,
-        "input {name:?} has {} dimensions, expected {rank}",
-        shape.len()
-    );
-    returns_as_it_came(input, present)?;
-    let mut dims = Vec::with_capacity(rank);
-    for (axis, &declared) in shape.iter().enumerate() {
-        let symbol = dimension_symbols.get(axis).map_or("", |s| s.as_str());
-        let declared = usize::try_from(declared).ok();
-        let ours = match kind {
-            SlotKind::Cache | SlotKind::Retro(State::PageSummary | State::PageSteps) => [0, 2].contains(&axis),
-            SlotKind::Retro(State::Outputs | State::Lse) => axis == 0,
-            SlotKind::Recurrent => axis == 0 || symbol.to_lowercase().contains("batch"),
-        };
-        if ours {
-            // ONNX Runtime enforces a declared capacity. The batch size is checked when a state is made.
-            let sequences = axis == 0 && kind != SlotKind::Recurrent;
-            dims.push(declared.filter(|_| !sequences));
-            continue;
-        }
-        // Some exporters write fixed dimensions as names: "32" is 32.
-        let known = declared.or_else(|| symbol.parse().ok()).or(match (kind, axis) {
-            (SlotKind::Cache, 1) | (SlotKind::Retro(State::PageSummary | State::PageSteps), 1) => folder.kv_heads,
-            (SlotKind::Cache, 3) | (SlotKind::Retro(State::PageSummary), 4) | (SlotKind::Retro(State::Outputs), 3) => {
-                folder.head_dim
-            }
-            (SlotKind::Retro(State::PageSummary), 3) if !sketch => Some(2),
-            _ => None,
-        });
-        ensure!(
-            known.is_some(),
-            "dimension {axis} of input {name:?} is neither in the graph nor in the folder's configuration"
-        );
-        dims.push(known);
-    }
-    Ok(StateSlot {
-        past: name.to_owned(),
-        present: present.name().to_owned(),
-        kind,
-        layer: number(name),
-        element: *ty,
-        dims,
-    })
-}
-
-/// Checks that a present output can be the next past input: same element type, no contradicting dimensions.
-fn returns_as_it_came(past: &Outlet, present: &Outlet) -> Result<()> {
-    let (a, b) = (past.dtype(), present.dtype());
-    ensure!(
-        a.tensor_type() == b.tensor_type(),
-        "the input {:?} is {:?}, but its output {:?} is of another type",
-        past.name(),
-        a.tensor_type(),
-        present.name()
-    );
-    let Some((a, b)) = a.tensor_shape().zip(b.tensor_shape()) else {
-        return Ok(());
-    };
-    let differ = a.iter().zip(b.iter()).any(|(a, b)| *a > 0 && *b > 0 && a != b);
-    // An output without a declared shape has no dimensions.
-    ensure!(
-        b.is_empty() || (a.len() == b.len() && !differ),
-        "the input {:?} is declared as {a:?}, but its output {:?} as {b:?}: retro-run needs both of one shape",
-        past.name(),
-        present.name()
-    );
-    Ok(())
-}
-
-/// Which state of the operator an input is, by its name, and the name of its output.
-fn retro(name: &str) -> Option<(State, String)> {
-    State::ALL.into_iter().find_map(|state| {
-        let layer = name.strip_prefix("past_retro.")?;
-        let layer = layer.strip_suffix(&format!(".{}", state.as_str()))?;
-        Some((state, format!("present_retro.{layer}.{}", state.as_str())))
-    })
-}
-
-/// Tells caches of keys and values from other state, by the name or by an open third dimension.
-fn kind(name: &str, shape: &[i64], templates: &[(String, String)]) -> SlotKind {
-    let named = templates.iter().filter_map(|(past, _)| past.split_once("%d"));
-    let by_template = named.into_iter().any(|(a, b)| name.starts_with(a) && name.ends_with(b));
-    let rest = name.to_lowercase().replace("past_key_values", "");
-    let mut words = rest.split(|c: char| !c.is_ascii_alphabetic());
-    let by_word = words.any(|w| ["key", "value", "keys", "values", "k", "v"].contains(&w));
-    let open = shape.len() == 4 && shape.get(2).is_some_and(|d| *d < 0);
-    if by_template || by_word || open {
-        SlotKind::Cache
-    } else {
-        SlotKind::Recurrent
-    }
-}
-
-/// The layer: the first number in a name.
-fn number(name: &str) -> usize {
-    let digits = name.split(|c: char| !c.is_ascii_digit()).find(|s| !s.is_empty());
-    digits.and_then(|d| d.parse().ok()).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn caches_and_other_state_are_told_apart() {
-        let templates = [("kv.%d.a".to_owned(), "out.%d.a".to_owned())];
-        let kind = |name: &str, shape: &[i64]| kind(name, shape, &templates);
-        let (open, fixed) = ([-1, 2, -1, 64], [-1, 4, 16, 16]);
-        for name in [
-            "past_key_values.0.key",
-            "kv.3.a",
-            "cache.v.0",
-            "past_value_2",
-            "input.past.layers.0.keys",
-        ] {
-            assert_eq!(kind(name, &fixed), SlotKind::Cache, "{name}: of declared capacity");
-        }
-        for name in [
-            "past_key_values.0.recurrent_state",
-            "past_key_values.0.conv_state",
-            "past.0.conv",
-            "past_recurrent.1",
-        ] {
-            assert_eq!(kind(name, &fixed), SlotKind::Recurrent, "{name}");
-            assert_eq!(kind(name, &[-1, 128, 3]), SlotKind::Recurrent, "{name}");
-        }
-        assert_eq!(kind("past_0", &open), SlotKind::Cache);
-        assert_eq!(
-            retro("past_retro.4.page_steps"),
-            Some((State::PageSteps, "present_retro.4.page_steps".into()))
-        );
-        assert_eq!(number("past_key_values.17.value"), 17);
-    }
-
-    #[test]
-    fn open_dimensions_are_filled_by_kind() {
-        let slot = |kind, dims: &[Option<usize>]| StateSlot {
-            past: String::new(),
-            present: String::new(),
-            kind,
-            layer: 0,
-            element: TensorElementType::Float32,
-            dims: dims.to_vec(),
-        };
-        let cache = slot(SlotKind::Cache, &[None, Some(2), None, Some(64)]);
-        assert_eq!(cache.shape(3, 100, 7), [3, 2, 100, 64]);
-        let steps = slot(SlotKind::Retro(State::PageSteps), &[None, Some(2), None]);
-        assert_eq!(steps.shape(3, 100, 7), [3, 2, 7]);
-        let conv = slot(SlotKind::Recurrent, &[None, Some(128), Some(3)]);
-        assert_eq!((conv.shape(2, 100, 7), conv.capacity()), (vec![2, 128, 3], None));
-        let fixed = slot(SlotKind::Cache, &[None, Some(2), Some(32), Some(64)]);
-        assert_eq!(
-            (fixed.shape(1, 100, 7), fixed.capacity()),
-            (vec![1, 2, 32, 64], Some(32))
-        );
-    }
 }

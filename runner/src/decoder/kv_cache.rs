@@ -5,7 +5,6 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use anyhow::{Context, Result, anyhow, ensure};
 use ort::{
     memory::Allocator,
     session::{IoBinding, Session},
@@ -14,9 +13,12 @@ use ort::{
 use retro_contract::graph;
 
 use crate::{
-    decoder::io::{SlotKind, StateSlot},
+    decoder::{
+        error::{Error, Result, require},
+        state_slot::{SlotKind, StateSlot},
+    },
     gpu::Gpu,
-    runtime::{one_line, ort_error},
+    runtime::ort_error,
 };
 
 /// Keys, values and other state of a batch.
@@ -166,21 +168,18 @@ impl KvCache {
     /// # Errors
     /// When the two differ in layout, a row does not exist, or the caches grow.
     pub fn copy_row(&mut self, row: usize, from: &KvCache, from_row: usize) -> Result<()> {
-        ensure!(
-            row < self.batch && from_row < from.batch,
-            "no such sequence in the batch"
-        );
+        require!(row < self.batch && from_row < from.batch, Error::NoSuchSequence);
         let (batch, from_batch) = (self.batch, from.batch);
         let Storage::InPlace(bound) = &mut self.storage else {
-            return Err(anyhow!("growing caches cannot be copied"));
+            return Err(Error::Growing("cannot be copied"));
         };
-        ensure!(
+        require!(
             bound.buffers.len() == from.buffers().len(),
-            "the states are of different models"
+            Error::OtherModel("state to copy is")
         );
         for (to, from) in bound.buffers.iter_mut().zip(from.buffers()) {
             let size = to.bytes / batch;
-            ensure!(size == from.bytes / from_batch, "the states differ in capacity");
+            require!(size == from.bytes / from_batch, Error::OtherCapacity("states differ"));
             if let Some(gpu) = to.gpu.clone() {
                 gpu.tensor(&mut to.tensor)?
                     .copy_tensor(row * size, &from.tensor, from_row * size, size)?;
@@ -188,7 +187,9 @@ impl KvCache {
             }
             let source = from.bytes().get(from_row * size..(from_row + 1) * size);
             let target = to.bytes_mut().get_mut(row * size..(row + 1) * size);
-            let (target, source) = target.zip(source).context("a state buffer is too short")?;
+            let (target, source) = target
+                .zip(source)
+                .ok_or(Error::Internal("a state buffer is too short"))?;
             target.copy_from_slice(source);
         }
         Ok(())
@@ -210,7 +211,7 @@ impl KvCache {
     pub(crate) fn buffers_mut(&mut self) -> Result<&mut [StateBuffer]> {
         match &mut self.storage {
             Storage::InPlace(cache) => Ok(&mut cache.buffers),
-            Storage::Growing { .. } => Err(anyhow!("growing caches cannot be filled")),
+            Storage::Growing { .. } => Err(Error::Growing("cannot be filled")),
         }
     }
 
@@ -221,15 +222,17 @@ impl KvCache {
     /// # Errors
     /// When `depth` exceeds the capacity, the caches grow, or a GPU fails.
     pub fn rewind(&mut self, depth: usize) -> Result<()> {
-        ensure!(
-            depth <= self.capacity,
-            "{depth} tokens do not fit a cache of {}",
-            self.capacity
-        );
-        let Storage::InPlace(bound) = &mut self.storage else {
-            return Err(anyhow!("growing caches cannot be rewound"));
+        let does_not_fit = Error::DoesNotFit {
+            tokens: depth,
+            capacity: self.capacity,
         };
-        let newest = (i32::try_from(depth)? - 1).to_le_bytes().repeat(1024);
+        require!(depth <= self.capacity, does_not_fit);
+        let Storage::InPlace(bound) = &mut self.storage else {
+            return Err(Error::Growing("cannot be rewound"));
+        };
+        let newest = (i32::try_from(depth).map_err(|_| does_not_fit)? - 1)
+            .to_le_bytes()
+            .repeat(1024);
         bound.buffers.iter_mut().try_for_each(|b| match b.kind {
             SlotKind::Retro(graph::State::PageSteps) => b.tile(&newest),
             SlotKind::Recurrent => b.clear(),
@@ -243,14 +246,14 @@ impl KvCache {
     /// When the snapshot is of another layout.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         let Storage::InPlace(bound) = &mut self.storage else {
-            return Err(anyhow!("growing caches have no snapshots"));
+            return Err(Error::Growing("have no snapshots"));
         };
-        ensure!(
+        require!(
             bound.buffers.len() == snapshot.0.len(),
-            "the snapshot is of another model"
+            Error::OtherModel("snapshot is")
         );
         for (buffer, bytes) in bound.buffers.iter_mut().zip(&snapshot.0) {
-            ensure!(buffer.bytes == bytes.len(), "the snapshot is of another capacity");
+            require!(buffer.bytes == bytes.len(), Error::OtherCapacity("snapshot differs"));
             buffer.load(bytes)?;
         }
         Ok(())
@@ -299,15 +302,16 @@ impl StateBuffer {
     ) -> Result<Self> {
         let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| slot.element.byte_size(n));
-        let bytes = bytes.with_context(|| format!("the buffer {} of shape {shape:?} is too large", slot.past))?;
+        let bytes = bytes.ok_or_else(|| Error::TooLarge {
+            what: format!("the buffer {}", slot.past),
+            shape: shape.to_vec(),
+        })?;
         let allocate = || {
             // `new` zeroes the memory of the host, and only that.
-            DynTensor::new(allocator, slot.element, dims(shape)).map_err(|e| {
-                anyhow!(
-                    "no memory for {} of shape {shape:?}; a smaller context (-c) needs less: {}",
-                    slot.past,
-                    one_line(&e)
-                )
+            DynTensor::new(allocator, slot.element, dims(shape)).map_err(|e| Error::NoMemory {
+                what: slot.past.clone(),
+                shape: shape.to_vec(),
+                error: ort_error(e),
             })
         };
         let mut tensor = allocate()?;
@@ -354,7 +358,7 @@ impl StateBuffer {
         // All bits set is the int32 -1.
         let value = if self.counts_from_minus_one() { 0xff } else { 0 };
         match self.gpu.clone() {
-            Some(gpu) => gpu.tensor(&mut self.tensor)?.fill(0, self.bytes, value),
+            Some(gpu) => Ok(gpu.tensor(&mut self.tensor)?.fill(0, self.bytes, value)?),
             None => {
                 self.bytes_mut().fill(value);
                 Ok(())
@@ -366,7 +370,7 @@ impl StateBuffer {
     pub(crate) fn tile(&mut self, pattern: &[u8]) -> Result<()> {
         let total = self.bytes;
         let first = pattern.get(..total.min(pattern.len())).unwrap_or(&[]);
-        ensure!(total == 0 || !first.is_empty(), "an empty pattern");
+        require!(total == 0 || !first.is_empty(), Error::Internal("an empty pattern"));
         match self.gpu.clone() {
             Some(gpu) => {
                 let mut region = gpu.tensor(&mut self.tensor)?;
@@ -394,16 +398,15 @@ impl StateBuffer {
         std::mem::swap(&mut self.tensor, &mut next.tensor);
         let bound = binding.bind_input(&next.past, &self.tensor);
         let bound = bound.and_then(|()| binding.bind_output(&next.present, &mut next.tensor));
-        bound.map_err(ort_error)
+        Ok(bound.map_err(ort_error)?)
     }
 
     /// As [`Self::take_turns`], by a copy: the addresses in a CUDA graph are fixed.
     pub(crate) fn carry(&mut self) -> Result<()> {
         let Some(next) = &mut self.next else { return Ok(()) };
         if let Some(gpu) = self.gpu.clone() {
-            return gpu
-                .tensor(&mut self.tensor)?
-                .copy_tensor(0, &next.tensor, 0, self.bytes);
+            let mut region = gpu.tensor(&mut self.tensor)?;
+            return Ok(region.copy_tensor(0, &next.tensor, 0, self.bytes)?);
         }
         if self.bytes > 0 {
             // SAFETY: two tensors on the host, of `bytes` bytes each by one shape and type; both are borrowed
@@ -431,7 +434,7 @@ impl StateBuffer {
     /// Replaces the contents by `bytes`, of the same size.
     pub(crate) fn load(&mut self, bytes: &[u8]) -> Result<()> {
         match self.gpu.clone() {
-            Some(gpu) => gpu.tensor(&mut self.tensor)?.write(0, bytes),
+            Some(gpu) => Ok(gpu.tensor(&mut self.tensor)?.write(0, bytes)?),
             None => {
                 self.bytes_mut().copy_from_slice(bytes);
                 Ok(())

@@ -2,11 +2,13 @@
 
 use std::{ops::DerefMut, sync::Arc};
 
-use anyhow::{Context, Result, bail, ensure};
 use ort::value::{DynValue, TensorElementType};
 
 use crate::{
-    decoder::upcast::{upcast_bf16, upcast_f16},
+    decoder::{
+        error::{Error, Result, require},
+        upcast::{upcast_bf16, upcast_f16},
+    },
     gpu::Gpu,
     runtime::ort_error,
 };
@@ -45,12 +47,9 @@ impl LogitsShape {
         let (rows, vocab) = match shape.as_slice() {
             [b, rows, vocab] if *b == batch => (*rows, *vocab),
             [b, vocab] if *b == batch => (1, *vocab),
-            _ => bail!("the logits have shape {shape:?} for a batch of {batch}"),
+            _ => return Err(Error::LogitsShape { shape, batch }),
         };
-        ensure!(
-            rows > 0 && vocab > 0,
-            "the logits have shape {shape:?}: nothing is in them"
-        );
+        require!(rows > 0 && vocab > 0, Error::EmptyLogits(shape));
         Ok(Self { rows, vocab })
     }
 
@@ -61,10 +60,7 @@ impl LogitsShape {
         values: &'a mut [f32],
     ) -> Result<impl Iterator<Item = (&'a [T], &'a mut [f32])>> {
         let sequences = data.chunks_exact(self.rows * self.vocab);
-        ensure!(
-            sequences.len() * self.vocab == values.len(),
-            "the logits are shorter than their shape"
-        );
+        require!(sequences.len() * self.vocab == values.len(), Error::ShortLogits);
         let newest = (self.rows - 1) * self.vocab;
         let rows = sequences.map(move |rows| rows.split_at(newest).1);
         Ok(rows.zip(values.chunks_exact_mut(self.vocab)))
@@ -94,7 +90,7 @@ pub(crate) fn newest_rows(logits: &DynValue, element: TensorElementType, batch: 
                 upcast_bf16(row, to);
             }
         }
-        other => bail!("the logits are {other}, expected float32, float16 or bfloat16"),
+        other => return Err(Error::LogitsType(other)),
     }
     Ok(Logits {
         values: Arc::new(values),
@@ -130,7 +126,7 @@ impl LogitsReadback {
         read: impl Fn(usize, &mut [u8]) -> Result<()>,
     ) -> Result<Logits> {
         let &LogitsShape { rows, vocab } = shape;
-        let size = element.byte_size(vocab).context("logits of no size")?;
+        let size = element.byte_size(vocab).ok_or(Error::LogitsType(element))?;
         for (b, row) in self.bytes(batch * size)?.chunks_mut(size).enumerate() {
             read(((b + 1) * rows - 1) * size, row)?;
         }
@@ -175,7 +171,7 @@ impl LogitsReadback {
                 to.resize(halves.len(), 0.0);
                 upcast_bf16(halves, to);
             }
-            other => bail!("the logits are {other}, expected float32, float16 or bfloat16"),
+            other => return Err(Error::LogitsType(other)),
         }
         Ok(Arc::clone(buffer))
     }

@@ -2,11 +2,13 @@
 
 use std::{fmt::Display, str::FromStr};
 
-use anyhow::{Context, Result, ensure};
 use ort::session::Session;
 use retro_contract::{Budget, GroupScore, Selector, limits, metadata};
 
-use crate::runtime::ort_error;
+use crate::{
+    decoder::error::{Error, Result, require},
+    runtime::ort_error,
+};
 
 /// The metadata of a converted model: the settings it was converted with.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,23 +39,23 @@ impl RetroMetadata {
     /// # Errors
     /// When the model was converted for another version of the operator, or a value cannot be parsed.
     pub fn read(session: &Session) -> Result<Option<Self>> {
-        let found = session
-            .metadata()
-            .map_err(|e| ort_error(e).context("cannot read the model's metadata"))?;
+        let found = session.metadata().map_err(|e| Error::Metadata(ort_error(e)))?;
         let Some(version) = found.custom(metadata::VERSION) else {
             return Ok(None);
         };
-        ensure!(
-            version == retro_contract::OPSET_VERSION.to_string(),
-            "the model was converted for version {version} of the operator, this program knows version {}",
-            retro_contract::OPSET_VERSION
+        require!(
+            version.parse() == Ok(retro_contract::OPSET_VERSION),
+            Error::OperatorVersion(version)
         );
         let number = |key: &str, default: usize| -> Result<usize> {
             let Some(text) = found.custom(key) else {
                 return Ok(default);
             };
             let n = text.parse().ok().filter(|&n| n >= 1);
-            n.with_context(|| format!("the model's metadata {key} is {text:?}, expected a positive number"))
+            n.ok_or_else(|| Error::MetadataNumber {
+                key: key.to_owned(),
+                got: text,
+            })
         };
         let list = |key: &str| -> Vec<usize> {
             found
@@ -80,8 +82,10 @@ impl RetroMetadata {
 /// Parses an optional value.
 fn choice<T: FromStr<Err: Display>>(key: &str, text: Option<String>) -> Result<Option<T>> {
     let parse = |text: String| {
-        text.parse()
-            .map_err(|e| anyhow::anyhow!("the model's metadata {key} cannot be used: {e}"))
+        text.parse().map_err(|e: T::Err| Error::MetadataChoice {
+            key: key.to_owned(),
+            reason: e.to_string(),
+        })
     };
     text.map(parse).transpose()
 }

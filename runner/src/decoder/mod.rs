@@ -2,7 +2,9 @@
 //! around it. Each file imports only those above it:
 //!
 //! ```text
+//! error                        what can go wrong in all of them
 //! integers, upcast             numbers in the element types that graphs declare
+//! state_slot                   caches and other state among a graph's inputs and outputs
 //! io, metadata, session        what a graph takes and gives, how it was converted, how it is opened
 //! model                        all of that together
 //! inputs, logits               what a step is fed, what comes back
@@ -18,6 +20,7 @@ pub mod batch;
 mod cuda_graph;
 pub mod decode_loop;
 pub mod device_buffers;
+mod error;
 pub mod generate;
 pub mod inputs;
 mod integers;
@@ -29,6 +32,10 @@ pub mod model;
 pub mod page_reads;
 pub mod sampling;
 pub mod session;
+pub mod state_slot;
 pub mod stats;
 pub mod step;
 pub(crate) mod upcast;
+
+pub(crate) use error::require;
+pub use error::{Error, Result};

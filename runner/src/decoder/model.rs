@@ -2,16 +2,17 @@
 
 use std::{fmt::Display, path::Path, sync::Arc};
 
-use anyhow::{Context, Result, anyhow, ensure};
 use ort::session::Session;
 use retro_contract::graph;
 
 use crate::{
     Device,
     decoder::{
-        io::{ModelIo, SlotKind},
+        error::{Error, Result, require},
+        io::ModelIo,
         metadata::RetroMetadata,
-        session::{OpenOptions, load_error, open_session},
+        session::{OpenOptions, Steps, open_session},
+        state_slot::SlotKind,
     },
     device::{Placed, left_to_cpu, placement},
     gpu::Gpu,
@@ -47,26 +48,29 @@ impl Model {
     pub fn open(runtime: &Runtime, path: &Path, options: &OpenOptions) -> Result<Self> {
         let folder = ModelFolder::open(path, None)?;
         let gpu = options.device.gpu()?;
-        ensure!(
-            gpu.is_some() || !options.cuda_graph,
-            "--cuda-graph needs a GPU: give --device cuda"
+        require!(
+            gpu.is_some() || options.steps != Steps::Captured,
+            Error::CaptureWithoutGpu
         );
-        let session =
-            open_session(runtime, &folder.graph, options).map_err(|text| load_error(&folder.graph, options, &text))?;
+        let session = open_session(runtime, &folder.graph, options)?;
         let left_to_cpu = match &gpu {
-            Some(_) => left_to_cpu(&session)
-                .with_context(|| format!("cannot run {} on {}", folder.graph.display(), options.device))?,
+            Some(_) => left_to_cpu(&session).map_err(|source| Error::CannotRunOn {
+                graph: folder.graph.clone(),
+                device: options.device,
+                source: Box::new(source),
+            })?,
             None => None,
         };
         let retro = RetroMetadata::read(&session)?;
-        let graphs = options.cuda_graph || options.fixed_buffers;
-        ensure!(
+        let graphs = options.steps != Steps::Plain;
+        require!(
             !(graphs && retro.as_ref().is_some_and(|r| r.lengths_from_width)),
-            "{} takes the sequence length from the width of the attention mask, which changes with every step and so cannot be \
-             captured: run it without --cuda-graph",
-            folder.graph.display()
+            Error::CaptureOfMaskWidth(folder.graph)
         );
-        let io = ModelIo::read(&session, &folder).with_context(|| format!("cannot run {}", folder.graph.display()))?;
+        let io = ModelIo::read(&session, &folder).map_err(|source| Error::CannotRun {
+            graph: folder.graph.clone(),
+            source: Box::new(source),
+        })?;
         let fixed_capacity = retro.is_some() || io.retro_length || folder.share_buffer == Some(true);
         Ok(Self {
             session,
@@ -99,7 +103,7 @@ impl Model {
     /// # Errors
     /// When ONNX Runtime cannot tell.
     pub fn placement(&self) -> Result<Vec<Placed>> {
-        placement(&self.session)
+        Ok(placement(&self.session)?)
     }
 
     /// Where the model runs.
@@ -161,23 +165,10 @@ impl Model {
     pub fn window(&self, asked: Option<usize>) -> Result<usize> {
         let exported = self.retro.as_ref().map(|r| r.window);
         match (asked, exported) {
-            (Some(0), _) => Err(anyhow!(
-                "--window 0: the smallest window is 1 (Quest, without correction)"
-            )),
-            (Some(w), Some(most)) => {
-                ensure!(
-                    w <= most,
-                    "--window {w}: the model was converted for windows up to {most}; convert it again with retro-export --window {w}"
-                );
-                Ok(w)
-            }
-            (Some(w), None) => {
-                ensure!(
-                    w == 1,
-                    "--window {w}: the model was not converted; convert it with retro-export --window {w}"
-                );
-                Ok(1)
-            }
+            (Some(0), _) => Err(Error::NoWindow),
+            (Some(asked), Some(most)) if asked > most => Err(Error::Window { asked, most }),
+            (Some(asked), None) if asked > 1 => Err(Error::WindowOfUnconverted(asked)),
+            (Some(asked), _) => Ok(asked),
             (None, exported) => Ok(exported.unwrap_or(1)),
         }
     }

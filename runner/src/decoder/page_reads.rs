@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use retro_contract::{SKETCH_BLOCK, graph};
 use serde::{Deserialize, Serialize};
 
-use crate::decoder::{io::SlotKind, model::Model};
+use crate::decoder::{model::Model, state_slot::SlotKind};
 
 /// A selection of pages, one bit each.
 type Pages = Vec<u64>;

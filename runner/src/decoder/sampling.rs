@@ -2,8 +2,9 @@
 
 use std::cmp::Ordering;
 
-use anyhow::{Result, ensure};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use crate::decoder::error::{Error, Result, require};
 
 /// Number of last tokens that the repetition penalty applies to.
 pub const PENALTY_WINDOW: usize = 64;
@@ -51,20 +52,16 @@ impl Sampling {
             repeat_penalty,
             ..
         } = *self;
-        ensure!(
-            temperature >= 0.0 && temperature.is_finite(),
-            "--temp {temperature}: expected 0 (greedy) or more"
-        );
-        ensure!(
-            top_p > 0.0 && top_p <= 1.0,
-            "--top-p {top_p}: expected more than 0, at most 1"
-        );
-        ensure!((0.0..=1.0).contains(&min_p), "--min-p {min_p}: expected 0 to 1");
-        ensure!(
-            repeat_penalty > 0.0 && repeat_penalty.is_finite(),
-            "--repeat-penalty {repeat_penalty}: expected more than 0"
-        );
-        Ok(())
+        let allowed = |option, got, allowed: bool, expected| {
+            require!(allowed, Error::Sampling { option, got, expected });
+            Ok(())
+        };
+        let finite = temperature >= 0.0 && temperature.is_finite();
+        allowed("--temp", temperature, finite, "0 (greedy) or more")?;
+        allowed("--top-p", top_p, top_p > 0.0 && top_p <= 1.0, "more than 0, at most 1")?;
+        allowed("--min-p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
+        let positive = repeat_penalty > 0.0 && repeat_penalty.is_finite();
+        allowed("--repeat-penalty", repeat_penalty, positive, "more than 0")
     }
 }
 
@@ -96,9 +93,7 @@ impl Sampler {
             penalised = penalise(logits, history, o.repeat_penalty);
             &penalised
         };
-        let best = argmax(logits);
-        ensure!(best.is_some(), "the model gave no finite score for any token");
-        let best = best.unwrap_or(0);
+        let best = argmax(logits).ok_or(Error::NoFiniteScore)?;
         if o.temperature == 0.0 {
             return Ok(best);
         }

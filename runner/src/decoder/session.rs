@@ -2,17 +2,40 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
 use ort::{
     logging::LogLevel,
     session::{Session, builder::SessionBuilder},
 };
 use retro_onnx::{external_files, folder_of, read_model};
+use retro_runtime::OrtError;
 
 use crate::{
     Device,
-    runtime::{PLUGIN, PLUGIN_VARIABLE, Runtime, one_line},
+    decoder::error::{Error, Result},
+    runtime::{Runtime, ort_error},
 };
+
+/// How steps are fed to the session.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Steps {
+    /// Each by tensors of its own.
+    #[default]
+    Plain,
+    /// From buffers at fixed addresses, as a CUDA graph needs them. For tests on the CPU.
+    FixedBuffers,
+    /// From such buffers, captured as a CUDA graph and replayed.
+    Captured,
+}
+
+/// What the threads of ONNX Runtime's pool do between two runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BetweenRuns {
+    /// Spin for a while: the next run of the same session starts at once.
+    #[default]
+    Spin,
+    /// Sleep: where several sessions take turns, spinning threads of one would take the cores of the next.
+    Sleep,
+}
 
 /// How to open a model.
 #[derive(Clone, Debug, Default)]
@@ -23,84 +46,87 @@ pub struct OpenOptions {
     pub plugin: Option<PathBuf>,
     /// Where the model runs.
     pub device: Device,
-    /// Capture decoding steps as a CUDA graph and replay it.
-    pub cuda_graph: bool,
-    /// Threads of the pool stop spinning after a run: where several sessions take turns, those of one would take the
-    /// cores of the next.
-    pub idle_between_runs: bool,
-    /// Feed steps from buffers at fixed addresses, as a CUDA graph needs them. On the CPU this serves tests alone.
-    pub fixed_buffers: bool,
+    /// How steps are fed.
+    pub steps: Steps,
+    /// What threads do between runs.
+    pub between_runs: BetweenRuns,
 }
 
-/// Opens the session of a graph. Errors are text: those of `ort`'s builder carry the builder, which cannot leave the
-/// thread.
-pub(crate) fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> Result<Session, String> {
-    let mut builder = session_builder(runtime, options, options.plugin.is_some() && may_need_plugin(graph))?;
-    builder.commit_from_file(graph).map_err(|e| one_line(&e))
+/// Whether a session loads the plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PluginUse {
+    /// The one that [`OpenOptions::plugin`] names.
+    Load,
+    /// None: the graph has no operator of ours.
+    Leave,
+}
+
+/// Opens the session of a graph.
+pub(crate) fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOptions) -> Result<Session> {
+    let plugin = match options.plugin {
+        Some(_) if uses_operator(graph).unwrap_or(true) => PluginUse::Load,
+        _ => PluginUse::Leave,
+    };
+    let mut builder = session_builder(runtime, options, plugin)?;
+    builder
+        .commit_from_file(graph)
+        .map_err(|e| load_error(graph, options, e.into()))
 }
 
 /// A session's options: log level, threads, and the plugin if it is wanted.
-pub(crate) fn session_builder(
-    runtime: &Runtime,
-    options: &OpenOptions,
-    plugin: bool,
-) -> Result<SessionBuilder, String> {
-    let text = |e: &dyn std::fmt::Display| one_line(e);
-    let mut builder = Session::builder(runtime.environment()).map_err(|e| text(&e))?;
+pub(crate) fn session_builder(runtime: &Runtime, options: &OpenOptions, plugin: PluginUse) -> Result<SessionBuilder> {
+    let mut builder = Session::builder(runtime.environment()).map_err(ort_error)?;
     // Errors come back as values and are reported once; $ORT_LOG asks for ONNX Runtime's own log.
     if std::env::var_os("ORT_LOG").is_none() {
-        builder = builder.with_log_level(LogLevel::Fatal).map_err(|e| text(&e))?;
+        builder = builder.with_log_level(LogLevel::Fatal).map_err(ort_error)?;
     }
     // Every step has another shape: a memory pattern for each would only cost.
-    let mut builder: SessionBuilder = builder.with_memory_pattern(false).map_err(|e| text(&e))?;
-    builder = options.device.provide(builder, options.cuda_graph)?;
+    let mut builder: SessionBuilder = builder.with_memory_pattern(false).map_err(ort_error)?;
+    builder = options.device.provide(builder, options.steps == Steps::Captured)?;
     if let Some(threads) = options.threads {
-        builder = builder.with_intra_threads(threads).map_err(|e| text(&e))?;
+        builder = builder.with_intra_threads(threads).map_err(ort_error)?;
     }
-    if options.idle_between_runs {
+    if options.between_runs == BetweenRuns::Sleep {
         builder = builder
             .with_config_entry("session.force_spinning_stop", "1")
-            .map_err(|e| text(&e))?;
+            .map_err(ort_error)?;
     }
-    if let Some(plugin) = options.plugin.as_ref().filter(|_| plugin) {
-        builder = builder
-            .with_operator_library(plugin)
-            .map_err(|e| format!("the plugin {} does not load: {}", plugin.display(), text(&e)))?;
+    if let Some(path) = options.plugin.as_ref().filter(|_| plugin == PluginUse::Load) {
+        builder = builder.with_operator_library(path).map_err(|e| Error::Plugin {
+            plugin: path.clone(),
+            error: e.into(),
+        })?;
     }
     Ok(builder)
 }
 
-/// Whether a graph imports the operator's domain; true for a graph that cannot be read here.
-fn may_need_plugin(graph: &Path) -> bool {
-    read_model(graph).map_or(true, |loaded| {
-        loaded.model.opset_version(retro_contract::DOMAIN).is_some()
-    })
+/// Whether a graph imports the operator's domain; `None` for a graph that cannot be read here.
+fn uses_operator(graph: &Path) -> Option<bool> {
+    let loaded = read_model(graph).ok()?;
+    Some(loaded.model.opset_version(retro_contract::DOMAIN).is_some())
 }
 
-/// The error of [`open_session`] with what to do about it.
-pub(crate) fn load_error(graph: &Path, options: &OpenOptions, text: &str) -> anyhow::Error {
-    let wants_plugin = text.contains(retro_contract::DOMAIN) || text.contains(retro_contract::OP_TYPE);
-    if wants_plugin && options.plugin.is_none() {
-        anyhow!(
-            "{} was converted and needs the plugin {PLUGIN}, which is not beside this program: build it with `cargo build --release`, or name it with --plugin or {PLUGIN_VARIABLE}",
-            graph.display()
-        )
-    } else if options.cuda_graph && text.contains("graph capture") {
-        anyhow!(
-            "--cuda-graph: the graph {} has CPU nodes between GPU nodes, so its steps cannot be captured; run it without --cuda-graph ({text})",
-            graph.display()
-        )
-    } else if let Some(why) = weights_fault(graph).filter(|_| text.to_lowercase().contains("external")) {
-        anyhow!("cannot load {}: {why}", graph.display())
-    } else {
-        anyhow!("cannot load {}: {text}", graph.display())
+/// Why a session does not open, by what the graph is and what was asked for.
+fn load_error(graph: &Path, options: &OpenOptions, error: OrtError) -> Error {
+    let path = graph.to_owned();
+    if options.plugin.is_none() && uses_operator(graph) == Some(true) {
+        return Error::NeedsPlugin(path);
     }
+    if options.steps == Steps::Captured && speaks_of_capture(&error) {
+        return Error::CpuNodesInCapture { graph: path, error };
+    }
+    let reason = weights_fault(graph).unwrap_or(error.message);
+    Error::Load { graph: path, reason }
+}
+
+/// Whether ONNX Runtime says that a graph cannot be captured. It has no code for that, only words. They choose the
+/// advice that is printed: the session does not open either way.
+fn speaks_of_capture(error: &OrtError) -> bool {
+    error.message.contains("graph capture")
 }
 
 /// What is wrong with a model's external data; `None` if it is complete.
 fn weights_fault(graph: &Path) -> Option<String> {
     let model = read_model(graph).ok()?.model;
-    external_files(&model, folder_of(graph))
-        .err()
-        .map(|e| format!("{:#}", anyhow::Error::from(e)))
+    external_files(&model, folder_of(graph)).err().map(|e| format!("{e:#}"))
 }

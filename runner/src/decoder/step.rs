@@ -4,7 +4,6 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Context, Result, ensure};
 use ort::{
     memory::Allocator,
     session::{Session, SessionInputValue},
@@ -14,11 +13,13 @@ use ort::{
 use crate::{
     decoder::{
         cuda_graph::{DeviceRunner, SessionParts},
+        error::{Error, Result, require},
         inputs::{Feed, inputs},
-        io::{ModelIo, StateSlot},
+        io::ModelIo,
         kv_cache::{InPlace, KvCache, Storage},
         logits::{Logits, newest_rows},
         model::Model,
+        state_slot::StateSlot,
     },
     runtime::ort_error,
 };
@@ -46,23 +47,18 @@ impl Model {
     /// A state for `batch` sequences of up to `capacity` tokens.
     ///
     /// # Errors
-    /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch or for
-    /// fewer tokens.
+    /// When memory runs out, `batch` exceeds 1 on a model whose caches grow, or the graph is declared for another batch
+    /// or for fewer tokens.
     pub fn new_state(&self, batch: usize, capacity: usize) -> Result<DecoderState> {
-        ensure!(
-            batch == 1 || self.fixed_capacity,
-            "this model's caches grow with every step: it decodes one sequence at a time"
-        );
+        require!(batch == 1 || self.fixed_capacity, Error::OneSequence);
         let declared = self.io.batch.unwrap_or(batch);
-        ensure!(
-            declared == batch,
-            "this model is declared for batches of {declared}, not of {batch}"
-        );
+        require!(declared == batch, Error::DeclaredBatch { declared, asked: batch });
         let most = self.io.capacity.unwrap_or(capacity);
-        ensure!(
-            capacity <= most,
-            "this model's caches are declared for {most} tokens, not {capacity}"
-        );
+        let too_few = Error::DeclaredCapacity {
+            declared: most,
+            asked: capacity,
+        };
+        require!(capacity <= most, too_few);
         // Buffers of declared size have it, whatever capacity is asked for.
         let kv = self.new_cache(batch, most)?;
         let runner = self
@@ -86,12 +82,7 @@ impl Model {
                 pages,
             );
         }
-        ensure!(
-            self.gpu.is_none(),
-            "this model's caches grow with every step, which retro-run does not support on a GPU: set \
-             past_present_share_buffer in genai_config.json if the graph allows it, convert the model with retro-export, or \
-             use --device cpu"
-        );
+        require!(self.gpu.is_none(), Error::GrowingOnGpu);
         KvCache::growing(&self.io.slots, &allocator, batch, capacity)
     }
 
@@ -129,18 +120,11 @@ impl Model {
 
 fn check(feed: &Feed, kv: &KvCache) -> Result<()> {
     let batch = kv.batch();
-    ensure!(
-        batch > 0 && feed.lengths.len() == batch && !feed.ids.is_empty() && feed.ids.len().is_multiple_of(batch),
-        "a step of {} tokens and {} lengths does not fit a batch of {batch}",
-        feed.ids.len(),
-        feed.lengths.len()
-    );
-    let longest = feed.longest();
-    ensure!(
-        longest <= kv.capacity(),
-        "{longest} tokens do not fit a cache of {}",
-        kv.capacity()
-    );
+    let (tokens, lengths) = (feed.ids.len(), feed.lengths.len());
+    let whole = batch > 0 && lengths == batch && tokens > 0 && tokens.is_multiple_of(batch);
+    require!(whole, Error::Feed { tokens, lengths, batch });
+    let (tokens, capacity) = (feed.longest(), kv.capacity());
+    require!(tokens <= capacity, Error::DoesNotFit { tokens, capacity });
     Ok(())
 }
 
@@ -158,7 +142,7 @@ fn run_in_place(session: &mut Session, io: &ModelIo, cache: &mut InPlace, feed: 
         .bind_output_to_device(&io.logits, &cpu.memory_info().to_owned())
         .map_err(ort_error)?;
     let outputs = session.run_binding(binding).map_err(ort_error)?;
-    let logits = outputs.get(&io.logits).context("the graph gave no logits")?;
+    let logits = outputs.get(&io.logits).ok_or(Error::NoLogits)?;
     let logits = newest_rows(logits, io.logits_type, batch)?;
     drop(outputs);
     buffers.iter_mut().try_for_each(|b| b.take_turns(binding))?;
@@ -176,11 +160,11 @@ fn run_growing(session: &mut Session, io: &ModelIo, past: &mut Vec<DynValue>, fe
     let past_values = past_values.map(|(slot, v)| (Cow::from(slot.past.as_str()), v.into()));
     let all: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = fed.chain(past_values).collect();
     let mut outputs = session.run(all).map_err(ort_error)?;
-    let logits = outputs.get(&io.logits).context("the graph gave no logits")?;
+    let logits = outputs.get(&io.logits).ok_or(Error::NoLogits)?;
     let logits = newest_rows(logits, io.logits_type, batch)?;
     let next: Option<Vec<DynValue>> = io.slots.iter().map(|slot| outputs.remove(&slot.present)).collect();
     drop(outputs);
-    let next = next.context("the graph did not give all its present outputs")?;
+    let next = next.ok_or(Error::NoPresent)?;
     for (slot, value) in io.slots.iter().zip(&next) {
         keeps_its_size(slot, value)?;
     }
@@ -192,11 +176,12 @@ fn run_growing(session: &mut Session, io: &ModelIo, past: &mut Vec<DynValue>, fe
 fn keeps_its_size(slot: &StateSlot, value: &DynValue) -> Result<()> {
     let shape = value.dtype().tensor_shape().map(|s| s.to_vec()).unwrap_or_default();
     let fits = |(want, have): (&Option<usize>, &i64)| want.is_none_or(|want| usize::try_from(*have) == Ok(want));
-    ensure!(
-        shape.len() == slot.dims.len() && slot.dims.iter().zip(&shape).all(fits),
-        "the output {} has shape {shape:?}, which its input {} is not declared for: retro-run needs both of one shape",
-        slot.present,
-        slot.past
-    );
-    Ok(())
+    if shape.len() == slot.dims.len() && slot.dims.iter().zip(&shape).all(fits) {
+        return Ok(());
+    }
+    Err(Error::OutputShape {
+        present: slot.present.clone(),
+        shape,
+        past: slot.past.clone(),
+    })
 }

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
 use retro_contract::metadata;
 use retro_export::{ExternalMode, Options, Settings};
 use retro_onnx::read_model;
 
-use super::policy::ModelSource;
+use super::{Error, Result, policy::ModelSource};
+use crate::decoder::require;
 use crate::model_folder::{ModelFolder, chosen, is_weights_folder};
 
 /// Converts the source model once per setting.
@@ -25,9 +25,9 @@ impl ConvertedModelCache {
     /// # Errors
     /// When there is no model, it is converted already, or no temporary folder can be made.
     pub fn new(path: &Path, choice: Option<&str>) -> Result<Self> {
-        ensure!(path.exists(), "there is no model at {}", path.display());
+        require!(path.exists(), Error::NoModel(path.to_owned()));
         let path = &chosen(path, choice)?;
-        let folder = tempfile::tempdir().context("no temporary folder: set TMPDIR to a folder with free space")?;
+        let folder = tempfile::tempdir().map_err(Error::NoTemporaryFolder)?;
         let graph = if is_weights_folder(path) {
             let built = folder.path().join("source");
             retro_models::build(path, &built, &retro_models::Options::default())?;
@@ -37,11 +37,7 @@ impl ConvertedModelCache {
         };
         let file = ModelFolder::open(&graph, None)?.graph;
         let converted = read_model(&file).is_ok_and(|loaded| loaded.model.metadata(metadata::VERSION).is_some());
-        ensure!(
-            !converted,
-            "{} was converted already: give the unconverted model, or compare this one with --run NAME=DIR",
-            path.display()
-        );
+        require!(!converted, Error::Converted(path.to_owned()));
         Ok(Self {
             folder,
             graph,
@@ -55,7 +51,7 @@ impl ConvertedModelCache {
     /// When no temporary folder can be made.
     pub fn of_nothing(graph: &Path) -> Result<Self> {
         Ok(Self {
-            folder: tempfile::tempdir().context("no temporary folder: set TMPDIR to a folder with free space")?,
+            folder: tempfile::tempdir().map_err(Error::NoTemporaryFolder)?,
             graph: graph.to_owned(),
             made: Vec::new(),
         })
@@ -93,7 +89,8 @@ impl ConvertedModelCache {
             })
         };
         // Weights are hard links where the file system has them.
-        convert(ExternalMode::Link).or_else(|_| convert(ExternalMode::Copy))?;
+        let converted = convert(ExternalMode::Link).or_else(|_| convert(ExternalMode::Copy));
+        converted.map_err(Box::new)?;
         if self.graph.is_file() {
             // The converted file has a folder of its own.
             bring_companions(&self.graph, self.folder.path())?;
@@ -116,7 +113,7 @@ fn bring_companions(graph: &Path, folder: &Path) -> Result<()> {
     ] {
         let from = place.join(name);
         if from.is_file() {
-            std::fs::copy(&from, folder.join(name)).with_context(|| format!("cannot copy {}", from.display()))?;
+            std::fs::copy(&from, folder.join(name)).map_err(|source| Error::Copy { path: from, source })?;
         }
     }
     Ok(())

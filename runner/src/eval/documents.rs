@@ -1,12 +1,11 @@
 //! Free generation over documents with known answers.
 
-use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{converted_models::ConvertedModelCache, journal::Journal, policy::PolicyRow};
+use super::{Error, Result, converted_models::ConvertedModelCache, journal::Journal, policy::PolicyRow};
 use crate::{
     Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
-    decoder::{batch::Prefilled, decode_loop::Policy, page_reads::PageReads},
+    decoder::{batch::Prefilled, decode_loop::Policy, page_reads::PageReads, require},
     eval::score::{Document, Scorer},
     progress::Items,
 };
@@ -118,25 +117,28 @@ impl DocumentsJob<'_> {
         group: &[&PolicyRow],
     ) -> Result<()> {
         self.interrupt.check()?;
-        let first = group.first().context("no row")?;
+        let first = group.first().ok_or(Error::Internal("no row"))?;
         let folder = converted.open(&first.source)?;
         let mut model = Model::open(self.runtime, &folder, self.open)?;
         let text = ModelTokenizer::open(&model.folder)?;
         model.folder.eos = text.ends(&model.folder);
         let policies = group
             .iter()
-            .map(|row| Policy::new(&model, row.window, row.budget).with_context(|| row.label.clone()))
+            .map(|row| row.policy(&model))
             .collect::<Result<Vec<Policy>>>()?;
         let prompts = self
             .documents
             .iter()
             .enumerate()
-            .map(|(n, d)| text.encode(&d.prompt).with_context(|| format!("document {n}")))
+            .map(|(number, d)| {
+                let prompt = text.encode(&d.prompt);
+                prompt.map_err(|source| Error::Prompt { number, source })
+            })
             .collect::<Result<Vec<_>>>()?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
         let batch = model.batch(self.batch);
-        let step = |_| {
+        let step = |_| -> Result<()> {
             bar.tick();
             Ok(self.interrupt.check()?)
         };
@@ -178,19 +180,16 @@ impl DocumentsJob<'_> {
     /// Maximum output length: the longest reference and a few tokens more, within the context.
     fn max_new(&self, model: &Model, text: &ModelTokenizer, longest: usize) -> Result<usize> {
         let room = model.context_length().map(|c| c.saturating_sub(longest));
-        let references = self.documents.iter().enumerate().map(|(n, d)| {
+        let references = self.documents.iter().enumerate().map(|(number, d)| {
             let reference = d.reference.as_deref().map(|r| text.encode(r)).transpose();
-            reference.with_context(|| format!("document {n}: its reference"))
+            reference.map_err(|source| Error::Reference { number, source })
         });
         let references = references.collect::<Result<Option<Vec<_>>>>();
         let of_references = references?.map(|list| list.iter().map(Vec::len).max().unwrap_or(0) + 4);
         let wanted = self.n_predict.or(of_references).or(room);
-        let wanted = wanted.context("neither the documents nor the model say how long outputs are: give -n")?;
+        let wanted = wanted.ok_or(Error::UnknownLength)?;
         let most = room.map_or(wanted, |room| wanted.min(room));
-        ensure!(
-            most >= 1,
-            "a prompt of {longest} tokens leaves no room in the model's context"
-        );
+        require!(most >= 1, Error::NoRoom(longest));
         Ok(most)
     }
 }

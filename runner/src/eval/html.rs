@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use super::{
+    Error, Result,
     perplexity::PARTS,
     policy::PolicyKind,
     summary::{Cost, DocumentsRow, Estimate, FidelityRow, Subject},
@@ -50,7 +50,7 @@ pub fn figure(title: &str, x: &str, y: &str, lines: &[Series]) -> Result<String>
         (low, high)
     };
     if points.is_empty() {
-        return Err(anyhow!("the figure {title:?} has no data"));
+        return Err(Error::NoData(title.to_owned()));
     }
     let (x_low, x_high) = range(&|p| p.0);
     let (_, y_high) = range(&|p| p.1 + p.2);
@@ -58,7 +58,10 @@ pub fn figure(title: &str, x: &str, y: &str, lines: &[Series]) -> Result<String>
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        let fail = |e: &dyn std::fmt::Display| anyhow!("cannot draw {title:?}: {e}");
+        let fail = |e: &dyn std::fmt::Display| Error::Draw {
+            title: title.to_owned(),
+            reason: e.to_string(),
+        };
         area.fill(&WHITE).map_err(|e| fail(&e))?;
         let mut chart = ChartBuilder::on(&area)
             .caption(title, ("sans-serif", 18))

@@ -3,12 +3,14 @@
 use std::{
     collections::HashMap,
     fs::{File, OpenOptions},
-    io::{BufRead, BufReader, Seek, Write},
+    io::{self, BufRead, BufReader, Seek, Write},
     path::Path,
 };
 
-use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{Error, Result};
+use crate::decoder::require;
 
 /// The first line of the file: what the results belong to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,32 +50,33 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
     /// # Errors
     /// When the file cannot be read or written, is no journal, or belongs to another model, other documents or options.
     pub fn open(path: &Path, header: &Header) -> Result<Self> {
-        let shown = path.display();
+        let owned = || path.to_owned();
+        let unread = |source| Error::Read { path: owned(), source };
+        let unwritten = |source| Error::WriteResults { path: owned(), source };
         let mut file = OpenOptions::new()
             .read(true)
             .append(true)
             .create(true)
             .open(path)
-            .with_context(|| format!("cannot open {shown}"))?;
+            .map_err(|source| Error::OpenResults { path: owned(), source })?;
         let mut known = HashMap::new();
         let mut lines = BufReader::new(&file).lines();
         let mut good = 0u64;
         if let Some(first) = lines.next() {
-            let first = first.with_context(|| format!("cannot read {shown}"))?;
-            let found: Header = serde_json::from_str(&first)
-                .ok()
-                .with_context(|| format!("{shown} is no file of results: give --resume another name"))?;
-            ensure!(
+            let first = first.map_err(unread)?;
+            let found: Header = serde_json::from_str(&first).map_err(|_| Error::NoResults(owned()))?;
+            let run = |header: &Header| format!("{}, {}", header.model, header.data);
+            require!(
                 found == *header,
-                "{shown} holds results of another run (of {}, {}; asked for are {}, {}): give --resume another name",
-                found.model,
-                found.data,
-                header.model,
-                header.data
+                Error::OtherRun {
+                    path: owned(),
+                    found: run(&found),
+                    asked: run(header),
+                }
             );
             good += first.len() as u64 + 1;
             for line in lines {
-                let line = line.with_context(|| format!("cannot read {shown}"))?;
+                let line = line.map_err(unread)?;
                 // A killed run may leave an incomplete last line.
                 let Ok(JournalLine { policy, item, result }) = serde_json::from_str::<JournalLine<T>>(&line) else {
                     break;
@@ -83,14 +86,15 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
             }
             let length = file.metadata().map_or(good, |m| m.len());
             if good < length {
-                file.set_len(good).with_context(|| format!("cannot shorten {shown}"))?;
+                let shortened = file.set_len(good);
+                shortened.map_err(|source| Error::ShortenResults { path: owned(), source })?;
             } else if good > length {
                 // Only the last line's end is missing.
-                file.write_all(b"\n").with_context(|| format!("cannot write {shown}"))?;
+                file.write_all(b"\n").map_err(unwritten)?;
             }
-            file.seek(std::io::SeekFrom::End(0))?;
+            file.seek(io::SeekFrom::End(0)).map_err(unwritten)?;
         } else {
-            write_line(&mut file, header).with_context(|| format!("cannot write {shown}"))?;
+            write_line(&mut file, header).map_err(unwritten)?;
         }
         Ok(Self {
             known,
@@ -115,18 +119,17 @@ impl<T: Clone + Serialize + DeserializeOwned> Journal<T> {
                 item,
                 result: result.clone(),
             };
-            write_line(file, &line).context("cannot write the file of results")?;
+            write_line(file, &line).map_err(Error::AddResult)?;
         }
         self.known.insert((policy, item), result);
         Ok(())
     }
 }
 
-fn write_line(file: &mut File, line: &impl Serialize) -> Result<()> {
+fn write_line(file: &mut File, line: &impl Serialize) -> io::Result<()> {
     let mut text = serde_json::to_string(line)?;
     text.push('\n');
-    file.write_all(text.as_bytes())?;
-    Ok(())
+    file.write_all(text.as_bytes())
 }
 
 #[cfg(test)]

@@ -2,9 +2,12 @@
 
 pub mod converted_models;
 pub mod documents;
+mod error;
 pub mod html;
 pub mod journal;
 pub mod perplexity;
 pub mod policy;
 pub mod score;
 pub mod summary;
+
+pub use error::{Error, Result};

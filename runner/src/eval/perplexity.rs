@@ -3,10 +3,10 @@
 //!
 //! Every policy is fed the same tokens, so differences do not accumulate, and small ones show.
 
-use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    Error, Result,
     converted_models::ConvertedModelCache,
     journal::Journal,
     policy::{PolicyKind, PolicyRow},
@@ -17,6 +17,7 @@ use crate::{
         batch::{Observer, Prefilled},
         decode_loop::Policy,
         page_reads::PageReads,
+        require,
     },
     progress::Items,
 };
@@ -88,6 +89,9 @@ pub struct FidelityJob<'a> {
     pub interrupt: &'a Interrupt,
 }
 
+const NO_TEXT: Error = Error::Internal("no such text");
+const NO_TOKEN: Error = Error::Internal("no such token");
+
 /// Log-probabilities of every next token of a text, `[tokens, vocabulary]`.
 type Distributions = Vec<f32>;
 
@@ -117,7 +121,7 @@ impl FidelityJob<'_> {
             let mut reference: Vec<Distributions> = vec![Vec::new(); part.len()];
             let mut all = self.prefill(&mut dense, part, bar)?;
             self.force(&mut all, &mut dense, plain, part, bar, &mut |row, _, scores| {
-                let list = reference.get_mut(row).context("no such text")?;
+                let list = reference.get_mut(row).ok_or(NO_TEXT)?;
                 list.extend(log_softmax(scores));
                 Ok(())
             })?;
@@ -139,7 +143,7 @@ impl FidelityJob<'_> {
                     Some((_, model)) => model,
                     None => &mut dense,
                 };
-                let policy = Policy::new(model, row.window, row.budget).with_context(|| row.label.clone())?;
+                let policy = row.policy(model)?;
                 let reusable = prefilled.take().filter(|(p, ready)| *p == place && ready.reusable());
                 let mut ready = match reusable {
                     Some((_, ready)) => ready,
@@ -147,18 +151,13 @@ impl FidelityJob<'_> {
                 };
                 let mut sums = vec![Sums::default(); part.len()];
                 let (readings, seconds) = self.force(&mut ready, model, policy, part, bar, &mut |i, at, scores| {
-                    let (sum, texts) = sums.get_mut(i).zip(part.get(i)).context("no such text")?;
+                    let (sum, texts) = sums.get_mut(i).zip(part.get(i)).ok_or(NO_TEXT)?;
                     let predicted = texts.len() - self.prompt;
                     let dense = reference
                         .get(i)
                         .and_then(|d| d.get(at * scores.len()..(at + 1) * scores.len()));
-                    let target = texts.get(self.prompt + at).copied().context("no such token")?;
-                    sum.add(
-                        at * PARTS / predicted,
-                        dense.context("no such token")?,
-                        scores,
-                        target as usize,
-                    );
+                    let target = texts.get(self.prompt + at).copied().ok_or(NO_TOKEN)?;
+                    sum.add(at * PARTS / predicted, dense.ok_or(NO_TOKEN)?, scores, target as usize);
                     Ok(())
                 })?;
                 for (i, sum) in sums.into_iter().enumerate() {
@@ -183,13 +182,19 @@ impl FidelityJob<'_> {
         let most = model.context_length().unwrap_or(usize::MAX);
         let most = most.min(self.prompt.saturating_add(self.predict));
         let tokens = self.texts.iter().zip(self.names).map(|(full, name)| {
-            let mut ids = text.encode(full).with_context(|| name.clone())?;
+            let mut ids = text.encode(full).map_err(|source| Error::Tokens {
+                name: name.clone(),
+                source,
+            })?;
             ids.truncate(most);
-            ensure!(
+            require!(
                 ids.len() >= self.prompt + PARTS,
-                "{name} has {} tokens, which leaves fewer than {PARTS} behind a prompt of {}: give a longer text or a smaller --prompt-tokens",
-                ids.len(),
-                self.prompt
+                Error::ShortText {
+                    name: name.clone(),
+                    tokens: ids.len(),
+                    least: PARTS,
+                    prompt: self.prompt,
+                }
             );
             Ok(ids)
         });
@@ -212,7 +217,7 @@ impl FidelityJob<'_> {
         policy: Policy,
         part: &[Vec<u32>],
         bar: &Items,
-        observe: &mut Observer<'_>,
+        observe: &mut Observer<'_, Error>,
     ) -> Result<(Vec<PageReads>, f64)> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
         let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {

@@ -5,6 +5,9 @@ use std::{path::PathBuf, str::FromStr};
 use retro_contract::{Budget, Mode};
 use retro_export::Settings;
 
+use super::Error;
+use crate::{Model, decoder::decode_loop::Policy};
+
 /// How a policy reads the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -161,6 +164,17 @@ pub struct PolicyRow {
 }
 
 impl PolicyRow {
+    /// The policy for its model.
+    ///
+    /// # Errors
+    /// When the model was not converted for this window or budget.
+    pub fn policy(&self, model: &Model) -> Result<Policy, Error> {
+        Policy::new(model, self.window, self.budget).map_err(|source| Error::Policy {
+            name: self.label.clone(),
+            source,
+        })
+    }
+
     /// Whether a step reads page summaries.
     pub fn scores(&self) -> bool {
         !matches!(self.kind, PolicyKind::Dense | PolicyKind::Streaming)

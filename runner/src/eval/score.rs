@@ -2,9 +2,11 @@
 
 use std::{fs, path::Path};
 
-use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use serde::Deserialize;
+
+use super::{Error, Result};
+use crate::decoder::require;
 
 /// A document: one line of a JSON-lines file.
 #[derive(Clone, Debug, Deserialize)]
@@ -27,17 +29,24 @@ pub struct Document {
 /// # Errors
 /// When the file cannot be read, a line is no document, or there is none.
 pub fn read_documents(path: &Path, limit: usize) -> Result<Vec<Document>> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = fs::read_to_string(path).map_err(|source| Error::Read {
+        path: path.to_owned(),
+        source,
+    })?;
     let lines = text
         .lines()
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty())
         .take(limit);
     let parse = |(i, line): (usize, &str)| {
-        serde_json::from_str(line).with_context(|| format!("{} line {} is no document", path.display(), i + 1))
+        serde_json::from_str(line).map_err(|source| Error::NotADocument {
+            path: path.to_owned(),
+            line: i + 1,
+            source,
+        })
     };
     let documents: Vec<Document> = lines.map(parse).collect::<Result<_>>()?;
-    ensure!(!documents.is_empty(), "{} holds no documents", path.display());
+    require!(!documents.is_empty(), Error::NoDocuments(path.to_owned()));
     Ok(documents)
 }
 

@@ -1,8 +1,6 @@
 //! Streaming detokenizer.
 
-use anyhow::Result;
-
-use crate::text::tokenizer::ModelTokenizer;
+use crate::text::{error::Result, tokenizer::ModelTokenizer};
 
 /// Decodes token by token. The bytes of a character may be spread over several tokens, and a token's text may depend on
 /// the one before it, so text comes out once it can no longer change.

@@ -1,10 +1,12 @@
 //! The tokenizer, the streaming detokenizer, and stop strings.
 
 mod detokenizer;
+mod error;
 mod stop_filter;
 mod tokenizer;
 mod tokenizer_config;
 
 pub use detokenizer::Detokenizer;
+pub use error::{Error, Result};
 pub use stop_filter::StopFilter;
 pub use tokenizer::ModelTokenizer;

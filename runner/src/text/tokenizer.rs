@@ -1,12 +1,14 @@
 //! Text to token ids and back.
 
-use anyhow::{Result, anyhow};
 use tokenizers::Tokenizer;
 
 use crate::{
     model_folder::ModelFolder,
     runtime::one_line,
-    text::tokenizer_config::{BosEos, Loaded, load},
+    text::{
+        error::{Error, Result},
+        tokenizer_config::{BosEos, Loaded, load},
+    },
 };
 
 /// A model's tokenizer, with the BOS and EOS tokens it adds.
@@ -32,12 +34,12 @@ impl ModelTokenizer {
     /// When the tokenizer fails or there is no token.
     pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode(prompt, self.bos_eos.is_none());
-        let encoding = encoding.map_err(|e| anyhow!("the tokenizer refuses the prompt: {}", one_line(&e)))?;
+        let encoding = encoding.map_err(|e| Error::Encode(one_line(&e)))?;
         let BosEos { bos, eos } = self.bos_eos.unwrap_or_default();
         let own = encoding.get_ids().iter().copied();
         let ids: Vec<u32> = bos.into_iter().chain(own).chain(eos).collect();
         if ids.is_empty() {
-            return Err(anyhow!("the prompt is empty"));
+            return Err(Error::EmptyPrompt);
         }
         Ok(ids)
     }
@@ -49,7 +51,7 @@ impl ModelTokenizer {
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.tokenizer
             .decode(ids, true)
-            .map_err(|e| anyhow!("the tokenizer cannot decode: {}", one_line(&e)))
+            .map_err(|e| Error::Decode(one_line(&e)))
     }
 
     /// End-of-text tokens: of the model's configuration, else the tokenizer's.

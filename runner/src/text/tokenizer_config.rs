@@ -6,13 +6,13 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
 
 use crate::{
     model_folder::ModelFolder,
-    runtime::{one_line, ort_error},
+    runtime::one_line,
+    text::error::{Error, Result},
 };
 
 /// A tokenizer, with the BOS and EOS tokens it adds.
@@ -80,10 +80,12 @@ const NEOX: &str = "GPTNeoXTokenizer";
 pub fn load(folder: &ModelFolder) -> Result<Loaded> {
     let path = folder.tokenizer.as_deref().ok_or_else(|| {
         let place = folder.graph.parent().unwrap_or(Path::new("."));
-        anyhow!("{} has no tokenizer.json: copy the model's there", place.display())
+        Error::NoTokenizer(place.to_owned())
     })?;
-    let mut tokenizer = Tokenizer::from_file(path)
-        .map_err(|e| anyhow!("cannot read the tokenizer {}: {}", path.display(), one_line(&e)))?;
+    let mut tokenizer = Tokenizer::from_file(path).map_err(|e| Error::Read {
+        path: path.to_owned(),
+        reason: one_line(&e),
+    })?;
     let beside = |name: &str| retro_model_io::read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
     let config = beside("tokenizer_config.json")?;
     let settings = TokenizerConfig {
@@ -92,15 +94,14 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         model: &beside("config.json")?,
     };
     // Settings of training: a prompt is neither truncated nor padded.
-    tokenizer
-        .with_truncation(None)
-        .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e)))?;
+    tokenizer.with_truncation(None).map_err(|e| Error::Truncation {
+        path: path.to_owned(),
+        reason: one_line(&e),
+    })?;
     tokenizer.with_padding(None);
-    settings.add_tokens(&mut tokenizer).with_context(|| {
-        format!(
-            "cannot add the tokens that tokenizer_config.json names to {}",
-            path.display()
-        )
+    settings.add_tokens(&mut tokenizer).map_err(|reason| Error::AddTokens {
+        path: path.to_owned(),
+        reason,
     })?;
     if let Some(split) = config.get("split_special_tokens").and_then(Value::as_bool) {
         tokenizer.set_encode_special_tokens(split);
@@ -126,7 +127,7 @@ struct TokenizerConfig<'a> {
 impl TokenizerConfig<'_> {
     /// Adds tokens that are in the configuration and not, or otherwise, in tokenizer.json. Only those of the
     /// vocabulary: the model has no others.
-    fn add_tokens(&self, tokenizer: &mut Tokenizer) -> Result<()> {
+    fn add_tokens(&self, tokenizer: &mut Tokenizer) -> Result<(), String> {
         let known = tokenizer.get_added_tokens_decoder();
         let mut wanted: Vec<(u64, AddedToken)> = Vec::new();
         for (id, value) in self
@@ -137,7 +138,7 @@ impl TokenizerConfig<'_> {
             .flatten()
         {
             let token = added_token(value, false);
-            let token = token.with_context(|| format!("added_tokens_decoder: {id} is no token"))?;
+            let token = token.ok_or_else(|| format!("added_tokens_decoder: {id} is no token"))?;
             if !known.values().any(|k| same(k, &token)) {
                 wanted.push((id.parse().unwrap_or(u64::MAX), token));
             }
@@ -165,12 +166,12 @@ impl TokenizerConfig<'_> {
             }
         }
         wanted.retain(|token| tokenizer.token_to_id(&token.content).is_some());
-        tokenizer.add_tokens(wanted).map_err(ort_error)?;
+        tokenizer.add_tokens(wanted).map_err(|e| one_line(&e))?;
         Ok(())
     }
 
-    /// A special token by its name in tokenizer_config.json; `null` is an answer. Where that has no list of added tokens,
-    /// special_tokens_map.json is asked first.
+    /// A special token by its name in tokenizer_config.json; `null` is an answer. Where that has no list of added
+    /// tokens, special_tokens_map.json is asked first.
     fn special(&self, name: &str) -> Option<&Value> {
         let older = self.config.get("added_tokens_decoder").is_none();
         let map = self.special_tokens_map.get(name).filter(|_| older);
@@ -199,19 +200,18 @@ impl TokenizerConfig<'_> {
         if bos.is_none() && eos.is_none() && class.name != NEOX {
             return Ok(None);
         }
-        let id = |name: &str, default: &str, configured: Option<u32>| -> Result<Option<u32>> {
+        let id = |name: &'static str, default: &str, configured: Option<u32>| -> Result<Option<u32>> {
             let text = match self.special(name) {
                 Some(Value::Null) => return Ok(None),
-                Some(value) => content(value).with_context(|| format!("tokenizer_config.json: {name} is no token"))?,
+                Some(value) => content(value).ok_or(Error::NotAToken(name))?,
                 None => default,
             };
             let id = tokenizer.token_to_id(text).or(configured);
-            let id = id.with_context(|| {
-                format!(
-                    "tokenizer_config.json asks for {name} {text:?} around a text, which tokenizer.json does not have"
-                )
-            })?;
-            Ok(Some(id))
+            let missing = || Error::MissingToken {
+                name,
+                token: text.to_owned(),
+            };
+            id.map(Some).ok_or_else(missing)
         };
         let mut bos_eos = BosEos::default();
         if bos.unwrap_or(class.name != NEOX) {

@@ -1,6 +1,6 @@
-//! Attention of several nodes, as exporters write it (tests/data/zoo-graphs): each graph, with noise for weights, converts and
-//! gives the logits of its original for w = 1, 2 and 4, prompts whole, in chunks, in batches and padded, and the original comes
-//! back byte for byte; or it is refused with its reason.
+//! Attention of several nodes, as exporters write it (tests/data/zoo-graphs): each graph, with noise for weights,
+//! converts and gives the logits of its original for w = 1, 2 and 4, prompts whole, in chunks, in batches and padded,
+//! and the original comes back byte for byte; or it is refused with its reason.
 
 use std::{fs, path::Path, process::Command};
 
@@ -25,8 +25,8 @@ fn export(args: &[&str], from: &Path, to: &Path) -> (Value, String) {
     (report, String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// `limit`: the largest difference of a logit that is rounding; above a window of 1 another one, where quantisation depends on
-/// what is fed together.
+/// `limit`: the largest difference of a logit that is rounding; above a window of 1 another one, where quantisation
+/// depends on what is fed together.
 fn converts(case: &str, rule: &str, masks: [&str; 2], limit: f64, together: f64) {
     let folder = tempfile::tempdir().unwrap();
     let [source, target, back] = ["source.onnx", "converted.onnx", "back.onnx"].map(|n| folder.path().join(n));
@@ -148,8 +148,8 @@ cases! {
     // Caches stay float32, as transformers.js has its models: a Cast before and after each.
     f16_conversion_that_keeps_io_types: "fp16conv-llama-fp32io" converts("decomposed", FULL, 4e-2, 4e-2);
     genai_lfm2_has_convolutions: "genai-lfm2" fed_once(&["carries past.0.conv on to present.0.conv", "--window 1"], 2);
-    // The bodies of ai.onnx::Attention (opset 24), RotaryEmbedding and Attention (opset 25, with a window of 6 before a token and none
-    // behind it), as ONNX's inliner leaves them.
+    // The bodies of ai.onnx::Attention (opset 24), RotaryEmbedding and Attention (opset 25, with a window of 6 before a
+    // token and none behind it), as ONNX's inliner leaves them.
     inlined_attention: "mobius-llama-inlined" converts("decomposed", FULL, 1e-4, 1e-4);
     inlined_window: "onnx-inlined_window" converts("decomposed", [", sliding window of 7"; 2], 1e-4, 1e-4);
     // Shapes that nothing needs are read from what the converter removes.
@@ -158,7 +158,8 @@ cases! {
     window_product: "plain-window_product" converts("decomposed", [", sliding window of 4900"; 2], 1e-4, 1e-4);
     // Behind a window of 4096 the first four tokens stay visible.
     sinks_in_the_mask: "plain-sink_window" refused(&["last 4096 tokens", "first 4 (attention sinks in the mask)"]);
-    // Activations are rounded to int8, which enlarges float16's rounding: the original is measured with another last bit.
+    // Activations are rounded to int8, which enlarges float16's rounding: the original is measured with another last
+    // bit.
     four_bit_webgpu: "genai-mistral-int4-webgpu" compares(&[], &[], "");
     // Convolution and recurrent state beside attention, with functions for them.
     mobius_qwen35_is_a_hybrid: "mobius-qwen35" fed_once(&["carries past_key_values.0.conv_state on to", "--window 1"], 1);
@@ -196,7 +197,8 @@ cases! {
     infinite_mask: "plain-infinite_mask" compares(&[], &["padded"], "no numbers");
     // A layer that isn't the operator's formula keeps its past.
     one_layer_is_other: "plain-one_layer_is_other" compares(&["--partial", "--window", "1"], &[], "");
-    // The original differs from itself by as much when it is fed several tokens together: their ranges are quantised as one.
+    // The original differs from itself by as much when it is fed several tokens together: their ranges are quantised as
+    // one.
     dynamic_int8: "quant-llama-dynint8" converts("decomposed", FULL, 2e-2, 2.0);
     four_bit: "quant-llama-q4" converts("decomposed", FULL, 1e-1, 1e-1);
     refused_tokens_before_heads: "refused-bshd" refused(&["past_key_values.0.key [batch, past, 2, 16]", "[B, T, H, D]"]);

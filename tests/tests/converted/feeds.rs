@@ -1,5 +1,5 @@
-//! How `retro-run` feeds models: numbers in their declared types, caches of declared size, the state of convolutions and recurrent
-//! layers, and graphs that stand among others or in a subfolder.
+//! How `retro-run` feeds models: numbers in their declared types, caches of declared size, the state of convolutions
+//! and recurrent layers, and graphs that stand among others or in a subfolder.
 
 use std::{
     fs,

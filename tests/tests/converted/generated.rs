@@ -1,5 +1,5 @@
-//! `retro-run` on real exports (tests/data/zoo-graphs): greedy text of the converted model is that of the original, whatever wrote the
-//! attention and whatever the exporter calls its caches.
+//! `retro-run` on real exports (tests/data/zoo-graphs): greedy text of the converted model is that of the original,
+//! whatever wrote the attention and whatever the exporter calls its caches.
 
 use std::{path::Path, process::Command};
 
@@ -29,7 +29,8 @@ fn text(folder: &Path, options: &[&str]) -> String {
 
 #[test]
 fn greedy_text_is_the_originals() {
-    // One of each rule, one that computes its positions from the length of its cache, and two that take numbers of their own.
+    // One of each rule, one that computes its positions from the length of its cache, and two that take numbers of
+    // their own.
     for case in [
         "optimum-llama-fp32",
         "tfexp-llama-ortfusions_cuda",
@@ -84,7 +85,8 @@ fn sketches_generate_the_originals_text() {
     }
 }
 
-/// A merged decoder takes use_cache_branch, which no runner of plain decoders gives; the converted one has a default for it.
+/// A merged decoder takes use_cache_branch, which no runner of plain decoders gives; the converted one has a default
+/// for it.
 #[test]
 fn a_merged_decoder_generates_once_converted() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! `retro-export --verify` with models of fixed sizes, and ones that take more than tokens, mask and positions: the comparison feeds them,
-//! or says what it can't.
+//! `retro-export --verify` with models of fixed sizes, and ones that take more than tokens, mask and positions: the
+//! comparison feeds them, or says what it can't.
 
 use std::{fs, path::Path};
 

@@ -1,5 +1,5 @@
-//! The golden set `model`: a tiny Llama built by `retro-models`, converted by `retro-export`, decoded with given tokens. The
-//! only set in which deeper layers embed corrected tokens again.
+//! The golden set `model`: a tiny Llama built by `retro-models`, converted by `retro-export`, decoded with given
+//! tokens. The only set in which deeper layers embed corrected tokens again.
 
 use retro_contract::{budget_pages, graph};
 use retro_models::Options;

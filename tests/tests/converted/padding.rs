@@ -1,5 +1,5 @@
-//! Attention masks with zeros: padding on the left gives what the tokens give without it; whatever the operator would read otherwise
-//! is an error when the model runs.
+//! Attention masks with zeros: padding on the left gives what the tokens give without it; whatever the operator would
+//! read otherwise is an error when the model runs.
 
 use retro_tests::{compare, decoder::Decoder, host, paths};
 
@@ -72,8 +72,8 @@ fn masks_that_are_added_to_scores() {
     }
 }
 
-/// GroupQueryAttention gets a count of ones. The original takes a prompt padded on the right, and gives wrong logits for one
-/// padded on the left; the converted model the other way round, and says so.
+/// GroupQueryAttention gets a count of ones. The original takes a prompt padded on the right, and gives wrong logits
+/// for one padded on the left; the converted model the other way round, and says so.
 #[test]
 fn masks_whose_ones_are_counted() {
     // Opsets 22 and 14.
@@ -103,7 +103,8 @@ fn padding_where_a_group_query_attention_is_left() {
     }
     let case = Case::convert("genai-gemma2-fp32-cpu", &["--window", "1"]);
     for mask in [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]] {
-        // The layer that is left comes first, and may refuse the count of ones before the converted one refuses the mask.
+        // The layer that is left comes first, and may refuse the count of ones before the converted one refuses the
+        // mask.
         let error = case.open().feed_masked(&TOKENS, &mask, Some(-1), None);
         let error = error.expect_err("the layers read the mask differently");
         assert!(

@@ -1,5 +1,5 @@
-//! A converted model whose host goes back: the next turn after a stop, rejected drafts. It tells the model a shorter length, and nothing
-//! of the tokens that it took back may be left.
+//! A converted model whose host goes back: the next turn after a stop, rejected drafts. It tells the model a shorter
+//! length, and nothing of the tokens that it took back may be left.
 
 use retro_models::Options;
 use retro_tests::{compare, decoder::Decoder, host, paths};

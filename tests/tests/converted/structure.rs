@@ -1,4 +1,5 @@
-//! Models whose structure is not a plain decoder's: what imports they have, state beside caches, an encoder's keys and values.
+//! Models whose structure is not a plain decoder's: what imports they have, state beside caches, an encoder's keys and
+//! values.
 
 use std::{fs, path::Path};
 
@@ -266,7 +267,8 @@ fn a_hybrid_gives_its_originals_logits() {
     equal("mobius-qwen35", &[], &[1]);
 }
 
-/// The decoder with a past of an encoder-decoder: attention to the encoder's keys stays, and takes a token as often as it is fed.
+/// The decoder with a past of an encoder-decoder: attention to the encoder's keys stays, and takes a token as often as
+/// it is fed.
 #[test]
 fn self_attention_beside_cross_attention_gives_its_originals_logits() {
     equal("optimum-whisper-with_past", &["--partial"], &[1, 2, 4]);

@@ -1,5 +1,5 @@
-//! Real exports (tests/data/zoo), written as other exporters or later passes write the same model: the change is made in code, and the
-//! result must be the original's.
+//! Real exports (tests/data/zoo), written as other exporters or later passes write the same model: the change is made
+//! in code, and the result must be the original's.
 
 use std::{collections::HashSet, fs};
 
@@ -34,7 +34,8 @@ fn maker<'a>(graph: &'a GraphProto, name: &str) -> &'a NodeProto {
     nodes.find(|n| n.output.iter().any(|o| o == name)).expect("a node")
 }
 
-/// Lets the attention normalise queries and keys itself, as onnxruntime-genai writes it for CUDA and WebGPU: inputs 14 and 15.
+/// Lets the attention normalise queries and keys itself, as onnxruntime-genai writes it for CUDA and WebGPU: inputs 14
+/// and 15.
 fn fuse_norms(graph: &mut GraphProto, packed: bool) {
     let before = graph.clone();
     let mut gone = HashSet::new();
@@ -138,7 +139,8 @@ fn caches_hold(graph: &mut GraphProto, data_type: DataType) {
     }
 }
 
-/// What conversions to float16 that keep the types of inputs and outputs make: the attention is float16, its cache float32.
+/// What conversions to float16 that keep the types of inputs and outputs make: the attention is float16, its cache
+/// float32.
 #[test]
 fn casts_between_a_cache_and_its_attention() {
     let source = variant("genai-llama-fp16-cuda", |graph| {
@@ -149,7 +151,8 @@ fn casts_between_a_cache_and_its_attention() {
             |from, to| cast(from, to, DataType::Float),
         );
     });
-    // On CUDA ONNX Runtime gives the original's caches inside, whose shapes nobody declares, one buffer, which then is too small.
+    // On CUDA ONNX Runtime gives the original's caches inside, whose shapes nobody declares, one buffer, which then is
+    // too small.
     if !host::on_gpu() {
         compared(&source.path().join("model.onnx"));
     }

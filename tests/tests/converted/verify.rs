@@ -1,5 +1,5 @@
-//! `retro-export --device`: the original and the converted model compared on the device under test, and what is said where they
-//! can't be.
+//! `retro-export --device`: the original and the converted model compared on the device under test, and what is said
+//! where they can't be.
 
 use std::{
     fs,
@@ -293,8 +293,8 @@ fn ends(source: &Path, plugin: &Path, options: &[&str]) -> (Option<i32>, String,
     )
 }
 
-/// Without a plugin that loads nothing is known of the result: that is said, and is an error where a comparison was asked for, before
-/// anything is written.
+/// Without a plugin that loads nothing is known of the result: that is said, and is an error where a comparison was
+/// asked for, before anything is written.
 #[test]
 fn without_a_plugin_nothing_is_compared() {
     let source = paths::data("zoo/genai-llama-fp32-cpu/model.onnx");

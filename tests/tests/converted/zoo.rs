@@ -1,5 +1,5 @@
-//! Real exports (tests/data/zoo): with a budget of all pages a converted model gives the logits of the original, whether one,
-//! two or four tokens are fed a step. `cargo test -- --nocapture` prints the table.
+//! Real exports (tests/data/zoo): with a budget of all pages a converted model gives the logits of the original,
+//! whether one, two or four tokens are fed a step. `cargo test -- --nocapture` prints the table.
 
 use std::{fs::File, path::Path};
 

@@ -1,5 +1,5 @@
-//! What no golden vector covers, against the oracle: selectors, modes, softcap, sliding windows, head sinks. And dense nodes
-//! against ONNX Runtime's own GroupQueryAttention, whose conventions they follow.
+//! What no golden vector covers, against the oracle: selectors, modes, softcap, sliding windows, head sinks. And dense
+//! nodes against ONNX Runtime's own GroupQueryAttention, whose conventions they follow.
 
 use retro_contract::{GroupScore, Mode, Selector};
 use retro_tests::{
@@ -224,8 +224,8 @@ fn mode_streaming_keeps_the_sinks_and_the_newest() {
     }
 }
 
-/// Unchanged queries, keys and values: a token's output is attention over all pages loaded since it was new. So with the
-/// whole budget every window is dense attention.
+/// Unchanged queries, keys and values: a token's output is attention over all pages loaded since it was new. So with
+/// the whole budget every window is dense attention.
 #[test]
 fn the_whole_budget_is_dense_attention_whatever_the_window() {
     for window in [1, 2, 8, 33] {
@@ -348,7 +348,8 @@ fn dense_nodes_follow_group_query_attention() {
     }
 }
 
-/// A broken model shows, as with dense attention (more in broken.rs): what a NaN or an infinite key touches is NaN, not some finite number.
+/// A broken model shows, as with dense attention (more in broken.rs): what a NaN or an infinite key touches is NaN, not
+/// some finite number.
 #[test]
 fn broken_keys_are_not_hidden() {
     for broken in [f32::NAN, f32::INFINITY] {

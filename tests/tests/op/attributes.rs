@@ -97,7 +97,8 @@ fn text_with_a_nul() {
     }
 }
 
-/// Attributes that the operator does not have: of operators that it stands in for, and slips of its own. Whatever their type.
+/// Attributes that the operator does not have: of operators that it stands in for, and slips of its own. Whatever their
+/// type.
 #[test]
 fn attributes_of_other_operators_and_slips() {
     for attribute in [

@@ -10,8 +10,8 @@ use retro_tests::{
 
 use crate::drive;
 
-/// Cases of one shape (4 query heads, 1 KV head, D 64, w 4, pages of 16, one sink) and many lengths; one prompt has a single
-/// token, so that its first steps have fewer retrospective tokens than the others'.
+/// Cases of one shape (4 query heads, 1 KV head, D 64, w 4, pages of 16, one sink) and many lengths; one prompt has a
+/// single token, so that its first steps have fewer retrospective tokens than the others'.
 const CASES: [&str; 5] = [
     "a_w4_p16",
     "prompt1_w4_chunk",

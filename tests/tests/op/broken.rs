@@ -1,5 +1,5 @@
-//! A broken model shows, as with dense attention: a NaN or an infinity among what a call reads makes its outputs NaN, wherever it
-//! stands, and a page that cannot be scored is read.
+//! A broken model shows, as with dense attention: a NaN or an infinity among what a call reads makes its outputs NaN,
+//! wherever it stands, and a page that cannot be scored is read.
 
 use retro_contract::{GroupScore, Mode};
 use retro_tests::{
@@ -62,8 +62,9 @@ fn finite(what: &str, output: &[f32]) {
     assert!(output.iter().all(|x| x.is_finite()), "{what}: {output:?}");
 }
 
-/// Every page by turns, the first and other forced ones too: a step that reads every page gives NaN; so does a prefill from the broken
-/// token on, and not before, by our own kernels (a head sink keeps ONNX Runtime's out) and where ONNX Runtime's own were asked first.
+/// Every page by turns, the first and other forced ones too: a step that reads every page gives NaN; so does a prefill
+/// from the broken token on, and not before, by our own kernels (a head sink keeps ONNX Runtime's out) and where ONNX
+/// Runtime's own were asked first.
 #[test]
 fn any_page_of_a_prompt() {
     for &dtype in host::dtypes() {
@@ -188,8 +189,8 @@ fn broken_queries() {
                 rows.query[which * width..][..width].fill(f32::NAN);
                 let output = run(&layer, &mut state, &drive::feed(&rows, 162, 1, Some(6)));
                 let what = format!("{dtype:?} mode {mode} token {which}");
-                // The newest query takes the last page for both; a page that the retrospective one has missed is among them, as
-                // its query chooses six of eleven.
+                // The newest query takes the last page for both; a page that the retrospective one has missed is among
+                // them, as its query chooses six of eleven.
                 all_nan(&what, &output[which * width..][..width]);
                 finite(&what, &output[(1 - which) * width..][..width]);
             }

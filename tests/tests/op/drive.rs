@@ -55,8 +55,8 @@ pub fn rows(random: &mut Random, attrs: &Attrs, count: usize) -> Rows {
     }
 }
 
-/// Drives a layer and the oracle through a prompt in two chunks and `steps` steps of r = min(window - 1, t), and compares
-/// outputs, log-sum-exps, pages and page steps.
+/// Drives a layer and the oracle through a prompt in two chunks and `steps` steps of r = min(window - 1, t), and
+/// compares outputs, log-sum-exps, pages and page steps.
 pub struct Duel {
     pub attrs: Attrs,
     pub dtype: Dtype,

@@ -1,7 +1,8 @@
-//! Every violated shape or range is an error that names the input, what it got and what was expected; nothing is written.
+//! Every violated shape or range is an error that names the input, what it got and what was expected; nothing is
+//! written.
 //!
-//! On CUDA the numbers of seqlens_k and page_budget lie on the device, and the host never waits to look at them: a sequence
-//! whose numbers are wrong gets an output of NaN, and its state is left alone.
+//! On CUDA the numbers of seqlens_k and page_budget lie on the device, and the host never waits to look at them: a
+//! sequence whose numbers are wrong gets an output of NaN, and its state is left alone.
 
 use retro_tests::{
     attrs::Attrs,
@@ -69,8 +70,8 @@ impl Bench {
         );
     }
 
-    /// The step with one input replaced: its result, and the output if that was written (a poisoned one is NaN, too). The
-    /// state is not written.
+    /// The step with one input replaced: its result, and the output if that was written (a poisoned one is NaN, too).
+    /// The state is not written.
     fn call_wrong(&mut self, name: &str, wrong: Tens) -> (Result<(), String>, Option<Vec<f32>>) {
         let owned = self.layer.inputs(&self.feed);
         let mut inputs: Vec<(&str, &Tens)> = owned.iter().map(|(name, t)| (*name, t)).collect();
@@ -239,7 +240,8 @@ fn a_prompt_longer_than_the_cache() {
     assert!(before == state.bytes());
 }
 
-/// On CUDA: one sequence of a batch with a length that cannot be gets NaN, and the others get what they would beside a right one.
+/// On CUDA: one sequence of a batch with a length that cannot be gets NaN, and the others get what they would beside a
+/// right one.
 #[test]
 fn a_wrong_sequence_leaves_the_rest_of_its_batch_alone() {
     if !host::on_gpu() {

@@ -113,7 +113,8 @@ fn exact_set_in_bf16_where_there_is_bf16() {
     }
 }
 
-/// In float32 only: its inputs are float32 numbers, and rounding them to float16 may pick other pages than the vectors say.
+/// In float32 only: its inputs are float32 numbers, and rounding them to float16 may pick other pages than the vectors
+/// say.
 #[test]
 fn offsets_set_in_place_and_copying() {
     for case in golden::offsets() {

@@ -106,7 +106,8 @@ fn total_sequence_length_may_be_the_capacity() {
     }
 }
 
-/// The ratio travels as a float32 attribute. 0.15 of 320 tokens is 3 pages, although the float32 nearest to 0.15 is larger.
+/// The ratio travels as a float32 attribute. 0.15 of 320 tokens is 3 pages, although the float32 nearest to 0.15 is
+/// larger.
 #[test]
 fn a_budget_ratio_means_its_decimal_number() {
     for (ratio, tokens, pages) in [

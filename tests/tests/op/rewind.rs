@@ -1,5 +1,6 @@
-//! Rewinding: a host that takes tokens back says nothing but a shorter length, and feeds again from there with r = 0. What the
-//! abandoned steps left in the page steps must not keep later tokens from their supplements (docs/method.md, Truncation).
+//! Rewinding: a host that takes tokens back says nothing but a shorter length, and feeds again from there with r = 0.
+//! What the abandoned steps left in the page steps must not keep later tokens from their supplements (docs/method.md,
+//! Truncation).
 
 use retro_contract::Mode;
 use retro_tests::{
@@ -31,8 +32,8 @@ fn retro(attrs: &Attrs, t: usize, start: usize) -> usize {
     (attrs.window - 1).min(t - start)
 }
 
-/// Steps, rewinds to the middle of a page, its edge, the end of the prompt, into it, and far back, more steps after each of them, and
-/// at last the next turn of a chat: outputs, pages and page steps are the oracle's.
+/// Steps, rewinds to the middle of a page, its edge, the end of the prompt, into it, and far back, more steps after
+/// each of them, and at last the next turn of a chat: outputs, pages and page steps are the oracle's.
 fn agrees_with_the_oracle(window: usize, mode: Mode, dtype: Dtype, binding: Binding) {
     let attrs = attrs(window, mode);
     let layer = Layer::new(&attrs, dtype);

@@ -1,13 +1,12 @@
-//! Attention nodes of one operator, as numbers: com.microsoft::MultiHeadAttention and ai.onnx::Attention.
+//! Attentions that are one node:
+//! [Attention](https://onnx.ai/onnx/operators/onnx__Attention.html) and
+//! [com.microsoft.MultiHeadAttention](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MultiHeadAttention)
+//! with their numbers, others of com.microsoft with their shapes.
 
-use crate::eval::{
-    Error,
-    tensor::{Lazy, Tensor, broadcast, numel},
-};
+use super::{Inputs, OpCall, Outputs, reduce::softmax_row, size};
+use crate::eval::{Error, Tensor, layout::broadcast, lazy::Lazy, tensor::numel};
+use ndarray::{Array4, ArrayView4, Axis, concatenate, s};
 use retro_onnx::{DataType, NodeProto};
-use std::rc::Rc;
-
-type Inputs<'i> = &'i [Option<Rc<Tensor>>];
 
 /// What a node adds to its scores, and the sizes that it works with.
 pub struct Scores {
@@ -84,7 +83,7 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, Error> {
     if hkv == 0 || hq % hkv != 0 {
         return Err(Error::Sizes(format!("{hq} query heads do not go into {hkv} key heads")));
     }
-    let t = past.checked_add(new).ok_or("absurd sizes")?;
+    let t = past.checked_add(new).ok_or("sizes that are too large")?;
     Ok(Sizes {
         b,
         hq,
@@ -100,7 +99,7 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, Error> {
 /// What the node adds to its scores for these inputs.
 ///
 /// # Errors
-/// The node has an input or an attribute that isn't understood.
+/// The node has an input or an attribute that isn't supported.
 pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, Error> {
     let z = sizes(node, inputs)?;
     let standard = node.is("", "Attention");
@@ -156,7 +155,7 @@ fn mask_numbers(mask: &Tensor, shape: &[usize; 4], standard: bool) -> Result<(La
             actual: mask.shape.clone(),
         });
     }
-    let numbers = mask.spread_numbers(shape).map_err(wrong)?;
+    let numbers = mask.broadcast_numbers(shape).map_err(wrong)?;
     Ok((numbers, mask.data_type == DataType::Bool))
 }
 
@@ -187,158 +186,199 @@ pub fn windows(node: &NodeProto) -> Result<[Option<usize>; 2], Error> {
     Ok([read("left_window_size")?, read("right_window_size")?])
 }
 
-/// A tensor `[B, S, H*D]` or `[B, H, S, D]` as `[B, H, S, D]`, plus a bias of `H*D`.
-fn by_heads(t: &Tensor, [b, h, s, d]: [usize; 4], bias: Option<&[f64]>) -> Option<Vec<f64>> {
-    let data = t.data.as_ref()?;
-    let flat = t.shape.len() == 3;
-    let mut out = Vec::with_capacity(data.len());
-    for bi in 0..b {
-        for hi in 0..h {
-            for si in 0..s {
-                for di in 0..d {
-                    let at = if flat {
-                        ((bi * s + si) * h + hi) * d + di
-                    } else {
-                        ((bi * h + hi) * s + si) * d + di
-                    };
-                    let more = bias.map_or(Some(0.0), |bias| bias.get(hi * d + di).copied())?;
-                    out.push(data.get(at)? + more);
-                }
-            }
-        }
-    }
-    Some(out)
-}
-
-/// `past` before `new`, along the tokens of `[B, H, T, D]`.
-pub(super) fn append(past: &[f64], new: &[f64], rows: usize, past_len: usize, new_len: usize) -> Vec<f64> {
-    let mut out = Vec::with_capacity(past.len() + new.len());
-    for row in 0..rows {
-        out.extend(past.iter().skip(row * past_len).take(past_len));
-        out.extend(new.iter().skip(row * new_len).take(new_len));
-    }
-    out
-}
-
-/// Softmax over rows of `width`; a row without any key gives zeros.
-pub(super) fn softmax(data: &mut [f64], width: usize) {
-    for row in data.chunks_mut(width.max(1)) {
-        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let shift = if max.is_finite() { max } else { 0.0 };
-        row.iter_mut().for_each(|x| *x = (*x - shift).exp());
-        let sum: f64 = row.iter().sum();
-        if sum > 0.0 {
-            row.iter_mut().for_each(|x| *x /= sum);
-        }
-    }
-}
-
-/// Output, present key and present value.
-pub(super) fn fused(node: &NodeProto, inputs: Inputs) -> Result<Vec<Option<Tensor>>, Error> {
-    let z = sizes(node, inputs)?;
-    let standard = node.is("", "Attention");
-    let first = input(inputs, 0).ok_or("it has no query")?;
-    let data_type = first.data_type;
-    let flat = first.shape.len() == 3;
-    let out_shape = if flat {
-        vec![z.b, z.s, z.hq * z.dv]
+/// A tensor `[B, S, H*D]` or `[B, H, S, D]` as `[B, H, S, D]`, plus a bias of `H*D`. None where its numbers are not stored, or are
+/// fewer.
+fn by_heads(t: &Tensor, [b, h, s, d]: [usize; 4], bias: Option<&[f64]>) -> Option<Array4<f64>> {
+    let view = t.view().ok()?;
+    let mut heads = if t.shape.len() == 3 {
+        let tokens = view.into_shape_with_order((b, s, h, d)).ok()?;
+        tokens.permuted_axes([0, 2, 1, 3]).to_owned()
     } else {
-        vec![z.b, z.hq, z.s, z.dv]
+        view.into_shape_with_order((b, h, s, d)).ok()?.to_owned()
     };
-    let cache = |d: usize| vec![z.b, z.hkv, z.t, d];
-    let shapes = [out_shape, cache(z.d), cache(z.dv)];
-    let nothing = || {
-        shapes
-            .iter()
-            .map(|s| Some(Tensor::unknown(s.clone(), data_type)))
-            .collect()
-    };
-    if numel(&shapes[1])? > 1 << 22 || numel(&[z.b, z.hq, z.s, z.t, z.d])? > 1 << 24 {
-        return Ok(nothing());
+    if let Some(bias) = bias {
+        heads += &ndarray::ArrayView3::from_shape((h, 1, d), bias).ok()?;
     }
-    let bias = if standard {
-        None
-    } else {
-        input(inputs, 3).and_then(|b| b.data.as_deref())
-    };
-    if !standard && input(inputs, 3).is_some() && bias.is_none() {
-        return Ok(nothing());
+    Some(heads)
+}
+
+/// Queries, keys and values `[B, H, S or T, D]`, the past before the new ones.
+struct Operands {
+    q: Array4<f64>,
+    k: Array4<f64>,
+    v: Array4<f64>,
+}
+
+/// None where one is not stored.
+fn operands(node: &NodeProto, inputs: Inputs, z: &Sizes) -> Result<Option<Operands>, Error> {
+    let bias = input(inputs, 3).filter(|_| !node.is("", "Attention"));
+    if bias.is_some_and(|b| b.data.is_none()) {
+        return Ok(None);
     }
+    let bias = bias.and_then(|b| b.data.as_deref());
     let part = |from: usize, len: usize| match bias {
         None => Ok(None),
         Some(b) => b
-            .get(from..from + len)
+            .get(from..from.saturating_add(len))
             .map(Some)
             .ok_or(Error::Invalid("its bias is too short")),
     };
     let (qw, kw, vw) = (z.hq * z.d, z.hkv * z.d, z.hkv * z.dv);
     let new = z.t - z.past;
     let whole = |slot: usize, shape, bias| input(inputs, slot).and_then(|t| by_heads(t, shape, bias));
-    let (q, k, v) = (
+    let (Some(q), Some(mut k), Some(mut v)) = (
         whole(0, [z.b, z.hq, z.s, z.d], part(0, qw)?),
         whole(1, [z.b, z.hkv, new, z.d], part(qw, kw)?),
         whole(2, [z.b, z.hkv, new, z.dv], part(qw + kw, vw)?),
-    );
-    let (Some(q), Some(mut k), Some(mut v)) = (q, k, v) else {
-        return Ok(nothing());
+    ) else {
+        return Ok(None);
     };
     let slots = past_slots(node);
-    if let (Some(pk), Some(pv)) = (input(inputs, slots.0), input(inputs, slots.1)) {
-        let (Some(pk), Some(pv)) = (&pk.data, &pv.data) else {
-            return Ok(nothing());
-        };
-        if pk.len() != z.b * z.hkv * z.past * z.d || pv.len() != z.b * z.hkv * z.past * z.dv {
-            return Err("its past has another shape than its keys and values".into());
+    if let (Some(past_k), Some(past_v)) = (input(inputs, slots.0), input(inputs, slots.1)) {
+        if past_k.data.is_none() || past_v.data.is_none() {
+            return Ok(None);
         }
-        k = append(pk, &k, z.b * z.hkv, z.past * z.d, new * z.d);
-        v = append(pv, &v, z.b * z.hkv, z.past * z.dv, new * z.dv);
+        let append = |past: &Tensor, new: &Array4<f64>, d: usize| {
+            let past = by_heads(past, [z.b, z.hkv, z.past, d], None)?;
+            concatenate(Axis(2), &[past.view(), new.view()]).ok()
+        };
+        let other = Error::Invalid("its past has another shape than its keys and values");
+        k = append(past_k, &k, z.d).ok_or(other.clone())?;
+        v = append(past_v, &v, z.dv).ok_or(other)?;
     }
-    let scores = fused_scores(node, inputs)?;
-    let given = node.attribute("scale").map_or(0.0, |a| f64::from(a.f()));
-    let scale = if given == 0.0 { 1.0 / (z.d as f64).sqrt() } else { given };
-    let softcap = if standard {
-        node.attribute("softcap").map_or(0.0, |a| f64::from(a.f()))
-    } else {
-        0.0
-    };
-    let heads = scores.shape[1];
-    let mask = scores.bias.numbers().ok_or("its mask is not known")?;
-    let mut out = vec![0.0; numel(&shapes[0])?];
-    let mut row = vec![0.0; z.t];
+    Ok(Some(Operands { q, k, v }))
+}
+
+/// Attention of each head, `[B, H, S, Dv]`.
+fn attend(z: &Sizes, o: &Operands, scale: f64, softcap: f64, bias: ArrayView4<f64>) -> Array4<f64> {
+    let mut out = Array4::zeros((z.b, z.hq, z.s, z.dv));
     for b in 0..z.b {
         for h in 0..z.hq {
-            let kv = b * z.hkv + h / (z.hq / z.hkv);
-            for i in 0..z.s {
-                let at = (b * z.hq + h) * z.s + i;
-                for (j, x) in row.iter_mut().enumerate() {
-                    let dot: f64 = (0..z.d).map(|d| q[at * z.d + d] * k[(kv * z.t + j) * z.d + d]).sum();
-                    let mut score = dot * scale;
-                    if softcap != 0.0 {
-                        score = softcap * (score / softcap).tanh();
-                    }
-                    *x = score + mask.at(((b * heads + h.min(heads.saturating_sub(1))) * z.s + i) * z.t + j);
-                }
-                softmax(&mut row, z.t);
-                for d in 0..z.dv {
-                    let sum: f64 = row
-                        .iter()
-                        .enumerate()
-                        .map(|(j, p)| p * v[(kv * z.t + j) * z.dv + d])
-                        .sum();
-                    let to = if flat {
-                        ((b * z.s + i) * z.hq + h) * z.dv + d
-                    } else {
-                        at * z.dv + d
-                    };
-                    out[to] = sum;
-                }
+            let kv = h / (z.hq / z.hkv);
+            let keys = o.k.slice(s![b, kv, .., ..]);
+            let mut scores = o.q.slice(s![b, h, .., ..]).dot(&keys.t());
+            scores *= scale;
+            if softcap != 0.0 {
+                scores.mapv_inplace(|x| softcap * (x / softcap).tanh());
             }
+            scores += &bias.slice(s![b, h.min(bias.shape()[1] - 1), .., ..]);
+            let mut scores = scores.as_standard_layout().into_owned();
+            if let Some(scores) = scores.as_slice_mut() {
+                scores.chunks_mut(z.t.max(1)).for_each(softmax_row);
+            }
+            let mixed = scores.dot(&o.v.slice(s![b, kv, .., ..]));
+            out.slice_mut(s![b, h, .., ..]).assign(&mixed);
         }
     }
-    let [o, ks, vs] = shapes;
-    Ok(vec![
-        Some(Tensor::new(o, data_type, out)),
-        Some(Tensor::new(ks, data_type, k)),
-        Some(Tensor::new(vs, data_type, v)),
-    ])
+    out
+}
+
+/// Output, present key and present value.
+pub(super) fn fused(call: &OpCall) -> Result<Outputs, Error> {
+    const MAX_CACHE: usize = 1 << 22;
+    const MAX_WORK: usize = 1 << 24;
+    let (node, inputs) = (call.node, call.inputs);
+    let z = sizes(node, inputs)?;
+    let standard = node.is("", "Attention");
+    let first = call.need(0)?;
+    let data_type = first.data_type;
+    let flat = first.shape.len() == 3;
+    let out_shape = if flat {
+        vec![z.b, z.s, z.hq.saturating_mul(z.dv)]
+    } else {
+        vec![z.b, z.hq, z.s, z.dv]
+    };
+    let cache = |d: usize| vec![z.b, z.hkv, z.t, d];
+    let shapes = [out_shape, cache(z.d), cache(z.dv)];
+    for shape in &shapes {
+        numel(shape)?;
+    }
+    let unknown = || {
+        shapes
+            .iter()
+            .map(|s| Some(Tensor::unknown(s.clone(), data_type)))
+            .collect()
+    };
+    let work = numel(&[z.b, z.hq, z.s, z.t, z.d])?.max(numel(&[z.b, z.hq, z.s, z.t, z.dv])?);
+    if numel(&shapes[1])? > MAX_CACHE || work > MAX_WORK || numel(&shapes[0])?.max(numel(&shapes[2])?) > MAX_CACHE {
+        return Ok(unknown());
+    }
+    let Some(operands) = operands(node, inputs, &z)? else {
+        return Ok(unknown());
+    };
+    let scores = fused_scores(node, inputs)?;
+    let bias = scores.bias.stored();
+    if bias.data.is_none() {
+        return Ok(unknown());
+    }
+    let bias = bias
+        .view()?
+        .into_dimensionality()
+        .map_err(|_| Error::Invalid("its mask is not known"))?;
+    let scale = call.float("scale").unwrap_or(0.0);
+    let scale = if scale == 0.0 { 1.0 / (z.d as f64).sqrt() } else { scale };
+    let softcap = call.float("softcap").filter(|_| standard).unwrap_or(0.0);
+    let mut out = attend(&z, &operands, scale, softcap, bias);
+    if flat {
+        out = out.permuted_axes([0, 2, 1, 3]);
+    }
+    let [shape, ..] = shapes;
+    let out = Tensor::of_array(out.into_dyn(), data_type).reshaped(shape)?;
+    let cache = |t: Array4<f64>| Some(Tensor::of_array(t.into_dyn(), data_type));
+    Ok(vec![Some(out), cache(operands.k), cache(operands.v)])
+}
+
+/// Shapes of what
+/// [com.microsoft.GroupQueryAttention](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention)
+/// gives: output, present key and value.
+pub(super) fn grouped(call: &OpCall) -> Result<Outputs, Error> {
+    let q = call.need(0)?;
+    let (hq, hkv) = (size(call.int("num_heads", 0))?, size(call.int("kv_num_heads", 0))?);
+    let &[b, s, width] = q.shape.as_slice() else {
+        return Err(Error::Shape {
+            what: "a query",
+            actual: q.shape.clone(),
+        });
+    };
+    let packed = call.get(1).is_none();
+    let heads = if packed {
+        hq.saturating_add(hkv.saturating_mul(2))
+    } else {
+        hq
+    };
+    if heads == 0 {
+        return Err("no heads".into());
+    }
+    let shape = vec![b, s, (width / heads).saturating_mul(hq)];
+    numel(&shape)?;
+    let cache = |slot: usize| call.get(slot).map(|t| Tensor::unknown(t.shape.clone(), t.data_type));
+    Ok(vec![Some(Tensor::unknown(shape, q.data_type)), cache(3), cache(4)])
+}
+
+/// The shape of what
+/// [com.microsoft.Attention](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention) gives:
+/// input `[B, S, C]`, weights `[C, 3*H*D]` or of the sizes that it names, output `[B, S, H*Dv]`.
+pub(super) fn packed(call: &OpCall) -> Result<Tensor, Error> {
+    let x = call.need(0)?;
+    let mut shape = x.shape.clone();
+    let named = call
+        .ints_attribute("qkv_hidden_sizes")
+        .and_then(|sizes| sizes.get(2).copied());
+    let width = match (named, call.get(1).map(|w| w.shape.as_slice())) {
+        (Some(width), _) => size(width)?,
+        (None, Some(&[_, all])) => all / 3,
+        _ => return Err("its weights are no matrix".into()),
+    };
+    *shape.last_mut().ok_or("an input without dimensions")? = width;
+    numel(&shape)?;
+    Ok(Tensor::unknown(shape, x.data_type))
+}
+
+/// Shapes of what
+/// [com.microsoft.SkipLayerNormalization](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.SkipLayerNormalization)
+/// and SkipSimplifiedLayerNormalization give: the norm, and the sum that it is of.
+pub(super) fn skip_norm(call: &OpCall) -> Result<Outputs, Error> {
+    let first = call.need(0)?;
+    let same = || Some(Tensor::unknown(first.shape.clone(), first.data_type));
+    Ok(vec![same(), None, None, same()])
 }

@@ -18,7 +18,7 @@ const PRODUCTS: [&str; 8] = [
 const WRITES: [&str; 4] = ["ScatterND", "ScatterElements", "Scatter", "TensorScatter"];
 
 /// What an attention works on, found by following nodes alone.
-pub struct Operands<'a> {
+pub struct TracedOperands<'a> {
     pub key: &'a str,
     pub value: &'a str,
     /// What the Softmax takes, or the mask of a fused node.
@@ -29,38 +29,43 @@ pub struct Operands<'a> {
     pub inside: bool,
 }
 
-/// The operands of a Softmax between two products, or of a fused node.
-pub fn operands<'a>(view: &GraphView<'a>, node: &'a NodeProto) -> Option<Operands<'a>> {
-    let fused = |past: [usize; 2], mask: usize| {
-        let inside = past.map(|slot| node.input(slot));
+impl<'a> TracedOperands<'a> {
+    /// The operands of a Softmax between two products, or of a fused node.
+    pub fn of(view: &GraphView<'a>, node: &'a NodeProto) -> Option<Self> {
+        match (node.op_domain(), node.op_type()) {
+            ("", "Attention") => Some(Self::of_fused(node, [4, 5], 3)),
+            ("com.microsoft", "MultiHeadAttention") => Some(Self::of_fused(node, [6, 7], 5)),
+            ("com.microsoft", "GroupQueryAttention") => Some(Self::of_fused(node, [3, 4], 10)),
+            ("", "Softmax") => {
+                let scores = nearest_product(view, node.input(0))?;
+                let (values, by) = values(view, node)?;
+                Some(Self {
+                    key: scores.input(1),
+                    value: values.input.iter().map(String::as_str).find(|i| *i != by)?,
+                    masked: node.input(0),
+                    product: Some(scores.output(0)),
+                    inside: false,
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// `past`: the slots of past key and value; `mask`: that of the mask.
+    fn of_fused(node: &'a NodeProto, past: [usize; 2], mask: usize) -> Self {
+        let past = past.map(|slot| node.input(slot));
         let own = |slot: usize, past: &'a str| if past.is_empty() { node.input(slot) } else { past };
-        Operands {
-            key: own(1, inside[0]),
-            value: own(2, inside[1]),
+        Self {
+            key: own(1, past[0]),
+            value: own(2, past[1]),
             masked: node.input(mask),
             product: None,
-            inside: inside.iter().any(|name| !name.is_empty()),
+            inside: past.iter().any(|name| !name.is_empty()),
         }
-    };
-    match (node.op_domain(), node.op_type()) {
-        ("", "Attention") => Some(fused([4, 5], 3)),
-        ("com.microsoft", "MultiHeadAttention") => Some(fused([6, 7], 5)),
-        ("com.microsoft", "GroupQueryAttention") => Some(fused([3, 4], 10)),
-        ("", "Softmax") => {
-            let scores = nearest_product(view, node.input(0))?;
-            let (values, by) = values(view, node)?;
-            Some(Operands {
-                key: scores.input(1),
-                value: values.input.iter().map(String::as_str).find(|i| *i != by)?,
-                masked: node.input(0),
-                product: Some(scores.output(0)),
-                inside: false,
-            })
-        }
-        _ => None,
     }
 }
 
+/// Whether a node multiplies matrices.
 pub fn is_product(node: &NodeProto) -> bool {
     matches!(node.op_domain(), "" | "com.microsoft") && PRODUCTS.contains(&node.op_type())
 }
@@ -105,9 +110,8 @@ pub struct Origin<'a> {
     pub written: Option<&'a NodeProto>,
     /// A Slice behind the Concat.
     pub cut: Option<&'a NodeProto>,
-    /// A product with weights stands in between.
-    pub projected: bool,
-    pub by: Option<&'a NodeProto>,
+    /// The product with weights that stands in between.
+    pub projected_by: Option<&'a NodeProto>,
 }
 
 impl Origin<'_> {
@@ -143,7 +147,7 @@ struct Way<'a> {
     written: Option<&'a NodeProto>,
     slice: Option<&'a NodeProto>,
     cut: Option<&'a NodeProto>,
-    by: Option<&'a NodeProto>,
+    projected_by: Option<&'a NodeProto>,
 }
 
 impl<'a> Trace<'a> {
@@ -186,7 +190,7 @@ impl<'a> Trace<'a> {
         let mut open = vec![from];
         while let Some((name, way)) = open.pop().filter(|_| seen.len() < MAX_STEPS) {
             let done = name.is_empty() || mask_until == Some(name) || view.initializer(name).is_some();
-            if done || !seen.insert((name, way.by.is_some())) {
+            if done || !seen.insert((name, way.projected_by.is_some())) {
                 continue;
             }
             let Some(node) = view.producer(name) else {
@@ -197,8 +201,7 @@ impl<'a> Trace<'a> {
                         turns: way.turns,
                         written: way.written,
                         cut: way.cut,
-                        projected: way.by.is_some(),
-                        by: way.by,
+                        projected_by: way.projected_by,
                     });
                 }
                 continue;
@@ -212,17 +215,17 @@ impl<'a> Trace<'a> {
             }
             let weighed = is_product(node) && node.input.iter().any(|i| !i.is_empty() && view.is_constant(i));
             // Behind weights only a cache of what they are applied to matters, not all that tokens go through.
-            let further = match (mask_until.is_some(), way.by.is_some()) {
+            let further = match (mask_until.is_some(), way.projected_by.is_some()) {
                 (true, _) => true,
                 (false, true) => node.op_domain().is_empty() && MOVES.contains(&node.op_type()),
                 (false, false) => true,
             };
-            if !further || weighed && way.by.is_some() {
+            if !further || weighed && way.projected_by.is_some() {
                 continue;
             }
             let next = if weighed {
                 Way {
-                    by: Some(node),
+                    projected_by: Some(node),
                     ..Way::default()
                 }
             } else {

@@ -1,18 +1,17 @@
 //! Random caches, the rows fed, and the operator's state as after a prefill.
 
-use anyhow::{Result, anyhow};
 use half::{f16, slice::HalfFloatSliceExt};
 use ort::{
     memory::Allocator,
-    value::{DynTensor, TensorElementType},
+    value::{DynTensor, DynValue, Tensor, TensorElementType},
 };
 use retro_contract::{pages_for, ring_slots};
 use retro_models::Dtype;
 
 use super::operator::{AttentionShape, RetroVariant};
 use crate::{
-    bench::synthetic_cache::{CODES, state_type},
-    runtime::{one_line, ort_error},
+    bench::{Error, Result, synthetic_cache::state_type},
+    runtime::ort_error,
 };
 
 /// xorshift64*: fast, and random enough for benchmarks.
@@ -32,9 +31,6 @@ impl Random {
         (bits / (1u64 << 23) as f32 - 1.0) * 1.732_050_8
     }
 }
-
-/// Elements that are made at a time.
-const PART: usize = 4096;
 
 /// Queries, keys and values of the tokens decoded after the prompt, in order of position.
 pub struct Rows {
@@ -103,17 +99,18 @@ impl Caches {
         })
     }
 
-    /// The state of a node as after a prefill: the selector's (random, in its own layout), page steps, an empty output
-    /// cache and its log-sum-exps.
+    /// The state of a node as after a prefill: the selector's in its own layout, filled with the repeated `pattern` (of
+    /// [`StatePattern`](crate::bench::selector_state::StatePattern)), page steps, an empty output cache and its
+    /// log-sum-exps.
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn state(&self, shape: &AttentionShape, retro: &RetroVariant, node: usize) -> Result<[DynTensor; 4]> {
+    pub fn state(&self, shape: &AttentionShape, retro: &RetroVariant, pattern: &[u8]) -> Result<[DynTensor; 4]> {
         let (pages, d) = (pages_for(self.capacity, shape.page_size), shape.head_size);
         let layout = retro.selection.selector.layout(&shape.cache_size(self.capacity));
         let dims: Vec<usize> = [1, shape.kv_heads].iter().chain(layout.sizes()).copied().collect();
         let mut selection = allocate(state_type(layout.element, element(shape.dtype)), &dims)?;
-        fill_state(&mut selection, Random::new(!(node as u64)))?;
+        tile(&mut selection, pattern)?;
         let mut steps = allocate(TensorElementType::Int32, &[1, shape.kv_heads, pages])?;
         let (_, data) = steps.try_extract_tensor_mut::<i32>().map_err(ort_error)?;
         data.fill(self.prompt as i32 - 1);
@@ -138,8 +135,19 @@ pub fn element(dtype: Dtype) -> TensorElementType {
 /// When memory runs out.
 pub fn allocate(element: TensorElementType, dims: &[usize]) -> Result<DynTensor> {
     let shape: Vec<i64> = dims.iter().map(|&d| d as i64).collect();
-    DynTensor::new(&Allocator::default(), element, shape)
-        .map_err(|e| anyhow!("no memory for a buffer of shape {dims:?}: {}", one_line(&e)))
+    DynTensor::new(&Allocator::default(), element, shape).map_err(|error| Error::NoMemory {
+        shape: dims.to_vec(),
+        error: error.into(),
+    })
+}
+
+/// An int32 tensor `[1]`.
+///
+/// # Errors
+/// When memory runs out.
+pub fn integer(value: i32) -> Result<DynValue> {
+    let tensor = Tensor::from_array(([1usize], vec![value])).map_err(ort_error)?;
+    Ok(tensor.into_dyn())
 }
 
 /// Writes a tensor in parts of `part` elements: `make(index of the part, its elements in f32)`.
@@ -162,17 +170,27 @@ fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(
     Ok(())
 }
 
-/// Fills a selector's state with random numbers, or random codes. Which pages win does not matter to the time.
-fn fill_state(tensor: &mut DynTensor, mut random: Random) -> Result<()> {
+/// Repeats the bytes of a selector's state over a tensor. Keys of the caches are others: which pages win does not
+/// matter to the time, as long as they win by the scores of real state.
+fn tile(tensor: &mut DynTensor, pattern: &[u8]) -> Result<()> {
+    fn elements<T: Copy>(data: &mut [T], pattern: impl Iterator<Item = T> + Clone) {
+        data.iter_mut().zip(pattern.cycle()).for_each(|(to, from)| *to = from);
+    }
     match *tensor.data_type() {
         TensorElementType::Uint8 => {
             let (_, data) = tensor.try_extract_tensor_mut::<u8>().map_err(ort_error)?;
-            data.fill_with(|| (random.next().to_bits() >> 8) as u8 % CODES);
-            Ok(())
+            elements(data, pattern.iter().copied());
         }
-        TensorElementType::Float16 => fill(tensor, Dtype::F16, PART, |_, part| part.fill_with(|| random.next())),
-        _ => fill(tensor, Dtype::F32, PART, |_, part| part.fill_with(|| random.next())),
+        TensorElementType::Float16 => {
+            let (_, data) = tensor.try_extract_tensor_mut::<f16>().map_err(ort_error)?;
+            elements(data, pattern.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)));
+        }
+        _ => {
+            let (_, data) = tensor.try_extract_tensor_mut::<f32>().map_err(ort_error)?;
+            elements(data, pattern.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)));
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -2,9 +2,7 @@
 
 use prost::Message;
 use retro_contract::{DOMAIN, OP_TYPE, OPSET_VERSION, StateElement, attribute, input, output};
-use retro_onnx::{
-    AttributeProto, DataType, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
-};
+use retro_onnx::{AttributeProto, DataType, GraphBuilder, ValueInfoProto};
 
 use super::operator::{AttentionShape, Operator, RetroVariant};
 
@@ -35,10 +33,7 @@ pub fn name_of(name: &str, node: usize) -> String {
 
 /// A model of `nodes` nodes, serialized.
 pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u8> {
-    let mut graph = GraphProto {
-        name: Some("bench".to_owned()),
-        ..Default::default()
-    };
+    let mut b = GraphBuilder::new("bench");
     let (inputs, outputs): (&[usize], usize) = match operator {
         Operator::Gqa => (
             &[
@@ -70,18 +65,15 @@ pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u
             output::COUNT,
         ),
     };
-    let typed = |name: &str, plain: &str| {
-        // No declared shapes: steps differ in the number of rows, and the operators check them.
-        let mut value =
-            ValueInfoProto::tensor(name, data_type(plain, shape, operator), std::iter::empty::<Dimension>());
-        if let Some(tensor) = value.r#type.as_mut().and_then(|t| t.tensor_type.as_mut()) {
-            tensor.shape = None;
-        }
-        value
+    let (domain, op_type, version) = match operator {
+        Operator::Gqa => ("com.microsoft", "GroupQueryAttention", 1),
+        Operator::Retro(_) => (DOMAIN, OP_TYPE, OPSET_VERSION),
     };
+    // No declared shapes: steps differ in the number of rows, and the operators check them.
+    let value = |name: &str, plain: &str| ValueInfoProto::unshaped(name, data_type(plain, shape, operator));
     for name in SHARED {
         if inputs.iter().any(|&slot| input::NAMES[slot] == name) {
-            graph.input.push(typed(name, name));
+            b.input(value(name, name));
         }
     }
     for node in 0..nodes {
@@ -92,39 +84,22 @@ pub fn model(shape: &AttentionShape, operator: &Operator, nodes: usize) -> Vec<u
                 plain.to_owned()
             } else {
                 let name = name_of(plain, node);
-                graph.input.push(typed(&name, plain));
+                b.input(value(&name, plain));
                 name
             };
         }
         let used = names.iter().rposition(|n| !n.is_empty()).map_or(0, |last| last + 1);
-        names.truncate(used);
+        let names: Vec<&str> = names[..used].iter().map(String::as_str).collect();
         let results: Vec<String> = output::NAMES[..outputs].iter().map(|n| name_of(n, node)).collect();
-        graph.output.extend(
-            results
-                .iter()
-                .zip(output::NAMES)
-                .map(|(name, plain)| typed(name, plain)),
-        );
-        let (domain, op_type) = match operator {
-            Operator::Gqa => ("com.microsoft", "GroupQueryAttention"),
-            Operator::Retro(_) => (DOMAIN, OP_TYPE),
-        };
-        let mut proto = NodeProto::new(domain, op_type, &format!("node.{node}"), &[], &[]);
-        (proto.input, proto.output) = (names, results);
-        proto.attribute = attributes(shape, operator);
-        graph.node.push(proto);
+        for (name, plain) in results.iter().zip(output::NAMES) {
+            b.output(value(name, plain));
+        }
+        let results: Vec<&str> = results.iter().map(String::as_str).collect();
+        let attention = b.node(op_type, &names).domain(domain);
+        let attention = attention.attributes(attributes(shape, operator));
+        attention.named(&format!("node.{node}"), &results);
     }
-    let domain = match operator {
-        Operator::Gqa => OperatorSetIdProto::new("com.microsoft", 1),
-        Operator::Retro(_) => OperatorSetIdProto::new(DOMAIN, OPSET_VERSION),
-    };
-    let model = ModelProto {
-        ir_version: Some(10),
-        opset_import: vec![OperatorSetIdProto::new("", 21), domain],
-        graph: Some(graph),
-        ..Default::default()
-    };
-    model.encode_to_vec()
+    b.into_model(10, &[("", 21), (domain, version)]).encode_to_vec()
 }
 
 fn data_type(plain: &str, shape: &AttentionShape, operator: &Operator) -> DataType {

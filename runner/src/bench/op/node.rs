@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, ensure};
 use half::{f16, slice::HalfFloatSliceExt};
 use ort::{
     memory::Allocator,
@@ -13,14 +12,20 @@ use retro_contract::{Mode, input, output};
 use retro_models::Dtype;
 
 use super::{
-    data::{Caches, Rows, element},
+    data::{Caches, Rows, element, integer},
     graph::{STATE, model, name_of},
     operator::{AttentionShape, Operator},
 };
 use crate::{
     OpenOptions, Runtime,
-    decoder::{page_reads::PageMeter, session::session_builder, upcast::upcast_f16},
-    runtime::{one_line, ort_error},
+    bench::{Error, Result, selector_state::StatePattern},
+    decoder::{
+        page_reads::PageMeter,
+        require,
+        session::{PluginUse, session_builder},
+        upcast::upcast_f16,
+    },
+    runtime::ort_error,
 };
 
 /// A session of nodes of one operator.
@@ -57,29 +62,31 @@ impl Node {
             Operator::Retro(retro) => Some(retro),
         };
         let plugin = retro.is_some();
-        ensure!(
-            !plugin || options.plugin.is_some(),
-            "the plugin is needed: build it with `cargo build --release`, or name it with --plugin"
-        );
-        let session = session_builder(runtime, options, plugin)
-            .map_err(|e| anyhow!("{e}"))?
+        require!(!plugin || options.plugin.is_some(), Error::NoPlugin);
+        let plugin = if plugin { PluginUse::Load } else { PluginUse::Leave };
+        let session = session_builder(runtime, options, plugin)?
             .commit_from_memory(&model(shape, &operator, nodes))
-            .map_err(|e| anyhow!("cannot make a session: {}", one_line(&e)))?;
+            .map_err(Error::session)?;
+        let pattern = retro.map(|r| {
+            let (selector, cache) = (r.selection.selector, element(shape.dtype));
+            StatePattern::new(runtime, options, selector, shape.page_size, shape.head_size, cache)
+        });
+        let pattern = pattern.transpose()?;
         let mut binding = session.create_binding().map_err(ort_error)?;
         let mut bind = |slot: usize, node: usize, tensor: &mut DynTensor| -> Result<()> {
             let (past, present) = STATE[slot];
             let past = name_of(input::NAMES[past], node);
             binding.bind_input(past, tensor).map_err(ort_error)?;
             let present = name_of(output::NAMES[present], node);
-            binding.bind_output(present, tensor).map_err(ort_error)
+            Ok(binding.bind_output(present, tensor).map_err(ort_error)?)
         };
         let mut state = Vec::new();
         for node in 0..nodes {
             for (slot, tensor) in caches.nodes[node].iter_mut().enumerate() {
                 bind(slot, node, tensor)?;
             }
-            if let Some(retro) = &retro {
-                let mut own = caches.state(shape, retro, node)?;
+            if let Some((retro, pattern)) = retro.as_ref().zip(pattern.as_ref()) {
+                let mut own = caches.state(shape, retro, pattern.bytes())?;
                 for (i, tensor) in own.iter_mut().enumerate() {
                     bind(2 + i, node, tensor)?;
                 }
@@ -110,9 +117,7 @@ impl Node {
         let retro = at.min(self.operator.window() - 1);
         let fed = retro + 1;
         let part = |data: &[f32], width: usize| -> Result<DynValue> {
-            let rows = data
-                .get((at - retro) * width..(at + 1) * width)
-                .context("no row for this step")?;
+            let rows = data.get((at - retro) * width..(at + 1) * width).ok_or(Error::NoRow)?;
             floats(shape.dtype, [1, fed, width], rows)
         };
         let kv_width = shape.kv_heads * shape.head_size;
@@ -140,7 +145,7 @@ impl Node {
 
         let output = outputs
             .get(name_of(output::NAMES[output::OUTPUT], 0))
-            .context("no output")?;
+            .ok_or(Error::NoOutput)?;
         self.newest = newest_row(output, shape.dtype, shape.heads * shape.head_size)?;
         if let Some([_, steps, ..]) = self.state.first() {
             let (dims, data) = steps.try_extract_tensor::<i32>().map_err(ort_error)?;
@@ -176,26 +181,21 @@ impl Node {
 }
 
 fn floats(dtype: Dtype, dims: [usize; 3], data: &[f32]) -> Result<DynValue> {
-    match dtype {
+    let tensor = match dtype {
         Dtype::F32 => Tensor::from_array((dims, data.to_vec())).map(Tensor::into_dyn),
         Dtype::F16 => {
             let mut narrow = vec![f16::ZERO; data.len()];
             narrow.convert_from_f32_slice(data);
             Tensor::from_array((dims, narrow)).map(Tensor::into_dyn)
         }
-    }
-    .map_err(ort_error)
-}
-
-fn integer(value: i32) -> Result<DynValue> {
-    let tensor = Tensor::from_array(([1usize], vec![value])).map_err(ort_error)?;
-    Ok(tensor.into_dyn())
+    };
+    Ok(tensor.map_err(ort_error)?)
 }
 
 /// The last `width` elements, as f32.
 fn newest_row(output: &DynValue, dtype: Dtype, width: usize) -> Result<Vec<f32>> {
     fn last<T>(data: &[T], width: usize) -> Result<&[T]> {
-        let start = data.len().checked_sub(width).context("the output is too short")?;
+        let start = data.len().checked_sub(width).ok_or(Error::ShortOutput)?;
         Ok(&data[start..])
     }
     match element(dtype) {
