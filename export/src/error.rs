@@ -2,9 +2,6 @@
 
 use std::{error::Error, fmt::Write};
 
-/// An error of a part below that has no type to match on.
-pub type Cause = Box<dyn Error + Send + Sync>;
-
 /// An error and what caused it, in one line: `cannot write m.onnx: No space left on device`.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();

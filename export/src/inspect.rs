@@ -80,7 +80,7 @@ impl ValueReport {
     }
 }
 
-/// Why a model can't be looked at.
+/// Why a model can't be inspected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -4,6 +4,8 @@
 //! the flags of `retro-export`. [`verify`] compares a converted model with its original in ONNX Runtime. Each part has errors of
 //! its own type, with their causes as sources.
 
+#![warn(missing_docs)]
+
 pub mod cli;
 mod convert;
 mod error;

@@ -212,7 +212,7 @@ struct BranchInputs<'a> {
     graph: &'a GraphProto,
     /// Of the graph around the branch, without those that are initializers too.
     inputs: HashSet<&'a str>,
-    /// Nodes by what they make, in the branch.
+    /// Nodes by their outputs, in the branch.
     inner: HashMap<&'a str, &'a NodeProto>,
     /// The same, in the graph around it.
     outer: HashMap<&'a str, &'a NodeProto>,
@@ -222,7 +222,7 @@ struct BranchInputs<'a> {
 
 impl<'a> BranchInputs<'a> {
     fn new(outer: &'a GraphProto, graph: &'a GraphProto) -> Self {
-        let makers = |graph: &'a GraphProto| {
+        let producers = |graph: &'a GraphProto| {
             let outputs = |n: &'a NodeProto| n.output.iter().map(move |o| (o.as_str(), n));
             graph
                 .node
@@ -236,8 +236,8 @@ impl<'a> BranchInputs<'a> {
         Self {
             graph,
             inputs: inputs.filter(|name| !constants.contains(name)).collect(),
-            inner: makers(graph),
-            outer: makers(outer),
+            inner: producers(graph),
+            outer: producers(outer),
             constants: graph.initializer.iter().map(TensorProto::name).collect(),
         }
     }

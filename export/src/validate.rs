@@ -8,7 +8,7 @@ use std::{
 
 /// Faults listed before "and N more".
 const SHOWN: usize = 3;
-/// Faults after which a graph is not looked at further.
+/// Faults after which a graph is not checked further.
 const MANY: usize = 1000;
 
 /// Input slots and what they hold.
@@ -57,7 +57,7 @@ impl std::error::Error for InvalidGraph {}
 /// One thing that is wrong with a graph. Nodes are called as in [`NodeProto::label`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// A node makes what is given to the graph.
+    /// An output of a node is an input of the graph.
     #[error("node {node} makes the value {value}, which is an input of the graph")]
     MakesInput { node: String, value: String },
 
@@ -123,12 +123,12 @@ fn check<'a>(graph: &'a GraphProto, outer: Option<&Scope<'_, 'a>>, faults: &mut 
     if faults.len() > MANY {
         return;
     }
-    let mut known: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
-    known.extend(graph.initializer.iter().map(TensorProto::name));
+    let mut names: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
+    names.extend(graph.initializer.iter().map(TensorProto::name));
     let sparse = graph.sparse_initializer.iter();
-    known.extend(sparse.filter_map(|s| Some(s.values.as_ref()?.name())));
-    known.extend(made_values(graph, faults));
-    let scope = Scope { names: &known, outer };
+    names.extend(sparse.filter_map(|s| Some(s.values.as_ref()?.name())));
+    names.extend(node_outputs(graph, faults));
+    let scope = Scope { names: &names, outer };
     for node in &graph.node {
         check_inputs(node, &scope, faults);
         for subgraph in subgraphs(node) {
@@ -146,10 +146,10 @@ fn check<'a>(graph: &'a GraphProto, outer: Option<&Scope<'_, 'a>>, faults: &mut 
     }
 }
 
-/// The values that a graph's nodes make: each by one node, and none that is given to the graph.
-fn made_values<'a>(graph: &'a GraphProto, faults: &mut Vec<Fault>) -> Vec<&'a str> {
+/// The outputs of a graph's nodes: each of one node, and none that is an input of the graph.
+fn node_outputs<'a>(graph: &'a GraphProto, faults: &mut Vec<Fault>) -> Vec<&'a str> {
     let inputs: HashSet<&str> = graph.input.iter().map(ValueInfoProto::name).collect();
-    let mut makers: HashMap<&str, &NodeProto> = HashMap::new();
+    let mut producers: HashMap<&str, &NodeProto> = HashMap::new();
     for node in &graph.node {
         for value in node.output.iter().map(String::as_str).filter(|o| !o.is_empty()) {
             if inputs.contains(value) {
@@ -157,7 +157,7 @@ fn made_values<'a>(graph: &'a GraphProto, faults: &mut Vec<Fault>) -> Vec<&'a st
                     node: node.label(),
                     value: value.to_owned(),
                 });
-            } else if let Some(first) = makers.insert(value, node) {
+            } else if let Some(first) = producers.insert(value, node) {
                 faults.push(Fault::MadeTwice {
                     first: first.label(),
                     second: node.label(),
@@ -166,7 +166,7 @@ fn made_values<'a>(graph: &'a GraphProto, faults: &mut Vec<Fault>) -> Vec<&'a st
             }
         }
     }
-    makers.into_keys().collect()
+    producers.into_keys().collect()
 }
 
 /// Checks that a node has the inputs that it can't do without, and that all it reads exists.

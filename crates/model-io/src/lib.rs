@@ -17,7 +17,7 @@ pub use config::{ModelFolder, Names};
 pub use error::Error;
 pub use json::read_json;
 pub use locate::{Located, configured_graph, graphs, locate};
-pub use names::present_names;
+pub use names::{exporters_present_names, present_names};
 
 /// onnxruntime-genai's configuration of a model.
 pub const GENAI_CONFIG: &str = "genai_config.json";

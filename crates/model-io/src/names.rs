@@ -13,7 +13,23 @@ const DIRECTIONS: [(&str, &str); 9] = [
     ("previous", "current"),
 ];
 
-/// Names that the output may have which a past input comes back as, likelier ones first.
+/// Names that exporters give the output which a past input comes back as: `past_key_values.0.key` -> `present.0.key`,
+/// `input.past_key_values.layers.0.keys` -> `output.past_key_values.layers.0.keys`.
+///
+/// These alone are certain enough to hold a graph's nodes against its names: a word such as `in` or `old` may stand in a name for
+/// another reason. A program that looks for the output to feed back tries more, see [`present_names`].
+pub fn exporters_present_names(past: &str) -> Vec<String> {
+    let mut names = vec![
+        past.replacen("past_key_values", "present", 1),
+        past.replacen("past", "present", 1),
+    ];
+    names.extend(past.strip_prefix("input.").map(|rest| format!("output.{rest}")));
+    names.retain(|name| name != past);
+    names
+}
+
+/// Names that the output may have which a past input comes back as, likelier ones first: those of the templates,
+/// [`exporters_present_names`], then those that differ by a word of direction.
 /// `templates`: pairs of past and present with `%d` for the layer, as genai_config.json has them.
 pub fn present_names(past: &str, templates: &[(String, String)]) -> Vec<String> {
     let mut names = Vec::new();
@@ -27,9 +43,7 @@ pub fn present_names(past: &str, templates: &[(String, String)]) -> Vec<String> 
             names.push(present.clone());
         }
     }
-    // past_key_values.0.key -> present.0.key
-    names.push(past.replacen("past_key_values", "present", 1));
-    names.push(past.replacen("past", "present", 1));
+    names.extend(exporters_present_names(past));
     for (word, counterpart) in DIRECTIONS {
         names.extend(replace_word(past, word, counterpart));
     }
@@ -58,6 +72,20 @@ fn replace_word(name: &str, word: &str, by: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn exporters_names_are_few() {
+        assert_eq!(
+            exporters_present_names("past_key_values.3.key"),
+            ["present.3.key", "present_key_values.3.key"]
+        );
+        assert_eq!(exporters_present_names("input.state"), ["output.state"]);
+        assert_eq!(
+            exporters_present_names("conv_state_in.2"),
+            [""; 0],
+            "a word of direction alone"
+        );
+    }
 
     #[test]
     fn exporters_names_find_their_outputs() {

@@ -98,11 +98,12 @@ fn caches(view: &GraphView, matched: &AttentionMatch) -> [CacheFacts; 2] {
 /// `mask_alone`: all attention is converted, and padding enters it by the mask alone.
 fn padding(view: &GraphView, matches: &[&AttentionMatch], mask_alone: bool) -> PaddingCheck {
     // Lengths that the mask's ones are counted for, not ones that a caller gives.
-    let counted =
-        |matched: &AttentionMatch| matched.lengths == LengthSource::Given && reads_mask(view, &matched.seqlens_k);
+    let counted = |matched: &AttentionMatch| {
+        matched.length_source == LengthSource::FromGraph && reads_mask(view, &matched.seqlens_k)
+    };
     if matches
         .iter()
-        .all(|matched| matched.lengths == LengthSource::FromMask { padding: true })
+        .all(|matched| matched.length_source == LengthSource::FromMask { padding: true })
     {
         PaddingCheck::Both
     } else if mask_alone && matches.iter().all(|matched| counted(matched)) {

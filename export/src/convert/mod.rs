@@ -18,7 +18,7 @@ pub use error::{Error, Unconvertible};
 pub use options::{Options, SlidingCache, Verify};
 
 use crate::{
-    files::{Output, Parts, record_brought, write},
+    files::{Output, Parts, record_copied_weights, write},
     report::Report,
     revert,
     source::{Source, find_source},
@@ -121,7 +121,7 @@ fn write_output(
 ) -> Result<BTreeMap<PathBuf, PathBuf>, Error> {
     let renamed = output.rename_taken(external)?;
     rename_locations(&mut converted.model, &renamed);
-    record_brought(&mut converted.model, output, external, &renamed);
+    record_copied_weights(&mut converted.model, output, external, &renamed);
     record_original(converted, &source.model)?;
     let spilled = spill(&mut converted.model, output.spill_name(), 0);
     let parts = Parts {

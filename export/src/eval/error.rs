@@ -22,11 +22,11 @@ pub enum Error {
     NegativeSize(i64),
 
     /// A shape of more elements than any model has.
-    #[error("the shape {0:?} is absurd")]
+    #[error("the shape {0:?} has more elements than any model's")]
     TooManyElements(Vec<usize>),
 
     /// A tensor of more numbers than are stored.
-    #[error("{0} numbers are more than are looked at")]
+    #[error("{0} numbers are more than are computed")]
     TooManyNumbers(usize),
 
     /// More dimensions than any model has.
@@ -34,7 +34,7 @@ pub enum Error {
     TooManyDimensions(usize),
 
     /// A run computed as many numbers as it may.
-    #[error("the model computes more than is looked at")]
+    #[error("its masks and positions take more numbers than are computed")]
     TooMuchWork,
 
     /// Graphs inside graphs, more than are followed.
@@ -73,7 +73,7 @@ pub enum Error {
     #[error("{0}")]
     Sizes(String),
 
-    /// An attribute with a value that isn't understood.
+    /// An attribute with a value that isn't supported.
     #[error("its {name} is {value}")]
     Attribute { name: String, value: String },
 
@@ -135,10 +135,33 @@ impl Error {
         }
     }
 
+    /// The node at which the evaluation stopped, if it is told with one.
+    pub fn node(&self) -> Option<&str> {
+        match self {
+            Self::Node { label, source, .. } => source.node().or(Some(label)),
+            Self::Mask(source) => source.node(),
+            _ => None,
+        }
+    }
+
     /// Whether the call itself is at fault: its shapes don't broadcast, or an index leaves a table. ONNX Runtime refuses such a
     /// call too, so that nothing needs to be true of it.
     pub fn is_invalid_call(&self) -> bool {
         matches!(self.cause(), Self::Broadcast { .. } | Self::IndexOutOfRange { .. })
+    }
+}
+
+impl Error {
+    /// Whether sizes don't fit each other in the call at hand, as where a model takes several tokens only without a past.
+    /// ONNX Runtime refuses such a call too. What the evaluator itself can't compute is never among them.
+    pub fn is_size_conflict(&self) -> bool {
+        let sizes = |error: &Self| {
+            matches!(
+                error,
+                Self::Reshape { .. } | Self::Split { .. } | Self::Concat { .. } | Self::MatMul { .. } | Self::Sizes(_)
+            )
+        };
+        self.is_invalid_call() || sizes(self.cause())
     }
 }
 

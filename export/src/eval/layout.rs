@@ -137,20 +137,36 @@ impl Layout {
 
     /// Numbers that are computed on demand, by their place in this layout.
     pub fn lazy(&self, numbers: Lazy) -> Lazy {
-        let own = strides(&self.shape);
-        // Axes of one element never move.
-        let axes: Vec<(usize, usize, isize)> = own
-            .iter()
-            .zip(&self.shape)
-            .zip(&self.strides)
-            .filter(|((_, d), _)| **d > 1)
-            .map(|((s, d), by)| (*s, *d, *by))
-            .collect();
+        let axes = self.moving_axes();
         let (of, offset) = (numbers.clone(), self.offset);
         Lazy::new(&[&of], move |place| {
-            let steps = axes.iter().map(|(s, d, by)| (place / s % d) as isize * by);
-            let at = offset + steps.sum::<isize>();
+            let (mut rest, mut at) = (place, offset);
+            for (size, stride) in &axes {
+                at += (rest % size) as isize * stride;
+                rest /= size;
+            }
             usize::try_from(at).map_or(f64::NAN, |at| numbers.at(at))
         })
+    }
+
+    /// Size and stride of each axis, the last one first. Axes of one element never move, and axes that follow one another like the
+    /// digits of a number are one: each costs a division for every number that is asked for.
+    fn moving_axes(&self) -> Vec<(usize, isize)> {
+        let mut axes: Vec<(usize, isize)> = Vec::new();
+        for (size, stride) in self
+            .shape
+            .iter()
+            .zip(&self.strides)
+            .rev()
+            .filter(|(size, _)| **size > 1)
+        {
+            match axes.last_mut() {
+                Some((inner, by)) if *stride == by.saturating_mul(*inner as isize) => {
+                    *inner = inner.saturating_mul(*size)
+                }
+                _ => axes.push((*size, *stride)),
+            }
+        }
+        axes
     }
 }

@@ -169,7 +169,7 @@ impl Tensor {
     }
 
     /// Whether its numbers are known, stored or on demand.
-    pub fn is_known(&self) -> bool {
+    pub fn has_numbers(&self) -> bool {
         self.data.is_some() || self.lazy.is_some()
     }
 

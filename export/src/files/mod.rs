@@ -3,7 +3,7 @@
 //! [`Output::plan`] checks the place before the work starts. [`write()`] puts everything under temporary names and then in
 //! place, so that at every moment there is the old model with its weights or the new one with its own.
 
-mod brought;
+mod copied_weights;
 mod error;
 mod external;
 mod parts;
@@ -15,7 +15,7 @@ mod write;
 mod write_file;
 mod write_folder;
 
-pub use brought::{brought, record_brought};
+pub use copied_weights::{copied_weights, record_copied_weights};
 pub use error::Error;
 pub use external::ExternalMode;
 pub use parts::Parts;

@@ -1,6 +1,6 @@
 //! Weights that nobody needs any more once a model was replaced.
 
-use super::{brought::brought, paths::same_path};
+use super::{copied_weights::copied_weights, paths::same_path};
 use crate::spill::SPILLED;
 use retro_onnx::{ExternalFile, LoadedModel, folder_of, locations, read_model};
 use std::{
@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Weights that were made or brought for the model at `target`, which is replaced by one that needs `new` and has its own in `spill_name`,
+/// Weights that were written, copied or linked for the model at `target`, which is replaced by one that needs `new` and has its own in `spill_name`,
 /// and that no other *.onnx of the folder names. Other files are not opened.
 pub fn stale(target: &Path, new: &[ExternalFile], spill_name: &str) -> Vec<PathBuf> {
     stale_by(target, new, spill_name, &|path| read_model(path).ok())
@@ -26,7 +26,7 @@ fn stale_by(
         return Vec::new();
     };
     let named = locations(&old.model);
-    let mut own: BTreeSet<PathBuf> = brought(&old.model).into_keys().collect();
+    let mut own: BTreeSet<PathBuf> = copied_weights(&old.model).into_keys().collect();
     own.extend(old.model.metadata(SPILLED).map(PathBuf::from));
     own.retain(|name| named.contains(name));
     own.retain(|name| *name != Path::new(spill_name) && new.iter().all(|f| f.location != *name));

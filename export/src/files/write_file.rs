@@ -49,7 +49,7 @@ pub fn write_file(output: &Output, parts: &Parts) -> Result<Written, Error> {
     Ok(written)
 }
 
-/// What becomes of a file of weights, and the file where it is brought.
+/// What becomes of a file of weights, and the file where it is copied or linked.
 fn stage_weights(output: &Output, file: &ExternalFile) -> Result<(Placement, Option<StagedFile>), Error> {
     let place = folder_of(&output.target).join(&file.location);
     if place == output.target || same_path(&place, &output.target) {

@@ -93,7 +93,7 @@ struct FolderCopy<'a> {
     model: &'a Path,
     /// The model's folder within the source's, which its weights are named from.
     model_folder: &'a Path,
-    /// What is not brought along.
+    /// What is not copied.
     behind: &'a BTreeSet<PathBuf>,
     written: &'a mut Written,
 }

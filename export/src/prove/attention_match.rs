@@ -14,8 +14,9 @@ pub struct AttentionMatch {
     pub key: String,
     /// `[B, S, Hkv*D]`.
     pub value: String,
-    /// `[B, Hkv, C, D]`, graph inputs.
+    /// `[B, Hkv, C, D]`, a graph input.
     pub past_key: String,
+    /// As `past_key`.
     pub past_value: String,
     /// int32 `[B]`: tokens of each sequence in the cache after the call, less one, as GroupQueryAttention counts them.
     pub seqlens_k: String,
@@ -23,13 +24,15 @@ pub struct AttentionMatch {
     pub total_sequence_length: String,
     /// `[positions, rotated elements / 2]`.
     pub cos_cache: String,
+    /// As `cos_cache`.
     pub sin_cache: String,
     /// `[Hq]`.
     pub head_sink: String,
     /// `[B, S, Hq*D]`.
     pub output: String,
-    /// As the past ones, graph outputs.
+    /// As `past_key`, a graph output.
     pub present_key: String,
+    /// As `past_value`, a graph output.
     pub present_value: String,
 
     /// Hq.
@@ -44,6 +47,7 @@ pub struct AttentionMatch {
     pub scale: f32,
     /// 0: off.
     pub softcap: f32,
+    /// Where rotary position embedding is applied.
     pub rope: Rope,
     /// Tokens of a sliding window; -1: none.
     pub local_window_size: i64,
@@ -51,29 +55,36 @@ pub struct AttentionMatch {
     pub sliding_cache: bool,
 
     // What follows is for attention of several nodes; the defaults are those of a single one.
-    /// How the values named above are laid out.
-    pub query_layout: Layout,
-    pub key_layout: Layout,
-    pub value_layout: Layout,
-    pub output_layout: Layout,
-    /// Their element types; undefined: that of the cache.
+    /// How `query` is laid out.
+    pub query_layout: HeadLayout,
+    /// How `key` is laid out.
+    pub key_layout: HeadLayout,
+    /// How `value` is laid out.
+    pub value_layout: HeadLayout,
+    /// How `output` is laid out.
+    pub output_layout: HeadLayout,
+    /// Element type of `query`; undefined: that of the cache.
     pub query_type: DataType,
+    /// Of `key` and `value`, likewise.
     pub kv_type: DataType,
+    /// Of `output`, likewise.
     pub output_type: DataType,
-    /// Past and new keys or values together, as the source makes them; "" where only the graph's output has them.
+    /// Past and new keys together, `[B, Hkv, past + S, D]`, as the source computes them; "" where only the graph's output has them.
     pub total_key: String,
+    /// Of the values, likewise.
     pub total_value: String,
-    /// Index of the node that makes `output` and gives way; none: the attention node itself.
-    pub replaces: Option<usize>,
-    pub lengths: LengthSource,
+    /// Index of the node that computes `output`, which is replaced; none: the attention node itself is.
+    pub output_node: Option<usize>,
+    /// Where the lengths of sequences come from.
+    pub length_source: LengthSource,
     /// Added to queries, keys and values: `[(Hq+2*Hkv)*D]`.
     pub bias: String,
     /// Head sinks that are no tensor of their own in the source.
     pub sinks: Option<Vec<f32>>,
 
     // What a single node may have beside it or inside.
-    /// Values that are nothing but the cache, between the graph's inputs and outputs and the node.
-    pub copies: Vec<String>,
+    /// Copies of the cache between the graph's inputs and outputs and the node.
+    pub cache_aliases: Vec<String>,
     /// How the node normalises queries and keys before anything else.
     pub qk_norm: Option<QkNorm>,
 }
@@ -90,13 +101,15 @@ impl AttentionMatch {
 pub struct QkNorm {
     /// Weights `[D]`, of the queries' type.
     pub query: String,
+    /// As `query`, for the keys.
     pub key: String,
+    /// Added to the mean of squares.
     pub epsilon: f32,
 }
 
 /// How heads are laid out in a value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Layout {
+pub enum HeadLayout {
     /// `[B, S, H*D]`, as the operator takes and gives it.
     #[default]
     Flat,
@@ -109,11 +122,14 @@ pub enum Layout {
 /// Where the lengths of sequences come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LengthSource {
-    /// `seqlens_k` and `total_sequence_length` are values of the source.
+    /// `seqlens_k` and `total_sequence_length` are values of the graph.
     #[default]
-    Given,
+    FromGraph,
     /// From the width of the attention mask, and its zeros where the source masks padding.
-    FromMask { padding: bool },
+    FromMask {
+        /// Whether padding on the left is masked.
+        padding: bool,
+    },
 }
 
 /// Where rotary position embedding happens.
@@ -126,6 +142,7 @@ pub enum Rope {
     Before,
     /// In the node.
     Inside {
+        /// Whether the elements of a pair follow one another, rather than half a head apart.
         interleaved: bool,
         /// Elements of a head that are rotated, where the graph tells it.
         dims: Option<i64>,

@@ -25,7 +25,7 @@ const HAND_ON: [&str; 9] = [
     "Split",
 ];
 
-/// Whether a slot of a node is a shape that its data is brought into, which doesn't change its numbers.
+/// Whether a slot of a node is a shape that its data gets, which doesn't change its numbers.
 pub fn is_shape_only(node: &NodeProto, slot: usize) -> bool {
     slot == 1 && (node.is("", "Reshape") || node.is("", "Expand"))
 }
@@ -68,7 +68,11 @@ pub fn invariant_chain<'a>(samples: &SampleCalls<'a>, from: &'a str) -> Vec<&'a 
     let mut name = from;
     while names.len() < MAX_CHAIN {
         let Some(node) = samples.view.producer(name) else { break };
-        let mut data = node.input.iter().map(String::as_str).filter(|i| program.is_data(i));
+        let mut data = node
+            .input
+            .iter()
+            .map(String::as_str)
+            .filter(|i| program.is_data_dependent(i));
         let (Some(one), None) = (data.next(), data.next()) else {
             break;
         };

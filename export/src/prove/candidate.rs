@@ -6,8 +6,13 @@ use retro_onnx::NodeProto;
 /// Where an attention's scores come from.
 #[derive(Clone, Copy)]
 pub enum ScoreSource<'a> {
-    /// Nodes of the graph: `product` is that of queries and keys, `masked` what the Softmax takes.
-    Decomposed { product: &'a str, masked: &'a str },
+    /// Nodes of the graph.
+    Decomposed {
+        /// The product of queries and keys, `[B, Hq, S, T]`.
+        product: &'a str,
+        /// What the Softmax takes, `[B, Hq, S, T]`.
+        masked: &'a str,
+    },
     /// The inside of one node.
     Fused(&'a NodeProto),
 }
@@ -43,12 +48,15 @@ impl<'a> NodeCache<'a> {
 /// An attention as a rule names it. Names of values; "" is an absent one.
 #[derive(Clone, Copy)]
 pub struct AttentionCandidate<'a> {
-    /// What the scores are computed from, in any layout: queries and keys as the product takes them.
+    /// What the scores are computed from, in any layout: the queries as the product takes them.
     pub query: &'a str,
+    /// The keys, likewise.
     pub key: &'a str,
     /// What the probabilities weigh.
     pub value: &'a str,
+    /// What attention gives: the product of probabilities and values, or the node's first output.
     pub output: &'a str,
+    /// Where the scores come from.
     pub scores: ScoreSource<'a>,
     /// Where the node appends to its cache; none where nodes before it do.
     pub cache: Option<NodeCache<'a>>,
@@ -58,12 +66,12 @@ pub struct AttentionCandidate<'a> {
     pub sink: Option<&'a str>,
 }
 
-/// Refuses a node with an attribute whose meaning is not known here.
+/// Refuses a node with an attribute that this version does not support.
 ///
 /// # Errors
 /// Names the first such attribute.
-pub fn only_known_attributes(node: &NodeProto, known: &[&str]) -> Result<(), Refusal> {
-    match node.attribute.iter().find(|a| !known.contains(&a.name())) {
+pub fn only_supported_attributes(node: &NodeProto, supported: &[&str]) -> Result<(), Refusal> {
+    match node.attribute.iter().find(|a| !supported.contains(&a.name())) {
         Some(other) => Err(AttributeRefusal::Unknown {
             name: other.name().to_owned(),
         }

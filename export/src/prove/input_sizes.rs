@@ -13,7 +13,9 @@ const MAX_STEPS: usize = 256;
 /// One dimension of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
+    /// The same in every call.
     Number(usize),
+    /// Sequences of a batch.
     Sequences,
     /// Tokens fed in a call.
     Tokens,
@@ -24,6 +26,7 @@ pub enum Size {
 }
 
 impl Size {
+    /// The size in a call of so many sequences, tokens fed and tokens before those.
     pub fn of(self, sequences: usize, tokens: usize, past: usize) -> usize {
         match self {
             Self::Number(n) => n,
@@ -152,13 +155,13 @@ fn told_by(view: &GraphView, node: &NodeProto, value: &str) -> Option<usize> {
 
 /// The last dimension of a product with weights.
 fn columns(view: &GraphView, name: &str) -> Option<i64> {
-    let maker = view.producer(name)?;
-    match maker.op_type() {
-        "MatMul" => view.tensor_dims(maker.input(1))?.last().copied(),
-        "MatMulNBits" | "MatMulBnb4" => Some(maker.attribute("N")?.i()),
+    let producer = view.producer(name)?;
+    match producer.op_type() {
+        "MatMul" => view.tensor_dims(producer.input(1))?.last().copied(),
+        "MatMulNBits" | "MatMulBnb4" => Some(producer.attribute("N")?.i()),
         "Gemm" => {
-            let turned = maker.attribute("transB").is_some_and(|a| a.i() != 0);
-            view.tensor_dims(maker.input(1))?.get(usize::from(!turned)).copied()
+            let turned = producer.attribute("transB").is_some_and(|a| a.i() != 0);
+            view.tensor_dims(producer.input(1))?.get(usize::from(!turned)).copied()
         }
         _ => None,
     }
@@ -167,16 +170,16 @@ fn columns(view: &GraphView, name: &str) -> Option<i64> {
 /// The dimension before the last of a value that something is multiplied with.
 fn rows(view: &GraphView, name: &str) -> Option<usize> {
     let mut readers = view.readers(name).filter(|n| n.is("", "MatMul") && n.input(1) == name);
-    readers.find_map(|node| made_with(view, node.input(0)))
+    readers.find_map(|node| last_dimension(view, node.input(0)))
 }
 
-/// The last dimension of a value, from what made it or what else reads it.
-fn made_with(view: &GraphView, name: &str) -> Option<usize> {
+/// The last dimension of a value, from what computes it or what else reads it.
+fn last_dimension(view: &GraphView, name: &str) -> Option<usize> {
     let declared = view.declared_from_end(name, 1).and_then(|n| usize::try_from(n).ok());
     let made = || columns(view, name).and_then(|n| usize::try_from(n).ok());
     declared.or_else(made).or_else(|| width(view, name)).or_else(|| {
-        let maker = view.producer(name)?;
-        let scale = maker
+        let producer = view.producer(name)?;
+        let scale = producer
             .input
             .iter()
             .skip(1)

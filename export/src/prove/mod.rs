@@ -31,8 +31,8 @@ mod scale;
 mod sinks;
 mod supported_mask;
 
-pub use attention_match::{AttentionMatch, Layout, LengthSource, QkNorm, Rope};
-pub use candidate::{AttentionCandidate, NodeCache, ScoreSource, only_known_attributes};
+pub use attention_match::{AttentionMatch, HeadLayout, LengthSource, QkNorm, Rope};
+pub use candidate::{AttentionCandidate, NodeCache, ScoreSource, only_supported_attributes};
 pub use input_sizes::{Size, named_sizes, sizes, width};
 pub use model_inputs::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS};
 pub use noise::noise;
@@ -93,7 +93,7 @@ fn attention_match<'a>(
     formula: Formula,
     output: Operand<'a>,
 ) -> Result<AttentionMatch, Refusal> {
-    let replaces = samples
+    let output_node = samples
         .view
         .producer_index(output.name)
         .ok_or(ProofRefusal::OutputNotMade)?;
@@ -115,8 +115,8 @@ fn attention_match<'a>(
         total_key: cache.total[0].to_owned(),
         total_value: cache.total[1].to_owned(),
         output: output.name.to_owned(),
-        replaces: Some(replaces),
-        lengths: LengthSource::FromMask {
+        output_node: Some(output_node),
+        length_source: LengthSource::FromMask {
             padding: formula.mask.padding,
         },
         bias: candidate.bias.to_owned(),

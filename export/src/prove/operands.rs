@@ -2,10 +2,10 @@
 //!
 //! Between a projection and the product of queries and keys exporters reshape, transpose, scale and repeat heads. The
 //! operator takes heads in one of three layouts, so the value farthest before the product that still holds the same heads
-//! is the operand. It is found by planting numbers in each and reading what they become.
+//! is the operand. It is found by substituting numbers for each and reading what they become.
 
 use super::{
-    attention_match::{Layout, Rope},
+    attention_match::{HeadLayout, Rope},
     cache::KvCache,
     call_invariant::invariant_chain,
     call_shape::CallShape,
@@ -41,7 +41,7 @@ impl HeadSizes {
 #[derive(Clone, Copy, Debug)]
 pub struct Operand<'a> {
     pub name: &'a str,
-    pub layout: Layout,
+    pub layout: HeadLayout,
     pub factor: f64,
 }
 
@@ -199,8 +199,8 @@ fn head_sizes(
 }
 
 /// `[b, h, s, d]` numbers as a value of a layout has them.
-pub fn laid_out(data: &[f64], [b, h, s, d]: [usize; 4], layout: Layout) -> Vec<f64> {
-    if layout == Layout::Heads {
+pub fn laid_out(data: &[f64], [b, h, s, d]: [usize; 4], layout: HeadLayout) -> Vec<f64> {
+    if layout == HeadLayout::Heads {
         return data.to_vec();
     }
     let mut out = Vec::with_capacity(data.len());
@@ -216,16 +216,16 @@ pub fn laid_out(data: &[f64], [b, h, s, d]: [usize; 4], layout: Layout) -> Vec<f
 }
 
 /// Layouts that a shape may have, for `[b, h, s, d]` numbers.
-pub fn layouts(shape: &[usize], [b, h, s, d]: [usize; 4]) -> Vec<Layout> {
+pub fn layouts(shape: &[usize], [b, h, s, d]: [usize; 4]) -> Vec<HeadLayout> {
     let mut found = Vec::new();
     if shape == [b, s, h * d] {
-        found.push(Layout::Flat);
+        found.push(HeadLayout::Flat);
     }
     if shape == [b, s, h, d] {
-        found.push(Layout::TokenHeads);
+        found.push(HeadLayout::TokenHeads);
     }
     if shape == [b, h, s, d] {
-        found.push(Layout::Heads);
+        found.push(HeadLayout::Heads);
     }
     found
 }
@@ -242,13 +242,21 @@ fn find_operand<'a>(
     let shape = env.shape(target)?;
     let flat_target = shape.len() == 3 && shape == [dims[0], dims[2], dims[1] * dims[3]];
     let truth = noise(dims.iter().product(), 1);
-    let expected = laid_out(&truth, dims, if flat_target { Layout::Flat } else { Layout::Heads });
+    let expected = laid_out(
+        &truth,
+        dims,
+        if flat_target {
+            HeadLayout::Flat
+        } else {
+            HeadLayout::Heads
+        },
+    );
     let mut best: Option<Operand> = None;
     for name in invariant_chain(samples, target) {
         let Ok(shape) = env.shape(name) else { continue };
         for layout in layouts(shape, dims) {
-            let planted = Tensor::new(shape.to_vec(), DataType::Float, laid_out(&truth, dims, layout));
-            let tried = samples.program().plant(env, vec![(name, planted)], &[target]);
+            let substituted = Tensor::new(shape.to_vec(), DataType::Float, laid_out(&truth, dims, layout));
+            let tried = samples.program().substitute(env, vec![(name, substituted)], &[target]);
             let Some(got) = tried.get(target).and_then(|t| t.data.as_ref()) else {
                 continue;
             };

@@ -2,7 +2,7 @@
 //! operator's formula, and its caches must be the past followed by the new tokens.
 
 use super::{
-    attention_match::Layout,
+    attention_match::HeadLayout,
     call_invariant::others_are_call_invariant,
     call_shape::CallShape,
     candidate::AttentionCandidate,
@@ -41,13 +41,14 @@ pub fn find_output<'a>(
     for call in CALLS {
         let env = samples.run(call)?;
         // Some models take several tokens only without a past.
-        if call.continues() && env.need(candidate.output).is_err() {
-            continue;
-        }
+        match env.need(candidate.output) {
+            Err(why) if call.continues() && why.is_size_conflict() => continue,
+            output => output?,
+        };
         let mut reference = ReferenceCall::new(samples, operands, call, 1.0)?;
         let mut targets = names.clone();
         targets.extend(operands.cache.total);
-        let tried = samples.program().plant(&env, reference.seeds(operands), &targets);
+        let tried = samples.program().substitute(&env, reference.seeds(operands), &targets);
         if !candidate.bias.is_empty() {
             reference.add_bias(&env, candidate.bias)?;
         }
@@ -154,14 +155,14 @@ fn first_difference(
     rows: &[Option<Vec<f64>>],
     data: &[f64],
     [_, h, s, d]: [usize; 4],
-    layout: Layout,
+    layout: HeadLayout,
 ) -> Option<Difference> {
     for (at, row) in rows.iter().enumerate() {
         let Some(row) = row else { continue };
         let (b, head, token) = (at / (h * s), at / s % h, at % s);
         let from = match layout {
-            Layout::Heads => at * d,
-            Layout::Flat | Layout::TokenHeads => ((b * s + token) * h + head) * d,
+            HeadLayout::Heads => at * d,
+            HeadLayout::Flat | HeadLayout::TokenHeads => ((b * s + token) * h + head) * d,
         };
         let got = data.get(from..from + d).unwrap_or_default();
         if !are_equal(row, got) {

@@ -11,7 +11,7 @@ use super::{
     sample_calls::{FAR_CALLS, SampleCalls},
     supported_mask::SupportedMask,
 };
-use crate::eval::{Cone, Tensor};
+use crate::eval::{GraphSlice, Tensor};
 use retro_onnx::DataType;
 use std::collections::HashSet;
 
@@ -54,9 +54,9 @@ pub fn check_probabilities<'a>(
     if reads_call_invariants_alone(samples, candidate, &path) {
         return Ok(());
     }
-    let cone = samples.program().cone(&[weights]);
+    let slice = samples.program().slice_to(&[weights]);
     for call in FAR_CALLS {
-        if let Some(probabilities) = of_equal_scores(samples, &cone, &path, query_heads, call)? {
+        if let Some(probabilities) = of_equal_scores(samples, &slice, &path, query_heads, call)? {
             are_even(call, &probabilities, mask, sinks)?;
         }
     }
@@ -103,19 +103,19 @@ fn made_of<'a>(samples: &SampleCalls<'a>, from: &'a str, until: &str) -> HashSet
 /// Probabilities `[Hq, S, T]` of scores that are all 0; none in a call that the model doesn't take.
 fn of_equal_scores<'a>(
     samples: &SampleCalls<'a>,
-    cone: &Cone<'a>,
+    slice: &GraphSlice<'a>,
     path: &Path<'a>,
     query_heads: usize,
     call: CallShape,
 ) -> Result<Option<Vec<f64>>, Refusal> {
-    let env = samples.run_cone(call, cone)?;
+    let env = samples.run_slice(call, slice)?;
     let Ok(shape) = env.shape(path.product).map(<[usize]>::to_vec) else {
         return Ok(None);
     };
     let scores = Tensor::filled(shape, DataType::Float, 0.0)?;
     let tried = samples
         .program()
-        .plant(&env, vec![(path.product, scores)], &[path.weights]);
+        .substitute(&env, vec![(path.product, scores)], &[path.weights]);
     let got = tried.need(path.weights)?.clone();
     let full = [1, query_heads, call.s, call.total()];
     let rows = ScorePlaces::Rows((0..call.s).collect());

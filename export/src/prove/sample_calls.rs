@@ -8,7 +8,7 @@ use super::{
     refusal::{InputRefusal, MaskRefusal},
     supported_mask::SupportedMask,
 };
-use crate::eval::{Cone, Env, Program, Tensor};
+use crate::eval::{Env, GraphSlice, Program, Tensor};
 use retro_onnx::{DataType, Dimension, ValueInfoProto, graph::GraphView};
 use std::{
     cell::{OnceCell, RefCell},
@@ -30,6 +30,7 @@ pub const FAR_CALLS: [CallShape; 5] = [
 
 /// Calls of a model, made when they are first asked for.
 pub struct SampleCalls<'a> {
+    /// The model's main graph.
     pub view: &'a GraphView<'a>,
     folder: Option<PathBuf>,
     program: OnceCell<Program<'a>>,
@@ -53,6 +54,7 @@ impl<'a> SampleCalls<'a> {
         }
     }
 
+    /// The graph made ready to run: numbers of tokens and caches stay unknown.
     pub fn program(&self) -> &Program<'a> {
         self.program.get_or_init(|| {
             let caches: HashSet<&str> = self.caches().map(ValueInfoProto::name).collect();
@@ -81,6 +83,7 @@ impl<'a> SampleCalls<'a> {
         self.view.graph.input.iter().filter(is_cache)
     }
 
+    /// Whether a value is one of [`Self::caches`].
     pub fn is_cache(&self, name: &str) -> bool {
         self.caches().any(|c| c.name() == name)
     }
@@ -109,10 +112,10 @@ impl<'a> SampleCalls<'a> {
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn run_cone(&self, call: CallShape, cone: &Cone<'a>) -> Result<Env<'a>, InputRefusal> {
+    pub fn run_slice(&self, call: CallShape, slice: &GraphSlice<'a>) -> Result<Env<'a>, InputRefusal> {
         let open = self.open_sizes.get_or_init(|| self.find_open_sizes());
         let inputs = self.inputs(call, open)?;
-        Ok(self.program().run_cone(inputs, cone))
+        Ok(self.program().run_slice(inputs, slice))
     }
 
     /// The graph's inputs in a call. `open`: heads and head size of caches whose declaration leaves them open.

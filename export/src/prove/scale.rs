@@ -94,7 +94,7 @@ fn largest_score<'a>(
 ) -> Result<Score, Refusal> {
     let call = ReferenceCall::new(samples, operands, CALL, size)?;
     let env = samples.run(CALL)?;
-    let tried = samples.program().plant(&env, call.seeds(operands), &[masked]);
+    let tried = samples.program().substitute(&env, call.seeds(operands), &[masked]);
     let scores = tried
         .need(masked)?
         .data

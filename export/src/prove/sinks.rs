@@ -23,9 +23,9 @@ pub fn find_sinks<'a>(
     if is_call_invariant_but_repeated(samples, sink) {
         return Ok(found);
     }
-    let cone = samples.program().cone(&[sink]);
+    let slice = samples.program().slice_to(&[sink]);
     for call in FAR_CALLS {
-        let env = samples.run_cone(call, &cone)?;
+        let env = samples.run_slice(call, &slice)?;
         if env.need(sink).is_ok() && logits(call, &env, sink, query_heads)? != found {
             let name = sink.to_owned();
             return Err(ProofRefusal::SinksChange { name, call }.into());

@@ -136,7 +136,7 @@ pub enum Action {
         /// The reason.
         why: String,
     },
-    /// Nothing yet: it was only looked at.
+    /// Nothing yet: it was only checked.
     Convertible,
 }
 
@@ -319,8 +319,8 @@ impl FoundReport {
             -1 => String::new(),
             tokens => format!(", sliding window of {tokens}"),
         };
-        let padding = match matched.lengths {
-            LengthSource::Given => "",
+        let padding = match matched.length_source {
+            LengthSource::FromGraph => "",
             LengthSource::FromMask { padding: true } => ", padding on the left",
             LengthSource::FromMask { padding: false } => ", no padding",
         };

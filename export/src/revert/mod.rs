@@ -7,7 +7,7 @@ pub use record::{RECORD, RecordError, record};
 
 use crate::{
     error::chain,
-    files::{self, ExternalMode, Output, Parts, brought, write},
+    files::{self, ExternalMode, Output, Parts, copied_weights, write},
     source::{self, find_source},
     spill::SPILLED,
 };
@@ -90,9 +90,9 @@ pub fn revert(
     // Whether it is what it says is known before anything is written.
     let len = record.give(&mut Nowhere).map_err(record_error)?;
     files.retain(|f| spilled.is_none_or(|s| f.location != Path::new(s)));
-    let brought = brought(&model);
+    let copied = copied_weights(&model);
     for file in &mut files {
-        if let Some(usual) = brought.get(&file.location) {
+        if let Some(usual) = copied.get(&file.location) {
             file.location.clone_from(usual);
         }
     }

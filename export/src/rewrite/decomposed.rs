@@ -8,7 +8,7 @@ use super::{
     sequence_lengths::SequenceLengths,
 };
 use crate::{
-    rules::{AttentionMatch, Conversion, Layout, LengthSource},
+    rules::{AttentionMatch, Conversion, HeadLayout, LengthSource},
     settings::Settings,
 };
 use half::{bf16, f16};
@@ -31,7 +31,7 @@ pub fn rewrite(
     opset: i64,
     builder: &mut GraphBuilder,
 ) -> Result<(), Error> {
-    let decomposed: Vec<&Conversion> = conversions.iter().filter(|c| c.matched.replaces.is_some()).collect();
+    let decomposed: Vec<&Conversion> = conversions.iter().filter(|c| c.matched.output_node.is_some()).collect();
     if decomposed.is_empty() {
         return Ok(());
     }
@@ -75,7 +75,7 @@ pub fn rewrite(
 fn masks_padding(conversions: &[&Conversion]) -> Result<bool, Error> {
     let all = |padding| {
         let mut conversions = conversions.iter();
-        conversions.all(|c| c.matched.lengths == LengthSource::FromMask { padding })
+        conversions.all(|c| c.matched.length_source == LengthSource::FromMask { padding })
     };
     match (all(true), all(false)) {
         (true, _) => Ok(true),
@@ -96,7 +96,7 @@ fn replace_nodes(
     let mut gone: HashSet<&str> = HashSet::new();
     for conversion in conversions {
         let matched = conversion.matched;
-        let place = matched.replaces.ok_or(Error::NoAttention)?;
+        let place = matched.output_node.ok_or(Error::NoAttention)?;
         let replaced = graph.node.get(place).ok_or(Error::NoAttention)?;
         instead.insert(place, attention_nodes(replaced, conversion, settings, lengths, builder));
         // The source's own appending, and copies of its result.
@@ -183,7 +183,7 @@ fn attention_nodes(
         own.head_sink = head_sink(builder, sinks, matched.data_type);
     }
     let cast_back = matched.typed(matched.output_type) != matched.data_type;
-    let direct = matched.output_layout == Layout::Flat && !cast_back;
+    let direct = matched.output_layout == HeadLayout::Flat && !cast_back;
     if !direct {
         own.output = builder.fresh_name("output");
     }
@@ -216,11 +216,11 @@ pub fn head_sink(builder: &mut GraphBuilder, sinks: &[f32], data_type: DataType)
 }
 
 /// A value as `[B, S, width]`.
-fn flatten_heads(builder: &mut GraphBuilder, from: &str, layout: Layout, width: i64, what: &str) -> String {
+fn flatten_heads(builder: &mut GraphBuilder, from: &str, layout: HeadLayout, width: i64, what: &str) -> String {
     let from = match layout {
-        Layout::Flat => return from.to_owned(),
-        Layout::TokenHeads => from.to_owned(),
-        Layout::Heads => {
+        HeadLayout::Flat => return from.to_owned(),
+        HeadLayout::TokenHeads => from.to_owned(),
+        HeadLayout::Heads => {
             let transpose = builder.node("Transpose", &[from]).ints("perm", &SWAP_TOKENS_AND_HEADS);
             transpose.output(&format!("{what}_by_token"))
         }
@@ -244,10 +244,10 @@ fn restore_output(builder: &mut GraphBuilder, from: &str, matched: &AttentionMat
     if let Some(to) = to {
         from = builder.cast(&from, to, "output_cast");
     }
-    if matched.output_layout != Layout::Flat {
+    if matched.output_layout != HeadLayout::Flat {
         let shape = builder.int64s("output_shape", &[4], &[0, 0, matched.q_heads, d]);
         from = builder.node("Reshape", &[&from, &shape]).output("output_by_head");
-        if matched.output_layout == Layout::Heads {
+        if matched.output_layout == HeadLayout::Heads {
             let transpose = builder.node("Transpose", &[&from]).ints("perm", &SWAP_TOKENS_AND_HEADS);
             transpose.output("output_moved");
         }

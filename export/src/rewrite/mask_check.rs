@@ -34,10 +34,10 @@ const MASKS: [&[&str]; 4] = [
 
 /// Lets the operator's nodes read checked lengths where the source counts the ones of its attention mask.
 pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i64, builder: &mut GraphBuilder) {
-    let given = conversions
+    let counted = conversions
         .iter()
-        .filter(|c| c.matched.lengths == rules::LengthSource::Given);
-    let counts: BTreeSet<&str> = given.map(|c| c.matched.seqlens_k.as_str()).collect();
+        .filter(|c| c.matched.length_source == rules::LengthSource::FromGraph);
+    let counts: BTreeSet<&str> = counted.map(|c| c.matched.seqlens_k.as_str()).collect();
     let input_of = |name: &&str, rank: usize| {
         let declared = graph.input.iter().find(|i| i.name() == *name);
         declared.is_some_and(|i| i.dims().is_some_and(|d| d.len() == rank))
@@ -57,14 +57,14 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
     builder.set_prefix("retro/given/");
     for count in counts {
         let view = GraphView::new(graph, opset);
-        let Some(maker) = view.producer_index(count).filter(|_| depends(&view, count)) else {
+        let Some(producer) = view.producer_index(count).filter(|_| depends(&view, count)) else {
             continue;
         };
         let own = counts_ones(&view, count);
         let was = own.then(|| needed(graph));
         let checked = check.seqlens_k(builder, (!own).then_some(count));
         graph.initializer.append(&mut builder.take_initializers());
-        graph.node.splice(maker + 1..=maker, builder.take_nodes());
+        graph.node.splice(producer + 1..=producer, builder.take_nodes());
         let operators = graph
             .node
             .iter_mut()
@@ -89,10 +89,10 @@ pub fn data_type(graph: &GraphProto) -> Option<DataType> {
 
 /// Whether a value is the number of the attention mask's ones less one, as far as a few masks tell.
 fn counts_ones(view: &GraphView, count: &str) -> bool {
-    let makers = leading_to(view.graph, [count]);
-    let makers = view.graph.node.iter().zip(makers).filter(|(_, leads)| *leads);
+    let producers = leading_to(view.graph, [count]);
+    let producers = view.graph.node.iter().zip(producers).filter(|(_, leads)| *leads);
     // Exporters use three or four.
-    let node: Vec<NodeProto> = makers.take(MOST_NODES + 1).map(|(node, _)| node.clone()).collect();
+    let node: Vec<NodeProto> = producers.take(MOST_NODES + 1).map(|(node, _)| node.clone()).collect();
     if node.len() > MOST_NODES {
         return false;
     }
@@ -433,7 +433,7 @@ mod tests {
 
     #[test]
     fn counts_that_come_from_elsewhere_stay() {
-        // Given by the caller.
+        // An input of the graph.
         let mut graph = counted(22, &["b", "s"]);
         graph.node.retain(|n| n.op_type() != "Cast");
         graph

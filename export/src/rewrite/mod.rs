@@ -53,7 +53,7 @@ pub fn rewrite(
         model.ir_version = Some(FEEDABLE_INITIALIZERS);
     }
     graph_io::declare(graph, conversions, settings, opset)?;
-    for conversion in conversions.iter().filter(|c| c.matched.replaces.is_none()) {
+    for conversion in conversions.iter().filter(|c| c.matched.output_node.is_none()) {
         let node = graph.node.get_mut(conversion.node).ok_or(Error::NoAttention)?;
         replace(node, conversion, settings);
     }
@@ -105,7 +105,10 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
     ] {
         model.set_metadata(key, value);
     }
-    if conversions.iter().any(|c| c.matched.lengths != LengthSource::Given) {
+    if conversions
+        .iter()
+        .any(|c| c.matched.length_source != LengthSource::FromGraph)
+    {
         model.set_metadata(metadata::LENGTHS, metadata::MASK_WIDTH.to_owned());
     }
 }

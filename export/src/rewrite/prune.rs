@@ -14,16 +14,16 @@ pub fn living(graph: &GraphProto) -> Vec<bool> {
 
 /// The nodes that values depend on, by place.
 pub fn leading_to<'a>(graph: &'a GraphProto, names: impl IntoIterator<Item = &'a str>) -> Vec<bool> {
-    let mut makers: HashMap<&str, usize> = HashMap::new();
+    let mut producers: HashMap<&str, usize> = HashMap::new();
     for (index, node) in graph.node.iter().enumerate() {
         for output in node.output.iter().filter(|o| !o.is_empty()) {
-            makers.insert(output, index);
+            producers.insert(output, index);
         }
     }
     let mut alive = vec![false; graph.node.len()];
     let mut open: Vec<&str> = names.into_iter().collect();
     while let Some(name) = open.pop() {
-        let Some(index) = makers.get(name).copied() else {
+        let Some(index) = producers.get(name).copied() else {
             continue;
         };
         if let (Some(alive), Some(node)) = (alive.get_mut(index), graph.node.get(index))

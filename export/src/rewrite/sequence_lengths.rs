@@ -198,8 +198,8 @@ mod tests {
                     let expected = rows.iter().map(|row| {
                         let n = row.iter().sum::<i64>();
                         let zeros = row.iter().take_while(|x| **x == 0).count();
-                        let sound = n > 0 && zeros as i64 + n == width && (padding || zeros == 0);
-                        if sound { n - 1 } else { i64::from(MASK_NOT_UNDERSTOOD) }
+                        let valid = n > 0 && zeros as i64 + n == width && (padding || zeros == 0);
+                        if valid { n - 1 } else { i64::from(MASK_NOT_UNDERSTOOD) }
                     });
                     let expected: Vec<i64> = expected.collect();
                     assert_eq!(

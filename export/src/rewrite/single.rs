@@ -34,7 +34,7 @@ pub fn surround(
         let nodes = attention_nodes(node, conversion, settings, opset, builder, &mut tables);
         graph.node.splice(place..=place, nodes);
     }
-    let copies = conversions.iter().flat_map(|c| &c.matched.copies);
+    let copies = conversions.iter().flat_map(|c| &c.matched.cache_aliases);
     let gone: HashSet<&str> = copies.map(String::as_str).collect();
     graph
         .node
@@ -46,7 +46,7 @@ pub fn surround(
 
 fn needs_more_nodes(matched: &AttentionMatch) -> bool {
     let more = matched.qk_norm.is_some() || matched.sinks.is_some();
-    matched.replaces.is_none() && (more || matched.typed(matched.query_type) != matched.data_type)
+    matched.output_node.is_none() && (more || matched.typed(matched.query_type) != matched.data_type)
 }
 
 /// Tables of rotary embedding in another type, which all layers share: the table and type, and the name of the cast one.

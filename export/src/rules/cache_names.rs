@@ -3,6 +3,7 @@
 
 use super::{attention::Attention, carried_state::alike};
 use crate::prove::{AttentionMatch, CacheRefusal};
+use retro_model_io::exporters_present_names;
 use retro_onnx::{ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -33,7 +34,7 @@ impl<'a> Names<'a> {
         };
         let outputs: Vec<&str> = view.graph.output.iter().map(ValueInfoProto::name).collect();
         for past in view.graph.input.iter().map(ValueInfoProto::name) {
-            let usual = usual_presents(past);
+            let usual = exporters_present_names(past);
             let pairs = |present: &str| alike(past, present) || usual.iter().any(|name| name == present);
             for present in outputs.iter().filter(|present| pairs(present)) {
                 names.present_of.entry(past).or_default().insert(present);
@@ -96,17 +97,6 @@ impl<'a> Names<'a> {
             })
         })
     }
-}
-
-/// Names that exporters give the present of a past: past_key_values.0.key -> present.0.key; input.past_key_values.layers.0.keys -> output.past_key_values.layers.0.keys
-pub fn usual_presents(past: &str) -> Vec<String> {
-    let mut names = vec![
-        past.replacen("past_key_values", "present", 1),
-        past.replacen("past", "present", 1),
-    ];
-    names.extend(past.strip_prefix("input.").map(|rest| format!("output.{rest}")));
-    names.retain(|name| name != past);
-    names
 }
 
 /// The numbers in a cache's name, and whether it is of keys.

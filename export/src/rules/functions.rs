@@ -1,5 +1,5 @@
 //! A model's own functions. ONNX Runtime takes an operator's kernel before a function of the same name, so a node that a rule knows
-//! is that operator; all others are what their bodies say, which no rule looks into.
+//! is that operator; all others are what their bodies say, which no rule reads.
 
 use super::unsupported;
 use crate::prove::OperatorRefusal;
@@ -168,7 +168,7 @@ mod tests {
 
     /// ONNX Runtime has kernels for these: the function is for runtimes that don't.
     #[test]
-    fn functions_of_known_operators_are_not_looked_into() {
+    fn functions_of_known_operators_are_not_searched() {
         let call = NodeProto::new("com.microsoft", "GroupQueryAttention", "call", &["q"], &["y"]);
         let body = function("com.microsoft", "GroupQueryAttention", &[softmax(), weighed()]);
         let why = said(&[call], vec![body]);

@@ -3,7 +3,7 @@
 
 use super::rule::{MatchResult, Rule};
 use crate::prove::{
-    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_known_attributes, prove,
+    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_supported_attributes, prove,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -43,7 +43,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
     if let Some(extra) = node.output.iter().skip(3).find(|o| !o.is_empty()) {
         return Err(NodeRefusal::ReturnsScores { name: extra.clone() }.into());
     }
-    only_known_attributes(node, &KNOWN)?;
+    only_supported_attributes(node, &KNOWN)?;
     let cache = NodeCache::read(node, [slot::PAST_KEY, slot::PAST_VALUE])?;
     Ok(AttentionCandidate {
         query: node.input(0),
@@ -61,7 +61,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
 mod tests {
     use super::*;
     use crate::{
-        prove::{AttentionMatch, Layout, LengthSource},
+        prove::{AttentionMatch, HeadLayout, LengthSource},
         testing::{changed_match, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
@@ -110,7 +110,7 @@ mod tests {
         );
         assert_eq!(
             (matched.query_layout, matched.output_layout, matched.output.as_str()),
-            (Layout::Flat, Layout::Flat, "y")
+            (HeadLayout::Flat, HeadLayout::Flat, "y")
         );
         assert_eq!(
             (matched.past_key.as_str(), matched.present_value.as_str()),
@@ -121,7 +121,7 @@ mod tests {
             (0.5, 0.0, -1),
             "1/sqrt(4)"
         );
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: true });
     }
 
     #[test]
@@ -135,7 +135,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!((matched.scale, matched.bias.as_str()), (0.3, "bias"));
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: false });
     }
 
     #[test]

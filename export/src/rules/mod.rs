@@ -30,11 +30,10 @@ mod shown;
 mod unsupported;
 
 pub use crate::prove::{
-    ATTENTION_MASK, AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, LengthSource, POSITION_IDS, QkNorm, Refusal,
+    ATTENTION_MASK, AttentionMatch, HeadLayout, INPUT_IDS, INPUTS_EMBEDS, LengthSource, POSITION_IDS, QkNorm, Refusal,
     Rope, SampleCalls, Size, named_sizes, noise, sizes, width,
 };
 pub use attention::{Attention, Conversion};
-pub(crate) use cache_names::usual_presents;
 pub use carried_state::{all_carried, carried};
 pub use explain::none_found;
 pub use find::{RULES, find_attention};

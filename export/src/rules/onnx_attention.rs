@@ -2,7 +2,7 @@
 
 use super::rule::{MatchResult, Rule};
 use crate::prove::{
-    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_known_attributes, prove,
+    AttentionCandidate, NodeCache, NodeRefusal, Refusal, SampleCalls, ScoreSource, only_supported_attributes, prove,
 };
 use retro_onnx::{NodeProto, graph::GraphView};
 
@@ -47,7 +47,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
         }
         .into());
     }
-    only_known_attributes(node, &KNOWN)?;
+    only_supported_attributes(node, &KNOWN)?;
     let cache = NodeCache::read(node, [4, 5])?;
     Ok(AttentionCandidate {
         query: node.input(0),
@@ -65,7 +65,7 @@ fn candidate(node: &NodeProto) -> Result<AttentionCandidate<'_>, Refusal> {
 mod tests {
     use super::*;
     use crate::{
-        prove::{AttentionMatch, Layout, LengthSource},
+        prove::{AttentionMatch, HeadLayout, LengthSource},
         testing::{changed_match, projected, set},
     };
     use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
@@ -102,9 +102,9 @@ mod tests {
         );
         assert_eq!(
             (matched.query.as_str(), matched.output.as_str(), matched.query_layout),
-            ("q", "y", Layout::Flat)
+            ("q", "y", HeadLayout::Flat)
         );
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: false });
     }
 
     #[test]
@@ -125,7 +125,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!((matched.scale, matched.softcap), (0.25, 30.0));
-        assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
+        assert_eq!(matched.length_source, LengthSource::FromMask { padding: true });
     }
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
                 .map(str::to_owned)
                 .to_vec();
             node.output = vec!["y".into()];
-            // Without a past of its own the node takes the first query for token 0, so the mask is spelled out.
+            // Without a past of its own the node takes the first query for token 0, so the mask is written out.
             node.attribute.retain(|a| a.name() != "is_causal");
             for (name, value) in [("one", 1), ("zero", 0)] {
                 graph.initializer.push(TensorProto::int64s(name, &[], &[value]));
@@ -211,11 +211,11 @@ mod tests {
         .unwrap();
         assert_eq!(
             (matched.query.as_str(), matched.key.as_str(), matched.query_layout),
-            ("q", "k", Layout::Flat)
+            ("q", "k", HeadLayout::Flat)
         );
         assert_eq!(
             (matched.output_layout, matched.total_key.as_str()),
-            (Layout::Heads, "present.0.key")
+            (HeadLayout::Heads, "present.0.key")
         );
         assert_eq!((matched.q_heads, matched.kv_heads), (4, 2));
     }

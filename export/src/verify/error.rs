@@ -1,6 +1,5 @@
 //! Why two models can't be compared.
 
-use crate::error::Cause;
 use ort::value::TensorElementType;
 use std::{io, path::PathBuf};
 
@@ -15,15 +14,15 @@ pub enum Error {
         retro_runtime::PLUGIN_VARIABLE
     )]
     NoPlugin,
-    /// A file that should be the plugin can't be looked at.
+    /// A file that should be the plugin can't be read.
     #[error(transparent)]
-    FindPlugin(Cause),
+    FindPlugin(retro_runtime::Error),
     /// ONNX Runtime is not found or does not load.
     #[error("{0}")]
     Runtime(String),
     /// The device is not there, or says nothing of where nodes run.
     #[error(transparent)]
-    Device(Cause),
+    Device(retro_runtime::Error),
     /// ONNX Runtime refuses options of a session.
     #[error("ONNX Runtime makes no session: {0}")]
     Session(String),

@@ -2,7 +2,8 @@
 //! nothing depends on.
 
 use super::comparison::CacheFacts;
-use crate::rules::{AttentionMatch, INPUT_IDS, INPUTS_EMBEDS, Layout, usual_presents, width};
+use crate::rules::{AttentionMatch, HeadLayout, INPUT_IDS, INPUTS_EMBEDS, width};
+use retro_model_io::exporters_present_names;
 use retro_onnx::{DataType, ValueInfoProto, graph::GraphView};
 
 /// Operators that quantise activations by a range over all tokens fed together.
@@ -20,7 +21,7 @@ pub fn head_size(view: &GraphView, matched: &AttentionMatch) -> Option<usize> {
 /// The head size, from the weights around an attention that takes and gives heads side by side.
 pub fn weighed_head_size(view: &GraphView, matched: &AttentionMatch) -> Option<i64> {
     let share = |width: i64, heads: i64| (heads > 0 && width > 0 && width % heads == 0).then(|| width / heads);
-    let flat = matched.output_layout == Layout::Flat;
+    let flat = matched.output_layout == HeadLayout::Flat;
     let rows = width(view, &matched.output)
         .filter(|_| flat)
         .and_then(|n| i64::try_from(n).ok());
@@ -52,7 +53,9 @@ pub fn other_caches(view: &GraphView, known: &[CacheFacts], grows: bool) -> Vec<
             let fixed = view.declared_from_end(past, 2).is_some();
             Some(CacheFacts {
                 past: past.to_owned(),
-                present: usual_presents(past).into_iter().find(|name| view.is_output(name))?,
+                present: exporters_present_names(past)
+                    .into_iter()
+                    .find(|name| view.is_output(name))?,
                 heads: size(3)?,
                 head_size: size(1)?,
                 sliding: fixed,

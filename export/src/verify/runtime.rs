@@ -1,7 +1,7 @@
 //! ONNX Runtime with the operator's plugin at hand, and the device that both models run on.
 
 use super::error::Error;
-use crate::error::{Cause, chain};
+use crate::error::chain;
 use ort::session::{
     Session,
     builder::{GraphOptimizationLevel, SessionBuilder},
@@ -27,16 +27,16 @@ impl ComparisonRuntime {
     /// # Errors
     /// One isn't found or doesn't load, or the device isn't there; then there is nothing to compare with.
     pub fn find(device: Device) -> Result<Self, Error> {
-        let plugin = find_plugin(None).map_err(|e| Error::FindPlugin(e.into()))?;
+        let plugin = find_plugin(None).map_err(Error::FindPlugin)?;
         let plugin = plugin.ok_or(Error::NoPlugin)?;
         // A process has one, and loads it once.
         static LOADED: OnceLock<Result<retro_runtime::Runtime, String>> = OnceLock::new();
         let loaded = LOADED
-            .get_or_init(|| retro_runtime::Runtime::load_for(device, None).map_err(|e| chain(&*Cause::from(e))))
+            .get_or_init(|| retro_runtime::Runtime::load_for(device, None).map_err(|e| chain(&e)))
             .as_ref()
             .map_err(|why| Error::Runtime(why.clone()))?;
         // Only whether it is there: tensors stay on the host, and ONNX Runtime copies them.
-        device.gpu().map_err(|e| Error::Device(e.into()))?;
+        device.gpu().map_err(Error::Device)?;
         let runtime = Self { loaded, plugin, device };
         // A plugin that doesn't load says nothing of any model.
         runtime.builder(true)?;
@@ -89,7 +89,7 @@ impl ComparisonRuntime {
         if self.device == Device::Cpu {
             return Ok(None);
         }
-        let placed = device::placement(session).map_err(|e| Error::Device(e.into()))?;
+        let placed = device::placement(session).map_err(Error::Device)?;
         // What is to be compared is the operator's own kernels there; all else may be left to the CPU, and is named.
         let left = placed
             .iter()

@@ -3,7 +3,7 @@
 //! and how far logits move then is a property of the model.
 
 use super::graph_facts::DYNAMIC;
-use retro_onnx::{AttributeProto, DataType, ModelProto, NodeProto, TensorProto, graph::GraphView};
+use retro_onnx::{DataType, GraphBuilder, ModelProto, graph::GraphView};
 
 /// Numbers next to each other get different signs.
 const FREQUENCY: f32 = 9973.0;
@@ -35,40 +35,34 @@ pub fn perturb(model: &mut ModelProto, values: &[(String, DataType)]) -> bool {
     let Some(graph) = model.graph.as_mut() else {
         return false;
     };
+    let mut builder = GraphBuilder::part_of(graph);
     let mut moved = false;
     for (value, data_type) in values {
-        let place = graph.node.iter().position(|n| n.output.contains(value));
-        let Some((place, by)) = place.zip(last_place(*data_type)) else {
+        let index = graph.node.iter().position(|n| n.output.contains(value));
+        let Some((index, by)) = index.zip(last_place(*data_type)) else {
             continue;
         };
-        let name = |what: &str| format!("{value}_perturbed_{what}");
-        let result = name("result");
+        builder.set_prefix(format!("{value}_perturbed_"));
+        let result = perturbed(&mut builder, value, *data_type, by);
         for input in graph.node.iter_mut().flat_map(|n| &mut n.input).filter(|i| *i == value) {
             input.clone_from(&result);
         }
-        let numbers = [("frequency", FREQUENCY), ("place", by)];
-        let numbers = numbers.map(|(what, number)| TensorProto::floats(&name(what), &[], &[number]));
-        graph.initializer.extend(numbers);
-        let cast = |from: &str, to: &str, data_type: DataType| {
-            NodeProto::new("", "Cast", to, &[from], &[to])
-                .with(AttributeProto::int("to", i64::from(i32::from(data_type))))
-        };
-        let step = |op: &str, inputs: &[&str], to: &str| {
-            let inputs: Vec<String> = inputs.iter().map(|what| name(what)).collect();
-            let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
-            NodeProto::new("", op, &name(to), &inputs, &[&name(to)])
-        };
-        let nodes = [
-            cast(value, &name("float"), DataType::Float),
-            step("Mul", &["float", "frequency"], "turned"),
-            step("Cos", &["turned"], "sign"),
-            step("Mul", &["sign", "place"], "share"),
-            step("Mul", &["share", "float"], "step"),
-            step("Add", &["float", "step"], "sum"),
-            cast(&name("sum"), &result, *data_type),
-        ];
-        graph.node.splice(place + 1..=place, nodes);
+        graph.node.splice(index + 1..=index, builder.take_nodes());
         moved = true;
     }
+    graph.initializer.extend(builder.take_initializers());
     moved
+}
+
+/// Builds x + x * `by` * cos(x * [`FREQUENCY`]), computed in float32; returns its name.
+fn perturbed(builder: &mut GraphBuilder, x: &str, data_type: DataType, by: f32) -> String {
+    let frequency = builder.floats("frequency", &[], &[FREQUENCY]);
+    let place = builder.floats("place", &[], &[by]);
+    let float = builder.cast(x, DataType::Float, "float");
+    let turned = builder.node("Mul", &[&float, &frequency]).output("turned");
+    let sign = builder.node("Cos", &[&turned]).output("sign");
+    let share = builder.node("Mul", &[&sign, &place]).output("share");
+    let step = builder.node("Mul", &[&share, &float]).output("step");
+    let sum = builder.node("Add", &[&float, &step]).output("sum");
+    builder.cast(&sum, data_type, "result")
 }

@@ -365,7 +365,7 @@ shared_struct! {
         /// Scratch of this call: `[B, Hkv, scored_page_count, stored_heads]`, or without the last with
         /// the group score max
         pub scores: *mut f32,
-        /// `[B, Hkv, score_parts, g or 1]`: of each scoring block (score.cuh)
+        /// `[B, Hkv, score_parts, g or 1]`: of each scoring block (score_kernel.cuh)
         pub score_stats: *mut [f32; 4],
         /// `[B, Hkv, max_pages]`: 1 and the number of each page that a step has chosen; 0 before and after
         pub pages: *mut i32,

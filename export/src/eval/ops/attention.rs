@@ -83,7 +83,7 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, Error> {
     if hkv == 0 || hq % hkv != 0 {
         return Err(Error::Sizes(format!("{hq} query heads do not go into {hkv} key heads")));
     }
-    let t = past.checked_add(new).ok_or("absurd sizes")?;
+    let t = past.checked_add(new).ok_or("sizes that are too large")?;
     Ok(Sizes {
         b,
         hq,
@@ -99,7 +99,7 @@ fn sizes(node: &NodeProto, inputs: Inputs) -> Result<Sizes, Error> {
 /// What the node adds to its scores for these inputs.
 ///
 /// # Errors
-/// The node has an input or an attribute that isn't understood.
+/// The node has an input or an attribute that isn't supported.
 pub fn fused_scores(node: &NodeProto, inputs: Inputs) -> Result<Scores, Error> {
     let z = sizes(node, inputs)?;
     let standard = node.is("", "Attention");
@@ -315,8 +315,8 @@ pub(super) fn fused(call: &OpCall) -> Result<Outputs, Error> {
         .view()?
         .into_dimensionality()
         .map_err(|_| Error::Invalid("its mask is not known"))?;
-    let given = call.float("scale").unwrap_or(0.0);
-    let scale = if given == 0.0 { 1.0 / (z.d as f64).sqrt() } else { given };
+    let scale = call.float("scale").unwrap_or(0.0);
+    let scale = if scale == 0.0 { 1.0 / (z.d as f64).sqrt() } else { scale };
     let softcap = call.float("softcap").filter(|_| standard).unwrap_or(0.0);
     let mut out = attend(&z, &operands, scale, softcap, bias);
     if flat {

@@ -44,7 +44,7 @@ pub(super) fn map(t: &Tensor, data_type: DataType, f: impl Fn(f64) -> f64 + 'sta
 fn zip(a: &Tensor, b: &Tensor, data_type: DataType, f: impl Fn(f64, f64) -> f64 + 'static) -> Result<Tensor, Error> {
     let shape = broadcast(&a.shape, &b.shape)?;
     numel(&shape)?;
-    if !a.is_known() || !b.is_known() {
+    if !a.has_numbers() || !b.has_numbers() {
         return Ok(Tensor::unknown(shape, data_type));
     }
     if is_stored(&shape)
@@ -146,7 +146,7 @@ pub(super) fn select(call: &OpCall) -> Result<Tensor, Error> {
     let shape = broadcast(&broadcast(&c.shape, &a.shape)?, &b.shape)?;
     numel(&shape)?;
     let all = [c, a, b];
-    if all.iter().any(|t| !t.is_known()) {
+    if all.iter().any(|t| !t.has_numbers()) {
         return Ok(Tensor::unknown(shape, a.data_type));
     }
     if is_stored(&shape) && all.iter().all(|t| t.data.is_some()) {

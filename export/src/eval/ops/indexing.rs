@@ -36,7 +36,7 @@ fn bounds(start: i64, end: i64, step: i64, d: i64) -> Result<(usize, usize), Err
         0 => return Err("a step of 0".into()),
         _ => {
             let (from, to) = (wrap(start).clamp(-1, d - 1), wrap(end).clamp(-1, d - 1));
-            let back = step.checked_neg().ok_or("an absurd step")?;
+            let back = step.checked_neg().ok_or("a step that is too large")?;
             (from, from - to, back)
         }
     };
@@ -215,13 +215,13 @@ pub(super) fn gather_elements(call: &OpCall) -> Result<Tensor, Error> {
 /// [ScatterND](https://onnx.ai/onnx/operators/onnx__ScatterND.html), without a reduction.
 pub(super) fn scatter_nd(call: &OpCall) -> Result<Tensor, Error> {
     let (t, ids, updates) = (call.need(0)?, call.need(1)?, call.need(2)?);
-    if [t, ids, updates].iter().any(|t| !t.is_known()) {
+    if [t, ids, updates].iter().any(|t| !t.has_numbers()) {
         return Ok(Tensor::unknown(t.shape.clone(), t.data_type));
     }
     let depth = *ids.shape.last().ok_or("indices without dimensions")?;
     let reduces = call.node.attribute("reduction").is_some_and(|r| r.s() != b"none");
     if depth == 0 || depth > t.shape.len() || reduces {
-        return Err("a scatter that is not understood".into());
+        return Err("a scatter that is not supported".into());
     }
     let (Some(data), Some(ids_data), Some(new)) = (&t.data, &ids.data, &updates.data) else {
         return scatter_nd_on_demand(t, ids, updates, depth);

@@ -151,7 +151,7 @@ impl Equation {
         for (slot, term) in terms.iter().enumerate() {
             let t = call.need(slot)?;
             if term.len() != t.shape.len() || term.contains(&b'.') {
-                return Err(Error::NotComputed(format!("the equation {equation} is not understood")));
+                return Err(Error::NotComputed(format!("the equation {equation} is not supported")));
             }
             for (label, d) in term.iter().zip(&t.shape) {
                 match sizes.iter().find(|(l, _)| l == label) {
@@ -244,7 +244,7 @@ pub(super) fn conv(call: &OpCall) -> Result<Tensor, Error> {
                 shape.push(space[axis].div_ceil(stride));
                 continue;
             }
-            _ => return Err("an auto_pad that is not understood".into()),
+            _ => return Err("an auto_pad that is not supported".into()),
         };
         let wide = space[axis].saturating_add(before).saturating_add(after);
         let steps = wide.checked_sub(reach).ok_or("a kernel wider than its input")?;

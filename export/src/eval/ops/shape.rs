@@ -257,7 +257,7 @@ pub(super) fn pad(call: &OpCall) -> Result<Tensor, Error> {
     for (i, axis) in axes.iter().enumerate() {
         let wide = i64::try_from(t.shape[*axis]).ok();
         let wide = wide.and_then(|d| d.checked_add(pads[i])?.checked_add(pads[axes.len() + i]));
-        shape[*axis] = size(wide.ok_or("an absurd pad")?)?;
+        shape[*axis] = size(wide.ok_or("a pad that is too large")?)?;
         before[*axis] = pads[i];
     }
     numel(&shape)?;

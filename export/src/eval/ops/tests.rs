@@ -125,7 +125,7 @@ fn scatters_on_demand_are_blocks_in_order_only() {
     let m = counted(&[3, 4]);
     let swapped = ints(&[2, 2, 2], &[0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
     let out = result(&node("ScatterND", &[]), &[on_demand(&m), swapped, counted(&[2, 2])]).unwrap();
-    assert!(!out.is_known());
+    assert!(!out.has_numbers());
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn numbers_that_take_too_many_steps_are_not_known() {
         t = result(&node("Max", &[]), &[t.clone(), t]).unwrap();
     }
     let part = [t, ints(&[1], &[0.0]), ints(&[1], &[10.0])];
-    assert!(!result(&node("Slice", &[]), &part).unwrap().is_known());
+    assert!(!result(&node("Slice", &[]), &part).unwrap().has_numbers());
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 /// Windows up to this many tokens show in the small calls.
 const SMALL_WINDOW: usize = 9;
 
-/// Finds the mask that `read` reads. `constants`: integers that the mask's computation mentions or computes: one may be the window,
+/// Finds the mask that `read` reads. `constants`: integers that the mask's computation holds or computes: one may be the window,
 /// or the place from which on the mask is another. `far`: past tokens of further calls that may show either.
 ///
 /// # Errors
@@ -47,12 +47,12 @@ fn read_single(
     bounds: &BTreeSet<usize>,
     far: &[usize],
 ) -> Result<Single, MaskRefusal> {
-    // Windows that show in the small calls, and those that the computation mentions.
+    // Windows that show in the small calls, and those beside its constants.
     let mut windows: Vec<Option<usize>> = vec![None];
     windows.extend((1..=SMALL_WINDOW).map(Some));
     let near = |c: &usize| [c.checked_sub(1), Some(*c), c.checked_add(1)];
-    let mentioned = constants.iter().flat_map(near);
-    windows.extend(mentioned.filter(|w| w.is_some_and(|w| w > SMALL_WINDOW)));
+    let candidates = constants.iter().flat_map(near);
+    windows.extend(candidates.filter(|w| w.is_some_and(|w| w > SMALL_WINDOW)));
     windows.retain(|w| fits(unpadded(*w), small));
     if windows.is_empty() {
         return Err(why_not_causal(small));

@@ -12,16 +12,25 @@ pub fn fits(mask: SupportedMask, calls: &[(CallShape, ScoreBias)]) -> bool {
 
 /// The first sequence, query and key where a bias differs from a mask. Rows of padding don't count.
 fn first_difference(mask: SupportedMask, call: CallShape, bias: &ScoreBias) -> Option<(usize, usize, usize)> {
-    let n = bias.places.len(call.total());
-    for (block, data) in bias.data.chunks(n.max(1)).enumerate() {
+    let total = call.total();
+    let n = bias.places.len(total);
+    bias.data.chunks(n.max(1)).enumerate().find_map(|(block, data)| {
         let b = block / bias.heads.max(1);
-        let places = bias.places.each(call.total()).map(|[i, j]| (call.past + i, j));
-        let mut read = places.zip(data).filter(|((i, _), _)| *i >= call.first(b));
-        if let Some(((i, j), _)) = read.find(|((i, j), x)| (**x > MASKED) != mask.allows(call, b, *i, *j)) {
-            return Some((b, i, j));
-        }
-    }
-    None
+        let query = |row: usize| Some(call.past + row).filter(|query| *query >= call.first(b));
+        let (query, key) = match &bias.places {
+            ScorePlaces::Rows(rows) => rows.iter().zip(data.chunks(total.max(1))).find_map(|(row, data)| {
+                let query = query(*row)?;
+                let keys = mask.keys(call, b, query);
+                let key = (0..).zip(data).find(|(key, x)| (**x > MASKED) != keys.contains(key))?.0;
+                Some((query, key))
+            }),
+            ScorePlaces::Cells(cells) => cells.iter().zip(data).find_map(|([row, key], x)| {
+                let query = query(*row)?;
+                ((*x > MASKED) != mask.keys(call, b, query).contains(key)).then_some((query, *key))
+            }),
+        }?;
+        Some((b, query, key))
+    })
 }
 
 /// How many tokens the one token of a call sees, if not all.

@@ -11,7 +11,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-/// Values that a mask is computed from, if it is to be known again.
+/// Values that a mask is computed from, if its key is to be found again.
 const MAX_KEYED: usize = 4096;
 
 /// A key of an attention's mask: attentions with the same text have the same mask. Values are numbered in the
@@ -50,7 +50,7 @@ pub fn mask_key<'a>(samples: &SampleCalls<'a>, candidate: &AttentionCandidate<'a
             key.write(&[candidate.output]);
             break;
         }
-        key.made(name);
+        key.computation(name);
     }
     key.text
 }
@@ -93,6 +93,7 @@ impl<'a> MaskKey<'_, 'a> {
             let about = match &constant.data {
                 Some(data) if data.len() <= FEW => format!("{data:?}"),
                 Some(data) => {
+                    // Keys are compared within one run of the program, so the hash may be another in the next.
                     let mut hasher = DefaultHasher::new();
                     data.iter().for_each(|x| x.to_bits().hash(&mut hasher));
                     format!("{:x}", hasher.finish())
@@ -110,8 +111,8 @@ impl<'a> MaskKey<'_, 'a> {
         }
     }
 
-    /// How a value is made.
-    fn made(&mut self, name: &'a str) {
+    /// How a value is computed.
+    fn computation(&mut self, name: &'a str) {
         let Some(node) = self.samples.view.producer(name) else {
             self.write(&[name]);
             return;

@@ -1,7 +1,7 @@
 //! What a mask lets a token see: causal, a sliding window, padding; or none of these, and then why not.
 //!
-//! The mask is found by reading what is added to the scores ([`reader`]) in many calls ([`calls`]), at the numbers that its
-//! computation mentions ([`window_candidates`]) and far from them.
+//! The mask is found by reading what is added to the scores ([`reader`]) in many calls ([`calls`]), at the constants of its
+//! computation ([`window_candidates`]) and far from them.
 
 mod bias;
 mod calls;
@@ -33,9 +33,9 @@ pub fn find_mask<'a>(
     candidate: &AttentionCandidate<'a>,
 ) -> Result<SupportedMask, MaskRefusal> {
     let key = mask_key(samples, candidate);
-    let known = samples.masks.borrow().get(&key).cloned();
-    if let Some(known) = known {
-        return known;
+    let read = samples.masks.borrow().get(&key).cloned();
+    if let Some(mask) = read {
+        return mask;
     }
     let found = read_mask(samples, candidate);
     samples.masks.borrow_mut().insert(key, found.clone());

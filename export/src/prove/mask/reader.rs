@@ -1,9 +1,9 @@
-//! Reads what is added to an attention's scores: planted scores of 0 show the bias, scores of 1 what they are multiplied
+//! Reads what is added to an attention's scores: scores of 0 show the bias, scores of 1 what they are multiplied
 //! with.
 
 use super::bias::{ScoreBias, ScorePlaces, gain, read_places};
 use crate::{
-    eval::{Cone, Env, Tensor, fused_scores},
+    eval::{Env, GraphSlice, Tensor, fused_scores},
     prove::{
         call_invariant::{MAX_CHAIN, others_are_call_invariant},
         call_shape::CallShape,
@@ -16,7 +16,7 @@ use retro_onnx::{DataType, NodeProto};
 use std::{cell::Cell, rc::Rc};
 
 /// Numbers that are computed for one mask.
-const MAX_SPENT: usize = 1 << 30;
+const MAX_COMPUTED: usize = 1 << 30;
 /// Tokens of calls that are made once for the whole graph; of larger ones what a mask needs is computed alone.
 const SMALL_CALL: usize = 16;
 /// Operators that take each number by itself.
@@ -29,14 +29,14 @@ pub struct BiasReader<'p, 'a> {
     samples: &'p SampleCalls<'a>,
     candidate: &'p AttentionCandidate<'a>,
     /// What the scores and what is added to them are computed from.
-    cone: Cone<'a>,
+    slice: GraphSlice<'a>,
     /// Scores are known to be multiplied with one number everywhere.
     even: bool,
     /// What lies between the products and the Softmax takes each number by itself, so that one head tells of all whose mask is
     /// the same.
     by_number: bool,
     /// Numbers that were computed.
-    spent: Cell<usize>,
+    computed: Cell<usize>,
 }
 
 impl<'p, 'a> BiasReader<'p, 'a> {
@@ -55,10 +55,10 @@ impl<'p, 'a> BiasReader<'p, 'a> {
         Self {
             samples,
             candidate,
-            cone: samples.program().cone(&targets),
+            slice: samples.program().slice_to(&targets),
             even: path.as_ref().is_some_and(|path| is_scaled_evenly(samples, path)),
             by_number: path.is_some_and(|path| path.iter().all(|(node, _)| by_number(node))),
-            spent: Cell::new(0),
+            computed: Cell::new(0),
         }
     }
 
@@ -67,14 +67,14 @@ impl<'p, 'a> BiasReader<'p, 'a> {
     /// # Errors
     /// It can't be computed, or takes too long, or the model does not take such a call.
     pub fn read(&self, call: CallShape, places: ScorePlaces) -> Result<ScoreBias, Unread> {
-        if self.spent.get() > MAX_SPENT {
+        if self.computed.get() > MAX_COMPUTED {
             return Err(Unread::Long);
         }
         let env = match call.total() {
             0..=SMALL_CALL => self.samples.run(call)?,
-            _ => Rc::new(self.samples.run_cone(call, &self.cone)?),
+            _ => Rc::new(self.samples.run_slice(call, &self.slice)?),
         };
-        self.spent.set(self.spent.get() + env.spent());
+        self.computed.set(self.computed.get() + env.computed());
         match self.candidate.scores {
             ScoreSource::Fused(node) => self.read_node(&env, places, node),
             ScoreSource::Decomposed { product, masked } => self.read_nodes(&env, call, places, product, masked),
@@ -113,7 +113,10 @@ impl<'p, 'a> BiasReader<'p, 'a> {
         }
         let scored = |x: f64| -> Result<Env<'a>, Unread> {
             let scores = Tensor::filled(shape.clone(), DataType::Float, x)?;
-            Ok(self.samples.program().plant(env, vec![(product, scores)], &[masked]))
+            Ok(self
+                .samples
+                .program()
+                .substitute(env, vec![(product, scores)], &[masked]))
         };
         let tried = scored(0.0)?;
         let zeros = match (tried.need(masked), env.get(masked)) {
@@ -133,13 +136,13 @@ impl<'p, 'a> BiasReader<'p, 'a> {
             });
         }
         let full = [call.b, n / each, call.s, call.total()];
-        if !zeros.is_known() {
+        if !zeros.has_numbers() {
             return Err(unknown());
         }
         let data = self.places(zeros, full, &places)?;
         let gain = if !self.even && call.b == 1 && call.pad == 0 {
             let ones = scored(1.0)?;
-            let ones = ones.get(masked).filter(|t| t.is_known()).ok_or_else(unknown)?;
+            let ones = ones.get(masked).filter(|t| t.has_numbers()).ok_or_else(unknown)?;
             let ones = self.places(ones, full, &places)?;
             gain(&data, &ones)
         } else {
@@ -155,7 +158,7 @@ impl<'p, 'a> BiasReader<'p, 'a> {
 
     fn places(&self, tensor: &Tensor, full: [usize; 4], places: &ScorePlaces) -> Result<Vec<f64>, Unread> {
         let data = read_places(tensor, full, places).ok_or(Unread::Long)?;
-        self.spent.set(self.spent.get() + data.len());
+        self.computed.set(self.computed.get() + data.len());
         Ok(data)
     }
 }
@@ -176,7 +179,7 @@ fn path_to_scores<'a>(
             .input
             .iter()
             .map(String::as_str)
-            .find(|i| samples.program().is_data(i))?;
+            .find(|i| samples.program().is_data_dependent(i))?;
         path.push((node, name));
     }
     Some(path)

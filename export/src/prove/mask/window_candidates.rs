@@ -1,4 +1,4 @@
-//! What the computation of a mask mentions: numbers, and tables with their sizes. A window may be either, be computed from
+//! The constants of a mask's computation: numbers, and tables with their sizes. A window may be either, be computed from
 //! several, or lie inside a table.
 
 use crate::{
@@ -12,10 +12,10 @@ use crate::{
 use retro_onnx::{GraphProto, NodeProto, graph::subgraphs};
 use std::collections::{BTreeSet, HashSet};
 
-/// Constants up to this many elements are numbers that are mentioned; larger ones are tables.
+/// Constants up to this many elements are numbers of their own; larger ones are tables.
 pub const FEW: usize = 8;
 const MAX_VALUES: usize = 20_000;
-/// Past tokens of calls that are read whatever is mentioned: a window may be computed from other numbers. The larger ones are
+/// Past tokens of calls that are read whatever the constants are: a window may be computed from other numbers. The larger ones are
 /// primes: what recurs with any smaller period shows there too.
 const FAR: [usize; 7] = [64, 256, 1024, 4096, 9001, 30_011, 131_071];
 /// Tokens that a table may be for.
@@ -140,7 +140,7 @@ impl WindowCandidates {
         }
     }
 
-    /// Past tokens of calls of one token that show a window that no number mentions: a few distances, and the last rows of tables.
+    /// Past tokens of calls of one token that show a window that is no constant: a few distances, and the last rows of tables.
     pub fn far(&self) -> Vec<usize> {
         let ends = self.sizes.iter().flat_map(|d| [d - 1, *d]);
         let far: BTreeSet<usize> = FAR.into_iter().chain(ends).collect();

@@ -52,10 +52,18 @@ pub enum Refusal {
     Proof(#[from] ProofRefusal),
     /// What is wrong with the queries, the keys or the values.
     #[error("its {kind}: {why}")]
-    In { kind: OperandKind, why: Box<Refusal> },
+    In {
+        /// Which operand.
+        kind: OperandKind,
+        /// What is wrong with it.
+        why: Box<Refusal>,
+    },
     /// No value has the numbers of the operator's formula. `why`: of the last that was compared.
     #[error("its output is not that of softmax attention: {why}")]
-    OtherOutput { why: Box<Refusal> },
+    OtherOutput {
+        /// Of the value that was compared last.
+        why: Box<Refusal>,
+    },
     /// A value that the proof needs can't be computed.
     #[error(transparent)]
     Evaluation(#[from] eval::Error),

@@ -92,7 +92,7 @@ fn scores<'a>(
             });
         }
         let inputs = node.input.iter().map(String::as_str);
-        let data: Vec<&str> = inputs.filter(|i| program.is_data(i)).collect();
+        let data: Vec<&str> = inputs.filter(|i| program.is_data_dependent(i)).collect();
         name = match data.as_slice() {
             [one] if node.is("", "Concat") && node.input.len() == 2 && node.input(0) == *one => {
                 sink = Some(node.input(1));

@@ -1,6 +1,6 @@
 use super::*;
 use crate::{
-    prove::{AttentionMatch, Layout, LengthSource},
+    prove::{AttentionMatch, HeadLayout, LengthSource},
     testing::{first_match, projected},
 };
 use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto, ValueInfoProto};
@@ -95,10 +95,13 @@ fn a_mask_that_is_added_matches() {
         (matched.scale, matched.softcap, matched.local_window_size),
         (0.5, 0.0, -1)
     );
-    assert_eq!((matched.query.as_str(), matched.query_layout), ("q", Layout::Flat));
+    assert_eq!((matched.query.as_str(), matched.query_layout), ("q", HeadLayout::Flat));
     assert_eq!((matched.key.as_str(), matched.value.as_str()), ("k", "v"));
-    assert_eq!((matched.output.as_str(), matched.output_layout), ("y", Layout::Flat));
-    assert_eq!(matched.lengths, LengthSource::FromMask { padding: false });
+    assert_eq!(
+        (matched.output.as_str(), matched.output_layout),
+        ("y", HeadLayout::Flat)
+    );
+    assert_eq!(matched.length_source, LengthSource::FromMask { padding: false });
 }
 
 #[test]
@@ -124,7 +127,7 @@ fn padding_a_window_a_softcap_and_scaled_queries_match() {
     .unwrap();
     assert_eq!((matched.softcap, matched.local_window_size), (20.0, 3));
     assert!((matched.scale - 1.0).abs() < 1e-5, "{}", matched.scale);
-    assert_eq!(matched.lengths, LengthSource::FromMask { padding: true });
+    assert_eq!(matched.length_source, LengthSource::FromMask { padding: true });
 }
 
 #[test]
@@ -496,7 +499,7 @@ fn a_factor_of_the_position_stays_outside() {
     let matched = with_factor(&[times_factor], |graph| reads_instead(graph, "dots", "q_times_factor")).unwrap();
     assert_eq!(
         (matched.query.as_str(), matched.query_layout),
-        ("q_times_factor", Layout::Heads)
+        ("q_times_factor", HeadLayout::Heads)
     );
     let times_factor = ("Mul", &["mixed", "factor"][..], "mixed_times_factor");
     let matched = with_factor(&[times_factor], |graph| {
@@ -505,7 +508,7 @@ fn a_factor_of_the_position_stays_outside() {
     .unwrap();
     assert_eq!(
         (matched.output.as_str(), matched.output_layout),
-        ("mixed", Layout::Heads)
+        ("mixed", HeadLayout::Heads)
     );
 }
 

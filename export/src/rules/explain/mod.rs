@@ -47,7 +47,7 @@ impl<'p, 'a> Explain<'p, 'a> {
         self.functions.contains(&named)
     }
 
-    /// The cause of a refusal, if it is one of those known; `why`: what the rule said.
+    /// The cause of a refusal, if it is one that this module looks for; `why`: what the rule said.
     pub fn cause(&self, node: &'a NodeProto, why: &Refusal) -> Option<Refusal> {
         let view = self.samples.view;
         let operands = TracedOperands::of(view, node)?;
@@ -66,10 +66,26 @@ impl<'p, 'a> Explain<'p, 'a> {
         if let Some(cause) = self.cause_in_mask(&mask, why) {
             return Some(cause);
         }
-        // What an evaluation stumbled over, where the cache is one that keeps the newest tokens.
+        if let Some(cause) = self.cause_in_function(why) {
+            return Some(cause.into());
+        }
+        // Sizes that don't fit one another, where the cache is one that keeps the newest tokens.
         let mut origins = keys.origins.iter().chain(&values.origins);
         let cause = origins.find_map(|origin| sliding(view, origin))?;
         is_of_sizes(why).then(|| cause.into())
+    }
+
+    /// The cause, where a function of the model computes what can't be computed here.
+    fn cause_in_function(&self, why: &Refusal) -> Option<OperatorRefusal> {
+        let why = why.evaluation()?;
+        let Error::NotSupported { domain, op_type } = why.cause() else {
+            return None;
+        };
+        let called = self.functions.contains(&(domain.clone(), op_type.clone()));
+        called.then(|| OperatorRefusal::DependsOnFunction {
+            function: op_type.clone(),
+            node: why.node().unwrap_or_default().to_owned(),
+        })
     }
 
     /// The cause, where it lies in what keys and values come from.

@@ -50,12 +50,15 @@ fn graph(cache: &[Dimension], nodes: &[Node]) -> GraphProto {
 }
 
 fn said(graph: GraphProto) -> String {
-    let model = ModelProto {
+    said_of_model(&ModelProto {
         graph: Some(graph),
         ..Default::default()
-    };
+    })
+}
+
+fn said_of_model(model: &ModelProto) -> String {
     let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
-    let found = find_attention(&model, &SampleCalls::new(&view, None));
+    let found = find_attention(model, &SampleCalls::new(&view, None));
     assert_eq!(found.len(), 1);
     found[0].found.clone().expect_err("it should be refused").to_string()
 }
@@ -64,7 +67,7 @@ const PAST: [&str; 2] = ["past_key_values.0.key", "past_key_values.0.value"];
 
 #[test]
 fn layouts_of_caches_are_named() {
-    // The cache is appended to in its own order, then brought into the usual one; or the other way round.
+    // The cache is appended to in its own order, then transposed to the usual one; or the other way round.
     let rows = |axes: [usize; 4]| -> Vec<Dimension> {
         let usual: [Dimension; 4] = ["batch".into(), 2.into(), "past".into(), 4.into()];
         axes.map(|axis| usual[axis].clone()).to_vec()
@@ -118,6 +121,45 @@ fn layouts_of_caches_are_named() {
     );
     let why = said(side_by_side);
     assert!(why.contains("[B, T, H*D]"), "{why}");
+}
+
+/// As exporters write norms that are functions of the model: whatever follows has no shape until they are inlined.
+#[test]
+fn functions_before_the_attention_are_named() {
+    let cache = ["batch".into(), 2.into(), "past".into(), 4.into()];
+    let mut graph = graph(
+        &cache,
+        &[
+            ("Concat", &[PAST[0], "k_heads"], "present.0.key", &[2]),
+            ("Concat", &[PAST[1], "v_heads"], "present.0.value", &[2]),
+            ("Identity", &["present.0.key"], "keys", &[]),
+            ("Identity", &["present.0.value"], "values", &[]),
+        ],
+    );
+    for node in graph.node.iter_mut().filter(|n| n.output(0) == "q") {
+        node.input[0] = "normed".into();
+    }
+    let call = |domain: &str| NodeProto::new(domain, "Norm", "norm_call", &["inputs_embeds"], &["normed"]);
+    graph.node.insert(0, call("own"));
+    let mut model = ModelProto {
+        graph: Some(graph),
+        ..Default::default()
+    };
+    assert!(
+        said_of_model(&model).contains("the operator own::Norm is not supported"),
+        "no function of the model"
+    );
+    model.functions.push(FunctionProto {
+        name: Some("Norm".into()),
+        domain: Some("own".into()),
+        ..Default::default()
+    });
+    let why = said_of_model(&model);
+    assert!(
+        why.contains("the model's function Norm (node norm_call)")
+            && why.contains("inline the model's functions first"),
+        "{why}"
+    );
 }
 
 #[test]

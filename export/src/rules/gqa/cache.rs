@@ -12,11 +12,11 @@ pub fn find_cache(view: &GraphView, matched: &mut AttentionMatch) -> Result<Data
     let kv_heads = matched.kv_heads;
     let mut node_types = Vec::new();
     for past in [&mut matched.past_key, &mut matched.past_value] {
-        node_types.push(follow_past(view, past, &mut matched.copies)?);
+        node_types.push(follow_past(view, past, &mut matched.cache_aliases)?);
         check_shape(view, past, kv_heads)?;
     }
     for present in [&mut matched.present_key, &mut matched.present_value] {
-        follow_present(view, present, &mut matched.copies)?;
+        follow_present(view, present, &mut matched.cache_aliases)?;
     }
     let outer = element_type(view, matched)?;
     cache_aliases::same_type(view, &matched.past_key, &matched.present_key)?;

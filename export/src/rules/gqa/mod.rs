@@ -101,10 +101,10 @@ fn attention_match(view: &GraphView, node: &NodeProto) -> Result<AttentionMatch,
 
 /// Refuses inputs and outputs that the operator has no counterpart for, and the absence of those that it needs.
 fn check_slots(node: &NodeProto, attributes: &GqaAttributes) -> Result<(), Refusal> {
-    let given = |slot: usize| !node.input(slot).is_empty();
+    let has = |slot: usize| !node.input(slot).is_empty();
     let name = |slot: usize| node.input(slot).to_owned();
     for (slot, input) in slot::FOREIGN {
-        if given(slot) {
+        if has(slot) {
             let name = name(slot);
             return Err(NodeRefusal::Input { input, slot, name }.into());
         }
@@ -112,22 +112,22 @@ fn check_slots(node: &NodeProto, attributes: &GqaAttributes) -> Result<(), Refus
     if let Some(more) = node.input.iter().skip(slot::COUNT).find(|i| !i.is_empty()) {
         return Err(NodeRefusal::MoreInputs { name: more.clone() }.into());
     }
-    if given(slot::ATTENTION_BIAS) {
+    if has(slot::ATTENTION_BIAS) {
         let (slot, name) = (slot::ATTENTION_BIAS, name(slot::ATTENTION_BIAS));
         return Err(NodeRefusal::AttentionBias { slot, name }.into());
     }
     // Without rotary embedding in the node nothing reads the positions.
-    if given(slot::POSITION_IDS) && attributes.do_rotary {
+    if has(slot::POSITION_IDS) && attributes.do_rotary {
         let (slot, name) = (slot::POSITION_IDS, name(slot::POSITION_IDS));
         return Err(NodeRefusal::Positions { slot, name }.into());
     }
-    if !given(slot::QUERY) || !given(slot::SEQLENS_K) || !given(slot::TOTAL_SEQUENCE_LENGTH) {
+    if !has(slot::QUERY) || !has(slot::SEQLENS_K) || !has(slot::TOTAL_SEQUENCE_LENGTH) {
         return Err(NodeRefusal::InputAbsent.into());
     }
-    if given(slot::KEY) != given(slot::VALUE) {
+    if has(slot::KEY) != has(slot::VALUE) {
         return Err(NodeRefusal::KeyOrValueAlone.into());
     }
-    if !given(slot::PAST_KEY) || !given(slot::PAST_VALUE) {
+    if !has(slot::PAST_KEY) || !has(slot::PAST_VALUE) {
         return Err(CacheRefusal::NodeHasNone.into());
     }
     if let Some(extra) = node.output.iter().skip(3).find(|o| !o.is_empty()) {
@@ -141,8 +141,8 @@ fn check_slots(node: &NodeProto, attributes: &GqaAttributes) -> Result<(), Refus
 
 /// Both weights, or none.
 fn qk_norm(node: &NodeProto, attributes: &GqaAttributes) -> Result<Option<QkNorm>, NodeRefusal> {
-    let alone = |given, name: &str, missing| NodeRefusal::NormAlone {
-        given,
+    let alone = |present, name: &str, missing| NodeRefusal::NormAlone {
+        present,
         name: name.to_owned(),
         missing,
     };

@@ -159,7 +159,7 @@ fn a_cache_behind_copies_matches() {
             "present.0.value"
         ]
     );
-    assert_eq!(matched.copies.len(), 4, "{:?}", matched.copies);
+    assert_eq!(matched.cache_aliases.len(), 4, "{:?}", matched.cache_aliases);
     assert_eq!(
         (matched.data_type, matched.query_type),
         (DataType::Float, DataType::Undefined)

@@ -6,7 +6,7 @@
 #pragma once
 #include "mma.cuh"
 #include "page_rows.cuh"
-#include "scores.cuh"
+#include "score_output.cuh"
 
 // Groups of pages that a warp scores at once: enough loads in flight to hide the memory's latency.
 constexpr int SCORE_UNROLL = 4;

@@ -1,7 +1,7 @@
 // What a prefill writes beside its outputs: keys and values, page summaries, page steps.
 #pragma once
 #include "page_rows.cuh"
-#include "selectors.cuh"
+#include "selectors.cuh"  // every file of selector/: written by op/build/params.rs
 
 // Grid (tokens, Hkv, B): one fed row a block, where ONNX Runtime's own operator has not written it.
 template <class T> DEVICE void append_kernel(const Params& p) {

@@ -1,9 +1,9 @@
-// Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/op_kernel.rs names
-// them, and op/src/cuda/abi.rs has the lists (SCORE_HALF and so on) and the launch bounds.
+// Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/kernel_set.rs finds
+// them by name, and op/src/cuda/abi.rs has the lists (SCORE_HALF and so on) and the launch bounds.
 #include "attend.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"
-#include "score.cuh"
+#include "score_kernel.cuh"
 #include "select.cuh"
 
 #define KERNEL(NAME, THREADS, BLOCKS, BODY) \

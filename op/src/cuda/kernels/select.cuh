@@ -5,6 +5,9 @@
 // by digit. The list has the forced pages first, then those above the bin, then those of it by rank; each is announced
 // as soon as its place is known.
 //
+// The group score "max" is joined over heads while pages are scored (page_vectors.cuh); "softmax" needs the scores of
+// all pages first, and is joined here (join_heads).
+//
 // Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the
 // scores are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as
 // possible, as each is fetched for the first time.

@@ -5,7 +5,7 @@
 // the others owns one touched page: it writes the fed rows that lie in it, makes its state from its rows and scores it.
 // What waits for a head's scores (select.cuh) is on the device before they are there.
 #pragma once
-#include "selectors.cuh"
+#include "selectors.cuh"  // every file of selector/: written by op/build/params.rs
 
 template <class T, int DP, class SELECTOR> DEVICE void score_kernel(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
