@@ -37,7 +37,9 @@ pub struct Cli {
     pub output: Option<PathBuf>,
 
     /// Restore the original of a converted model, byte for byte, instead of converting
-    #[arg(long, conflicts_with_all = ["window", "budget", "dry_run", "verify", "partial", "all_logits"])]
+    #[arg(long, conflicts_with_all = [
+        "Settings", "dense_layers", "dry_run", "verify", "tolerance", "partial", "all_logits", "sliding_cache",
+    ])]
     pub revert: bool,
 
     /// Compare the result with the original in ONNX Runtime, whatever the model's size
@@ -158,6 +160,35 @@ mod tests {
             Cli::try_parse_from(["retro-export", "m.onnx"]).is_err(),
             "an output is needed"
         );
+    }
+
+    /// What a conversion is set to has no meaning on the way back.
+    #[test]
+    fn revert_takes_no_flag_that_it_would_ignore() {
+        let revert = |more: &[&str]| {
+            let line = ["retro-export", "m", "-o", "o", "--revert"].into_iter();
+            Cli::try_parse_from(line.chain(more.iter().copied()))
+        };
+        assert!(revert(&["--force", "--json", "--no-verify", "--external-data", "copy"]).is_ok());
+        for ignored in [
+            &["--window", "2"][..],
+            &["--selector", "bounds"],
+            &["--page-size", "16"],
+            &["--min-pages", "4"],
+            &["--mode", "dense"],
+            &["--dense-layers", "0"],
+            &["--sliding-cache", "full"],
+            &["--tolerance", "1"],
+            &["--device", "cpu"],
+            &["--dry-run"],
+        ] {
+            let why = revert(ignored).unwrap_err();
+            assert_eq!(
+                why.kind(),
+                clap::error::ErrorKind::ArgumentConflict,
+                "{ignored:?}: {why}"
+            );
+        }
     }
 
     #[test]

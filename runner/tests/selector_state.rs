@@ -1,9 +1,14 @@
 //! Synthetic state of selectors is what the operator leaves behind a prefill.
 
-use half::f16;
+use half::{bf16, f16};
 use ort::value::TensorElementType;
-use retro_contract::{CacheSize, Selector, StateElement, limits, pages_for};
-use retro_run::{Device, OpenOptions, Runtime, bench::selector_state::StatePattern, runtime::find_plugin};
+use retro_contract::{Selector, StateElement};
+use retro_models::Dtype;
+use retro_run::{
+    Device, OpenOptions, Runtime,
+    bench::{op::operator::AttentionShape, selector_state::StatePattern},
+    runtime::find_plugin,
+};
 
 /// Page size, D.
 const SHAPES: [(usize, usize); 3] = [(8, 16), (16, 64), (128, 40)];
@@ -49,15 +54,14 @@ fn is_valid(bed: &Bed) {
             let (page_size, d) = shape;
             let bytes = bed.pattern(selector, shape, TensorElementType::Float32);
             // As long as that of whole pages of one KV head.
-            let one = CacheSize {
-                capacity: 256,
-                pages: pages_for(256, page_size),
-                page_size,
+            let one = AttentionShape {
+                heads: 1,
+                kv_heads: 1,
                 head_size: d,
-                sketch_bits: limits::SKETCH_BITS,
-                cache_element: 4,
+                page_size,
+                dtype: Dtype::F32,
             };
-            let layout = selector.layout(&one);
+            let layout = selector.layout(&one.cache_size(256));
             assert_eq!(bytes.len(), 127 * layout.bytes(4), "{selector}, {shape:?}");
             assert!(bytes.iter().any(|&b| b != bytes[0]), "{selector}: {shape:?}");
             if layout.element == StateElement::Byte {
@@ -85,6 +89,15 @@ fn is_valid(bed: &Bed) {
 fn is_in_the_caches_type(bed: &Bed) {
     let wide = floats(&bed.pattern(Selector::Bounds, SHAPES[0], TensorElementType::Float32));
     let narrow = bed.pattern(Selector::Bounds, SHAPES[0], TensorElementType::Float16);
-    let narrow = narrow.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b));
-    assert!(narrow.eq(wide.iter().map(|&x| f16::from_f32(x))));
+    let narrow: Vec<f32> = narrow
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| f16::from_le_bytes(b).to_f32())
+        .collect();
+    assert_eq!(narrow.len(), wide.len());
+    assert!(narrow.iter().zip(&wide).all(|(a, b)| (a - b).abs() <= 2e-3 * b.abs()));
+    let brain = bed.pattern(Selector::Bounds, SHAPES[0], TensorElementType::Bfloat16);
+    let brain = brain.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b));
+    assert!(brain.eq(narrow.iter().map(|&x| bf16::from_f32(x))));
 }

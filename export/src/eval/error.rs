@@ -151,6 +151,20 @@ impl Error {
     }
 }
 
+impl Error {
+    /// Whether sizes don't fit each other in the call at hand, as where a model takes several tokens only without a past.
+    /// ONNX Runtime refuses such a call too. What the evaluator itself can't compute is never among them.
+    pub fn is_size_conflict(&self) -> bool {
+        let sizes = |error: &Self| {
+            matches!(
+                error,
+                Self::Reshape { .. } | Self::Split { .. } | Self::Concat { .. } | Self::MatMul { .. } | Self::Sizes(_)
+            )
+        };
+        self.is_invalid_call() || sizes(self.cause())
+    }
+}
+
 /// Fixed words of what a node does wrong.
 impl From<&'static str> for Error {
     fn from(what: &'static str) -> Self {

@@ -2,7 +2,7 @@
 //!
 //! Between a projection and the product of queries and keys exporters reshape, transpose, scale and repeat heads. The
 //! operator takes heads in one of three layouts, so the value farthest before the product that still holds the same heads
-//! is the operand. It is found by planting numbers in each and reading what they become.
+//! is the operand. It is found by substituting numbers for each and reading what they become.
 
 use super::{
     attention_match::{HeadLayout, Rope},

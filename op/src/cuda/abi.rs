@@ -1,9 +1,9 @@
-//! What the host and the kernels must agree on, defined once: the parameters of a call, constants, the shapes and launch
-//! bounds of kernels, sizes in shared memory.
+//! What the host and the kernels must agree on, defined once: the parameters of a call, constants, the shapes and
+//! launch bounds of kernels, sizes in shared memory.
 //!
-//! The build script compiles this file too and writes `params.cuh` from it (build/params.rs), which every kernel includes:
-//! with nvcc from the build's output folder, with NVRTC from the text in the plugin. The header asserts each field's offset,
-//! size and alignment, so that a compiler that lays the struct out in another way compiles nothing.
+//! The build script compiles this file too and writes `params.cuh` from it (build/params.rs), which every kernel
+//! includes: with nvcc from the build's output folder, with NVRTC from the text in the plugin. The header asserts each
+//! field's offset, size and alignment, so that a compiler that lays the struct out in another way compiles nothing.
 
 use std::ffi::c_void;
 
@@ -101,7 +101,9 @@ macro_rules! shared_struct {
 
 /// An enumeration of both sides, whose values are parameters of type i32.
 macro_rules! shared_enum {
-    ($(#[doc = $about:literal])+ pub enum $name:ident { $($(#[doc = $doc:literal])* $variant:ident = $cuda:ident,)+ }) => {
+    ($(#[doc = $about:literal])+ pub enum $name:ident {
+        $($(#[doc = $doc:literal])* $variant:ident = $cuda:ident,)+
+    }) => {
         $(#[doc = $about])+
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(i32)]
@@ -133,7 +135,11 @@ macro_rules! shared_constants {
 /// Sizes of both sides, in arithmetic that means the same in Rust and CUDA.
 macro_rules! shared_formulas {
     ($($(#[doc = $doc:literal])+ $name:ident($($arg:ident),+) = $value:expr;)+) => {
-        $($(#[doc = $doc])+ #[allow(clippy::manual_div_ceil, reason = "CUDA has no div_ceil")] pub const fn $name($($arg: usize),+) -> usize { $value })+
+        $(
+            $(#[doc = $doc])+
+            #[allow(clippy::manual_div_ceil, reason = "CUDA has no div_ceil")]
+            pub const fn $name($($arg: usize),+) -> usize { $value }
+        )+
         /// Names, arguments, expressions and meanings.
         pub const FORMULAS: &[(&str, &[&str], &str, &[&str])] =
             &[$((stringify!($name), &[$(stringify!($arg)),+], stringify!($value), &[$($doc),+]),)+];
@@ -194,10 +200,11 @@ shared_formulas! {
     scored_page_count(max_pages) = (max_pages + 7) / 8 * 8;
     /// Heads that a page's scores are stored for where every head's is: read by four.
     stored_heads(group) = (group + 3) / 4 * 4;
-    /// Floats of memory of a KV head's selection: a score and a bin of 16 bits for each of so many pages, a multiple of 8.
+    /// Floats of memory of a KV head's selection: a score and a bin of 16 bits for each of so many pages, a
+    /// multiple of 8.
     kept_floats(keys) = keys + keys / 2;
-    /// Floats in shared memory of the block that summarises and scores a touched page, before the page's keys: the prepared
-    /// queries, and the page's two vectors.
+    /// Floats in shared memory of the block that summarises and scores a touched page, before the page's keys: the
+    /// prepared queries, and the page's two vectors.
     touched_floats(group, padded, head_size) = 2 * group * padded + 2 * head_size;
     /// Elements between two queries in a scoring block's shared memory.
     query_pitch(padded) = padded + 32;
@@ -229,13 +236,15 @@ pub const SCORE_HALF: [ScoreShape; 3] = [score_shape(64, 3), score_shape(128, 2)
 /// float32.
 pub const SCORE_F32: [ScoreShape; 3] = [score_shape(64, 2), score_shape(128, 2), score_shape(256, 1)];
 
-/// An attention kernel: query rows (token and head) of its blocks, and how many of them a multiprocessor's registers hold.
+/// An attention kernel: query rows (token and head) of its blocks, and how many of them a multiprocessor's
+/// registers hold.
 #[derive(Clone, Copy)]
 pub struct AttendShape {
     pub padded: usize,
     pub rows: usize,
     pub blocks_per_sm: usize,
-    /// Threads that the launch bounds count more than there are: registers that stay free for a block of another kernel.
+    /// Threads that the launch bounds count more than there are: registers that stay free for a block of
+    /// another kernel.
     pub spare_threads: usize,
 }
 
@@ -248,8 +257,8 @@ const fn attend_shape(padded: usize, rows: usize, blocks_per_sm: usize, spare_th
     }
 }
 
-/// float16 and bfloat16, for each head size in ascending order of rows. Head size 128: beside two blocks there are registers
-/// for one that selects pages, so that none starts late.
+/// float16 and bfloat16, for each head size in ascending order of rows. Head size 128: beside two blocks there are
+/// registers for one that selects pages, so that none starts late.
 pub const ATTEND_HALF: [AttendShape; 7] = [
     attend_shape(64, 8, 4, 0),
     attend_shape(64, 16, 3, 0),
@@ -330,10 +339,11 @@ shared_enum! {
 }
 
 shared_struct! {
-    /// One call. B batch, S tokens fed, Hq and Hkv heads, g = Hq / Hkv, C capacity, P pages, D head size, R slots of the output
-    /// cache.
+    /// One call. B batch, S tokens fed, Hq and Hkv heads, g = Hq / Hkv, C capacity, P pages, D head size, R slots of
+    /// the output cache.
     pub struct Params {
-        /// Inputs. Rows are (b, s): query `[B, S, Hq, D]`, key and value `[B, S, Hkv, D]`, each with a row stride in elements.
+        /// Inputs. Rows are (b, s): query `[B, S, Hq, D]`, key and value `[B, S, Hkv, D]`, each with a row
+        /// stride in elements.
         pub query: *const c_void,
         pub key: *const c_void,
         pub value: *const c_void,
@@ -359,7 +369,8 @@ shared_struct! {
         pub cached_lse: *mut f32,
         /// `[B, S, Hq, D]`
         pub output: *mut c_void,
-        /// Scratch of this call: `[B, Hkv, scored_page_count, stored_heads]`, or without the last with the group score max
+        /// Scratch of this call: `[B, Hkv, scored_page_count, stored_heads]`, or without the last with
+        /// the group score max
         pub scores: *mut f32,
         /// `[B, Hkv, score_parts, g or 1]`: of each scoring block (score_kernel.cuh)
         pub score_stats: *mut [f32; 4],

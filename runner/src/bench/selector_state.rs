@@ -3,6 +3,7 @@
 //! Noise is no state: its minima exceed its maxima, and its deviations are negative, which no prefill leaves behind.
 //! How state is computed is the plugin's affair alone, so the plugin computes it, and new selectors need nothing here.
 
+use half::f16;
 use ort::{session::SessionInputValue, value::TensorElementType};
 use rand::{SeedableRng, rngs::StdRng};
 use retro_contract::{Budget, Mode, Selector, input, output};
@@ -12,7 +13,7 @@ use super::{
     Error, Result,
     args::PageSelection,
     op::{
-        data::{allocate, integer},
+        data::{allocate, element, fill, integer},
         graph::{STATE, model, name_of},
         operator::{AttentionShape, Operator, RetroVariant},
     },
@@ -55,7 +56,11 @@ impl StatePattern {
             kv_heads: HEADS,
             head_size,
             page_size,
-            dtype: Dtype::F32,
+            // Layouts may depend on the size of the caches' elements: bfloat16 has float16's.
+            dtype: match cache {
+                TensorElementType::Float32 => Dtype::F32,
+                _ => Dtype::F16,
+            },
         };
         let operator = Operator::Retro(RetroVariant {
             window: 1,
@@ -82,6 +87,8 @@ impl StatePattern {
         let state = outputs.get(state).ok_or(Error::NoOutput)?;
         Ok(Self(if let Ok((_, codes)) = state.try_extract_tensor::<u8>() {
             codes.to_vec()
+        } else if let Ok((_, numbers)) = state.try_extract_tensor::<f16>() {
+            encode(cache, numbers.iter().map(|x| x.to_f32()))?
         } else {
             let (_, numbers) = state.try_extract_tensor::<f32>().map_err(ort_error)?;
             encode(cache, numbers.iter().copied())?
@@ -110,24 +117,25 @@ impl StatePattern {
 
 /// The inputs of a prefill of random keys. Queries and values are zeros: the state does not depend on them.
 fn prompt(shape: &AttentionShape, selector: Selector) -> Result<Vec<(String, SessionInputValue<'static>)>> {
-    let float = TensorElementType::Float32;
+    let (float, cached) = (TensorElementType::Float32, element(shape.dtype));
     let rows = [1, TOKENS, HEADS * shape.head_size];
     let (query, mut key, value) = (
-        allocate(float, &rows)?,
-        allocate(float, &rows)?,
-        allocate(float, &rows)?,
+        allocate(cached, &rows)?,
+        allocate(cached, &rows)?,
+        allocate(cached, &rows)?,
     );
     let mut random = StdRng::seed_from_u64(1);
-    let (_, keys) = key.try_extract_tensor_mut::<f32>().map_err(ort_error)?;
-    keys.fill_with(|| normal(&mut random));
+    fill(&mut key, shape.dtype, HEADS * shape.head_size, |_, row| {
+        row.fill_with(|| normal(&mut random));
+    })?;
     let size = shape.cache_size(TOKENS);
     let layout = selector.layout(&size);
     let cache = [1, HEADS, TOKENS, shape.head_size];
     let state: Vec<usize> = [1, HEADS].iter().chain(layout.sizes()).copied().collect();
     let past = [
-        allocate(float, &cache)?,
-        allocate(float, &cache)?,
-        allocate(state_type(layout.element, float), &state)?,
+        allocate(cached, &cache)?,
+        allocate(cached, &cache)?,
+        allocate(state_type(layout.element, cached), &state)?,
         allocate(TensorElementType::Int32, &[1, HEADS, size.pages])?,
         allocate(float, &[1, 1, HEADS, shape.head_size])?,
         allocate(float, &[1, 1, HEADS])?,

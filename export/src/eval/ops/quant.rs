@@ -45,12 +45,14 @@ pub(super) fn gather_block_quantized(call: &OpCall) -> Result<Tensor, Error> {
     Ok(Tensor::unknown(shape, call.need(2)?.data_type))
 }
 
-/// [DequantizeLinear](https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html): the type is the scale's.
+/// [DequantizeLinear](https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html), and those that other exporters write with
+/// the same inputs: the type is the scale's.
 pub(super) fn dequantize(call: &OpCall) -> Result<Tensor, Error> {
     Ok(Tensor::unknown(call.need(0)?.shape.clone(), call.need(1)?.data_type))
 }
 
-/// [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html)
+/// [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html), and those that other exporters write with the same
+/// inputs.
 pub(super) fn quantize(call: &OpCall) -> Result<Tensor, Error> {
     Ok(Tensor::unknown(call.need(0)?.shape.clone(), DataType::Uint8))
 }

@@ -10,6 +10,11 @@ use std::{collections::HashMap, sync::LazyLock};
 const ONNX: &str = "";
 /// [ONNX Runtime's contributed operators](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
 const MICROSOFT: &str = "com.microsoft";
+/// What [TensorRT's parser](https://github.com/onnx/onnx-tensorrt) reads and NVIDIA's Model Optimizer writes.
+const TENSORRT: &str = "trt";
+/// [AMD's Quark](https://quark.docs.amd.com), and the domain that it had before, with other names for the same operators.
+const QUARK: &str = "com.amd.quark";
+const VITIS: &str = "com.vai.quantize";
 
 /// How an operator's outputs are computed.
 #[derive(Clone, Copy)]
@@ -251,6 +256,16 @@ const OPERATORS: &[Operator] = &[
     one("QuantizeLinear", quant::quantize),
     one("QuantizeLinear", quant::quantize).of(MICROSOFT),
     all("DynamicQuantizeLinear", quant::dynamic_quantize),
+    one("TRT_FP8DequantizeLinear", quant::dequantize).of(TENSORRT).weights(),
+    one("TRT_INT4DequantizeLinear", quant::dequantize)
+        .of(TENSORRT)
+        .weights(),
+    one("ExtendedDequantizeLinear", quant::dequantize).of(QUARK).weights(),
+    one("VitisDequantizeLinear", quant::dequantize).of(VITIS).weights(),
+    one("TRT_FP8QuantizeLinear", quant::quantize).of(TENSORRT),
+    one("TRT_INT4QuantizeLinear", quant::quantize).of(TENSORRT),
+    one("ExtendedQuantizeLinear", quant::quantize).of(QUARK),
+    one("VitisQuantizeLinear", quant::quantize).of(VITIS),
     // Whole attentions and what stands around them.
     all("Attention", attention::fused).on_demand(),
     all("MultiHeadAttention", attention::fused).of(MICROSOFT).on_demand(),
@@ -339,31 +354,10 @@ const SHAPE_PRESERVING: &[(&str, &[&str])] = &[
             "SkipGroupNorm",
         ],
     ),
-    // NVIDIA's Model Optimizer writes its quantisation so.
-    (
-        "trt",
-        &[
-            "TRT_FP8DequantizeLinear",
-            "TRT_FP8QuantizeLinear",
-            "TRT_INT4DequantizeLinear",
-            "TRT_INT4QuantizeLinear",
-        ],
-    ),
-    // AMD's Quark.
-    (
-        "com.amd.quark",
-        &[
-            "BFPQuantizeDequantize",
-            "ExtendedDequantizeLinear",
-            "ExtendedQuantizeLinear",
-            "MXQuantizeDequantize",
-        ],
-    ),
-    (
-        "com.vai.quantize",
-        &["FixNeuron", "VitisDequantizeLinear", "VitisQuantizeLinear"],
-    ),
-    // Brevitas and QONNX.
+    // Numbers that are quantised and dequantised at once.
+    (QUARK, &["BFPQuantizeDequantize", "MXQuantizeDequantize"]),
+    (VITIS, &["FixNeuron"]),
+    // [QONNX](https://github.com/fastmachinelearning/qonnx), which Brevitas exports; its domain was Brevitas' own at first.
     ("onnx.brevitas", &["BipolarQuant", "Quant", "Trunc"]),
     ("qonnx.custom_op.general", &["BipolarQuant", "Quant", "Trunc"]),
     // A converted layer.

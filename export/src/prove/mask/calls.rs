@@ -26,12 +26,12 @@ pub const LONG: usize = 10_000;
 /// Tokens of the prompt whose lines are read.
 const LINES: usize = 30_011;
 
-/// Reads small calls. Those that continue a past are left out where they can't be read: some models take several tokens only
-/// without a past, and then there is nothing to be true to.
+/// Reads small calls. Those that continue a past are left out where their sizes don't fit: some models take several tokens
+/// only without a past, and then there is nothing to be true to.
 pub fn read_small(read: ReadBias, calls: &[CallShape]) -> Result<CallBiases, MaskRefusal> {
     let of = |call: &CallShape| match read(*call, ScorePlaces::all(*call)) {
         Ok(bias) => Some(Ok((*call, bias))),
-        Err(_) if call.continues() => None,
+        Err(why) if call.continues() && why.is_size_conflict() => None,
         Err(why) => Some(Err(MaskRefusal::Unread { why })),
     };
     calls.iter().filter_map(of).collect()

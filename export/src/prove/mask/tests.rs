@@ -221,3 +221,30 @@ fn factors_that_depend_on_positions_are_refused() {
     let why = classify(&hotter, &[], &[64, 256]).unwrap_err().to_string();
     assert!(why.contains("with 0.5 where others are with 0.25"), "{why}");
 }
+
+/// Only sizes that don't fit excuse a call that continues a past; what the evaluator can't compute does not.
+#[test]
+fn calls_that_continue_a_past_are_left_out_for_their_sizes_alone() {
+    let past_fails = |why: crate::eval::Error| {
+        let causal = made(|_, _, i, j| hide(j <= i));
+        let read = |z: CallShape, places: ScorePlaces| {
+            if z.continues() {
+                Err(Unread::from(why.clone()))
+            } else {
+                causal(z, places)
+            }
+        };
+        classify(&read, &[], &[])
+    };
+    let sizes = crate::eval::Error::Reshape {
+        from: vec![4, 9],
+        into: vec![4, 4],
+    };
+    assert!(past_fails(sizes).is_ok());
+    let unsupported = crate::eval::Error::NotSupported {
+        domain: "com.example".to_owned(),
+        op_type: "Mystery".to_owned(),
+    };
+    let why = past_fails(unsupported).unwrap_err().to_string();
+    assert!(why.contains("com.example::Mystery is not supported"), "{why}");
+}

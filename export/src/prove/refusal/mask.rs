@@ -162,6 +162,17 @@ pub enum Unread {
     Unknown(Error),
 }
 
+impl Unread {
+    /// Whether the call's sizes don't fit the model.
+    pub fn is_size_conflict(&self) -> bool {
+        match self {
+            Self::Beyond => true,
+            Self::Unknown(why) => why.is_size_conflict(),
+            _ => false,
+        }
+    }
+}
+
 /// A call at fault is excused: ONNX Runtime doesn't run it either.
 impl From<Error> for Unread {
     fn from(why: Error) -> Self {

@@ -151,7 +151,10 @@ pub fn integer(value: i32) -> Result<DynValue> {
 }
 
 /// Writes a tensor in parts of `part` elements: `make(index of the part, its elements in f32)`.
-fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(usize, &mut [f32])) -> Result<()> {
+///
+/// # Errors
+/// When it is of another type.
+pub fn fill(tensor: &mut DynTensor, dtype: Dtype, part: usize, mut make: impl FnMut(usize, &mut [f32])) -> Result<()> {
     match dtype {
         Dtype::F32 => {
             let (_, data) = tensor.try_extract_tensor_mut::<f32>().map_err(ort_error)?;
