@@ -50,8 +50,8 @@ pub const fn outputs(t: DataType, state: DataType) -> [Port; output::COUNT] {
     ]
 }
 
-/// Whether a node's state of type `state` is its selector's, for caches of type `t`: ONNX Runtime chooses an operator by the
-/// types of its inputs, whatever its attributes.
+/// Whether a node's state of type `state` is its selector's, for caches of type `t`: ONNX Runtime chooses an operator
+/// by the types of its inputs, whatever its attributes.
 pub fn check_state_type(selector: Selector, t: DataType, state: DataType) -> Result<()> {
     let expected = match selector.state_element() {
         StateElement::Cache => t,

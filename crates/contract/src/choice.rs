@@ -80,7 +80,7 @@ choice!(
         Moments = "moments",
         /// As moments, each element of the standard deviation signed by the page's principal direction.
         SignedMoments = "signed_moments",
-        /// Every key again in one or two bits an element after a fixed rotation; scores are estimated attention mass.
+        /// Every key again in one or two bits an element after a fixed rotation, to estimate attention mass; CPU only.
         Sketch = "sketch",
     }
 );

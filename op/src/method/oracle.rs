@@ -269,7 +269,8 @@ impl Oracle {
         log_sum_exp(&logits)
     }
 
-    /// A page's score for every head of a group; `turned`: their queries after the rotation, with the selector `sketch`.
+    /// A page's score for every head of a group; `turned`: their queries after the rotation, with the selector
+    /// `sketch`.
     fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize, turned: &[Row]) -> Vec<f64> {
         let (attrs, size) = (&self.attrs, self.head_size);
         let range = self.page_rows(page);

@@ -1,8 +1,8 @@
 //! Products of quantised queries with codes of one or two bits: sums of integers, the same with every instruction set.
 //!
-//! Rows lie in groups of 16. A row has `width` bytes of codes, packed from the lowest bits on. A group has the rows' words of 32
-//! bits side by side, 16 a word, then what bytes are left of each, 16 a byte: so a row is a lane of 32 bits, and the four
-//! bytes of a lane meet four elements of a query.
+//! Rows lie in groups of 16. A row has `width` bytes of codes, packed from the lowest bits on. A group has the rows'
+//! words of 32 bits side by side, 16 a word, then what bytes are left of each, 16 a byte: so a row is a lane of 32
+//! bits, and the four bytes of a lane meet four elements of a query.
 
 use super::Isa;
 
@@ -37,8 +37,8 @@ pub(crate) const fn query_words(width: usize, bits: usize) -> usize {
     width.div_ceil(4) * (8 / bits)
 }
 
-/// Where the parts of element `d` of a query lie: the word in each part, and the byte in it. Word `planes m + k` meets word m
-/// of a row, shifted right by k codes.
+/// Where the parts of element `d` of a query lie: the word in each part, and the byte in it. Word `planes m + k` meets
+/// word m of a row, shifted right by k codes.
 pub(crate) const fn query_place(d: usize, bits: usize) -> (usize, usize) {
     let planes = 8 / bits;
     let byte = d / planes;

@@ -73,8 +73,8 @@ fn calls<E: Element>(shape: &Shape, history: &History) -> Vec<Made> {
     made
 }
 
-/// Choices closer than this are left to rounding. Scores are made from summaries rounded to E: bounds are exact, moments
-/// are not.
+/// Choices closer than this are left to rounding. Scores are made from summaries rounded to E: bounds are exact,
+/// moments are not.
 fn least_margin<E: Element>(selector: Selector) -> f64 {
     match (is_half::<E>(), selector) {
         (true, Selector::Moments | Selector::SignedMoments) => 1e-2,

@@ -221,7 +221,8 @@ pub fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize
     Ok(())
 }
 
-/// A step changes no more of the sketches than those of the rows that it feeds, and the centre of a block that it begins.
+/// A step changes no more of the sketches than those of the rows that it feeds, and the centre of a block that it
+/// begins.
 pub fn overwriting_changes_the_rows_own_sketches<E: Element>(
     shape: &Shape,
     prompt: usize,

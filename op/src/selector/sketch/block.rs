@@ -1,5 +1,5 @@
-//! Where things lie in the state: blocks of 128 rows, each with the codes of its rows (in groups, as `simd/codes.rs` reads
-//! them), their factors in bfloat16, and its centre in the cache's type.
+//! Where things lie in the state: blocks of 128 rows, each with the codes of its rows (in groups, as `simd/codes.rs`
+//! reads them), their factors in bfloat16, and its centre in the cache's type.
 
 use std::ptr;
 

@@ -10,8 +10,8 @@ use crate::method::element::Element;
 use crate::selector::Written;
 use crate::simd::{Isa, Simd, dispatched};
 
-/// Makes the centres of the blocks that a call begins, each the mean of the 128 rows before it. The first block's is 0 and
-/// not kept.
+/// Makes the centres of the blocks that a call begins, each the mean of the 128 rows before it. The first block's is 0
+/// and not kept.
 pub(super) fn centres<E: Element>(
     layout: BlockLayout,
     written: Written,
@@ -97,7 +97,8 @@ unsafe fn rows_body<S: Simd, E: Element>(
     }
 }
 
-/// The codes of a rotated key, a byte each and packed, and its factor. Code c stands for the odd number `2 c + 1 - 2^BITS`.
+/// The codes of a rotated key, a byte each and packed, and its factor. Code c stands for the odd number
+/// `2 c + 1 - 2^BITS`.
 #[inline(always)]
 fn encode<const BITS: usize>(key: &[f32], codes: &mut [u8], packed: &mut [u8]) -> bf16 {
     let squares = sum(key, |x| x * x);

@@ -1,8 +1,8 @@
-//! Selector `sketch`: each key a second time in one or two bits an element, after a fixed rotation and without its block's
-//! centre. A page's score is the estimated attention mass of its tokens.
+//! Selector `sketch`: each key a second time in one or two bits an element, after a fixed rotation and without its
+//! block's centre. A page's score is the estimated attention mass of its tokens.
 //!
-//! Sources: RaBitQ (Gao, Long, SIGMOD 2024 and 2025) for the estimator, QuaRot and Adamas (arXiv 2510.18413) for the Hadamard
-//! rotation. docs/method.md states the arithmetic.
+//! Sources: RaBitQ (Gao, Long, SIGMOD 2024 and 2025) for the estimator, QuaRot and Adamas (arXiv 2510.18413) for the
+//! Hadamard rotation. docs/method.md states the arithmetic.
 
 mod block;
 mod encode;

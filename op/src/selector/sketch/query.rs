@@ -1,4 +1,5 @@
-//! Queries as the scores need them: as they are, for the products with centres; and rotated, in 16 bits, for those with codes.
+//! Queries as the scores need them: as they are, for the products with centres; and rotated, in 16 bits, for those with
+//! codes.
 
 use super::rotation::rotate;
 use crate::simd::{Isa, LARGEST, Simd, dispatched, query_place, query_words};

@@ -183,8 +183,8 @@ unsafe fn exp_all<S: Simd>(values: &mut BlockRows) {
     }
 }
 
-/// The log masses of the block's pages of P tokens, from page `first` of the block on. NaN where a logit is, or where the
-/// largest is infinite.
+/// The log masses of the block's pages of P tokens, from page `first` of the block on. NaN where a logit is, or where
+/// the largest is infinite.
 ///
 /// # Safety
 /// The machine has the instruction set.

@@ -53,8 +53,8 @@ fn scores<E: Element>(isa: Isa, s: &Scoring, query: &[f32], state: &[u8], pages:
     scores
 }
 
-/// Signs of the first eight elements: + + - + + - + +. A key of one element at 2 is minus the third column of the matrix,
-/// + + - - + + - -, over sqrt 8: so its codes have the signs - - + + - - + +, and along them lies all of it.
+/// Signs of the first eight elements: + + - + + - + +. A key of one element at 2 is minus the third column of the
+/// matrix, + + - - + + - -, over sqrt 8: so its codes have the signs - - + + - - + +, and along them lies all of it.
 #[test]
 fn one_key_by_hand() {
     let mut key = [0.0f32; 8];
@@ -101,7 +101,8 @@ fn estimates_are_near_the_products_and_without_bias() {
     }
 }
 
-/// Whatever the page size, window, softcap, range of pages and instruction set: the log of the sum of the tokens' masses.
+/// Whatever the page size, window, softcap, range of pages and instruction set: the log of the sum of the tokens'
+/// masses.
 #[test]
 fn pages_add_up_their_tokens() {
     fn check<E: Element>(d: usize, bits: usize) {
