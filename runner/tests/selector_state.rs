@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use ort::value::TensorElementType;
-use retro_contract::{Selector, StateElement};
+use retro_contract::{Selector, StateElement, limits};
 use retro_models::Dtype;
 use retro_run::{
     Device, OpenOptions, Runtime,
@@ -60,6 +60,7 @@ fn is_valid(bed: &Bed) {
                 head_size: d,
                 page_size,
                 dtype: Dtype::F32,
+                sketch_bits: limits::SKETCH_BITS,
             };
             let layout = selector.layout(&one.cache_size(256));
             assert_eq!(bytes.len(), 127 * layout.bytes(4), "{selector}, {shape:?}");

@@ -6,7 +6,7 @@
 use half::f16;
 use ort::{session::SessionInputValue, value::TensorElementType};
 use rand::{SeedableRng, rngs::StdRng};
-use retro_contract::{Budget, Mode, Selector, input, output};
+use retro_contract::{Budget, CacheSize, Mode, Selector, graph::State, input, limits, output, pages_for};
 use retro_models::Dtype;
 
 use super::{
@@ -23,7 +23,7 @@ use crate::{
     Device, Model, OpenOptions, Runtime,
     decoder::{
         session::{PluginUse, Steps, session_builder},
-        state_slot::SlotKind,
+        state_slot::{SlotKind, StateSlot},
     },
     runtime::ort_error,
 };
@@ -39,7 +39,7 @@ pub struct StatePattern(Vec<u8>);
 
 impl StatePattern {
     /// The state of 127 heads of 256 tokens, in caches of type `cache` with pages of `page_size` tokens and D =
-    /// `head_size`. The operator runs on the CPU, wherever the caches are.
+    /// `head_size`. The operator runs on the CPU, wherever the caches are. Sketches have 2 bits an element.
     ///
     /// # Errors
     /// The plugin is missing, or ONNX Runtime fails.
@@ -51,7 +51,28 @@ impl StatePattern {
         head_size: usize,
         cache: TensorElementType,
     ) -> Result<Self> {
+        Self::with_sketch_bits(
+            runtime,
+            options,
+            selector,
+            page_size,
+            head_size,
+            cache,
+            limits::SKETCH_BITS,
+        )
+    }
+
+    fn with_sketch_bits(
+        runtime: &Runtime,
+        options: &OpenOptions,
+        selector: Selector,
+        page_size: usize,
+        head_size: usize,
+        cache: TensorElementType,
+        sketch_bits: usize,
+    ) -> Result<Self> {
         let shape = AttentionShape {
+            sketch_bits,
             heads: HEADS,
             kv_heads: HEADS,
             head_size,
@@ -106,7 +127,42 @@ impl StatePattern {
             return Ok(Self(Vec::new()));
         };
         let selector = retro.selector.unwrap_or_default();
-        Self::new(runtime, options, selector, retro.page_size, head_size, cache.element)
+        // The metadata don't name the bits of a sketch; the declared state does, by its size.
+        let summary = |slot: &&StateSlot| slot.kind == SlotKind::Retro(State::PageSummary);
+        let declared = model
+            .io
+            .slots
+            .iter()
+            .find(summary)
+            .and_then(|slot| slot.dims.last().copied().flatten());
+        let fits = |bits: &usize| {
+            let size = CacheSize {
+                capacity: TOKENS,
+                pages: pages_for(TOKENS, retro.page_size),
+                page_size: retro.page_size,
+                head_size,
+                sketch_bits: *bits,
+                cache_element: if cache.element == TensorElementType::Float32 {
+                    4
+                } else {
+                    2
+                },
+            };
+            selector.layout(&size).sizes().last().copied() == declared
+        };
+        let bits = (1..=limits::SKETCH_BITS_MAX)
+            .rev()
+            .find(fits)
+            .unwrap_or(limits::SKETCH_BITS);
+        Self::with_sketch_bits(
+            runtime,
+            options,
+            selector,
+            retro.page_size,
+            head_size,
+            cache.element,
+            bits,
+        )
     }
 
     /// Whole pages of a KV head's state, one behind the other.

@@ -278,6 +278,7 @@ fn measure(
         head_size: args.head_size,
         page_size: args.page_size,
         dtype,
+        sketch_bits: limits::SKETCH_BITS,
     };
     let operators = args.operators();
     let fill = operators.iter().map(Operator::window).max().unwrap_or(1) - 1;

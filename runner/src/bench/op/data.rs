@@ -217,6 +217,7 @@ mod tests {
             head_size: 64,
             page_size: 16,
             dtype: Dtype::F32,
+            sketch_bits: 2,
         };
         for drift in [0.0f32, 0.6, 1.0] {
             let rows = Rows::new(&shape, 2, drift);

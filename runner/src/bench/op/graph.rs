@@ -138,6 +138,7 @@ fn attributes(shape: &AttentionShape, operator: &Operator) -> Vec<AttributeProto
             AttributeProto::string(attribute::MODE, mode.as_str()),
             AttributeProto::string(attribute::SELECTOR, selection.selector.as_str()),
             AttributeProto::string(attribute::GROUP_SCORE, selection.group_score.as_str()),
+            AttributeProto::int(attribute::SKETCH_BITS, shape.sketch_bits as i64),
         ]);
     }
     list

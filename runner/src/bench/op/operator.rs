@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use retro_contract::{Budget, CacheSize, Mode, limits, pages_for};
+use retro_contract::{Budget, CacheSize, Mode, pages_for};
 use retro_models::Dtype;
 
 use crate::bench::args::PageSelection;
@@ -20,6 +20,8 @@ pub struct AttentionShape {
     pub page_size: usize,
     /// Element type of caches and rows.
     pub dtype: Dtype,
+    /// Bits of an element of a sketch (selector `sketch`), 1 or 2.
+    pub sketch_bits: usize,
 }
 
 impl AttentionShape {
@@ -35,7 +37,7 @@ impl AttentionShape {
             pages: pages_for(capacity, self.page_size),
             page_size: self.page_size,
             head_size: self.head_size,
-            sketch_bits: limits::SKETCH_BITS,
+            sketch_bits: self.sketch_bits,
             cache_element: self.dtype.size(),
         }
     }
@@ -123,6 +125,7 @@ mod tests {
             head_size: 8,
             page_size: 16,
             dtype: Dtype::F32,
+            sketch_bits: 2,
         };
         assert_eq!(Operator::Gqa.bytes(&shape, 100, None), 100.0 * 128.0);
         let retro = |budget, window| {
