@@ -19,7 +19,7 @@ use std::path::PathBuf;
 )]
 #[command(subcommand_negates_reqs = true)]
 pub struct Cli {
-    /// What else than converting
+    /// Other commands
     #[command(subcommand)]
     pub command: Option<Command>,
 
@@ -59,7 +59,7 @@ pub struct Cli {
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub tolerance: Option<f32>,
 
-    /// What the operator is set to
+    /// Settings of the operator
     #[command(flatten)]
     pub settings: Settings,
 

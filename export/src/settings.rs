@@ -11,7 +11,7 @@ use std::{collections::BTreeSet, str::FromStr};
 /// Settings of the operator. They become attributes of its nodes and metadata of the model.
 #[derive(Args, Clone, Debug, PartialEq)]
 pub struct Settings {
-    /// Tokens that a decoding step feeds at most: the new one and window - 1 corrected ones, 1 to 64; 1 is Quest
+    /// Most tokens fed in a decoding step: the new one, and up to window - 1 earlier ones that are fed again and corrected; 1 to 64, 1 is Quest
     #[arg(short, long, default_value_t = Self::default().window, value_name = "TOKENS")]
     pub window: usize,
 
@@ -35,7 +35,7 @@ pub struct Settings {
     #[arg(long, default_value_t = Self::default().selector, value_parser = choice(Selector::ALL, Selector::as_str, Selector::meaning))]
     pub selector: Selector,
 
-    /// Reduction of page scores over the query heads of a key/value head
+    /// How the page scores of query heads that share a key/value head are combined
     #[arg(long, default_value_t = Self::default().group_score, value_parser = choice(GroupScore::ALL, GroupScore::as_str, GroupScore::meaning))]
     pub group_score: GroupScore,
 
@@ -51,7 +51,7 @@ pub struct Settings {
     #[arg(long, default_value_t = Self::default().sketch_bits, value_name = "BITS")]
     pub sketch_bits: usize,
 
-    /// Pages that a step reads, in all layers but the dense ones
+    /// How the pages that a step reads are chosen, in all layers but those of --dense-layers
     #[arg(long, default_value_t = Self::default().mode, value_parser = choice(Mode::ALL, Mode::as_str, Mode::meaning))]
     pub mode: Mode,
 

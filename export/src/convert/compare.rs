@@ -83,7 +83,7 @@ pub fn compare_written(
     Ok(())
 }
 
-/// Compares the output with the source for the windows that it takes, and a like model with a wider window for the others.
+/// Compares the output with the source for the windows that it takes, and a copy converted with a wider window for the others.
 fn run(runtime: &ComparisonRuntime, written: &WrittenModel, options: &Options) -> Result<Verification, verify::Error> {
     let (settings, facts) = (&options.settings, written.facts);
     let (own, wider): (Vec<usize>, Vec<usize>) = WINDOWS.iter().partition(|w| **w <= settings.window);

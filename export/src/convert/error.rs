@@ -24,7 +24,7 @@ pub enum Error {
     #[error(transparent)]
     Files(#[from] files::Error),
     /// A comparison was asked for, and ONNX Runtime, the plugin or the device is missing.
-    #[error("--verify")]
+    #[error("--verify can't compare")]
     NoRuntime(#[source] verify::Error),
     /// The model's file or a file of its weights can't be read, or is no ONNX model.
     #[error(transparent)]
@@ -96,7 +96,7 @@ pub enum Unconvertible {
     #[error("{0}")]
     AllRefused(String),
     /// Some attention is refused, and `partial` is not set.
-    #[error("{refused} of {all} attention layers can't: {reasons}; --partial converts the others")]
+    #[error("{refused} of {all} attention layers can't be converted: {reasons}; --partial converts the others")]
     SomeRefused {
         /// How many.
         refused: usize,

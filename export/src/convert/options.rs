@@ -15,7 +15,7 @@ pub struct Options {
     pub graph: Option<String>,
     /// A file or a folder for a file, a folder for a folder. May be absent in a dry run.
     pub target: Option<PathBuf>,
-    /// What the operator is set to.
+    /// Settings of the operator.
     pub settings: Settings,
     /// Return the logits of all tokens fed, as the source does, not the newest one's alone.
     pub all_logits: bool,

@@ -91,7 +91,7 @@ pub struct SettingsReport {
     /// As on the command line.
     #[serde(serialize_with = "as_text")]
     pub selector: Selector,
-    /// Reduction of page scores over the query heads of a key/value head.
+    /// How the page scores of query heads that share a key/value head are combined.
     #[serde(serialize_with = "as_text")]
     pub group_score: GroupScore,
     /// Standard deviations that the selector adds to the mean.

@@ -12,13 +12,14 @@ impl fmt::Display for Report {
         writeln!(f, "         by {m}")?;
         let plural = |n: usize| if n == 1 { "" } else { "s" };
         let parameters = match s.selector {
-            Selector::Bounds => String::new(),
             Selector::Moments => format!(" (lambda {})", s.selector_lambda),
             Selector::SignedMoments => format!(
                 " (lambda {}, correlation {})",
                 s.selector_lambda, s.selector_correlation
             ),
             Selector::Sketch => format!(" ({} bit{})", s.sketch_bits, plural(s.sketch_bits)),
+            // Without parameters.
+            _ => String::new(),
         };
         writeln!(
             f,

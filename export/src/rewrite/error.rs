@@ -10,11 +10,11 @@ pub enum Error {
     NoGraph,
 
     /// The conversion is not one of this graph.
-    #[error("an attention's node is gone")]
+    #[error("the node of an attention is not in the graph (a fault of this program)")]
     NoAttention,
 
     /// The logits readback was found in another graph.
-    #[error("the lm_head is gone")]
+    #[error("the lm_head is not in the graph (a fault of this program)")]
     NoLmHead,
 
     /// A name of the operator's contract is a value of the model.

@@ -245,7 +245,10 @@ mod tests {
         let why = crossed(&["a"], &["b", "c"], ["a", "b"], ["a", "c"]).expect("one past");
         assert!(why.contains("a is its cache of keys and its cache of values"), "{why}");
         let why = crossed(&["a", "b"], &["c"], ["a", "c"], ["b", "c"]).expect("one present");
-        assert!(why.contains("c gives back its keys and its values"), "{why}");
+        assert!(
+            why.contains("output c is the cache of both its keys and its values"),
+            "{why}"
+        );
     }
 
     /// Why each of two layers is refused once their nodes have been changed.

@@ -15,17 +15,17 @@ pub struct Compared {
     pub prefill: &'static str,
     /// The largest difference of any logit.
     pub largest_difference: f32,
-    /// In the middle of all positions.
+    /// Median over all positions.
     pub median_difference: f32,
     /// How much the original differs from itself where nothing changes that is a fault, if its activations are quantised.
     pub own_difference: Option<f32>,
     /// What made that difference.
     pub own_difference_by: Option<Variation>,
-    /// Up to what the largest difference is no fault.
+    /// Largest difference allowed.
     pub allowed: f32,
     /// The same of the one in the middle.
     pub allowed_median: f32,
-    /// The difference is no fault.
+    /// The difference is allowed.
     pub passed: bool,
     /// Share of positions where both have the same most likely token.
     pub greedy_agreement: f32,

@@ -106,7 +106,8 @@ fn layers_that_share_a_cache_are_named_and_the_others_converted() {
     let [from, to] = [&source, &target].map(|p| p.to_str().unwrap());
     let why = refusal(&[from, "-o", to]);
     assert!(
-        why.contains("2 of 3 attention layers can't") && why.contains("2 layers share the cache past_key_values.1.key"),
+        why.contains("2 of 3 attention layers can't be converted")
+            && why.contains("2 layers share the cache past_key_values.1.key"),
         "{why}"
     );
     assert!(why.contains("--partial"), "{why}");

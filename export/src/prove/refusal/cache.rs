@@ -227,7 +227,7 @@ pub enum CacheRefusal {
         name: String,
     },
     /// Keys and values have one present.
-    #[error("{name} gives back its keys and its values")]
+    #[error("output {name} is the cache of both its keys and its values")]
     OnePresent {
         /// The present.
         name: String,

@@ -44,7 +44,7 @@ pub enum ProofRefusal {
     #[error("its scores can't be computed")]
     ScoresNotComputed,
     /// The newest token attends to no key.
-    #[error("it sees nothing")]
+    #[error("its newest token attends to no key")]
     SeesNothing,
     /// The factor of the scores is not a positive number.
     #[error("its scale is {scale}")]
@@ -53,7 +53,7 @@ pub enum ProofRefusal {
         scale: f64,
     },
     /// The softcap is not a positive number.
-    #[error("its scores end at {cap}")]
+    #[error("its softcap is {cap}, which is not a finite positive number")]
     Softcap {
         /// The softcap.
         cap: f64,
