@@ -1,5 +1,6 @@
 //! One call: its operands by name, and where their rows lie.
 
+use super::angle_cache::AngleCache;
 use super::scratch::ScratchPool;
 use super::shared::Shared;
 use crate::contract::{Attributes, CallPlan, Dims};
@@ -166,19 +167,5 @@ impl<'a, E: Element> Rows<'a, E> {
                 interleaved: self.attributes.rotary_interleaved,
             },
         );
-    }
-}
-
-/// The angles of the position that was rotated last: a token's heads follow one another.
-#[derive(Default)]
-pub struct AngleCache {
-    position: Option<usize>,
-    values: Vec<f32>,
-}
-
-impl AngleCache {
-    /// Forgets them: another call may have other tables.
-    pub fn clear(&mut self) {
-        self.position = None;
     }
 }

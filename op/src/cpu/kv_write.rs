@@ -1,7 +1,8 @@
 //! What a call writes before any attention: keys and values of the fed rows, the state that pages are scored from, page
 //! steps; and how queries are read.
 
-use super::call::{AngleCache, CpuCall, Rows};
+use super::angle_cache::AngleCache;
+use super::call::{CpuCall, Rows};
 use super::scratch::TaskScratch;
 use crate::contract::Phase;
 use crate::method::element::Element;

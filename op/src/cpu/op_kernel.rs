@@ -7,6 +7,7 @@ use retro_contract::{input, output};
 
 use super::call::{CpuCall, Dense, Inputs, LayerState};
 use super::pool::Pool;
+use super::run::run;
 use super::scratch::ScratchPool;
 use super::shared::Shared;
 use crate::contract::{Attributes, CallLengths, CallPlan, Dims, Phase};
@@ -204,7 +205,7 @@ impl CpuKernel {
                 },
                 scratch: &self.scratch,
             };
-            super::run(&call, &pool, dense)?;
+            run(&call, &pool, dense)?;
             for written in [&output, &keys, &values, &pages, &steps, &outputs, &lse] {
                 written.write_back()?;
             }

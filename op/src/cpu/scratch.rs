@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::call::AngleCache;
+use super::angle_cache::AngleCache;
 use crate::method::attend::PageRows;
 use crate::method::select::SelectScratch;
 

@@ -1,4 +1,4 @@
-//! One CUDA device: its primary context (ONNX Runtime's own), the loaded kernels.
+//! One CUDA device: its primary context (ONNX Runtime's own) and the loaded module.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -13,14 +13,9 @@ use cudarc::driver::sys::{
 
 use super::check;
 use super::cubin::code;
-use super::kernel_set::Kernels;
 use super::launch::Kernel;
 use super::scratch::Scratch;
 use crate::ort::{Error, Result};
-use crate::selector::Selector;
-
-/// Element type, head size and name of the selector.
-type KernelsKey = (&'static str, usize, &'static str);
 
 pub struct Device {
     context: Arc<CudaContext>,
@@ -35,7 +30,8 @@ pub struct Device {
     pub scratch: Scratch,
     /// Places of tensors at addresses that the kernels cannot use.
     pub staged: Scratch,
-    kernels: Mutex<BTreeMap<KernelsKey, Arc<Kernels>>>,
+    /// As CUDA numbers devices.
+    pub ordinal: usize,
 }
 
 // SAFETY: a module belongs to a context, and the driver's calls on both may come from any thread.
@@ -93,26 +89,8 @@ impl Device {
             sets_carveout: driver >= 12050,
             scratch: Scratch::default(),
             staged: Scratch::default(),
-            kernels: Mutex::default(),
+            ordinal,
         })
-    }
-
-    /// The kernels for an element type, head size and selector, found by `find` for the first node that asks.
-    pub fn kernels(
-        &self,
-        element: &'static str,
-        head_size: usize,
-        selector: Selector,
-        find: impl FnOnce() -> Result<Kernels>,
-    ) -> Result<Arc<Kernels>> {
-        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (element, head_size, selector.as_str());
-        if let Some(found) = kernels.get(&key) {
-            return Ok(found.clone());
-        }
-        let found = Arc::new(find()?);
-        kernels.insert(key, found.clone());
-        Ok(found)
     }
 
     /// The kernel of this name.

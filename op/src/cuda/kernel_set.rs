@@ -1,5 +1,8 @@
 //! The kernels for one element type and head size, found by name in the loaded machine code.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use half::{bf16, f16};
 
 use super::abi::{
@@ -137,8 +140,24 @@ pub(super) fn names() -> Vec<String> {
     names
 }
 
-/// Finds the kernels of `kernels/retro.cu` for a head size and selector: once a device, so that their names may stay for good.
-pub fn find<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -> Result<Kernels> {
+/// Ordinal of the device, element type, head size and name of the selector.
+type KernelsKey = (usize, &'static str, usize, &'static str);
+
+/// The kernels of `kernels/retro.cu` for a head size and selector. They are looked up for the first node that asks, and
+/// stay for good, as devices do.
+pub fn find<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -> Result<Arc<Kernels>> {
+    static FOUND: Mutex<BTreeMap<KernelsKey, Arc<Kernels>>> = Mutex::new(BTreeMap::new());
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (device.ordinal, E::NAME, padded, selector.as_str());
+    if let Some(kernels) = found.get(&key) {
+        return Ok(kernels.clone());
+    }
+    let kernels = Arc::new(look_up::<E>(device, padded, selector)?);
+    found.insert(key, kernels.clone());
+    Ok(kernels)
+}
+
+fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -> Result<Kernels> {
     let finder = Finder {
         device,
         element: E::NAME,

@@ -64,10 +64,7 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
         } else {
             None
         };
-        let kernels = HEAD_SIZES.map(|padded| {
-            let selector = attributes.selector;
-            device.kernels(E::NAME, padded, selector, || find::<E>(&device, padded, selector))
-        });
+        let kernels = HEAD_SIZES.map(|padded| find::<E>(&device, padded, attributes.selector));
         let [small, middle, large] = kernels;
         Ok(CudaKernel {
             attributes,
