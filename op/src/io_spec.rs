@@ -1,19 +1,9 @@
 //! The operator's inputs and outputs as the host must know them, the same for every execution provider.
 
-use retro_contract::{Selector, StateElement, input, output};
+use retro_contract::{STATE, Selector, StateElement, input, output};
 
 use crate::contract::InputShapes;
 use crate::ort::{Context, DataType, Error, Plain, Port, Result, ShapeContext, Tensor, require};
-
-/// Pairs (past, present) of the state.
-pub const STATE: [(usize, usize); 6] = [
-    (input::PAST_KEY, output::PRESENT_KEY),
-    (input::PAST_VALUE, output::PRESENT_VALUE),
-    (input::PAST_PAGE_SUMMARY, output::PRESENT_PAGE_SUMMARY),
-    (input::PAST_PAGE_STEPS, output::PRESENT_PAGE_STEPS),
-    (input::PAST_OUTPUTS, output::PRESENT_OUTPUTS),
-    (input::PAST_LSE, output::PRESENT_LSE),
-];
 
 /// The input slots for caches of element type `t` and selector state of type `state`.
 pub const fn inputs(t: DataType, state: DataType) -> [Port; input::COUNT] {

@@ -110,6 +110,17 @@ pub mod output {
     ];
 }
 
+/// The state that a call updates in place, as pairs of input and output slots: keys and values, then the operator's own
+/// four.
+pub const STATE: [(usize, usize); 6] = [
+    (input::PAST_KEY, output::PRESENT_KEY),
+    (input::PAST_VALUE, output::PRESENT_VALUE),
+    (input::PAST_PAGE_SUMMARY, output::PRESENT_PAGE_SUMMARY),
+    (input::PAST_PAGE_STEPS, output::PRESENT_PAGE_STEPS),
+    (input::PAST_OUTPUTS, output::PRESENT_OUTPUTS),
+    (input::PAST_LSE, output::PRESENT_LSE),
+];
+
 /// Attribute names.
 pub mod attribute {
     /// int: query heads Hq, a multiple of the KV heads.

@@ -38,6 +38,15 @@ pub enum StateElement {
 }
 
 impl StateElement {
+    /// Size of the state's third dimension for caches of `capacity` tokens in `pages` pages: numbers stand in pages,
+    /// sketches in blocks of rows.
+    pub const fn entries(self, capacity: usize, pages: usize) -> usize {
+        match self {
+            Self::Cache => pages,
+            Self::Byte => capacity.div_ceil(SKETCH_BLOCK),
+        }
+    }
+
     /// Bytes of an element, for caches whose elements have `cache_element` bytes.
     pub const fn bytes(self, cache_element: usize) -> usize {
         match self {
@@ -84,7 +93,10 @@ impl StateLayout {
     /// Codes, factors and centre of every block of 128 rows, `[B, Hkv, ceil(C / 128), Z]` in bytes.
     pub fn sketches(size: &CacheSize) -> Self {
         Self::new(
-            [size.capacity.div_ceil(SKETCH_BLOCK), sketch_block_bytes(size)],
+            [
+                StateElement::Byte.entries(size.capacity, size.pages),
+                sketch_block_bytes(size),
+            ],
             StateElement::Byte,
             "[B, Hkv, ceil(C/128), Z = 128*(D*sketch_bits/8 + 2) + D*sizeof(T)]",
         )

@@ -20,7 +20,7 @@ use ort::{
     value::{TensorElementType, ValueType},
 };
 use retro_contract::{
-    SKETCH_BLOCK,
+    StateElement,
     graph::{PAGE_BUDGET, RETRO_LENGTH},
     pages_for,
 };
@@ -60,12 +60,13 @@ impl Converted {
         pages_for(self.capacity, self.page_size)
     }
 
-    /// Pages or blocks of a state: sketches are bytes in blocks of rows, all other state is numbers in pages.
-    fn pages_or_blocks(self, ty: TensorElementType) -> usize {
-        match ty {
-            TensorElementType::Uint8 => pages_for(self.capacity, SKETCH_BLOCK),
-            _ => self.pages(),
-        }
+    /// Third dimension of a state of this type.
+    fn state_entries(self, ty: TensorElementType) -> usize {
+        let element = match ty {
+            TensorElementType::Uint8 => StateElement::Byte,
+            _ => StateElement::Cache,
+        };
+        element.entries(self.capacity, self.pages())
     }
 }
 
@@ -136,7 +137,7 @@ impl ComparedModel {
             return Some(vec![batch, cache.heads, fixed(2).unwrap_or(rows), cache.head_size]);
         }
         if name.starts_with("past_retro.") {
-            let pages = self.converted.map_or(0, |converted| converted.pages_or_blocks(ty));
+            let pages = self.converted.map_or(0, |converted| converted.state_entries(ty));
             let size = self.caches.first().map_or(1, |c| c.head_size);
             let fill = |(axis, d): (usize, &i64)| match (axis, usize::try_from(*d)) {
                 (0, _) => batch,

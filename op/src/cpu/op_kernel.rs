@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::marker::PhantomData;
 
-use retro_contract::{input, output};
+use retro_contract::{STATE, input, output};
 
 use super::call::{CpuCall, Dense, Inputs, LayerState};
 use super::pool::Pool;
@@ -13,7 +13,7 @@ use super::shared::Shared;
 use crate::contract::{Attributes, CallLengths, CallPlan, Dims, Phase};
 use crate::for_selector;
 use crate::gqa_fallback::GqaFallback;
-use crate::io_spec::{self, Operands, STATE};
+use crate::io_spec::{self, Operands};
 use crate::method::element::Element;
 use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Plain, Port, Result, ShapeContext, Tensor};
 use crate::selector::PageSelector;

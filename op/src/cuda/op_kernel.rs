@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use retro_contract::{input, limits, output};
+use retro_contract::{STATE, input, limits, output};
 
 use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
@@ -15,7 +15,7 @@ use super::scratch::lock;
 use super::staging::{Staging, Used, WRITTEN};
 use crate::contract::{Attributes, Dims, Phase};
 use crate::gqa_fallback::GqaFallback;
-use crate::io_spec::{self, Operands, STATE};
+use crate::io_spec::{self, Operands};
 use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
 
 /// `ai.retro::RetroAttention` on CUDA for caches of element type `E` and selector state of type `S`.

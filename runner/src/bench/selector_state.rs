@@ -6,7 +6,7 @@
 use half::f16;
 use ort::{session::SessionInputValue, value::TensorElementType};
 use rand::{SeedableRng, rngs::StdRng};
-use retro_contract::{Budget, CacheSize, Mode, Selector, graph::State, input, limits, output, pages_for};
+use retro_contract::{Budget, Mode, STATE, Selector, graph::State, input, limits, output};
 use retro_models::Dtype;
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
     args::PageSelection,
     op::{
         data::{allocate, element, fill, integer},
-        graph::{STATE, model, name_of},
+        graph::{model, name_of},
         operator::{AttentionShape, Operator, RetroVariant},
     },
     synthetic_cache::{encode, normal, state_type},
@@ -51,38 +51,16 @@ impl StatePattern {
         head_size: usize,
         cache: TensorElementType,
     ) -> Result<Self> {
-        Self::with_sketch_bits(
-            runtime,
-            options,
-            selector,
-            page_size,
-            head_size,
-            cache,
-            limits::SKETCH_BITS,
-        )
+        Self::of_shape(runtime, options, selector, &shape(page_size, head_size, cache), cache)
     }
 
-    fn with_sketch_bits(
+    fn of_shape(
         runtime: &Runtime,
         options: &OpenOptions,
         selector: Selector,
-        page_size: usize,
-        head_size: usize,
+        shape: &AttentionShape,
         cache: TensorElementType,
-        sketch_bits: usize,
     ) -> Result<Self> {
-        let shape = AttentionShape {
-            sketch_bits,
-            heads: HEADS,
-            kv_heads: HEADS,
-            head_size,
-            page_size,
-            // Layouts may depend on the size of the caches' elements: bfloat16 has float16's.
-            dtype: match cache {
-                TensorElementType::Float32 => Dtype::F32,
-                _ => Dtype::F16,
-            },
-        };
         let operator = Operator::Retro(RetroVariant {
             window: 1,
             budget: Budget::Ratio(1.0),
@@ -101,9 +79,9 @@ impl StatePattern {
             ..options.clone()
         };
         let mut session = session_builder(runtime, &options, PluginUse::Load)?
-            .commit_from_memory(&model(&shape, &operator, 1))
+            .commit_from_memory(&model(shape, &operator, 1))
             .map_err(Error::session)?;
-        let outputs = session.run(prompt(&shape, selector)?).map_err(ort_error)?;
+        let outputs = session.run(prompt(shape, selector)?).map_err(ort_error)?;
         let state = name_of(output::NAMES[output::PRESENT_PAGE_SUMMARY], 0);
         let state = outputs.get(state).ok_or(Error::NoOutput)?;
         Ok(Self(if let Ok((_, codes)) = state.try_extract_tensor::<u8>() {
@@ -135,39 +113,35 @@ impl StatePattern {
             .iter()
             .find(summary)
             .and_then(|slot| slot.dims.last().copied().flatten());
-        let fits = |bits: &usize| {
-            let size = CacheSize {
-                capacity: TOKENS,
-                pages: pages_for(TOKENS, retro.page_size),
-                page_size: retro.page_size,
-                head_size,
-                sketch_bits: *bits,
-                cache_element: if cache.element == TensorElementType::Float32 {
-                    4
-                } else {
-                    2
-                },
-            };
+        let mut shape = shape(retro.page_size, head_size, cache.element);
+        let fits = |&sketch_bits: &usize| {
+            let size = AttentionShape { sketch_bits, ..shape }.cache_size(TOKENS);
             selector.layout(&size).sizes().last().copied() == declared
         };
-        let bits = (1..=limits::SKETCH_BITS_MAX)
-            .rev()
-            .find(fits)
-            .unwrap_or(limits::SKETCH_BITS);
-        Self::with_sketch_bits(
-            runtime,
-            options,
-            selector,
-            retro.page_size,
-            head_size,
-            cache.element,
-            bits,
-        )
+        if let Some(bits) = (1..=limits::SKETCH_BITS_MAX).rev().find(fits) {
+            shape.sketch_bits = bits;
+        }
+        Self::of_shape(runtime, options, selector, &shape, cache.element)
     }
 
     /// Whole pages of a KV head's state, one behind the other.
     pub fn bytes(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// The prompt's shape. Layouts may depend on the size of the caches' elements: bfloat16 has float16's.
+fn shape(page_size: usize, head_size: usize, cache: TensorElementType) -> AttentionShape {
+    AttentionShape {
+        heads: HEADS,
+        kv_heads: HEADS,
+        head_size,
+        page_size,
+        dtype: match cache {
+            TensorElementType::Float32 => Dtype::F32,
+            _ => Dtype::F16,
+        },
+        sketch_bits: limits::SKETCH_BITS,
     }
 }
 

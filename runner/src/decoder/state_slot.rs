@@ -3,7 +3,7 @@
 //! B batch, C cache capacity in tokens, P pages of the cache.
 
 use ort::value::{Outlet, TensorElementType, ValueType};
-use retro_contract::{SKETCH_BLOCK, graph::State};
+use retro_contract::{StateElement, graph::State};
 use retro_model_io::present_names;
 
 use crate::{
@@ -46,7 +46,7 @@ impl StateSlot {
         let open = |axis: usize| match (self.kind, axis) {
             (_, 0) | (SlotKind::Recurrent, _) => batch,
             (SlotKind::Cache, _) => capacity,
-            (SlotKind::Retro(State::PageSummary), _) if self.is_sketch() => capacity.div_ceil(SKETCH_BLOCK),
+            (SlotKind::Retro(_), _) if self.is_sketch() => StateElement::Byte.entries(capacity, pages),
             (SlotKind::Retro(_), _) => pages,
         };
         self.dims

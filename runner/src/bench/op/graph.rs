@@ -16,16 +16,6 @@ const SHARED: [&str; 6] = [
     "retro_length",
 ];
 
-/// Past and present names of the tensors that a node updates in place: keys and values, then the operator's own state.
-pub const STATE: [(usize, usize); 6] = [
-    (input::PAST_KEY, output::PRESENT_KEY),
-    (input::PAST_VALUE, output::PRESENT_VALUE),
-    (input::PAST_PAGE_SUMMARY, output::PRESENT_PAGE_SUMMARY),
-    (input::PAST_PAGE_STEPS, output::PRESENT_PAGE_STEPS),
-    (input::PAST_OUTPUTS, output::PRESENT_OUTPUTS),
-    (input::PAST_LSE, output::PRESENT_LSE),
-];
-
 /// The name of node `node`'s input or output.
 pub fn name_of(name: &str, node: usize) -> String {
     format!("{name}.{node}")

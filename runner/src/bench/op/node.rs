@@ -8,12 +8,12 @@ use ort::{
     session::{IoBinding, Session},
     value::{DynTensor, DynValue, Tensor, TensorElementType},
 };
-use retro_contract::{Mode, input, output};
+use retro_contract::{Mode, STATE, input, output};
 use retro_models::Dtype;
 
 use super::{
     data::{Caches, Rows, element, integer},
-    graph::{STATE, model, name_of},
+    graph::{model, name_of},
     operator::{AttentionShape, Operator},
 };
 use crate::{
