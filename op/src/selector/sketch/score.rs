@@ -217,57 +217,14 @@ unsafe fn page_masses<S: Simd, const P: usize>(logits: &BlockRows, first: usize,
 /// Each page's numbers folded into one, by halves that lie side by side; the first `128 / P` are the pages'.
 #[inline(always)]
 fn fold<const P: usize>(values: &BlockRows, out: &mut BlockRows, both: impl Fn(f32, f32) -> f32 + Copy) {
-    let (mut a, mut b) = ([0.0; ROWS / 2], [0.0; ROWS / 4]);
-    let halve = |from: &[f32], to: &mut [f32]| {
-        for (to, pair) in to.iter_mut().zip(from.as_chunks::<2>().0) {
+    let (mut from, mut to) = (*values, [0.0; ROWS]);
+    let mut left = ROWS;
+    while left > ROWS / P {
+        for (to, pair) in to[..left / 2].iter_mut().zip(from[..left].as_chunks::<2>().0) {
             *to = both(pair[0], pair[1]);
         }
-    };
-    halve(values, if P == 2 { &mut out[..ROWS / 2] } else { &mut a });
-    if P >= 4 {
-        halve(&a, if P == 4 { &mut out[..ROWS / 4] } else { &mut b });
+        std::mem::swap(&mut from, &mut to);
+        left /= 2;
     }
-    if P >= 8 {
-        halve(
-            &b,
-            if P == 8 {
-                &mut out[..ROWS / 8]
-            } else {
-                &mut a[..ROWS / 8]
-            },
-        );
-    }
-    if P >= 16 {
-        halve(
-            &a[..ROWS / 8],
-            if P == 16 {
-                &mut out[..ROWS / 16]
-            } else {
-                &mut b[..ROWS / 16]
-            },
-        );
-    }
-    if P >= 32 {
-        halve(
-            &b[..ROWS / 16],
-            if P == 32 {
-                &mut out[..ROWS / 32]
-            } else {
-                &mut a[..ROWS / 32]
-            },
-        );
-    }
-    if P >= 64 {
-        halve(
-            &a[..ROWS / 32],
-            if P == 64 {
-                &mut out[..ROWS / 64]
-            } else {
-                &mut b[..ROWS / 64]
-            },
-        );
-    }
-    if P >= 128 {
-        halve(&b[..ROWS / 64], &mut out[..1]);
-    }
+    out[..left].copy_from_slice(&from[..left]);
 }
