@@ -11,7 +11,8 @@ use std::{collections::BTreeSet, str::FromStr};
 /// Settings of the operator. They become attributes of its nodes and metadata of the model.
 #[derive(Args, Clone, Debug, PartialEq)]
 pub struct Settings {
-    /// Most tokens fed in a decoding step: the new one, and up to window - 1 earlier ones that are fed again and corrected; 1 to 64, 1 is Quest
+    /// Most tokens fed in a decoding step, 1 to 64: the new one, and up to window - 1 earlier ones that are fed again and
+    /// corrected; 1 is Quest
     #[arg(short, long, default_value_t = Self::default().window, value_name = "TOKENS")]
     pub window: usize,
 

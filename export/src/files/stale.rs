@@ -9,8 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Weights that were written, copied or linked for the model at `target`, which is replaced by one that needs `new` and has its own in `spill_name`,
-/// and that no other *.onnx of the folder names. Other files are not opened.
+/// Weights that were written, copied or linked for the model at `target`, which is replaced by one that needs `new` and
+/// has its own in `spill_name`, and that no other *.onnx of the folder names. Other files are not opened.
 pub fn stale(target: &Path, new: &[ExternalFile], spill_name: &str) -> Vec<PathBuf> {
     stale_by(target, new, spill_name, &|path| read_model(path).ok())
 }

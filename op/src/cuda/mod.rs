@@ -1,9 +1,10 @@
 //! The CUDA execution provider: [`CudaOperator`] launches the kernels of `kernels/` on the session's stream.
 //!
-//! A decoding step is four launches: append and score (`score_kernel.cuh`), select (`select.cuh`; not where every page is
-//! read), attend (`attend.cuh`), merge (`merge.cuh`). No step waits for the device, copies to the host or allocates outside the provider's arena, so it can be
-//! captured in a CUDA graph. Lengths and budgets are read where the kernels run: a sequence whose `seqlens_k` or
-//! `page_budget` breaks the contract gets NaN outputs and keeps its state, because the host cannot see the numbers.
+//! A decoding step is four launches: append and score (`score_kernel.cuh`), select (`select.cuh`; not where every page
+//! is read), attend (`attend.cuh`), merge (`merge.cuh`). No step waits for the device, copies to the host or allocates
+//! outside the provider's arena, so it can be captured in a CUDA graph. Lengths and budgets are read where the kernels
+//! run: a sequence whose `seqlens_k` or `page_budget` breaks the contract gets NaN outputs and keeps its state, because
+//! the host cannot see the numbers.
 //!
 //! Nothing of CUDA is linked: the driver is loaded when the first node is placed on a CUDA device.
 
