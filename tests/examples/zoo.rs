@@ -13,7 +13,7 @@ fn main() {
     let named: Vec<PathBuf> = env::args().skip(1).map(PathBuf::from).collect();
     let mut cases: Vec<(String, PathBuf)> = Vec::new();
     let folders = if named.is_empty() {
-        vec![paths::data("zoo")]
+        vec![paths::zoo("")]
     } else {
         named.clone()
     };

@@ -8,9 +8,9 @@ import onnxruntime as ort
 import pytest
 
 import node
+import zoo
 from paths import DATA, exporter, models
 
-ZOO = sorted(path for path in (DATA / "zoo").iterdir() if path.is_dir())
 # Refused, with the reason: tests/tests/converted/zoo.rs.
 REFUSED = {"genai-llama-fp32-cuda", "genai-llama-paged-fp16-cuda", "genai040-old_llama-fp32-cuda"}
 
@@ -37,7 +37,7 @@ def check(folder) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize("source", [path for path in ZOO if path.name not in REFUSED], ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [path for path in zoo.FOLDERS if path.name not in REFUSED], ids=lambda path: path.name)
 def test_converted_models_pass_the_checker(source, tmp_path):
     target = tmp_path / "out"
     convert(source, target, "--window", "4")
@@ -53,10 +53,10 @@ def test_converted_models_pass_the_checker(source, tmp_path):
 
 def test_a_converted_model_decodes(tmp_path):
     """With w = 1 nothing but the state is new to a caller: retro_length has a default."""
-    convert(DATA / "zoo" / "genai-llama-fp32-cpu", tmp_path / "out", "--window", "1", "--budget", "1.0")
+    convert(zoo.FOLDER / "genai-llama-fp32-cpu", tmp_path / "out", "--window", "1", "--budget", "1.0")
     session = ort.InferenceSession(str(tmp_path / "out" / "model.onnx"), node.options(), providers=["CPUExecutionProvider"])
     assert "retro_length" not in {i.name for i in session.get_inputs()}
-    recorded = np.load(DATA / "zoo" / "genai-llama-fp32-cpu" / "io.npz")
+    recorded = np.load(zoo.FOLDER / "genai-llama-fp32-cpu" / "io.npz")
     ids, prompt = recorded["full_ids"], recorded["prompt_ids"].shape[1]
     capacity, kinds = 24, {"tensor(float)": np.float32, "tensor(int32)": np.int32}
     state = {}

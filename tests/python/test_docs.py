@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 
 import documents
+import zoo
 from paths import DATA, ROOT, exporter, host, models, plugin, runner
 
 BLOCKS = [block for file in documents.DOCUMENTS for block in documents.blocks(file)]
@@ -142,7 +143,7 @@ EXPORTS = ["genai-llama-fp32-cpu", "genai-llama-fp16-dml", "genai-qwen3-fp32-cpu
 @pytest.mark.skipif(VERSION < (1, 31), reason="older ones load only some of these exports, the originals too")
 @pytest.mark.parametrize("name", EXPORTS)
 def test_the_loop_for_hosts_runs_exports(name, tmp_path):
-    compare_with_original(DATA / "zoo" / name / "model.onnx", tmp_path, 2e-2 if "fp16" in name else 1e-3)
+    compare_with_original(zoo.FOLDER / name / "model.onnx", tmp_path, 2e-2 if "fp16" in name else 1e-3)
 
 
 def compare_with_original(source, folder, allowed):

@@ -224,7 +224,7 @@ def test_errors_are_one_line(converted, tmp_path):
     foreign.graph.node.append(onnx.helper.make_node("Identity", ["beam"], ["beam_out"]))
     onnx.save(foreign, str(tmp_path / "foreign.onnx"))
     for place, said in [
-        (DATA / "zoo" / "genai040-old_llama-fp32-cpu", "was not converted by retro-export"),
+        (zoo.FOLDER / "genai040-old_llama-fp32-cpu", "was not converted by retro-export"),
         (tmp_path / "broken.onnx", "broken.onnx"),
         (tmp_path, "name the ONNX file"),
         (tmp_path / "foreign.onnx", "wants the input beam, which"),

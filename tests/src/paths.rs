@@ -3,6 +3,7 @@
 use std::{
     env,
     path::{Path, PathBuf},
+    sync::LazyLock,
 };
 
 /// The repository: `$RETRO_TEST_ROOT`, else where this test was built, else, for a test that was carried to another
@@ -21,6 +22,12 @@ pub fn root() -> PathBuf {
 /// A file or folder in tests/data.
 pub fn data(relative: &str) -> PathBuf {
     root().join("tests/data").join(relative)
+}
+
+/// A case of the real exports, `tests/data/zoo.tar.xz`, or a file of one.
+pub fn zoo(relative: &str) -> PathBuf {
+    static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| retro_zoo::folder(&root()));
+    FOLDER.join(relative)
 }
 
 /// The plugin under test: `$RETRO_ATTENTION_PLUGIN`, or the one built beside this test.

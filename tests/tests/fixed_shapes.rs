@@ -62,7 +62,7 @@ fn declared_types_and_other_state_are_fed_from_fixed_buffers() {
     let genai = |folder: &Path, change: &dyn Fn(&mut GraphProto)| {
         fs::create_dir(folder).unwrap();
         for name in ["genai_config.json", "model.onnx", "model.onnx.data"] {
-            fs::copy(paths::data("zoo/genai-llama-fp32-cpu").join(name), folder.join(name)).unwrap();
+            fs::copy(paths::zoo("genai-llama-fp32-cpu").join(name), folder.join(name)).unwrap();
         }
         zoo::change(&folder.join("model.onnx"), change);
     };

@@ -1,4 +1,4 @@
-//! The `retro-export` command as a user calls it, on real exports (tests/data/zoo) in temporary folders.
+//! The `retro-export` command as a user calls it, on real exports (tests/data/zoo.tar.xz) in temporary folders.
 
 mod bad_input;
 mod folders;

@@ -4,13 +4,14 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::{Command, Output},
+    sync::LazyLock,
 };
 
 /// Real exports, shared with the tests of the whole.
 pub fn zoo(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/data/zoo")
-        .join(case)
+    static FOLDER: LazyLock<PathBuf> =
+        LazyLock::new(|| retro_zoo::folder(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()));
+    FOLDER.join(case)
 }
 
 pub fn command() -> Command {

@@ -117,7 +117,7 @@ fn genai(folder: &Path, shared: bool, change: impl FnOnce(&mut GraphProto)) -> P
     fs::create_dir(&place).unwrap();
     fs::copy(words.join("tokenizer.json"), place.join("tokenizer.json")).unwrap();
     for name in ["genai_config.json", "model.onnx", "model.onnx.data"] {
-        fs::copy(paths::data("zoo/genai-llama-fp32-cpu").join(name), place.join(name)).unwrap();
+        fs::copy(paths::zoo("genai-llama-fp32-cpu").join(name), place.join(name)).unwrap();
     }
     let config = fs::read_to_string(place.join("genai_config.json")).unwrap();
     let (old, new) = ("share_buffer\": true", format!("share_buffer\": {shared}"));

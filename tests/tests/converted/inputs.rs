@@ -18,7 +18,7 @@ fn verified(case: &str, options: &[&str], change: impl FnOnce(&mut GraphProto)) 
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("model.onnx");
     if case == GQA {
-        for entry in fs::read_dir(paths::data("zoo").join(case)).unwrap().flatten() {
+        for entry in fs::read_dir(paths::zoo(case)).unwrap().flatten() {
             fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
         }
     } else {
@@ -333,7 +333,7 @@ fn state_that_comes_back() {
 #[test]
 fn sizes_of_caches_are_declared_once_they_are_known() {
     let folder = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(paths::data("zoo").join(GQA)).unwrap().flatten() {
+    for entry in fs::read_dir(paths::zoo(GQA)).unwrap().flatten() {
         fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
     let source = folder.path().join("model.onnx");

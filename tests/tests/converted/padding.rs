@@ -8,13 +8,13 @@ use crate::convert::convert;
 const TOKENS: [i64; 6] = [5, 6, 7, 8, 9, 10];
 const CAPACITY: usize = 24;
 
-/// A case of tests/data/zoo, converted.
+/// A case of tests/data/zoo.tar.xz, converted.
 struct Case(tempfile::TempDir);
 
 impl Case {
     fn convert(name: &str, options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        convert(&paths::data("zoo").join(name), &folder.path().join("model"), options).expect("it converts");
+        convert(&paths::zoo(name), &folder.path().join("model"), options).expect("it converts");
         Self(folder)
     }
 

@@ -21,7 +21,7 @@ const CASE: &str = "genai-llama-fp32-cpu";
 /// The case's folder with its model changed.
 fn variant(change: impl FnOnce(&mut ModelProto)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(paths::data("zoo").join(CASE)).unwrap().flatten() {
+    for entry in fs::read_dir(paths::zoo(CASE)).unwrap().flatten() {
         fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
     let path = folder.path().join("model.onnx");

@@ -1,4 +1,4 @@
-//! Real exports (tests/data/zoo), written as other exporters or later passes write the same model: the change is made
+//! Real exports (tests/data/zoo.tar.xz), written as other exporters or later passes write the same model: the change is made
 //! in code, and the result must be the original's.
 
 use std::{collections::HashSet, fs};
@@ -12,7 +12,7 @@ use crate::{convert::convert, verify::compared};
 /// A case's folder with its graph changed.
 fn variant(case: &str, change: impl FnOnce(&mut GraphProto)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(paths::data("zoo").join(case)).unwrap().flatten() {
+    for entry in fs::read_dir(paths::zoo(case)).unwrap().flatten() {
         fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
     let path = folder.path().join("model.onnx");
@@ -85,7 +85,7 @@ fn norms_of_queries_and_keys_inside_the_attention() {
     let folder = tempfile::tempdir().unwrap();
     let options = ["--window", "2", "--budget", "1.0", "--all-logits"];
     let target = folder.path().join("as-exported");
-    convert(&paths::data("zoo").join(case), &target, &options).expect("it converts");
+    convert(&paths::zoo(case), &target, &options).expect("it converts");
     let expected = logits(&target);
     for packed in [false, true] {
         let source = variant(case, |graph| fuse_norms(graph, packed));

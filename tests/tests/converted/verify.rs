@@ -87,12 +87,12 @@ fn covers(verification: &Value, padding: bool) {
 
 #[test]
 fn group_query_attention() {
-    covers(&compared(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx")), true);
+    covers(&compared(&paths::zoo("genai-llama-fp32-cpu/model.onnx")), true);
 }
 
 #[test]
 fn group_query_attention_in_float16() {
-    covers(&compared(&paths::data("zoo/genai-llama-fp16-cuda/model.onnx")), true);
+    covers(&compared(&paths::zoo("genai-llama-fp16-cuda/model.onnx")), true);
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn decomposed_attention() {
 /// This export's mask subgraph can't be run with several tokens behind a past.
 #[test]
 fn an_original_that_takes_no_chunks_is_fed_token_by_token() {
-    let verification = compared(&paths::data("zoo/genai040-old_llama-fp32-cuda/model.onnx"));
+    let verification = compared(&paths::zoo("genai040-old_llama-fp32-cuda/model.onnx"));
     covers(&verification, true);
     let notes = verification["notes"].to_string();
     assert!(notes.contains("token by token"), "{notes}");
@@ -232,7 +232,7 @@ fn padding_is_among_what_is_quantised_together() {
 fn caches_of_undeclared_size() {
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("model.onnx");
-    let from = paths::data("zoo/genai-llama-fp32-cpu");
+    let from = paths::zoo("genai-llama-fp32-cpu");
     for entry in fs::read_dir(&from).unwrap().flatten() {
         fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
@@ -256,7 +256,7 @@ fn caches_of_undeclared_size() {
 fn without_a_gpu_nothing_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("converted.onnx");
-    let (report, error) = export(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx"), &target, "cuda:0");
+    let (report, error) = export(&paths::zoo("genai-llama-fp32-cpu/model.onnx"), &target, "cuda:0");
     if error.is_empty() {
         assert_eq!(report["verification"]["device"], "cuda:0");
         return;
@@ -297,7 +297,7 @@ fn ends(source: &Path, plugin: &Path, options: &[&str]) -> (Option<i32>, String,
 /// asked for, before anything is written.
 #[test]
 fn without_a_plugin_nothing_is_compared() {
-    let source = paths::data("zoo/genai-llama-fp32-cpu/model.onnx");
+    let source = paths::zoo("genai-llama-fp32-cpu/model.onnx");
     let folder = tempfile::tempdir().unwrap();
     let damaged = folder.path().join("libretro_attention.so");
     fs::write(&damaged, b"no library").unwrap();
@@ -333,7 +333,7 @@ fn a_result_that_does_not_run_is_an_error() {
         Err(e) => return not_tested(&format!("a plugin of another kind: there is no compiler here: {e}")),
     }
     for options in [&[][..], &["--verify"]] {
-        let (code, text, written) = ends(&paths::data("zoo/genai-llama-fp32-cpu/model.onnx"), &plugin, options);
+        let (code, text, written) = ends(&paths::zoo("genai-llama-fp32-cpu/model.onnx"), &plugin, options);
         assert!(code == Some(1) && written, "{text}");
         assert!(
             text.contains("BROKEN") && text.contains("RetroAttention") && text.contains("do not use it"),

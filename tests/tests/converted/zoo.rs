@@ -1,4 +1,4 @@
-//! Real exports (tests/data/zoo): with a budget of all pages a converted model gives the logits of the original,
+//! Real exports (tests/data/zoo.tar.xz): with a budget of all pages a converted model gives the logits of the original,
 //! whether one, two or four tokens are fed a step. `cargo test -- --nocapture` prints the table.
 
 use std::{fs::File, path::Path};
@@ -73,7 +73,7 @@ fn check(case: &str, tolerance: f32, against_itself: bool) {
             "{case}: not tested: ONNX Runtime's CPU kernels round activations to 8 bits, its CUDA kernels do not"
         );
     }
-    let source = paths::data("zoo").join(case);
+    let source = paths::zoo(case);
     let mut expected = recorded(&source);
     if against_itself {
         expected.logits = observed(&source, &expected);
@@ -125,7 +125,7 @@ fn originals_give_what_was_recorded() {
             println!("{case}: not tested: ONNX Runtime has no float32 GroupQueryAttention on CUDA");
             continue;
         }
-        let source = paths::data("zoo").join(case);
+        let source = paths::zoo(case);
         let recorded = recorded(&source);
         let tolerance = if case.contains("fp16") { 1e-2 } else { 1e-4 };
         compare::assert_close(case, &observed(&source, &recorded), &recorded.logits, tolerance);
@@ -135,7 +135,7 @@ fn originals_give_what_was_recorded() {
 fn refuse(case: &str, says: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("out");
-    let error = convert(&paths::data("zoo").join(case), &target, &[]).expect_err("it is refused");
+    let error = convert(&paths::zoo(case), &target, &[]).expect_err("it is refused");
     println!("| {case} | refused: {} |", error.lines().last().unwrap_or_default());
     for word in says {
         assert!(
@@ -155,7 +155,7 @@ macro_rules! cases {
         fn every_case_has_a_test() {
             let mut known = vec![$($case),*];
             known.sort();
-            let folder = std::fs::read_dir(paths::data("zoo")).expect("tests/data/zoo").flatten();
+            let folder = std::fs::read_dir(paths::zoo("")).expect("the zoo").flatten();
             let mut found: Vec<String> = folder.filter(|e| e.path().is_dir()).map(|e| e.file_name().into_string().unwrap()).collect();
             found.sort();
             assert_eq!(known, found);
