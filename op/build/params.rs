@@ -6,7 +6,7 @@ use retro_contract::Selector;
 
 use crate::abi::{
     ATTEND_F32, ATTEND_HALF, AttendShape, CONSTANTS, CallPhase, FORMULAS, GroupScoring, MERGE_BLOCKS, PAGES_SHAPES,
-    Params, ReadMode, SCORE_F32, SCORE_HALF, SELECT_BLOCKS, has_kernels,
+    Params, ReadMode, SCORE_F32, SCORE_HALF, SCORE_SKETCH, SELECT_BLOCKS, has_kernels,
 };
 
 const HEAD: &str = "\
@@ -152,7 +152,11 @@ fn shapes(text: &mut String) {
 /// Lists of what kernels are compiled for, as macros that call another one for each.
 fn instances(text: &mut String) {
     line(text, "\n// X(padded head size, blocks on a multiprocessor, ...)");
-    for (name, list) in [("SCORE_HALF", &SCORE_HALF), ("SCORE_F32", &SCORE_F32)] {
+    for (name, list) in [
+        ("SCORE_HALF", &SCORE_HALF),
+        ("SCORE_F32", &SCORE_F32),
+        ("SCORE_SKETCH", &SCORE_SKETCH),
+    ] {
         list_macro(
             text,
             name,

@@ -11,7 +11,9 @@ use retro_contract::Selector;
 
 /// Whether there are kernels for a selector.
 pub fn has_kernels(selector: Selector) -> bool {
-    selector != Selector::Sketch
+    match selector {
+        Selector::Bounds | Selector::Moments | Selector::SignedMoments | Selector::Sketch => true,
+    }
 }
 
 /// A type that both sides have.
@@ -151,6 +153,8 @@ shared_constants! {
     MAX_RAGGED = 512;
     /// Largest head size, D.
     MAX_HEAD_SIZE = 256;
+    /// Rows of a block of sketches.
+    SKETCH_BLOCK = 128;
     /// Largest page size, in tokens.
     MAX_PAGE_SIZE = 128;
     /// Query heads a KV head at most: the rows of a tensor core's tile.
@@ -210,6 +214,12 @@ shared_formulas! {
     query_pitch(padded) = padded + 32;
     /// Bytes of shared memory of a scoring block's queries, of which there are up to three forms.
     queries_bytes(padded) = 3 * MAX_GROUP * query_pitch(padded) * 2;
+    /// Bytes of shared memory of a block that scores sketches, for so many heads, a multiple of four (sketch_score.cuh):
+    /// statistics, queries, their two bytes an element, what they stand for, codes of rows that are appended.
+    sketch_bytes(heads, padded) =
+        heads * (4 * SCORE_THREADS + 4 * padded + 2 * (padded + 16) + 8) + SKETCH_BLOCK / 2 * (padded / 4);
+    /// The same of a block that sketches a prompt's rows: sums, codes.
+    sketch_pages_bytes(padded) = PAGES_WARPS * padded * 4 + SKETCH_BLOCK * (padded / 4);
     /// Bytes of shared memory where the warps of an attention block are joined: statistics and outputs.
     joint_bytes(parts, rows, padded) = parts * rows * 2 * 4 + parts * rows * (padded + 4) * 4;
     /// Bytes of shared memory of a block of float32 attention: queries, weights, the join.
@@ -233,6 +243,8 @@ const fn score_shape(padded: usize, blocks_per_sm: usize) -> ScoreShape {
 
 /// float16 and bfloat16.
 pub const SCORE_HALF: [ScoreShape; 3] = [score_shape(64, 3), score_shape(128, 2), score_shape(256, 1)];
+/// Sketches, of every element type.
+pub const SCORE_SKETCH: [ScoreShape; 3] = [score_shape(64, 2), score_shape(128, 2), score_shape(256, 1)];
 /// float32.
 pub const SCORE_F32: [ScoreShape; 3] = [score_shape(64, 2), score_shape(128, 2), score_shape(256, 1)];
 
@@ -426,9 +438,11 @@ shared_struct! {
         pub copies_page: i32,
         /// That a block of the selection kernel keeps, a multiple of 8
         pub keys: i32,
-        /// Blocks of the score kernel that score; the others append
+        /// Blocks of the score kernel that score; those that append, each what the step touches of a page, or of a
+        /// block of sketches
         pub score_blocks: i32,
-        /// Pages that each of their warps scores, and warps that score one more
+        pub touched: i32,
+        /// Pages (blocks of sketches) that each of the scoring blocks' warps scores, and warps that score one more
         pub warp_pages: i32,
         pub more_pages: i32,
         /// Rows of queries, keys, values, cos and sin can be read 16 bytes at a time, and halves of a head are rotated
@@ -439,6 +453,8 @@ shared_struct! {
         pub stages: i32,
         /// 0: the output is there already, only the output cache is filled
         pub write_output: i32,
+        /// Bits of an element of a sketch
+        pub sketch_bits: i32,
         /// w
         pub window: i32,
         /// Of the logits; of the softcap, 0: none

@@ -37,6 +37,8 @@ const HEADERS: [&[(&str, &str)]; 3] = [
         "page_rows.cuh",
         "score_output.cuh",
         "page_vectors.cuh",
+        "sketch_rows.cuh",
+        "sketch_score.cuh",
         "score_kernel.cuh",
         "select.cuh",
         "finish.cuh",

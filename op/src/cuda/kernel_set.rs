@@ -7,11 +7,12 @@ use half::{bf16, f16};
 
 use super::abi::{
     APPEND_THREADS, ATTEND_F32, ATTEND_HALF, ATTEND_TILE, AttendShape, BLOCK_RESERVED, CLEAR_THREADS, F32_WARPS,
-    MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_THREADS, SELECT_THREADS, SELECT_VARIABLES,
-    f32_attend_bytes,
+    MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_SKETCH, SCORE_THREADS, SELECT_THREADS,
+    SELECT_VARIABLES, f32_attend_bytes,
 };
 use super::device::Device;
 use super::launch::Kernel;
+use crate::contract::Attributes;
 use crate::ort::{Error, Plain, Result};
 use crate::selector::Selector;
 
@@ -39,7 +40,10 @@ impl CudaElement for bf16 {
 /// A scoring kernel.
 #[derive(Clone, Copy)]
 pub struct Score {
-    pub kernel: Kernel,
+    /// For every head size up to the padded one.
+    pub any: Kernel,
+    /// For the padded head size alone, where there is one: sketches' codes stay in registers.
+    pub whole: Option<Kernel>,
     pub blocks_per_sm: usize,
 }
 
@@ -105,6 +109,11 @@ mod name {
         format!("retro_score_{element}_{padded}_{selector}")
     }
 
+    /// Of the padded head size alone.
+    pub fn score_sketch(element: &str, padded: usize, bits: usize) -> String {
+        format!("retro_score_{element}_{padded}_sketch{bits}")
+    }
+
     pub fn attend(element: &str, shape: &AttendShape) -> String {
         format!("retro_attend_{element}_{}_{}", shape.padded, shape.rows)
     }
@@ -136,28 +145,32 @@ pub(super) fn names() -> Vec<String> {
                 ]);
             }
         }
+        for padded in super::abi::HEAD_SIZES {
+            names.extend([1, 2].map(|bits| name::score_sketch(element, padded, bits)));
+        }
     }
     names
 }
 
-/// Ordinal of the device, element type, head size and name of the selector.
-type KernelsKey = (usize, &'static str, usize, &'static str);
+/// Ordinal of the device, element type, head size, name of the selector and bits of a sketch.
+type KernelsKey = (usize, &'static str, usize, &'static str, usize);
 
 /// The kernels of `kernels/retro.cu` for a head size and selector. They are looked up for the first node that asks, and
 /// stay for good, as devices do.
-pub fn find<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -> Result<Arc<Kernels>> {
+pub fn find<E: CudaElement>(device: &Device, padded: usize, attributes: &Attributes) -> Result<Arc<Kernels>> {
     static FOUND: Mutex<BTreeMap<KernelsKey, Arc<Kernels>>> = Mutex::new(BTreeMap::new());
     let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (device.ordinal, E::NAME, padded, selector.as_str());
+    let (selector, bits) = (attributes.selector, attributes.sketch_bits);
+    let key = (device.ordinal, E::NAME, padded, selector.as_str(), bits);
     if let Some(kernels) = found.get(&key) {
         return Ok(kernels.clone());
     }
-    let kernels = Arc::new(look_up::<E>(device, padded, selector)?);
+    let kernels = Arc::new(look_up::<E>(device, padded, selector, bits)?);
     found.insert(key, kernels.clone());
     Ok(kernels)
 }
 
-fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -> Result<Kernels> {
+fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector, bits: usize) -> Result<Kernels> {
     let finder = Finder {
         device,
         element: E::NAME,
@@ -172,7 +185,11 @@ fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -
             finder.attend_f32(shape)
         }
     });
-    let shapes = if E::HALF { &SCORE_HALF } else { &SCORE_F32 };
+    let shapes = match selector {
+        Selector::Sketch => &SCORE_SKETCH,
+        Selector::Bounds | Selector::Moments | Selector::SignedMoments if E::HALF => &SCORE_HALF,
+        Selector::Bounds | Selector::Moments | Selector::SignedMoments => &SCORE_F32,
+    };
     let blocks_per_sm = shapes
         .iter()
         .find(|s| s.padded == padded)
@@ -180,7 +197,11 @@ fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector) -
     let of_type = |stem: &str, threads: usize| finder.kernel(name::of_type(stem, E::NAME), threads);
     Ok(Kernels {
         score: Score {
-            kernel: finder.kernel(name::score(E::NAME, padded, selector), SCORE_THREADS)?,
+            any: finder.kernel(name::score(E::NAME, padded, selector), SCORE_THREADS)?,
+            whole: match selector {
+                Selector::Sketch => Some(finder.kernel(name::score_sketch(E::NAME, padded, bits), SCORE_THREADS)?),
+                Selector::Bounds | Selector::Moments | Selector::SignedMoments => None,
+            },
             blocks_per_sm,
         },
         select: finder.select()?,

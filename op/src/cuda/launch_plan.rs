@@ -2,12 +2,12 @@
 
 use std::ffi::c_void;
 
-use retro_contract::{GroupScore, Mode, budget_pages, pages_for};
+use retro_contract::{GroupScore, Mode, SKETCH_BLOCK, StateElement, budget_pages, pages_for};
 
 use super::abi::{
     ATTEND_TILE, BLOCK_RESERVED, CallPhase, F32_WARPS, GroupScoring, MAX_SPLITS, MERGE_WARPS, PAGES_WARPS, Params,
-    ReadMode, SCORE_PAGES, SCORE_VARIABLES, SCORE_WARPS, kept_floats, queries_bytes, scored_page_count, stored_heads,
-    touched_floats, touched_page_count,
+    ReadMode, SCORE_PAGES, SCORE_VARIABLES, SCORE_WARPS, kept_floats, queries_bytes, scored_page_count, sketch_bytes,
+    sketch_pages_bytes, stored_heads, touched_floats, touched_page_count,
 };
 use super::kernel_set::{Attend, Kernels};
 use super::launch::{LaunchMode, Stream};
@@ -111,6 +111,30 @@ impl LaunchPlan<'_> {
         4 * touched_floats(self.group(), self.kernels.padded, self.dims.head_size)
     }
 
+    /// Whether the selector's state is made and scored by blocks of rows, instead of page by page.
+    fn by_block(&self) -> bool {
+        self.attributes.selector.state_element() == StateElement::Byte
+    }
+
+    /// Rows of what a warp scores: a page, or a block.
+    fn scored_rows(&self) -> usize {
+        if self.by_block() {
+            SKETCH_BLOCK
+        } else {
+            self.attributes.page_size
+        }
+    }
+
+    /// Shared memory of the scoring kernel's blocks, in bytes.
+    fn score_shared(&self) -> usize {
+        let padded = self.kernels.padded;
+        if self.by_block() {
+            return sketch_bytes(stored_heads(self.group()), padded);
+        }
+        // What the blocks that append need; or the queries of the blocks that score (page_vectors.cuh).
+        (self.appending() + self.page_copy()).max(queries_bytes(padded))
+    }
+
     /// The attention kernel for `rows` rows, how many row blocks and how many splits over `tokens` tokens, in `reserved` blocks fewer than
     /// the device holds.
     fn attention(&self, rows: usize, tokens: usize, reserved: usize) -> (&Attend, usize, usize) {
@@ -155,26 +179,32 @@ impl LaunchPlan<'_> {
         let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
         let reserved = if scored && few { pairs } else { 0 };
         let (attend, row_blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
-        let touched = touched_page_count(self.dims.tokens, a.page_size.trailing_zeros() as usize);
+        let touched = touched_page_count(self.dims.tokens, self.scored_rows().trailing_zeros() as usize);
+        let scored_at_once = if self.by_block() { 1 } else { SCORE_PAGES };
+        let most = total.div_ceil(self.scored_rows());
         let score_blocks = if scored {
             // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others
             // take their place.
             let appending = if few { touched } else { 1 };
             let on_device = self.kernels.score.blocks_per_sm * self.multiprocessors;
             let wanted = ((on_device - reserved) / pairs).saturating_sub(appending);
-            wanted.clamp(1, max_pages.div_ceil(SCORE_PAGES * SCORE_WARPS))
+            wanted.clamp(1, most.div_ceil(scored_at_once * SCORE_WARPS))
         } else {
             0
         };
         // Where a warp scores more pages than that, what is on its way to it needs the L1 cache.
-        let short = max_pages <= score_blocks * SCORE_PAGES * SCORE_WARPS * TILES_IN_L1;
+        let short = most <= score_blocks * scored_at_once * SCORE_WARPS * TILES_IN_L1;
         let parts = score_blocks + touched;
         Step {
             rows,
             scored,
             touched,
             score_blocks,
-            parts: if scored && self.kernels.half { parts } else { 0 },
+            parts: if scored && (self.kernels.half || self.by_block()) {
+                parts
+            } else {
+                0
+            },
             attend,
             row_blocks,
             splits,
@@ -193,9 +223,11 @@ impl LaunchPlan<'_> {
         let max_pages = params.max_pages as usize;
         let softmax = self.attributes.group_score == GroupScore::Softmax;
         params.score_blocks = step.score_blocks as i32;
+        params.touched = step.touched as i32;
         let score_warps = (step.score_blocks * SCORE_WARPS).max(1);
-        params.warp_pages = (max_pages / score_warps) as i32;
-        params.more_pages = (max_pages % score_warps) as i32;
+        let scored = (params.total as usize).div_ceil(self.scored_rows());
+        params.warp_pages = (scored / score_warps) as i32;
+        params.more_pages = (scored % score_warps) as i32;
         params.score_parts = step.parts as i32;
 
         let mut layout = Layout::default();
@@ -233,10 +265,10 @@ impl LaunchPlan<'_> {
     fn launch_step(&self, step: &Step<'_>, kept: Option<usize>, params: &Params) -> Result<()> {
         let (a, k, mode) = (self.attributes, self.kernels, step.launch_mode);
         let (batch, kv_heads, pairs) = (self.dims.batch, a.kv_heads, self.pairs());
-        // What the blocks that append need; or the queries of the blocks that score (page_vectors.cuh).
-        let shared = (self.appending() + self.page_copy()).max(queries_bytes(k.padded));
         let grid = [step.score_blocks + step.touched, kv_heads, batch];
-        self.stream.launch(&k.score.kernel, grid, shared, mode, params)?;
+        let whole = k.score.whole.as_ref().filter(|_| self.dims.head_size == k.padded);
+        self.stream
+            .launch(whole.unwrap_or(&k.score.any), grid, self.score_shared(), mode, params)?;
         if step.scored {
             let select = match a.group_score {
                 _ if kept.is_none() || step.parts == 0 => &k.select.any,
@@ -281,11 +313,19 @@ impl LaunchPlan<'_> {
         let page_copies = PAGES_WARPS * self.page_keys();
         let page_copies = if page_copies <= SHARED_UNASKED { page_copies } else { 0 };
         params.copies_page = i32::from(page_copies > 0);
-        let pages = [(params.max_pages as usize).div_ceil(PAGES_WARPS), kv_heads, batch];
+        let (pages, page_shared) = if self.by_block() {
+            (
+                total.div_ceil(SKETCH_BLOCK),
+                sketch_pages_bytes(k.padded.next_multiple_of(128)),
+            )
+        } else {
+            ((params.max_pages as usize).div_ceil(PAGES_WARPS), page_copies)
+        };
+        let pages = [pages, kv_heads, batch];
         if tokens == 0 {
             return self
                 .stream
-                .launch(&k.pages, pages, page_copies, LaunchMode::PdlMaxShared, params);
+                .launch(&k.pages, pages, page_shared, LaunchMode::PdlMaxShared, params);
         }
         params.last_tokens = if by_fallback { tokens as i32 } else { 0 };
         params.write_output = i32::from(!by_fallback);
@@ -311,7 +351,7 @@ impl LaunchPlan<'_> {
         )?;
         // Beside the attention, which leaves room for it.
         self.stream
-            .launch(&k.pages, pages, page_copies, LaunchMode::PdlMaxShared, params)?;
+            .launch(&k.pages, pages, page_shared, LaunchMode::PdlMaxShared, params)?;
         // A block a row where only the last rows are asked for (merge.cuh).
         let chunks = if by_fallback {
             tokens
@@ -365,6 +405,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         max_pages: pages_for(total, a.page_size) as i32,
         splits: 1,
         write_output: 1,
+        sketch_bits: a.sketch_bits as i32,
         window: a.window as i32,
         scale: a.scale.unwrap_or(1.0 / (dims.head_size as f32).sqrt()),
         softcap: a.softcap,

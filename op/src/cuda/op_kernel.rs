@@ -64,7 +64,7 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
         } else {
             None
         };
-        let kernels = HEAD_SIZES.map(|padded| find::<E>(&device, padded, attributes.selector));
+        let kernels = HEAD_SIZES.map(|padded| find::<E>(&device, padded, &attributes));
         let [small, middle, large] = kernels;
         Ok(CudaKernel {
             attributes,

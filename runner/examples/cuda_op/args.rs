@@ -63,6 +63,9 @@ pub struct Args {
     pub head_size: usize,
     #[arg(long, default_value_t = limits::PAGE_SIZE)]
     pub page_size: usize,
+    /// Bits of an element of a sketch. One needs --summaries prefill.
+    #[arg(long, default_value_t = limits::SKETCH_BITS)]
+    pub sketch_bits: usize,
     #[arg(long, default_value = "f16")]
     pub dtype: Dtype,
     /// Apply RoPE inside the nodes.
@@ -100,6 +103,11 @@ impl Args {
             "nothing to measure"
         );
         ensure!(self.window.iter().all(|&w| (1..=64).contains(&w)), "--window: 1 to 64");
+        ensure!(
+            self.sketch_bits == limits::SKETCH_BITS || self.summaries == Summaries::Prefill,
+            "--sketch-bits: other than {} with --summaries prefill alone",
+            limits::SKETCH_BITS
+        );
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! Graphs of N attention nodes side by side.
 
 use prost::Message;
-use retro_contract::{DOMAIN, Mode, OP_TYPE, OPSET_VERSION, attribute, limits};
+use retro_contract::{DOMAIN, Mode, OP_TYPE, OPSET_VERSION, StateElement, attribute, limits};
 use retro_onnx::{AttributeProto, DataType, GraphBuilder, TensorProto, ValueInfoProto};
 
 use retro_run::bench::args::PageSelection;
@@ -14,6 +14,8 @@ pub struct NodeShape {
     pub kv_heads: usize,
     pub size: usize,
     pub page: usize,
+    /// Bits of an element of a sketch.
+    pub sketch_bits: usize,
     pub rotary: bool,
     pub dtype: DataType,
 }
@@ -123,14 +125,18 @@ fn attention(b: &mut GraphBuilder, kind: NodeKind, shape: &NodeShape, layer: usi
     past.iter().for_each(|n| b.input(value(n, shape.dtype)));
     outputs.iter().for_each(|n| b.output(value(n, shape.dtype)));
     let state = STATE.map(|s| name(s.0));
-    let types = [shape.dtype, DataType::Int32, DataType::Float, DataType::Float];
     let (domain, op_type) = match kind {
         NodeKind::Gqa => {
             let last = inputs.iter().rposition(|n| !n.is_empty()).unwrap_or(0);
             inputs.truncate(last + 1);
             ("com.microsoft", "GroupQueryAttention")
         }
-        NodeKind::Retro { .. } => {
+        NodeKind::Retro { selection, .. } => {
+            let own = match selection.selector.state_element() {
+                StateElement::Cache => shape.dtype,
+                StateElement::Byte => DataType::Uint8,
+            };
+            let types = [own, DataType::Int32, DataType::Float, DataType::Float];
             inputs.push("retro_length");
             inputs.extend(state.iter().map(String::as_str));
             inputs.push("page_budget");
@@ -162,6 +168,7 @@ fn attributes(kind: NodeKind, shape: &NodeShape) -> Vec<AttributeProto> {
     {
         list.extend([
             AttributeProto::int(attribute::PAGE_SIZE, shape.page as i64),
+            AttributeProto::int(attribute::SKETCH_BITS, shape.sketch_bits as i64),
             AttributeProto::int(attribute::WINDOW, window as i64),
             AttributeProto::int(attribute::SINK_PAGES, limits::SINK_PAGES as i64),
             AttributeProto::string(attribute::SELECTOR, selection.selector.as_str()),

@@ -32,6 +32,7 @@ impl<'a> Host<'a> {
             kv_heads: args.kv_heads,
             size: args.head_size,
             page: args.page_size,
+            sketch_bits: args.sketch_bits,
             rotary: args.rotary,
             dtype: args.dtype.onnx(),
         };

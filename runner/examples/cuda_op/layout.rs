@@ -1,6 +1,6 @@
 //! Memory layout for a context length and batch size.
 
-use retro_contract::{CacheSize, Selector, StateLayout, limits, pages_for, ring_slots};
+use retro_contract::{CacheSize, Selector, StateLayout, pages_for, ring_slots};
 use retro_run::decoder::device_buffers::ALIGNMENT;
 
 use crate::{
@@ -59,7 +59,7 @@ impl MemoryLayout {
             pages,
             page_size: s.page,
             head_size: s.size,
-            sketch_bits: limits::SKETCH_BITS,
+            sketch_bits: s.sketch_bits,
             cache_element: element,
         };
         // One selector is measured at a time: the largest state is room for all.

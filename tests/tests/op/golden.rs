@@ -127,9 +127,6 @@ fn offsets_set_in_place_and_copying() {
 /// Each case in the type that its centres are rounded to.
 #[test]
 fn sketch_set_in_place_and_copying() {
-    if host::on_gpu() {
-        return println!("not tested: CUDA has no selector sketch");
-    }
     for case in golden::sketch() {
         Binding::BOTH
             .iter()

@@ -138,8 +138,8 @@ DEVICE Candidates candidates(const Params& p, const Sequence& s, int b) {
 // Scores that are stored of a page: of every head, or the group's largest.
 DEVICE int scores_a_page(const Params& p) { return p.group_score == SOFTMAX ? stored_heads(p.group) : 1; }
 
-// Blocks that score a head's pages, those that own one that the step touches among them.
-DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + touched_page_count(p.tokens, p.page_shift); }
+// Blocks that score a head's pages, those that own what the step touches among them.
+DEVICE int all_score_blocks(const Params& p) { return p.score_blocks + p.touched; }
 
 // Whether a step has to choose among them: it takes all, or the first and the last, otherwise.
 DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RETRO && c.budget < c.count; }

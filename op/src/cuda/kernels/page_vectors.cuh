@@ -372,18 +372,21 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
 
 // What the kernels ask of a selector.
 template <class SELF> struct PageVectors {
-  // A block scores pages that the step does not touch.
-  template <class T, int DP> static DEVICE void score_pages(const Params& p, int b, int head, u8* raw) {
-    if constexpr (sizeof(T) == sizeof(float))
-      score_pages_f32<SELF, DP>(p, b, head, reinterpret_cast<float*>(raw));
-    else
-      score_pages_mma<SELF, T, DP>(p, b, head, raw);
-  }
+  // A prompt's state is made page by page.
+  static constexpr bool BY_BLOCK = false;
 
-  // A block appends the rows of a page that the step touches, brings its summary up to date and scores it.
-  template <class T, int DP>
-  static DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int touched, u8* raw) {
-    ::touch_page<SELF, T, DP>(p, s, b, head, touched, raw);
+  // A block scores pages that the step does not touch; or it appends the rows of a page that the step touches, brings
+  // its summary up to date and scores it.
+  template <class T, int DP> static DEVICE void score_step(const Params& p, int b, int head, u8* raw) {
+    if (blockIdx.x >= p.score_blocks) {
+      start_step();
+      const Sequence s = sequence(p, b);
+      if (s.valid) touch_page<SELF, T, DP>(p, s, b, head, int(blockIdx.x) - p.score_blocks, raw);
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      score_pages_f32<SELF, DP>(p, b, head, reinterpret_cast<float*>(raw));
+    } else {
+      score_pages_mma<SELF, T, DP>(p, b, head, raw);
+    }
   }
 
   // A warp summarises a page of a prompt from its valid rows, for head sizes up to 128 PARTS.

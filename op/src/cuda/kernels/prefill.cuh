@@ -47,14 +47,30 @@ DEVICE void end_page(const Params& p, int page, int b, int head, T* copy /* of t
   SELECTOR::template end_page<T, PARTS>(p, pair, page, rows, keys);
 }
 
-// Grid (pages by PAGES_WARPS, Hkv, B), for head sizes up to 128 PARTS. Runs concurrently with the attention kernel, if
-// there is one before it, which starts this when the keys are there (PDL); completion implies that both have finished.
+// The state of a block of rows that fed rows lie in, by a block of threads, and A of its pages.
+template <class T, int PARTS, class SELECTOR>
+DEVICE void end_block(const Params& p, int block, int b, int head, u8* raw) {
+  const Sequence s = sequence(p, b);
+  if (!s.valid) return;
+  const int first = block * SKETCH_BLOCK >> p.page_shift, pages = SKETCH_BLOCK >> p.page_shift;
+  const int page = first + threadIdx.x;
+  static_assert(PAGES_THREADS >= SKETCH_BLOCK, "a thread a page");
+  if (threadIdx.x < pages && page < pages_for(p, s.len)) page_steps_of(p, b * p.kv_heads + head)[page] = s.len - 1;
+  SELECTOR::template end_rows<T, PARTS>(p, s, b, head, block, raw);
+}
+
+// Grid (pages by PAGES_WARPS or blocks of rows, Hkv, B), for head sizes up to 128 PARTS. Runs concurrently with the
+// attention kernel, if there is one before it, which starts this when the keys are there (PDL); completion implies that
+// both have finished.
 template <class T, int PARTS, class SELECTOR> DEVICE void pages_kernel(const Params& p) {
   extern __shared__ __align__(1024) u8 raw[];
   const bool beside_attention = p.rows > 0;
   const int warp = threadIdx.x / 32;
   if (!beside_attention) wait_for_previous();
-  end_page<T, PARTS, SELECTOR>(p, blockIdx.x * PAGES_WARPS + warp, blockIdx.z, blockIdx.y,
-                               reinterpret_cast<T*>(raw) + (warp << p.page_shift) * p.head_size);
+  if constexpr (SELECTOR::BY_BLOCK)
+    end_block<T, PARTS, SELECTOR>(p, blockIdx.x, blockIdx.z, blockIdx.y, raw);
+  else
+    end_page<T, PARTS, SELECTOR>(p, blockIdx.x * PAGES_WARPS + warp, blockIdx.z, blockIdx.y,
+                                 reinterpret_cast<T*>(raw) + (warp << p.page_shift) * p.head_size);
   if (beside_attention && blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_previous();
 }

@@ -33,6 +33,14 @@ SCORE_HALF(SCORE, f16, F16)
 SCORE_HALF(SCORE, bf16, BF16)
 SCORE_F32(SCORE, f32, F32)
 
+// Sketches of one head size and number of bits, whose codes stay in registers.
+#define SKETCHES(DP, BLOCKS, TYPE, T)                 \
+  SCORE_OF(sketch1, SketchOf<1>, DP, BLOCKS, TYPE, T) \
+  SCORE_OF(sketch2, SketchOf<2>, DP, BLOCKS, TYPE, T)
+SCORE_SKETCH(SKETCHES, f16, F16)
+SCORE_SKETCH(SKETCHES, bf16, BF16)
+SCORE_SKETCH(SKETCHES, f32, F32)
+
 #define ATTEND(DP, ROWS, THREADS, BLOCKS, TYPE, T) \
   KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, (attend_mma<T, DP, ROWS>(p)))
 ATTEND_HALF(ATTEND, f16, F16)
