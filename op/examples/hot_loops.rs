@@ -57,21 +57,28 @@ fn narrow<E: Element>(values: &[f32]) -> &'static [E] {
     &all.leak()[start..][..values.len()]
 }
 
-/// Attention of one token to pages of a cache that no processor cache holds: every fourth page, or all.
-fn stream<E: Element>(every: usize) -> Loop {
+/// Attention of one token to pages of `page` tokens of a cache that no processor cache holds: all, or one of every
+/// `every`, at random.
+fn stream<E: Element>(every: usize, page: usize) -> Loop {
     let cached = 128 << 20 >> 10;
     let (keys, values): (&[E], &[E]) = (narrow(&numbers(cached * D)), narrow(&numbers(cached * D)));
     let query = numbers(GROUP * D);
     let block = Block {
         group: GROUP,
         head_size: D,
-        page_size: PAGE,
+        page_size: page,
         first_position: cached - 1,
         softcap: 0.0,
         local_window: None,
     };
-    let pages: Vec<PageRows> = (0..cached / PAGE).step_by(every).map(|page| (page as u32, 0)).collect();
-    let bytes = pages.len() * 2 * PAGE * D * size_of::<E>();
+    // Others from repetition to repetition, so that none is in a cache from the last one.
+    let draw = move |turn: usize| -> Vec<PageRows> {
+        let firsts = (0..cached / page / every).map(|i| i * every);
+        let drawn = firsts.map(|first| first + ((first * 7919 + 13) % 1009 + turn) % every);
+        drawn.map(|page| (page as u32, 0)).collect()
+    };
+    let lists: Vec<Vec<PageRows>> = (0..every).map(draw).collect();
+    let (bytes, mut turn) = (lists[0].len() * 2 * page * D * size_of::<E>(), 0);
     let (mut max, mut sum, mut acc) = (vec![0.0; GROUP], vec![0.0; GROUP], vec![0.0; GROUP * D]);
     let run = move |isa| {
         let mut partial = Partial {
@@ -80,7 +87,9 @@ fn stream<E: Element>(every: usize) -> Loop {
             acc: &mut acc,
         };
         partial.clear();
-        attend_pages(isa, &block, black_box(&query), keys, values, &pages, &mut partial);
+        turn += 1;
+        let pages = &lists[turn % every];
+        attend_pages(isa, &block, black_box(&query), keys, values, pages, &mut partial);
         black_box(&partial.acc);
     };
     Loop {
@@ -270,10 +279,14 @@ fn loops() -> Vec<Named> {
 /// Loops whose caches no processor cache holds.
 fn memory_loops() -> Vec<Named> {
     vec![
-        ("stream-f32", || stream::<f32>(1)),
-        ("stream-f32-quarter", || stream::<f32>(4)),
-        ("stream-f16", || stream::<f16>(1)),
-        ("stream-f16-quarter", || stream::<f16>(4)),
+        ("stream-f32", || stream::<f32>(1, PAGE)),
+        ("stream-f32-quarter", || stream::<f32>(4, PAGE)),
+        ("stream-f32-twentieth", || stream::<f32>(20, PAGE)),
+        ("stream-f32-twentieth-pages-4", || stream::<f32>(20, 4)),
+        ("stream-f32-twentieth-tokens", || stream::<f32>(20, 1)),
+        ("stream-f16", || stream::<f16>(1, PAGE)),
+        ("stream-f16-quarter", || stream::<f16>(4, PAGE)),
+        ("stream-f16-twentieth-pages-4", || stream::<f16>(20, 4)),
     ]
 }
 

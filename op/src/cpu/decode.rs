@@ -335,6 +335,11 @@ impl<E: Element, P: PageSelector> Step<'_, E, P> {
             let row = from.saturating_sub(first).min(last_row);
             (page, (row * self.group) as u32)
         }));
+        for split in 0..self.splits {
+            let (from, to) = share(pages.len(), self.splits, split);
+            // Few rows differ: the order by pages stays in long runs.
+            pages[from..to].sort_unstable_by_key(|&(page, row)| (row, page));
+        }
         let scale = call.scale();
         // SAFETY: this task's own part.
         let query = unsafe { self.query.write(task, self.query_len(b)) };

@@ -1,7 +1,9 @@
 //! Attention of a block of query rows over pages, with running maxima, so that partial results can be joined.
 
+use std::ops::Range;
+
 use super::element::Element;
-use super::tile::{ROWS, accumulate, keys_of_tile, products};
+use super::tile::{Ahead, ROWS, accumulate, keys_of_tile, products};
 use crate::simd::{Isa, Simd, dispatched, exp};
 
 /// Softmax attention over the tokens seen so far, for a block of rows. Row `i` is query head `i % group` of token
@@ -60,6 +62,10 @@ pub type PageRows = (u32, u32);
 /// Longest page, and room for whole tiles and vectors behind it.
 const STRIDE: usize = retro_contract::limits::PAGE_SIZE_MAX + 16;
 
+/// Tokens of a tile, of shorter pages as many as this many tokens fill: keys and values of so many rows of 128 floats
+/// are as much as a first-level cache holds.
+const TILE: usize = 32;
+
 dispatched! {
     fn pages_kernel<E: Element>(
         block: &Block, query: &[f32], keys: &[E], values: &[E], pages: &[PageRows], partial: &mut Partial<'_>,
@@ -67,7 +73,8 @@ dispatched! {
 }
 
 /// Adds pages, each to the rows from its own first one on. A row sees a page's tokens up to its own position and within
-/// its sliding window; keys and values of a page are read from memory once for all rows.
+/// its sliding window; keys and values of a page are read from memory once for all rows. Pages that are neighbours in
+/// the list and have the same first row are read together: order them by it.
 ///
 /// `query`: `rows * D`, after RoPE and scaled; `keys`, `values`: one KV head's cache, `[C, D]`. Panics when a page
 /// holds tokens of the block's that lie outside the cache.
@@ -102,51 +109,135 @@ unsafe fn pages_body<S: Simd, E: Element>(
     query: &[f32],
     keys: &[E],
     values: &[E],
-    pages: &[PageRows],
+    mut pages: &[PageRows],
     partial: &mut Partial<'_>,
 ) {
     let rows = query.len() / block.head_size;
     let mut logits = [0.0; ROWS * STRIDE];
-    for (i, &(page, first_row)) in pages.iter().enumerate() {
-        let next = pages.get(i + 1).map(|&(next, _)| next as usize);
-        let mut tile = Tile {
+    let (mut tile, mut next) = (NONE, NONE);
+    pages = tile.take(block, pages);
+    while tile.count > 0 {
+        pages = next.take(block, pages);
+        let mut attention = Tile {
             block,
             query,
             keys,
             values,
-            page: page as usize,
-            next,
+            tokens: &tile,
+            next: &next,
         };
-        let mut row = first_row as usize;
+        let mut row = tile.first_row;
         while row < rows {
             // SAFETY: the caller's promise.
             unsafe {
                 match rows - row {
-                    1 => tile.add::<S, 1>(row, partial, &mut logits),
-                    2 => tile.add::<S, 2>(row, partial, &mut logits),
-                    3 => tile.add::<S, 3>(row, partial, &mut logits),
-                    _ => tile.add::<S, ROWS>(row, partial, &mut logits),
+                    1 => attention.add::<S, 1>(row, partial, &mut logits),
+                    2 => attention.add::<S, 2>(row, partial, &mut logits),
+                    3 => attention.add::<S, 3>(row, partial, &mut logits),
+                    _ => attention.add::<S, ROWS>(row, partial, &mut logits),
                 }
             }
             row += ROWS;
             // The first rows have asked for it.
-            tile.next = None;
+            attention.next = &NONE;
         }
+        std::mem::swap(&mut tile, &mut next);
     }
 }
 
-/// One page, and where the next one is.
+/// The tokens of a tile's pages.
+struct Tokens {
+    /// Positions, `count`, and where their rows begin in the cache.
+    positions: [u32; STRIDE],
+    starts: [usize; STRIDE],
+    count: usize,
+    /// The least of the positions, and one more than the largest.
+    span: (u32, u32),
+    /// The first of the block's rows that they are for.
+    first_row: usize,
+}
+
+const NONE: Tokens = Tokens {
+    positions: [0; STRIDE],
+    starts: [0; STRIDE],
+    count: 0,
+    span: (u32::MAX, 0),
+    first_row: 0,
+};
+
+impl Tokens {
+    /// Becomes those of the first pages, as many as a tile has; the rest of the pages.
+    #[inline(always)]
+    fn take<'a>(&mut self, block: &Block, pages: &'a [PageRows]) -> &'a [PageRows] {
+        let first_row = pages.first().map_or(0, |&(_, row)| row);
+        let most = (TILE / block.page_size).max(1);
+        let taken = pages
+            .iter()
+            .take(most)
+            .take_while(|&&(_, row)| row == first_row)
+            .count();
+        (self.count, self.span) = (0, NONE.span);
+        for &(page, _) in &pages[..taken] {
+            let first = page as usize * block.page_size;
+            let (positions, starts) = (&mut self.positions[self.count..], &mut self.starts[self.count..]);
+            for (i, (position, start)) in positions.iter_mut().zip(starts).take(block.page_size).enumerate() {
+                (*position, *start) = ((first + i) as u32, (first + i) * block.head_size);
+            }
+            self.count += block.page_size;
+            self.widen(first as u32, (first + block.page_size) as u32);
+        }
+        self.first_row = first_row as usize;
+        &pages[taken..]
+    }
+
+    #[inline(always)]
+    fn positions(&self) -> &[u32] {
+        &self.positions[..self.count]
+    }
+
+    #[inline(always)]
+    fn starts(&self) -> &[usize] {
+        &self.starts[..self.count]
+    }
+
+    /// Those in a range.
+    #[inline(always)]
+    fn within(&self, range: &Range<usize>) -> Self {
+        let mut some = NONE;
+        for (&position, &start) in self.positions().iter().zip(self.starts()) {
+            if range.contains(&(position as usize)) {
+                (some.positions[some.count], some.starts[some.count]) = (position, start);
+                some.count += 1;
+                some.widen(position, position + 1);
+            }
+        }
+        some
+    }
+
+    #[inline(always)]
+    fn widen(&mut self, first: u32, end: u32) {
+        self.span = (self.span.0.min(first), self.span.1.max(end));
+    }
+
+    /// Whether they are all in a range.
+    #[inline(always)]
+    fn are_within(&self, range: &Range<usize>) -> bool {
+        range.start <= self.span.0 as usize && self.span.1 as usize <= range.end
+    }
+}
+
+/// One tile, and the one that comes next.
 struct Tile<'a, E> {
     block: &'a Block,
     query: &'a [f32],
     keys: &'a [E],
     values: &'a [E],
-    page: usize,
-    next: Option<usize>,
+    tokens: &'a Tokens,
+    next: &'a Tokens,
 }
 
 impl<E: Element> Tile<'_, E> {
-    /// Adds the page to R rows.
+    /// Adds the tile to R rows.
     ///
     /// # Safety
     /// As [`pages_body`], and the rows are the block's.
@@ -160,30 +251,29 @@ impl<E: Element> Tile<'_, E> {
         let block = self.block;
         let d = block.head_size;
         // The tokens that each row sees, and those that any of them does.
-        let page_end = (self.page + 1) * block.page_size;
-        let (mut low, mut high) = ([0; R], [0; R]);
-        let (mut start, mut end) = (usize::MAX, 0);
-        for r in 0..R {
-            let position = block.first_position + (row + r) / block.group;
-            let oldest = block.local_window.map_or(0, |w| (position + 1).saturating_sub(w));
-            low[r] = oldest.max(self.page * block.page_size);
-            high[r] = page_end.min(position + 1);
-            if low[r] < high[r] {
-                start = start.min(low[r]);
-                end = end.max(high[r]);
-            }
-        }
-        if start >= end {
+        let sees: [Range<usize>; R] = std::array::from_fn(|r| {
+            let end = block.first_position + (row + r) / block.group + 1;
+            block.local_window.map_or(0, |w| end.saturating_sub(w))..end
+        });
+        let all = sees[0].start..sees[R - 1].end;
+        let seen;
+        let tokens = if self.tokens.are_within(&all) {
+            self.tokens
+        } else {
+            seen = self.tokens.within(&all);
+            &seen
+        };
+        let count = tokens.count;
+        if count == 0 {
             return;
         }
-        let count = end - start;
-        // SAFETY: tokens `start..end` lie before the block's newest, which the cache holds; there are at most
-        // PAGE_SIZE_MAX of them, so that whole tiles and vectors of logits fit in STRIDE.
+        // SAFETY: tokens lie before the block's newest, which the cache holds; there are at most PAGE_SIZE_MAX of
+        // them, so that whole tiles and vectors of logits fit in STRIDE.
         unsafe {
             if keys_of_tile::<S>() == 4 {
-                self.logits::<S, R, 4>(row, start, count, logits);
+                self.logits::<S, R, 4>(row, tokens.starts(), logits);
             } else {
-                self.logits::<S, R, 2>(row, start, count, logits);
+                self.logits::<S, R, 2>(row, tokens.starts(), logits);
             }
             if block.softcap > 0.0 {
                 for r in 0..R {
@@ -197,12 +287,19 @@ impl<E: Element> Tile<'_, E> {
             let mut sums = [S::splat(0.0); ROWS];
             for r in 0..R {
                 let line = &mut logits[r * STRIDE..][..padded];
-                if low[r] >= high[r] {
-                    line.fill(0.0);
-                    continue;
+                line[count..].fill(f32::NEG_INFINITY);
+                if !tokens.are_within(&sees[r]) {
+                    let mut any = false;
+                    for (logit, &position) in line.iter_mut().zip(tokens.positions()) {
+                        let seen = sees[r].contains(&(position as usize));
+                        any |= seen;
+                        *logit = if seen { *logit } else { f32::NEG_INFINITY };
+                    }
+                    if !any {
+                        line.fill(0.0);
+                        continue;
+                    }
                 }
-                line[..low[r] - start].fill(f32::NEG_INFINITY);
-                line[high[r] - start..].fill(f32::NEG_INFINITY);
                 // A NaN is never the largest; its weight is NaN, and so is the sum. Where every logit is NaN or -inf
                 // the finite maximum keeps the NaNs and gives -inf the weight 0.
                 let mut top = S::splat(f32::MIN);
@@ -228,28 +325,24 @@ impl<E: Element> Tile<'_, E> {
                 partial.sum[row + r] = partial.sum[row + r] * shrink[r] + sums[r];
             }
             let acc = partial.acc[row * d..][..R * d].as_mut_ptr();
-            let values = self.values[start * d..end * d].as_ptr();
-            let page_bytes = block.page_size * d * size_of::<E>();
-            let next = self.next.map(|next| {
-                self.values
-                    .as_ptr()
-                    .wrapping_add(next * block.page_size * d)
-                    .cast::<u8>()
-            });
-            let step = keys_of_tile::<S>() * S::LANES;
-            accumulate::<S, E, R>(acc, shrink, logits.as_ptr(), STRIDE, values, count, d, |at| {
-                if let Some(next) = next {
-                    // A share of the next page at each group of columns.
-                    let (from, to) = (at * page_bytes / d, ((at + step).min(d)) * page_bytes / d);
-                    for line in (from..to).step_by(64) {
-                        S::prefetch(next.wrapping_add(line));
-                    }
-                }
-            });
+            let ahead = Ahead {
+                cache: self.values.as_ptr(),
+                rows: self.next.starts(),
+            };
+            accumulate::<S, E, R>(
+                acc,
+                shrink,
+                logits.as_ptr(),
+                STRIDE,
+                self.values.as_ptr(),
+                tokens.starts(),
+                d,
+                ahead,
+            );
         }
     }
 
-    /// Logits of R rows and `count` tokens from `start` on, K tokens at a time.
+    /// Logits of R rows and the tokens, K at a time.
     ///
     /// # Safety
     /// As [`Self::add`].
@@ -257,35 +350,24 @@ impl<E: Element> Tile<'_, E> {
     unsafe fn logits<S: Simd, const R: usize, const K: usize>(
         &self,
         row: usize,
-        start: usize,
-        count: usize,
+        starts: &[usize],
         logits: &mut [f32; ROWS * STRIDE],
     ) {
         let d = self.block.head_size;
         let query = self.query[row * d..][..R * d].as_ptr();
-        let keys = self.keys[start * d..(start + count) * d].as_ptr();
-        let next = self.next.map(|next| {
-            self.keys
-                .as_ptr()
-                .wrapping_add(next * self.block.page_size * d)
-                .cast::<u8>()
-        });
-        let row_bytes = d * size_of::<E>();
-        for t in (0..count).step_by(K) {
+        let next = self.next.starts();
+        for t in (0..starts.len()).step_by(K) {
             // SAFETY: the last tile repeats its last token; the rest as in `add`.
             unsafe {
-                let mut k = [keys; K];
-                for (j, key) in k.iter_mut().enumerate() {
-                    *key = keys.add((t + j).min(count - 1) * d);
-                }
-                let tile = products::<S, E, R, K, false>(query, d, k, d);
+                let k: [*const E; K] =
+                    std::array::from_fn(|j| self.keys.as_ptr().add(starts[(t + j).min(starts.len() - 1)]));
+                let ahead = Ahead {
+                    cache: self.keys.as_ptr(),
+                    rows: &next[t.min(next.len())..],
+                };
+                let tile = products::<S, E, R, K, false>(query, d, k, d, ahead);
                 for (r, line) in tile.iter().enumerate() {
                     logits[r * STRIDE + t..][..K].copy_from_slice(line);
-                }
-                if let Some(next) = next {
-                    for line in (t * row_bytes..(t + K) * row_bytes).step_by(64) {
-                        S::prefetch(next.wrapping_add(line));
-                    }
                 }
             }
         }

@@ -65,22 +65,36 @@ unsafe fn group_body<S: Simd, P: PageSelector>(
 /// The machine has the instruction set.
 #[inline(always)]
 unsafe fn log_sum_exp<S: Simd>(values: &[f32]) -> f32 {
-    let top = values.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+    let (whole, left) = values.split_at(values.len() - values.len() % S::LANES);
+    let mut rest = [f32::NEG_INFINITY; 16];
+    rest[..left.len()].copy_from_slice(left);
+    // SAFETY: pieces have LANES elements, the padded one too.
+    let top = unsafe {
+        let (one, mut both) = (S::load(rest.as_ptr()), [S::splat(f32::NEG_INFINITY); 2]);
+        // Of a NaN and a number, the number.
+        both[0] = S::max(one, both[0]);
+        let mut pairs = whole.chunks_exact(2 * S::LANES);
+        for pair in &mut pairs {
+            both[0] = S::max(S::load(pair.as_ptr()), both[0]);
+            both[1] = S::max(S::load(pair[S::LANES..].as_ptr()), both[1]);
+        }
+        for piece in pairs.remainder().chunks_exact(S::LANES) {
+            both[0] = S::max(S::load(piece.as_ptr()), both[0]);
+        }
+        S::largest(S::max(both[0], both[1]))
+    };
     if top == f32::NEG_INFINITY {
         return 0.0;
     }
     if top == f32::INFINITY {
         return top;
     }
-    // SAFETY: chunks have LANES elements, the padded one too.
+    // SAFETY: as above.
     unsafe {
         let (shift, lowest, mut sum) = (S::splat(top), S::splat(f32::NEG_INFINITY), S::splat(0.0));
-        let chunks = values.chunks_exact(S::LANES);
-        let mut rest = [f32::NEG_INFINITY; 16];
-        rest[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
-        for chunk in chunks {
+        for piece in whole.chunks_exact(S::LANES) {
             // -inf where there is a NaN.
-            let numbers = S::max(S::load(chunk.as_ptr()), lowest);
+            let numbers = S::max(S::load(piece.as_ptr()), lowest);
             sum = S::add(sum, exp::<S>(S::sub(numbers, shift)));
         }
         let numbers = S::max(S::load(rest.as_ptr()), lowest);
@@ -117,12 +131,10 @@ unsafe fn add_spread<S: Simd>(heads: &[f32], scores: &mut [f32]) {
             for head in heads.chunks_exact(count) {
                 sum = S::add(sum, exp::<S>(S::sub(load(&head[at..]), best)));
             }
-            S::store(buffer.as_mut_ptr(), sum);
+            S::store(buffer.as_mut_ptr(), ln::<S>(sum));
         }
-        for (score, sum) in scores[at..at + n].iter_mut().zip(buffer) {
-            if *score != f32::NEG_INFINITY {
-                *score += ln(sum);
-            }
+        for (score, ln) in scores[at..at + n].iter_mut().zip(buffer) {
+            *score += if *score == f32::NEG_INFINITY { 0.0 } else { ln };
         }
         at += n;
     }

@@ -16,6 +16,48 @@ pub(crate) const fn keys_of_tile<S: Simd>() -> usize {
     if S::LANES == 8 { 2 } else { 4 }
 }
 
+/// Rows that are needed soon. They are asked for a few cache lines at a time, between the arithmetic on those before
+/// them: many at once wait for one another, and what is computed for them.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a, E> {
+    pub cache: *const E,
+    /// Where they begin in the cache.
+    pub rows: &'a [usize],
+}
+
+impl<E> Ahead<'_, E> {
+    /// Nothing is known to be needed.
+    pub const NONE: Self = Self {
+        cache: std::ptr::null(),
+        rows: &[],
+    };
+
+    /// Whether rows are asked for line by line within the loops: vectors as long as a line have the instructions to
+    /// spare; for shorter ones a row's lines are asked for together.
+    const fn is_spread<S: Simd>() -> bool {
+        S::LANES >= 16
+    }
+
+    /// Asks for the `count` elements from `at` on of row `t`, if there is one.
+    ///
+    /// # Safety
+    /// The machine has the instruction set.
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(self, t: usize, at: usize, count: usize) {
+        let (from, bytes) = (at * size_of::<E>(), count * size_of::<E>());
+        // Not once more for each piece of a line.
+        if bytes < 64 && from % 64 >= bytes {
+            return;
+        }
+        let Some(&row) = self.rows.get(t) else { return };
+        let row = self.cache.wrapping_add(row).cast::<u8>();
+        for line in (0..bytes).step_by(64) {
+            // SAFETY: a hint, for any address.
+            unsafe { S::prefetch(row.wrapping_add(from + line)) };
+        }
+    }
+}
+
 /// The first `n` elements at `p`, then zeros.
 ///
 /// # Safety
@@ -31,7 +73,7 @@ unsafe fn load_some<S: Simd, E: Element>(p: *const E, n: usize) -> S::V {
 }
 
 /// Products of R rows of `d` floats, `stride` apart, with K keys: `[row][key]`. Every product is summed in the same
-/// order. With `SQUARED` of the keys' squares.
+/// order. With `SQUARED` of the keys' squares. Asks for K rows `ahead` meanwhile.
 ///
 /// # Safety
 /// Rows and keys have `d` elements, and the machine has the instruction set.
@@ -41,13 +83,24 @@ pub(crate) unsafe fn products<S: Simd, E: Element, const R: usize, const K: usiz
     stride: usize,
     keys: [*const E; K],
     d: usize,
+    ahead: Ahead<'_, E>,
 ) -> [[f32; K]; R] {
     // SAFETY: the caller's promise; `at` stays below `d`.
     unsafe {
+        if !Ahead::<E>::is_spread::<S>() {
+            for j in 0..K {
+                ahead.ask::<S>(j, 0, d);
+            }
+        }
         let mut sums = [[S::splat(0.0); K]; R];
         let whole = d - d % S::LANES;
         let mut at = 0;
         while at < whole {
+            if Ahead::<E>::is_spread::<S>() {
+                for j in 0..K {
+                    ahead.ask::<S>(j, at, S::LANES);
+                }
+            }
             let mut k = [S::splat(0.0); K];
             for j in 0..K {
                 k[j] = E::load::<S>(keys[j].add(at));
@@ -94,11 +147,12 @@ pub(crate) unsafe fn products<S: Simd, E: Element, const R: usize, const K: usiz
     }
 }
 
-/// `acc[r] = shrink[r] * acc[r] + sum over t of weights[r][t] * values[t]` for R rows of `d` floats.
+/// `acc[r] = shrink[r] * acc[r] + sum over t of weights[r][t] * values[t]` for R rows of `d` floats. Asks
+/// for as many rows `ahead` meanwhile.
 ///
 /// # Safety
-/// `acc` has R rows of `d` floats, `weights` R rows of `count` floats, `weights_stride` apart, `values` `count` rows of
-/// `d` elements, and the machine has the instruction set.
+/// `acc` has R rows of `d` floats, `weights` R rows of a float a token, `weights_stride` apart, `starts` says where in
+/// `values` the tokens' rows of `d` elements begin, and the machine has the instruction set.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the operands of one loop")]
 pub(crate) unsafe fn accumulate<S: Simd, E: Element, const R: usize>(
@@ -107,33 +161,31 @@ pub(crate) unsafe fn accumulate<S: Simd, E: Element, const R: usize>(
     weights: *const f32,
     weights_stride: usize,
     values: *const E,
-    count: usize,
+    starts: &[usize],
     d: usize,
-    mut prefetch: impl FnMut(usize),
+    ahead: Ahead<'_, E>,
 ) {
     // SAFETY: the caller's promise; `at` and the vectors from it on stay below `d`.
     unsafe {
-        let operands = (acc, shrink, weights, weights_stride, values, count, d);
+        let operands = (acc, shrink, weights, weights_stride, values, starts, d);
         let mut at = 0;
         while at + 4 * S::LANES <= d && keys_of_tile::<S>() == 4 {
-            prefetch(at);
-            columns::<S, E, R, 4>(operands, at);
+            columns::<S, E, R, 4>(operands, ahead, at);
             at += 4 * S::LANES;
         }
         while at + 2 * S::LANES <= d {
-            prefetch(at);
-            columns::<S, E, R, 2>(operands, at);
+            columns::<S, E, R, 2>(operands, ahead, at);
             at += 2 * S::LANES;
         }
         while at + S::LANES <= d {
-            columns::<S, E, R, 1>(operands, at);
+            columns::<S, E, R, 1>(operands, ahead, at);
             at += S::LANES;
         }
         while at < d {
             for (r, shrink) in shrink.iter().enumerate() {
                 let mut sum = *acc.add(r * d + at) * shrink;
-                for t in 0..count {
-                    sum += *weights.add(r * weights_stride + t) * (*values.add(t * d + at)).to_f32();
+                for (t, &start) in starts.iter().enumerate() {
+                    sum += *weights.add(r * weights_stride + t) * (*values.add(start + at)).to_f32();
                 }
                 *acc.add(r * d + at) = sum;
             }
@@ -142,27 +194,41 @@ pub(crate) unsafe fn accumulate<S: Simd, E: Element, const R: usize>(
     }
 }
 
-type Operands<E, const R: usize> = (*mut f32, [f32; R], *const f32, usize, *const E, usize, usize);
+type Operands<'a, E, const R: usize> = (*mut f32, [f32; R], *const f32, usize, *const E, &'a [usize], usize);
 
 /// [`accumulate`] for C vectors from element `at` on.
 ///
 /// # Safety
 /// As [`accumulate`], and `at + C * S::LANES` is at most `d`.
 #[inline(always)]
-unsafe fn columns<S: Simd, E: Element, const R: usize, const C: usize>(operands: Operands<E, R>, at: usize) {
-    let (acc, shrink, weights, weights_stride, values, count, d) = operands;
+unsafe fn columns<S: Simd, E: Element, const R: usize, const C: usize>(
+    operands: Operands<'_, E, R>,
+    ahead: Ahead<'_, E>,
+    at: usize,
+) {
+    let (acc, shrink, weights, weights_stride, values, starts, d) = operands;
     // SAFETY: the caller's promise.
     unsafe {
+        if !Ahead::<E>::is_spread::<S>() {
+            // This group's share of the rows.
+            for t in at * starts.len() / d..(at + C * S::LANES) * starts.len() / d {
+                ahead.ask::<S>(t, 0, d);
+            }
+        }
         let mut sums = [[S::splat(0.0); C]; R];
         for r in 0..R {
             for c in 0..C {
                 sums[r][c] = S::mul(S::load(acc.add(r * d + at + c * S::LANES)), S::splat(shrink[r]));
             }
         }
-        for t in 0..count {
+        for (t, &start) in starts.iter().enumerate() {
+            if Ahead::<E>::is_spread::<S>() {
+                ahead.ask::<S>(t, at, C * S::LANES);
+            }
+            let value = values.add(start + at);
             let mut v = [S::splat(0.0); C];
             for c in 0..C {
-                v[c] = E::load::<S>(values.add(t * d + at + c * S::LANES));
+                v[c] = E::load::<S>(value.add(c * S::LANES));
             }
             for r in 0..R {
                 let w = S::splat(*weights.add(r * weights_stride + t));

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::{GroupScore, PageVectors, Scoring, Selector};
 use crate::method::element::Element;
-use crate::method::tile::products;
+use crate::method::tile::{Ahead, products};
 use crate::simd::Simd;
 
 /// kmin and kmax; the score of a head is `sum_d max(q_d kmin_d, q_d kmax_d)`.
@@ -54,7 +54,7 @@ impl PageVectors for Bounds {
         // The two products are one of twice the length.
         let both = 2 * scoring.head_size;
         // SAFETY: the caller's promise.
-        unsafe { products::<S, E, R, K, false>(query, both, stored, both) }
+        unsafe { products::<S, E, R, K, false>(query, both, stored, both, Ahead::NONE) }
     }
 
     /// Only a softmax over pages needs them scaled.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{PageVectors, Scoring, Selector};
 use crate::method::element::Element;
-use crate::method::tile::products;
+use crate::method::tile::{Ahead, products};
 use crate::simd::Simd;
 
 /// Mean mu and standard deviation sd; the score of a head is the page's estimated log mass,
@@ -50,8 +50,9 @@ impl PageVectors for Moments {
         let d = scoring.head_size;
         // SAFETY: the caller's promise.
         unsafe {
-            let means = products::<S, E, R, K, false>(query, 2 * d, stored, d);
-            let variances = products::<S, E, R, K, true>(query.add(d), 2 * d, stored.map(|page| page.add(d)), d);
+            let means = products::<S, E, R, K, false>(query, 2 * d, stored, d, Ahead::NONE);
+            let variances =
+                products::<S, E, R, K, true>(query.add(d), 2 * d, stored.map(|page| page.add(d)), d, Ahead::NONE);
             with_spread(means, variances, scoring.lambda)
         }
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::moments::{Moments, to_log_mass, with_spread};
 use super::{PageVectors, Scoring, Selector};
 use crate::method::element::Element;
-use crate::method::tile::products;
+use crate::method::tile::{Ahead, products};
 use crate::simd::Simd;
 
 /// Mean mu and signed deviation sd; as [`Moments`], with the variance along the query
@@ -42,10 +42,10 @@ impl PageVectors for SignedMoments {
         let (d, rho) = (scoring.head_size, scoring.correlation);
         // SAFETY: the caller's promise.
         unsafe {
-            let means = products::<S, E, R, K, false>(query, 2 * d, stored, d);
+            let means = products::<S, E, R, K, false>(query, 2 * d, stored, d, Ahead::NONE);
             let deviations = stored.map(|page| page.add(d));
-            let mut variances = products::<S, E, R, K, true>(query.add(d), 2 * d, deviations, d);
-            let along = products::<S, E, R, K, false>(query, 2 * d, deviations, d);
+            let mut variances = products::<S, E, R, K, true>(query.add(d), 2 * d, deviations, d, Ahead::NONE);
+            let along = products::<S, E, R, K, false>(query, 2 * d, deviations, d, Ahead::NONE);
             for r in 0..R {
                 for j in 0..K {
                     variances[r][j] = rho * along[r][j] * along[r][j] + (1.0 - rho) * variances[r][j];

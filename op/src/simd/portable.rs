@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::implement;
+use super::{ROOT, implement};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -19,6 +19,7 @@ implement!(Portable, V, 8, {
     fn splat(x: f32) -> V = [x; LANES];
     fn load(p: *const f32) -> V = p.cast::<V>().read_unaligned();
     fn load_half(p: *const f16) -> V = p.cast::<[f16; LANES]>().read_unaligned().map(f16::to_f32);
+    fn load_int(p: *const i32) -> V = p.cast::<[i32; LANES]>().read_unaligned().map(|n| n as f32);
     fn store(p: *mut f32, v: V) = p.cast::<V>().write_unaligned(v);
     fn add(a: V, b: V) -> V = map(a, b, |x, y| x + y);
     fn sub(a: V, b: V) -> V = map(a, b, |x, y| x - y);
@@ -26,7 +27,8 @@ implement!(Portable, V, 8, {
     fn fma(a: V, b: V, c: V) -> V = map(map(a, b, |x, y| x * y), c, |x, y| x + y);
     fn max(a: V, b: V) -> V = map(a, b, |x, y| if x > y { x } else { y });
     fn unless_below(x: V, limit: V, v: V) -> V = std::array::from_fn(|i| if x[i] < limit[i] { 0.0 } else { v[i] });
-    fn power_of_2(n: V) -> V = n.map(|n| f32::from_bits((((n as i32) + 127) << 23) as u32));
+    fn power_of_2(n: V) -> V = n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) << 23) as u32));
+    fn exponent(x: V) -> V = x.map(|x| ((x.to_bits().wrapping_sub(ROOT) as i32) >> 23) as f32);
     fn sums(v: [V; 4]) -> [f32; 4] = v.map(|v| {
         let half: [f32; 4] = std::array::from_fn(|i| v[i] + v[i + 4]);
         (half[0] + half[1]) + (half[2] + half[3])

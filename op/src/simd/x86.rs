@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::implement;
+use super::{ROOT, implement};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
@@ -57,6 +57,7 @@ implement!(Avx2, __m256, 8, {
     fn splat(x: f32) -> __m256 = _mm256_set1_ps(x);
     fn load(p: *const f32) -> __m256 = _mm256_loadu_ps(p);
     fn load_half(p: *const f16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+    fn load_int(p: *const i32) -> __m256 = _mm256_cvtepi32_ps(_mm256_loadu_si256(p.cast()));
     fn store(p: *mut f32, v: __m256) = _mm256_storeu_ps(p, v);
     fn add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
     fn sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
@@ -68,6 +69,10 @@ implement!(Avx2, __m256, 8, {
         _mm256_cvtps_epi32(n),
         _mm256_set1_epi32(127),
     )));
+    fn exponent(x: __m256) -> __m256 = {
+        let bits = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(ROOT as i32));
+        _mm256_cvtepi32_ps(_mm256_srai_epi32::<23>(bits))
+    };
     fn sums(v: [__m256; 4]) -> [f32; 4] = sums_256(v);
     fn largest(v: __m256) -> f32 = largest_256(v);
     fn prefetch(p: *const u8) = _mm_prefetch::<_MM_HINT_T1>(p.cast());
@@ -103,6 +108,7 @@ implement!(Avx512, __m512, 16, {
     fn splat(x: f32) -> __m512 = _mm512_set1_ps(x);
     fn load(p: *const f32) -> __m512 = _mm512_loadu_ps(p);
     fn load_half(p: *const f16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+    fn load_int(p: *const i32) -> __m512 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast()));
     fn store(p: *mut f32, v: __m512) = _mm512_storeu_ps(p, v);
     fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
     fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
@@ -114,6 +120,10 @@ implement!(Avx512, __m512, 16, {
         _mm512_cvtps_epi32(n),
         _mm512_set1_epi32(127),
     )));
+    fn exponent(x: __m512) -> __m512 = {
+        let bits = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(ROOT as i32));
+        _mm512_cvtepi32_ps(_mm512_srai_epi32::<23>(bits))
+    };
     fn sums(v: [__m512; 4]) -> [f32; 4] = sums_256([fold(v[0]), fold(v[1]), fold(v[2]), fold(v[3])]);
     fn largest(v: __m512) -> f32 = {
         let (lower, upper) = halves(v);

@@ -1,5 +1,6 @@
 //! Where things lie in the state: blocks of 128 rows, each with the codes of its rows (in groups, as `simd/codes.rs`
-//! reads them), their factors in bfloat16, and its centre in the cache's type.
+//! reads them, every eighth row a group), their factors in bfloat16 in the order of the rows, and its centre in the
+//! cache's type.
 
 use std::ptr;
 
@@ -14,6 +15,15 @@ pub(super) const ROWS: usize = SKETCH_BLOCK;
 
 /// Elements of a centre that are widened at once.
 pub(super) const PART: usize = 64;
+
+/// Groups of rows whose codes lie together.
+pub(super) const GROUPS: usize = ROWS / GROUP;
+
+/// Where a row of a block lies among its codes: group `r % 8`, lane `r / 8`. So the rows of a page of up to 8 are one
+/// lane of as many vectors, and those of longer pages whole lanes side by side.
+const fn slot(row: usize) -> usize {
+    row % GROUPS * GROUP + row / GROUPS
+}
 
 /// Sizes and places of a block.
 #[derive(Clone, Copy)]
@@ -51,9 +61,10 @@ impl BlockLayout {
 
     /// Writes a row's codes and factor into its block.
     pub fn write_row(&self, block: &mut [u8], row: usize, codes: &[u8], factor: bf16) {
-        let group = &mut block[row / GROUP * GROUP * self.width..][..GROUP * self.width];
+        let slot = slot(row);
+        let group = &mut block[slot / GROUP * GROUP * self.width..][..GROUP * self.width];
         for (byte, &code) in codes.iter().enumerate() {
-            group[place(self.width, byte, row % GROUP)] = code;
+            group[place(self.width, byte, slot % GROUP)] = code;
         }
         block[ROWS * self.width + 2 * row..][..2].copy_from_slice(&factor.to_bits().to_le_bytes());
     }
@@ -67,6 +78,20 @@ impl BlockLayout {
             .map(|&bits| f32::from_bits(u32::from(u16::from_le_bytes(bits)) << 16))
     }
 
+    /// The factors of a block's rows in the order of their codes.
+    #[inline(always)]
+    pub fn factors_of_slots(&self, block: &[u8], factors: &mut [f32; ROWS]) {
+        let lanes = block[ROWS * self.width..][..2 * ROWS].as_chunks::<4>().0;
+        // Two rows a word.
+        for (pair, words) in factors.chunks_exact_mut(2 * GROUP).enumerate() {
+            let (even, odd) = words.split_at_mut(GROUP);
+            for (lane, (even, odd)) in even.iter_mut().zip(odd).enumerate() {
+                let word = u32::from_le_bytes(lanes[lane * (GROUPS / 2) + pair]);
+                (*even, *odd) = (f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000));
+            }
+        }
+    }
+
     /// Writes a block's centre, rounded to `E`.
     pub fn write_centre<E: Element>(&self, block: &mut [u8], centre: &[f32]) {
         let size = size_of::<E>();
@@ -77,6 +102,12 @@ impl BlockLayout {
             // SAFETY: as many elements as the bytes hold; elements are plain numbers without padding.
             unsafe { ptr::copy_nonoverlapping(rounded.as_ptr().cast(), bytes.as_mut_ptr(), bytes.len()) };
         }
+    }
+
+    /// A block's centre: D elements, at any address.
+    #[inline(always)]
+    pub fn centre_bytes<'a, E>(&self, block: &'a [u8]) -> &'a [u8] {
+        &block[ROWS * (self.width + 2)..][..self.head_size * size_of::<E>()]
     }
 
     /// Elements of a block's centre from `at` on, as many as are there of `numbers`: how many.

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::block::{BlockLayout, PART, ROWS};
+use super::block::{BlockLayout, GROUPS, PART, ROWS};
 use super::query::{Prepared, of_head, prepared_len};
 use crate::method::element::Element;
 use crate::selector::Scoring;
-use crate::simd::{CodeIsa, Codes, GROUP, Isa, MOST_QUERIES, Simd, code_sums, dispatched, exp, ln};
+use crate::simd::{CodeIsa, Codes, GROUP, Isa, MOST_QUERIES, Simd, code_sums, dispatched, exp, exp_of_estimate, ln};
 
 type BlockRows = [f32; ROWS];
 
@@ -63,53 +63,53 @@ unsafe fn masses_body<S: Simd, E: Element>(
             unsafe { S::prefetch(bytes.as_ptr().wrapping_add(layout.bytes + line)) };
         }
         let (from, to) = (first_row.max(start) - start, end_row.min(start + ROWS) - start);
-        let groups = from / GROUP..to.div_ceil(GROUP);
         let of_pages = pages.start.max(start / scoring.page_size)..pages.end.min((start + ROWS) / scoring.page_size);
         let mut factors = [0.0; ROWS];
-        factors
-            .iter_mut()
-            .zip(layout.factors(bytes))
-            .for_each(|(to, factor)| *to = factor);
+        layout.factors_of_slots(bytes, &mut factors);
         for first in (0..heads).step_by(MOST_QUERIES) {
             let most = MOST_QUERIES.min(heads - first);
             let queries: [Prepared; MOST_QUERIES] =
                 std::array::from_fn(|i| of_head(prepared, first + i.min(most - 1), d, bits));
-            let bytes_of = groups.start * GROUP * layout.width..groups.end * GROUP * layout.width;
             code_sums(
                 codes,
                 Codes {
-                    bytes: &bytes[bytes_of],
+                    bytes: &bytes[..ROWS * layout.width],
                     width: layout.width,
                     bits,
                 },
                 &queries.map(|q| q.quantised)[..most],
-                &mut sums[groups.start * GROUP..],
+                &mut sums,
                 ROWS,
             );
-            let centres = if block > 0 {
-                centre_products::<E>(layout, bytes, &queries)
-            } else {
-                [0.0; MOST_QUERIES]
+            let centres = match block {
+                0 => [0.0; MOST_QUERIES],
+                // SAFETY: passed on.
+                _ => unsafe { centre_products::<S, E>(layout, bytes, &queries) },
             };
             for (i, (query, centre)) in queries.iter().zip(centres).take(most).enumerate() {
-                let mut logits = [0.0; ROWS];
                 let (by, odd) = (scoring.scale * query.step, ((1 << bits) - 1) as f32 * query.total);
-                let base = scoring.scale * centre;
-                for ((logit, &sum), factor) in logits.iter_mut().zip(&sums[i * ROWS..]).zip(&factors) {
-                    *logit = base + by * factor * (2.0 * sum as f32 - odd);
-                }
-                // SAFETY: passed on.
+                // SAFETY: passed on; sums have 128 rows a head.
                 unsafe {
+                    let mut logits = logits::<S>(&sums[i * ROWS..][..ROWS], &factors, by, odd, scoring.scale * centre);
                     if scoring.softcap > 0.0 {
                         cap::<S>(&mut logits, scoring.softcap);
                     }
-                    logits[..from].fill(f32::NEG_INFINITY);
-                    logits[to..].fill(f32::NEG_INFINITY);
+                    if from > 0 || to < ROWS {
+                        for (slot, logit) in logits.iter_mut().enumerate() {
+                            if !(from..to).contains(&row(slot)) {
+                                *logit = f32::NEG_INFINITY;
+                            }
+                        }
+                    }
                     let at = (first + i) * count + of_pages.start - pages.start;
                     let skipped = of_pages.start - start / scoring.page_size;
                     let out = &mut scores[at..][..of_pages.len()];
                     match scoring.page_size {
-                        1 => out.copy_from_slice(&logits[skipped..][..of_pages.len()]),
+                        1 => {
+                            let mut all = [0.0; ROWS];
+                            interleave::<GROUPS>(&logits, &mut all);
+                            out.copy_from_slice(&all[skipped..][..out.len()]);
+                        }
                         2 => page_masses::<S, 2>(&logits, skipped, out),
                         4 => page_masses::<S, 4>(&logits, skipped, out),
                         8 => page_masses::<S, 8>(&logits, skipped, out),
@@ -125,12 +125,32 @@ unsafe fn masses_body<S: Simd, E: Element>(
 }
 
 /// Products of queries with a block's centre.
+///
+/// # Safety
+/// The machine has the instruction set.
 #[inline(always)]
-fn centre_products<E: Element>(
+unsafe fn centre_products<S: Simd, E: Element>(
     layout: BlockLayout,
     block: &[u8],
     queries: &[Prepared<'_>; MOST_QUERIES],
 ) -> [f32; MOST_QUERIES] {
+    let d = layout.head_size;
+    if d.is_multiple_of(S::LANES) {
+        let centre = layout.centre_bytes::<E>(block).as_ptr().cast::<E>();
+        // SAFETY: passed on.
+        let mut sums = [unsafe { S::splat(0.0) }; MOST_QUERIES];
+        for at in (0..d).step_by(S::LANES) {
+            // SAFETY: the centre and every query have `d` elements; vectors are loaded from any address.
+            unsafe {
+                let centre = E::load::<S>(centre.add(at));
+                for (sum, query) in sums.iter_mut().zip(queries) {
+                    *sum = S::fma(S::load(query.plain[at..].as_ptr()), centre, *sum);
+                }
+            }
+        }
+        // SAFETY: passed on.
+        return unsafe { S::sums(sums) };
+    }
     // In eight lanes, whatever the instruction set.
     let (mut lanes, mut part) = ([[0.0f32; 8]; MOST_QUERIES], [0.0; PART]);
     for at in (0..layout.head_size).step_by(PART) {
@@ -190,41 +210,84 @@ unsafe fn exp_all<S: Simd>(values: &mut BlockRows) {
 /// The machine has the instruction set.
 #[inline(always)]
 unsafe fn page_masses<S: Simd, const P: usize>(logits: &BlockRows, first: usize, out: &mut [f32]) {
-    let (mut top, mut sums, mut weights) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
-    fold::<P>(logits, &mut top, |a, b| if a > b { a } else { b });
-    // SAFETY: vectors have 4, 8 or 16 lanes, which divide 128; the instruction set is the caller's promise.
-    unsafe {
-        if P >= S::LANES {
-            for at in (0..ROWS).step_by(S::LANES) {
-                let weight = exp::<S>(S::sub(S::load(logits.as_ptr().add(at)), S::splat(top[at / P])));
-                S::store(weights.as_mut_ptr().add(at), weight);
+    // A page's rows lie in one lane of so many groups, or in all groups of so many lanes.
+    let (groups, lanes) = (P.min(GROUPS), P.div_ceil(GROUPS));
+    let parts = GROUPS / groups;
+    let (mut masses, mut pages) = ([0.0; ROWS], [0.0; ROWS]);
+    for part in 0..parts {
+        let at = part * groups * GROUP;
+        let (mut top, mut sum) = ([0.0; GROUP], [0.0; GROUP]);
+        // SAFETY: vectors have 4, 8 or 16 lanes, which divide 16; the instruction set is the caller's promise.
+        unsafe {
+            for lane in (0..GROUP).step_by(S::LANES) {
+                let p = logits.as_ptr().add(at + lane);
+                let mut most = S::load(p);
+                for group in 1..groups {
+                    most = S::max(S::load(p.add(group * GROUP)), most);
+                }
+                S::store(top.as_mut_ptr().add(lane), most);
             }
-        } else {
-            weights = *logits;
-            for (page, &top) in weights.as_chunks_mut::<P>().0.iter_mut().zip(&top) {
-                page.iter_mut().for_each(|x| *x -= top);
+            for page in top.chunks_exact_mut(lanes) {
+                let most = page.iter().fold(page[0], |most, &x| if x > most { x } else { most });
+                page.fill(most);
             }
-            exp_all::<S>(&mut weights);
+            for lane in (0..GROUP).step_by(S::LANES) {
+                let (p, most) = (logits.as_ptr().add(at + lane), S::load(top.as_ptr().add(lane)));
+                let mut total = exp_of_estimate::<S>(S::sub(S::load(p), most));
+                for group in 1..groups {
+                    total = S::add(total, exp_of_estimate::<S>(S::sub(S::load(p.add(group * GROUP)), most)));
+                }
+                S::store(sum.as_mut_ptr().add(lane), total);
+            }
+            for page in sum.chunks_exact_mut(lanes) {
+                page[0] = page.iter().sum();
+            }
+            for lane in (0..GROUP).step_by(S::LANES) {
+                let (most, total) = (S::load(top.as_ptr().add(lane)), S::load(sum.as_ptr().add(lane)));
+                let to = masses.as_mut_ptr().add(part * GROUP + lane);
+                S::store(to, S::add(most, ln::<S>(total)));
+            }
         }
     }
-    fold::<P>(&weights, &mut sums, |a, b| a + b);
-    for (top, &sum) in top[..ROWS / P].iter_mut().zip(&sums) {
-        *top += ln(sum);
+    match parts {
+        1 => pages[..GROUP / lanes]
+            .iter_mut()
+            .zip(masses.iter().step_by(lanes))
+            .for_each(|(to, &mass)| *to = mass),
+        2 => interleave::<2>(&masses, &mut pages),
+        _ => interleave::<4>(&masses, &mut pages),
     }
-    out.copy_from_slice(&top[first..][..out.len()]);
+    out.copy_from_slice(&pages[first..][..out.len()]);
 }
 
-/// Each page's numbers folded into one, by halves that lie side by side; the first `128 / P` are the pages'.
+/// Lanes of N groups, one lane's numbers side by side.
 #[inline(always)]
-fn fold<const P: usize>(values: &BlockRows, out: &mut BlockRows, both: impl Fn(f32, f32) -> f32 + Copy) {
-    let (mut from, mut to) = (*values, [0.0; ROWS]);
-    let mut left = ROWS;
-    while left > ROWS / P {
-        for (to, pair) in to[..left / 2].iter_mut().zip(from[..left].as_chunks::<2>().0) {
-            *to = both(pair[0], pair[1]);
-        }
-        std::mem::swap(&mut from, &mut to);
-        left /= 2;
+fn interleave<const N: usize>(groups: &BlockRows, out: &mut BlockRows) {
+    for (lane, out) in out.as_chunks_mut::<N>().0.iter_mut().take(GROUP).enumerate() {
+        *out = std::array::from_fn(|n| groups[n * GROUP + lane]);
     }
-    out[..left].copy_from_slice(&from[..left]);
+}
+
+/// The row of a block that lies in a slot of its codes.
+const fn row(slot: usize) -> usize {
+    slot % GROUP * GROUPS + slot / GROUP
+}
+
+/// Estimated logits of a block's rows, in the order of their codes: `base + by f (2 sum - odd)`.
+///
+/// # Safety
+/// There are 128 sums, and the machine has the instruction set.
+#[inline(always)]
+unsafe fn logits<S: Simd>(sums: &[i32], factors: &BlockRows, by: f32, odd: f32, base: f32) -> BlockRows {
+    let mut logits = [0.0; ROWS];
+    // SAFETY: vectors have 4, 8 or 16 lanes, which divide 128; the rest is the caller's promise.
+    unsafe {
+        let (by, odd, base, two) = (S::splat(by), S::splat(-odd), S::splat(base), S::splat(2.0));
+        for at in (0..ROWS).step_by(S::LANES) {
+            let product = S::fma(two, S::load_int(sums.as_ptr().add(at)), odd);
+            let factor = S::mul(by, S::load(factors.as_ptr().add(at)));
+            S::store(logits.as_mut_ptr().add(at), S::fma(factor, product, base));
+        }
+    }
+    logits
 }
