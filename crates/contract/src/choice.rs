@@ -130,6 +130,8 @@ choice!(
         Dense = "dense",
         /// Sink pages and the most recent ones within the budget (StreamingLLM).
         Streaming = "streaming",
+        /// Sink pages, recent ones and every pi-th page between within the budget (pi-Attention's pattern).
+        Periodic = "periodic",
     }
 );
 

@@ -335,6 +335,7 @@ shared_enum! {
         Retro = RETRO,
         Dense = DENSE,
         Streaming = STREAMING,
+        Periodic = PERIODIC,
     }
 }
 

@@ -316,6 +316,32 @@ impl Oracle {
         group.map(score).collect()
     }
 
+    /// Sinks, the newest pages, and every pi-th page between.
+    fn periodic(&self, candidates: &[usize], budget: usize) -> Vec<usize> {
+        let newest = (self.len() - 1) / self.attrs.page_size;
+        let is_sink = |page: usize| page < self.attrs.sink_pages;
+        let sinks = candidates
+            .iter()
+            .filter(|&&page| is_sink(page) && page != newest)
+            .count();
+        let left = budget.saturating_sub(sinks).max(1);
+        let recent = left - left / 2;
+        let between: Vec<usize> = candidates
+            .iter()
+            .copied()
+            .filter(|&page| !is_sink(page) && page + recent <= newest)
+            .collect();
+        let every = |pi: usize| between.iter().copied().filter(move |page| page % pi == 0);
+        let fits = |&pi: &usize| every(pi).count() <= left / 2;
+        let pi = (1..=newest + 1).find(fits).filter(|_| left / 2 > 0);
+        let mut chosen: BTreeSet<usize> = pi.map(|pi| every(pi).collect()).unwrap_or_default();
+        let others = candidates
+            .iter()
+            .filter(|&&page| is_sink(page) || page + recent > newest);
+        chosen.extend(others);
+        chosen.into_iter().collect()
+    }
+
     /// The pages of a step for one KV head, and how clear the choice was.
     fn select(&self, rows: &Rows, kv: usize, budget: usize) -> (Vec<usize>, f64) {
         let attrs = &self.attrs;
@@ -332,6 +358,7 @@ impl Oracle {
         let scores: Vec<f64> = match attrs.mode {
             Mode::Dense => return (candidates, f64::INFINITY),
             Mode::Streaming => rest.iter().map(|&page| page as f64).collect(),
+            Mode::Periodic => return (self.periodic(&candidates, budget), f64::INFINITY),
             Mode::Retro => {
                 let newest = rows.count - 1;
                 let turned: Vec<Row> = if attrs.selector == Selector::Sketch {

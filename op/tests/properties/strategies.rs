@@ -106,7 +106,12 @@ pub fn shape() -> impl Strategy<Value = Shape> {
 
 /// Every mode.
 pub fn mode() -> impl Strategy<Value = Mode> {
-    prop_oneof![4 => Just(Mode::Retro), 1 => Just(Mode::Dense), 1 => Just(Mode::Streaming)]
+    prop_oneof![
+        4 => Just(Mode::Retro),
+        1 => Just(Mode::Dense),
+        1 => Just(Mode::Streaming),
+        1 => Just(Mode::Periodic),
+    ]
 }
 
 pub fn history(most_sequences: usize) -> impl Strategy<Value = History> {

@@ -59,10 +59,11 @@ pub struct EvalArgs {
     /// Number of documents [default: all].
     #[arg(long, value_name = "N")]
     docs: Option<usize>,
-    /// Policy: dense, streaming (StreamingLLM), quest, retro (the paper's selection) or recommended (retro-export's
-    /// defaults, but for the floor: every policy reads 64 tokens at least). Options follow:
+    /// Policy: dense, streaming (StreamingLLM), periodic (pi-Attention's pattern), quest, retro (the paper's selection)
+    /// or recommended (retro-export's defaults, but for the floor: every policy reads 64 tokens at least). Options
+    /// follow:
     /// retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,sketch-bits=2,page-size=16,
-    /// min-pages=4,sink-pages=1,dense-layers=0+1. May be given several times [default: all five].
+    /// min-pages=4,sink-pages=1,dense-layers=0+1. May be given several times [default: all but periodic].
     #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
     policies: Vec<PolicySpec>,
     /// Windows of the policies retro and recommended.

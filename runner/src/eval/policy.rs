@@ -16,6 +16,8 @@ pub enum PolicyKind {
     Dense,
     /// StreamingLLM: sink pages and the newest ones.
     Streaming,
+    /// pi-Attention's pattern: sink pages, the newest ones and every pi-th between.
+    Periodic,
     /// Quest: the paper's selection without correction, the baseline.
     Quest,
     /// Selection with retrospective correction.
@@ -34,7 +36,7 @@ pub struct PolicySpec {
     settings: Settings,
 }
 
-const NAMES: &str = "dense, streaming, quest, retro or recommended";
+const NAMES: &str = "dense, streaming, periodic, quest, retro or recommended";
 const OPTIONS: &str = "window, selector, group-score, lambda, correlation, sketch-bits, page-size, min-pages, \
                        sink-pages or dense-layers";
 
@@ -61,6 +63,10 @@ impl FromStr for PolicySpec {
             "streaming" => {
                 let mode = Mode::Streaming;
                 (PolicyKind::Streaming, "StreamingLLM", Settings { mode, ..paper })
+            }
+            "periodic" => {
+                let mode = Mode::Periodic;
+                (PolicyKind::Periodic, "periodic", Settings { mode, ..paper })
             }
             "quest" => (PolicyKind::Quest, "Quest", paper),
             "retro" => (PolicyKind::Retro, "Retro", paper),
@@ -195,7 +201,10 @@ impl PolicyRow {
 
     /// Whether a step reads page summaries.
     pub fn scores(&self) -> bool {
-        !matches!(self.kind, PolicyKind::Dense | PolicyKind::Streaming)
+        !matches!(
+            self.kind,
+            PolicyKind::Dense | PolicyKind::Streaming | PolicyKind::Periodic
+        )
     }
 
     /// Names the row in a file of results: everything that its figures depend on beside the model and the documents.
@@ -236,7 +245,7 @@ pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], bu
         for &budget in budgets {
             for &window in &wanted {
                 let label = match spec.kind {
-                    PolicyKind::Streaming => format!("{}{}", spec.name, spec.changes()),
+                    PolicyKind::Streaming | PolicyKind::Periodic => format!("{}{}", spec.name, spec.changes()),
                     _ => format!("{} (w = {window}){}", spec.name, spec.changes()),
                 };
                 rows.push(PolicyRow {
@@ -295,11 +304,19 @@ mod tests {
 
     #[test]
     fn policies_become_rows_that_share_models() {
-        let specs = ["dense", "streaming", "quest", "retro", "retro,w=3,page-size=8"].map(spec);
+        let specs = [
+            "dense",
+            "streaming",
+            "quest",
+            "retro",
+            "retro,w=3,page-size=8",
+            "periodic",
+        ]
+        .map(spec);
         let budgets = [Budget::Ratio(0.1), Budget::Tokens(256)];
         let rows = rows(&specs, Path::new("m"), &[2, 8], &budgets);
         let labels: Vec<&str> = rows.iter().map(|r| r.label.as_str()).collect();
-        assert_eq!(rows.len(), 1 + 2 * (1 + 1 + 2 + 1));
+        assert_eq!(rows.len(), 1 + 2 * (1 + 1 + 2 + 1 + 1));
         assert_eq!(labels[0], "dense");
         assert_eq!(labels[3], "Quest (w = 1)");
         assert_eq!(labels[9], "Retro (w = 3), pages of 8");
@@ -307,6 +324,10 @@ mod tests {
         assert_eq!(rows[3].source, rows[5].source);
         assert!(matches!(&rows[3].source, ModelSource::Converted(s) if s.window == 8));
         assert_ne!(rows[1].source, rows[3].source);
+        // As StreamingLLM it has neither a window nor page summaries to read.
+        let periodic = &rows[11];
+        assert_eq!((periodic.label.as_str(), periodic.scores()), ("periodic", false));
+        assert!(matches!(&periodic.source, ModelSource::Converted(s) if s.mode == Mode::Periodic));
         assert_ne!(rows[3].key(), rows[4].key());
     }
 

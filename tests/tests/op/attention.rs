@@ -224,6 +224,27 @@ fn mode_streaming_keeps_the_sinks_and_the_newest() {
     }
 }
 
+/// With and without pages between, also where a sliding window has left page 0 behind.
+#[test]
+fn mode_periodic_keeps_the_sinks_the_newest_and_every_pith() {
+    for (window, sink_pages, ratio, local_window_size) in [
+        (1, 1, 0.2, -1),
+        (1, 2, 0.5, -1),
+        (4, 1, 0.4, -1),
+        (2, 0, 0.1, -1),
+        (4, 1, 0.4, 150),
+    ] {
+        let attrs = Attrs {
+            mode: Mode::Periodic,
+            window,
+            sink_pages,
+            local_window_size,
+            ..small()
+        };
+        everywhere(Duel::new(attrs.budget(ratio, 1), 330, 24));
+    }
+}
+
 /// Unchanged queries, keys and values: a token's output is attention over all pages loaded since it was new. So with
 /// the whole budget every window is dense attention.
 #[test]
