@@ -76,7 +76,8 @@ pub fn dtypes() -> &'static [Dtype] {
 /// The selectors that the operator has on the device under test.
 pub fn selectors() -> Vec<Selector> {
     let all = Selector::ALL.iter().copied();
-    all.filter(|s| !on_gpu() || *s != Selector::Sketch).collect()
+    let cpu_only = |s: &Selector| matches!(s, Selector::Sketch | Selector::Adamas | Selector::AdamasRms);
+    all.filter(|s| !on_gpu() || !cpu_only(s)).collect()
 }
 
 /// A session and where it runs.

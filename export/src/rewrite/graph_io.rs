@@ -183,7 +183,7 @@ fn state_of(
             let Some(head_size) = head_size else {
                 return Err(Error::UnknownHeadSize { cache, selector });
             };
-            let multiple = 8 / bits;
+            let multiple = selector.head_size_multiple(bits);
             if !head_size.is_multiple_of(multiple) {
                 return Err(Error::HeadSize {
                     cache,

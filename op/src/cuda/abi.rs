@@ -11,7 +11,7 @@ use retro_contract::Selector;
 
 /// Whether there are kernels for a selector.
 pub fn has_kernels(selector: Selector) -> bool {
-    selector != Selector::Sketch
+    !matches!(selector, Selector::Sketch | Selector::Adamas | Selector::AdamasRms)
 }
 
 /// A type that both sides have.

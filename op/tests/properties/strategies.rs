@@ -104,6 +104,15 @@ pub fn shape() -> impl Strategy<Value = Shape> {
     )
 }
 
+/// Every selector that keeps something of each row.
+pub fn of_rows() -> impl Strategy<Value = Selector> {
+    prop_oneof![
+        Just(Selector::Sketch),
+        Just(Selector::Adamas),
+        Just(Selector::AdamasRms)
+    ]
+}
+
 /// Every mode.
 pub fn mode() -> impl Strategy<Value = Mode> {
     prop_oneof![

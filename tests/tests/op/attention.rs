@@ -77,6 +77,7 @@ fn small_pages() {
         (Selector::SignedMoments, 4),
         (Selector::Sketch, 1),
         (Selector::Sketch, 2),
+        (Selector::Adamas, 1),
     ] {
         let attrs = Attrs {
             selector,
