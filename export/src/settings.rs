@@ -155,7 +155,7 @@ impl Settings {
         }
     }
 
-    /// Fewest pages that a step reads: [`Self::min_pages`], or those that hold [`MIN_TOKENS`].
+    /// Fewest pages that a step reads: [`Self::min_pages`], or those that hold 512 tokens.
     pub fn least_pages(&self) -> usize {
         self.min_pages.unwrap_or_else(|| pages_for(MIN_TOKENS, self.page_size))
     }
