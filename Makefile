@@ -32,7 +32,7 @@ cuda:
 # ---- demo ----------------------------------------------------------------------------------------------------------------
 
 OUT := out
-BUDGET := 0.15
+BUDGET := 0.10
 DOCUMENTS := 8
 LEDGER := $(OUT)/ledger
 
@@ -43,10 +43,10 @@ demo: build
 	$(RELEASE)/retro-models build --weights models/ledger -o $(LEDGER)
 	say "Converted with retro-export's defaults"
 	rm -rf $(LEDGER)-retro
-	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-retro --budget $(BUDGET)
-	say "One document, reading $(BUDGET) of the cache a step"
+	$(RELEASE)/retro-export $(LEDGER) -o $(LEDGER)-retro
+	say "One document, reading 512 tokens of the cache a step"
 	$(RELEASE)/retro-run run $(LEDGER)-retro --document models/ledger/documents.jsonl:0
-	say "$(DOCUMENTS) documents under each policy"
+	say "$(DOCUMENTS) documents under each policy, reading $(BUDGET) of the cache a step"
 	$(RELEASE)/retro-run eval $(LEDGER) --data models/ledger/documents.jsonl --docs $(DOCUMENTS) --budgets $(BUDGET) \
 	  --policy dense --policy quest --policy retro,window=2 --policy retro,window=8 \
 	  --policy recommended,window=1 --policy recommended,window=2 --html $(OUT)/eval.html

@@ -81,13 +81,17 @@ class Generator {
     return std::stoll(value.get());
   }
 
-  // Dimensions that are not declared: the batch, tokens or pages, and head sizes that an exporter has only named.
+  // Dimensions that are not declared: the batch, tokens, pages or blocks, and head sizes that an exporter has only named.
   std::vector<std::int64_t> buffer_shape(std::size_t input) {
     const std::string& name = names_[input];
     std::vector<std::int64_t> shape = shape_of(session_.GetInputTypeInfo(input));
-    const std::int64_t pages = (capacity_ + page_size_ - 1) / page_size_;
+    const auto type = session_.GetInputTypeInfo(input).GetTensorTypeAndShapeInfo().GetElementType();
+    // Codes of keys lie in blocks of 128 tokens, all else of pages page by page.
+    const std::int64_t rows = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8         ? 128
+                              : name.find(".page_") != std::string::npos ? page_size_
+                                                                         : 1;
     if (shape[0] < 0) shape[0] = 1;
-    if (shape.size() > 2 && shape[2] < 0) shape[2] = name.find(".page_") != std::string::npos ? pages : capacity_;
+    if (shape.size() > 2 && shape[2] < 0) shape[2] = (capacity_ + rows - 1) / rows;
     if (shape.size() > 3 && shape[3] < 0) {
       const auto layer = name.find('.') + 1;
       const std::string outputs = "past_retro." + name.substr(layer, name.find('.', layer) - layer) + ".outputs";

@@ -23,6 +23,7 @@ TYPES = {
     "tensor(float16)": np.float16,
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
 # Inputs that say for how many of the tokens logits are wanted.
@@ -117,12 +118,13 @@ class Generator:
             sizes = self.inputs[name].shape
             return [int(size) if isinstance(size, str) and size.isdigit() else size for size in sizes]
 
-        pages = -(-self.capacity // self.page_size)
-        free = {0: 1, 2: pages if ".page_" in name else self.capacity}
+        # Codes of keys lie in blocks of 128 tokens, all else of pages page by page.
+        rows = 128 if self.inputs[name].type == "tensor(uint8)" else self.page_size if ".page_" in name else 1
+        free = {0: 1, 2: -(-self.capacity // rows)}
         layer = re.search(r"\d+", name)
-        summary = f"past_retro.{layer[0]}.page_summary" if layer else ""
-        if summary in self.inputs:  # [B, Hkv, P, 2, D]
-            _, free[1], _, _, free[3] = declared(summary)
+        steps, outputs = (f"past_retro.{layer[0]}.{what}" if layer else "" for what in ("page_steps", "outputs"))
+        if steps in self.inputs:  # [B, Hkv, P] and [B, R, Hq, D]
+            free[1], free[3] = declared(steps)[1], declared(outputs)[3]
         sizes = [size if isinstance(size, int) else free.get(axis) for axis, size in enumerate(declared(name))]
         if not all(isinstance(size, int) for size in sizes):
             raise RuntimeError(f"the sizes of {name} are not all declared: {self.inputs[name].shape}")

@@ -79,11 +79,18 @@ impl<'a> Generator<'a> {
                 fed.insert(name, *ty == TensorElementType::Int32);
                 continue;
             }
-            let shape = shape(input, session.inputs(), capacity, capacity.div_ceil(page_size))?;
+            // Codes of keys lie in blocks of 128 tokens, all else of pages page by page.
+            let rows = match ty {
+                TensorElementType::Uint8 => 128,
+                _ if name.contains(".page_") => page_size,
+                _ => 1,
+            };
+            let shape = shape(input, session.inputs(), capacity.div_ceil(rows))?;
             let size = shape.iter().product();
             let zeros: DynValue = match ty {
                 TensorElementType::Float32 => Tensor::from_array((shape, vec![0f32; size]))?.into_dyn(),
                 TensorElementType::Int32 => Tensor::from_array((shape, vec![0i32; size]))?.into_dyn(),
+                TensorElementType::Uint8 => Tensor::from_array((shape, vec![0u8; size]))?.into_dyn(),
                 other => {
                     return Err(format!("the input {name} is a {other}, and this example takes float32 only").into());
                 }
@@ -157,8 +164,8 @@ impl<'a> Generator<'a> {
     }
 }
 
-/// What is not declared: the batch, tokens or pages, and head sizes that an exporter has only named.
-fn shape(input: &Outlet, inputs: &[Outlet], capacity: usize, pages: usize) -> Result<Vec<usize>> {
+/// What is not declared: the batch, the number of tokens, pages or blocks, and head sizes that an exporter has only named.
+fn shape(input: &Outlet, inputs: &[Outlet], count: usize) -> Result<Vec<usize>> {
     let name = input.name();
     let declared = |outlet: &Outlet| {
         outlet
@@ -178,8 +185,7 @@ fn shape(input: &Outlet, inputs: &[Outlet], capacity: usize, pages: usize) -> Re
         .map(|(axis, size)| match (usize::try_from(size), axis) {
             (Ok(size), _) => Some(size),
             (_, 0) => Some(1),
-            (_, 2) if name.contains(".page_") => Some(pages),
-            (_, 2) => Some(capacity),
+            (_, 2) => Some(count),
             (_, 3) => head_size,
             _ => None,
         });

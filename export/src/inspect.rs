@@ -5,6 +5,7 @@ use crate::{
     report::{Action, LayerReport, ModelReport},
     rules::{SampleCalls, find_attention},
     source::{self, find_source},
+    state_share::{StateShare, state_share},
     table,
     validate::validate,
 };
@@ -49,6 +50,8 @@ pub struct Inspection {
     pub revertible: bool,
     /// RetroAttention nodes of a converted model.
     pub retro_nodes: usize,
+    /// What the state of a converted model takes, as a share of its key/value caches; none where its sizes are open.
+    pub state_share: Option<StateShare>,
     /// Attention that a conversion would find.
     pub attention: Vec<LayerReport>,
     /// What a conversion would make of the If of a merged decoder.
@@ -128,6 +131,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
         .iter()
         .filter(|n| n.is(contract::DOMAIN, contract::OP_TYPE))
         .count();
+    let share = state_share(graph);
     let settings: BTreeMap<String, String> = model
         .metadata_props
         .iter()
@@ -169,6 +173,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
         converted: (retro_nodes > 0 || !settings.is_empty()).then_some(settings),
         revertible,
         retro_nodes,
+        state_share: share,
         attention,
         merged,
     })
@@ -213,6 +218,9 @@ impl fmt::Display for Inspection {
                 "retro    converted: {} RetroAttention nodes; {back}",
                 self.retro_nodes
             )?;
+            if let Some(share) = &self.state_share {
+                writeln!(f, "         state: {share}")?;
+            }
             for (key, value) in settings {
                 writeln!(f, "         {key} = {value}")?;
             }

@@ -22,6 +22,7 @@ pub mod rules;
 mod settings;
 mod source;
 mod spill;
+mod state_share;
 mod table;
 mod validate;
 pub mod verify;
@@ -33,6 +34,7 @@ pub use report::*;
 pub use revert::{Error as RevertError, RecordError, revert};
 pub use settings::{Error as SettingsError, Settings};
 pub use source::Error as SourceError;
+pub use state_share::StateShare;
 
 #[cfg(test)]
 mod testing;

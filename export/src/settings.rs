@@ -5,7 +5,7 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
 };
-use retro_contract::{Budget, GroupScore, Mode, Selector, limits};
+use retro_contract::{Budget, GroupScore, Mode, Selector, limits, pages_for};
 use std::{collections::BTreeSet, str::FromStr};
 
 /// Settings of the operator. They become attributes of its nodes and metadata of the model.
@@ -16,15 +16,15 @@ pub struct Settings {
     #[arg(short, long, default_value_t = Self::default().window, value_name = "TOKENS")]
     pub window: usize,
 
-    /// How much of the cache a step reads: a share of the context (0.15) or a number of tokens (2048)
+    /// How much of the cache a step reads: a share of the context (0.10) or a number of tokens (2048)
     #[arg(short, long, default_value_t = Self::default().budget, value_name = "SHARE|TOKENS")]
     pub budget: Budget,
 
-    /// Fewest pages that a step reads where the budget is a share of the context
-    #[arg(long, default_value_t = Self::default().min_pages, value_name = "PAGES")]
-    pub min_pages: usize,
+    /// Fewest pages that a step reads where the budget is a share of the context [default: pages of 512 tokens in all]
+    #[arg(long, value_name = "PAGES")]
+    pub min_pages: Option<usize>,
 
-    /// Tokens in a page: a power of two, 4 to 128, from 1 on with --selector sketch; on CUDA 8 and more
+    /// Tokens in a page: a power of two, 4 to 128, from 1 on with --selector sketch, adamas or adamas_rms; on CUDA 8 and more
     #[arg(long, default_value_t = Self::default().page_size, value_name = "TOKENS")]
     pub page_size: usize,
 
@@ -112,20 +112,23 @@ pub enum Error {
     Budget(usize),
 }
 
+/// Tokens that a step reads at least, unless told otherwise: reading so few takes little time whatever the context.
+pub const MIN_TOKENS: usize = 512;
+
 /// More pages and tokens than any context has.
 const MOST_PAGES: usize = 1 << 20;
 const MOST_TOKENS: usize = 1 << 30;
 
 impl Default for Settings {
-    /// The paper's window, budget and pages with the page selection that the evaluation recommends.
+    /// What the evaluation recommends (docs/accuracy.md).
     fn default() -> Self {
         Self {
             window: limits::WINDOW,
-            budget: Budget::Ratio(0.15),
-            min_pages: limits::BUDGET_MIN_PAGES,
-            page_size: limits::PAGE_SIZE,
+            budget: Budget::Ratio(0.1),
+            min_pages: None,
+            page_size: 8,
             sink_pages: limits::SINK_PAGES,
-            selector: Selector::SignedMoments,
+            selector: Selector::Sketch,
             group_score: GroupScore::Softmax,
             selector_lambda: 2.0,
             selector_correlation: limits::SELECTOR_CORRELATION,
@@ -137,14 +140,24 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The paper's own settings: Quest's page selection, and w = 2 at 15 % of the context.
+    /// The paper's own settings: Quest's pages and page selection, and w = 2 at 15 % of the context.
     pub fn paper() -> Self {
         Self {
+            window: limits::WINDOW,
+            budget: Budget::Ratio(0.15),
+            min_pages: Some(limits::BUDGET_MIN_PAGES),
+            page_size: limits::PAGE_SIZE,
+            sink_pages: limits::SINK_PAGES,
             selector: Selector::Bounds,
             group_score: GroupScore::Max,
             selector_lambda: limits::SELECTOR_LAMBDA,
             ..Self::default()
         }
+    }
+
+    /// Fewest pages that a step reads: [`Self::min_pages`], or those that hold 512 tokens.
+    pub fn least_pages(&self) -> usize {
+        self.min_pages.unwrap_or_else(|| pages_for(MIN_TOKENS, self.page_size))
     }
 
     /// # Errors
@@ -160,8 +173,8 @@ impl Settings {
                 selector: self.selector,
             });
         }
-        if !(1..=MOST_PAGES).contains(&self.min_pages) {
-            return Err(Error::MinPages(self.min_pages));
+        if let Some(pages) = self.min_pages.filter(|pages| !(1..=MOST_PAGES).contains(pages)) {
+            return Err(Error::MinPages(pages));
         }
         if self.sink_pages > MOST_PAGES {
             return Err(Error::SinkPages(self.sink_pages));
@@ -199,17 +212,36 @@ mod tests {
         refused(|s| s.window = 65, "window is 65");
         refused(|s| s.page_size = 24, "page size is 24");
         refused(|s| s.page_size = 256, "page size is 256");
-        refused(|s| s.page_size = 2, "page size is 2; with the selector signed_moments");
+        refused(
+            |s| (s.page_size, s.selector) = (2, Selector::SignedMoments),
+            "page size is 2; with the selector signed_moments",
+        );
         refused(|s| s.sketch_bits = 3, "bits of a sketch are 3");
         let tokens = Settings {
-            selector: Selector::Sketch,
             page_size: 1,
             ..Settings::default()
         };
         assert!(tokens.check().is_ok());
-        refused(|s| s.min_pages = 0, "pages is 0");
+        refused(|s| s.min_pages = Some(0), "pages is 0");
         refused(|s| s.selector_lambda = f32::NAN, "lambda is NaN");
         refused(|s| s.selector_correlation = 1.5, "correlation is 1.5");
         refused(|s| s.budget = Budget::Tokens(usize::MAX), "budget is");
+    }
+
+    #[test]
+    fn the_floor_is_a_number_of_tokens_unless_given_in_pages() {
+        for page_size in [1, 4, 8, 128] {
+            let settings = Settings {
+                page_size,
+                ..Settings::default()
+            };
+            assert_eq!(settings.least_pages() * page_size, 512);
+        }
+        let given = Settings {
+            min_pages: Some(3),
+            ..Settings::default()
+        };
+        assert_eq!(given.least_pages(), 3);
+        assert_eq!(Settings::paper().least_pages(), 4);
     }
 }

@@ -62,7 +62,9 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         return Ok(path.to_owned());
     }
     let kind = if convert {
-        format!("w{window}")
+        // A model that was converted with other settings is another one.
+        let settings = format!("{:?}", settings(window));
+        format!("w{window}-{:08x}", xxh3_64(settings.as_bytes()) as u32)
     } else {
         "dense".to_owned()
     };
@@ -175,6 +177,14 @@ fn make(weights: &Path, out: &Path, dense: &Path, window: usize, convert: bool) 
     }
 }
 
+/// `retro-export`'s defaults.
+fn settings(window: usize) -> retro_export::Settings {
+    retro_export::Settings {
+        window,
+        ..Default::default()
+    }
+}
+
 fn convert_built(
     weights: &Path,
     out: &Path,
@@ -183,14 +193,10 @@ fn convert_built(
     options: &retro_models::Options,
 ) -> Result<()> {
     retro_models::build(weights, dense, options)?;
-    let settings = retro_export::Settings {
-        window,
-        ..Default::default()
-    };
     retro_export::convert(&retro_export::Options {
         source: dense.to_owned(),
         target: Some(out.to_owned()),
-        settings,
+        settings: settings(window),
         // Linked: the temporary folder of the unconverted model goes, its weights stay.
         external_data: Some(retro_export::ExternalMode::Link),
         force: true,

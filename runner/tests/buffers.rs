@@ -15,9 +15,10 @@ fn fixed_buffers_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (source, target) = (folder.path().join("ledger"), folder.path().join("retro"));
     retro_models::build(&root.join("models/ledger"), &source, &retro_models::Options::default()).unwrap();
+    // Quest's selection: a small budget shows in the text.
     let settings = retro_export::Settings {
         window: 4,
-        ..Default::default()
+        ..retro_export::Settings::paper()
     };
     retro_export::convert(&retro_export::Options {
         source: source.clone(),

@@ -45,7 +45,7 @@ def test_converted_models_pass_the_checker(source, tmp_path):
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["retro.version"] == "1"
     assert metadata["retro.window"] == "4"
-    assert metadata["retro.page_size"] == "16"
+    assert metadata["retro.page_size"] == "8"
     nodes = [n for n in model.graph.node if n.domain == "ai.retro"]
     assert len(nodes) == len(metadata["retro.layers"].split(","))
     assert {"ai.retro": 1}.items() <= {entry.domain: entry.version for entry in model.opset_import}.items()
@@ -58,11 +58,12 @@ def test_a_converted_model_decodes(tmp_path):
     assert "retro_length" not in {i.name for i in session.get_inputs()}
     recorded = np.load(zoo.FOLDER / "genai-llama-fp32-cpu" / "io.npz")
     ids, prompt = recorded["full_ids"], recorded["prompt_ids"].shape[1]
-    capacity, kinds = 24, {"tensor(float)": np.float32, "tensor(int32)": np.int32}
-    state = {}
+    capacity, kinds = 24, {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(uint8)": np.uint8}
+    state, page_size = {}, int(session.get_modelmeta().custom_metadata_map["retro.page_size"])
     for value in session.get_inputs():
         if value.name.startswith("past_"):
-            free = {0: 1, 2: -(-capacity // 16) if "page" in value.name else capacity}
+            rows = 128 if value.type == "tensor(uint8)" else page_size if "page" in value.name else 1
+            free = {0: 1, 2: -(-capacity // rows)}
             # genai names the head size instead of writing it.
             shape = [d if isinstance(d, int) else free.get(axis, 32) for axis, d in enumerate(value.shape)]
             state[value.name] = np.zeros(shape, kinds[value.type])

@@ -75,7 +75,9 @@ pub fn dtypes() -> &'static [Dtype] {
 
 /// The selectors that the operator has on the device under test.
 pub fn selectors() -> Vec<Selector> {
-    Selector::ALL.to_vec()
+    let all = Selector::ALL.iter().copied();
+    let cpu_only = |s: &Selector| matches!(s, Selector::Adamas | Selector::AdamasRms);
+    all.filter(|s| !on_gpu() || !cpu_only(s)).collect()
 }
 
 /// A session and where it runs.

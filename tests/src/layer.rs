@@ -1,7 +1,7 @@
 //! One RetroAttention node in a session, its state, and calls with everything around them checked: what a call must not
 //! touch stays as it was, bit for bit.
 
-use retro_contract::{Mode, SKETCH_BLOCK, StateElement, graph::State as Slot, output};
+use retro_contract::{Mode, SKETCH_BLOCK, Selector, StateElement, graph::State as Slot, output};
 
 use crate::{
     attrs::Attrs,
@@ -413,7 +413,7 @@ impl Layer {
                             let valid = self.attrs.pages(len) * 2 * head_size;
                             whole(SUMMARY, head * pages * 2 * head_size, valid);
                         }
-                        StateElement::Byte => check_factors(&self.attrs, &state.tensors[SUMMARY], head, len),
+                        StateElement::Byte => check_rows(&self.attrs, &state.tensors[SUMMARY], head, len),
                     }
                     whole(STEPS, head * pages, self.attrs.pages(len));
                 }
@@ -447,13 +447,20 @@ impl Feed {
     }
 }
 
-/// Every valid row has a factor that is a number.
-fn check_factors(attrs: &Attrs, state: &Tens, head: usize, len: usize) {
+/// Every valid row has a factor that is a number, or a mark that says that its elements are.
+fn check_rows(attrs: &Attrs, state: &Tens, head: usize, len: usize) {
     let &[_, _, blocks, size] = state.shape() else {
         unreachable!()
     };
     let codes = SKETCH_BLOCK * attrs.head_size * attrs.sketch_bits / 8;
+    let marks = size - SKETCH_BLOCK / 8;
     for row in 0..len {
+        if attrs.selector != Selector::Sketch {
+            let at = (head * blocks + row / SKETCH_BLOCK) * size + marks + row % SKETCH_BLOCK / 8;
+            let mark = state.bytes()[at] >> (row % 8) & 1;
+            assert_eq!(mark, 0, "the codes of row {row} were not written");
+            continue;
+        }
         let at = (head * blocks + row / SKETCH_BLOCK) * size + codes + 2 * (row % SKETCH_BLOCK);
         let factor = &state.bytes()[at..at + 2];
         assert_ne!(factor, [u8::MAX; 2], "the factor of row {row} was not written");

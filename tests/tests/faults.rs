@@ -59,7 +59,7 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         caches: &caches(),
         unused_inputs: &[],
         other_inputs: &[],
-        page_size: 16,
+        page_size: retro_export::Settings::default().page_size,
         vocabulary: 256,
         padding: PaddingCheck::Alone,
         dynamic_quantization: false,

@@ -82,6 +82,10 @@ choice!(
         SignedMoments = "signed_moments",
         /// Every key again in one or two bits an element after a fixed rotation, to estimate attention mass; CPU only.
         Sketch = "sketch",
+        /// Adamas: keys and queries in two bits an element, thresholds as published, the distance of their codes; CPU only.
+        Adamas = "adamas",
+        /// As adamas, with thresholds at 0.6 of the root mean square.
+        AdamasRms = "adamas_rms",
     }
 );
 
@@ -91,6 +95,7 @@ impl Selector {
         match self {
             Self::Bounds | Self::Moments | Self::SignedMoments => StateLayout::page_vectors(size),
             Self::Sketch => StateLayout::sketches(size),
+            Self::Adamas | Self::AdamasRms => StateLayout::codes(size),
         }
     }
 
@@ -98,7 +103,15 @@ impl Selector {
     pub const fn state_element(self) -> StateElement {
         match self {
             Self::Bounds | Self::Moments | Self::SignedMoments => StateElement::Cache,
-            Self::Sketch => StateElement::Byte,
+            Self::Sketch | Self::Adamas | Self::AdamasRms => StateElement::Byte,
+        }
+    }
+
+    /// What a head size must be a multiple of, with sketches of so many bits an element: a sketch is whole bytes.
+    pub const fn head_size_multiple(self, sketch_bits: usize) -> usize {
+        match self {
+            Self::Sketch => 8 / sketch_bits,
+            Self::Bounds | Self::Moments | Self::SignedMoments | Self::Adamas | Self::AdamasRms => 1,
         }
     }
 
@@ -106,7 +119,7 @@ impl Selector {
     pub const fn page_sizes(self) -> RangeInclusive<usize> {
         match self {
             Self::Bounds | Self::Moments | Self::SignedMoments => limits::PAGE_SIZE_MIN..=limits::PAGE_SIZE_MAX,
-            Self::Sketch => 1..=limits::PAGE_SIZE_MAX,
+            Self::Sketch | Self::Adamas | Self::AdamasRms => 1..=limits::PAGE_SIZE_MAX,
         }
     }
 }
@@ -130,6 +143,8 @@ choice!(
         Dense = "dense",
         /// Sink pages and the most recent ones within the budget (StreamingLLM).
         Streaming = "streaming",
+        /// Sink pages, recent ones and every pi-th page between within the budget (pi-Attention's pattern).
+        Periodic = "periodic",
     }
 );
 

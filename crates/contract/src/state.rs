@@ -102,6 +102,19 @@ impl StateLayout {
         )
     }
 
+    /// Two bits of code an element, in words of 32 elements, and a bit a row, for every block of 128 rows,
+    /// `[B, Hkv, ceil(C / 128), Z]` in bytes.
+    pub fn codes(size: &CacheSize) -> Self {
+        Self::new(
+            [
+                StateElement::Byte.entries(size.capacity, size.pages),
+                SKETCH_BLOCK * 8 * size.head_size.div_ceil(32) + SKETCH_BLOCK / 8,
+            ],
+            StateElement::Byte,
+            "[B, Hkv, ceil(C/128), Z = 128*8*ceil(D/32) + 16]",
+        )
+    }
+
     /// The sizes behind `[B, Hkv]`.
     pub fn sizes(&self) -> &[usize] {
         &self.sizes[..self.rank]
@@ -151,6 +164,8 @@ mod tests {
             ..size
         };
         assert_eq!(StateLayout::sketches(&one_bit).sizes(), &[2, 128 * 3 + 16]);
+        let padded = CacheSize { head_size: 33, ..size };
+        assert_eq!(StateLayout::codes(&padded).sizes(), &[1, 128 * 16 + 16]);
         assert!(!codes.is_empty() && StateLayout::new([0, 5], StateElement::Byte, "").is_empty());
     }
 }

@@ -10,6 +10,7 @@ use crate::{
     report::Report,
     rewrite::rewrite,
     rules::{INPUT_IDS, SampleCalls, find_attention},
+    state_share::state_share,
     validate::validate,
     verify::graph_facts,
 };
@@ -64,6 +65,7 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
         .as_ref()
         .ok_or_else(|| retro_onnx::Error::NoGraph(path.clone()))?;
     validate(result).map_err(|why| unconvertible(Unconvertible::InvalidResult(why.to_string())))?;
+    report.state_share = state_share(result);
     Ok(ConvertedModel {
         model,
         report,

@@ -6,6 +6,7 @@ use crate::{
     logits::Logits,
     rules::{Attention, AttentionMatch, LengthSource, Rope},
     settings::Settings,
+    state_share::StateShare,
     verify::Verification,
 };
 use retro_contract::{Budget, GroupScore, Mode, Selector};
@@ -35,6 +36,8 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
     /// How many attention layers became the operator.
     pub converted_layers: usize,
+    /// What their state takes, as a share of their key/value caches; none where the sizes are open.
+    pub state_share: Option<StateShare>,
     /// What became of the logits.
     pub logits: LogitsReport,
     /// Length of the converted model's file; none in a dry run.
@@ -242,6 +245,7 @@ impl Report {
             merged: None,
             layers,
             converted_layers: converted,
+            state_share: None,
             logits: LogitsReport::new(logits),
             bytes: None,
             external_data: Vec::new(),
@@ -279,7 +283,7 @@ impl SettingsReport {
             window: settings.window,
             budget: settings.budget.to_string(),
             min_pages: match settings.budget {
-                Budget::Ratio(_) => settings.min_pages,
+                Budget::Ratio(_) => settings.least_pages(),
                 Budget::Tokens(tokens) => tokens.div_ceil(settings.page_size),
             },
             page_size: settings.page_size,

@@ -39,6 +39,9 @@ impl fmt::Display for Report {
             writeln!(f, "merged   {merged}")?;
         }
         f.write_str(&table::layers(&self.layers))?;
+        if let Some(share) = &self.state_share {
+            writeln!(f, "state    {share}")?;
+        }
         writeln!(f, "logits   {}", self.logits.detail)?;
         for e in &self.external_data {
             writeln!(f, "weights  {} {}, {} bytes", e.location.display(), e.how, e.bytes)?;

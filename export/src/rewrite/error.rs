@@ -1,6 +1,7 @@
 //! Why a graph can't be rewritten.
 
 use crate::rules::{INPUT_IDS, INPUTS_EMBEDS};
+use retro_contract::Selector;
 
 /// Each is one line that says what is wrong, and where.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,26 @@ pub enum Error {
     /// A past cache is not declared as `[B, H, T, D]`.
     #[error("{0} has no declared shape of 4 dimensions")]
     CacheShape(String),
+
+    /// The selector's state packs a whole number of bytes a key.
+    #[error(
+        "{cache} has heads of {head_size} elements, and the selector {selector} needs a multiple of {multiple} with {bits} \
+         bits an element; convert with --selector signed_moments"
+    )]
+    HeadSize {
+        cache: String,
+        head_size: usize,
+        selector: Selector,
+        bits: usize,
+        multiple: usize,
+    },
+
+    /// The state of a selector with codes is declared in bytes, which depend on the size of a head.
+    #[error(
+        "{cache} does not tell the size of its heads, which the selector {selector} needs; convert with --selector \
+         signed_moments"
+    )]
+    UnknownHeadSize { cache: String, selector: Selector },
 
     /// Slice takes its bounds as inputs, Equal takes floats and Gather negative indices from opset 11 on.
     #[error("opset {0} is too old to convert attention of several nodes; export with 11 or newer")]

@@ -179,7 +179,20 @@ fn state_of(
         StateElement::Cache => (matched.data_type, vec![p.clone(), 2.into(), d.clone()]),
         StateElement::Byte => {
             let head_size = d.fixed().and_then(|d| usize::try_from(d).ok());
-            let head_size = head_size.ok_or_else(|| Error::CacheShape(matched.past_key.clone()))?;
+            let (cache, selector, bits) = (matched.past_key.clone(), settings.selector, settings.sketch_bits);
+            let Some(head_size) = head_size else {
+                return Err(Error::UnknownHeadSize { cache, selector });
+            };
+            let multiple = selector.head_size_multiple(bits);
+            if !head_size.is_multiple_of(multiple) {
+                return Err(Error::HeadSize {
+                    cache,
+                    head_size,
+                    selector,
+                    bits,
+                    multiple,
+                });
+            }
             let layout = settings.selector.layout(&CacheSize {
                 capacity: SKETCH_BLOCK,
                 pages: pages_for(SKETCH_BLOCK, settings.page_size),

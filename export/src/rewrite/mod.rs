@@ -96,7 +96,7 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
         (metadata::WINDOW, settings.window.to_string()),
         (metadata::PAGE_SIZE, settings.page_size.to_string()),
         (metadata::BUDGET, settings.budget.to_string()),
-        (metadata::MIN_PAGES, settings.min_pages.to_string()),
+        (metadata::MIN_PAGES, settings.least_pages().to_string()),
         (metadata::SINK_PAGES, settings.sink_pages.to_string()),
         (metadata::SELECTOR, settings.selector.to_string()),
         (metadata::GROUP_SCORE, settings.group_score.to_string()),
@@ -159,6 +159,7 @@ mod tests {
     fn nodes_state_and_metadata_follow_the_contract() {
         let settings = Settings {
             window: 4,
+            selector: Selector::SignedMoments,
             ..Settings::default()
         };
         let model = rewritten(&gqa_model(2), &settings, false).unwrap();
@@ -205,12 +206,41 @@ mod tests {
         for (key, value) in [
             ("version", "1"),
             ("window", "4"),
-            ("budget", "0.15"),
+            ("budget", "0.1"),
+            ("min_pages", "64"),
             ("layers", "0,1"),
             ("dense_layers", "1"),
         ] {
             assert_eq!(model.metadata(&format!("retro.{key}")), Some(value));
         }
+    }
+
+    #[test]
+    fn a_head_size_without_whole_bytes_of_codes_is_refused() {
+        let mut model = gqa_model(1);
+        let graph = model.graph.as_mut().unwrap();
+        for value in graph.input.iter_mut().chain(&mut graph.output) {
+            if let Some(size) = value.dims_mut().and_then(|dims| dims.get_mut(3)) {
+                *size = 6.into();
+            }
+        }
+        graph.value_info.clear();
+        graph.initializer = vec![
+            TensorProto::floats("cos_cache", &[16, 3], &[1.0; 48]),
+            TensorProto::floats("sin_cache", &[16, 3], &[0.0; 48]),
+            TensorProto::floats("qkv.0.weight", &[32, 48], &[0.01; 1536]),
+            TensorProto::floats("lm_head.weight", &[24, 10], &[0.1; 240]),
+        ];
+        let why = rewritten(&model, &Settings::default(), false).unwrap_err().to_string();
+        assert!(
+            why.contains("heads of 6 elements") && why.contains("multiple of 4 with 2 bits"),
+            "{why}"
+        );
+        let other = Settings {
+            selector: Selector::SignedMoments,
+            ..Settings::default()
+        };
+        assert!(rewritten(&model, &other, false).is_ok());
     }
 
     #[test]

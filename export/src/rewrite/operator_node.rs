@@ -59,7 +59,7 @@ pub fn replace(node: &mut NodeProto, conversion: &Conversion, settings: &Setting
 }
 
 fn attributes(matched: &AttentionMatch, mode: Mode, settings: &Settings) -> Vec<AttributeProto> {
-    let (ratio, min_pages) = settings.budget.attributes(settings.min_pages, settings.page_size);
+    let (ratio, min_pages) = settings.budget.attributes(settings.least_pages(), settings.page_size);
     let (rotary, interleaved) = match matched.rope {
         Rope::Inside { interleaved, .. } => (1, i64::from(interleaved)),
         Rope::None | Rope::Before => (0, 0),

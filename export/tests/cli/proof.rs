@@ -63,8 +63,15 @@ fn inspect_tells_what_a_model_is() {
         found["converted"]["retro.original"].is_null(),
         "the record is not for reading"
     );
+    // 2 bits an element, a factor and a 128th of a centre, of heads of 32 in float32.
+    let bytes = 128.0 * (32.0 * 2.0 / 8.0 + 2.0) + 32.0 * 4.0;
+    assert_eq!(found["state_share"]["selector"], bytes / (128.0 * 2.0 * 32.0 * 4.0));
     let text = run(&["inspect".as_ref(), target.as_os_str()]);
-    assert!(String::from_utf8_lossy(&text.stdout).contains("--revert gives the original back"));
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(
+        text.contains("--revert gives the original back") && text.contains("% of the cache's bytes"),
+        "{text}"
+    );
     let broken = look(&zoo("genai-llama-fp32-cuda"));
     assert!(broken["unsound"].as_str().unwrap().contains("RotaryEmbedding"));
 }

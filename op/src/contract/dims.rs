@@ -1,6 +1,6 @@
 //! The shapes of a call's inputs, checked, and the sizes that they give.
 
-use retro_contract::{Selector, input, pages_for};
+use retro_contract::{input, pages_for};
 use smallvec::SmallVec;
 
 use super::attributes::Attributes;
@@ -158,7 +158,7 @@ impl Checker<'_> {
         let (heads, kv_heads, ring) = (attributes.heads, attributes.kv_heads, attributes.ring());
         let (batch, d) = (dims.batch, dims.head_size);
         require!(
-            attributes.selector != Selector::Sketch || (d * attributes.sketch_bits).is_multiple_of(8),
+            d.is_multiple_of(attributes.selector.head_size_multiple(attributes.sketch_bits)),
             "input past_key has head size {d}, and attribute sketch_bits is {}: the selector sketch needs a product \
              that is a multiple of 8",
             attributes.sketch_bits

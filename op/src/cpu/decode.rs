@@ -12,7 +12,7 @@ use super::shared::Shared;
 use crate::method::attend::{Block, PageRows, Partial, attend_pages};
 use crate::method::element::Element;
 use crate::method::group_score::group_scores;
-use crate::method::select::{choose_pages, select_pages, streaming_pages};
+use crate::method::select::{choose_pages, periodic_pages, select_pages, streaming_pages};
 use crate::ort::Result;
 use crate::selector::{PageSelector, Scoring};
 use crate::simd::Isa;
@@ -287,6 +287,7 @@ impl<E: Element, P: PageSelector> Step<'_, E, P> {
                 selected.extend(candidates.map(|p| p as u32));
             }
             Mode::Streaming => streaming_pages(candidates, attributes.sink_pages, sequence.budget, selected),
+            Mode::Periodic => periodic_pages(candidates, attributes.sink_pages, sequence.budget, selected),
             Mode::Retro if self.splits > 1 && self.chooses(b) => {
                 let count = candidates.len();
                 // SAFETY: as above.

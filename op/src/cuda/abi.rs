@@ -11,9 +11,7 @@ use retro_contract::Selector;
 
 /// Whether there are kernels for a selector.
 pub fn has_kernels(selector: Selector) -> bool {
-    match selector {
-        Selector::Bounds | Selector::Moments | Selector::SignedMoments | Selector::Sketch => true,
-    }
+    !matches!(selector, Selector::Adamas | Selector::AdamasRms)
 }
 
 /// A type that both sides have.
@@ -347,6 +345,7 @@ shared_enum! {
         Retro = RETRO,
         Dense = DENSE,
         Streaming = STREAMING,
+        Periodic = PERIODIC,
     }
 }
 

@@ -187,8 +187,8 @@ fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector, b
     });
     let shapes = match selector {
         Selector::Sketch => &SCORE_SKETCH,
-        Selector::Bounds | Selector::Moments | Selector::SignedMoments if E::HALF => &SCORE_HALF,
-        Selector::Bounds | Selector::Moments | Selector::SignedMoments => &SCORE_F32,
+        _ if E::HALF => &SCORE_HALF,
+        _ => &SCORE_F32,
     };
     let blocks_per_sm = shapes
         .iter()
@@ -200,7 +200,7 @@ fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector, b
             any: finder.kernel(name::score(E::NAME, padded, selector), SCORE_THREADS)?,
             whole: match selector {
                 Selector::Sketch => Some(finder.kernel(name::score_sketch(E::NAME, padded, bits), SCORE_THREADS)?),
-                Selector::Bounds | Selector::Moments | Selector::SignedMoments => None,
+                _ => None,
             },
             blocks_per_sm,
         },

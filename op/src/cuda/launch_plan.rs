@@ -400,6 +400,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
             Mode::Retro => ReadMode::Retro,
             Mode::Dense => ReadMode::Dense,
             Mode::Streaming => ReadMode::Streaming,
+            Mode::Periodic => ReadMode::Periodic,
         },
         total: total as i32,
         max_pages: pages_for(total, a.page_size) as i32,

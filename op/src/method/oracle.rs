@@ -8,6 +8,7 @@ use retro_contract::{GroupScore, Mode, Selector, budget_pages};
 
 use crate::contract::Attributes;
 
+mod adamas;
 mod sketch;
 
 type Row = Vec<f64>;
@@ -53,6 +54,18 @@ pub struct Oracle {
     stored: fn(f64) -> f64,
     /// One a KV head, with the selector `sketch`.
     sketches: Vec<sketch::Sketches>,
+    /// One list of rows a KV head, with the selectors `adamas` and `adamas_rms`.
+    codes: Vec<Vec<adamas::Codes>>,
+}
+
+/// What pages are scored from on the side of the queries, one a head of the group, where a selector needs more than
+/// them.
+#[derive(Default)]
+struct Asked {
+    /// Rotated, with the selector `sketch`.
+    turned: Vec<Row>,
+    /// With the selectors `adamas` and `adamas_rms`.
+    codes: Vec<adamas::Codes>,
 }
 
 /// What a decoding step gave.
@@ -97,6 +110,7 @@ impl Oracle {
             cache: BTreeMap::new(),
             stored: |x| x,
             sketches: (0..attrs.kv_heads).map(|_| sketch::Sketches::default()).collect(),
+            codes: (0..attrs.kv_heads).map(|_| Vec::new()).collect(),
         }
     }
 
@@ -155,6 +169,18 @@ impl Oracle {
                 sketches.write(&keys, first, appended, bits, stored);
             }
         }
+        if self.is_adamas() {
+            let (size, selector) = (self.head_size, self.attrs.selector);
+            for (kv, codes) in self.codes.iter_mut().enumerate() {
+                codes.truncate(first);
+                let new = self.keys[first..].iter().map(|key| &key[kv * size..][..size]);
+                codes.extend(new.map(|key| adamas::Codes::of(key, selector)));
+            }
+        }
+    }
+
+    fn is_adamas(&self) -> bool {
+        matches!(self.attrs.selector, Selector::Adamas | Selector::AdamasRms)
     }
 
     fn remember(&mut self, position: usize, output: Row, lse: Row) {
@@ -256,8 +282,6 @@ impl Oracle {
     /// A page's log mass by the sketches of the tokens that the newest query sees.
     fn sketched_mass(&self, query: &[f64], turned: &[f64], kv: usize, page: usize) -> f64 {
         let attrs = &self.attrs;
-        let newest = self.len() - 1;
-        let seen = |row: &usize| attrs.local_window.is_none_or(|w| newest - row < w);
         let logit = |row: usize| {
             let plain = self.scale() * self.sketches[kv].product(row, query, turned);
             match attrs.softcap {
@@ -265,13 +289,19 @@ impl Oracle {
                 cap => f64::from(cap) * (plain / f64::from(cap)).tanh(),
             }
         };
-        let logits: Vec<f64> = self.page_rows(page).filter(seen).map(logit).collect();
+        let logits: Vec<f64> = self.seen(page).map(logit).collect();
         log_sum_exp(&logits)
     }
 
-    /// A page's score for every head of a group; `turned`: their queries after the rotation, with the selector
-    /// `sketch`.
-    fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize, turned: &[Row]) -> Vec<f64> {
+    /// The rows of a page that the newest query sees.
+    fn seen(&self, page: usize) -> impl Iterator<Item = usize> {
+        let (newest, window) = (self.len() - 1, self.attrs.local_window);
+        self.page_rows(page)
+            .filter(move |row| window.is_none_or(|w| newest - row < w))
+    }
+
+    /// A page's score for every head of a group.
+    fn head_scores(&self, rows: &Rows, token: usize, kv: usize, page: usize, asked: &Asked) -> Vec<f64> {
         let (attrs, size) = (&self.attrs, self.head_size);
         let range = self.page_rows(page);
         let count = range.len() as f64;
@@ -310,10 +340,41 @@ impl Oracle {
                     let spread = rho * line * line + (1.0 - rho) * spread;
                     self.scale() * (along + f64::from(attrs.selector_lambda) * spread.sqrt()) + count.ln()
                 }
-                Selector::Sketch => self.sketched_mass(&query, &turned[head % self.group()], kv, page),
+                Selector::Sketch => self.sketched_mass(&query, &asked.turned[head % self.group()], kv, page),
+                Selector::Adamas | Selector::AdamasRms => {
+                    let query = &asked.codes[head % self.group()];
+                    let similarity = |row: usize| -query.distance(&self.codes[kv][row]);
+                    self.seen(page).map(similarity).fold(f64::NEG_INFINITY, f64::max)
+                }
             }
         };
         group.map(score).collect()
+    }
+
+    /// Sinks, the newest pages, and every pi-th page between.
+    fn periodic(&self, candidates: &[usize], budget: usize) -> Vec<usize> {
+        let newest = (self.len() - 1) / self.attrs.page_size;
+        let is_sink = |page: usize| page < self.attrs.sink_pages;
+        let sinks = candidates
+            .iter()
+            .filter(|&&page| is_sink(page) && page != newest)
+            .count();
+        let left = budget.saturating_sub(sinks).max(1);
+        let recent = left - left / 2;
+        let between: Vec<usize> = candidates
+            .iter()
+            .copied()
+            .filter(|&page| !is_sink(page) && page + recent <= newest)
+            .collect();
+        let every = |pi: usize| between.iter().copied().filter(move |page| page % pi == 0);
+        let fits = |&pi: &usize| every(pi).count() <= left / 2;
+        let pi = (1..=newest + 1).find(fits).filter(|_| left / 2 > 0);
+        let mut chosen: BTreeSet<usize> = pi.map(|pi| every(pi).collect()).unwrap_or_default();
+        let others = candidates
+            .iter()
+            .filter(|&&page| is_sink(page) || page + recent > newest);
+        chosen.extend(others);
+        chosen.into_iter().collect()
     }
 
     /// The pages of a step for one KV head, and how clear the choice was.
@@ -329,20 +390,26 @@ impl Oracle {
         let forced = |page: usize| page < attrs.sink_pages || page == t / attrs.page_size;
         let mut chosen: BTreeSet<usize> = candidates.iter().copied().filter(|&p| forced(p)).collect();
         let rest: Vec<usize> = candidates.iter().copied().filter(|&p| !forced(p)).collect();
+        let mut clear = f64::INFINITY;
         let scores: Vec<f64> = match attrs.mode {
             Mode::Dense => return (candidates, f64::INFINITY),
             Mode::Streaming => rest.iter().map(|&page| page as f64).collect(),
+            Mode::Periodic => return (self.periodic(&candidates, budget), f64::INFINITY),
             Mode::Retro => {
                 let newest = rows.count - 1;
-                let turned: Vec<Row> = if attrs.selector == Selector::Sketch {
-                    let query = |head| sketch::rotated(&self.query(rows, newest, head));
-                    self.heads_of(kv).map(query).collect()
-                } else {
-                    Vec::new()
-                };
+                let queries = self.heads_of(kv).map(|head| self.query(rows, newest, head));
+                let mut asked = Asked::default();
+                if attrs.selector == Selector::Sketch {
+                    asked.turned = queries.map(|query| sketch::rotated(&query)).collect();
+                } else if self.is_adamas() {
+                    asked.codes = queries.map(|query| adamas::Codes::of(&query, attrs.selector)).collect();
+                    let rows = candidates.iter().flat_map(|&page| self.seen(page));
+                    let all = rows.map(|row| &self.codes[kv][row]).chain(&asked.codes);
+                    clear = all.fold(clear, |least, codes| least.min(codes.clear));
+                }
                 let of_page: Vec<Vec<f64>> = candidates
                     .iter()
-                    .map(|&p| self.head_scores(rows, newest, kv, p, &turned))
+                    .map(|&p| self.head_scores(rows, newest, kv, p, &asked))
                     .collect();
                 let norms: Vec<f64> = (0..self.group())
                     .map(|g| log_sum_exp(&of_page.iter().map(|s| s[g]).collect::<Vec<_>>()))
@@ -359,11 +426,21 @@ impl Oracle {
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
         let take = budget.saturating_sub(chosen.len()).min(rest.len());
         chosen.extend(order[..take].iter().map(|&i| rest[i]));
-        let margin = match (
+        let worst_and_next = (
             take.checked_sub(1).map(|i| scores[order[i]]),
             order.get(take).map(|&i| scores[i]),
-        ) {
-            (Some(last), Some(next)) => (last - next) / last.abs().max(next.abs()).max(1e-30),
+        );
+        let margin = match worst_and_next {
+            (Some(last), Some(next)) => {
+                // Distances are whole numbers: where all codes are certain, so is it that two are equal.
+                let tie = self.is_adamas() && last == next;
+                let gap = if tie {
+                    f64::INFINITY
+                } else {
+                    (last - next) / last.abs().max(next.abs()).max(1e-30)
+                };
+                gap.min(20.0 * clear)
+            }
             _ => f64::INFINITY,
         };
         (chosen.into_iter().collect(), margin)

@@ -123,6 +123,38 @@ pub fn streaming_pages(candidates: Range<usize>, sink: usize, budget: usize, sel
     selected.extend(candidates.filter(|&p| p >= recent_from || p < sink).map(|p| p as u32));
 }
 
+/// pi-Attention's pattern (arXiv 2511.10696) in pages: the first `sink`, the most recent ones, and between them those
+/// whose number is a multiple of pi, `budget` in all at most.
+///
+/// What the sinks leave of the budget goes to the most recent pages by half, rounded up. pi is the least number whose
+/// multiples fit the other half.
+pub fn periodic_pages(candidates: Range<usize>, sink: usize, budget: usize, selected: &mut Vec<u32>) {
+    selected.clear();
+    let newest = candidates.end - 1;
+    let sinks = candidates.clone().filter(|&p| p < sink && p != newest).count();
+    let left = budget.saturating_sub(sinks).max(1);
+    let recent = left.div_ceil(2);
+    let behind_sinks = candidates.start.max(sink).min(candidates.end);
+    let recent_from = candidates.end.saturating_sub(recent).max(behind_sinks);
+    let period = period(behind_sinks..recent_from, left - recent);
+    let between = |p: usize| period.is_some_and(|period| p.is_multiple_of(period));
+    selected.extend(
+        candidates
+            .filter(|&p| p < sink || p >= recent_from || between(p))
+            .map(|p| p as u32),
+    );
+}
+
+/// The least number of which `pages` has `most` multiples at most; none where it may have none.
+fn period(pages: Range<usize>, most: usize) -> Option<usize> {
+    let multiples = |period: usize| pages.end.div_ceil(period) - pages.start.div_ceil(period);
+    // Any number of pages in a row has at least as many multiples as it holds whole periods.
+    let least = pages.len() / (most + 1) + 1;
+    (least..)
+        .take_while(|_| most > 0)
+        .find(|&period| multiples(period) <= most)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,6 +364,42 @@ mod tests {
         let score = |along: f32| 0.5 * (2.0 + 2.0 * (0.5 * along * along + 0.5 * 0.5f32).sqrt()) + 8f32.ln();
         for (got, along) in scratch.scores.iter().zip([1.0, 0.0]) {
             assert!((got - score(along)).abs() < 1e-6, "{got}");
+        }
+    }
+
+    #[test]
+    fn periodic_takes_sinks_the_newest_and_multiples_between() {
+        let mut out = Vec::new();
+        let mut pages = |candidates, sink, budget| {
+            periodic_pages(candidates, sink, budget, &mut out);
+            out.clone()
+        };
+        // Half of four beside the sink: two recent ones; of 1..18 two multiples at most: those of 6 are 6 and 12.
+        assert_eq!(pages(0..20, 1, 5), [0, 6, 12, 18, 19]);
+        // An odd rest is the recent ones': two of three. One multiple: that of 9 (and 18 is recent).
+        assert_eq!(pages(0..20, 1, 4), [0, 9, 18, 19]);
+        assert_eq!(pages(0..20, 1, 2), [0, 19]);
+        assert_eq!(pages(0..20, 1, 1), [0, 19]);
+        assert_eq!(pages(0..20, 0, 1), [19]);
+        assert_eq!(pages(0..20, 1, 20), (0..20).collect::<Vec<u32>>());
+        // Multiples are of page numbers, not counted from the window's first page.
+        assert_eq!(pages(10..30, 1, 6), [12, 18, 24, 27, 28, 29]);
+        assert_eq!(pages(0..2, 4, 1), [0, 1]);
+        assert_eq!(pages(0..1, 1, 3), [0]);
+    }
+
+    /// Never more than the budget, never a smaller period that would fit.
+    #[test]
+    fn periods_are_the_least_that_fit() {
+        for start in [0, 1, 7, 100, 1000] {
+            for len in [0, 1, 2, 13, 64, 999] {
+                for most in 0..20 {
+                    let pages = start..start + len;
+                    let count = |period: usize| pages.clone().filter(|p| p % period == 0).count();
+                    let want = (1..).take_while(|_| most > 0).find(|&period| count(period) <= most);
+                    assert_eq!(period(pages.clone(), most), want, "{pages:?} {most}");
+                }
+            }
         }
     }
 

@@ -11,12 +11,15 @@ use crate::method::element::Element;
 use crate::ort::Plain;
 use crate::simd::Isa;
 
+mod adamas;
 mod bounds;
 mod moments;
 pub mod page_vectors;
+mod rotation;
 mod signed_moments;
 mod sketch;
 
+pub use adamas::{Adamas, AdamasRms};
 pub use bounds::Bounds;
 pub use moments::Moments;
 pub use page_vectors::PageVectors;
@@ -43,6 +46,14 @@ macro_rules! for_selector {
             }
             $crate::selector::Selector::Sketch => {
                 type $selector = $crate::selector::Sketch;
+                $body
+            }
+            $crate::selector::Selector::Adamas => {
+                type $selector = $crate::selector::Adamas;
+                $body
+            }
+            $crate::selector::Selector::AdamasRms => {
+                type $selector = $crate::selector::AdamasRms;
                 $body
             }
         }

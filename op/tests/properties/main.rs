@@ -19,7 +19,7 @@ use one_sequence::{
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use retro_contract::Mode;
-use strategies::{history, mode, shape};
+use strategies::{history, mode, of_rows, shape};
 
 /// `cases` cases, or what the environment asks for.
 fn config(cases: u32) -> ProptestConfig {
@@ -86,8 +86,8 @@ proptest! {
     }
 
     #[test]
-    fn overwriting(shape in shape(), prompt in 100usize..140, steps in 1usize..40, seed: u64, half in any::<bool>()) {
-        if half { overwriting_changes_the_rows_own_sketches::<f16>(&shape, prompt, steps, seed)? } else { overwriting_changes_the_rows_own_sketches::<f32>(&shape, prompt, steps, seed)? }
+    fn overwriting(shape in shape(), selector in of_rows(), prompt in 100usize..140, steps in 1usize..40, seed: u64, half in any::<bool>()) {
+        if half { overwriting_changes_the_rows_own_sketches::<f16>(&shape, selector, prompt, steps, seed)? } else { overwriting_changes_the_rows_own_sketches::<f32>(&shape, selector, prompt, steps, seed)? }
     }
 
     #[test]

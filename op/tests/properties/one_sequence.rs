@@ -221,16 +221,17 @@ pub fn truncation_forgets<E: Element>(shape: &Shape, prompt: usize, steps: usize
     Ok(())
 }
 
-/// A step changes no more of the sketches than those of the rows that it feeds, and the centre of a block that it
-/// begins.
+/// A step changes no more of the sketches or codes than those of the rows that it feeds, and the centre of a block that
+/// it begins.
 pub fn overwriting_changes_the_rows_own_sketches<E: Element>(
     shape: &Shape,
+    selector: Selector,
     prompt: usize,
     steps: usize,
     seed: u64,
 ) -> Check {
     let mut shape = shape.clone();
-    shape.attributes.selector = Selector::Sketch;
+    shape.attributes.selector = selector;
     if shape.head_size == 33 {
         // No whole number of bytes a row.
         shape.head_size = 40;
@@ -258,7 +259,11 @@ pub fn overwriting_changes_the_rows_own_sketches<E: Element>(
             .chunks_exact(of_head)
             .zip(bed.state_bytes(0).chunks_exact(of_head));
         let begun = usize::from(t % SKETCH_BLOCK == 0);
-        let most = (r + 1) * (d * a.sketch_bits / 8 + 2) + begun * d * size_of::<E>();
+        let most = if selector == Selector::Sketch {
+            (r + 1) * (d * a.sketch_bits / 8 + 2) + begun * d * size_of::<E>()
+        } else {
+            (r + 1) * (8 * d.div_ceil(32) + 1)
+        };
         for (before, after) in heads {
             let changed = before.iter().zip(after).filter(|(x, y)| x != y).count();
             prop_assert!(changed <= most, "t = {}, r = {}: {} bytes of {}", t, r, changed, most);

@@ -104,9 +104,23 @@ pub fn shape() -> impl Strategy<Value = Shape> {
     )
 }
 
+/// Every selector that keeps something of each row.
+pub fn of_rows() -> impl Strategy<Value = Selector> {
+    prop_oneof![
+        Just(Selector::Sketch),
+        Just(Selector::Adamas),
+        Just(Selector::AdamasRms)
+    ]
+}
+
 /// Every mode.
 pub fn mode() -> impl Strategy<Value = Mode> {
-    prop_oneof![4 => Just(Mode::Retro), 1 => Just(Mode::Dense), 1 => Just(Mode::Streaming)]
+    prop_oneof![
+        4 => Just(Mode::Retro),
+        1 => Just(Mode::Dense),
+        1 => Just(Mode::Streaming),
+        1 => Just(Mode::Periodic),
+    ]
 }
 
 pub fn history(most_sequences: usize) -> impl Strategy<Value = History> {

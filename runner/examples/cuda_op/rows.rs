@@ -66,7 +66,8 @@ fn bytes(group: &Group<'_>, entry: &Entry<'_>) -> f64 {
             ..
         } => (loaded(), group.layout.read(selection.selector, element)),
         NodeKind::Retro {
-            mode: Mode::Streaming, ..
+            mode: Mode::Streaming | Mode::Periodic,
+            ..
         } => (loaded(), 0),
         _ => (context, 0),
     };

@@ -59,22 +59,23 @@ pub struct EvalArgs {
     /// Number of documents [default: all].
     #[arg(long, value_name = "N")]
     docs: Option<usize>,
-    /// Policy: dense, streaming (StreamingLLM), quest, retro (the paper's selection) or recommended (retro-export's
-    /// defaults). Options follow:
-    /// retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,page-size=16,
-    /// sink-pages=1,dense-layers=0+1. May be given several times [default: all five].
+    /// Policy: dense, streaming (StreamingLLM), periodic (pi-Attention's pattern), quest, retro (the paper's selection)
+    /// or recommended (retro-export's defaults, but for the floor: every policy reads 64 tokens at least). Options
+    /// follow:
+    /// retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,sketch-bits=2,page-size=16,
+    /// min-pages=4,sink-pages=1,dense-layers=0+1. May be given several times [default: all but periodic].
     #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
     policies: Vec<PolicySpec>,
     /// Windows of the policies retro and recommended.
     #[arg(short, long = "windows", value_delimiter = ',', default_values_t = [2, 4, 8], value_name = "W,W")]
     windows: Vec<usize>,
-    /// Budgets: what a decoding step reads of the cache, as shares (0.15) or in tokens (2048).
+    /// Budgets: what a decoding step reads of the cache, as shares (0.10) or in tokens (2048).
     #[arg(
         short,
         long = "budgets",
         alias = "budget",
         value_delimiter = ',',
-        default_value = "0.15",
+        default_value = "0.10",
         value_name = "B,B"
     )]
     budgets: Vec<Budget>,

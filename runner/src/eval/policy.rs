@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, str::FromStr};
 
-use retro_contract::{Budget, Mode};
+use retro_contract::{Budget, Mode, pages_for};
 use retro_export::Settings;
 
 use super::Error;
@@ -16,6 +16,8 @@ pub enum PolicyKind {
     Dense,
     /// StreamingLLM: sink pages and the newest ones.
     Streaming,
+    /// pi-Attention's pattern: sink pages, the newest ones and every pi-th between.
+    Periodic,
     /// Quest: the paper's selection without correction, the baseline.
     Quest,
     /// Selection with retrospective correction.
@@ -34,25 +36,41 @@ pub struct PolicySpec {
     settings: Settings,
 }
 
-const NAMES: &str = "dense, streaming, quest, retro or recommended";
-const OPTIONS: &str =
-    "window, selector, group-score, lambda, correlation, sketch-bits, page-size, sink-pages or dense-layers";
+const NAMES: &str = "dense, streaming, periodic, quest, retro or recommended";
+const OPTIONS: &str = "window, selector, group-score, lambda, correlation, sketch-bits, page-size, min-pages, \
+                       sink-pages or dense-layers";
+
+/// Tokens that a step reads at least under every policy, unless its option min-pages says otherwise: fewer than
+/// `retro-export`'s floor, so that short contexts too are read as the budgets say that are compared.
+const MIN_TOKENS: usize = 64;
+
+fn least_pages(page_size: usize) -> usize {
+    pages_for(MIN_TOKENS, page_size.max(1))
+}
 
 impl FromStr for PolicySpec {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
         let (name, options) = s.split_once(',').unwrap_or((s, ""));
-        let paper = Settings::paper();
+        let no_floor = |settings| Settings {
+            min_pages: None,
+            ..settings
+        };
+        let (paper, recommended) = (no_floor(Settings::paper()), no_floor(Settings::default()));
         let (kind, name, settings) = match name {
             "dense" => (PolicyKind::Dense, "dense", paper),
             "streaming" => {
                 let mode = Mode::Streaming;
                 (PolicyKind::Streaming, "StreamingLLM", Settings { mode, ..paper })
             }
+            "periodic" => {
+                let mode = Mode::Periodic;
+                (PolicyKind::Periodic, "periodic", Settings { mode, ..paper })
+            }
             "quest" => (PolicyKind::Quest, "Quest", paper),
             "retro" => (PolicyKind::Retro, "Retro", paper),
-            "recommended" => (PolicyKind::Retro, "recommended", Settings::default()),
+            "recommended" => (PolicyKind::Retro, "recommended", recommended),
             other => return Err(format!("policy {other:?}: expected {NAMES}")),
         };
         let mut spec = Self {
@@ -64,6 +82,8 @@ impl FromStr for PolicySpec {
         for option in options.split(',').filter(|o| !o.is_empty()) {
             spec.set(option)?;
         }
+        let floor = least_pages(spec.settings.page_size);
+        spec.settings.min_pages.get_or_insert(floor);
         if spec.kind == PolicyKind::Dense && !options.is_empty() {
             return Err("policy dense has no options: it is the model as its exporter made it".into());
         }
@@ -91,6 +111,7 @@ impl PolicySpec {
             "correlation" => s.selector_correlation = number(key, value)?,
             "sketch-bits" => s.sketch_bits = number(key, value)?,
             "page-size" => s.page_size = number(key, value)?,
+            "min-pages" => s.min_pages = Some(number(key, value)?),
             "sink-pages" => s.sink_pages = number(key, value)?,
             "dense-layers" => {
                 let layers = value.split('+').map(|n| number(key, n));
@@ -127,6 +148,9 @@ impl PolicySpec {
         }
         if s.page_size != u.page_size {
             out.push(format!("pages of {}", s.page_size));
+        }
+        if s.least_pages() != least_pages(s.page_size) {
+            out.push(format!("at least {} pages", s.least_pages()));
         }
         if s.sink_pages != u.sink_pages {
             out.push(format!("sinks {}", s.sink_pages));
@@ -177,7 +201,10 @@ impl PolicyRow {
 
     /// Whether a step reads page summaries.
     pub fn scores(&self) -> bool {
-        !matches!(self.kind, PolicyKind::Dense | PolicyKind::Streaming)
+        !matches!(
+            self.kind,
+            PolicyKind::Dense | PolicyKind::Streaming | PolicyKind::Periodic
+        )
     }
 
     /// Names the row in a file of results: everything that its figures depend on beside the model and the documents.
@@ -218,7 +245,7 @@ pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], bu
         for &budget in budgets {
             for &window in &wanted {
                 let label = match spec.kind {
-                    PolicyKind::Streaming => format!("{}{}", spec.name, spec.changes()),
+                    PolicyKind::Streaming | PolicyKind::Periodic => format!("{}{}", spec.name, spec.changes()),
                     _ => format!("{} (w = {window}){}", spec.name, spec.changes()),
                 };
                 rows.push(PolicyRow {
@@ -277,11 +304,19 @@ mod tests {
 
     #[test]
     fn policies_become_rows_that_share_models() {
-        let specs = ["dense", "streaming", "quest", "retro", "retro,w=3,page-size=8"].map(spec);
+        let specs = [
+            "dense",
+            "streaming",
+            "quest",
+            "retro",
+            "retro,w=3,page-size=8",
+            "periodic",
+        ]
+        .map(spec);
         let budgets = [Budget::Ratio(0.1), Budget::Tokens(256)];
         let rows = rows(&specs, Path::new("m"), &[2, 8], &budgets);
         let labels: Vec<&str> = rows.iter().map(|r| r.label.as_str()).collect();
-        assert_eq!(rows.len(), 1 + 2 * (1 + 1 + 2 + 1));
+        assert_eq!(rows.len(), 1 + 2 * (1 + 1 + 2 + 1 + 1));
         assert_eq!(labels[0], "dense");
         assert_eq!(labels[3], "Quest (w = 1)");
         assert_eq!(labels[9], "Retro (w = 3), pages of 8");
@@ -289,7 +324,27 @@ mod tests {
         assert_eq!(rows[3].source, rows[5].source);
         assert!(matches!(&rows[3].source, ModelSource::Converted(s) if s.window == 8));
         assert_ne!(rows[1].source, rows[3].source);
+        // As StreamingLLM it has neither a window nor page summaries to read.
+        let periodic = &rows[11];
+        assert_eq!((periodic.label.as_str(), periodic.scores()), ("periodic", false));
+        assert!(matches!(&periodic.source, ModelSource::Converted(s) if s.mode == Mode::Periodic));
         assert_ne!(rows[3].key(), rows[4].key());
+    }
+
+    /// Budgets of short contexts would be the floor otherwise, and pages of another size another floor.
+    #[test]
+    fn every_policy_has_the_same_floor_in_tokens() {
+        for (text, pages, label) in [
+            ("quest", 4, ""),
+            ("recommended", 8, ""),
+            ("recommended,page-size=1", 64, ", pages of 1"),
+            ("retro,page-size=64", 1, ", pages of 64"),
+            ("retro,min-pages=32", 32, ", at least 32 pages"),
+        ] {
+            let spec = spec(text);
+            assert_eq!(spec.settings.least_pages(), pages, "{text}");
+            assert_eq!(spec.changes(), label, "{text}");
+        }
     }
 
     #[test]

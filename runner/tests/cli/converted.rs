@@ -109,6 +109,28 @@ fn weights_are_built_and_converted_on_the_fly_once() {
     assert!(!first.stdout.is_empty());
 }
 
+/// What `retro-export` made before its default was sketch: two vectors a page of 16, and a floor of 4 pages.
+#[test]
+fn models_with_page_summaries_still_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    let settings = retro_export::Settings {
+        selector: retro_contract::Selector::SignedMoments,
+        ..retro_export::Settings::paper()
+    };
+    let report = retro_export::convert(&retro_export::Options {
+        source: ledger(),
+        target: Some(model.clone()),
+        settings,
+        ..Default::default()
+    })
+    .unwrap();
+    assert_eq!(report.state_share.unwrap().selector, 1.0 / 16.0);
+    let figures = json(&model, &["--document", &document(4), "-n", "100"]);
+    let pages = figures["stats"]["pages_per_kv_head_and_step"].as_f64().unwrap();
+    assert!((9.9..11.1).contains(&pages), "{figures}");
+}
+
 /// A share of the context that a run asks for is rounded up to as many pages as the model was converted with.
 #[test]
 fn another_budget_keeps_the_least_pages() {
@@ -116,7 +138,8 @@ fn another_budget_keeps_the_least_pages() {
     let model = dir.path().join("model");
     let settings = retro_export::Settings {
         budget: retro_contract::Budget::Ratio(0.02),
-        min_pages: 12,
+        min_pages: Some(12),
+        page_size: 16,
         ..Default::default()
     };
     retro_export::convert(&retro_export::Options {

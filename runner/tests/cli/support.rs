@@ -93,13 +93,16 @@ pub fn ledger() -> PathBuf {
     BUILT.get_or_init(build).clone()
 }
 
-/// The same, converted for windows up to 8.
+/// The same, converted for windows up to 8, 0.15 of the context, and little enough at least for short ones.
 pub fn ledger_retro() -> PathBuf {
     static CONVERTED: OnceLock<PathBuf> = OnceLock::new();
     let convert = || {
         let folder = models().join("ledger-retro");
         let settings = retro_export::Settings {
             window: 8,
+            budget: retro_contract::Budget::Ratio(0.15),
+            min_pages: Some(4),
+            page_size: 16,
             ..Default::default()
         };
         let (source, target) = (ledger(), Some(folder.clone()));

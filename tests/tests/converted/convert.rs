@@ -4,6 +4,11 @@ use std::{path::Path, process::Command};
 
 use retro_tests::paths;
 
+/// Tokens of a page unless `--page-size` says otherwise.
+pub fn default_page() -> usize {
+    retro_export::Settings::default().page_size
+}
+
 /// Converts a model folder into another; the error is what the command printed.
 pub fn convert(from: &Path, to: &Path, options: &[&str]) -> Result<(), String> {
     let mut command = Command::new(paths::command("retro-export"));

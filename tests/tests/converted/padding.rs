@@ -3,7 +3,7 @@
 
 use retro_tests::{compare, decoder::Decoder, host, paths};
 
-use crate::convert::convert;
+use crate::convert::{convert, default_page};
 
 const TOKENS: [i64; 6] = [5, 6, 7, 8, 9, 10];
 const CAPACITY: usize = 24;
@@ -19,7 +19,7 @@ impl Case {
     }
 
     fn open(&self) -> Decoder {
-        Decoder::open(&self.0.path().join("model"), true, CAPACITY, 16, false)
+        Decoder::open(&self.0.path().join("model"), true, CAPACITY, default_page(), false)
     }
 }
 

@@ -28,7 +28,10 @@ fn after_a_rewind_logits_are_those_of_never_having_gone_there() {
     for window in [2usize, 4, 8] {
         let target = folder.path().join(format!("w{window}"));
         let (w, p) = (window.to_string(), PAGE.to_string());
-        convert(&source, &target, &["--window", &w, "--page-size", &p]).expect("it converts");
+        // So little is read that pages are chosen.
+        let selection = ["--budget", "0.15", "--min-pages", "4", "--selector", "signed_moments"];
+        let options = [&["--window", &w, "--page-size", &p][..], &selection].concat();
+        convert(&source, &target, &options).expect("it converts");
         let open = || Decoder::open(&target, true, PROMPT + AHEAD + 3, PAGE, false);
         let token = |i: usize, seed: usize| ((i * 7919 + seed * 104_729) % 61 + 1) as i64;
         let taken: Vec<i64> = (0..PROMPT + AHEAD).map(|i| token(i, 1)).collect();

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 use ort::value::ValueType;
 use prost::Message;
-use retro_contract::{graph, pages_for};
+use retro_contract::{SKETCH_BLOCK, graph, pages_for};
 use retro_onnx::{ModelProto, OperatorSetIdProto, ValueInfoProto, read_model};
 use retro_tests::{
     host::{self, Opened},
@@ -14,7 +14,10 @@ use retro_tests::{
     zoo,
 };
 
-use crate::{convert::convert, verify::compared};
+use crate::{
+    convert::{convert, default_page},
+    verify::compared,
+};
 
 const CASE: &str = "genai-llama-fp32-cpu";
 
@@ -141,7 +144,8 @@ impl Model {
             let encoded = past.contains(".encoder.");
             let rows = match (encoded, converted) {
                 (true, _) => ENCODED,
-                (false, true) if past.contains(".page_") => pages_for(CAPACITY, 16),
+                (false, true) if past.ends_with("page_summary") => CAPACITY.div_ceil(SKETCH_BLOCK),
+                (false, true) if past.ends_with("page_steps") => pages_for(CAPACITY, default_page()),
                 (false, true) => CAPACITY,
                 (false, false) => 0,
             };
@@ -158,6 +162,8 @@ impl Model {
                 .replacen("past_key_values", "present", 1);
             let tensor = if past.ends_with("page_steps") {
                 Tens::ints(&shape, &vec![0; count])
+            } else if past.ends_with("page_summary") {
+                Tens::poisoned(Dtype::U8, &shape)
             } else {
                 Tens::floats(Dtype::F32, &shape, &vec![0.0; count])
             };
@@ -188,7 +194,7 @@ impl Model {
         }
         if self.converted {
             owned.push((graph::RETRO_LENGTH, Tens::ints(&[1], &[retro])));
-            let all = pages_for(CAPACITY, 16) as i32;
+            let all = pages_for(CAPACITY, default_page()) as i32;
             owned.push((graph::PAGE_BUDGET, Tens::ints(&[1], &[all])));
         }
         let mut inputs: Vec<(&str, &Tens)> = owned.iter().map(|(name, t)| (*name, t)).collect();
@@ -204,7 +210,7 @@ impl Model {
             let tensor = if past.ends_with("page_steps") {
                 Tens::ints(&shape, &vec![0; shape.iter().product()])
             } else {
-                Tens::poisoned(Dtype::F32, &shape)
+                Tens::poisoned(old.dtype(), &shape)
             };
             new.push((present.clone(), tensor));
         }

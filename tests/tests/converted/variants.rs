@@ -7,7 +7,10 @@ use prost::Message;
 use retro_onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto, ValueInfoProto, read_model};
 use retro_tests::{decoder::Decoder, host, paths};
 
-use crate::{convert::convert, verify::compared};
+use crate::{
+    convert::{convert, default_page},
+    verify::compared,
+};
 
 /// A case's folder with its graph changed.
 fn variant(case: &str, change: impl FnOnce(&mut GraphProto)) -> tempfile::TempDir {
@@ -69,7 +72,7 @@ fn fuse_norms(graph: &mut GraphProto, packed: bool) {
 
 /// A prompt and steps of two tokens.
 fn logits(folder: &std::path::Path) -> Vec<f32> {
-    let mut model = Decoder::open(folder, true, 64, 16, true);
+    let mut model = Decoder::open(folder, true, 64, default_page(), true);
     let tokens: Vec<i64> = (0..30).map(|i| 3 + i * 37 % 200).collect();
     let mut logits = model.feed(&tokens[..20], 20, Some(-1), None);
     for t in 20..30 {

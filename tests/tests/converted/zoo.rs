@@ -7,9 +7,8 @@ use ndarray::{Array1, Array2, ArrayD};
 use ndarray_npy::NpzReader;
 use retro_tests::{compare, decoder::Decoder, host, paths};
 
-use crate::convert::convert;
+use crate::convert::{convert, default_page};
 
-const PAGE: usize = 16;
 const WINDOWS: [usize; 3] = [1, 2, 4];
 
 /// What ONNX Runtime gave for the original: logits of every position.
@@ -41,7 +40,7 @@ fn recorded(folder: &Path) -> Expected {
 /// The same for what this ONNX Runtime makes of the original here and now, one token a step.
 fn observed(folder: &Path, recorded: &Expected) -> Vec<f32> {
     let Expected { ids, prompt, .. } = recorded;
-    let mut model = Decoder::open(folder, false, ids.len() + 6, PAGE, true);
+    let mut model = Decoder::open(folder, false, ids.len() + 6, default_page(), true);
     let mut logits = model.feed(&ids[..*prompt], *prompt, None, None);
     for t in *prompt..ids.len() {
         logits.extend(model.feed(&ids[t..=t], t + 1, None, None));
@@ -52,7 +51,7 @@ fn observed(folder: &Path, recorded: &Expected) -> Vec<f32> {
 /// The largest difference over the prompt and all steps.
 fn difference(folder: &Path, window: usize, all_logits: bool, expected: &Expected) -> f32 {
     let Expected { ids, prompt, logits } = expected;
-    let mut model = Decoder::open(folder, true, ids.len() + 6, PAGE, all_logits);
+    let mut model = Decoder::open(folder, true, ids.len() + 6, default_page(), all_logits);
     let vocabulary = model.vocabulary();
     let mut worst = 0.0f32;
     let mut compare = |got: &[f32], newest: usize| {

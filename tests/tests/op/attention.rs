@@ -77,6 +77,7 @@ fn small_pages() {
         (Selector::SignedMoments, 4),
         (Selector::Sketch, 1),
         (Selector::Sketch, 2),
+        (Selector::Adamas, 1),
     ] {
         let attrs = Attrs {
             selector,
@@ -221,6 +222,27 @@ fn mode_streaming_keeps_the_sinks_and_the_newest() {
             210,
             24,
         ));
+    }
+}
+
+/// With and without pages between, also where a sliding window has left page 0 behind.
+#[test]
+fn mode_periodic_keeps_the_sinks_the_newest_and_every_pith() {
+    for (window, sink_pages, ratio, local_window_size) in [
+        (1, 1, 0.2, -1),
+        (1, 2, 0.5, -1),
+        (4, 1, 0.4, -1),
+        (2, 0, 0.1, -1),
+        (4, 1, 0.4, 150),
+    ] {
+        let attrs = Attrs {
+            mode: Mode::Periodic,
+            window,
+            sink_pages,
+            local_window_size,
+            ..small()
+        };
+        everywhere(Duel::new(attrs.budget(ratio, 1), 330, 24));
     }
 }
 

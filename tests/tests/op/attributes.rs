@@ -80,7 +80,10 @@ fn unknown_choices() {
         &[&["best"], Selector::VALUES].concat(),
     );
     refuse_value(AttributeProto::string("group_score", "sum"), &["sum", "max", "softmax"]);
-    refuse_value(AttributeProto::string("mode", ""), &["retro", "dense", "streaming"]);
+    refuse_value(
+        AttributeProto::string("mode", ""),
+        &["retro", "dense", "streaming", "periodic"],
+    );
 }
 
 /// Text with a NUL inside is not what stands before the NUL.

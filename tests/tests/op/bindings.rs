@@ -21,7 +21,7 @@ fn attrs() -> impl Strategy<Value = Attrs> {
     let choices = (
         proptest::sample::select(host::selectors()),
         prop_oneof![Just(GroupScore::Max), Just(GroupScore::Softmax)],
-        prop_oneof![3 => Just(Mode::Retro), 1 => Just(Mode::Dense), 1 => Just(Mode::Streaming)],
+        prop_oneof![3 => Just(Mode::Retro), 1 => Just(Mode::Dense), 1 => Just(Mode::Streaming), 1 => Just(Mode::Periodic)],
         prop_oneof![2 => Just(-1i64), 1 => 1i64..80],
     );
     (sizes, choices).prop_map(

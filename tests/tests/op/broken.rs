@@ -74,6 +74,7 @@ fn any_page_of_a_prompt() {
                     (true, Mode::Retro),
                     (true, Mode::Dense),
                     (true, Mode::Streaming),
+                    (true, Mode::Periodic),
                     (false, Mode::Retro),
                 ] {
                     let attrs = Attrs {
@@ -174,7 +175,7 @@ fn a_supplement_of_broken_pages() {
 #[test]
 fn broken_queries() {
     for &dtype in host::dtypes() {
-        for mode in [Mode::Retro, Mode::Dense, Mode::Streaming] {
+        for mode in [Mode::Retro, Mode::Dense, Mode::Streaming, Mode::Periodic] {
             for which in 0..2 {
                 let attrs = Attrs { mode, ..attrs() };
                 let layer = Layer::new(&attrs, dtype);

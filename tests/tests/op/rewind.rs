@@ -99,7 +99,7 @@ fn rewinding_agrees_with_the_oracle() {
     for &dtype in host::dtypes() {
         for binding in Binding::BOTH {
             for window in [1, 2, 4, 8] {
-                for mode in [Mode::Retro, Mode::Streaming, Mode::Dense] {
+                for mode in [Mode::Retro, Mode::Streaming, Mode::Periodic, Mode::Dense] {
                     agrees_with_the_oracle(window, mode, dtype, binding);
                 }
             }

@@ -23,10 +23,14 @@ struct Groups {
   const int* list;   // the chosen pages
   const int* steps;  // A of every page (merge.cuh writes it), where a query may have seen pages
   int sinks, first_page, recent, newest, count, shift /* log2 of groups a page */;
+  int period, first_multiple, before_recent /* pages */;  // mode "periodic": common.cuh, Between
   // 1 and the number of the page; 0: it has not been chosen yet.
   DEVICE int ask(int group) const {
     const int i = group >> shift;
-    return list ? announced_page(list + i) : 1 + (i < sinks ? first_page + i : recent + i - sinks);
+    if (list) return announced_page(list + i);
+    return 1 + (i < sinks           ? first_page + i
+                : i < before_recent ? (first_multiple + i - sinks) * period
+                                    : recent + i - before_recent);
   }
   // The page that was asked for.
   DEVICE int page(int group, int asked) const {
@@ -48,9 +52,12 @@ DEVICE Groups groups_of(const Params& p, const Sequence& s, const RowBlock& rb, 
     if (chooses(p, all)) g.list = p.pages + size_t(pair) * p.max_pages;
     // The newest query takes every page.
     if (p.mode != DENSE && s.fed > 1) g.steps = page_steps_of(p, pair);
-    g.sinks = p.mode == STREAMING ? all.sinks : 0;
+    const bool pattern = p.mode == STREAMING || p.mode == PERIODIC;
+    g.sinks = pattern ? all.sinks : 0;
     g.first_page = all.from;
-    g.recent = p.mode == STREAMING ? recent_from(all) : all.from;
+    g.recent = pattern ? recent_from(p, all) : all.from;
+    const Between b = between(p, all, g.recent);
+    g.period = b.period, g.first_multiple = b.first, g.before_recent = g.sinks + b.count;
     g.newest = s.len - 1;
     g.count = listed_pages(p, all) << g.shift;
   } else {

@@ -147,15 +147,41 @@ DEVICE bool chooses(const Params& p, const Candidates& c) { return p.mode == RET
 // A of every page of a KV head: the newest position of the step that loaded it last.
 DEVICE int* page_steps_of(const Params& p, int pair) { return p.page_steps + size_t(pair) * p.cache_pages; }
 
-// The first page that mode "streaming" reads behind the forced ones at the start.
-DEVICE int recent_from(const Candidates& c) {
-  const int beside_newest = c.sinks - (c.sinks == c.forced);
-  return max(c.from + c.sinks, c.pages - max(c.budget - beside_newest, 1));
+// What the sinks leave of the budget: the newest page at least.
+DEVICE int beside_sinks(const Candidates& c) { return max(c.budget - c.sinks + (c.sinks == c.forced), 1); }
+
+// The first page of those at the end that the modes "streaming" and "periodic" read; the latter half as many, rounded
+// up.
+DEVICE int recent_from(const Params& p, const Candidates& c) {
+  const int left = beside_sinks(c);
+  return max(c.from + c.sinks, c.pages - (p.mode == PERIODIC ? (left + 1) / 2 : left));
+}
+
+// The pages that mode "periodic" reads between the sinks and page `recent`: `count` multiples of `period`, from
+// `first * period` on. The period is the least whose multiples fit; 0: there is no room for any.
+struct Between {
+  int period, first, count;
+};
+DEVICE Between between(const Params& p, const Candidates& c, int recent) {
+  Between b = {};
+  const int most = p.mode == PERIODIC ? beside_sinks(c) / 2 : 0, from = c.from + c.sinks;
+  if (most == 0) return b;
+  // So many pages have at least as many multiples as whole periods.
+  b.period = (recent - from) / (most + 1);
+  do {
+    b.period++;
+    b.first = (from + b.period - 1) / b.period;
+    b.count = (recent + b.period - 1) / b.period - b.first;
+  } while (b.count > most);
+  return b;
 }
 
 // Pages that a step lists for a KV head: known before they are chosen.
 DEVICE int listed_pages(const Params& p, const Candidates& c) {
-  if (p.mode == STREAMING) return c.sinks + c.pages - recent_from(c);
+  if (p.mode == STREAMING || p.mode == PERIODIC) {
+    const int recent = recent_from(p, c);
+    return c.sinks + between(p, c, recent).count + c.pages - recent;
+  }
   return p.mode == DENSE || c.budget >= c.count ? c.count : max(c.budget, c.forced);
 }
 

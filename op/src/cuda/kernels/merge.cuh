@@ -49,10 +49,12 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
     }
     return;
   }
-  const int recent = p.mode == STREAMING ? recent_from(all) : all.from;
+  const int recent = p.mode == STREAMING || p.mode == PERIODIC ? recent_from(p, all) : all.from;
+  const int period = between(p, all, recent).period;
 #pragma unroll 1
   for (int page = (p.mode == DENSE ? 0 : all.from) + threadIdx.x; page < all.pages; page += MERGE_THREADS)
-    if (p.mode == DENSE || page >= recent || page < p.sink_pages) steps[page] = newest;
+    if (p.mode == DENSE || page >= recent || page < p.sink_pages || (period && page % period == 0))
+      steps[page] = newest;
 }
 
 // The warps that end a row, a power of two of them, and this warp's part: each joins every so many-th split.

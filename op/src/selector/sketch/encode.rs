@@ -5,9 +5,9 @@ use std::ops::Range;
 use half::bf16;
 
 use super::block::{BlockLayout, PART, ROWS};
-use super::rotation::rotate;
 use crate::method::element::Element;
 use crate::selector::Written;
+use crate::selector::rotation::rotate;
 use crate::simd::{Isa, Simd, dispatched};
 
 /// Makes the centres of the blocks that a call begins, each the mean of the 128 rows before it. The first block's is 0

@@ -7,7 +7,6 @@
 mod block;
 mod encode;
 mod query;
-mod rotation;
 mod score;
 
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! Queries as the scores need them: as they are, for the products with centres; and rotated, in 16 bits, for those with
 //! codes.
 
-use super::rotation::rotate;
+use crate::selector::rotation::rotate;
 use crate::simd::{Isa, LARGEST, Simd, dispatched, query_place, query_words};
 
 /// A head's query, prepared.

@@ -173,7 +173,7 @@ impl Node {
             Operator::Gqa => true,
             Operator::Retro(r) => match r.mode {
                 Mode::Dense => true,
-                Mode::Streaming => false,
+                Mode::Streaming | Mode::Periodic => false,
                 Mode::Retro => !self.operator.scores(&self.shape, len),
             },
         }
