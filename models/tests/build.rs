@@ -2,11 +2,12 @@
 
 use std::{collections::HashMap, fs, path::Path};
 
-use retro_models::{Dtype, LlamaConfig, Options, build, build_random};
+use retro_models::{Dtype, Family, LlamaConfig, Options, RopeScaling, build, build_random};
 use retro_onnx::{GraphProto, TensorProto, read_model};
 
 fn config() -> LlamaConfig {
     LlamaConfig {
+        family: Family::Llama,
         vocab_size: 96,
         hidden_size: 48,
         intermediate_size: 80,
@@ -16,7 +17,9 @@ fn config() -> LlamaConfig {
         head_dim: 32, // not hidden / heads
         rms_norm_eps: 1e-5,
         rope_theta: 10000.0,
+        rope_scaling: RopeScaling::None,
         max_positions: 128,
+        sliding_window: None,
         tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
@@ -28,6 +31,7 @@ fn options(dtype: Dtype, external_threshold: u64) -> Options {
     Options {
         dtype,
         external_threshold,
+        tokenizer: None,
     }
 }
 
