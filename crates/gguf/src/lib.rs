@@ -16,6 +16,7 @@ mod file;
 mod metadata;
 mod tensor;
 mod tensor_type;
+mod write;
 
 pub use bytes::Bytes;
 pub use error::Error;
@@ -23,3 +24,4 @@ pub use file::Gguf;
 pub use metadata::{Array, Metadata, Value, ValueType};
 pub use tensor::{Tensor, TensorInfo};
 pub use tensor_type::TensorType;
+pub use write::Writer;

@@ -142,7 +142,7 @@ impl Keys<'_> {
     fn number(&self, name: &str) -> Result<Option<f64>, ConfigError> {
         match self.file.metadata.float(&self.key(name))? {
             Some(x) if !x.is_finite() => Err(ConfigError::NoNumber(self.key(name))),
-            other => Ok(other),
+            other => Ok(other.map(shortest)),
         }
     }
 
@@ -158,4 +158,15 @@ impl Keys<'_> {
     fn count(&self, name: &str) -> Result<usize, ConfigError> {
         self.optional(name)?.ok_or_else(|| missing(&self.key(name)))
     }
+}
+
+/// The decimal number that an f32 of the file was made of: 1e-5, not 9.999999747378752e-6.
+fn shortest(x: f64) -> f64 {
+    let narrow = x as f32;
+    let decimal = if f64::from(narrow) == x {
+        narrow.to_string().parse().ok()
+    } else {
+        None
+    };
+    decimal.unwrap_or(x)
 }

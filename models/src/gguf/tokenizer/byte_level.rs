@@ -122,6 +122,7 @@ pub fn parts(metadata: &Metadata, vocabulary: &Vocabulary<'_>) -> Result<Parts, 
             "vocab": vocabulary.map(),
             "merges": merges(metadata, vocabulary)?,
         }),
+        sentencepiece: false,
         add_bos: pre.add_bos,
     })
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 pub use vocabulary::{Special, Vocabulary};
 
-use crate::error::TokenizerError;
+use crate::{config::Family, error::TokenizerError};
 
 /// The tokenizer.json of a vocabulary.
 pub fn json(metadata: &Metadata, vocabulary: &Vocabulary<'_>, special: &Special) -> Result<Value, TokenizerError> {
@@ -18,6 +18,8 @@ pub fn json(metadata: &Metadata, vocabulary: &Vocabulary<'_>, special: &Special)
         Some("llama") => sentencepiece::parts(metadata, vocabulary, special)?,
         other => return Err(TokenizerError::Kind(other.unwrap_or_default().to_owned())),
     };
+    // Phi-3's tokens of turns; the file does not say it, and llama.cpp goes by the model's name.
+    let phi3 = parts.sentencepiece && metadata.string("general.architecture")? == Some(Family::Phi3.model_type());
     let add = |key: &str, default: bool| Ok::<_, TokenizerError>(metadata.boolean(key)?.unwrap_or(default));
     let bos = add("tokenizer.ggml.add_bos_token", parts.add_bos)?;
     let eos = add("tokenizer.ggml.add_eos_token", false)?;
@@ -25,7 +27,7 @@ pub fn json(metadata: &Metadata, vocabulary: &Vocabulary<'_>, special: &Special)
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": vocabulary.added(),
+        "added_tokens": vocabulary.added(|token| phi3 && !KEEP_SPACE.contains(&token)),
         "normalizer": parts.normalizer,
         "pre_tokenizer": parts.pre_tokenizer,
         "post_processor": template(vocabulary, special.bos.filter(|_| bos), special.eos.filter(|_| eos)),
@@ -34,12 +36,17 @@ pub fn json(metadata: &Metadata, vocabulary: &Vocabulary<'_>, special: &Special)
     }))
 }
 
+/// Phi-3's tokens that leave white space after them alone.
+const KEEP_SPACE: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
 /// What differs between the kinds of tokenizers.
 pub struct Parts {
     pub normalizer: Value,
     pub pre_tokenizer: Value,
     pub decoder: Value,
     pub model: Value,
+    /// Pieces with scores, not merges of bytes.
+    pub sentencepiece: bool,
     /// Texts begin with the BOS token, where the file does not say.
     pub add_bos: bool,
 }

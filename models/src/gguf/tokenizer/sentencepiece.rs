@@ -46,6 +46,7 @@ pub fn parts(metadata: &Metadata, vocabulary: &Vocabulary<'_>, special: &Special
             "vocab": vocabulary.map(),
             "merges": merges(metadata, vocabulary)?,
         }),
+        sentencepiece: true,
         add_bos: true,
     })
 }

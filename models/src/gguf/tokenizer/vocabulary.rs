@@ -122,8 +122,9 @@ impl<'a> Vocabulary<'a> {
         ids.map(|(id, (token, _))| ((*token).to_owned(), id.into())).collect()
     }
 
-    /// `added_tokens` of a tokenizer.json: those that are found in a text before it is split.
-    pub fn added(&self) -> Vec<Value> {
+    /// `added_tokens` of a tokenizer.json: those that are found in a text before it is split. `strip`: white space after
+    /// the token belongs to it.
+    pub fn added(&self, strip: impl Fn(&str) -> bool) -> Vec<Value> {
         let added = self.tokens.iter().enumerate().filter_map(|(id, (token, kind))| {
             let special = match kind {
                 Kind::Control | Kind::Unknown => true,
@@ -135,7 +136,7 @@ impl<'a> Vocabulary<'a> {
                 "content": token,
                 "single_word": false,
                 "lstrip": false,
-                "rstrip": false,
+                "rstrip": strip(token),
                 "normalized": false,
                 "special": special,
             }))
