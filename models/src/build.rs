@@ -9,6 +9,7 @@ use std::{
     thread,
 };
 
+use bytes::Bytes;
 use retro_onnx::{folder_of, new_file_beside, persist, remove_abandoned, write_model};
 use tempfile::NamedTempFile;
 
@@ -137,14 +138,31 @@ pub fn build_random(config: &LlamaConfig, seed: u64, out: &Path, options: &Optio
     Ok(built)
 }
 
-fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
+/// The shape of the model in a GGUF file's bytes, after all the checks that [`build`] makes before it writes; `path` is
+/// what errors call the file.
+///
+/// # Errors
+/// As [`build`]'s.
+pub fn check_gguf(bytes: Bytes, path: &Path) -> Result<LlamaConfig> {
+    let model = GgufModel::parse(bytes, path, true)?;
+    plan(&model.config, &Source::Gguf(model.weights), Dtype::F32)?;
+    Ok(model.config)
+}
+
+/// The graph, for which `source` has all weights and no others.
+fn plan(config: &LlamaConfig, source: &Source, dtype: Dtype) -> Result<Llama> {
     // Before a graph of as many layers is made.
     if let Some(tensors) = source.count().filter(|tensors| *tensors < config.layers) {
         let layers = config.layers;
         return Err(Error::Layers { layers, tensors });
     }
-    let llama = graph::llama(config, options.dtype);
+    let llama = graph::llama(config, dtype);
     initializer::check(source, config, &llama.initializers)?;
+    Ok(llama)
+}
+
+fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
+    let llama = plan(config, source, options.dtype)?;
     fs::create_dir_all(out).map_err(at!(MakeFolder, out))?;
     let sizes: Vec<u64> = llama
         .initializers

@@ -22,7 +22,7 @@ mod rope;
 mod safetensors;
 mod source;
 
-pub use build::{Built, EXTERNAL_THRESHOLD, Options, build, build_random, check_out};
+pub use build::{Built, EXTERNAL_THRESHOLD, Options, build, build_random, check_gguf, check_out};
 pub use config::{Family, LlamaConfig};
 pub use dtype::Dtype;
 pub use error::{ConfigError, Error, Result, TokenizerError};

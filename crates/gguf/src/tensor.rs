@@ -40,7 +40,7 @@ impl TensorInfo {
             dims.push(cursor.u64("a tensor's size")?);
         }
         let elements = dims.iter().try_fold(1u64, |all, &n| all.checked_mul(n));
-        let fits = elements.is_some_and(|n| n >= 1 && n <= u64::MAX >> 8 && usize::try_from(n).is_ok());
+        let fits = elements.is_some_and(|n| (1..=u64::MAX >> 8).contains(&n) && usize::try_from(n).is_ok());
         if !fits {
             return Err(Error::Dims { name, dims });
         }

@@ -9,7 +9,7 @@ mod weights;
 
 use std::path::Path;
 
-use retro_gguf::Gguf;
+use retro_gguf::{Bytes, Gguf};
 
 pub use names::gguf_name;
 pub use weights::{GgufWeights, Tensor};
@@ -30,7 +30,12 @@ pub struct GgufModel {
 impl GgufModel {
     /// Reads a file. `tokenizer`: the file's own becomes a tokenizer.json.
     pub fn open(path: &Path, tokenizer: bool) -> Result<Self> {
-        let file = Gguf::parse(retro_onnx::map_file(path)?).map_err(at!(Gguf, path))?;
+        Self::parse(retro_onnx::map_file(path)?, path, tokenizer)
+    }
+
+    /// As [`Self::open`], from a file's bytes; `path` is what errors call them.
+    pub fn parse(bytes: Bytes, path: &Path, tokenizer: bool) -> Result<Self> {
+        let file = Gguf::parse(bytes).map_err(at!(Gguf, path))?;
         let parts = file.metadata.integer("split.count").map_err(at!(Gguf, path))?;
         if let Some(parts) = parts.filter(|n| *n > 1) {
             let path = path.to_owned();
