@@ -78,7 +78,8 @@ pub struct Built {
 /// When the file or folder is incomplete or damaged, is no model of the Llama family that is built (see [`LlamaConfig`]),
 /// or `out` cannot be written.
 pub fn build(weights: &Path, out: &Path, options: &Options) -> Result<Built> {
-    let (config, source, files) = if weights.is_file() {
+    let metadata = fs::metadata(weights).map_err(at!(Read, weights))?;
+    let (config, source, files) = if metadata.is_file() {
         let model = GgufModel::open(weights, options.tokenizer.is_none())?;
         let files = model.files.into_iter().map(|(name, text)| (name, text.into_bytes()));
         (model.config, Source::Gguf(model.weights), files.collect())

@@ -217,4 +217,56 @@ mod tests {
             assert!(LlamaConfig::from_json(&j).is_err(), "{key}");
         }
     }
+
+    fn with(changes: &[(&str, Value)]) -> Result<LlamaConfig, ConfigError> {
+        let mut j = minimal();
+        for (key, value) in changes {
+            j[key] = value.clone();
+        }
+        LlamaConfig::from_json(&j)
+    }
+
+    #[test]
+    fn families_have_their_own_defaults_and_windows() {
+        let family = |name: &str| ("model_type", json!(name));
+        let window = ("sliding_window", json!(64));
+        let of = |name: &str| with(&[family(name), window.clone()]).unwrap();
+        assert_eq!((of("llama").sliding_window, of("qwen2").sliding_window), (None, None));
+        assert_eq!(
+            (of("mistral").sliding_window, of("phi3").sliding_window),
+            (Some(64), Some(64))
+        );
+        assert_eq!((of("qwen3").head_dim, of("qwen2").head_dim), (128, 16));
+        for name in Family::ALL {
+            let config = of(name.model_type());
+            assert_eq!(LlamaConfig::from_json(&config.to_json()).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn what_a_family_may_have_and_is_not_built_is_named() {
+        for (changes, said) in [
+            (
+                vec![("model_type", json!("gemma2"))],
+                "\"gemma2\"; those that are built are llama, mistral",
+            ),
+            (
+                vec![("model_type", json!("qwen2")), ("use_sliding_window", json!(true))],
+                "use_sliding_window",
+            ),
+            (
+                vec![("model_type", json!("phi3")), ("partial_rotary_factor", json!(0.75))],
+                "partial_rotary_factor",
+            ),
+            (
+                vec![("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0}))],
+                "\"yarn\"",
+            ),
+            (vec![("rope_scaling", json!({"type": "linear"}))], "rope_scaling.factor"),
+            (vec![("max_position_embeddings", json!(1 << 30))], "more than 4194304"),
+        ] {
+            let error = with(&changes).unwrap_err().to_string();
+            assert!(error.contains(said), "{said}: {error}");
+        }
+    }
 }

@@ -28,7 +28,7 @@ pub enum Error {
     NotJson { path: PathBuf, source: serde_json::Error },
     #[error("{} is not valid JSON", .path.display())]
     DamagedGeneration { path: PathBuf, source: serde_json::Error },
-    #[error("{} is no Llama that can be built", .path.display())]
+    #[error("{} is no model that can be built", .path.display())]
     NoLlama { path: PathBuf, source: ConfigError },
     #[error("{} has no weight_map", .0.display())]
     NoWeightMap(PathBuf),
@@ -53,9 +53,9 @@ pub enum Error {
     CutShort { path: PathBuf, tensor: String },
     #[error("{} is no GGUF file that can be read", .path.display())]
     Gguf { path: PathBuf, source: retro_gguf::Error },
-    #[error("{} is no model of GGUF that can be built", .path.display())]
+    #[error("the model in {} cannot be built", .path.display())]
     GgufModel { path: PathBuf, source: ConfigError },
-    #[error("{} has no tokenizer that can be written", .path.display())]
+    #[error("the tokenizer in {} cannot be written as a tokenizer.json", .path.display())]
     GgufTokenizer { path: PathBuf, source: TokenizerError },
     #[error("{} is one of {parts} parts of a model: join them with llama.cpp's llama-gguf-split --merge", .path.display())]
     SplitGguf { path: PathBuf, parts: u64 },

@@ -267,29 +267,26 @@ impl LlamaBuilder<'_> {
     fn head_norm(&mut self, layer: usize, which: &str, x: &str, width: usize) -> String {
         let c = self.config;
         let path = format!("/model/layers.{layer}/attn/{which}_norm");
-        let out = |op: &str| format!("{path}/{op}/output_0");
         let weight = format!("model.layers.{layer}.attn.{which}_norm.layernorm.weight");
         let source = format!("model.layers.{layer}.self_attn.{which}_norm.weight");
         self.initializer(&weight, vec![c.head_dim], Content::Copy(source), None);
-        // To heads as rows, and back; 0: the batch as it is.
-        for (op, input, columns) in [
-            ("Reshape_1", x.to_owned(), c.head_dim),
-            ("Reshape_2", out("SimplifiedLayerNormalization"), width),
-        ] {
-            if op == "Reshape_2" {
-                let normed = out("SimplifiedLayerNormalization");
-                let rows = out("Reshape_1");
-                let norm = self.graph.node("SimplifiedLayerNormalization", &[&rows, &weight]);
-                let norm = norm.float("epsilon", c.rms_norm_eps as f32);
-                let norm = norm.int("axis", -1).int("stash_type", 1);
-                norm.named(&format!("{path}/SimplifiedLayerNormalization"), &[&normed]);
-            }
-            let shape = format!("{path}/{op}/shape");
-            self.constant(&[3], &[0, -1, columns as i64], &shape, &shape);
-            let node = self.graph.node("Reshape", &[&input, &shape]);
-            node.named(&format!("{path}/{op}"), &[&out(op)]);
-        }
-        out("Reshape_2")
+        let rows = self.reshape(&format!("{path}/Reshape_1"), x, c.head_dim);
+        let norm = format!("{path}/SimplifiedLayerNormalization");
+        let normed = format!("{norm}/output_0");
+        let node = self.graph.node("SimplifiedLayerNormalization", &[&rows, &weight]);
+        let node = node.float("epsilon", c.rms_norm_eps as f32);
+        let node = node.int("axis", -1).int("stash_type", 1);
+        node.named(&norm, &[&normed]);
+        self.reshape(&format!("{path}/Reshape_2"), &normed, width)
+    }
+
+    /// `x` as `[B, rows, columns]`, with as many rows as it takes.
+    fn reshape(&mut self, path: &str, x: &str, columns: usize) -> String {
+        let (shape, out) = (format!("{path}/shape"), format!("{path}/output_0"));
+        // 0: the batch as it is.
+        self.constant(&[3], &[0, -1, columns as i64], &shape, &shape);
+        self.graph.node("Reshape", &[x, &shape]).named(path, &[&out]);
+        out
     }
 
     fn mlp(&mut self, layer: usize, x: &str) -> String {

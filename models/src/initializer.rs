@@ -221,3 +221,136 @@ impl Block {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use retro_gguf::{Bytes, Gguf, TensorType, Writer};
+
+    use super::*;
+    use crate::{config::Family, gguf::GgufWeights, rope::RopeScaling};
+
+    const HIDDEN: usize = 64;
+
+    fn config() -> LlamaConfig {
+        LlamaConfig {
+            family: Family::Llama,
+            vocab_size: 3,
+            hidden_size: HIDDEN,
+            intermediate_size: 8,
+            layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 8,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10000.0,
+            rope_scaling: RopeScaling::Linear { factor: 2.0 },
+            max_positions: 9,
+            sliding_window: None,
+            tie_word_embeddings: true,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+        }
+    }
+
+    /// Blocks of f16 scale 1 whose codes count up.
+    fn q8_0(rows: usize) -> Vec<u8> {
+        let block = |i: usize| [0x00, 0x3c].into_iter().chain((0..32).map(move |j| (i * 7 + j) as u8));
+        (0..rows * HIDDEN / 32).flat_map(block).collect()
+    }
+
+    fn source() -> Source {
+        let mut file = Writer::new();
+        for (name, rows) in [
+            ("blk.0.attn_q", 16),
+            ("blk.0.attn_k", 8),
+            ("token_embd", 3),
+            ("blk.0.ffn_up", 16),
+        ] {
+            file.tensor(
+                &format!("{name}.weight"),
+                &[rows, HIDDEN],
+                TensorType::Q8_0,
+                &q8_0(rows),
+            );
+        }
+        let vector = (0..HIDDEN).flat_map(|i| (i as f32).to_le_bytes()).collect::<Vec<_>>();
+        file.tensor("output_norm.weight", &[HIDDEN], TensorType::F32, &vector);
+        let file = Gguf::parse(Bytes::from(file.finish())).unwrap();
+        Source::Gguf(GgufWeights::new(file, &config()))
+    }
+
+    fn part(tensor: &str, first: usize, rows: usize, of: usize) -> Part {
+        Part {
+            tensor: tensor.to_owned(),
+            first,
+            rows,
+            of,
+        }
+    }
+
+    /// What a thread makes of a large initializer: runs of rows that begin in the middle of blocks.
+    #[test]
+    fn runs_of_rows_are_pieces_of_the_whole() {
+        let [q, k] = ["q", "k"].map(|p| format!("model.layers.0.self_attn.{p}_proj.weight"));
+        let gate_up = "model.layers.0.mlp.gate_up_proj.weight";
+        let norm = "model.norm.weight";
+        let source = source();
+        for (dims, content) in [
+            (
+                vec![HIDDEN, 24],
+                Content::Transposed(vec![part(&q, 0, 16, 16), part(&k, 0, 8, 8)]),
+            ),
+            (vec![HIDDEN, 8], Content::Transposed(vec![part(gate_up, 8, 8, 16)])),
+            (vec![3, HIDDEN], Content::Copy("model.embed_tokens.weight".to_owned())),
+            (vec![HIDDEN], Content::Copy(norm.to_owned())),
+            (
+                vec![40],
+                Content::Joined(vec![part(norm, 5, 8, HIDDEN), part(norm, 0, 32, HIDDEN)]),
+            ),
+            (vec![9, 4], Content::Rope { sin: true }),
+        ] {
+            let init = Initializer {
+                name: "x".to_owned(),
+                dims,
+                content,
+                std: None,
+            };
+            let make = |first: usize, rows: usize| {
+                let mut out = vec![0xff; rows * init.columns() * 4];
+                fill(&source, &config(), 0, &init, Dtype::F32, first, &mut out).unwrap();
+                out
+            };
+            let whole = make(0, init.rows());
+            for step in [1, 3, 33] {
+                let starts = (0..init.rows()).step_by(step);
+                let pieces = starts.flat_map(|first| make(first, step.min(init.rows() - first)));
+                assert_eq!(pieces.collect::<Vec<_>>(), whole, "{init:?} by {step}");
+            }
+        }
+    }
+
+    /// Elements of a slice and of a row that the file has elsewhere, worked out by hand.
+    #[test]
+    fn slices_and_interleaved_rows_are_found() {
+        let source = source();
+        let value = |content: Content, outer: usize, row: usize, column: usize| {
+            let init = Initializer {
+                name: "x".to_owned(),
+                dims: vec![HIDDEN, outer],
+                content,
+                std: None,
+            };
+            let mut out = vec![0; HIDDEN * outer * 4];
+            fill(&source, &config(), 0, &init, Dtype::F32, 0, &mut out).unwrap();
+            let at = (row * outer + column) * 4;
+            f32::from_le_bytes(out[at..at + 4].try_into().unwrap())
+        };
+        // Row 8 of the file is blocks 16 and 17: element 35 is code 17 * 7 + 3.
+        let slice = part("model.layers.0.mlp.gate_up_proj.weight", 8, 8, 16);
+        assert_eq!(value(Content::Transposed(vec![slice]), 8, 35, 0), 122.0);
+        // Element 5 of head 1, the second of pair 1, is the file's row 8 + 3: block 22, code 22 * 7 + 1 - 256.
+        let q = Part::whole("model.layers.0.self_attn.q_proj.weight".to_owned(), 16);
+        assert_eq!(value(Content::Transposed(vec![q]), 16, 1, 13), -101.0);
+    }
+}

@@ -256,3 +256,30 @@ fn the_ends_of_turns_come_along() {
     let genai: serde_json::Value = serde_json::from_str(&genai).unwrap();
     assert_eq!(genai["model"]["eos_token_id"], serde_json::json!([2, 7]));
 }
+
+#[test]
+fn a_sliding_window_is_that_of_every_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mistral = LlamaConfig {
+        family: Family::Mistral,
+        sliding_window: Some(40),
+        ..config()
+    };
+    build_random(&mistral, 1, dir.path(), &Options::default()).unwrap();
+    let graph = graph(dir.path());
+    let attention = graph
+        .node
+        .iter()
+        .filter(|n| n.is("com.microsoft", "GroupQueryAttention"));
+    let windows: Vec<_> = attention
+        .map(|n| {
+            n.attribute
+                .iter()
+                .find(|a| a.name() == "local_window_size")
+                .unwrap()
+                .i()
+        })
+        .collect();
+    assert_eq!(windows, [40, 40]);
+    assert_eq!(LlamaConfig::read(&dir.path().join("config.json")).unwrap(), mistral);
+}

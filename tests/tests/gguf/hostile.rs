@@ -125,6 +125,14 @@ fn a_vocabulary_that_contradicts_itself_is_named() {
     }
 }
 
+#[test]
+fn what_is_not_there_is_named_as_it_was_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let absent = folder.path().join("absent.gguf");
+    let error = retro_models::build(&absent, &folder.path().join("out"), &Options::default()).unwrap_err();
+    assert_eq!(error.to_string(), format!("cannot read {}", absent.display()));
+}
+
 /// A failure leaves an older model as it was.
 #[test]
 fn a_model_that_is_there_outlives_a_file_that_is_not_good() {

@@ -57,6 +57,7 @@ fn the_files_beside_the_graph_say_what_the_metadata_say() {
         assert_eq!(config[key], value, "{key}");
     }
     assert_eq!(json("genai_config.json")["model"]["eos_token_id"], json!([2, 0]));
+    assert_eq!(json("genai_config.json")["model"]["type"], "llama");
     assert_eq!(json("tokenizer_config.json")["eos_token"], "<|im_end|>");
     let template = fs::read_to_string(out.join("chat_template.jinja")).unwrap();
     assert_eq!(template, "{{ messages[0].content }}");
