@@ -115,6 +115,7 @@ fn side_files(folder: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> {
         TOKENIZER,
         "tokenizer_config.json",
         "chat_template.jinja",
+        "chat_template.json",
         "special_tokens_map.json",
     ];
     let present = names.into_iter().filter(|name| folder.join(name).is_file());

@@ -283,3 +283,24 @@ fn a_sliding_window_is_that_of_every_layer() {
     assert_eq!(windows, [40, 40]);
     assert_eq!(LlamaConfig::read(&dir.path().join("config.json")).unwrap(), mistral);
 }
+
+/// A number that no file covers costs nothing: neither a graph of as many layers nor tables of as many positions.
+#[test]
+fn counts_that_the_weights_do_not_cover_are_named_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("weights"), dir.path().join("out"));
+    let config = counting(&from, true).to_json();
+    for (key, said) in [
+        ("num_hidden_layers", "has 2147483647 layers, the weights have"),
+        ("max_position_embeddings", "more than 4194304"),
+        ("vocab_size", "has shape [96, 48]"),
+    ] {
+        let mut json = config.clone();
+        json[key] = 0x7fff_ffff.into();
+        fs::write(from.join("config.json"), json.to_string()).unwrap();
+        let error = anyhow::Error::from(build(&from, &to, &Options::default()).unwrap_err());
+        let error = format!("{error:#}");
+        assert!(error.contains(said) && !error.contains('\n'), "{said}: {error}");
+        assert!(!to.exists());
+    }
+}
