@@ -304,7 +304,7 @@ impl AttendShape {
 
     /// Bytes of shared memory behind the stages: where the tokens stand, and the queries.
     pub const fn beside_bytes(&self) -> usize {
-        (MAX_STAGES + 1) * (self.stage_tokens() / 8) * 8 + self.rows * (self.padded + 8) * 2
+        (MAX_STAGES + 1) * self.stage_tokens() * 8 + self.rows * (self.padded + 8) * 2
     }
 }
 

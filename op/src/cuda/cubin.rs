@@ -40,7 +40,9 @@ const HEADERS: [&[(&str, &str)]; 3] = [
         "score_kernel.cuh",
         "select.cuh",
         "finish.cuh",
+        "attend_rows.cuh",
         "attend.cuh",
+        "attend_f32.cuh",
         "merge.cuh",
         "prefill.cuh"
     ),
