@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use retro_contract::{STATE, input, limits, output};
+use retro_contract::{STATE, input, output};
 
 use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
@@ -46,12 +46,6 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
             has_kernels(selector),
             "attribute selector is {selector}, which CUDA does not have: run the model on the CPU, or convert it with another \
              selector, as signed_moments"
-        );
-        let smallest = limits::PAGE_SIZE_MIN_CUDA;
-        require!(
-            attributes.page_size >= smallest,
-            "attribute page_size is {}, on CUDA at least {smallest}: run the model on the CPU, or convert it with larger pages",
-            attributes.page_size
         );
         let group = attributes.heads / attributes.kv_heads;
         require!(
