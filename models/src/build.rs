@@ -9,24 +9,31 @@ use std::{
     thread,
 };
 
-use retro_onnx::write_model;
+use bytes::Bytes;
+use retro_onnx::{folder_of, new_file_beside, persist, remove_abandoned, write_model};
+use tempfile::NamedTempFile;
 
 use crate::{
     config::LlamaConfig,
     dtype::Dtype,
     error::{Error, Result, at},
     genai,
+    gguf::GgufModel,
     graph::{self, Llama},
-    initializer::{self, Initializer, Source},
+    initializer::{self, Initializer},
     proto,
     random::RandomWeights,
     safetensors::Weights,
+    source::Source,
 };
 
 /// Initializers of more than this many bytes in total go to `model.onnx.data`.
 pub const EXTERNAL_THRESHOLD: u64 = 1 << 20;
 /// Bytes made and written at a time by a thread.
 const CHUNK: usize = 8 << 20;
+/// Elements of a block of GGUF's types.
+const LARGEST_BLOCK: usize = 256;
+const SMALLEST_BLOCK: usize = 32;
 /// Start of every tensor in the data file: a page, so that it can be mapped.
 const ALIGNMENT: u64 = 4096;
 
@@ -37,6 +44,8 @@ pub struct Options {
     pub dtype: Dtype,
     /// Weights beyond this many bytes are written to `model.onnx.data`; protobuf itself ends at 2 GiB.
     pub external_threshold: u64,
+    /// A tokenizer.json in the place of the model's own.
+    pub tokenizer: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -44,6 +53,7 @@ impl Default for Options {
         Self {
             dtype: Dtype::F32,
             external_threshold: EXTERNAL_THRESHOLD,
+            tokenizer: None,
         }
     }
 }
@@ -61,33 +71,61 @@ pub struct Built {
     pub external: bool,
 }
 
-/// Builds the model of the folder `weights` (Hugging Face names: config.json, model.safetensors or its shards,
-/// tokenizer files) into the folder `out`, which is made if need be.
+/// Builds the model `weights` into the folder `out`, which is made if need be. `weights` is a GGUF file, or a folder
+/// with Hugging Face's names: config.json, model.safetensors or its shards, tokenizer files.
 ///
 /// # Errors
-/// When the folder is incomplete, is no Llama (see [`LlamaConfig::read`]), or `out` cannot be written.
+/// When the file or folder is incomplete or damaged, is no model of the Llama family that is built (see [`LlamaConfig`]),
+/// or `out` cannot be written.
 pub fn build(weights: &Path, out: &Path, options: &Options) -> Result<Built> {
-    let config_path = weights.join("config.json");
-    let mut config = LlamaConfig::read(&config_path)?;
-    config.read_generation(&weights.join("generation_config.json"))?;
-    let source = Source::Trained(Weights::open(weights)?);
+    let metadata = fs::metadata(weights).map_err(at!(Read, weights))?;
+    let (config, source, files) = if metadata.is_file() {
+        let model = GgufModel::open(weights, options.tokenizer.is_none())?;
+        let files = model.files.into_iter().map(|(name, text)| (name, text.into_bytes()));
+        (model.config, Source::Gguf(model.weights), files.collect())
+    } else {
+        let mut config = LlamaConfig::read(&weights.join("config.json"))?;
+        config.read_generation(&weights.join("generation_config.json"))?;
+        (
+            config,
+            Source::Safetensors(Weights::open(weights)?),
+            side_files(weights)?,
+        )
+    };
+    let mut files: Vec<(&str, Vec<u8>)> = files;
+    if let Some(path) = &options.tokenizer {
+        let bytes = fs::read(path).map_err(at!(Read, path))?;
+        files.retain(|(name, _)| *name != TOKENIZER);
+        files.push((TOKENIZER, bytes));
+    }
     let built = write(&config, &source, out, options)?;
-    for name in [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-    ] {
-        let from = weights.join(name);
-        if from.is_file() {
-            // Read and written, not copied: a read-only source must not make a read-only model folder.
-            let bytes = fs::read(&from).map_err(at!(Read, from))?;
-            write_whole(&out.join(name), &bytes)?;
-        }
+    for (name, bytes) in files {
+        write_whole(&out.join(name), &bytes)?;
     }
     Ok(built)
+}
+
+const TOKENIZER: &str = "tokenizer.json";
+
+/// The files of a Hugging Face folder that go beside the graph as they are.
+fn side_files(folder: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let names = [
+        "config.json",
+        "generation_config.json",
+        TOKENIZER,
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "special_tokens_map.json",
+    ];
+    let present = names.into_iter().filter(|name| folder.join(name).is_file());
+    present
+        .map(|name| {
+            let path = folder.join(name);
+            let bytes = fs::read(&path).map_err(at!(Read, path))?;
+            Ok((name, bytes))
+        })
+        .collect()
 }
 
 /// Builds a model with random weights (the same for the same `seed`) into the folder `out`. It has no tokenizer.
@@ -102,9 +140,31 @@ pub fn build_random(config: &LlamaConfig, seed: u64, out: &Path, options: &Optio
     Ok(built)
 }
 
+/// The shape of the model in a GGUF file's bytes, after all the checks that [`build`] makes before it writes; `path` is
+/// what errors call the file.
+///
+/// # Errors
+/// As [`build`]'s.
+pub fn check_gguf(bytes: Bytes, path: &Path) -> Result<LlamaConfig> {
+    let model = GgufModel::parse(bytes, path, true)?;
+    plan(&model.config, &Source::Gguf(model.weights), Dtype::F32)?;
+    Ok(model.config)
+}
+
+/// The graph, for which `source` has all weights and no others.
+fn plan(config: &LlamaConfig, source: &Source, dtype: Dtype) -> Result<Llama> {
+    // Before a graph of as many layers is made.
+    if let Some(tensors) = source.count().filter(|tensors| *tensors < config.layers) {
+        let layers = config.layers;
+        return Err(Error::Layers { layers, tensors });
+    }
+    let llama = graph::llama(config, dtype);
+    initializer::check(source, config, &llama.initializers)?;
+    Ok(llama)
+}
+
 fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
-    let llama = graph::llama(config, options.dtype);
-    initializer::check(source, &llama.initializers)?;
+    let llama = plan(config, source, options.dtype)?;
     fs::create_dir_all(out).map_err(at!(MakeFolder, out))?;
     let sizes: Vec<u64> = llama
         .initializers
@@ -121,17 +181,15 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
     };
     let model = out.join("model.onnx");
     let data = out.join(DATA);
-    // An older graph must not meet newer weights, should this be interrupted.
-    for old in [&model, &data] {
-        if old.exists() {
-            fs::remove_file(old).map_err(at!(Replace, old))?;
-        }
-    }
-    let message = if external {
-        let offsets = layout(&sizes);
+    let offsets = layout(&sizes);
+    let weights = if external {
         let end = offsets.iter().zip(&sizes).map(|(o, s)| o + s).max().unwrap_or(0);
-        job.write_data(&data, &offsets, end)?;
-        proto::model(&llama, options.dtype, |i, _| {
+        Some(job.write_data(&data, &offsets, end)?)
+    } else {
+        None
+    };
+    let message = proto::model(&llama, options.dtype, |i, init| {
+        if external {
             let place = offsets.get(i).zip(sizes.get(i));
             let (offset, length) = place.ok_or(Error::Internal("an initializer without a place in the data file"))?;
             Ok(proto::Data::External {
@@ -139,14 +197,21 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
                 offset: *offset,
                 length: *length,
             })
-        })?
-    } else {
-        proto::model(&llama, options.dtype, |i, init| {
+        } else {
             let mut bytes = vec![0; init.bytes(options.dtype)];
             job.fill(i, init, 0, &mut bytes)?;
             Ok(proto::Data::Inline(bytes))
-        })?
-    };
+        }
+    })?;
+    // An older graph must not meet newer weights, should this be interrupted.
+    for old in [&model, &data] {
+        if old.exists() {
+            fs::remove_file(old).map_err(at!(Replace, old))?;
+        }
+    }
+    if let Some(weights) = weights {
+        persist(weights, &data, true)?;
+    }
     write_model(&message, &model, true)?;
     let genai = serde_json::to_string_pretty(&genai::config(config))?;
     write_whole(&out.join("genai_config.json"), genai.as_bytes())?;
@@ -210,9 +275,11 @@ impl Job<'_> {
     }
 
     /// Makes and writes the pieces of all initializers with as many threads as the machine has; a thread holds one
-    /// piece.
-    fn write_data(&self, path: &Path, offsets: &[u64], end: u64) -> Result<()> {
-        let file = File::create(path).map_err(at!(Write, path))?;
+    /// piece. The file is a temporary one beside `path`.
+    fn write_data(&self, path: &Path, offsets: &[u64], end: u64) -> Result<NamedTempFile> {
+        remove_abandoned(folder_of(path));
+        let temporary = new_file_beside(path).map_err(at!(Write, path))?;
+        let file = temporary.as_file();
         file.set_len(end).map_err(|source| Error::Extend {
             path: path.to_owned(),
             bytes: end,
@@ -237,14 +304,15 @@ impl Job<'_> {
             workers
                 .into_iter()
                 .try_for_each(|w| w.join().unwrap_or(Err(Error::Internal("a writing thread failed"))))
-        })
+        })?;
+        Ok(temporary)
     }
 
     fn pieces(&self, offsets: &[u64]) -> Vec<Piece<'_>> {
         let mut pieces = Vec::new();
         for ((index, init), &offset) in self.llama.initializers.iter().enumerate().zip(offsets) {
             let row_bytes = init.columns() * self.dtype.size();
-            let step = (CHUNK / row_bytes.max(1)).max(1);
+            let step = rows_of_a_piece(row_bytes);
             for row in (0..init.rows()).step_by(step) {
                 let bytes = step.min(init.rows() - row) * row_bytes;
                 pieces.push(Piece {
@@ -258,6 +326,17 @@ impl Job<'_> {
         }
         pieces
     }
+}
+
+/// Rows that a thread makes at a time. Blocks of quantised weights run along the rows: a piece that begins or ends in the
+/// middle of one makes it twice, so that it is as many as a whole number of blocks, where this stays small.
+fn rows_of_a_piece(row_bytes: usize) -> usize {
+    let rows = (CHUNK / row_bytes.max(1)).max(1);
+    [LARGEST_BLOCK, SMALLEST_BLOCK]
+        .map(|block| rows.next_multiple_of(block))
+        .into_iter()
+        .find(|rows| rows * row_bytes <= 4 * CHUNK)
+        .unwrap_or(rows)
 }
 
 /// Checks an output folder before work starts: it must not be the folder that is read.

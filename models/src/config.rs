@@ -1,14 +1,71 @@
-//! The shape of a Llama: what `config.json` says, checked.
-
-use std::{fs, path::Path};
+//! The shape of a model of the Llama family, checked.
 
 use serde_json::{Value, json};
 
-use crate::error::{ConfigError, Result, at};
+use crate::{error::ConfigError, rope::RopeScaling};
 
-/// Hyper-parameters of a Llama-shaped decoder. All counts are at least 1.
+/// Models that differ from Llama in little: which tensors they have, and what they are called.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Family {
+    /// Llama, and whatever is built like it: SmolLM2, TinyLlama, Yi.
+    #[default]
+    Llama,
+    /// The same graph, perhaps with a sliding window.
+    Mistral,
+    /// Biases of the query, key and value projections.
+    Qwen2,
+    /// RMSNorm of each head's query and key before RoPE.
+    Qwen3,
+    /// Query, key and value in one tensor, and the feed-forward layer's gate and up projections in another.
+    Phi3,
+}
+
+impl Family {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::Phi3];
+
+    /// `model_type` of a config.json.
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Phi3 => "phi3",
+        }
+    }
+
+    /// transformers' class.
+    pub const fn class(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Mistral => "MistralForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::Phi3 => "Phi3ForCausalLM",
+        }
+    }
+
+    /// The family of a `model_type`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn of(model_type: &str) -> Result<Self, ConfigError> {
+        let known = Self::ALL.into_iter().find(|f| f.model_type() == model_type);
+        known.ok_or_else(|| ConfigError::Architecture(model_type.to_owned()))
+    }
+
+    /// The names of all, for messages.
+    pub fn list() -> String {
+        Self::ALL.map(Self::model_type).join(", ")
+    }
+}
+
+/// Hyper-parameters of a decoder of the Llama family. All counts are at least 1.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
+    /// Which model of the family.
+    pub family: Family,
     /// Tokens of the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -27,8 +84,12 @@ pub struct LlamaConfig {
     pub rms_norm_eps: f64,
     /// RoPE's base.
     pub rope_theta: f64,
+    /// What is done to RoPE's frequencies.
+    pub rope_scaling: RopeScaling,
     /// Rows of the cos and sin tables: the longest context.
     pub max_positions: usize,
+    /// Tokens that a query sees, itself included, in every layer; `None`: all.
+    pub sliding_window: Option<usize>,
     /// The output projection is the embedding, transposed.
     pub tie_word_embeddings: bool,
     /// The token that begins a text; `None`: none is named.
@@ -39,96 +100,15 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<u64>,
 }
 
+/// Longest context: the cos and sin tables of longer ones would be gigabytes that no weight asks for.
+const MAX_POSITIONS: usize = 1 << 22;
+
 impl LlamaConfig {
-    /// Reads a Hugging Face `config.json`.
-    ///
-    /// # Errors
-    /// When the file is unreadable, lacks a field, or describes something that the builder does not build (other
-    /// activations, biases, scaled RoPE).
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(at!(Read, path))?;
-        let json: Value = serde_json::from_str(&text).map_err(at!(NotJson, path))?;
-        Self::from_json(&json).map_err(at!(NoLlama, path))
-    }
-
-    /// As [`Self::read`], from parsed JSON.
-    ///
-    /// # Errors
-    /// When a field is missing, or describes something that the builder does not build.
-    pub fn from_json(json: &Value) -> Result<Self, ConfigError> {
-        let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("llama");
-        expect("model_type", model_type, "llama")?;
-        let act = json.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
-        expect("hidden_act", act, "silu")?;
-        for bias in ["attention_bias", "mlp_bias"] {
-            if json.get(bias).and_then(Value::as_bool) == Some(true) {
-                return Err(ConfigError::Unsupported(bias));
-            }
-        }
-        let count = |key: &str| -> Result<usize, ConfigError> {
-            match json.get(key).and_then(Value::as_u64) {
-                Some(n @ 1..=0x7fff_ffff) => Ok(n as usize),
-                _ => Err(ConfigError::NoCount(key.to_owned())),
-            }
-        };
-        let optional = |key: &str, default: usize| {
-            if json.get(key).is_none_or(Value::is_null) {
-                Ok(default)
-            } else {
-                count(key)
-            }
-        };
-        let number = |value: Option<&Value>, key: &str| match value.and_then(Value::as_f64) {
-            Some(x) if x.is_finite() && x > 0.0 => Ok(x),
-            _ => Err(ConfigError::NoNumber(key.to_owned())),
-        };
-        let hidden_size = count("hidden_size")?;
-        let heads = count("num_attention_heads")?;
-        let config = Self {
-            vocab_size: count("vocab_size")?,
-            hidden_size,
-            intermediate_size: count("intermediate_size")?,
-            layers: count("num_hidden_layers")?,
-            heads,
-            kv_heads: optional("num_key_value_heads", heads)?,
-            head_dim: optional("head_dim", hidden_size / heads)?,
-            rms_norm_eps: number(json.get("rms_norm_eps"), "rms_norm_eps")?,
-            rope_theta: rope_theta(json, number)?,
-            max_positions: count("max_position_embeddings")?,
-            tie_word_embeddings: json
-                .get("tie_word_embeddings")
-                .and_then(Value::as_bool)
-                .unwrap_or(false),
-            bos_token_id: json.get("bos_token_id").and_then(Value::as_u64),
-            eos_token_ids: ids(json.get("eos_token_id")),
-            pad_token_id: json.get("pad_token_id").and_then(Value::as_u64),
-        };
-        config.check()?;
-        Ok(config)
-    }
-
-    /// Takes the tokens that end a text from a generation_config.json, if there is one that names any: the ends of
-    /// turns are among them.
-    ///
-    /// # Errors
-    /// When it is damaged.
-    pub fn read_generation(&mut self, path: &Path) -> Result<()> {
-        if !path.is_file() {
-            return Ok(());
-        }
-        let text = fs::read_to_string(path).map_err(at!(Read, path))?;
-        let json: Value = serde_json::from_str(&text).map_err(at!(DamagedGeneration, path))?;
-        let named = ids(json.get("eos_token_id"));
-        if !named.is_empty() {
-            self.eos_token_ids = named;
-        }
-        Ok(())
-    }
-
     /// Checks what the operators demand of the numbers.
     ///
     /// # Errors
-    /// When a count is 0, heads are no multiple of KV heads, or the head size is odd.
+    /// When a count is 0, the context is longer than 4194304 tokens, heads are no multiple of KV heads, or the head
+    /// size is odd.
     pub fn check(&self) -> Result<(), ConfigError> {
         let Self {
             heads,
@@ -145,10 +125,17 @@ impl LlamaConfig {
             ("kv_heads", kv_heads),
             ("head_dim", head_dim),
             ("max_positions", self.max_positions),
+            ("sliding_window", self.sliding_window.unwrap_or(1)),
         ] {
             if !(1..=0x7fff_ffff).contains(&got) {
                 return Err(ConfigError::Count { name, got });
             }
+        }
+        if self.max_positions > MAX_POSITIONS {
+            return Err(ConfigError::Positions {
+                got: self.max_positions,
+                limit: MAX_POSITIONS,
+            });
         }
         if heads % kv_heads != 0 {
             return Err(ConfigError::Heads { heads, kv_heads });
@@ -159,11 +146,11 @@ impl LlamaConfig {
         Ok(())
     }
 
-    /// The model as a Hugging Face `config.json`, for models that have no weights to come from.
+    /// The model as a Hugging Face `config.json`, for models whose weights come without one.
     pub fn to_json(&self) -> Value {
-        without_null_ids(json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let mut json = without_null_ids(json!({
+            "architectures": [self.family.class()],
+            "model_type": self.family.model_type(),
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -181,7 +168,17 @@ impl LlamaConfig {
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos_json(&self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
-        }))
+        }));
+        if let Some(entries) = json.as_object_mut() {
+            let scaling = self.rope_scaling.to_json();
+            if !scaling.is_null() {
+                entries.insert("rope_scaling".into(), scaling);
+            }
+            if let Some(window) = self.sliding_window {
+                entries.insert("sliding_window".into(), window.into());
+            }
+        }
+        json
     }
 
     /// Width of the packed query, key and value projection.
@@ -199,103 +196,11 @@ pub(crate) fn without_null_ids(mut json: Value) -> Value {
     json
 }
 
-/// Checks a word of the configuration.
-fn expect(key: &'static str, got: &str, expected: &'static str) -> Result<(), ConfigError> {
-    if got == expected {
-        return Ok(());
-    }
-    let got = got.to_owned();
-    Err(ConfigError::Kind { key, got, expected })
-}
-
 /// One id as a number, several as a list, as the configuration files have it.
 pub(crate) fn eos_json(ids: &[u64]) -> Value {
     match ids {
         [] => Value::Null,
         [one] => json!(one),
         many => json!(many),
-    }
-}
-
-fn ids(value: Option<&Value>) -> Vec<u64> {
-    match value {
-        Some(Value::Array(list)) => list.iter().filter_map(Value::as_u64).collect(),
-        Some(one) => one.as_u64().into_iter().collect(),
-        None => Vec::new(),
-    }
-}
-
-/// RoPE's base, from where transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) puts it.
-fn rope_theta(
-    json: &Value,
-    number: impl Fn(Option<&Value>, &str) -> Result<f64, ConfigError>,
-) -> Result<f64, ConfigError> {
-    for key in ["rope_scaling", "rope_parameters"] {
-        let Some(rope) = json.get(key).filter(|v| !v.is_null()) else {
-            continue;
-        };
-        let kind = rope
-            .get("rope_type")
-            .or_else(|| rope.get("type"))
-            .and_then(Value::as_str)
-            .unwrap_or("default");
-        if kind != "default" {
-            let kind = kind.to_owned();
-            return Err(ConfigError::Rope { key, kind });
-        }
-        if let Some(theta) = rope.get("rope_theta") {
-            return number(Some(theta), "rope_theta");
-        }
-    }
-    match json.get("rope_theta") {
-        None => Ok(10000.0),
-        some => number(some, "rope_theta"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn minimal() -> Value {
-        json!({"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256})
-    }
-
-    #[test]
-    fn defaults_are_those_of_transformers() {
-        let c = LlamaConfig::from_json(&minimal()).unwrap();
-        assert_eq!((c.head_dim, c.rope_theta, c.tie_word_embeddings), (16, 10000.0, false));
-        assert!(c.eos_token_ids.is_empty());
-    }
-
-    #[test]
-    fn head_dim_may_differ_from_hidden_over_heads_and_survives_a_round_trip() {
-        let mut j = minimal();
-        j["head_dim"] = json!(32);
-        j["eos_token_id"] = json!([2, 7]);
-        j["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
-        let c = LlamaConfig::from_json(&j).unwrap();
-        assert_eq!((c.head_dim, c.qkv_width(), c.rope_theta), (32, 256, 5e5));
-        assert_eq!(c.eos_token_ids, [2, 7]);
-        assert_eq!(LlamaConfig::from_json(&c.to_json()).unwrap(), c);
-    }
-
-    #[test]
-    fn what_is_not_built_is_refused_by_name() {
-        for (key, value) in [
-            ("hidden_act", json!("gelu")),
-            ("attention_bias", json!(true)),
-            ("model_type", json!("gpt2")),
-            ("num_key_value_heads", json!(3)),
-            ("head_dim", json!(15)),
-            ("vocab_size", json!(0)),
-            ("rope_scaling", json!({"rope_type": "llama3"})),
-            ("rms_norm_eps", json!("x")),
-        ] {
-            let mut j = minimal();
-            j[key] = value;
-            assert!(LlamaConfig::from_json(&j).is_err(), "{key}");
-        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use crate::{config::Family, rope::KINDS};
+
 /// The result of the builder's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -26,7 +28,7 @@ pub enum Error {
     NotJson { path: PathBuf, source: serde_json::Error },
     #[error("{} is not valid JSON", .path.display())]
     DamagedGeneration { path: PathBuf, source: serde_json::Error },
-    #[error("{} is no Llama that can be built", .path.display())]
+    #[error("{} is no model that can be built", .path.display())]
     NoLlama { path: PathBuf, source: ConfigError },
     #[error("{} has no weight_map", .0.display())]
     NoWeightMap(PathBuf),
@@ -49,9 +51,23 @@ pub enum Error {
     },
     #[error("{} is cut short in tensor {tensor}", .path.display())]
     CutShort { path: PathBuf, tensor: String },
+    #[error("{} is no GGUF file that can be read", .path.display())]
+    Gguf { path: PathBuf, source: retro_gguf::Error },
+    #[error("the model in {} cannot be built", .path.display())]
+    GgufModel { path: PathBuf, source: ConfigError },
+    #[error("the tokenizer in {} cannot be written as a tokenizer.json", .path.display())]
+    GgufTokenizer { path: PathBuf, source: TokenizerError },
+    #[error("{} is one of {parts} parts of a model: join them with llama.cpp's llama-gguf-split --merge", .path.display())]
+    SplitGguf { path: PathBuf, parts: u64 },
+    #[error("the configuration has {layers} layers, the weights have {tensors} tensors")]
+    Layers { layers: usize, tensors: usize },
     #[error("the weights lack the tensor {0}")]
     NoTensor(String),
-    #[error("tensor {tensor} has shape {got:?}, config.json makes it {expected:?}")]
+    #[error("the weights have a tensor {0} that this kind of model does not have")]
+    ForeignTensor(String),
+    #[error("tensor {tensor}")]
+    Tensor { tensor: String, source: retro_gguf::Error },
+    #[error("tensor {tensor} has shape {got:?}, the configuration makes it {expected:?}")]
     TensorShape {
         tensor: String,
         got: Vec<usize>,
@@ -101,14 +117,55 @@ pub enum ConfigError {
     NoCount(String),
     #[error("{0} is missing or not a positive number")]
     NoNumber(String),
-    #[error("{key} asks for {kind:?}, only plain RoPE is built")]
-    Rope { key: &'static str, kind: String },
+    #[error("the architecture is {0:?}; those that are built are {list}", list = Family::list())]
+    Architecture(String),
+    #[error("{key} asks for {kind:?}; the kinds of RoPE that are built are {KINDS}")]
+    Rope { key: String, kind: String },
+    #[error("the longest context is {got} tokens, more than {limit}")]
+    Positions { got: usize, limit: usize },
     #[error("{name} is {got}, expected a positive 32-bit number")]
     Count { name: &'static str, got: usize },
     #[error("{heads} heads are not a multiple of {kv_heads} key/value heads")]
     Heads { heads: usize, kv_heads: usize },
     #[error("head size {0} is odd, RoPE needs pairs")]
     OddHeadSize(usize),
+    #[error("rope_freqs has shape {got:?}, expected {expected} numbers")]
+    Divisors { got: Vec<usize>, expected: usize },
+    #[error(transparent)]
+    Gguf(#[from] retro_gguf::Error),
+}
+
+/// Why a GGUF file's tokenizer cannot be written as a tokenizer.json.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum TokenizerError {
+    #[error(transparent)]
+    Gguf(#[from] retro_gguf::Error),
+    #[error(
+        "its kind (tokenizer.ggml.model) is {0:?}, expected \"gpt2\" or \"llama\"; give a tokenizer.json with --tokenizer"
+    )]
+    Kind(String),
+    #[error(
+        "its pre-tokenizer (tokenizer.ggml.pre) is {got:?}; those that are known are {known}; give a tokenizer.json \
+         with --tokenizer"
+    )]
+    PreTokenizer { got: String, known: String },
+    #[error("{key} has {got} entries, tokenizer.ggml.tokens has {tokens}")]
+    Length {
+        key: &'static str,
+        got: usize,
+        tokens: usize,
+    },
+    #[error("it has {tokens} tokens, the embedding has {rows} rows")]
+    TooManyTokens { tokens: usize, rows: usize },
+    #[error("token {0:?} occurs twice")]
+    TokenTwice(String),
+    #[error("token {id} has {bytes} bytes, more than {limit}")]
+    LongToken { id: usize, bytes: usize, limit: usize },
+    #[error("merge {0:?} is not of two tokens that make a third")]
+    Merge(String),
+    #[error("{key} is {id}, which is no token")]
+    NoToken { key: &'static str, id: u64 },
 }
 
 /// Puts an error of the system, and the path that it is about, into a variant: `.map_err(at!(Read, path))`.

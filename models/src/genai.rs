@@ -32,7 +32,7 @@ pub fn config(c: &LlamaConfig) -> Value {
             },
             "eos_token_id": eos_json(&c.eos_token_ids),
             "pad_token_id": c.pad_token_id,
-            "type": "llama",
+            "type": c.family.model_type(),
             "vocab_size": c.vocab_size,
         })),
         "search": {

@@ -1,4 +1,4 @@
-//! The graph of a Llama, node for node as onnxruntime-genai's builder 0.18 writes it for the CPU:
+//! The graph of a model of the Llama family, node for node as onnxruntime-genai's builder 0.18 writes it for the CPU:
 //! packed q/k/v projection, `com.microsoft::GroupQueryAttention` with RoPE inside, fused residual norms, SwiGLU.
 //!
 //! B batch, S tokens fed, `past` and `total` lengths of the cache: all symbolic dimensions of the inputs and outputs.
@@ -8,9 +8,9 @@ use retro_onnx::{
 };
 
 use crate::{
-    config::LlamaConfig,
+    config::{Family, LlamaConfig},
     dtype::Dtype,
-    initializer::{Content, Initializer},
+    initializer::{Content, Initializer, Part},
 };
 
 /// Everything of the model but the weights' bytes.
@@ -123,9 +123,13 @@ impl LlamaBuilder<'_> {
 
     /// A constant 1, int64.
     fn one(&mut self, dims: &[i64], name: &str, output: &str) {
-        let value = AttributeProto::tensor("value", TensorProto::int64s("", dims, &[1]));
+        self.constant(dims, &[1], &format!("/model/constant_nodes/INT64/{name}"), output);
+    }
+
+    fn constant(&mut self, dims: &[i64], values: &[i64], name: &str, output: &str) {
+        let value = AttributeProto::tensor("value", TensorProto::int64s("", dims, values));
         let node = self.graph.node("Constant", &[]).attribute(value);
-        node.named(&format!("/model/constant_nodes/INT64/{name}"), &[output]);
+        node.named(name, &[output]);
     }
 
     fn embedding(&mut self) -> String {
@@ -180,10 +184,7 @@ impl LlamaBuilder<'_> {
 
     fn attention(&mut self, layer: usize, x: &str) -> String {
         let c = self.config;
-        let hf = |p: &str| format!("model.layers.{layer}.self_attn.{p}_proj.weight");
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let parts = vec![(hf("q"), q), (hf("k"), kv), (hf("v"), kv)];
-        let qkv = self.matmul(&format!("model.layers.{layer}.attn.qkv_proj"), x, c.hidden_size, parts);
+        let [query, key, value] = self.queries_keys_values(layer, x);
         let path = format!("/model/layers.{layer}/attn/GroupQueryAttention");
         let out = format!("{path}/output_0");
         let past = |kind: &str| format!("past_key_values.{layer}.{kind}");
@@ -194,9 +195,9 @@ impl LlamaBuilder<'_> {
         );
         let (past_key, past_value) = (past("key"), past("value"));
         let inputs = [
-            &qkv,
-            "",
-            "",
+            &query,
+            &key,
+            &value,
             &past_key,
             &past_value,
             &seqlens,
@@ -214,23 +215,99 @@ impl LlamaBuilder<'_> {
             .int("num_heads", c.heads as i64)
             .int("kv_num_heads", c.kv_heads as i64);
         let node = node.float("scale", (1.0 / (c.head_dim as f64).sqrt()) as f32);
-        let node = node.int("local_window_size", -1).float("softcap", 0.0);
+        let window = c.sliding_window.map_or(-1, |n| n as i64);
+        let node = node.int("local_window_size", window).float("softcap", 0.0);
         let node = node.int("do_rotary", 1).int("rotary_interleaved", 0);
         node.named(&path, &[&out, &key, &value]);
-        self.matmul(
-            &format!("model.layers.{layer}.attn.o_proj"),
-            &out,
-            q,
-            vec![(hf("o"), c.hidden_size)],
-        )
+        let parts = vec![Part::whole(
+            format!("model.layers.{layer}.self_attn.o_proj.weight"),
+            c.hidden_size,
+        )];
+        let module = format!("model.layers.{layer}.attn.o_proj");
+        self.matmul(&module, &out, c.heads * c.head_dim, parts)
+    }
+
+    /// What attention takes: one packed value and two absent ones, or three where heads are normed by themselves.
+    fn queries_keys_values(&mut self, layer: usize, x: &str) -> [String; 3] {
+        let c = self.config;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let hf = |p: &str, kind: &str| format!("model.layers.{layer}.self_attn.{p}_proj.{kind}");
+        let module = |p: &str| format!("model.layers.{layer}.attn.{p}_proj");
+        let parts = |kind: &str| {
+            [("q", q), ("k", kv), ("v", kv)]
+                .map(|(p, rows)| Part::whole(hf(p, kind), rows))
+                .to_vec()
+        };
+        match c.family {
+            Family::Qwen3 => {
+                let [query, key, value] = [("q", q), ("k", kv), ("v", kv)].map(|(p, rows)| {
+                    let part = vec![Part::whole(hf(p, "weight"), rows)];
+                    self.matmul(&module(p), x, c.hidden_size, part)
+                });
+                let query = self.head_norm(layer, "q", &query, q);
+                let key = self.head_norm(layer, "k", &key, kv);
+                [query, key, value]
+            }
+            Family::Phi3 => {
+                let part = vec![Part::whole(hf("qkv", "weight"), c.qkv_width())];
+                let packed = self.matmul(&module("qkv"), x, c.hidden_size, part);
+                [packed, String::new(), String::new()]
+            }
+            Family::Llama | Family::Mistral | Family::Qwen2 => {
+                let mut packed = self.matmul(&module("qkv"), x, c.hidden_size, parts("weight"));
+                if c.family == Family::Qwen2 {
+                    packed = self.bias(&module("qkv"), &packed, parts("bias"));
+                }
+                [packed, String::new(), String::new()]
+            }
+        }
+    }
+
+    /// RMSNorm of each head of a query or key of `width` elements.
+    fn head_norm(&mut self, layer: usize, which: &str, x: &str, width: usize) -> String {
+        let c = self.config;
+        let path = format!("/model/layers.{layer}/attn/{which}_norm");
+        let weight = format!("model.layers.{layer}.attn.{which}_norm.layernorm.weight");
+        let source = format!("model.layers.{layer}.self_attn.{which}_norm.weight");
+        self.initializer(&weight, vec![c.head_dim], Content::Copy(source), None);
+        let rows = self.reshape(&format!("{path}/Reshape_1"), x, c.head_dim);
+        let norm = format!("{path}/SimplifiedLayerNormalization");
+        let normed = format!("{norm}/output_0");
+        let node = self.graph.node("SimplifiedLayerNormalization", &[&rows, &weight]);
+        let node = node.float("epsilon", c.rms_norm_eps as f32);
+        let node = node.int("axis", -1).int("stash_type", 1);
+        node.named(&norm, &[&normed]);
+        self.reshape(&format!("{path}/Reshape_2"), &normed, width)
+    }
+
+    /// `x` as `[B, rows, columns]`, with as many rows as it takes.
+    fn reshape(&mut self, path: &str, x: &str, columns: usize) -> String {
+        let (shape, out) = (format!("{path}/shape"), format!("{path}/output_0"));
+        // 0: the batch as it is.
+        self.constant(&[3], &[0, -1, columns as i64], &shape, &shape);
+        self.graph.node("Reshape", &[x, &shape]).named(path, &[&out]);
+        out
     }
 
     fn mlp(&mut self, layer: usize, x: &str) -> String {
         let c = self.config;
         let name = |p: &str| format!("model.layers.{layer}.mlp.{p}_proj");
-        let part = |p: &str, out| vec![(format!("{}.weight", name(p)), out)];
-        let gate = self.matmul(&name("gate"), x, c.hidden_size, part("gate", c.intermediate_size));
-        let up = self.matmul(&name("up"), x, c.hidden_size, part("up", c.intermediate_size));
+        let whole = |p: &str, rows| vec![Part::whole(format!("{}.weight", name(p)), rows)];
+        let f = c.intermediate_size;
+        let [gate, up] = match c.family {
+            // One tensor: first all of gate, then all of up.
+            Family::Phi3 => [0, f].map(|first| {
+                vec![Part {
+                    tensor: format!("{}.weight", name("gate_up")),
+                    first,
+                    rows: f,
+                    of: 2 * f,
+                }]
+            }),
+            _ => [whole("gate", f), whole("up", f)],
+        };
+        let gate = self.matmul(&name("gate"), x, c.hidden_size, gate);
+        let up = self.matmul(&name("up"), x, c.hidden_size, up);
         let path = format!("/model/layers.{layer}/mlp");
         let (sigmoid, act, product) = (
             format!("{path}/act_fn/Sigmoid"),
@@ -244,8 +321,8 @@ impl LlamaBuilder<'_> {
         node.named(&act, &[&out(&act)]);
         let node = self.graph.node("Mul", &[&out(&act), &up]);
         node.named(&product, &[&out(&product)]);
-        let down = part("down", c.hidden_size);
-        self.matmul(&name("down"), &out(&product), c.intermediate_size, down)
+        let down = whole("down", c.hidden_size);
+        self.matmul(&name("down"), &out(&product), f, down)
     }
 
     fn lm_head(&mut self, x: &str) {
@@ -259,7 +336,7 @@ impl LlamaBuilder<'_> {
             out.to_owned()
         } else {
             let name = "lm_head.MatMul.weight";
-            let parts = vec![("lm_head.weight".to_owned(), c.vocab_size)];
+            let parts = vec![Part::whole("lm_head.weight".to_owned(), c.vocab_size)];
             self.linear(name, c.hidden_size, parts);
             name.to_owned()
         };
@@ -268,18 +345,28 @@ impl LlamaBuilder<'_> {
     }
 
     /// `x` times the side-by-side transposes of `parts`, as the node and initializer names of `module`.
-    fn matmul(&mut self, module: &str, x: &str, inner: usize, parts: Vec<(String, usize)>) -> String {
+    fn matmul(&mut self, module: &str, x: &str, inner: usize, parts: Vec<Part>) -> String {
         let weight = format!("{module}.MatMul.weight");
         self.linear(&weight, inner, parts);
-        // "model.layers.0.attn.o_proj" names the node "/model/layers.0/attn/o_proj/MatMul".
-        let path = format!("/{}/MatMul", module.replace('.', "/").replacen("layers/", "layers.", 1));
+        let path = format!("{}/MatMul", path(module));
         let out = format!("{path}/output_0");
         self.graph.node("MatMul", &[x, &weight]).named(&path, &[&out]);
         out
     }
 
-    fn linear(&mut self, name: &str, inner: usize, parts: Vec<(String, usize)>) {
-        let outer = parts.iter().map(|(_, n)| n).sum();
+    /// `x` plus the biases `parts`, one after the other.
+    fn bias(&mut self, module: &str, x: &str, parts: Vec<Part>) -> String {
+        let bias = format!("{module}.Add.bias");
+        let width = parts.iter().map(|part| part.rows).sum();
+        self.initializer(&bias, vec![width], Content::Joined(parts), Some(0.02));
+        let path = format!("{}/Add", path(module));
+        let out = format!("{path}/output_0");
+        self.graph.node("Add", &[x, &bias]).named(&path, &[&out]);
+        out
+    }
+
+    fn linear(&mut self, name: &str, inner: usize, parts: Vec<Part>) {
+        let outer = parts.iter().map(|part| part.rows).sum();
         let std = Some(1.0 / (inner as f32).sqrt());
         self.initializer(name, vec![inner, outer], Content::Transposed(parts), std);
     }
@@ -297,4 +384,9 @@ impl LlamaBuilder<'_> {
     fn microsoft(&mut self, op_type: &str, inputs: &[&str]) -> NodeBuilder<'_> {
         self.graph.node(op_type, inputs).domain("com.microsoft")
     }
+}
+
+/// "model.layers.0.attn.o_proj" is in the paths of nodes "/model/layers.0/attn/o_proj".
+fn path(module: &str) -> String {
+    format!("/{}", module.replace('.', "/").replacen("layers/", "layers.", 1))
 }

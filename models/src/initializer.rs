@@ -1,19 +1,14 @@
 //! The initializers of a graph: what each is made of, and any run of its rows on demand, so that none has to exist
 //! whole.
 
+use std::collections::HashSet;
+
 use crate::{
     config::LlamaConfig,
     dtype::Dtype,
     error::{Error, Result},
-    random::RandomWeights,
-    safetensors::{Tensor, Weights},
+    source::{Source, Tensor},
 };
-
-/// Where weights come from.
-pub enum Source {
-    Trained(Weights),
-    Random(RandomWeights),
-}
 
 /// What an initializer's elements are.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,9 +16,33 @@ pub enum Content {
     /// The Hugging Face tensor as it is.
     Copy(String),
     /// Hugging Face linear layers `[out, in]`, transposed to `[in, out]` and laid side by side.
-    Transposed(Vec<(String, usize)>),
+    Transposed(Vec<Part>),
+    /// Vectors, one after the other.
+    Joined(Vec<Part>),
     /// cos (or sin) of position times frequency, `[max_positions, D/2]`.
     Rope { sin: bool },
+}
+
+/// Some rows of a Hugging Face tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    pub tensor: String,
+    pub first: usize,
+    pub rows: usize,
+    /// Rows of the whole tensor.
+    pub of: usize,
+}
+
+impl Part {
+    /// All rows.
+    pub fn whole(tensor: String, rows: usize) -> Self {
+        Self {
+            tensor,
+            first: 0,
+            rows,
+            of: rows,
+        }
+    }
 }
 
 /// One initializer: rows of equal width, `[rows]` or `[rows, columns]`.
@@ -35,6 +54,9 @@ pub struct Initializer {
     /// Standard deviation when the weights are random; `None`: all ones (the scales of a norm).
     pub std: Option<f32>,
 }
+
+/// Rows of a source that are read before they are transposed: a cache line of f32.
+const TILE: usize = 16;
 
 impl Initializer {
     pub fn rows(&self) -> usize {
@@ -50,22 +72,42 @@ impl Initializer {
     }
 }
 
-/// Checks that `source` has everything that `initializers` need, so that nothing fails half-way through writing.
-pub fn check(source: &Source, initializers: &[Initializer]) -> Result<()> {
-    if let Source::Trained(weights) = source {
-        for init in initializers {
-            match &init.content {
-                Content::Copy(name) => drop(weights.get(name, &init.dims)?),
-                Content::Transposed(parts) => {
-                    for (name, out) in parts {
-                        weights.get(name, &[*out, init.rows()])?;
-                    }
-                }
-                Content::Rope { .. } => {}
+/// Checks that `source` has everything that `initializers` need and nothing that they leave out, so that nothing fails
+/// half-way through writing and no part of the model is lost.
+pub fn check(source: &Source, config: &LlamaConfig, initializers: &[Initializer]) -> Result<()> {
+    let mut used = HashSet::new();
+    for init in initializers {
+        let named = |e| Error::Initializer {
+            name: init.name.clone(),
+            source: Box::new(e),
+        };
+        match &init.content {
+            Content::Copy(name) => {
+                source.get(name, &init.dims).map_err(named)?;
+                used.insert(source.stored_name(name));
             }
+            Content::Transposed(parts) => {
+                for part in parts {
+                    source.get(&part.tensor, &[part.of, init.rows()]).map_err(named)?;
+                    used.insert(source.stored_name(&part.tensor));
+                }
+            }
+            Content::Joined(parts) => {
+                for part in parts {
+                    source.get(&part.tensor, &[part.of]).map_err(named)?;
+                    used.insert(source.stored_name(&part.tensor));
+                }
+            }
+            Content::Rope { .. } => {}
         }
     }
-    Ok(())
+    // Hugging Face's folders may have what can be computed: RoPE's frequencies, and the embedding a second time.
+    let foreign = source.unused(|name| {
+        used.contains(name)
+            || name.ends_with(".rotary_emb.inv_freq")
+            || name == "lm_head.weight" && config.tie_word_embeddings
+    });
+    foreign.map_or(Ok(()), |name| Err(Error::ForeignTensor(name)))
 }
 
 /// Fills `out` with the rows of initializer number `index` from `first_row` on, as many as fit.
@@ -82,10 +124,10 @@ pub fn fill(
     let rows = out.len() / (columns * dtype.size()).max(1);
     match (&init.content, source) {
         (Content::Rope { sin }, _) => {
+            let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim);
             for row in 0..rows {
-                for j in 0..columns {
+                for (j, frequency) in frequencies.iter().enumerate() {
                     // In f64 and rounded once: the tables are exact for any position.
-                    let frequency = config.rope_theta.powf(-((2 * j) as f64) / config.head_dim as f64);
                     let angle = (first_row + row) as f64 * frequency;
                     let value = if *sin { angle.sin() } else { angle.cos() };
                     dtype.put(out, row * columns + j, value as f32);
@@ -96,32 +138,219 @@ pub fn fill(
             Some(std) => random.fill(index as u64, first_row * columns, std, dtype, out),
             None => (0..rows * columns).for_each(|i| dtype.put(out, i, 1.0)),
         },
-        (Content::Copy(name), Source::Trained(weights)) => {
-            let tensor = weights.get(name, &init.dims)?;
-            let start = first_row * columns;
-            (0..rows * columns).for_each(|i| dtype.put(out, i, tensor.at(start + i)));
+        (Content::Copy(name), _) => {
+            let tensor = source.get(name, &init.dims)?;
+            // A vector is rows of one element here, and one row there.
+            let (wide, start) = if init.dims.len() == 1 {
+                (rows, first_row)
+            } else {
+                (columns, 0)
+            };
+            let mut row = vec![0.0; wide];
+            for r in 0..rows * columns / wide.max(1) {
+                let source_row = if init.dims.len() == 1 { 0 } else { first_row + r };
+                tensor.map_or(Ok(()), |t| t.read(source_row, start, &mut row))?;
+                row.iter()
+                    .enumerate()
+                    .for_each(|(i, x)| dtype.put(out, r * wide + i, *x));
+            }
         }
-        (Content::Transposed(parts), Source::Trained(weights)) => {
-            let inner = init.rows();
-            let parts: Vec<(Tensor<'_>, usize)> = parts
-                .iter()
-                .map(|(name, outer)| Ok((weights.get(name, &[*outer, inner])?, *outer)))
-                .collect::<Result<_>>()
-                .map_err(|source| Error::Initializer {
-                    name: init.name.clone(),
-                    source: Box::new(source),
-                })?;
-            let mut column0 = 0;
-            for (tensor, outer) in parts {
-                // Source rows outermost: each is read once per call, a contiguous run of `rows` elements.
-                for o in 0..outer {
-                    for row in 0..rows {
-                        dtype.put(out, row * columns + column0 + o, tensor.at(o * inner + first_row + row));
+        (Content::Joined(parts), _) => {
+            let mut at = 0;
+            for part in parts {
+                let tensor = source.get(&part.tensor, &[part.of])?;
+                let mut values = vec![0.0; part.rows];
+                tensor.map_or(Ok(()), |t| t.read(0, part.first, &mut values))?;
+                for value in values {
+                    if let Some(row) = at_row(at, first_row, rows) {
+                        dtype.put(out, row, value);
                     }
+                    at += 1;
                 }
-                column0 += outer;
+            }
+        }
+        (Content::Transposed(parts), _) => {
+            let mut column = 0;
+            for part in parts {
+                let tensor = source.get(&part.tensor, &[part.of, init.rows()])?;
+                if let Some(tensor) = tensor {
+                    let block = Block {
+                        first_row,
+                        rows,
+                        column,
+                        columns,
+                    };
+                    block.transpose(tensor, part, dtype, out)?;
+                }
+                column += part.rows;
             }
         }
     }
     Ok(())
+}
+
+/// The row of a run that begins with `first` at which `row` stands.
+fn at_row(row: usize, first: usize, rows: usize) -> Option<usize> {
+    row.checked_sub(first).filter(|r| *r < rows)
+}
+
+/// Where a part's columns stand in a run of rows.
+struct Block {
+    first_row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+}
+
+impl Block {
+    /// Source rows outermost: each is read once a call, a contiguous run.
+    fn transpose(&self, tensor: Tensor<'_>, part: &Part, dtype: Dtype, out: &mut [u8]) -> Result<()> {
+        let mut tile = vec![0.0; TILE * self.rows];
+        for first in (0..part.rows).step_by(TILE) {
+            let wide = TILE.min(part.rows - first);
+            for (i, run) in tile.chunks_exact_mut(self.rows.max(1)).take(wide).enumerate() {
+                tensor.read(part.first + first + i, self.first_row, run)?;
+            }
+            for row in 0..self.rows {
+                for (i, run) in tile.chunks_exact(self.rows.max(1)).take(wide).enumerate() {
+                    let value = run.get(row).copied().unwrap_or(0.0);
+                    dtype.put(out, row * self.columns + self.column + first + i, value);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use retro_gguf::{Bytes, Gguf, TensorType, Writer};
+
+    use super::*;
+    use crate::{config::Family, gguf::GgufWeights, rope::RopeScaling};
+
+    const HIDDEN: usize = 64;
+
+    fn config() -> LlamaConfig {
+        LlamaConfig {
+            family: Family::Llama,
+            vocab_size: 3,
+            hidden_size: HIDDEN,
+            intermediate_size: 8,
+            layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 8,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10000.0,
+            rope_scaling: RopeScaling::Linear { factor: 2.0 },
+            max_positions: 9,
+            sliding_window: None,
+            tie_word_embeddings: true,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+        }
+    }
+
+    /// Blocks of f16 scale 1 whose codes count up.
+    fn q8_0(rows: usize) -> Vec<u8> {
+        let block = |i: usize| [0x00, 0x3c].into_iter().chain((0..32).map(move |j| (i * 7 + j) as u8));
+        (0..rows * HIDDEN / 32).flat_map(block).collect()
+    }
+
+    fn source() -> Source {
+        let mut file = Writer::new();
+        for (name, rows) in [
+            ("blk.0.attn_q", 16),
+            ("blk.0.attn_k", 8),
+            ("token_embd", 3),
+            ("blk.0.ffn_up", 16),
+        ] {
+            file.tensor(
+                &format!("{name}.weight"),
+                &[rows, HIDDEN],
+                TensorType::Q8_0,
+                &q8_0(rows),
+            );
+        }
+        let vector = (0..HIDDEN).flat_map(|i| (i as f32).to_le_bytes()).collect::<Vec<_>>();
+        file.tensor("output_norm.weight", &[HIDDEN], TensorType::F32, &vector);
+        let file = Gguf::parse(Bytes::from(file.finish())).unwrap();
+        Source::Gguf(GgufWeights::new(file, &config()))
+    }
+
+    fn part(tensor: &str, first: usize, rows: usize, of: usize) -> Part {
+        Part {
+            tensor: tensor.to_owned(),
+            first,
+            rows,
+            of,
+        }
+    }
+
+    /// What a thread makes of a large initializer: runs of rows that begin in the middle of blocks.
+    #[test]
+    fn runs_of_rows_are_pieces_of_the_whole() {
+        let [q, k] = ["q", "k"].map(|p| format!("model.layers.0.self_attn.{p}_proj.weight"));
+        let gate_up = "model.layers.0.mlp.gate_up_proj.weight";
+        let norm = "model.norm.weight";
+        let source = source();
+        for (dims, content) in [
+            (
+                vec![HIDDEN, 24],
+                Content::Transposed(vec![part(&q, 0, 16, 16), part(&k, 0, 8, 8)]),
+            ),
+            (vec![HIDDEN, 8], Content::Transposed(vec![part(gate_up, 8, 8, 16)])),
+            (vec![3, HIDDEN], Content::Copy("model.embed_tokens.weight".to_owned())),
+            (vec![HIDDEN], Content::Copy(norm.to_owned())),
+            (
+                vec![40],
+                Content::Joined(vec![part(norm, 5, 8, HIDDEN), part(norm, 0, 32, HIDDEN)]),
+            ),
+            (vec![9, 4], Content::Rope { sin: true }),
+        ] {
+            let init = Initializer {
+                name: "x".to_owned(),
+                dims,
+                content,
+                std: None,
+            };
+            let make = |first: usize, rows: usize| {
+                let mut out = vec![0xff; rows * init.columns() * 4];
+                fill(&source, &config(), 0, &init, Dtype::F32, first, &mut out).unwrap();
+                out
+            };
+            let whole = make(0, init.rows());
+            for step in [1, 3, 33] {
+                let starts = (0..init.rows()).step_by(step);
+                let pieces = starts.flat_map(|first| make(first, step.min(init.rows() - first)));
+                assert_eq!(pieces.collect::<Vec<_>>(), whole, "{init:?} by {step}");
+            }
+        }
+    }
+
+    /// Elements of a slice and of a row that the file has elsewhere, worked out by hand.
+    #[test]
+    fn slices_and_interleaved_rows_are_found() {
+        let source = source();
+        let value = |content: Content, outer: usize, row: usize, column: usize| {
+            let init = Initializer {
+                name: "x".to_owned(),
+                dims: vec![HIDDEN, outer],
+                content,
+                std: None,
+            };
+            let mut out = vec![0; HIDDEN * outer * 4];
+            fill(&source, &config(), 0, &init, Dtype::F32, 0, &mut out).unwrap();
+            let at = (row * outer + column) * 4;
+            f32::from_le_bytes(out[at..at + 4].try_into().unwrap())
+        };
+        // Row 8 of the file is blocks 16 and 17: element 35 is code 17 * 7 + 3.
+        let slice = part("model.layers.0.mlp.gate_up_proj.weight", 8, 8, 16);
+        assert_eq!(value(Content::Transposed(vec![slice]), 8, 35, 0), 122.0);
+        // Element 5 of head 1, the second of pair 1, is the file's row 8 + 3: block 22, code 22 * 7 + 1 - 256.
+        let q = Part::whole("model.layers.0.self_attn.q_proj.weight".to_owned(), 16);
+        assert_eq!(value(Content::Transposed(vec![q]), 16, 1, 13), -101.0);
+    }
 }

@@ -1,5 +1,5 @@
-//! Builds ONNX graphs of Llama-shaped decoders in the style of onnxruntime-genai's model builder: any size, weights
-//! from safetensors or random, f32 or f16, weights inline or in an external data file.
+//! Builds ONNX graphs of decoders of the Llama family in the style of onnxruntime-genai's model builder: any size,
+//! weights from safetensors, GGUF or random, f32 or f16, weights inline or in an external data file.
 //!
 //! `models/ledger` and `models/code` beside this crate are two small trained models to build from.
 
@@ -7,18 +7,23 @@
 
 mod build;
 mod config;
+mod config_json;
 mod dtype;
 mod error;
 mod genai;
+mod gguf;
 pub mod graph;
 mod initializer;
 pub mod ledger;
 mod proto;
 mod python_random;
 mod random;
+mod rope;
 mod safetensors;
+mod source;
 
-pub use build::{Built, EXTERNAL_THRESHOLD, Options, build, build_random, check_out};
-pub use config::LlamaConfig;
+pub use build::{Built, EXTERNAL_THRESHOLD, Options, build, build_random, check_gguf, check_out};
+pub use config::{Family, LlamaConfig};
 pub use dtype::Dtype;
-pub use error::{ConfigError, Error, Result};
+pub use error::{ConfigError, Error, Result, TokenizerError};
+pub use rope::RopeScaling;

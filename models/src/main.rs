@@ -12,9 +12,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use retro_models::{Dtype, EXTERNAL_THRESHOLD, LlamaConfig, Options};
+use retro_models::{Dtype, EXTERNAL_THRESHOLD, Family, LlamaConfig, Options, RopeScaling};
 
-/// Builds ONNX graphs of Llama-shaped language models.
+/// Builds ONNX graphs of language models of the Llama family.
 #[derive(Parser)]
 #[command(name = "retro-models", version, about)]
 struct Cli {
@@ -67,17 +67,22 @@ fn ledger(args: &Ledger) -> Result<()> {
 
 #[derive(Args)]
 struct Build {
-    /// Folder with config.json, model.safetensors (Hugging Face names) and tokenizer.json.
+    /// GGUF file, or folder with config.json, model.safetensors or its shards (Hugging Face names) and tokenizer.json.
     #[arg(
-        long,
-        value_name = "DIR",
-        required_unless_present = "random",
-        conflicts_with = "random"
+        value_name = "MODEL",
+        required_unless_present_any = ["random", "weights"],
+        conflicts_with_all = ["random", "weights"]
     )]
+    model: Option<PathBuf>,
+    /// The same as MODEL.
+    #[arg(long, value_name = "MODEL", conflicts_with = "random")]
     weights: Option<PathBuf>,
     /// Random weights; the shape comes from the options below.
     #[arg(long)]
     random: bool,
+    /// A tokenizer.json in the place of the model's own.
+    #[arg(long, value_name = "FILE", conflicts_with = "random")]
+    tokenizer: Option<PathBuf>,
     /// Folder to write to.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -130,6 +135,7 @@ impl Shape {
     fn config(&self) -> LlamaConfig {
         let hidden_size = self.hidden.unwrap_or(self.heads.saturating_mul(self.head_dim));
         LlamaConfig {
+            family: Family::Llama,
             vocab_size: self.vocab,
             hidden_size,
             intermediate_size: self
@@ -141,7 +147,9 @@ impl Shape {
             head_dim: self.head_dim,
             rms_norm_eps: 1e-5,
             rope_theta: self.rope_theta,
+            rope_scaling: RopeScaling::None,
             max_positions: self.max_pos,
+            sliding_window: None,
             tie_word_embeddings: self.tied,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -155,11 +163,13 @@ fn build(args: &Build) -> Result<()> {
     let options = Options {
         dtype: args.dtype,
         external_threshold: args.external_threshold,
+        tokenizer: args.tokenizer.clone(),
     };
     let built = if args.random {
         retro_models::build_random(&args.shape.config(), args.shape.seed, &args.output, &options)?
     } else {
-        let weights = args.weights.as_deref().context("give --weights DIR or --random")?;
+        let weights = args.model.as_deref().or(args.weights.as_deref());
+        let weights = weights.context("give MODEL or --random")?;
         retro_models::check_out(weights, &args.output)?;
         retro_models::build(weights, &args.output, &options)?
     };

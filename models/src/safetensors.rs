@@ -115,6 +115,11 @@ impl Weights {
         Ok(())
     }
 
+    /// The tensors' names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
     /// The tensor `name`, which must have exactly `shape`.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
         let entry = self.entries.get(name).ok_or_else(|| Error::NoTensor(name.to_owned()))?;
@@ -135,21 +140,19 @@ impl Weights {
 }
 
 impl Tensor<'_> {
-    /// Element `index` in row-major order; outside the tensor, 0.
-    #[inline]
-    pub fn at(&self, index: usize) -> f32 {
+    /// Writes the elements from `start` on, in row-major order, to `out`; those outside the tensor stay as they are.
+    pub fn read(&self, start: usize, out: &mut [f32]) {
         match self.stored {
-            Stored::F32 => {
-                let b = self.bytes.get(index * 4..index * 4 + 4).and_then(|b| b.try_into().ok());
-                b.map_or(0.0, f32::from_le_bytes)
-            }
-            Stored::F16 => self.two(index).map_or(0.0, |b| f16::from_le_bytes(b).to_f32()),
-            Stored::Bf16 => self.two(index).map_or(0.0, |b| bf16::from_le_bytes(b).to_f32()),
+            Stored::F32 => self.convert(start, out, f32::from_le_bytes),
+            Stored::F16 => self.convert(start, out, |b| f16::from_le_bytes(b).to_f32()),
+            Stored::Bf16 => self.convert(start, out, |b| bf16::from_le_bytes(b).to_f32()),
         }
     }
 
-    #[inline]
-    fn two(&self, index: usize) -> Option<[u8; 2]> {
-        self.bytes.get(index * 2..index * 2 + 2)?.try_into().ok()
+    fn convert<const N: usize>(&self, start: usize, out: &mut [f32], element: impl Fn([u8; N]) -> f32) {
+        let (elements, _) = self.bytes.as_chunks::<N>();
+        for (slot, bytes) in out.iter_mut().zip(elements.iter().skip(start)) {
+            *slot = element(*bytes);
+        }
     }
 }

@@ -2,11 +2,12 @@
 
 use std::{collections::HashMap, fs, path::Path};
 
-use retro_models::{Dtype, LlamaConfig, Options, build, build_random};
+use retro_models::{Dtype, Family, LlamaConfig, Options, RopeScaling, build, build_random};
 use retro_onnx::{GraphProto, TensorProto, read_model};
 
 fn config() -> LlamaConfig {
     LlamaConfig {
+        family: Family::Llama,
         vocab_size: 96,
         hidden_size: 48,
         intermediate_size: 80,
@@ -16,7 +17,9 @@ fn config() -> LlamaConfig {
         head_dim: 32, // not hidden / heads
         rms_norm_eps: 1e-5,
         rope_theta: 10000.0,
+        rope_scaling: RopeScaling::None,
         max_positions: 128,
+        sliding_window: None,
         tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
@@ -28,6 +31,7 @@ fn options(dtype: Dtype, external_threshold: u64) -> Options {
     Options {
         dtype,
         external_threshold,
+        tokenizer: None,
     }
 }
 
@@ -251,4 +255,52 @@ fn the_ends_of_turns_come_along() {
     let genai = fs::read_to_string(to.join("genai_config.json")).unwrap();
     let genai: serde_json::Value = serde_json::from_str(&genai).unwrap();
     assert_eq!(genai["model"]["eos_token_id"], serde_json::json!([2, 7]));
+}
+
+#[test]
+fn a_sliding_window_is_that_of_every_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mistral = LlamaConfig {
+        family: Family::Mistral,
+        sliding_window: Some(40),
+        ..config()
+    };
+    build_random(&mistral, 1, dir.path(), &Options::default()).unwrap();
+    let graph = graph(dir.path());
+    let attention = graph
+        .node
+        .iter()
+        .filter(|n| n.is("com.microsoft", "GroupQueryAttention"));
+    let windows: Vec<_> = attention
+        .map(|n| {
+            n.attribute
+                .iter()
+                .find(|a| a.name() == "local_window_size")
+                .unwrap()
+                .i()
+        })
+        .collect();
+    assert_eq!(windows, [40, 40]);
+    assert_eq!(LlamaConfig::read(&dir.path().join("config.json")).unwrap(), mistral);
+}
+
+/// A number that no file covers costs nothing: neither a graph of as many layers nor tables of as many positions.
+#[test]
+fn counts_that_the_weights_do_not_cover_are_named_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("weights"), dir.path().join("out"));
+    let config = counting(&from, true).to_json();
+    for (key, said) in [
+        ("num_hidden_layers", "has 2147483647 layers, the weights have"),
+        ("max_position_embeddings", "more than 4194304"),
+        ("vocab_size", "has shape [96, 48]"),
+    ] {
+        let mut json = config.clone();
+        json[key] = 0x7fff_ffff.into();
+        fs::write(from.join("config.json"), json.to_string()).unwrap();
+        let error = anyhow::Error::from(build(&from, &to, &Options::default()).unwrap_err());
+        let error = format!("{error:#}");
+        assert!(error.contains(said) && !error.contains('\n'), "{said}: {error}");
+        assert!(!to.exists());
+    }
 }

@@ -4,6 +4,7 @@
 pub mod attrs;
 pub mod compare;
 pub mod decoder;
+pub mod gguf;
 pub mod golden;
 pub mod host;
 pub mod layer;
