@@ -32,6 +32,7 @@ macro_rules! headers {
 const HEADERS: [&[(&str, &str)]; 3] = [
     headers!(
         from "kernels/",
+        "ptx.cuh",
         "common.cuh",
         "mma.cuh",
         "page_rows.cuh",

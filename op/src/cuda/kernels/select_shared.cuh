@@ -32,7 +32,8 @@ struct SelectShared {
   float2 part[SELECT_WARPS];
   __align__(16) float lse[MAX_GROUP];
   float lowest[MAX_GROUP], highest[MAX_GROUP];
-  // The decisive bin; the pages of it that are taken, and all of them, over the cluster; those in blocks before this one.
+  // The decisive bin; the pages of it that are taken, and all of them, over the cluster; those in blocks before this
+  // one.
   u32 bin, left, in_bin, in_bin_before;
   u32 taken_before;  // of that bin, in blocks before this one, where digits decide
 };
