@@ -204,12 +204,8 @@ fn build(args: &Build) -> Result<()> {
         retro_models::build(weights, &args.output, &options)?
     };
     for Rounded { from, bits, tensors } in &built.rounded {
-        let result = match bits {
-            Some(bits) => format!("rounded to {bits} bits"),
-            None => "kept as f32".to_owned(),
-        };
         let noun = if *tensors == 1 { "tensor" } else { "tensors" };
-        note(&format!("note: {tensors} {noun} of {from} {result}"));
+        note(&format!("note: {tensors} {noun} of {from} rounded to {bits} bits"));
     }
     note(&format!(
         "{}: {:.1} M parameters, {:.1} MiB of weights {}, {:.1} s",

@@ -4,39 +4,32 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     initializer::{Content, Initializer},
-    quantised::Packed,
     source::Source,
 };
 
-/// Tensors of a type that were rounded to codes, or not kept as codes.
+/// Tensors of a type that were rounded to codes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rounded {
     /// Their type in the file.
     pub from: String,
-    /// Bits of a code; `None`: they became f32.
-    pub bits: Option<i64>,
+    /// Bits of a code.
+    pub bits: i64,
     /// How many.
     pub tensors: usize,
 }
 
 /// Those of a graph, by type.
 pub fn rounded(source: &Source, initializers: &[Initializer]) -> Vec<Rounded> {
-    let mut found: BTreeMap<(String, Option<i64>), BTreeSet<&str>> = BTreeMap::new();
-    let mut add = |tensor, bits| {
-        if let Some(from) = source.type_name(tensor) {
-            found.entry((from, bits)).or_default().insert(tensor);
-        }
-    };
+    let mut found: BTreeMap<(String, i64), BTreeSet<&str>> = BTreeMap::new();
     for init in initializers {
-        match &init.content {
-            Content::Packed(Packed { parts, format, .. }) => {
-                let parts = parts.iter().map(|part| part.tensor.as_str());
-                parts
-                    .filter(|tensor| source.code_layout(tensor).is_none())
-                    .for_each(|tensor| add(tensor, Some(format.bits())));
+        let Content::Packed(packed) = &init.content else {
+            continue;
+        };
+        let parts = packed.parts.iter().map(|part| part.tensor.as_str());
+        for tensor in parts.filter(|tensor| source.code_layout(tensor).is_none()) {
+            if let Some(from) = source.type_name(tensor) {
+                found.entry((from, packed.format.bits())).or_default().insert(tensor);
             }
-            Content::Copy(tensor) if source.code_layout(tensor).is_some() => add(tensor, None),
-            _ => {}
         }
     }
     let found = found.into_iter();

@@ -157,9 +157,7 @@ impl LlamaBuilder<'_> {
         }
         if let Some(quantiser) = &self.quantiser {
             let part = Part::whole(EMBED.to_owned(), c.vocab_size);
-            if let Some(rows) = quantiser.embedding(&mut self.graph, &mut self.initializers, part, c.hidden_size) {
-                return rows;
-            }
+            return quantiser.embedding(&mut self.graph, &mut self.initializers, part, c.hidden_size);
         }
         let std = 1.0; // RMSNorm makes the scale of the residual stream's start a matter of taste
         self.initializer(

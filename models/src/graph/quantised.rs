@@ -45,23 +45,25 @@ impl<'a> Quantiser<'a> {
         }
     }
 
-    /// The rows of input_ids of `part`; `None`: its format is none that GatherBlockQuantized takes.
+    /// The rows of input_ids of `part`.
     pub fn embedding(
         &self,
         graph: &mut GraphBuilder,
         initializers: &mut Vec<Initializer>,
         part: Part,
         inner: usize,
-    ) -> Option<String> {
+    ) -> String {
         let format = Format::of(self.source, &part.tensor, false);
-        if format.has_min() {
-            return None;
-        }
         let mut target = Target { graph, initializers };
         let weights = Weights::new(EMBED, inner, vec![part], format);
         let halves = format.halves(self.activations).iter();
         let rows = halves.map(|&half| target.gather(&weights, half)).collect();
-        Some(target.sum(rows, "/model/embed_tokens", None))
+        let rows = target.sum(rows, "/model/embed_tokens", None);
+        if format.has_min() {
+            target.gathered_mins(&weights, &rows)
+        } else {
+            rows
+        }
     }
 
     /// The logits of `x`. The head is `part`, which may be the embedding.
@@ -165,7 +167,7 @@ impl Target<'_> {
     fn packed(&mut self, weights: &Weights, what: What, suffix: &str, same_as: Option<String>) -> String {
         let name = match what {
             What::Codes(half) | What::Table(half) => weights.codes_name(half),
-            What::Scales(_) | What::Mins => format!("{}{suffix}", weights.name),
+            What::Scales(_) | What::Mins | What::TableMins => format!("{}{suffix}", weights.name),
         };
         let packed = Packed {
             parts: weights.parts.clone(),
@@ -229,6 +231,36 @@ impl Target<'_> {
         out
     }
 
+    /// `rows`, which were gathered by input_ids, plus the minimums of their groups.
+    fn gathered_mins(&mut self, weights: &Weights, rows: &str) -> String {
+        let path = "/model/embed_tokens/mins";
+        let out = |op: &str| format!("{path}/{op}/output_0");
+        let mins = self.packed(weights, What::TableMins, "_mins", None);
+        let gather = self.graph.node("Gather", &[&mins, "input_ids"]);
+        gather.named(&format!("{path}/Gather"), &[&out("Gather")]);
+        let axes = self.constant(&format!("{path}/axes"), &[-1]);
+        let unsqueeze = self.graph.node("Unsqueeze", &[&out("Gather"), &axes]);
+        unsqueeze.named(&format!("{path}/Unsqueeze"), &[&out("Unsqueeze")]);
+        let grouped = self.grouped(path, rows, weights.inner, weights.format.group());
+        let add = self.graph.node("Add", &[&grouped, &out("Unsqueeze")]);
+        add.named(&format!("{path}/Add"), &[&out("Add")]);
+        let dims = [0, 0, weights.inner as i64];
+        let shape = self.constant(&format!("{path}/whole_shape"), &dims);
+        let reshape = self.graph.node("Reshape", &[&out("Add"), &shape]);
+        reshape.named(&format!("{path}/Reshape_1"), &[&out("Reshape_1")]);
+        out("Reshape_1")
+    }
+
+    /// `x` with groups of its last dimension in a dimension of their own.
+    fn grouped(&mut self, path: &str, x: &str, inner: usize, group: usize) -> String {
+        let dims = [0, 0, (inner / group) as i64, group as i64];
+        let shape = self.constant(&format!("{path}/shape"), &dims);
+        let reshape = format!("{path}/Reshape");
+        let out = format!("{reshape}/output_0");
+        self.graph.node("Reshape", &[x, &shape]).named(&reshape, &[&out]);
+        out
+    }
+
     /// `x` times one half of the weights.
     fn matmul_nbits(
         &mut self,
@@ -266,11 +298,7 @@ impl Target<'_> {
     /// Sums of `x` over groups of its last dimension.
     fn group_sums(&mut self, path: &str, x: &str, inner: usize, group: usize) -> String {
         let path = format!("{path}/mins");
-        let dims = [0, 0, (inner / group) as i64, group as i64];
-        let shape = self.constant(&format!("{path}/shape"), &dims);
-        let reshape = format!("{path}/Reshape");
-        let grouped = format!("{reshape}/output_0");
-        self.graph.node("Reshape", &[x, &shape]).named(&reshape, &[&grouped]);
+        let grouped = self.grouped(&path, x, inner, group);
         let axes = self.constant(&format!("{path}/axes"), &[-1]);
         let sum = format!("{path}/ReduceSum");
         let out = format!("{sum}/output_0");

@@ -20,11 +20,11 @@ pub fn fill(source: &Source, packed: &Packed, first_row: usize, rows: usize, out
         }
         What::Scales(half) => {
             let step = if half == Half::High { 16.0 } else { 1.0 };
-            let write = |codes: &Codes, row: &mut [u8]| {
-                for (i, scale) in codes.scales.iter().enumerate() {
-                    Dtype::F32.put(row, i, scale * step);
-                }
-            };
+            let write = |codes: &Codes, row: &mut [u8]| put_floats(&codes.scales, step, row);
+            by_rows(source, packed, first_row, rows, out, write)
+        }
+        What::TableMins => {
+            let write = |codes: &Codes, row: &mut [u8]| put_floats(&codes.mins, 1.0, row);
             by_rows(source, packed, first_row, rows, out, write)
         }
         What::Mins => mins(source, packed, first_row, rows, out),
@@ -74,6 +74,12 @@ fn mins(source: &Source, packed: &Packed, first_row: usize, rows: usize, out: &m
         }
     }
     Ok(())
+}
+
+fn put_floats(values: &[f32], times: f32, out: &mut [u8]) {
+    for (i, value) in values.iter().enumerate() {
+        Dtype::F32.put(out, i, value * times);
+    }
 }
 
 /// Low nibbles first, as MatMulNBits and 4-bit tensors of ONNX have them.

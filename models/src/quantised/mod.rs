@@ -113,8 +113,10 @@ pub enum What {
     Table(Half),
     /// `[outer, groups]`.
     Scales(Half),
-    /// `[groups, outer]`.
+    /// `[groups, outer]`, to multiply with.
     Mins,
+    /// `[outer, groups]`, to gather rows of.
+    TableMins,
 }
 
 /// An initializer of quantised linear layers, one after the other.
@@ -133,7 +135,7 @@ impl Packed {
         match self.what {
             What::Table(half) if self.format.stored_bits(half) == 4 => DataType::Uint4,
             What::Codes(_) | What::Table(_) => DataType::Uint8,
-            What::Scales(_) | What::Mins => DataType::Float,
+            What::Scales(_) | What::Mins | What::TableMins => DataType::Float,
         }
     }
 
@@ -142,7 +144,8 @@ impl Packed {
         let rows: usize = self.parts.iter().map(|part| part.rows).sum();
         match self.what {
             What::Codes(Half::Both | Half::High) | What::Table(Half::Both | Half::High) => rows * self.inner,
-            What::Codes(Half::Low) | What::Table(Half::Low) | What::Scales(_) | What::Mins => 0,
+            What::Codes(Half::Low) | What::Table(Half::Low) => 0,
+            What::Scales(_) | What::Mins | What::TableMins => 0,
         }
     }
 
@@ -155,7 +158,7 @@ impl Packed {
                 vec![outer, groups, bytes]
             }
             What::Table(_) => vec![outer, self.inner],
-            What::Scales(_) => vec![outer, groups],
+            What::Scales(_) | What::TableMins => vec![outer, groups],
             What::Mins => vec![groups, outer],
         }
     }

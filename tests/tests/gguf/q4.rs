@@ -27,8 +27,8 @@ fn logits(folder: &Path) -> Vec<f32> {
     logits
 }
 
-/// Every architecture, every type with codes, and embeddings of one product, of two and of none that
-/// GatherBlockQuantized takes; of their own and the head's.
+/// Every architecture, every type with codes, and embeddings in one table, in two, and with
+/// minimums; of their own and the head's.
 #[test]
 fn codes_compute_what_their_dequantised_values_compute() {
     let folder = tempfile::tempdir().unwrap();
@@ -68,16 +68,12 @@ fn what_has_no_codes_is_rounded_and_named() {
     let (file, out) = (folder.path().join("tiny.gguf"), folder.path().join("tiny"));
     std::fs::write(&file, TINY_GGUFS[0].bytes()).unwrap();
     let built = build(&file, &out, &q4(Activations::F32)).unwrap();
-    let notes = |rounded: &[retro_models::Rounded]| -> Vec<(String, Option<i64>, usize)> {
+    let notes = |rounded: &[retro_models::Rounded]| -> Vec<(String, i64, usize)> {
         rounded.iter().map(|r| (r.from.clone(), r.bits, r.tensors)).collect()
     };
     assert_eq!(
         notes(&built.rounded),
-        [
-            ("BF16".to_owned(), Some(4), 3),
-            ("F16".to_owned(), Some(4), 3),
-            ("Q5_1".to_owned(), None, 1)
-        ]
+        [("BF16".to_owned(), 4, 3), ("F16".to_owned(), 4, 3)]
     );
     // A Hugging Face folder: 6 layers of 7 matrices, and the embedding, which is the head too.
     let weights = paths::root().join("models/ledger");
@@ -86,7 +82,7 @@ fn what_has_no_codes_is_rounded_and_named() {
     let built = build(&weights, &out, &q4(Activations::F32)).unwrap();
     assert_eq!(
         notes(&built.rounded),
-        [("BF16".to_owned(), Some(4), 42), ("BF16".to_owned(), Some(8), 1)]
+        [("BF16".to_owned(), 4, 42), ("BF16".to_owned(), 8, 1)]
     );
     assert_eq!(built.parameters, full.parameters);
     assert!(built.weight_bytes * 4 < full.weight_bytes);
@@ -99,10 +95,11 @@ fn what_has_no_codes_is_rounded_and_named() {
 #[test]
 fn quantised_models_convert() {
     let folder = tempfile::tempdir().unwrap();
-    for (tiny, embedding) in TINY_GGUFS
-        .into_iter()
-        .zip([TensorType::Q8_0, TensorType::Q4_0].into_iter().cycle())
-    {
+    for (tiny, embedding) in TINY_GGUFS.into_iter().zip(
+        [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q5_1]
+            .into_iter()
+            .cycle(),
+    ) {
         for activations in [Activations::F32, Activations::Int8] {
             let name = format!("{}-{activations:?}", tiny.name);
             let out = folder.path().join(&name);
