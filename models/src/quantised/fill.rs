@@ -2,7 +2,10 @@
 
 use retro_gguf::Codes;
 
-use super::{Format, Half, Packed, What, round};
+use super::{
+    packed::{Format, Half, Packed, What},
+    round,
+};
 use crate::{
     dtype::Dtype,
     error::Result,
