@@ -1,6 +1,7 @@
 //! From a shape and a source of weights to a folder that ONNX Runtime, onnxruntime-genai and `retro-run` can open.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io::Write,
     os::unix::fs::FileExt,
@@ -22,7 +23,9 @@ use crate::{
     graph::{self, Llama},
     initializer::{self, Initializer},
     proto,
+    quantised::Activations,
     random::RandomWeights,
+    rounded::{Rounded, rounded},
     safetensors::Weights,
     source::Source,
 };
@@ -42,6 +45,9 @@ const ALIGNMENT: u64 = 4096;
 pub struct Options {
     /// Element type of weights, activations, keys and values.
     pub dtype: Dtype,
+    /// Linear layers, the embedding and the head have weights of 4 and 8 bits, which are multiplied with this; all else
+    /// is f32, whatever `dtype` says.
+    pub q4: Option<Activations>,
     /// Weights beyond this many bytes are written to `model.onnx.data`; protobuf itself ends at 2 GiB.
     pub external_threshold: u64,
     /// A tokenizer.json in the place of the model's own.
@@ -52,6 +58,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             dtype: Dtype::F32,
+            q4: None,
             external_threshold: EXTERNAL_THRESHOLD,
             tokenizer: None,
         }
@@ -69,6 +76,8 @@ pub struct Built {
     pub weight_bytes: u64,
     /// Whether the weights are in `model.onnx.data` beside it.
     pub external: bool,
+    /// With [`Options::q4`]: tensors that the graph does not have as the file has them.
+    pub rounded: Vec<Rounded>,
 }
 
 /// Builds the model `weights` into the folder `out`, which is made if need be. `weights` is a GGUF file, or a folder
@@ -147,58 +156,58 @@ pub fn build_random(config: &LlamaConfig, seed: u64, out: &Path, options: &Optio
 /// As [`build`]'s.
 pub fn check_gguf(bytes: Bytes, path: &Path) -> Result<LlamaConfig> {
     let model = GgufModel::parse(bytes, path, true)?;
-    plan(&model.config, &Source::Gguf(model.weights), Dtype::F32)?;
+    let source = Source::Gguf(model.weights);
+    plan(&model.config, &source, Dtype::F32, None)?;
+    plan(&model.config, &source, Dtype::F32, Some(Activations::F32))?;
     Ok(model.config)
 }
 
 /// The graph, for which `source` has all weights and no others.
-fn plan(config: &LlamaConfig, source: &Source, dtype: Dtype) -> Result<Llama> {
+fn plan(config: &LlamaConfig, source: &Source, dtype: Dtype, q4: Option<Activations>) -> Result<Llama> {
     // Before a graph of as many layers is made.
     if let Some(tensors) = source.count().filter(|tensors| *tensors < config.layers) {
         let layers = config.layers;
         return Err(Error::Layers { layers, tensors });
     }
-    let llama = graph::llama(config, dtype);
+    let llama = match q4 {
+        None => graph::llama(config, dtype),
+        Some(activations) => graph::quantised_llama(config, source, activations),
+    };
     initializer::check(source, config, &llama.initializers)?;
     Ok(llama)
 }
 
 fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
-    let llama = plan(config, source, options.dtype)?;
+    let dtype = options.q4.map_or(options.dtype, |_| Dtype::F32);
+    let llama = plan(config, source, dtype, options.q4)?;
     fs::create_dir_all(out).map_err(at!(MakeFolder, out))?;
-    let sizes: Vec<u64> = llama
-        .initializers
-        .iter()
-        .map(|i| i.bytes(options.dtype) as u64)
-        .collect();
-    let weight_bytes = sizes.iter().sum();
+    let places = Places::of(&llama.initializers, dtype);
+    let weight_bytes = places.weight_bytes;
     let external = weight_bytes > options.external_threshold;
     let job = Job {
         config,
         source,
-        dtype: options.dtype,
+        dtype,
         llama: &llama,
     };
     let model = out.join("model.onnx");
     let data = out.join(DATA);
-    let offsets = layout(&sizes);
     let weights = if external {
-        let end = offsets.iter().zip(&sizes).map(|(o, s)| o + s).max().unwrap_or(0);
-        Some(job.write_data(&data, &offsets, end)?)
+        Some(job.write_data(&data, &places)?)
     } else {
         None
     };
-    let message = proto::model(&llama, options.dtype, |i, init| {
+    let message = proto::model(&llama, dtype, |i, init| {
         if external {
-            let place = offsets.get(i).zip(sizes.get(i));
-            let (offset, length) = place.ok_or(Error::Internal("an initializer without a place in the data file"))?;
+            let place = places.offsets.get(i);
+            let offset = place.ok_or(Error::Internal("an initializer without a place in the data file"))?;
             Ok(proto::Data::External {
                 location: DATA,
                 offset: *offset,
-                length: *length,
+                length: init.bytes(dtype) as u64,
             })
         } else {
-            let mut bytes = vec![0; init.bytes(options.dtype)];
+            let mut bytes = vec![0; init.bytes(dtype)];
             job.fill(i, init, 0, &mut bytes)?;
             Ok(proto::Data::Inline(bytes))
         }
@@ -215,30 +224,49 @@ fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -
     write_model(&message, &model, true)?;
     let genai = serde_json::to_string_pretty(&genai::config(config))?;
     write_whole(&out.join("genai_config.json"), genai.as_bytes())?;
-    let parameters = llama
-        .initializers
-        .iter()
-        .filter(|i| !matches!(i.content, initializer::Content::Rope { .. }));
-    let parameters = parameters.map(|i| (i.rows() * i.columns()) as u64).sum();
+    let parameters = llama.initializers.iter().map(|i| i.parameters() as u64).sum();
+    let rounded = options.q4.map(|_| rounded(source, &llama.initializers));
     Ok(Built {
         model,
         parameters,
         weight_bytes,
         external,
+        rounded: rounded.unwrap_or_default(),
     })
 }
 
 /// Name of the external data file, as exporters call it.
 const DATA: &str = "model.onnx.data";
 
-fn layout(sizes: &[u64]) -> Vec<u64> {
-    let mut next = 0u64;
-    let place = |size: &u64| {
-        let offset = next;
-        next = (next + size).next_multiple_of(ALIGNMENT);
-        offset
-    };
-    sizes.iter().map(place).collect()
+/// Where initializers are in the data file, and how long it is.
+struct Places {
+    offsets: Vec<u64>,
+    end: u64,
+    /// Of all initializers, each counted once.
+    weight_bytes: u64,
+}
+
+impl Places {
+    fn of(initializers: &[Initializer], dtype: Dtype) -> Self {
+        let mut places = Self {
+            offsets: Vec::new(),
+            end: 0,
+            weight_bytes: 0,
+        };
+        let mut by_name = HashMap::new();
+        for init in initializers {
+            let shared = init.same_as.as_ref().and_then(|name| by_name.get(name)).copied();
+            let offset = shared.unwrap_or_else(|| {
+                let offset = places.end.next_multiple_of(ALIGNMENT);
+                places.end = offset + init.bytes(dtype) as u64;
+                places.weight_bytes += init.bytes(dtype) as u64;
+                offset
+            });
+            by_name.insert(&init.name, offset);
+            places.offsets.push(offset);
+        }
+        places
+    }
 }
 
 /// Written beside and renamed, so that the file is there whole or not at all.
@@ -276,16 +304,16 @@ impl Job<'_> {
 
     /// Makes and writes the pieces of all initializers with as many threads as the machine has; a thread holds one
     /// piece. The file is a temporary one beside `path`.
-    fn write_data(&self, path: &Path, offsets: &[u64], end: u64) -> Result<NamedTempFile> {
+    fn write_data(&self, path: &Path, places: &Places) -> Result<NamedTempFile> {
         remove_abandoned(folder_of(path));
         let temporary = new_file_beside(path).map_err(at!(Write, path))?;
         let file = temporary.as_file();
-        file.set_len(end).map_err(|source| Error::Extend {
+        file.set_len(places.end).map_err(|source| Error::Extend {
             path: path.to_owned(),
-            bytes: end,
+            bytes: places.end,
             source,
         })?;
-        let pieces = self.pieces(offsets);
+        let pieces = self.pieces(&places.offsets);
         let next = AtomicUsize::new(0);
         let work = || -> Result<()> {
             let mut buffer = Vec::new();
@@ -311,7 +339,10 @@ impl Job<'_> {
     fn pieces(&self, offsets: &[u64]) -> Vec<Piece<'_>> {
         let mut pieces = Vec::new();
         for ((index, init), &offset) in self.llama.initializers.iter().enumerate().zip(offsets) {
-            let row_bytes = init.columns() * self.dtype.size();
+            if init.same_as.is_some() {
+                continue;
+            }
+            let row_bytes = init.row_bytes(self.dtype);
             let step = rows_of_a_piece(row_bytes);
             for row in (0..init.rows()).step_by(step) {
                 let bytes = step.min(init.rows() - row) * row_bytes;

@@ -75,6 +75,8 @@ pub enum Error {
     },
     #[error("tensor {0} lies outside its file")]
     OutsideFile(String),
+    #[error("its rows have {inner} elements, 4-bit weights come in groups of {group}: build with --dtype f32 or f16")]
+    Groups { inner: usize, group: usize },
     #[error("initializer {name}")]
     Initializer { name: String, source: Box<Error> },
 

@@ -3,10 +3,14 @@
 
 use std::collections::HashSet;
 
+use retro_onnx::DataType;
+
 use crate::{
     config::LlamaConfig,
     dtype::Dtype,
     error::{Error, Result},
+    part::Part,
+    quantised::{self, Packed},
     source::{Source, Tensor},
 };
 
@@ -21,28 +25,10 @@ pub enum Content {
     Joined(Vec<Part>),
     /// cos (or sin) of position times frequency, `[max_positions, D/2]`.
     Rope { sin: bool },
-}
-
-/// Some rows of a Hugging Face tensor.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Part {
-    pub tensor: String,
-    pub first: usize,
-    pub rows: usize,
-    /// Rows of the whole tensor.
-    pub of: usize,
-}
-
-impl Part {
-    /// All rows.
-    pub fn whole(tensor: String, rows: usize) -> Self {
-        Self {
-            tensor,
-            first: 0,
-            rows,
-            of: rows,
-        }
-    }
+    /// Codes, scales or minimums of quantised linear layers.
+    Packed(Packed),
+    /// Elements of this type that have this byte everywhere.
+    Constant(DataType, u8),
 }
 
 /// One initializer: rows of equal width, `[rows]` or `[rows, columns]`.
@@ -53,6 +39,8 @@ pub struct Initializer {
     pub content: Content,
     /// Standard deviation when the weights are random; `None`: all ones (the scales of a norm).
     pub std: Option<f32>,
+    /// The initializer, of other dimensions or another type, that has the same bytes: they are in the file once.
+    pub same_as: Option<String>,
 }
 
 /// Rows of a source that are read before they are transposed: a cache line of f32.
@@ -60,15 +48,50 @@ const TILE: usize = 16;
 
 impl Initializer {
     pub fn rows(&self) -> usize {
-        self.dims.first().copied().unwrap_or(0)
+        match self.content {
+            // Rows of 4-bit numbers need not end with a byte.
+            Content::Constant(..) => 1,
+            _ => self.dims.first().copied().unwrap_or(0),
+        }
     }
 
+    /// Elements of a row.
     pub fn columns(&self) -> usize {
-        self.dims.iter().skip(1).product()
+        match self.content {
+            Content::Constant(..) => self.dims.iter().product(),
+            _ => self.dims.iter().skip(1).product(),
+        }
+    }
+
+    /// ONNX's element type where activations are `dtype`.
+    pub fn data_type(&self, dtype: Dtype) -> DataType {
+        match &self.content {
+            Content::Constant(data_type, _) => *data_type,
+            Content::Packed(packed) => packed.data_type(),
+            _ => dtype.onnx(),
+        }
+    }
+
+    pub fn row_bytes(&self, dtype: Dtype) -> usize {
+        match self.data_type(dtype) {
+            DataType::Uint4 => self.columns().div_ceil(2),
+            DataType::Uint8 => self.columns(),
+            _ => self.columns() * dtype.size(),
+        }
     }
 
     pub fn bytes(&self, dtype: Dtype) -> usize {
-        self.rows() * self.columns() * dtype.size()
+        self.rows() * self.row_bytes(dtype)
+    }
+
+    /// Weights that the model has here and nowhere else.
+    pub fn parameters(&self) -> usize {
+        match &self.content {
+            _ if self.same_as.is_some() => 0,
+            Content::Rope { .. } | Content::Constant(..) => 0,
+            Content::Packed(packed) => packed.parameters(),
+            Content::Copy(_) | Content::Transposed(_) | Content::Joined(_) => self.rows() * self.columns(),
+        }
     }
 }
 
@@ -98,7 +121,19 @@ pub fn check(source: &Source, config: &LlamaConfig, initializers: &[Initializer]
                     used.insert(source.stored_name(&part.tensor));
                 }
             }
-            Content::Rope { .. } => {}
+            Content::Packed(packed) => {
+                let group = packed.format.group();
+                if !packed.inner.is_multiple_of(group) {
+                    let inner = packed.inner;
+                    return Err(named(Error::Groups { inner, group }));
+                }
+                for part in &packed.parts {
+                    let shape = [part.of, packed.inner];
+                    source.get(&part.tensor, &shape).map_err(named)?;
+                    used.insert(source.stored_name(&part.tensor));
+                }
+            }
+            Content::Rope { .. } | Content::Constant(..) => {}
         }
     }
     // Hugging Face's folders may have what can be computed: RoPE's frequencies, and the embedding a second time.
@@ -121,8 +156,10 @@ pub fn fill(
     out: &mut [u8],
 ) -> Result<()> {
     let columns = init.columns();
-    let rows = out.len() / (columns * dtype.size()).max(1);
+    let rows = out.len() / init.row_bytes(dtype).max(1);
     match (&init.content, source) {
+        (Content::Constant(_, byte), _) => out.fill(*byte),
+        (Content::Packed(packed), _) => quantised::fill(source, packed, first_row, rows, out)?,
         (Content::Rope { sin }, _) => {
             let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim);
             for row in 0..rows {
@@ -227,7 +264,12 @@ mod tests {
     use retro_gguf::{Bytes, Gguf, TensorType, Writer};
 
     use super::*;
-    use crate::{config::Family, gguf::GgufWeights, rope::RopeScaling};
+    use crate::{
+        config::Family,
+        gguf::GgufWeights,
+        quantised::{Format, Half, What},
+        rope::RopeScaling,
+    };
 
     const HIDDEN: usize = 64;
 
@@ -274,6 +316,9 @@ mod tests {
                 &q8_0(rows),
             );
         }
+        let q4_1 = (0..16 * 2 * 20).map(|i| [0x31, 0x2c, 0x17, 0x2e][i % 4] ^ (i / 20) as u8);
+        let q4_1: Vec<u8> = q4_1.collect();
+        file.tensor("blk.0.ffn_down.weight", &[16, HIDDEN], TensorType::Q4_1, &q4_1);
         let vector = (0..HIDDEN).flat_map(|i| (i as f32).to_le_bytes()).collect::<Vec<_>>();
         file.tensor("output_norm.weight", &[HIDDEN], TensorType::F32, &vector);
         let file = Gguf::parse(Bytes::from(file.finish())).unwrap();
@@ -287,6 +332,17 @@ mod tests {
             rows,
             of,
         }
+    }
+
+    /// Two tensors side by side in the format of the first.
+    fn packed(source: &Source, what: What, first: &str, second: &str) -> (Vec<usize>, Content) {
+        let packed = Packed {
+            parts: vec![part(first, 2, 14, 16), part(second, 0, 8, 8)],
+            inner: HIDDEN,
+            format: Format::of(source, first, true),
+            what,
+        };
+        (packed.dims(), Content::Packed(packed))
     }
 
     /// What a thread makes of a large initializer: runs of rows that begin in the middle of blocks.
@@ -309,15 +365,21 @@ mod tests {
                 Content::Joined(vec![part(norm, 5, 8, HIDDEN), part(norm, 0, 32, HIDDEN)]),
             ),
             (vec![9, 4], Content::Rope { sin: true }),
+            packed(&source, What::Codes(Half::High), &q, &k),
+            packed(&source, What::Codes(Half::Low), &q, &k),
+            packed(&source, What::Codes(Half::Both), &q, &k),
+            packed(&source, What::Scales(Half::High), &q, &k),
+            packed(&source, What::Mins, "model.layers.0.mlp.down_proj.weight", &k),
         ] {
             let init = Initializer {
                 name: "x".to_owned(),
                 dims,
                 content,
                 std: None,
+                same_as: None,
             };
             let make = |first: usize, rows: usize| {
-                let mut out = vec![0xff; rows * init.columns() * 4];
+                let mut out = vec![0xff; rows * init.row_bytes(Dtype::F32)];
                 fill(&source, &config(), 0, &init, Dtype::F32, first, &mut out).unwrap();
                 out
             };
@@ -340,6 +402,7 @@ mod tests {
                 dims: vec![HIDDEN, outer],
                 content,
                 std: None,
+                same_as: None,
             };
             let mut out = vec![0; HIDDEN * outer * 4];
             fill(&source, &config(), 0, &init, Dtype::F32, 0, &mut out).unwrap();

@@ -1,5 +1,5 @@
 //! Builds ONNX graphs of decoders of the Llama family in the style of onnxruntime-genai's model builder: any size,
-//! weights from safetensors, GGUF or random, f32 or f16, weights inline or in an external data file.
+//! weights from safetensors, GGUF or random, f32, f16 or 4-bit, weights inline or in an external data file.
 //!
 //! `models/ledger` and `models/code` beside this crate are two small trained models to build from.
 
@@ -15,10 +15,13 @@ mod gguf;
 pub mod graph;
 mod initializer;
 pub mod ledger;
+mod part;
 mod proto;
 mod python_random;
+mod quantised;
 mod random;
 mod rope;
+mod rounded;
 mod safetensors;
 mod source;
 
@@ -26,4 +29,6 @@ pub use build::{Built, EXTERNAL_THRESHOLD, Options, build, build_random, check_g
 pub use config::{Family, LlamaConfig};
 pub use dtype::Dtype;
 pub use error::{ConfigError, Error, Result, TokenizerError};
+pub use quantised::Activations;
 pub use rope::RopeScaling;
+pub use rounded::Rounded;

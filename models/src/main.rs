@@ -10,9 +10,9 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
-use retro_models::{Dtype, EXTERNAL_THRESHOLD, Family, LlamaConfig, Options, RopeScaling};
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use retro_models::{Activations, Dtype, EXTERNAL_THRESHOLD, Family, LlamaConfig, Options, RopeScaling, Rounded};
 
 /// Builds ONNX graphs of language models of the Llama family.
 #[derive(Parser)]
@@ -86,14 +86,37 @@ struct Build {
     /// Folder to write to.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Element type of weights, activations, keys and values.
-    #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    dtype: Dtype,
+    /// Type of weights.
+    #[arg(long, value_enum, default_value_t = WeightType::F32)]
+    dtype: WeightType,
+    /// With --dtype q4: what MatMulNBits multiplies weights with (its attribute accuracy_level). 1 is f32; 4 is 8 bits:
+    /// faster, and less exact. onnxruntime-genai's builder sets 4 for the CPU.
+    /// [default: 1]
+    #[arg(long, value_parser = accuracy_level, value_name = "1|4")]
+    accuracy_level: Option<Activations>,
     /// Weights of more than this many bytes go to model.onnx.data.
     #[arg(long, default_value_t = EXTERNAL_THRESHOLD, value_name = "BYTES")]
     external_threshold: u64,
     #[command(flatten)]
     shape: Shape,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WeightType {
+    /// float32, as are activations, keys and values.
+    F32,
+    /// float16, as are activations, keys and values.
+    F16,
+    /// 4 and 8 bits; activations, keys and values are float32.
+    Q4,
+}
+
+fn accuracy_level(text: &str) -> Result<Activations, &'static str> {
+    match text {
+        "1" => Ok(Activations::F32),
+        "4" => Ok(Activations::Int8),
+        _ => Err("the levels are 1 (f32) and 4 (int8)"),
+    }
 }
 
 /// The shape of a random model.
@@ -160,8 +183,15 @@ impl Shape {
 
 fn build(args: &Build) -> Result<()> {
     let start = Instant::now();
+    if args.accuracy_level.is_some() && args.dtype != WeightType::Q4 {
+        bail!("--accuracy-level is for --dtype q4 only");
+    }
     let options = Options {
-        dtype: args.dtype,
+        dtype: match args.dtype {
+            WeightType::F16 => Dtype::F16,
+            WeightType::F32 | WeightType::Q4 => Dtype::F32,
+        },
+        q4: (args.dtype == WeightType::Q4).then_some(args.accuracy_level.unwrap_or(Activations::F32)),
         external_threshold: args.external_threshold,
         tokenizer: args.tokenizer.clone(),
     };
@@ -173,6 +203,10 @@ fn build(args: &Build) -> Result<()> {
         retro_models::check_out(weights, &args.output)?;
         retro_models::build(weights, &args.output, &options)?
     };
+    for Rounded { from, bits, tensors } in &built.rounded {
+        let noun = if *tensors == 1 { "tensor" } else { "tensors" };
+        note(&format!("note: {tensors} {noun} of {from} rounded to {bits} bits"));
+    }
     note(&format!(
         "{}: {:.1} M parameters, {:.1} MiB of weights {}, {:.1} s",
         built.model.display(),

@@ -50,14 +50,14 @@ pub fn model(
 fn tensor(init: &Initializer, dtype: Dtype, data: Data) -> TensorProto {
     let dims: Vec<i64> = init.dims.iter().map(|&d| d as i64).collect();
     match data {
-        Data::Inline(bytes) => TensorProto::raw(&init.name, dtype.onnx(), &dims, Bytes::from(bytes)),
+        Data::Inline(bytes) => TensorProto::raw(&init.name, init.data_type(dtype), &dims, Bytes::from(bytes)),
         Data::External {
             location,
             offset,
             length,
         } => TensorProto {
             dims,
-            data_type: Some(dtype.onnx().into()),
+            data_type: Some(init.data_type(dtype).into()),
             name: Some(init.name.clone()),
             external_data: vec![
                 StringStringEntryProto::new("location", location),

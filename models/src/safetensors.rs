@@ -120,6 +120,15 @@ impl Weights {
         self.entries.keys().map(String::as_str)
     }
 
+    /// What the type of the tensor `name` is called, if it is there.
+    pub fn type_name(&self, name: &str) -> Option<&'static str> {
+        self.entries.get(name).map(|entry| match entry.stored {
+            Stored::F32 => "F32",
+            Stored::F16 => "F16",
+            Stored::Bf16 => "BF16",
+        })
+    }
+
     /// The tensor `name`, which must have exactly `shape`.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
         let entry = self.entries.get(name).ok_or_else(|| Error::NoTensor(name.to_owned()))?;

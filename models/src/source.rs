@@ -1,5 +1,7 @@
 //! Where weights come from, under the names that Hugging Face's models give them.
 
+use retro_gguf::{CodeLayout, Codes};
+
 use crate::{
     error::{Error, Result},
     gguf::{self, GgufWeights},
@@ -48,6 +50,25 @@ impl Source {
         }
     }
 
+    /// How the elements of the tensor of a Hugging Face name are made of codes; `None`: they are plain numbers, or it
+    /// is not there.
+    pub fn code_layout(&self, name: &str) -> Option<CodeLayout> {
+        match self {
+            Self::Gguf(weights) => weights.kind(name)?.code_layout(),
+            Self::Safetensors(_) | Self::Random(_) => None,
+        }
+    }
+
+    /// What the files call the type of the tensor of a Hugging Face name; `None`: weights are random, or it is not
+    /// there.
+    pub fn type_name(&self, name: &str) -> Option<String> {
+        match self {
+            Self::Gguf(weights) => weights.kind(name).map(|kind| kind.to_string()),
+            Self::Safetensors(weights) => weights.type_name(name).map(str::to_owned),
+            Self::Random(_) => None,
+        }
+    }
+
     /// The name that the tensor of a Hugging Face name has in the files.
     pub fn stored_name(&self, name: &str) -> String {
         match self {
@@ -79,6 +100,17 @@ impl Tensor<'_> {
                 let read = tensor.read(row, start, self.columns, out);
                 read.map_err(|_| Error::Internal("a run that is not inside its tensor"))
             }
+        }
+    }
+    /// Adds the codes of `row` to `out`; false: the type has none.
+    pub fn read_codes(&self, row: usize, out: &mut Codes) -> Result<bool> {
+        match &self.elements {
+            Elements::Gguf(tensor) if tensor.kind().code_layout().is_some() => {
+                let read = tensor.read_codes(row, self.columns, out);
+                read.map_err(|_| Error::Internal("a row that is not inside its tensor"))?;
+                Ok(true)
+            }
+            Elements::Gguf(_) | Elements::Safetensors(_) => Ok(false),
         }
     }
 }

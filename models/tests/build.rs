@@ -31,6 +31,7 @@ fn options(dtype: Dtype, external_threshold: u64) -> Options {
     Options {
         dtype,
         external_threshold,
+        q4: None,
         tokenizer: None,
     }
 }
@@ -303,4 +304,40 @@ fn counts_that_the_weights_do_not_cover_are_named_at_once() {
         assert!(error.contains(said) && !error.contains('\n'), "{said}: {error}");
         assert!(!to.exists());
     }
+}
+
+#[test]
+fn the_command_says_what_it_rounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_retro-models"));
+        let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("ledger");
+        let output = command
+            .current_dir(&dir)
+            .arg("build")
+            .arg(weights)
+            .args(arguments)
+            .output();
+        let output = output.unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = run(&["--dtype", "q4", "-o", "q4"]);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(
+        lines[..2],
+        [
+            "note: 42 tensors of BF16 rounded to 4 bits",
+            "note: 1 tensor of BF16 rounded to 8 bits"
+        ]
+    );
+    let (code, said) = run(&["--accuracy-level", "4", "-o", "f32"]);
+    let message = "error: --accuracy-level is for --dtype q4 only\n";
+    assert_eq!((code, said.as_str()), (Some(1), message));
+    assert!(!dir.path().join("f32").exists());
+    let (code, said) = run(&["--dtype", "q4", "--accuracy-level", "2", "-o", "f32"]);
+    assert!(
+        code == Some(2) && said.contains("the levels are 1 (f32) and 4 (int8)"),
+        "{said}"
+    );
 }

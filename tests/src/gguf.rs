@@ -21,6 +21,8 @@ pub struct TinyGguf {
     pub linear: Option<f32>,
     /// The tokenizer is SentencePiece's, not byte-level BPE.
     pub sentencepiece: bool,
+    /// The embedding's type; all matrices then have codes.
+    pub coded: Option<TensorType>,
 }
 
 /// A model with SentencePiece's tokenizer, and so with more tokens than those of [`TINY_GGUFS`].
@@ -73,6 +75,15 @@ impl TinyGguf {
             divisors: false,
             linear: None,
             sentencepiece: false,
+            coded: None,
+        }
+    }
+
+    /// The same model with an embedding of this type, and types with codes where it has F16 and BF16.
+    pub const fn coded(self, embedding: TensorType) -> Self {
+        Self {
+            coded: Some(embedding),
+            ..self
         }
     }
 
@@ -135,7 +146,12 @@ impl TinyGguf {
         };
         let head_dim = self.head_dim.unwrap_or(HIDDEN / HEADS);
         let (q, kv) = (HEADS * head_dim, KV_HEADS * head_dim);
-        add("token_embd.weight", &[self.vocabulary(), HIDDEN], TensorType::Q5_1);
+        let embedding = self.coded.unwrap_or(TensorType::Q5_1);
+        let [half, bf16] = match self.coded {
+            Some(_) => [TensorType::Q4_1, TensorType::Q5_1],
+            None => [TensorType::F16, TensorType::Bf16],
+        };
+        add("token_embd.weight", &[self.vocabulary(), HIDDEN], embedding);
         add("output_norm.weight", &[HIDDEN], TensorType::F32);
         if self.head {
             add("output.weight", &[self.vocabulary(), HIDDEN], TensorType::Q8_0);
@@ -152,7 +168,7 @@ impl TinyGguf {
                 add(&name("attn_q.weight"), &[q, HIDDEN], TensorType::Q4_0);
                 add(&name("attn_k.weight"), &[kv, HIDDEN], TensorType::Q4_1);
                 add(&name("attn_v.weight"), &[kv, HIDDEN], TensorType::Q8_0);
-                add(&name("ffn_gate.weight"), &[FFN, HIDDEN], TensorType::Bf16);
+                add(&name("ffn_gate.weight"), &[FFN, HIDDEN], bf16);
                 add(&name("ffn_up.weight"), &[FFN, HIDDEN], TensorType::Q5_0);
             }
             if self.architecture == "qwen2" {
@@ -164,7 +180,7 @@ impl TinyGguf {
                 add(&name("attn_q_norm.weight"), &[head_dim], TensorType::F32);
                 add(&name("attn_k_norm.weight"), &[head_dim], TensorType::F32);
             }
-            add(&name("attn_output.weight"), &[HIDDEN, q], TensorType::F16);
+            add(&name("attn_output.weight"), &[HIDDEN, q], half);
             add(&name("ffn_down.weight"), &[HIDDEN, FFN], down);
         }
         if self.divisors {

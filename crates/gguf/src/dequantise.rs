@@ -118,7 +118,7 @@ fn q5_1(b: &[u8; 24], y: &mut [f32; 32]) {
 
 /// Scale and minimum of 32 elements, of 6 bits each: four pairs in the low bits of 8 bytes, four in the high bits of
 /// these and in 4 more.
-fn scale_min(packed: &[u8; 12], j: usize) -> (f32, f32) {
+pub fn scale_min(packed: &[u8; 12], j: usize) -> (f32, f32) {
     let (scale, min) = if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {

@@ -9,6 +9,7 @@
 #![warn(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod codes;
 mod cursor;
 mod dequantise;
 mod error;
@@ -19,6 +20,7 @@ mod tensor_type;
 mod write;
 
 pub use bytes::Bytes;
+pub use codes::{CodeLayout, Codes};
 pub use error::Error;
 pub use file::Gguf;
 pub use metadata::{Array, Metadata, Value, ValueType};

@@ -1,6 +1,6 @@
 //! The tensors of a GGUF file under Hugging Face's names and in Hugging Face's order of rows.
 
-use retro_gguf::Gguf;
+use retro_gguf::{Codes, Gguf, TensorType};
 
 use crate::{
     config::{Family, LlamaConfig},
@@ -44,6 +44,12 @@ impl GgufWeights {
         names.filter(|name| *name != ROPE_FREQS)
     }
 
+    /// The type of the tensor of a Hugging Face name, if it is there.
+    pub fn kind(&self, name: &str) -> Option<TensorType> {
+        let tensor = self.file.tensor(&gguf_name(name)).ok()?;
+        Some(tensor.kind())
+    }
+
     /// The tensor of a Hugging Face name, which must have exactly `shape`.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
         let ours = gguf_name(name);
@@ -75,6 +81,16 @@ impl Tensor<'_> {
     pub fn read(&self, row: usize, start: usize, columns: usize, out: &mut [f32]) -> Result<(), retro_gguf::Error> {
         let row = self.interleaved.map_or(row, |head_dim| stored_row(row, head_dim));
         self.stored.read(row * columns + start, out)
+    }
+
+    pub fn kind(&self) -> TensorType {
+        self.stored.kind()
+    }
+
+    /// Adds the codes of Hugging Face's `row`, of `columns` elements, to `out`.
+    pub fn read_codes(&self, row: usize, columns: usize, out: &mut Codes) -> Result<(), retro_gguf::Error> {
+        let row = self.interleaved.map_or(row, |head_dim| stored_row(row, head_dim));
+        self.stored.read_codes(row * columns, columns, out)
     }
 }
 

@@ -4,6 +4,7 @@
 mod hostile;
 mod hugging_face;
 mod logits;
+mod q4;
 mod tokens;
 
 use std::{fs, path::Path};

@@ -3,6 +3,9 @@
 //!
 //! B batch, S tokens fed, `past` and `total` lengths of the cache: all symbolic dimensions of the inputs and outputs.
 
+mod quantised;
+
+use quantised::Quantiser;
 use retro_onnx::{
     AttributeProto, DataType, Dimension, GraphBuilder, GraphProto, NodeBuilder, TensorProto, ValueInfoProto,
 };
@@ -10,7 +13,10 @@ use retro_onnx::{
 use crate::{
     config::{Family, LlamaConfig},
     dtype::Dtype,
-    initializer::{Content, Initializer, Part},
+    initializer::{Content, Initializer},
+    part::Part,
+    quantised::Activations,
+    source::Source,
 };
 
 /// Everything of the model but the weights' bytes.
@@ -32,11 +38,22 @@ const EMBED: &str = "model.embed_tokens.weight";
 /// Inputs: input_ids int64 `[B, S]`, attention_mask int64 `[B, total]`, past_key_values.N.key and .value `[B, Hkv,
 /// past, D]`. Outputs: logits `[B, S, V]`, present.N.key and .value `[B, Hkv, total, D]`.
 pub fn llama(config: &LlamaConfig, dtype: Dtype) -> Llama {
+    build(config, dtype, None)
+}
+
+/// The graph of `config` whose linear layers, embedding and head have weights of 4 and 8 bits, of the formats that
+/// `source` has them in. Everything else is f32. Inputs and outputs are those of [`llama`].
+pub(crate) fn quantised_llama(config: &LlamaConfig, source: &Source, activations: Activations) -> Llama {
+    build(config, Dtype::F32, Some(Quantiser::new(source, activations)))
+}
+
+fn build(config: &LlamaConfig, dtype: Dtype, quantiser: Option<Quantiser<'_>>) -> Llama {
     let mut b = LlamaBuilder {
         graph: GraphBuilder::new("main_graph"),
         initializers: Vec::new(),
         config,
         dtype,
+        quantiser,
     };
     b.interface();
     b.mask();
@@ -64,6 +81,7 @@ struct LlamaBuilder<'a> {
     initializers: Vec<Initializer>,
     config: &'a LlamaConfig,
     dtype: Dtype,
+    quantiser: Option<Quantiser<'a>>,
 }
 
 impl LlamaBuilder<'_> {
@@ -134,6 +152,13 @@ impl LlamaBuilder<'_> {
 
     fn embedding(&mut self) -> String {
         let c = self.config;
+        for (name, sin) in [(COS, false), (SIN, true)] {
+            self.initializer(name, vec![c.max_positions, c.head_dim / 2], Content::Rope { sin }, None);
+        }
+        if let Some(quantiser) = &self.quantiser {
+            let part = Part::whole(EMBED.to_owned(), c.vocab_size);
+            return quantiser.embedding(&mut self.graph, &mut self.initializers, part, c.hidden_size);
+        }
         let std = 1.0; // RMSNorm makes the scale of the residual stream's start a matter of taste
         self.initializer(
             EMBED,
@@ -144,9 +169,6 @@ impl LlamaBuilder<'_> {
         let out = "/model/embed_tokens/Gather/output_0";
         let gather = self.graph.node("Gather", &[EMBED, "input_ids"]);
         gather.named("/model/embed_tokens/Gather", &[out]);
-        for (name, sin) in [(COS, false), (SIN, true)] {
-            self.initializer(name, vec![c.max_positions, c.head_dim / 2], Content::Rope { sin }, None);
-        }
         out.into()
     }
 
@@ -327,6 +349,11 @@ impl LlamaBuilder<'_> {
 
     fn lm_head(&mut self, x: &str) {
         let c = self.config;
+        if let Some(quantiser) = &mut self.quantiser {
+            let tensor = if c.tie_word_embeddings { EMBED } else { "lm_head.weight" };
+            let part = Part::whole(tensor.to_owned(), c.vocab_size);
+            return quantiser.head(&mut self.graph, &mut self.initializers, x, c.hidden_size, part);
+        }
         let weight = if c.tie_word_embeddings {
             // One copy of the embedding in the file, as the builder's shared embeddings have it.
             let out = "/lm_head/Transpose/output_0";
@@ -346,6 +373,10 @@ impl LlamaBuilder<'_> {
 
     /// `x` times the side-by-side transposes of `parts`, as the node and initializer names of `module`.
     fn matmul(&mut self, module: &str, x: &str, inner: usize, parts: Vec<Part>) -> String {
+        if let Some(quantiser) = &mut self.quantiser {
+            let (graph, initializers) = (&mut self.graph, &mut self.initializers);
+            return quantiser.linear(graph, initializers, (module, &path(module)), x, inner, parts);
+        }
         let weight = format!("{module}.MatMul.weight");
         self.linear(&weight, inner, parts);
         let path = format!("{}/MatMul", path(module));
@@ -377,6 +408,7 @@ impl LlamaBuilder<'_> {
             dims,
             content,
             std,
+            same_as: None,
         });
     }
 
