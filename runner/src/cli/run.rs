@@ -182,6 +182,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
         chunk: args.chunk,
         sampling,
         stops: args.stop.clone(),
+        more_ends: Vec::new(),
         ignore_eos: args.ignore_eos,
         interrupt: interrupt.clone(),
     };
