@@ -1,7 +1,7 @@
 //! Generates text with ONNX language models, converted by `retro-export` or not.
 //!
 //! [`Runtime`] finds and loads ONNX Runtime, [`Model`] opens a folder,
-//! [`generate`](decoder::generate::generate) makes text from a prompt, [`Chat`](chat::Chat) holds a talk, and
+//! [`generate`](decoder::generate::generate) makes text from a prompt, [`Chat`](chat::Chat) holds a conversation, and
 //! [`Prefilled`](decoder::batch::Prefilled) decodes many documents at once. [`cli`] is the program around them.
 
 // println! and eprintln! panic on a closed pipe: commands write with errors, progress::note without.

@@ -1,4 +1,4 @@
-//! A talk on one cache is the same as one that reads everything anew, at temperature 0.
+//! A conversation on one cache is the same as one that reads everything anew, at temperature 0.
 
 use std::{fs, path::Path, sync::OnceLock};
 
@@ -87,10 +87,10 @@ impl Models {
         Chat::new(model, tokenizer, self.template(template), chosen).unwrap()
     }
 
-    /// What is generated of the whole talk by a run that knows nothing of it; and the talk's tokens.
-    fn anew(&self, name: &str, template: &str, window: usize, talk: &[Message]) -> (String, Vec<u32>) {
+    /// What is generated of the whole conversation by a run that knows nothing of it; and the conversation's tokens.
+    fn anew(&self, name: &str, template: &str, window: usize, conversation: &[Message]) -> (String, Vec<u32>) {
         let (mut model, tokenizer) = self.open(name);
-        let messages: Vec<_> = talk.iter().map(|m| serde_json::to_value(m).unwrap()).collect();
+        let messages: Vec<_> = conversation.iter().map(|m| serde_json::to_value(m).unwrap()).collect();
         let options = RenderOptions {
             add_generation_prompt: true,
             ..RenderOptions::default()
@@ -191,7 +191,7 @@ fn an_interrupted_answer_stays_as_far_as_it_came() {
     assert_eq!((answer.finish, answer.stats.generated_tokens), (Finish::Interrupted, 5));
     assert_eq!(chat.messages()[1].content, answer.text);
 
-    // Interrupted before anything came of it: the message is not part of the talk.
+    // Interrupted before anything came of it: the message is not part of the conversation.
     let before = chat.messages().to_vec();
     let (text, _, finish) = say(&mut chat, LINES[1]).unwrap();
     assert_eq!((text.as_str(), finish), ("", Finish::Interrupted));
@@ -199,8 +199,8 @@ fn an_interrupted_answer_stays_as_far_as_it_came() {
 
     interrupt.raise(0);
     let (text, _, _) = say(&mut chat, LINES[1]).unwrap();
-    let talk = &chat.messages()[..3];
-    assert_eq!(text, models.anew("retro", PLAIN, 4, talk).0);
+    let conversation = &chat.messages()[..3];
+    assert_eq!(text, models.anew("retro", PLAIN, 4, conversation).0);
 }
 
 #[test]

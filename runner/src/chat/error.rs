@@ -1,4 +1,4 @@
-//! What can go wrong in a talk.
+//! What can go wrong in a conversation.
 
 use std::{io, path::PathBuf};
 
@@ -7,7 +7,7 @@ use crate::{
     text::{self, chat_template},
 };
 
-/// The result of a talk's calls.
+/// The result of a conversation's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Each is one line that says what is wrong, where, and what to do.
@@ -20,13 +20,14 @@ pub enum Error {
     /// The tokenizer fails.
     #[error(transparent)]
     Text(#[from] text::Error),
-    /// The template refuses the talk.
+    /// The template refuses the conversation.
     #[error(transparent)]
     Template(#[from] chat_template::Error),
     #[error("the model's context length is unknown: give -c")]
     UnknownContext,
     #[error(
-        "the talk with this message takes {tokens} tokens, and the context holds {capacity}: /clear begins anew{}",
+        "with this message the conversation takes {tokens} tokens, and the context holds {capacity}: /clear begins \
+         anew{}",
         if *.larger { ", and a larger -c holds more" } else { "" }
     )]
     Full {
@@ -35,9 +36,9 @@ pub enum Error {
         /// Whether the model could hold more.
         larger: bool,
     },
-    #[error("cannot read the talk {path}: {source}")]
+    #[error("cannot read the conversation {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("{path} holds no talk that /save wrote: {reason}")]
+    #[error("{path} holds no conversation that /save wrote: {reason}")]
     Foreign { path: PathBuf, reason: String },
     #[error("cannot write {path}: {source}")]
     Write { path: PathBuf, source: io::Error },

@@ -1,8 +1,8 @@
-//! A talk with a model: messages, and the cache that holds what was read of them.
+//! A conversation with a model: messages, and the cache that holds what was read of them.
 //!
-//! Every turn renders the whole talk with the chat template. What the cache holds of it already, the longest common
-//! prefix of the two, is not read again; behind it the cache goes back, where a template changes what was sent (Qwen 3
-//! drops the thinking of earlier turns).
+//! Every turn renders the whole conversation with the chat template. What the cache holds of it already, the longest
+//! common prefix of the two, is not read again; behind it the cache goes back, where a template changes what was sent
+//! (Qwen 3 drops the thinking of earlier turns).
 
 mod error;
 mod transcript;
@@ -23,10 +23,11 @@ use crate::{
 pub use error::{Error, Result};
 pub use transcript::{FORMAT, Message, Role, read, write};
 
-/// The context of a talk where none is asked for: caches are allocated whole, and those of 128k tokens are large.
+/// The context of a conversation where none is asked for: caches are allocated whole, and those of 128k tokens are
+/// large.
 pub const CONTEXT: usize = 8192;
 
-/// How a talk is led.
+/// How a conversation is led.
 #[derive(Clone, Debug)]
 pub struct ChatOptions {
     /// Window and budget.
@@ -43,7 +44,7 @@ pub struct ChatOptions {
     pub stops: Vec<String>,
     /// Variables for the template, and its tools and documents.
     pub rendering: RenderOptions,
-    /// Stops an answer; the talk goes on.
+    /// Stops an answer; the conversation goes on.
     pub interrupt: Interrupt,
 }
 
@@ -72,11 +73,11 @@ pub struct Answer {
     pub finish: Finish,
     /// Times, and what its steps read. The prompt's tokens are those that the cache did not hold.
     pub stats: Stats,
-    /// Tokens of the talk up to the answer's end.
+    /// Tokens of the conversation up to the answer's end.
     pub used: usize,
 }
 
-/// A talk with a model.
+/// A conversation with a model.
 pub struct Chat {
     model: Model,
     tokenizer: ModelTokenizer,
@@ -95,7 +96,7 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// A talk without messages.
+    /// A conversation without messages.
     ///
     /// # Errors
     /// When the context exceeds the model's or is unknown, or an option is out of range.
@@ -118,7 +119,7 @@ impl Chat {
         if options.max_answer == Some(0) {
             return Err(decoder::Error::NoTokens.into());
         }
-        // One date for the whole talk: what was read with another would have to be read again.
+        // One date for the whole conversation: what was read with another would have to be read again.
         options.rendering.now.get_or_insert_with(jiff::Zoned::now);
         let ends = turn_end::written(&template, &tokenizer, &options.rendering);
         Ok(Self {
@@ -189,12 +190,12 @@ impl Chat {
         self.last = None;
     }
 
-    /// Says something and gets the answer, which `observe` sees as it comes. Both become messages of the talk; an
-    /// interrupted answer as far as it came, and none if nothing of it came.
+    /// Says something and gets the answer, which `observe` sees as it comes. Both become messages of the conversation;
+    /// an interrupted answer as far as it came, and neither if nothing of it came.
     ///
     /// # Errors
-    /// When the talk does not fit the context any more, or the template, the model or `observe` fails. The messages are
-    /// as before then.
+    /// When the conversation does not fit the context any more, or the template, the model or `observe` fails. The
+    /// messages are as before then.
     pub fn say<E>(&mut self, text: &str, observe: &mut dyn FnMut(Event<'_>) -> Result<(), E>) -> Result<&Answer, E>
     where
         E: From<Error> + From<decoder::Error>,
@@ -253,7 +254,7 @@ impl Chat {
         })
     }
 
-    /// The tokens of the talk, up to where the answer begins.
+    /// The tokens of the conversation, up to where the answer begins.
     fn prompt(&self) -> Result<Vec<u32>> {
         let options = RenderOptions {
             add_generation_prompt: true,
@@ -276,16 +277,17 @@ impl Chat {
         Ok(ContextPlan { capacity, max_new })
     }
 
-    /// The state to read the prompt into, and how many of the prompt's tokens it holds. It is taken out of the talk, so
+    /// The state to read the prompt into, and how many of the prompt's tokens it holds. It is taken out of `self`, so
     /// that one whose contents an error made unknown is not used again.
     fn state_for(&mut self, prompt: &[u32]) -> Result<(DecoderState, usize)> {
         let common = self.held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // One token must be read, for the logits after it.
         let keep = common.min(prompt.len().saturating_sub(1));
         let held = std::mem::take(&mut self.held);
-        match self.state.take() {
-            Some(state) if keep == held.len() || state.kv().can_go_back() => Ok((state, keep)),
-            _ => Ok((self.model.new_state(1, self.capacity)?, 0)),
+        let fits = |state: &DecoderState| keep == held.len() || state.kv().can_go_back();
+        match self.state.take().filter(fits) {
+            Some(state) => Ok((state, keep)),
+            None => Ok((self.model.new_state(1, self.capacity)?, 0)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Messages, and talks as files.
+//! Messages, and conversations as files.
 
 use std::{
     fs::File,
@@ -15,7 +15,7 @@ use super::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Who sets the rules of the talk.
+    /// Who sets the rules of the conversation.
     System,
     /// Who asks.
     User,
@@ -46,14 +46,14 @@ impl Message {
     }
 }
 
-/// What files of talks say they are.
+/// What files of conversations say they are.
 pub const FORMAT: &str = "retro-run chat 1";
 
 /// The most bytes that are read of one: more than any context holds.
 const MOST: u64 = 64 << 20;
 
 #[derive(Serialize, Deserialize)]
-struct Talk {
+struct Conversation {
     format: String,
     messages: Vec<Message>,
 }
@@ -68,11 +68,11 @@ pub fn write(path: &Path, messages: &[Message]) -> Result<()> {
         path: path.to_owned(),
         source,
     };
-    let talk = Talk {
+    let conversation = Conversation {
         format: FORMAT.to_owned(),
         messages: messages.to_vec(),
     };
-    let mut text = serde_json::to_vec_pretty(&talk).map_err(|e| failed(e.into()))?;
+    let mut text = serde_json::to_vec_pretty(&conversation).map_err(|e| failed(e.into()))?;
     text.push(b'\n');
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
     let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
@@ -84,7 +84,7 @@ pub fn write(path: &Path, messages: &[Message]) -> Result<()> {
 /// Reads messages that [`write`] wrote.
 ///
 /// # Errors
-/// When the file cannot be read, is no talk, or its messages are none that a talk can have.
+/// When the file cannot be read, is no conversation, or its messages are none that a conversation can have.
 pub fn read(path: &Path) -> Result<Vec<Message>> {
     let failed = |source| Error::Read {
         path: path.to_owned(),
@@ -104,17 +104,21 @@ pub fn read(path: &Path) -> Result<Vec<Message>> {
     if text.len() as u64 > MOST {
         return Err(foreign(format!("it is longer than {} MiB", MOST >> 20)));
     }
-    let talk: Talk = serde_json::from_slice(&text).map_err(|e| foreign(e.to_string()))?;
-    if talk.format != FORMAT {
-        return Err(foreign(format!("its format is {:?}, not {FORMAT:?}", talk.format)));
+    let conversation: Conversation = serde_json::from_slice(&text).map_err(|e| foreign(e.to_string()))?;
+    if conversation.format != FORMAT {
+        return Err(foreign(format!(
+            "its format is {:?}, not {FORMAT:?}",
+            conversation.format
+        )));
     }
-    match fault(&talk.messages) {
+    match fault(&conversation.messages) {
         Some(reason) => Err(foreign(reason)),
-        None => Ok(talk.messages),
+        None => Ok(conversation.messages),
     }
 }
 
-/// What messages have that no talk has: after the system's, user and assistant take turns, and the assistant is last.
+/// What messages have that no conversation has: after the system's, user and assistant take turns, and the assistant is
+/// last.
 fn fault(messages: &[Message]) -> Option<String> {
     let system = messages.first().is_some_and(|m| m.role == Role::System);
     let turns = messages.get(usize::from(system)..).unwrap_or(&[]);
@@ -136,7 +140,7 @@ mod tests {
 
     use super::*;
 
-    fn talk() -> Vec<Message> {
+    fn conversation() -> Vec<Message> {
         vec![
             Message::new(Role::System, "Be \"brief\"."),
             Message::new(Role::User, "Grüße\n🙂"),
@@ -147,20 +151,20 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("talk.json");
-        for messages in [talk(), talk()[1..].to_vec(), Vec::new()] {
+        let path = dir.path().join("conversation.json");
+        for messages in [conversation(), conversation()[1..].to_vec(), Vec::new()] {
             write(&path, &messages).unwrap();
             assert_eq!(read(&path).unwrap(), messages);
         }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        let error = write(&dir.path().join("none/talk.json"), &talk()).unwrap_err();
-        assert!(error.to_string().contains("none/talk.json"), "{error}");
+        let error = write(&dir.path().join("none/conversation.json"), &conversation()).unwrap_err();
+        assert!(error.to_string().contains("none/conversation.json"), "{error}");
     }
 
     #[test]
     fn what_is_no_talk_is_refused_in_one_line() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("talk.json");
+        let path = dir.path().join("conversation.json");
         let user = r#"{"role": "user", "content": "a"}"#;
         let of = |messages: &str| format!(r#"{{"format": "{FORMAT}", "messages": [{messages}]}}"#);
         for (text, reason) in [
@@ -176,7 +180,7 @@ mod tests {
         ] {
             fs::write(&path, text).unwrap();
             let error = read(&path).unwrap_err().to_string();
-            assert!(error.contains("talk.json") && error.contains(reason), "{error}");
+            assert!(error.contains("conversation.json") && error.contains(reason), "{error}");
             assert_eq!(error.lines().count(), 1);
         }
         assert!(read(dir.path()).unwrap_err().to_string().contains("no file"));

@@ -10,9 +10,10 @@ use crate::{
 /// A text that no template has in it.
 const ANSWER: &str = "Xylograph";
 
-/// The special token that follows an answer. `None` where none does, and where the template refuses so short a talk.
+/// The special token that follows an answer. `None` where none does, and where the template refuses so short a
+/// conversation.
 pub(super) fn written(template: &ChatTemplate, tokenizer: &ModelTokenizer, options: &RenderOptions) -> Option<u32> {
-    let talk = [
+    let conversation = [
         json!({"role": "user", "content": "Hello"}),
         json!({"role": "assistant", "content": ANSWER}),
     ];
@@ -20,7 +21,7 @@ pub(super) fn written(template: &ChatTemplate, tokenizer: &ModelTokenizer, optio
         add_generation_prompt: false,
         ..options.clone()
     };
-    let text = template.render(&talk, &options).ok()?;
+    let text = template.render(&conversation, &options).ok()?;
     let (_, after) = text.rsplit_once(ANSWER)?;
     let ids = tokenizer.encode_as_is(after.trim_start()).ok()?;
     ids.first().copied().filter(|&id| tokenizer.is_special(id))

@@ -28,7 +28,7 @@ struct Cli {
 enum Command {
     /// Generate text from a prompt.
     Run(Box<run::RunArgs>),
-    /// Talk with a model: line by line on a terminal, or a line a turn from standard input.
+    /// Chat with a model: line by line on a terminal, or a line a turn from standard input.
     Chat(Box<chat::ChatArgs>),
     /// Compare attention policies: answers on documents, or perplexity and KL divergence on texts.
     Eval(Box<eval::EvalArgs>),

@@ -194,6 +194,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let writing = progress::bar(options.plan.max_new, "text", !text_shows);
     let output = generate(&mut model, &text, &tokens, &options, &mut |event| -> Result<()> {
         match event {
+            Event::Reads(_) => {}
             Event::Prompt(n) => reading.inc(n as u64),
             Event::Text(piece) => {
                 reading.finish_and_clear();

@@ -129,6 +129,8 @@ pub struct Output {
 
 /// Progress of a generation.
 pub enum Event<'a> {
+    /// So many tokens of the prompt are to be prefilled.
+    Reads(usize),
     /// So many more tokens of the prompt are prefilled.
     Prompt(usize),
     /// A token was generated; the text that is now final, possibly none.
@@ -163,6 +165,7 @@ pub fn generate_from<E: From<Error>>(
     observe: &mut dyn FnMut(Event<'_>) -> Result<(), E>,
 ) -> Result<Output, E> {
     options.sampling.check()?;
+    observe(Event::Reads(prompt.len().saturating_sub(held)))?;
     let start = Instant::now();
     let mut read = 0;
     let prefilled = prefill_rest(model, state, prompt, held, options.chunk, |n| {

@@ -30,7 +30,7 @@ fn folder() -> (tempfile::TempDir, String) {
 }
 
 /// Says these lines to the converted model.
-fn talk(template: &str, arguments: &[&str], lines: &[u8]) -> Output {
+fn conversation(template: &str, arguments: &[&str], lines: &[u8]) -> Output {
     let mut command = retro_run();
     command
         .arg("chat")
@@ -46,7 +46,7 @@ fn talk(template: &str, arguments: &[&str], lines: &[u8]) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// Standard output and standard error of a talk that ended so.
+/// Standard output and standard error of a conversation that ended so.
 fn ended(output: Output, code: i32) -> (String, String) {
     let errors = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{errors}");
@@ -58,7 +58,7 @@ fn without_a_terminal_a_line_is_a_turn_and_only_answers_are_on_stdout() {
     let (_dir, template) = folder();
     let second = "problem #2 : coins of Jane ?";
     let lines = format!("{FACTS}\n\n{second}\n/stats\n/help");
-    let (answers, notes) = ended(talk(&template, &[], lines.as_bytes()), 0);
+    let (answers, notes) = ended(conversation(&template, &[], lines.as_bytes()), 0);
     let answers: Vec<&str> = answers.lines().collect();
     assert_eq!(answers.len(), 2, "{answers:?}");
     let first = text(&ledger_retro(), &["-p", FACTS, "--template", &template, "-n", "20"]);
@@ -98,25 +98,25 @@ fn what_fails_is_a_line_and_the_talk_goes_on() {
         "{FACTS}\n/nope\n/load {}\n/load {}\n/save {}\n{long}\n/save {}\n/exit\nnot said\n",
         path("none.json"),
         path("foreign.json"),
-        path("none/talk.json"),
-        path("talk.json"),
+        path("none/conversation.json"),
+        path("conversation.json"),
     );
     let bytes = [lines.as_bytes(), b""].concat();
-    let (answers, notes) = ended(talk(&template, &["-c", "70"], &bytes), 1);
+    let (answers, notes) = ended(conversation(&template, &["-c", "70"], &bytes), 1);
     assert_eq!(answers.lines().count(), 1);
     let errors: Vec<&str> = notes.lines().filter(|line| line.starts_with("error: ")).collect();
     for (line, part) in errors.iter().zip([
         "no command /nope",
         "none.json",
-        "foreign.json holds no talk",
-        "none/talk.json",
+        "foreign.json holds no conversation",
+        "none/conversation.json",
         "the context holds 70: /clear",
         "5 lines of standard input failed",
     ]) {
         assert!(line.contains(part), "{part}: {notes}");
     }
     assert_eq!(errors.len(), 6, "{notes}");
-    let kept: Value = serde_json::from_slice(&fs::read(path("talk.json")).unwrap()).unwrap();
+    let kept: Value = serde_json::from_slice(&fs::read(path("conversation.json")).unwrap()).unwrap();
     let roles: Vec<&Value> = kept["messages"]
         .as_array()
         .unwrap()
@@ -124,7 +124,7 @@ fn what_fails_is_a_line_and_the_talk_goes_on() {
         .map(|m| &m["role"])
         .collect();
     assert_eq!(roles, ["user", "assistant"]);
-    let (answers, notes) = ended(talk(&template, &[], b"facts \xff\nfacts :\n"), 1);
+    let (answers, notes) = ended(conversation(&template, &[], b"facts \xff\nfacts :\n"), 1);
     assert_eq!(answers.lines().count(), 1);
     assert!(notes.contains("no UTF-8"), "{notes}");
 }
@@ -132,11 +132,11 @@ fn what_fails_is_a_line_and_the_talk_goes_on() {
 #[test]
 fn a_talk_that_was_saved_goes_on_as_if_it_had_not_ended() {
     let (dir, template) = folder();
-    let file = dir.path().join("talk.json").to_str().unwrap().to_owned();
+    let file = dir.path().join("conversation.json").to_str().unwrap().to_owned();
     let next = "problem #2 : coins of Jane ?\n";
     let all = ["-b", "1.0", "--system", "problem"];
     let lines = format!("{FACTS}\n/save {file}\n{next}");
-    let (whole, _) = ended(talk(&template, &all, lines.as_bytes()), 0);
+    let (whole, _) = ended(conversation(&template, &all, lines.as_bytes()), 0);
     let last = whole.lines().last().unwrap();
     for (arguments, lines) in [
         (&["-b", "1.0"][..], format!("/load {file}\n{next}")),
@@ -144,7 +144,7 @@ fn a_talk_that_was_saved_goes_on_as_if_it_had_not_ended() {
         (&all, format!("something\n/clear\n{FACTS}\n{next}")),
         (&["-b", "1.0"], format!("/system problem\n/system\n{FACTS}\n{next}")),
     ] {
-        let (answers, notes) = ended(talk(&template, arguments, lines.as_bytes()), 0);
+        let (answers, notes) = ended(conversation(&template, arguments, lines.as_bytes()), 0);
         assert_eq!(answers.lines().last(), Some(last), "{lines}: {notes}");
     }
 }
@@ -263,8 +263,8 @@ fn at_a_terminal_lines_are_edited_kept_and_answers_stopped() {
     let long = dir.path().join("long.json");
     let messages = [("user", "coins ".repeat(1800)), ("assistant", "so".to_owned())];
     let messages: Vec<Value> = messages.iter().map(|(r, c)| json!({"role": r, "content": c})).collect();
-    let talk = json!({"format": "retro-run chat 1", "messages": messages});
-    fs::write(&long, talk.to_string()).unwrap();
+    let conversation = json!({"format": "retro-run chat 1", "messages": messages});
+    fs::write(&long, conversation.to_string()).unwrap();
     let (model, long) = (ledger_retro(), long.to_str().unwrap().to_owned());
     let arguments = [
         model.to_str().unwrap(),
@@ -285,7 +285,7 @@ fn at_a_terminal_lines_are_edited_kept_and_answers_stopped() {
     seat.types("coinx\u{7f}s \\\rof Ben\r");
     sleep(Duration::from_millis(300));
     kill(&seat.child, "INT");
-    seat.sees("stopped: your message is not part of the talk");
+    seat.sees("stopped: your message is not part of the conversation");
     seat.sees("> ");
     seat.types("/clear\r");
     seat.sees("begins anew");

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// A line of a talk.
+/// A line of a conversation.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line {
     /// Nothing but blanks.
@@ -32,11 +32,11 @@ pub const NAMES: [&str; 7] = ["/help", "/exit", "/clear", "/system", "/save", "/
 /// What /help prints.
 pub const HELP: [&str; 11] = [
     "/help         this list",
-    "/exit         ends the talk, as Ctrl-D does",
+    "/exit         ends the conversation, as Ctrl-D does",
     "/clear        begins anew; the system prompt stays",
     "/system TEXT  sets the system prompt; without TEXT shows it",
-    "/save FILE    writes the talk as JSON",
-    "/load FILE    goes on with a talk that /save wrote",
+    "/save FILE    writes the conversation as JSON",
+    "/load FILE    goes on with a conversation that /save wrote",
     "/stats        what the last answer read and took, and the context in use",
     "//TEXT        says TEXT with a slash before it",
     "Ctrl-C        stops an answer and keeps what came of it",
@@ -114,8 +114,8 @@ mod tests {
             command(Command::System(Some("Be brief.".to_owned())))
         );
         assert_eq!(
-            parse("/save my talk.json"),
-            command(Command::Save("my talk.json".into()))
+            parse("/save my conversation.json"),
+            command(Command::Save("my conversation.json".into()))
         );
     }
 

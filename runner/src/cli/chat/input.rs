@@ -62,7 +62,7 @@ impl Input {
 /// A terminal with a line editor.
 pub struct Terminal {
     editor: Editor<Editing, FileHistory>,
-    /// Where lines are kept for the next talk.
+    /// Where lines are kept for the next time.
     history: Option<PathBuf>,
 }
 
@@ -70,7 +70,7 @@ pub struct Terminal {
 const KEPT: usize = 1000;
 
 impl Terminal {
-    /// An editor, with the lines of earlier talks if there is a file to keep them in.
+    /// An editor, with the lines of earlier times if there is a file to keep them in.
     pub fn new(history: Option<PathBuf>) -> Result<Self> {
         let failed = "cannot take charge of the terminal";
         let config = Config::builder().max_history_size(KEPT).context(failed)?.build();
@@ -104,7 +104,7 @@ impl Terminal {
         }
     }
 
-    /// Keeps a line at once: a talk may end by a signal.
+    /// Keeps a line at once: a conversation may end by a signal.
     fn keep(&mut self, line: &str) {
         let kept = || -> Result<()> {
             if self.editor.add_history_entry(line)?
@@ -118,7 +118,7 @@ impl Terminal {
             Ok(())
         }();
         if let Err(e) = kept {
-            note(&format!("lines are not kept for the next talk: {e:#}"));
+            note(&format!("lines are not kept for the next time: {e:#}"));
             self.history = None;
         }
     }
@@ -131,7 +131,7 @@ pub fn history_file() -> Option<PathBuf> {
     Some(data?.join(Path::new("retro-attention/chat-history")))
 }
 
-/// What the editor knows of a talk: which lines go on, and the commands' names.
+/// What the editor knows of a conversation: which lines go on, and the commands' names.
 struct Editing;
 
 impl Validator for Editing {

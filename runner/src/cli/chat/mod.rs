@@ -1,4 +1,4 @@
-//! `retro-run chat`: a talk with a model.
+//! `retro-run chat`: a conversation with a model.
 
 mod command;
 mod input;
@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use indicatif::ProgressBar;
 use retro_contract::limits;
 
 use self::{
@@ -43,16 +44,16 @@ pub struct ChatArgs {
     /// Maximum number of tokens of an answer [default: until the turn ends or the context is full].
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
-    /// Context size: maximum tokens of the whole talk [default: the model's context, 8192 at most].
+    /// Context size: maximum tokens of the whole conversation [default: the model's context, 8192 at most].
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
     /// Stop string; may be given several times.
     #[arg(long, value_name = "STR")]
     stop: Vec<String>,
-    /// Go on with a talk that /save wrote.
+    /// Go on with a conversation that /save wrote.
     #[arg(long, value_name = "FILE")]
     load: Option<PathBuf>,
-    /// Keep no typed lines for the next talk. They are kept in retro-attention/chat-history of the user's data folder
+    /// Keep no typed lines for the next time. They are kept in retro-attention/chat-history of the user's data folder
     /// ($XDG_DATA_HOME, else ~/.local/share).
     #[arg(long)]
     no_history: bool,
@@ -114,17 +115,20 @@ pub fn chat(args: &ChatArgs, signals: &Signals) -> Result<()> {
     } else {
         Input::Lines(io::stdin().lock())
     };
-    let talk = Talk {
+    let session = Session {
         chat,
         signals,
         interrupt,
         seated,
         cut_at: args.n_predict,
     };
-    talk.lead(input)
+    session.lead(input)
 }
 
-struct Talk<'a> {
+/// The most tokens that are read without a progress bar.
+const SHORT: usize = 256;
+
+struct Session<'a> {
     chat: Chat,
     signals: &'a Signals,
     interrupt: Interrupt,
@@ -134,7 +138,7 @@ struct Talk<'a> {
     cut_at: Option<usize>,
 }
 
-/// What ends a talk, and what the user is told before it goes on.
+/// What ends a conversation, and what the user is told before it goes on.
 enum Trouble {
     Ends(anyhow::Error),
     Told(String),
@@ -152,7 +156,7 @@ impl From<decoder::Error> for Trouble {
     }
 }
 
-impl Talk<'_> {
+impl Session<'_> {
     fn lead(mut self, mut input: Input) -> Result<()> {
         let mut failed = 0;
         loop {
@@ -160,7 +164,7 @@ impl Talk<'_> {
                 Got::Line(line) => parse(&line),
                 Got::Fault(reason) => Err(reason),
                 Got::Dropped => {
-                    note("Ctrl-D or /exit ends the talk");
+                    note("Ctrl-D or /exit ends the conversation");
                     continue;
                 }
                 Got::End => break,
@@ -196,7 +200,7 @@ impl Talk<'_> {
             Command::Clear => {
                 self.chat.clear();
                 let kept = self.chat.system().map_or("", |_| "; the system prompt stays");
-                note(&format!("the talk begins anew{kept}"));
+                note(&format!("the conversation begins anew{kept}"));
             }
             Command::System(None) => note(self.chat.system().unwrap_or("there is no system prompt")),
             Command::System(Some(text)) => {
@@ -253,8 +257,13 @@ impl Talk<'_> {
     fn say(&mut self, text: &str) -> Result<(), Trouble> {
         self.signals.listen();
         let mut stdout = io::stdout().lock();
-        let reading = progress::bar(self.chat.capacity(), "reading", self.seated);
+        let mut reading = ProgressBar::hidden();
         let answered = self.chat.say(text, &mut |event| match event {
+            Event::Reads(n) => {
+                // A short message is read before a bar could be seen.
+                reading = progress::bar(n, "prompt", self.seated && n > SHORT);
+                Ok(())
+            }
             Event::Prompt(n) => {
                 reading.inc(n as u64);
                 Ok(())
@@ -281,8 +290,10 @@ impl Talk<'_> {
     fn remark(&self, answer: &Answer) {
         note(&format!("[{}]", figures(answer, self.chat.capacity())));
         match (answer.finish, self.cut_at) {
-            (Finish::Interrupted, _) if answer.text.is_empty() => note("stopped: your message is not part of the talk"),
-            (Finish::Interrupted, _) => note("stopped: the talk goes on with the answer as far as it came"),
+            (Finish::Interrupted, _) if answer.text.is_empty() => {
+                note("stopped: your message is not part of the conversation")
+            }
+            (Finish::Interrupted, _) => note("stopped: the conversation goes on with the answer as far as it came"),
             (Finish::Length, Some(most)) if answer.stats.generated_tokens >= most => {
                 note(&format!("the answer was cut after {most} tokens (-n)"));
             }
