@@ -81,7 +81,7 @@ pub fn write(path: &Path, messages: &[Message]) -> Result<()> {
     Ok(())
 }
 
-/// Reads messages that [`write`] wrote.
+/// Reads messages that [`write()`] wrote.
 ///
 /// # Errors
 /// When the file cannot be read, is no conversation, or its messages are none that a conversation can have.
