@@ -1,4 +1,5 @@
 # make demo   a trained model, converted and decoded on one document, and a table of what it costs and how right it stays
+# make chat   a chat with a small real model, which is fetched, built and converted the first time
 # make test   everything that needs no GPU
 # make cuda   the plugin with its CUDA kernels compiled (fetches nvcc if there is none; needs no GPU)
 # make lint   formatting and clippy, and whether NOTICE is current, as CI has them
@@ -18,7 +19,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build cuda demo test test-rust test-python lint fmt notice clean
+.PHONY: help build cuda demo chat test test-rust test-python lint fmt notice clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -51,6 +52,32 @@ demo: build
 	  --policy dense --policy quest --policy retro,window=2 --policy retro,window=8 \
 	  --policy recommended,window=1 --policy recommended,window=2 --html $(OUT)/eval.html
 	say "The same with figures: $(OUT)/eval.html"
+	say "A chat with a real model: make chat"
+
+# ---- chat ----------------------------------------------------------------------------------------------------------------
+
+SMOLLM2 := $(OUT)/smollm2
+# As the model's authors recommend, and a penalty: so small a model repeats itself.
+CHAT_FLAGS ?= --temp 0.2 --top-p 0.9 --repeat-penalty 1.1
+
+# Built and converted anew when a program that does so was. The file tells that a conversion came to its end.
+chat: build
+	@$(ORT)
+	say() { printf '\n== %s\n' "$$*" >&2; }
+	made=$(SMOLLM2)-retro.made
+	if [ ! "$$made" -nt $(RELEASE)/retro-models ] || [ ! "$$made" -nt $(RELEASE)/retro-export ]; then
+	  say "SmolLM2-135M-Instruct as a GGUF file (93 MB, fetched once)"
+	  gguf="$$(scripts/smollm2)"
+	  say "Built from it: an ONNX graph in onnxruntime-genai's form"
+	  rm -rf "$$made" $(SMOLLM2) $(SMOLLM2)-retro
+	  $(RELEASE)/retro-models build "$$gguf" -o $(SMOLLM2)
+	  say "Converted with retro-export's defaults, and compared with the original"
+	  report="$$($(RELEASE)/retro-export $(SMOLLM2) -o $(SMOLLM2)-retro --verify)" || { echo "$$report" >&2; exit 1; }
+	  grep -E '^(verify +equal|wrote)' <<<"$$report" >&2
+	  touch "$$made"
+	fi
+	say "A chat with it, reading 0.10 of the context a step, and 512 tokens at least"
+	exec $(RELEASE)/retro-run chat $(SMOLLM2)-retro $(CHAT_FLAGS)
 
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,11 @@ pub struct Interrupted {
 }
 
 impl Interrupted {
+    /// Whether the signal is SIGINT, as Ctrl-C sends it.
+    pub fn is_ctrl_c(self) -> bool {
+        i32::try_from(self.signal) == Ok(SIGINT)
+    }
+
     /// The exit code by the shell's convention: 130 for SIGINT, 143 for SIGTERM.
     pub fn exit_code(self) -> u8 {
         u8::try_from(self.signal + 128).unwrap_or(u8::MAX)
@@ -94,6 +99,13 @@ impl Signals {
     pub fn listen(&self) -> Interrupt {
         self.at_once.store(false, Ordering::SeqCst);
         self.interrupt.clone()
+    }
+
+    /// The work that listened is done: its request is taken back, and signals end the program until the next
+    /// [`listen`](Self::listen).
+    pub fn rest(&self) {
+        self.at_once.store(true, Ordering::SeqCst);
+        self.interrupt.signal.store(0, Ordering::SeqCst);
     }
 }
 

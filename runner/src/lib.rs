@@ -1,8 +1,8 @@
 //! Generates text with ONNX language models, converted by `retro-export` or not.
 //!
 //! [`Runtime`] finds and loads ONNX Runtime, [`Model`] opens a folder,
-//! [`generate`](decoder::generate::generate) makes text from a prompt, and [`Prefilled`](decoder::batch::Prefilled)
-//! decodes many documents at once. [`cli`] is the program around them.
+//! [`generate`](decoder::generate::generate) makes text from a prompt, [`Chat`](chat::Chat) holds a conversation, and
+//! [`Prefilled`](decoder::batch::Prefilled) decodes many documents at once. [`cli`] is the program around them.
 
 // println! and eprintln! panic on a closed pipe: commands write with errors, progress::note without.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -10,6 +10,7 @@
 
 pub mod bench;
 pub mod built_model_cache;
+pub mod chat;
 pub mod cli;
 pub mod decoder;
 pub mod eval;

@@ -2,10 +2,102 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use retro_contract::Budget;
 
-use crate::{Device, OpenOptions, Runtime, decoder::session::Steps, runtime};
+use crate::{
+    Device, OpenOptions, Runtime,
+    decoder::{decode_loop::CHUNK, sampling::Sampling, session::Steps},
+    model_folder::chosen,
+    runtime,
+};
+
+/// The model to run.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Model folder (model.onnx, genai_config.json or config.json, tokenizer.json), ONNX file, or folder of Llama
+    /// weights.
+    #[arg(value_name = "DIR", required_unless_present = "model", conflicts_with = "model")]
+    folder: Option<PathBuf>,
+    /// Same as DIR.
+    #[arg(short, long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Graph to use from a folder with several: its file name (model_q4f16.onnx) or variant (q4f16).
+    #[arg(long, value_name = "NAME")]
+    graph: Option<String>,
+}
+
+impl ModelArgs {
+    /// The graph or folder that is named.
+    pub fn path(&self) -> Result<PathBuf> {
+        let named = self.folder.as_ref().or(self.model.as_ref());
+        let named = named.context("name a model folder")?;
+        Ok(chosen(named, self.graph.as_deref())?)
+    }
+}
+
+/// How much is fed and read at a time.
+#[derive(Args)]
+pub struct ReadingArgs {
+    /// Window: tokens fed per decoding step, from 1 (Quest, no correction) to the converted model's [default: that].
+    #[arg(short, long, value_name = "W")]
+    pub window: Option<usize>,
+    /// Budget: what a decoding step reads of the cache, as a share (0.15) or in tokens (2048) [default: as converted].
+    #[arg(short, long, value_name = "B")]
+    pub budget: Option<Budget>,
+    /// Prompt tokens per prefill chunk.
+    #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
+    pub chunk: usize,
+}
+
+impl ReadingArgs {
+    /// Checks what no model is needed for.
+    pub fn check(&self) -> Result<()> {
+        ensure!(self.chunk >= 1, "--chunk 0: a chunk has at least one token");
+        Ok(())
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Random seed.
+    #[arg(short, long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Temperature; 0 is greedy decoding.
+    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    temp: f32,
+    /// Top-k sampling: keep the K most likely tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Top-p sampling: keep the most likely tokens up to this cumulative probability.
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    top_p: f32,
+    /// Min-p sampling: keep tokens with at least this share of the top token's probability.
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    min_p: f32,
+    /// Repetition penalty over the last 64 tokens; 1 is off.
+    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    repeat_penalty: f32,
+}
+
+impl SamplingArgs {
+    /// The options, checked.
+    pub fn options(&self) -> Result<Sampling> {
+        let options = Sampling {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            seed: self.seed,
+        };
+        options.check()?;
+        Ok(options)
+    }
+}
 
 /// Device, threads and libraries of a session.
 #[derive(Args, Clone, Debug)]

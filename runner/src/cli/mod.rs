@@ -3,9 +3,11 @@
 mod args;
 mod bench;
 mod bench_op;
+mod chat;
 mod eval;
 mod output;
 mod run;
+mod template;
 
 use std::{io, process::ExitCode};
 
@@ -26,6 +28,8 @@ struct Cli {
 enum Command {
     /// Generate text from a prompt.
     Run(Box<run::RunArgs>),
+    /// Chat with a model: line by line on a terminal, or a line a turn from standard input.
+    Chat(Box<chat::ChatArgs>),
     /// Compare attention policies: answers on documents, or perplexity and KL divergence on texts.
     Eval(Box<eval::EvalArgs>),
     /// Benchmark models side by side: prompt and generation speed.
@@ -42,6 +46,7 @@ pub fn main() -> ExitCode {
         .context("cannot take charge of SIGINT and SIGTERM")
         .and_then(|signals| match cli.command {
             Command::Run(args) => run::run(&args, &signals),
+            Command::Chat(args) => chat::chat(&args, &signals),
             Command::Eval(args) => eval::eval(&args, &signals),
             Command::Bench(args) => bench::bench(&args, &signals),
             Command::BenchOp(args) => bench_op::bench_op(&args, &signals),

@@ -6,40 +6,37 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use retro_contract::{Budget, limits};
+use retro_contract::limits;
 use serde_json::json;
 
-use super::{args::SessionArgs, output::STDOUT};
+use super::{
+    args::{ModelArgs, ReadingArgs, SamplingArgs, SessionArgs},
+    output::STDOUT,
+    template::TemplateArgs,
+};
 use crate::{
-    Model, ModelTokenizer,
+    Model, ModelFolder, ModelTokenizer,
     built_model_cache::prepare,
     decoder::{
-        decode_loop::{CHUNK, Policy},
+        decode_loop::Policy,
         generate::{Event, Finish, Generation, generate, plan},
-        sampling::Sampling,
     },
     eval::score::read_documents,
     interrupt::Signals,
-    model_folder::chosen,
     progress::{self, note},
+    text::chat_template::RenderOptions,
 };
 
 #[derive(Args)]
 pub struct RunArgs {
-    /// Model folder (model.onnx, genai_config.json or config.json, tokenizer.json), ONNX file, or folder of Llama
-    /// weights.
-    #[arg(value_name = "DIR", required_unless_present = "model", conflicts_with = "model")]
-    folder: Option<PathBuf>,
-    /// Same as DIR.
-    #[arg(short, long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// Graph to use from a folder with several: its file name (model_q4f16.onnx) or variant (q4f16).
-    #[arg(long, value_name = "NAME")]
-    graph: Option<String>,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     prompt: PromptArgs,
+    #[command(flatten)]
+    turn: TurnArgs,
     /// Maximum number of tokens to generate [default: until end of text or the context is full].
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
@@ -52,15 +49,8 @@ pub struct RunArgs {
     /// Continue past the end-of-text token.
     #[arg(long)]
     ignore_eos: bool,
-    /// Window: tokens fed per decoding step, from 1 (Quest, no correction) to the converted model's [default: that].
-    #[arg(short, long, value_name = "W")]
-    window: Option<usize>,
-    /// Budget: what a decoding step reads of the cache, as a share (0.15) or in tokens (2048) [default: as converted].
-    #[arg(short, long, value_name = "B")]
-    budget: Option<Budget>,
-    /// Prompt tokens per prefill chunk.
-    #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
-    chunk: usize,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// Print the text at the end instead of streaming it.
     #[arg(long)]
     no_stream: bool,
@@ -89,41 +79,51 @@ struct PromptArgs {
     document: Option<String>,
 }
 
+/// Whether the prompt is what a user says to the model, or text that the model goes on with.
 #[derive(Args)]
-#[command(next_help_heading = "Sampling")]
-struct SamplingArgs {
-    /// Random seed.
-    #[arg(short, long, default_value_t = 0, value_name = "N")]
-    seed: u64,
-    /// Temperature; 0 is greedy decoding.
-    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
-    temp: f32,
-    /// Top-k sampling: keep the K most likely tokens; 0 keeps all.
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    top_k: usize,
-    /// Top-p sampling: keep the most likely tokens up to this cumulative probability.
-    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
-    top_p: f32,
-    /// Min-p sampling: keep tokens with at least this share of the top token's probability.
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
-    min_p: f32,
-    /// Repetition penalty over the last 64 tokens; 1 is off.
-    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
-    repeat_penalty: f32,
+struct TurnArgs {
+    /// The prompt is a user's turn, written with the model's chat template. So are -p and -f, without this option, where
+    /// the model has a template.
+    #[arg(long)]
+    chat: bool,
+    #[command(flatten)]
+    template: TemplateArgs,
+    /// The prompt is text as it is, whether the model has a template or not.
+    #[arg(long, conflicts_with_all = ["chat", "template", "system", "chat_template_kwargs"])]
+    no_template: bool,
 }
 
-impl SamplingArgs {
-    fn options(&self) -> Result<Sampling> {
-        let options = Sampling {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            seed: self.seed,
+impl RunArgs {
+    /// The prompt's tokens: as a turn, or as it is.
+    fn tokens(&self, prompt: &str, folder: &ModelFolder, text: &ModelTokenizer) -> Result<Vec<u32>> {
+        let turn = &self.turn;
+        let asked = turn.chat || turn.template.any();
+        // The prompts of documents are made for models without a template.
+        if turn.no_template || (self.prompt.document.is_some() && !asked) {
+            return Ok(text.encode(prompt)?);
+        }
+        let template = if asked {
+            turn.template.demand(folder)?
+        } else {
+            match turn.template.find(folder)? {
+                Some(template) => template,
+                None => return Ok(text.encode(prompt)?),
+            }
         };
-        options.check()?;
-        Ok(options)
+        note(&format!(
+            "the prompt is a user's turn, by {}; --no-template feeds it as it is",
+            turn.template.describe()
+        ));
+        let options = RenderOptions {
+            add_generation_prompt: true,
+            ..turn.template.rendering()?
+        };
+        let system = turn.template.system.as_deref().map(|text| ("system", text));
+        let messages = system.into_iter().chain([("user", prompt)]);
+        let messages: Vec<_> = messages
+            .map(|(role, text)| json!({"role": role, "content": text}))
+            .collect();
+        Ok(text.encode_as_is(&template.render(&messages, &options)?)?)
     }
 }
 
@@ -157,31 +157,27 @@ impl PromptArgs {
 /// When an option, the model or the prompt cannot be used, or ONNX Runtime fails.
 pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let sampling = args.sampling.options()?;
-    ensure!(args.chunk >= 1, "--chunk 0: a chunk has at least one token");
+    args.reading.check()?;
     let prompt = args.prompt.read()?;
-    let named = args
-        .folder
-        .as_ref()
-        .or(args.model.as_ref())
-        .context("name a model folder")?;
-    let named = &chosen(named, args.graph.as_deref())?;
+    let named = &args.model.path()?;
     let (runtime, open) = args.session.load()?;
     let folder = prepare(
         named,
-        args.window.unwrap_or(limits::WINDOW),
+        args.reading.window.unwrap_or(limits::WINDOW),
         open.plugin.is_some(),
         &mut note,
     )?;
     let mut model = Model::open(&runtime, &folder, &open)?;
     let text = ModelTokenizer::open(&model.folder)?;
-    let tokens = text.encode(&prompt)?;
+    let tokens = args.tokens(&prompt, &model.folder, &text)?;
     let interrupt = signals.listen();
     let options = Generation {
         plan: plan(tokens.len(), args.n_predict, args.ctx_size, model.context_length())?,
-        policy: Policy::new(&model, args.window, args.budget)?,
-        chunk: args.chunk,
+        policy: Policy::new(&model, args.reading.window, args.reading.budget)?,
+        chunk: args.reading.chunk,
         sampling,
         stops: args.stop.clone(),
+        more_ends: Vec::new(),
         ignore_eos: args.ignore_eos,
         interrupt: interrupt.clone(),
     };
@@ -198,6 +194,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let writing = progress::bar(options.plan.max_new, "text", !text_shows);
     let output = generate(&mut model, &text, &tokens, &options, &mut |event| -> Result<()> {
         match event {
+            Event::Reads(_) => {}
             Event::Prompt(n) => reading.inc(n as u64),
             Event::Text(piece) => {
                 reading.finish_and_clear();

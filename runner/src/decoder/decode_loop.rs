@@ -54,15 +54,31 @@ pub fn prefill<E: From<Error>>(
     state: &mut DecoderState,
     prompt: &[u32],
     chunk: usize,
+    progress: impl FnMut(usize) -> Result<(), E>,
+) -> Result<Logits, E> {
+    prefill_rest(model, state, prompt, 0, chunk, progress)
+}
+
+/// As [`prefill`], for a state that holds the prompt's first `held` tokens. Whatever else it holds is forgotten.
+///
+/// # Errors
+/// As [`prefill`], and when nothing of the prompt is left to read.
+pub fn prefill_rest<E: From<Error>>(
+    model: &mut Model,
+    state: &mut DecoderState,
+    prompt: &[u32],
+    held: usize,
+    chunk: usize,
     mut progress: impl FnMut(usize) -> Result<(), E>,
 ) -> Result<Logits, E> {
-    require!(!prompt.is_empty(), Error::EmptyPrompt);
+    let rest = prompt.get(held..).filter(|rest| !rest.is_empty());
+    let rest = rest.ok_or(Error::EmptyPrompt)?;
     require!(chunk >= 1, Error::EmptyChunk);
     // A graph may be declared for one token per call.
     let chunk = model.io.input_ids.width.unwrap_or(chunk);
     let mut logits = Logits::default();
-    let mut done = 0;
-    for part in prompt.chunks(chunk) {
+    let mut done = held;
+    for part in rest.chunks(chunk) {
         done += part.len();
         let ids = part.iter().map(|&id| i64::from(id)).collect();
         logits = model.run(

@@ -4,11 +4,13 @@ use std::time::{Duration, Instant};
 
 use crate::{
     decoder::{
-        decode_loop::{Decoder, Policy, prefill},
+        decode_loop::{Decoder, Policy, prefill_rest},
         error::{Error, Result, require},
+        logits::Logits,
         model::Model,
         sampling::{Sampler, Sampling},
         stats::Stats,
+        step::DecoderState,
     },
     interrupt::Interrupt,
     text::{Detokenizer, ModelTokenizer, StopFilter},
@@ -88,7 +90,9 @@ pub struct Generation {
     pub sampling: Sampling,
     /// Stop strings; they are not part of the text.
     pub stops: Vec<String>,
-    /// Continue past the end-of-text token.
+    /// Tokens that end the text besides those that the model's configuration names.
+    pub more_ends: Vec<u32>,
+    /// Continue past all of them.
     pub ignore_eos: bool,
     /// Stops the generation between two steps or two chunks of the prompt.
     pub interrupt: Interrupt,
@@ -115,6 +119,8 @@ pub struct Output {
     pub text: String,
     /// Generated token ids, without the end-of-text token.
     pub tokens: Vec<u32>,
+    /// How many tokens of the prompt and the output the cache holds: the last one may not have been fed.
+    pub held: usize,
     /// Why it ended.
     pub finish: Finish,
     /// Times, and what the steps read.
@@ -123,6 +129,8 @@ pub struct Output {
 
 /// Progress of a generation.
 pub enum Event<'a> {
+    /// So many tokens of the prompt are to be prefilled.
+    Reads(usize),
     /// So many more tokens of the prompt are prefilled.
     Prompt(usize),
     /// A token was generated; the text that is now final, possibly none.
@@ -140,12 +148,27 @@ pub fn generate<E: From<Error>>(
     options: &Generation,
     observe: &mut dyn FnMut(Event<'_>) -> Result<(), E>,
 ) -> Result<Output, E> {
-    options.sampling.check()?;
     let mut state = model.new_state(1, options.plan.capacity)?;
-    let eos = tokenizer.ends(&model.folder);
+    generate_from(model, tokenizer, (&mut state, 0), prompt, options, observe)
+}
+
+/// As [`generate`], on a state that holds the prompt's first tokens, so many. Whatever else it holds is forgotten.
+///
+/// # Errors
+/// As [`generate`], and when nothing of the prompt is left to read. The state's contents are unknown then.
+pub fn generate_from<E: From<Error>>(
+    model: &mut Model,
+    tokenizer: &ModelTokenizer,
+    (state, held): (&mut DecoderState, usize),
+    prompt: &[u32],
+    options: &Generation,
+    observe: &mut dyn FnMut(Event<'_>) -> Result<(), E>,
+) -> Result<Output, E> {
+    options.sampling.check()?;
+    observe(Event::Reads(prompt.len().saturating_sub(held)))?;
     let start = Instant::now();
     let mut read = 0;
-    let prefilled = prefill(model, &mut state, prompt, options.chunk, |n| {
+    let prefilled = prefill_rest(model, state, prompt, held, options.chunk, |n| {
         read += n;
         observe(Event::Prompt(n)).map_err(Stop::Failed)?;
         match options.interrupt.raised() {
@@ -154,30 +177,59 @@ pub fn generate<E: From<Error>>(
         }
     });
     let (kv_bytes, state_bytes) = state.kv().sizes();
-    let mut stats = Stats {
+    let stats = Stats {
         prompt_tokens: read,
         prompt_time: start.elapsed(),
         kv_bytes,
         state_bytes,
         ..Stats::default()
     };
-    let mut logits = match prefilled {
+    let first = match prefilled {
         // No output, but figures of what was prefilled.
         Err(Stop::Interrupted) => {
             return Ok(Output {
                 text: String::new(),
                 tokens: Vec::new(),
+                held: held + read,
                 finish: Finish::Interrupted,
                 stats,
             });
         }
         Err(Stop::Failed(e)) => return Err(e),
-        Ok(logits) => logits,
+        Ok(logits) => Prompted { logits, start, stats },
     };
+    decode(model, tokenizer, state, prompt, first, options, observe)
+}
+
+/// A prompt that was read.
+struct Prompted {
+    /// Of its last token.
+    logits: Logits,
+    /// When reading it began.
+    start: Instant,
+    stats: Stats,
+}
+
+fn decode<E: From<Error>>(
+    model: &mut Model,
+    tokenizer: &ModelTokenizer,
+    state: &mut DecoderState,
+    prompt: &[u32],
+    prompted: Prompted,
+    options: &Generation,
+    observe: &mut dyn FnMut(Event<'_>) -> Result<(), E>,
+) -> Result<Output, E> {
+    let Prompted {
+        mut logits,
+        start,
+        mut stats,
+    } = prompted;
+    let mut ends = tokenizer.ends(&model.folder);
+    ends.extend(&options.more_ends);
     let mut sampler = Sampler::new(options.sampling);
     // On a GPU, copying the page steps back would cost as much as a step.
     let measure = model.gpu.is_none();
-    let mut decoder = Decoder::new(model, &mut state, &[prompt], options.policy)?;
+    let mut decoder = Decoder::new(model, state, &[prompt], options.policy)?;
     if !measure {
         decoder.measure_nothing();
     }
@@ -201,7 +253,7 @@ pub fn generate<E: From<Error>>(
         } else {
             sampling_time += choosing.elapsed();
         }
-        if !options.ignore_eos && eos.contains(&token) {
+        if !options.ignore_eos && ends.contains(&token) {
             break Finish::Eos;
         }
         tokens.push(token);
@@ -222,6 +274,7 @@ pub fn generate<E: From<Error>>(
     (stats.kv_bytes, stats.state_bytes) = state.kv().sizes();
     Ok(Output {
         text: writer.finish()?,
+        held: prompt.len() + stats.decoded_tokens,
         tokens,
         finish,
         stats,

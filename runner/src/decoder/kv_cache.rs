@@ -215,6 +215,15 @@ impl KvCache {
         }
     }
 
+    /// Whether feeding shorter lengths goes back to fewer tokens. Caches that grow keep what they hold, and state of
+    /// convolutions and recurrent layers has no way back: a state begins anew then.
+    pub fn can_go_back(&self) -> bool {
+        match &self.storage {
+            Storage::InPlace(bound) => bound.buffers.iter().all(|b| b.kind != SlotKind::Recurrent),
+            Storage::Growing { .. } => false,
+        }
+    }
+
     /// Goes back to the first `depth` tokens, as after a prefill. Rows after them are stale, and each is written before
     /// it is read. State of convolutions and recurrent layers cannot go back and is zeroed: fit for benchmarks, not for
     /// text.

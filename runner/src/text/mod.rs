@@ -1,5 +1,6 @@
-//! The tokenizer, the streaming detokenizer, and stop strings.
+//! The tokenizer, chat templates, the streaming detokenizer, and stop strings.
 
+pub mod chat_template;
 mod detokenizer;
 mod error;
 mod stop_filter;

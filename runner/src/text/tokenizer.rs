@@ -44,6 +44,19 @@ impl ModelTokenizer {
         Ok(ids)
     }
 
+    /// Token ids of a text that has its special tokens in it, as a rendered chat template does: none are added.
+    ///
+    /// # Errors
+    /// When the tokenizer fails or there is no token.
+    pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode(text, false);
+        let encoding = encoding.map_err(|e| Error::Encode(one_line(&e)))?;
+        match encoding.get_ids() {
+            [] => Err(Error::EmptyPrompt),
+            ids => Ok(ids.to_vec()),
+        }
+    }
+
     /// Text of token ids, without special tokens.
     ///
     /// # Errors
@@ -66,6 +79,12 @@ impl ModelTokenizer {
     /// The id of a token, by its text in the vocabulary.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)
+    }
+
+    /// Whether a token is one that no text of a user is made of, such as the end of a turn.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
     }
 
     /// The token's text in the vocabulary.
@@ -121,5 +140,8 @@ pub(super) mod tests {
         assert_eq!(t.encode("ab").unwrap(), [5, 0, 4]);
         assert_eq!(t.encode("<s>ab").unwrap(), [5, 5, 0, 4]);
         assert_eq!(t.encode("").unwrap(), [5]);
+        assert_eq!(t.encode_as_is("<s>ab").unwrap(), [5, 0, 4]);
+        assert!(t.encode_as_is("").is_err());
+        assert!(t.is_special(5) && !t.is_special(0));
     }
 }

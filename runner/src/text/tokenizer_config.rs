@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
 
 use crate::{
@@ -86,13 +86,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         path: path.to_owned(),
         reason: one_line(&e),
     })?;
-    let beside = |name: &str| retro_model_io::read_json(&path.with_file_name(name)).map(Option::unwrap_or_default);
-    let config = beside("tokenizer_config.json")?;
-    let settings = TokenizerConfig {
-        config: &config,
-        special_tokens_map: &beside("special_tokens_map.json")?,
-        model: &beside("config.json")?,
-    };
+    let settings = TokenizerConfig::read(path.parent().unwrap_or(Path::new("")))?;
     // Settings of training: a prompt is neither truncated nor padded.
     tokenizer.with_truncation(None).map_err(|e| Error::Truncation {
         path: path.to_owned(),
@@ -103,6 +97,7 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
         path: path.to_owned(),
         reason,
     })?;
+    let config = &settings.config;
     if let Some(split) = config.get("split_special_tokens").and_then(Value::as_bool) {
         tokenizer.set_encode_special_tokens(split);
     }
@@ -117,14 +112,52 @@ pub fn load(folder: &ModelFolder) -> Result<Loaded> {
     Ok(Loaded { tokenizer, bos_eos })
 }
 
-/// The JSON files beside tokenizer.json; null for a missing file.
-struct TokenizerConfig<'a> {
-    config: &'a Value,
-    special_tokens_map: &'a Value,
-    model: &'a Value,
+/// The special tokens that a tokenizer's configuration names, by their names there.
+///
+/// # Errors
+/// When a file is damaged.
+pub fn special_tokens(folder: &Path) -> Result<Map<String, Value>, retro_model_io::Error> {
+    let settings = TokenizerConfig::read(folder)?;
+    let class = settings.class();
+    let default = |name: &str| match name {
+        "bos_token" => class.map(|c| c.bos),
+        "eos_token" => class.map(|c| c.eos),
+        _ => None,
+    };
+    let token = |name: &'static str| {
+        let text = settings.special(name).map_or_else(|| default(name), content)?;
+        Some((name.to_owned(), text.into()))
+    };
+    Ok(SPECIAL_TOKENS.into_iter().filter_map(token).collect())
 }
 
-impl TokenizerConfig<'_> {
+const SPECIAL_TOKENS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// The JSON files beside tokenizer.json; null for a missing file.
+struct TokenizerConfig {
+    config: Value,
+    special_tokens_map: Value,
+    model: Value,
+}
+
+impl TokenizerConfig {
+    fn read(folder: &Path) -> Result<Self, retro_model_io::Error> {
+        let file = |name: &str| retro_model_io::read_json(&folder.join(name)).map(Option::unwrap_or_default);
+        Ok(Self {
+            config: file("tokenizer_config.json")?,
+            special_tokens_map: file("special_tokens_map.json")?,
+            model: file("config.json")?,
+        })
+    }
+
     /// Adds tokens that are in the configuration and not, or otherwise, in tokenizer.json. Only those of the
     /// vocabulary: the model has no others.
     fn add_tokens(&self, tokenizer: &mut Tokenizer) -> Result<(), String> {
@@ -145,15 +178,7 @@ impl TokenizerConfig<'_> {
         }
         wanted.sort_by_key(|(id, _)| *id);
         let mut wanted: Vec<AddedToken> = wanted.into_iter().map(|(_, token)| token).collect();
-        for name in [
-            "bos_token",
-            "eos_token",
-            "unk_token",
-            "sep_token",
-            "pad_token",
-            "cls_token",
-            "mask_token",
-        ] {
+        for name in SPECIAL_TOKENS {
             wanted.extend(
                 self.special(name)
                     .and_then(|v| added_token(v, true))
@@ -180,14 +205,14 @@ impl TokenizerConfig<'_> {
 
     fn class(&self) -> Option<&'static Class> {
         let text = |json: &Value, key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
-        let named = text(self.config, "tokenizer_class").or_else(|| text(self.model, "tokenizer_class"));
+        let named = text(&self.config, "tokenizer_class").or_else(|| text(&self.model, "tokenizer_class"));
         match named {
             Some(name) => {
                 let name = name.strip_suffix("Fast").unwrap_or(&name);
                 CLASSES.iter().find(|c| c.name == name)
             }
             None => {
-                let kind = text(self.model, "model_type")?;
+                let kind = text(&self.model, "model_type")?;
                 CLASSES.iter().find(|c| c.model_types.contains(&kind.as_str()))
             }
         }

@@ -3,6 +3,7 @@
 //! It needs ONNX Runtime and, for converted models, the plugin beside the program; `make test` provides both.
 
 mod bench;
+mod chat;
 mod converted;
 mod cuda;
 mod dense;

@@ -1,0 +1,199 @@
+//! Compiles and runs templates.
+
+use std::{collections::BTreeMap, error::Error as _, path::PathBuf};
+
+use minijinja::{
+    AutoEscape, Environment, ErrorKind,
+    syntax::SyntaxConfig,
+    value::{Serde, Value as Jinja},
+};
+use retro_runtime::one_line;
+use serde_json::Value;
+
+use crate::text::chat_template::{
+    RenderOptions,
+    conversation::Conversation,
+    error::{Error, Place, Result},
+    functions::{self, Refusal},
+    generation::without_generation_blocks,
+    python,
+    source::{DEFAULT, Source},
+};
+
+/// What a template may do for any conversation: steps, and 64 bytes made for each. Real ones need a few thousand.
+const BASE_FUEL: u64 = 2_000_000;
+
+/// Characters of the engine's or a template's message that an error line shows.
+const MESSAGE_CHARACTERS: usize = 400;
+
+/// The templates of a file, compiled.
+pub struct Engine {
+    environment: Environment<'static>,
+    path: PathBuf,
+    names: Vec<String>,
+}
+
+/// A template that was chosen.
+pub struct Template<'a> {
+    engine: &'a Engine,
+    name: &'a str,
+}
+
+impl Engine {
+    pub fn new(source: Source) -> Result<Self> {
+        let mut environment = environment();
+        let mut names = Vec::new();
+        for (name, text) in source.templates {
+            let text = text.replace("\r\n", "\n").replace('\r', "\n");
+            let text = without_generation_blocks(&text).into_owned();
+            environment
+                .add_template_owned(name.clone(), text)
+                .map_err(|e| Error::Syntax {
+                    at: place(&source.path, &name, e.line()),
+                    reason: message(&e),
+                })?;
+            names.push(name);
+        }
+        Ok(Self {
+            environment,
+            path: source.path,
+            names,
+        })
+    }
+
+    /// The template to use: for tools the one named so, if there is one.
+    pub fn choose(&self, tools: bool) -> Result<Template<'_>> {
+        let wanted = if tools { &["tool_use", DEFAULT][..] } else { &[DEFAULT] };
+        let found = wanted
+            .iter()
+            .find_map(|wanted| self.names.iter().find(|name| name == wanted));
+        let name = found.ok_or_else(|| Error::NoDefault {
+            path: self.path.clone(),
+            names: self.names.join(", "),
+        })?;
+        Ok(Template { engine: self, name })
+    }
+}
+
+impl Template<'_> {
+    /// Renders a conversation. Later variables win.
+    pub fn render<'v>(
+        &self,
+        conversation: &Conversation,
+        variables: impl Iterator<Item = (&'v String, &'v Value)>,
+        options: &RenderOptions,
+    ) -> Result<String> {
+        let now = options.now.clone();
+        let mut context: BTreeMap<&str, Jinja> = BTreeMap::from([(
+            "strftime_now",
+            Jinja::from_function(move |format: &str| functions::strftime(now.as_ref(), format)),
+        )]);
+        context.extend(variables.map(|(name, value)| (name.as_str(), Jinja::from(Serde(value)))));
+        context.extend([
+            ("messages", Jinja::from(Serde(&conversation.messages))),
+            ("tools", Jinja::from(Serde(&options.tools))),
+            ("documents", Jinja::from(Serde(&options.documents))),
+            ("add_generation_prompt", options.add_generation_prompt.into()),
+        ]);
+        let environment = {
+            let mut environment = self.engine.environment.clone();
+            environment.set_fuel(Some(fuel(conversation, options)));
+            environment
+        };
+        let template = environment.get_template(self.name);
+        let text = template.and_then(|template| template.render(context));
+        text.map_err(|e| self.error(&e))
+    }
+
+    /// The template, without a line.
+    pub fn place(&self) -> Place {
+        place(&self.engine.path, self.name, None)
+    }
+
+    fn error(&self, error: &minijinja::Error) -> Error {
+        let at = place(&self.engine.path, self.name, error.line());
+        // A call of a macro or an included template wraps what went wrong in it.
+        let mut cause = error;
+        while let Some(inner) = cause.source().and_then(|s| s.downcast_ref::<minijinja::Error>()) {
+            cause = inner;
+        }
+        if let Some(Refusal(text)) = cause.source().and_then(|s| s.downcast_ref()) {
+            let message = shown(text);
+            return Error::Refused { at, message };
+        }
+        match cause.kind() {
+            ErrorKind::OutOfFuel => Error::OutOfFuel { at },
+            _ => Error::Render {
+                at,
+                reason: message(cause),
+            },
+        }
+    }
+}
+
+/// The environment that transformers gives to templates.
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    if let Ok(syntax) = syntax {
+        environment.set_syntax(syntax);
+    }
+    // What is made is no HTML, whatever a template's name ends with.
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_debug(false);
+    environment.set_unknown_method_callback(python::method);
+    functions::add(&mut environment);
+    environment
+}
+
+/// What a template may do. Many go through all messages for each.
+fn fuel(conversation: &Conversation, options: &RenderOptions) -> u64 {
+    let lists = [
+        Some(&conversation.messages),
+        options.tools.as_ref(),
+        options.documents.as_ref(),
+    ];
+    let bytes: usize = lists.into_iter().flatten().flatten().map(bytes).sum();
+    let messages = conversation.messages.len() as u64;
+    let pairs = messages.saturating_mul(messages);
+    BASE_FUEL
+        .saturating_add(bytes as u64)
+        .saturating_add(pairs.saturating_mul(32))
+}
+
+/// The text of a value, about.
+fn bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(list) => list.iter().map(|v| 8 + bytes(v)).sum(),
+        Value::Object(map) => map.iter().map(|(key, v)| 8 + key.len() + bytes(v)).sum(),
+        _ => 8,
+    }
+}
+
+fn place(path: &std::path::Path, name: &str, line: Option<usize>) -> Place {
+    Place {
+        path: path.to_owned(),
+        name: (name != DEFAULT).then(|| name.to_owned()),
+        line,
+    }
+}
+
+/// What the engine says, without the place.
+fn message(error: &minijinja::Error) -> String {
+    match error.detail() {
+        Some(detail) => shown(&format!("{}: {detail}", error.kind())),
+        None => shown(&error.kind().to_string()),
+    }
+}
+
+/// Text of a template in one line of bounded length that does nothing to a terminal.
+fn shown(text: &str) -> String {
+    let mut characters = text.chars();
+    let mut shown: String = characters.by_ref().take(MESSAGE_CHARACTERS).collect();
+    if characters.next().is_some() {
+        shown.push_str("...");
+    }
+    let shown = one_line(&shown);
+    shown.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

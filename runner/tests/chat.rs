@@ -1,0 +1,283 @@
+//! A conversation on one cache is the same as one that reads everything anew, at temperature 0.
+
+use std::{fs, path::Path, sync::OnceLock};
+
+use retro_run::{
+    Model, ModelFolder, ModelTokenizer, OpenOptions, Runtime,
+    chat::{Chat, ChatOptions, Error, Message, Role},
+    decoder::{
+        self,
+        decode_loop::{CHUNK, Policy},
+        generate::{ContextPlan, Event, Finish, Generation, generate},
+        sampling::Sampling,
+    },
+    interrupt::Interrupt,
+    runtime::find_plugin,
+    text::chat_template::{ChatTemplate, RenderOptions},
+};
+
+/// Messages one after another, as `ledger` knows its documents: the answer ends with `<eos>`.
+const PLAIN: &str =
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %} <eos>{% endif %} {% endfor %}";
+
+/// Of all answers but the newest only the first word stays, as models that think drop their earlier thinking.
+const FORGETFUL: &str = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split(' ')[0] }} <eos>\
+                         {% else %}{{ m.content }}{% endif %} {% endfor %}";
+
+/// `ledger` as it is, with caches that grow, and converted.
+struct Models {
+    folder: tempfile::TempDir,
+    runtime: Runtime,
+}
+
+impl Models {
+    /// One for all tests: ONNX Runtime is loaded once a process.
+    fn get() -> &'static Self {
+        static MADE: OnceLock<Models> = OnceLock::new();
+        MADE.get_or_init(Self::make)
+    }
+
+    fn make() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let dense = folder.path().join("dense");
+        retro_models::build(&root.join("models/ledger"), &dense, &retro_models::Options::default()).unwrap();
+        let growing = folder.path().join("growing");
+        fs::create_dir(&growing).unwrap();
+        for file in ["model.onnx", "model.onnx.data", "config.json", "tokenizer.json"] {
+            fs::copy(dense.join(file), growing.join(file)).unwrap();
+        }
+        retro_export::convert(&retro_export::Options {
+            source: dense,
+            target: Some(folder.path().join("retro")),
+            settings: retro_export::Settings {
+                window: 4,
+                ..Default::default()
+            },
+            ..Default::default()
+        })
+        .unwrap();
+        let runtime = Runtime::load(None).unwrap();
+        Self { folder, runtime }
+    }
+
+    fn open(&self, name: &str) -> (Model, ModelTokenizer) {
+        let options = OpenOptions {
+            threads: Some(2),
+            plugin: find_plugin(None).unwrap(),
+            ..OpenOptions::default()
+        };
+        let model = Model::open(&self.runtime, &self.folder.path().join(name), &options).unwrap();
+        let tokenizer = ModelTokenizer::open(&model.folder).unwrap();
+        (model, tokenizer)
+    }
+
+    fn template(&self, text: &str) -> ChatTemplate {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, text).unwrap();
+        let model = ModelFolder::open(&self.folder.path().join("dense"), None).unwrap();
+        ChatTemplate::from_file(file.path(), &model).unwrap()
+    }
+
+    fn chat(&self, name: &str, template: &str, window: usize, options: &dyn Fn(&mut ChatOptions)) -> Chat {
+        let (model, tokenizer) = self.open(name);
+        let mut chosen = ChatOptions::new(policy(&model, window));
+        chosen.max_answer = Some(24);
+        options(&mut chosen);
+        Chat::new(model, tokenizer, self.template(template), chosen).unwrap()
+    }
+
+    /// What is generated of the whole conversation by a run that knows nothing of it; and the conversation's tokens.
+    fn anew(&self, name: &str, template: &str, window: usize, conversation: &[Message]) -> (String, Vec<u32>) {
+        let (mut model, tokenizer) = self.open(name);
+        let messages: Vec<_> = conversation.iter().map(|m| serde_json::to_value(m).unwrap()).collect();
+        let options = RenderOptions {
+            add_generation_prompt: true,
+            ..RenderOptions::default()
+        };
+        let text = self.template(template).render(&messages, &options).unwrap();
+        let prompt = tokenizer.encode_as_is(&text).unwrap();
+        let options = Generation {
+            plan: ContextPlan {
+                capacity: 2048,
+                max_new: 24,
+            },
+            policy: policy(&model, window),
+            chunk: CHUNK,
+            sampling: Sampling::default(),
+            stops: Vec::new(),
+            more_ends: Vec::new(),
+            ignore_eos: false,
+            interrupt: Interrupt::default(),
+        };
+        let output = generate::<decoder::Error>(&mut model, &tokenizer, &prompt, &options, &mut |_| Ok(())).unwrap();
+        (output.text, prompt)
+    }
+}
+
+/// Everything is read: what a smaller budget makes of an answer stays in the cache, and a prompt is read densely.
+fn policy(model: &Model, window: usize) -> Policy {
+    let budget = model.retro.is_some().then(|| "1.0".parse().unwrap());
+    Policy::new(model, Some(window), budget).unwrap()
+}
+
+fn say(chat: &mut Chat, text: &str) -> Result<(String, usize, Finish), Error> {
+    let mut streamed = String::new();
+    let answer = chat.say::<Error>(text, &mut |event| {
+        if let Event::Text(piece) = event {
+            streamed += piece;
+        }
+        Ok(())
+    })?;
+    assert_eq!(answer.text, streamed);
+    Ok((streamed, answer.stats.prompt_tokens, answer.finish))
+}
+
+const LINES: [&str; 3] = [
+    "<bos> facts : problem #1 : coins of Ben ? coins of Ben 3 . coins of Jane 4 . friend of Ben Jane .",
+    "problem #2 : coins of friend of Ben ?",
+    "problem #3 : coins of Jane minus coins of Ben ?",
+];
+
+#[test]
+fn turns_on_one_cache_are_as_one_prompt_of_all() {
+    let models = Models::get();
+    let anew_after_going_back = ["growing"];
+    for (name, window) in [("dense", 1), ("growing", 1), ("retro", 1), ("retro", 4)] {
+        for template in [PLAIN, FORGETFUL] {
+            let mut chat = models.chat(name, template, window, &|_| ());
+            for (turn, line) in LINES.into_iter().enumerate() {
+                let held = chat.held().to_vec();
+                let (text, read, _) = say(&mut chat, line).unwrap();
+                let (last, before) = chat.messages().split_last().unwrap();
+                assert_eq!(*last, Message::new(Role::Assistant, &text));
+                let (expected, prompt) = models.anew(name, template, window, before);
+                let what = format!("{name}, window {window}, turn {turn}");
+                assert_eq!(text, expected, "{what}");
+                // Nothing that the cache holds is read again.
+                let common = held.iter().zip(&prompt).take_while(|(a, b)| a == b).count();
+                let goes_back = common < held.len();
+                assert_eq!(goes_back, template == FORGETFUL && turn > 0, "{what}");
+                if goes_back && anew_after_going_back.contains(&name) {
+                    assert_eq!(read, prompt.len(), "{what}");
+                } else {
+                    assert_eq!(read, prompt.len() - common, "{what}");
+                    assert!(
+                        turn == 0 || read < prompt.len() / 2,
+                        "{what}: {read} of {}",
+                        prompt.len()
+                    );
+                }
+                assert!(chat.held().starts_with(&prompt), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_answer_stays_as_far_as_it_came() {
+    let models = Models::get();
+    let interrupt = Interrupt::default();
+    let mut chat = models.chat("retro", PLAIN, 4, &|o| o.interrupt = interrupt.clone());
+    let mut pieces = 0;
+    let answer = chat.say::<Error>(LINES[0], &mut |event| {
+        pieces += usize::from(matches!(event, Event::Text(_)));
+        if pieces == 5 {
+            interrupt.raise(2);
+        }
+        Ok(())
+    });
+    let answer = answer.unwrap().clone();
+    assert_eq!((answer.finish, answer.stats.generated_tokens), (Finish::Interrupted, 5));
+    assert_eq!(chat.messages()[1].content, answer.text);
+
+    // Interrupted before anything came of it: the message is not part of the conversation.
+    let before = chat.messages().to_vec();
+    let (text, _, finish) = say(&mut chat, LINES[1]).unwrap();
+    assert_eq!((text.as_str(), finish), ("", Finish::Interrupted));
+    assert_eq!(chat.messages(), before);
+
+    interrupt.raise(0);
+    let (text, _, _) = say(&mut chat, LINES[1]).unwrap();
+    let conversation = &chat.messages()[..3];
+    assert_eq!(text, models.anew("retro", PLAIN, 4, conversation).0);
+}
+
+#[test]
+fn a_full_context_is_told_and_the_talk_stays() {
+    let models = Models::get();
+    let mut chat = models.chat("dense", PLAIN, 1, &|o| o.context = Some(60));
+    let (first, _, _) = say(&mut chat, LINES[0]).unwrap();
+    let before = chat.messages().to_vec();
+    let error = say(&mut chat, &"coins ".repeat(50)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Full {
+                capacity: 60,
+                larger: true,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains("/clear") && error.to_string().contains("-c"),
+        "{error}"
+    );
+    assert_eq!(chat.messages(), before);
+    // An answer is cut where the context ends.
+    let (_, _, finish) = say(&mut chat, "problem #2 :").unwrap();
+    assert_eq!(finish, Finish::Length);
+    assert_eq!(chat.last().unwrap().used, 60);
+    chat.clear();
+    let (again, read, _) = say(&mut chat, LINES[0]).unwrap();
+    assert_eq!((again, read), (first, 1), "the cache holds the first message still");
+}
+
+#[test]
+fn an_error_of_who_listens_keeps_the_talk() {
+    let models = Models::get();
+    let mut chat = models.chat("retro", PLAIN, 4, &|_| ());
+    let (first, _, _) = say(&mut chat, LINES[0]).unwrap();
+    let before = chat.messages().to_vec();
+    let error = chat.say::<Error>(LINES[1], &mut |_| Err(Error::UnknownContext));
+    assert!(matches!(error, Err(Error::UnknownContext)));
+    assert_eq!(chat.messages(), before);
+    chat.clear();
+    assert_eq!(say(&mut chat, LINES[0]).unwrap().0, first);
+}
+
+#[test]
+fn the_templates_end_of_a_turn_ends_an_answer() {
+    let models = Models::get();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let documents = fs::read_to_string(root.join("models/ledger/documents.jsonl")).unwrap();
+    let document: serde_json::Value = serde_json::from_str(documents.lines().next().unwrap()).unwrap();
+    for (template, finish) in [(PLAIN, Finish::Eos), ("{{ messages[0].content }}", Finish::Length)] {
+        // The model's configuration names no end.
+        let (mut model, tokenizer) = models.open("dense");
+        model.folder.eos.clear();
+        model.folder.eos_token = None;
+        let options = ChatOptions::new(policy(&model, 1));
+        let mut chat = Chat::new(model, tokenizer, models.template(template), options).unwrap();
+        assert_eq!(say(&mut chat, document["prompt"].as_str().unwrap()).unwrap().2, finish);
+    }
+}
+
+#[test]
+fn a_system_prompt_is_set_and_the_talk_is_read_again() {
+    let models = Models::get();
+    let mut chat = models.chat("retro", PLAIN, 4, &|_| ());
+    say(&mut chat, LINES[0]).unwrap();
+    chat.set_system(Some("so"));
+    chat.set_system(Some("problem"));
+    assert_eq!((chat.system(), chat.messages().len()), (Some("problem"), 3));
+    let (text, read, _) = say(&mut chat, LINES[1]).unwrap();
+    let (expected, prompt) = models.anew("retro", PLAIN, 4, &chat.messages()[..4]);
+    assert_eq!((text, read), (expected, prompt.len()));
+    chat.clear();
+    assert_eq!(chat.messages(), [Message::new(Role::System, "problem")]);
+    chat.set_system(None);
+    assert!(chat.messages().is_empty());
+}
