@@ -68,9 +68,9 @@ chat: build
 	if [ ! "$$made" -nt $(RELEASE)/retro-models ] || [ ! "$$made" -nt $(RELEASE)/retro-export ]; then
 	  say "SmolLM2-135M-Instruct as a GGUF file (93 MB, fetched once)"
 	  gguf="$$(scripts/smollm2)"
-	  say "Built from it: an ONNX graph in onnxruntime-genai's form"
+	  say "Built from it: an ONNX graph in onnxruntime-genai's form, its weights in 4 bits"
 	  rm -rf "$$made" $(SMOLLM2) $(SMOLLM2)-retro
-	  $(RELEASE)/retro-models build "$$gguf" -o $(SMOLLM2)
+	  $(RELEASE)/retro-models build "$$gguf" --dtype q4 --accuracy-level 4 -o $(SMOLLM2)
 	  say "Converted with retro-export's defaults, and compared with the original"
 	  report="$$($(RELEASE)/retro-export $(SMOLLM2) -o $(SMOLLM2)-retro --verify)" || { echo "$$report" >&2; exit 1; }
 	  grep -E '^(verify +equal|wrote)' <<<"$$report" >&2
