@@ -1,6 +1,6 @@
 //! Compiles and runs templates.
 
-use std::{collections::BTreeMap, error::Error as _, path::PathBuf};
+use std::{collections::BTreeMap, error::Error as _, path::PathBuf, sync::mpsc, thread, time::Duration};
 
 use minijinja::{
     AutoEscape, Environment, ErrorKind,
@@ -21,7 +21,18 @@ use crate::text::chat_template::{
 };
 
 /// What a template may do for any conversation: steps, and 64 bytes made for each. Real ones need a few thousand.
-const BASE_FUEL: u64 = 2_000_000;
+const BASE_FUEL: u64 = 1_000_000;
+
+/// More than that is not given, however long the conversation.
+const MAX_FUEL: u64 = 8_000_000;
+
+/// Real ones take milliseconds.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Stack for nested values. It is reserved; what is not used takes no memory.
+const BASE_STACK: usize = 64 << 20;
+const STACK_PER_FUEL: usize = 256;
+const STACK_PER_BYTE: usize = 2048;
 
 /// Characters of the engine's or a template's message that an error line shows.
 const MESSAGE_CHARACTERS: usize = 400;
@@ -41,6 +52,15 @@ pub struct Template<'a> {
 
 impl Engine {
     pub fn new(source: Source) -> Result<Self> {
+        let bytes: usize = source.templates.values().map(String::len).sum();
+        let stack = BASE_STACK + bytes * STACK_PER_BYTE;
+        // The engine reads nested expressions by recursion, and some of a byte each.
+        let thread = thread::Builder::new().stack_size(stack).spawn(|| Self::compile(source));
+        let thread = thread.map_err(|source| Error::Thread { stack, source })?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    fn compile(source: Source) -> Result<Self> {
         let mut environment = environment();
         let mut names = Vec::new();
         for (name, text) in source.templates {
@@ -84,25 +104,49 @@ impl Template<'_> {
         options: &RenderOptions,
     ) -> Result<String> {
         let now = options.now.clone();
-        let mut context: BTreeMap<&str, Jinja> = BTreeMap::from([(
-            "strftime_now",
+        let mut context: BTreeMap<String, Jinja> = BTreeMap::from([(
+            "strftime_now".to_owned(),
             Jinja::from_function(move |format: &str| functions::strftime(now.as_ref(), format)),
         )]);
-        context.extend(variables.map(|(name, value)| (name.as_str(), Jinja::from(Serde(value)))));
-        context.extend([
+        context.extend(variables.map(|(name, value)| (name.clone(), Jinja::from(Serde(value)))));
+        let own = [
             ("messages", Jinja::from(Serde(&conversation.messages))),
             ("tools", Jinja::from(Serde(&options.tools))),
             ("documents", Jinja::from(Serde(&options.documents))),
             ("add_generation_prompt", options.add_generation_prompt.into()),
-        ]);
-        let environment = {
-            let mut environment = self.engine.environment.clone();
-            environment.set_fuel(Some(fuel(conversation, options)));
-            environment
-        };
-        let template = environment.get_template(self.name);
-        let text = template.and_then(|template| template.render(context));
-        text.map_err(|e| self.error(&e))
+        ];
+        context.extend(own.map(|(name, value)| (name.to_owned(), value)));
+        let fuel = fuel(conversation, options);
+        let mut environment = self.engine.environment.clone();
+        environment.set_fuel(Some(fuel));
+        self.render_apart(environment, context, BASE_STACK + fuel as usize * STACK_PER_FUEL)
+    }
+
+    /// Renders in a thread of its own: the engine goes through nested values by recursion, and a few steps nest a value
+    /// once more, which takes stack; and it joins lists without counting the steps that going through them takes, which
+    /// only a clock ends. A thread that is given up ends with the program.
+    fn render_apart(
+        &self,
+        environment: Environment<'static>,
+        context: BTreeMap<String, Jinja>,
+        stack: usize,
+    ) -> Result<String> {
+        let (send, receive) = mpsc::channel();
+        let name = self.name.to_owned();
+        let thread = thread::Builder::new().stack_size(stack).spawn(move || {
+            let template = environment.get_template(&name);
+            // Nobody listens any more once the time is over.
+            _ = send.send(template.and_then(|template| template.render(context)));
+        });
+        let thread = thread.map_err(|source| Error::Thread { stack, source })?;
+        match receive.recv_timeout(DEADLINE) {
+            Ok(rendered) => rendered.map_err(|e| self.error(&e)),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(Error::OutOfFuel { at: self.place() }),
+            Err(mpsc::RecvTimeoutError::Disconnected) => match thread.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => Err(Error::OutOfFuel { at: self.place() }),
+            },
+        }
     }
 
     /// The template, without a line.
@@ -156,9 +200,10 @@ fn fuel(conversation: &Conversation, options: &RenderOptions) -> u64 {
     let bytes: usize = lists.into_iter().flatten().flatten().map(bytes).sum();
     let messages = conversation.messages.len() as u64;
     let pairs = messages.saturating_mul(messages);
-    BASE_FUEL
+    let fuel = BASE_FUEL
         .saturating_add(bytes as u64)
-        .saturating_add(pairs.saturating_mul(32))
+        .saturating_add(pairs.saturating_mul(32));
+    fuel.min(MAX_FUEL)
 }
 
 /// The text of a value, about.

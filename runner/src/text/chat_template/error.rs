@@ -33,6 +33,8 @@ pub enum Error {
     Render { at: Place, reason: String },
     #[error("the chat template {at} does too much work or makes too much text for this conversation: {REMEDY}")]
     OutOfFuel { at: Place },
+    #[error("no thread with a stack of {stack} bytes can be started to render the chat template: {source}")]
+    Thread { stack: usize, source: io::Error },
     #[error("the conversation is empty: a chat template needs a message")]
     EmptyConversation,
     #[error("message {0} is no JSON object with a role and a content")]

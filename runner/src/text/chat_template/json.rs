@@ -7,6 +7,8 @@ use minijinja::{
     value::{Kwargs, Value, ValueKind},
 };
 
+use crate::text::chat_template::python::{float, repeat};
+
 /// Nested values beyond this are not written. Python stops at about a thousand.
 const MAX_DEPTH: usize = 200;
 
@@ -23,7 +25,7 @@ pub fn tojson(
     let separators = named(None, &options, "separators")?.filter(|v| !v.is_none());
     let sort_keys = named(None, &options, "sort_keys")?;
     options.assert_all_used()?;
-    let indent = indent.map(|indent| indentation(&indent)).transpose()?;
+    let indent = indent.map(|indent| indentation(state, &indent)).transpose()?;
     let separators = separators.map(|pair| pair_of_text(&pair)).transpose()?;
     let default = (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
     let (item, key) = separators.unwrap_or(default);
@@ -49,11 +51,10 @@ fn named(by_place: Option<Value>, options: &Kwargs, name: &str) -> Result<Option
     }
 }
 
-fn indentation(indent: &Value) -> Result<String, Error> {
+fn indentation(state: &State<'_, '_>, indent: &Value) -> Result<String, Error> {
     match indent.as_str() {
         Some(text) => Ok(text.to_owned()),
-        // A width below 0 is one of 0, and no template's is above a few.
-        None => Ok(" ".repeat(i64::try_from(indent.clone())?.clamp(0, 64) as usize)),
+        None => repeat(state, " ", i64::try_from(indent.clone())?),
     }
 }
 
@@ -104,11 +105,11 @@ impl Writer<'_> {
         self.out.push('[');
         let mut empty = true;
         for element in list.try_iter()? {
-            self.begin(empty, depth + 1);
+            self.begin(empty, depth + 1)?;
             empty = false;
             self.value(&element, depth + 1)?;
         }
-        self.end(empty, depth, ']');
+        self.end(empty, depth, ']')?;
         Ok(())
     }
 
@@ -123,36 +124,36 @@ impl Writer<'_> {
         self.out.push('{');
         let empty = entries.is_empty();
         for (i, (key, value)) in entries.iter().enumerate() {
-            self.begin(i == 0, depth + 1);
+            self.begin(i == 0, depth + 1)?;
             self.text(key);
             self.out.push_str(&self.key);
             self.value(value, depth + 1)?;
         }
-        self.end(empty, depth, '}');
+        self.end(empty, depth, '}')?;
         Ok(())
     }
 
-    fn begin(&mut self, first: bool, depth: usize) {
+    fn begin(&mut self, first: bool, depth: usize) -> Result<(), Error> {
         if !first {
             self.out.push_str(&self.item);
         }
-        self.line(depth);
+        self.line(depth)
     }
 
-    fn end(&mut self, empty: bool, depth: usize, bracket: char) {
+    fn end(&mut self, empty: bool, depth: usize, bracket: char) -> Result<(), Error> {
         if !empty {
-            self.line(depth);
+            self.line(depth)?;
         }
         self.out.push(bracket);
+        Ok(())
     }
 
-    fn line(&mut self, depth: usize) {
-        if let Some(indent) = &self.indent {
-            self.out.push('\n');
-            for _ in 0..depth {
-                self.out.push_str(indent);
-            }
-        }
+    fn line(&mut self, depth: usize) -> Result<(), Error> {
+        let Some(indent) = &self.indent else { return Ok(()) };
+        let space = repeat(self.state, indent, depth as i64)?;
+        self.out.push('\n');
+        self.out.push_str(&space);
+        Ok(())
     }
 
     fn number(&mut self, value: &Value) {
@@ -199,47 +200,6 @@ fn key_text(key: &Value) -> Result<String, Error> {
     }
 }
 
-/// A float as Python's `repr`: the shortest digits, with an exponent of two digits from 1e16 on and below 1e-4.
-fn float(value: f64) -> String {
-    if value.is_nan() {
-        return "NaN".to_owned();
-    }
-    if value.is_infinite() {
-        return if value > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
-    }
-    if value != 0.0 && !(1e-4..1e16).contains(&value.abs()) {
-        let text = format!("{value:e}");
-        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-        let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
-        return format!("{digits}e{sign}{exponent:0>2}");
-    }
-    format!("{value:?}")
-}
-
 fn invalid(reason: &str) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::float;
-
-    #[test]
-    fn floats_are_pythons() {
-        for (value, text) in [
-            (1.0, "1.0"),
-            (0.1, "0.1"),
-            (-0.0, "-0.0"),
-            (1e15, "1000000000000000.0"),
-            (1e16, "1e+16"),
-            (1.5e300, "1.5e+300"),
-            (0.0001, "0.0001"),
-            (0.00001, "1e-05"),
-            (-2.5e-7, "-2.5e-07"),
-            (f64::INFINITY, "Infinity"),
-            (f64::NAN, "NaN"),
-        ] {
-            assert_eq!(float(value), text);
-        }
-    }
 }

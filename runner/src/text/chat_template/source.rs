@@ -13,8 +13,8 @@ use crate::text::chat_template::error::{Error, Result};
 /// The name of the template that counts when nothing else is asked for.
 pub const DEFAULT: &str = "default";
 
-/// No known template has more than a hundredth of that.
-const MAX_BYTES: u64 = 4 << 20;
+/// No known template has more than a tenth of that.
+const MAX_BYTES: u64 = 512 << 10;
 
 /// The templates of a file, not yet compiled.
 pub struct Source {
