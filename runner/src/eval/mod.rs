@@ -8,6 +8,8 @@ pub mod journal;
 pub mod perplexity;
 pub mod policy;
 pub mod score;
+pub mod scorer;
 pub mod summary;
+pub mod tasks;
 
 pub use error::{Error, Result};

@@ -71,7 +71,7 @@ impl Measured for DocumentResult {
     }
 
     fn decoded(&self) -> usize {
-        self.generated.saturating_sub(1)
+        (self.asked + self.generated).saturating_sub(1)
     }
 
     fn seconds(&self) -> f64 {
@@ -308,8 +308,15 @@ fn read(cost: &Cost) -> [String; 3] {
     ]
 }
 
-/// The table of documents: header and lines.
+/// Whether outputs have answers enough to say where in them they are right: four in some document.
+pub fn tells_places(rows: &[DocumentsRow]) -> bool {
+    rows.iter().any(|row| row.quarters.iter().all(Option::is_some))
+}
+
+/// The table of documents: header and lines. Columns about the place in the output are left out where no output has
+/// answers enough for them.
 pub fn documents_table(rows: &[DocumentsRow]) -> Vec<Vec<String>> {
+    let places = tells_places(rows);
     let header = [
         "policy",
         "budget",
@@ -338,6 +345,9 @@ pub fn documents_table(rows: &[DocumentsRow]) -> Vec<Vec<String>> {
             exposure,
             number(row.cost.tokens_per_second, 0),
         ]);
+    }
+    if !places {
+        lines.iter_mut().for_each(|line| drop(line.drain(4..6)));
     }
     lines
 }
