@@ -3,6 +3,7 @@
 pub mod converted_models;
 pub mod documents;
 mod error;
+pub mod figure;
 pub mod html;
 pub mod journal;
 pub mod perplexity;
