@@ -24,7 +24,7 @@ pub struct Settings {
     #[arg(long, value_name = "PAGES")]
     pub min_pages: Option<usize>,
 
-    /// Tokens in a page: a power of two, 4 to 128, from 1 on with --selector sketch, adamas or adamas_rms; on CUDA 8 and more
+    /// Tokens in a page: a power of two, 4 to 128, from 1 on with --selector sketch, adamas or adamas_rms
     #[arg(long, default_value_t = Self::default().page_size, value_name = "TOKENS")]
     pub page_size: usize,
 

@@ -32,7 +32,16 @@ impl Bed {
     }
 
     fn pattern(&self, selector: Selector, (page, d): (usize, usize), cache: TensorElementType) -> Vec<u8> {
-        let pattern = StatePattern::new(&self.runtime, &self.options, selector, page, d, cache).unwrap();
+        let pattern = StatePattern::new(
+            &self.runtime,
+            &self.options,
+            selector,
+            page,
+            d,
+            limits::SKETCH_BITS,
+            cache,
+        )
+        .unwrap();
         pattern.bytes().to_vec()
     }
 }

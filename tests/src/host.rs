@@ -76,7 +76,11 @@ pub fn dtypes() -> &'static [Dtype] {
 /// The selectors that the operator has on the device under test.
 pub fn selectors() -> Vec<Selector> {
     let all = Selector::ALL.iter().copied();
-    let cpu_only = |s: &Selector| matches!(s, Selector::Adamas | Selector::AdamasRms);
+    let cpu_only = |s: &Selector| match s {
+        Selector::Sketch => !cfg!(feature = "cuda-sketch"),
+        Selector::Adamas | Selector::AdamasRms => true,
+        Selector::Bounds | Selector::Moments | Selector::SignedMoments => false,
+    };
     all.filter(|s| !on_gpu() || !cpu_only(s)).collect()
 }
 

@@ -186,11 +186,9 @@ pub mod attribute {
 pub mod limits {
     /// Tokens a page.
     pub const PAGE_SIZE: usize = 16;
-    /// The smallest page of the selectors with two vectors a page, in tokens, on the CPU:
+    /// The smallest page of the selectors with two vectors a page, in tokens:
     /// [`Selector::page_sizes`](crate::Selector::page_sizes) has every selector's.
     pub const PAGE_SIZE_MIN: usize = 4;
-    /// The smallest page of every selector, in tokens, on CUDA.
-    pub const PAGE_SIZE_MIN_CUDA: usize = 8;
     /// The largest page, in tokens.
     pub const PAGE_SIZE_MAX: usize = 128;
     /// The window w.

@@ -163,8 +163,10 @@ shared_constants! {
     SCORE_WARPS = SCORE_THREADS / 32;
     /// Pages that a warp scores at once on tensor cores.
     SCORE_PAGES = 8;
-    /// Threads of the block that selects a KV head's pages.
+    /// Threads of a block that selects pages of a KV head.
     SELECT_THREADS = 512;
+    /// Blocks that may select the pages of a KV head together, a power of two.
+    MAX_CLUSTER = 8;
     /// Threads of a block that merges.
     MERGE_THREADS = 256;
     /// Its warps: each ends a row of a prefill.
@@ -202,8 +204,7 @@ shared_formulas! {
     scored_page_count(max_pages) = (max_pages + 7) / 8 * 8;
     /// Heads that a page's scores are stored for where every head's is: read by four.
     stored_heads(group) = (group + 3) / 4 * 4;
-    /// Floats of memory of a KV head's selection: a score and a bin of 16 bits for each of so many pages, a
-    /// multiple of 8.
+    /// Floats of memory of a selecting block: a score and a bin of 16 bits for each of so many pages, a multiple of 8.
     kept_floats(keys) = keys + keys / 2;
     /// Floats in shared memory of the block that summarises and scores a touched page, before the page's keys: the
     /// prepared queries, and the page's two vectors.
@@ -314,7 +315,7 @@ impl AttendShape {
 
     /// Bytes of shared memory behind the stages: where the tokens stand, and the queries.
     pub const fn beside_bytes(&self) -> usize {
-        (MAX_STAGES + 1) * (self.stage_tokens() / 8) * 8 + self.rows * (self.padded + 8) * 2
+        (MAX_STAGES + 1) * self.stage_tokens() * 8 + self.rows * (self.padded + 8) * 2
     }
 }
 
@@ -387,7 +388,7 @@ shared_struct! {
         pub score_stats: *mut [f32; 4],
         /// `[B, Hkv, max_pages]`: 1 and the number of each page that a step has chosen; 0 before and after
         pub pages: *mut i32,
-        /// `[B, Hkv, kept_floats]`: of the selection kernel; null: it has shared memory for them
+        /// `[B, Hkv, selecting blocks, kept_floats]`: of the selection kernel; null: it has shared memory for them
         pub kept: *mut f32,
         /// `[B, Hkv]`: blocks that have scored; 0 before and after a step
         pub progress: *mut u32,

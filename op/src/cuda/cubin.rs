@@ -32,6 +32,7 @@ macro_rules! headers {
 const HEADERS: [&[(&str, &str)]; 3] = [
     headers!(
         from "kernels/",
+        "ptx.cuh",
         "common.cuh",
         "mma.cuh",
         "page_rows.cuh",
@@ -40,9 +41,14 @@ const HEADERS: [&[(&str, &str)]; 3] = [
         "sketch_rows.cuh",
         "sketch_score.cuh",
         "score_kernel.cuh",
+        "cluster.cuh",
+        "select_shared.cuh",
+        "select_scores.cuh",
         "select.cuh",
         "finish.cuh",
+        "attend_rows.cuh",
         "attend.cuh",
+        "attend_f32.cuh",
         "merge.cuh",
         "prefill.cuh"
     ),

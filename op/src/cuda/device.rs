@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{
-    CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, cuDriverGetVersion, cuFuncSetAttribute,
-    cuModuleGetFunction, cuModuleLoadData, is_culib_present,
+    CUdevice_attribute, CUfunction, CUfunction_attribute, CUlaunchConfig, CUmodule, cuDriverGetVersion,
+    cuFuncSetAttribute, cuModuleGetFunction, cuModuleLoadData, cuOccupancyMaxPotentialClusterSize, is_culib_present,
 };
 
 use super::check;
@@ -23,7 +23,8 @@ pub struct Device {
     pub multiprocessors: usize,
     /// Bytes of shared memory of a multiprocessor.
     pub shared_per_sm: usize,
-    /// Compute capability 9.0 and up: kernels of a step may overlap (programmatic dependent launch).
+    /// Compute capability 9.0 and up: kernels of a step may overlap (programmatic dependent launch), and blocks may work
+    /// together in clusters.
     pub overlaps: bool,
     /// CUDA 12.5 and up: a launch may say how multiprocessors divide their memory.
     pub sets_carveout: bool,
@@ -113,6 +114,31 @@ impl Device {
         check(&format!("cuFuncSetAttribute({}, {bytes})", kernel.name), unsafe {
             cuFuncSetAttribute(kernel.function, attribute, bytes)
         })
+    }
+
+    /// How many blocks of a kernel that each have so much shared memory fit in a cluster, a power of two.
+    pub fn largest_cluster(&self, kernel: &Kernel, shared: usize) -> Result<usize> {
+        if !self.overlaps {
+            return Ok(1);
+        }
+        let config = CUlaunchConfig {
+            gridDimX: 1,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: ptr::null_mut(),
+            attrs: ptr::null_mut(),
+            numAttrs: 0,
+        };
+        let mut blocks = 0;
+        // SAFETY: the function belongs to the loaded module; the number is ours to write.
+        let result = unsafe { cuOccupancyMaxPotentialClusterSize(&mut blocks, kernel.function, &config) };
+        check(&format!("cuOccupancyMaxPotentialClusterSize({})", kernel.name), result)?;
+        let blocks = usize::try_from(blocks).unwrap_or(1).max(1);
+        Ok(1 << blocks.ilog2())
     }
 
     /// Makes the device's context the calling thread's.

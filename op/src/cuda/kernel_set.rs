@@ -7,8 +7,8 @@ use half::{bf16, f16};
 
 use super::abi::{
     APPEND_THREADS, ATTEND_F32, ATTEND_HALF, ATTEND_TILE, AttendShape, BLOCK_RESERVED, CLEAR_THREADS, F32_WARPS,
-    MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_SKETCH, SCORE_THREADS, SELECT_THREADS,
-    SELECT_VARIABLES, f32_attend_bytes,
+    MAX_CLUSTER, MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_SKETCH, SCORE_THREADS,
+    SELECT_THREADS, SELECT_VARIABLES, f32_attend_bytes,
 };
 use super::device::Device;
 use super::launch::Kernel;
@@ -71,6 +71,8 @@ pub struct Select {
     pub softmax: Kernel,
     /// Bytes of shared memory that they may be launched with.
     pub shared: usize,
+    /// Blocks of a cluster at most, a power of two; 1: the device has no clusters.
+    pub cluster: usize,
 }
 
 /// The kernels for one element type, head size and selector.
@@ -288,11 +290,13 @@ impl Finder<'_> {
             self.device.allow_shared(&kernel, shared)?;
             Ok(kernel)
         };
+        let any = variant("")?;
         Ok(Select {
-            any: variant("")?,
+            any,
             max: variant("_max")?,
             softmax: variant("_softmax")?,
             shared,
+            cluster: self.device.largest_cluster(&any, shared)?.min(MAX_CLUSTER),
         })
     }
 }

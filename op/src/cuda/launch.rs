@@ -4,9 +4,11 @@ use std::ffi::c_void;
 use std::ptr;
 
 use cudarc::driver::sys::{
-    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream,
-    cuLaunchKernelEx, cuMemcpyDtoDAsync_v2,
+    CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUlaunchConfig, CUstream, cuLaunchKernelEx,
+    cuMemcpyDtoDAsync_v2,
 };
+use smallvec::SmallVec;
 
 use super::abi::Params;
 use super::check;
@@ -56,12 +58,30 @@ impl Stream {
         mode: LaunchMode,
         params: &Params,
     ) -> Result<()> {
-        let all = [Self::pdl(), Self::max_shared()];
-        let attributes = match mode {
-            LaunchMode::PdlMaxShared if self.overlaps && self.sets_carveout => &all[..],
-            LaunchMode::Pdl | LaunchMode::PdlMaxShared if self.overlaps => &all[..1],
-            _ => &[],
-        };
+        self.launch_clusters(kernel, 1, grid, shared, mode, params)
+    }
+
+    /// Blocks in clusters of `cluster` along the grid's x, which it divides: they are on the device together. More than one
+    /// only where the device has clusters.
+    pub fn launch_clusters(
+        &self,
+        kernel: &Kernel,
+        cluster: usize,
+        grid: [usize; 3],
+        shared: usize,
+        mode: LaunchMode,
+        params: &Params,
+    ) -> Result<()> {
+        let mut attributes = SmallVec::<[CUlaunchAttribute; 3]>::new();
+        if mode != LaunchMode::Plain && self.overlaps {
+            attributes.push(Self::pdl());
+            if mode == LaunchMode::PdlMaxShared && self.sets_carveout {
+                attributes.push(Self::max_shared());
+            }
+        }
+        if cluster > 1 {
+            attributes.push(Self::clusters(cluster));
+        }
         let config = CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
@@ -90,6 +110,17 @@ impl Stream {
             pad: [0; 4],
             value: CUlaunchAttributeValue {
                 programmaticStreamSerializationAllowed: 1,
+            },
+        }
+    }
+
+    fn clusters(blocks: usize) -> CUlaunchAttribute {
+        let (x, y, z) = (blocks as u32, 1, 1);
+        CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                clusterDim: ClusterDim { x, y, z },
             },
         }
     }

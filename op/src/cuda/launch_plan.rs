@@ -19,6 +19,8 @@ use crate::ort::Result;
 const TILES_IN_L1: usize = 2;
 /// One of so many multiprocessors may be kept for the selection kernel.
 const SELECT_SHARE: usize = 8;
+/// Pages that are worth a selecting block of their own.
+const SELECT_PAGES: usize = 4096;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
 
@@ -46,6 +48,8 @@ struct Step<'a> {
     score_blocks: usize,
     /// Statistics of scoring blocks that the selection reads, per KV head; 0: there are none.
     parts: usize,
+    /// Blocks that select a KV head's pages, a cluster.
+    select_blocks: usize,
     attend: &'a Attend,
     row_blocks: usize,
     splits: usize,
@@ -62,6 +66,11 @@ impl Layout {
         self.0 += bytes.next_multiple_of(256);
         at
     }
+}
+
+/// Pages that a selecting block has memory for, where `blocks` share a KV head's: candidates may begin within eight pages.
+fn selected_keys(max_pages: usize, blocks: usize) -> usize {
+    8 * (max_pages.div_ceil(8) + 1).div_ceil(blocks)
 }
 
 fn at<T>(base: *mut c_void, offset: usize) -> *mut T {
@@ -167,6 +176,20 @@ impl LaunchPlan<'_> {
         Ok(())
     }
 
+    /// How many blocks select a KV head's pages: as many as the pages are worth, and more where their shared memory would
+    /// not hold them.
+    fn select_blocks(&self, max_pages: usize) -> usize {
+        let most = self.kernels.select.cluster;
+        let wanted = max_pages.div_ceil(SELECT_PAGES).next_power_of_two();
+        let room = (self.multiprocessors / 2 / self.pairs()).max(1);
+        let mut blocks = wanted.min(1 << room.ilog2()).min(most);
+        let fit = |blocks: usize| 4 * kept_floats(selected_keys(max_pages, blocks)) <= self.kernels.select.shared;
+        while blocks < most && !fit(blocks) {
+            blocks *= 2;
+        }
+        blocks
+    }
+
     /// How wide a step's kernels are.
     fn step(&self, params: &Params) -> Step<'_> {
         let a = self.attributes;
@@ -177,7 +200,8 @@ impl LaunchPlan<'_> {
         // The blocks that choose pages are on the device while the others score and while those that attend arrive, where
         // they are few and kernels overlap.
         let few = self.stream.overlaps && pairs <= self.multiprocessors / SELECT_SHARE;
-        let reserved = if scored && few { pairs } else { 0 };
+        let select_blocks = self.select_blocks(max_pages);
+        let reserved = if scored && few { pairs * select_blocks } else { 0 };
         let (attend, row_blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
         let touched = touched_page_count(self.dims.tokens, self.scored_rows().trailing_zeros() as usize);
         let scored_at_once = if self.by_block() { 1 } else { SCORE_PAGES };
@@ -205,6 +229,7 @@ impl LaunchPlan<'_> {
             } else {
                 0
             },
+            select_blocks,
             attend,
             row_blocks,
             splits,
@@ -216,7 +241,7 @@ impl LaunchPlan<'_> {
         }
     }
 
-    /// Sets a step's parameters and gives it scratch memory. Returns the selecting block's bytes of shared memory for its
+    /// Sets a step's parameters and gives it scratch memory. Returns a selecting block's bytes of shared memory for its
     /// pages; `None` where they have memory on the device.
     fn place_step(&self, step: &Step<'_>, params: &mut Params, buffer: &mut Buffer) -> Result<Option<usize>> {
         let (d, group, pairs) = (self.dims.head_size, self.group(), self.pairs());
@@ -235,12 +260,11 @@ impl LaunchPlan<'_> {
         let scores_a_page = if softmax { stored_heads(group) } else { 1 };
         let score_bytes = pairs * scored_page_count(max_pages) * scores_a_page * 4;
         let scores = layout.take(if step.scored { score_bytes } else { 0 });
-        // Candidates may begin within eight pages.
-        let keys = max_pages.next_multiple_of(8) + 8;
+        let keys = selected_keys(max_pages, step.select_blocks);
         let kept = 4 * kept_floats(keys);
         let in_shared = kept <= self.kernels.select.shared;
         let outside = step.scored && !in_shared;
-        let kept_outside = layout.take(if outside { pairs * kept } else { 0 });
+        let kept_outside = layout.take(if outside { pairs * step.select_blocks * kept } else { 0 });
         let outputs = layout.take(pairs * step.splits * step.rows * d * 4);
         let stats = layout.take(pairs * step.splits * step.rows * 8);
         let scratch = buffer.get(layout.0, self.stream)?;
@@ -275,8 +299,9 @@ impl LaunchPlan<'_> {
                 GroupScore::Max => &k.select.max,
                 GroupScore::Softmax => &k.select.softmax,
             };
-            let grid = [kv_heads, batch, 1];
-            self.stream.launch(select, grid, kept.unwrap_or(0), mode, params)?;
+            let grid = [step.select_blocks, kv_heads, batch];
+            self.stream
+                .launch_clusters(select, step.select_blocks, grid, kept.unwrap_or(0), mode, params)?;
         }
         let grid = [step.row_blocks, step.splits, pairs];
         let shared = self.spread(step.attend, grid.iter().product());

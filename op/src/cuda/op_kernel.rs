@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use retro_contract::{STATE, input, limits, output};
+use retro_contract::{STATE, input, output};
 
 use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
@@ -17,6 +17,7 @@ use crate::contract::{Attributes, Dims, Phase};
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands};
 use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
+use crate::selector::Selector;
 
 /// `ai.retro::RetroAttention` on CUDA for caches of element type `E` and selector state of type `S`.
 pub struct CudaOperator<E, S = E>(PhantomData<(E, S)>);
@@ -43,15 +44,9 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
         let selector = attributes.selector;
         io_spec::check_state_type(selector, E::DATA_TYPE, S::DATA_TYPE)?;
         require!(
-            has_kernels(selector),
+            has_kernels(selector) && (selector != Selector::Sketch || cfg!(feature = "cuda-sketch")),
             "attribute selector is {selector}, which CUDA does not have: run the model on the CPU, or convert it with another \
              selector, as signed_moments"
-        );
-        let smallest = limits::PAGE_SIZE_MIN_CUDA;
-        require!(
-            attributes.page_size >= smallest,
-            "attribute page_size is {}, on CUDA at least {smallest}: run the model on the CPU, or convert it with larger pages",
-            attributes.page_size
         );
         let group = attributes.heads / attributes.kv_heads;
         require!(

@@ -63,7 +63,7 @@ pub struct Args {
     pub head_size: usize,
     #[arg(long, default_value_t = limits::PAGE_SIZE)]
     pub page_size: usize,
-    /// Bits of an element of a sketch. One needs --summaries prefill.
+    /// Bits of an element of a sketch.
     #[arg(long, default_value_t = limits::SKETCH_BITS)]
     pub sketch_bits: usize,
     #[arg(long, default_value = "f16")]
@@ -104,9 +104,9 @@ impl Args {
         );
         ensure!(self.window.iter().all(|&w| (1..=64).contains(&w)), "--window: 1 to 64");
         ensure!(
-            self.sketch_bits == limits::SKETCH_BITS || self.summaries == Summaries::Prefill,
-            "--sketch-bits: other than {} with --summaries prefill alone",
-            limits::SKETCH_BITS
+            (1..=limits::SKETCH_BITS_MAX).contains(&self.sketch_bits),
+            "--sketch-bits: 1 to {}",
+            limits::SKETCH_BITS_MAX
         );
         Ok(())
     }

@@ -78,6 +78,7 @@ impl<'a> Host<'a> {
             selector,
             s.page,
             s.size,
+            s.sketch_bits,
             cache,
         )?)
     }

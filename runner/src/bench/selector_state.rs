@@ -39,7 +39,7 @@ pub struct StatePattern(Vec<u8>);
 
 impl StatePattern {
     /// The state of 127 heads of 256 tokens, in caches of type `cache` with pages of `page_size` tokens and D =
-    /// `head_size`. The operator runs on the CPU, wherever the caches are. Sketches have 2 bits an element.
+    /// `head_size`, sketches in `sketch_bits` bits an element. The operator runs on the CPU, wherever the caches are.
     ///
     /// # Errors
     /// The plugin is missing, or ONNX Runtime fails.
@@ -49,9 +49,14 @@ impl StatePattern {
         selector: Selector,
         page_size: usize,
         head_size: usize,
+        sketch_bits: usize,
         cache: TensorElementType,
     ) -> Result<Self> {
-        Self::of_shape(runtime, options, selector, &shape(page_size, head_size, cache), cache)
+        let shape = AttentionShape {
+            sketch_bits,
+            ..shape(page_size, head_size, cache)
+        };
+        Self::of_shape(runtime, options, selector, &shape, cache)
     }
 
     fn of_shape(

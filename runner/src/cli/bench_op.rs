@@ -77,6 +77,9 @@ pub struct BenchOpArgs {
     /// Tokens per page, a power of two.
     #[arg(long, default_value_t = limits::PAGE_SIZE, value_name = "TOKENS")]
     page_size: usize,
+    /// Bits of an element of a sketch, 1 or 2.
+    #[arg(long, default_value_t = limits::SKETCH_BITS, value_name = "N")]
+    sketch_bits: usize,
     /// Nodes per session, each with its own caches; 0: enough for 128 MiB of caches, at most 16.
     #[arg(long, default_value_t = 0, value_name = "N")]
     nodes: usize,
@@ -152,6 +155,12 @@ impl BenchOpArgs {
             self.kv_heads
         );
         ensure!(self.head_size >= 1, "--head-size 0: a head has at least one element");
+        ensure!(
+            (1..=limits::SKETCH_BITS_MAX).contains(&self.sketch_bits),
+            "--sketch-bits {}: expected 1 to {}",
+            self.sketch_bits,
+            limits::SKETCH_BITS_MAX
+        );
         for selector in self.select.iter().map(|s| s.selector) {
             let sizes = selector.page_sizes();
             ensure!(
@@ -238,6 +247,7 @@ pub fn bench_op(args: &BenchOpArgs, signals: &Signals) -> Result<()> {
         ("kv_heads", args.kv_heads.into()),
         ("head_size", args.head_size.into()),
         ("page_size", args.page_size.into()),
+        ("sketch_bits", args.sketch_bits.into()),
         ("drift", args.drift.into()),
         ("repetitions", args.repetitions.into()),
     ];
@@ -278,7 +288,7 @@ fn measure(
         head_size: args.head_size,
         page_size: args.page_size,
         dtype,
-        sketch_bits: limits::SKETCH_BITS,
+        sketch_bits: args.sketch_bits,
     };
     let operators = args.operators();
     let fill = operators.iter().map(Operator::window).max().unwrap_or(1) - 1;

@@ -2,7 +2,7 @@
 //! What the abandoned steps left in the page steps must not keep later tokens from their supplements (docs/method.md,
 //! Truncation).
 
-use retro_contract::Mode;
+use retro_contract::{Mode, limits};
 use retro_tests::{
     attrs::Attrs,
     compare,
@@ -34,13 +34,16 @@ fn retro(attrs: &Attrs, t: usize, start: usize) -> usize {
 
 /// Steps, rewinds to the middle of a page, its edge, the end of the prompt, into it, and far back, more steps after
 /// each of them, and at last the next turn of a chat: outputs, pages and page steps are the oracle's.
-fn agrees_with_the_oracle(window: usize, mode: Mode, dtype: Dtype, binding: Binding) {
-    let attrs = attrs(window, mode);
-    let layer = Layer::new(&attrs, dtype);
-    let mut reference = oracle(&attrs, None);
+fn agrees_with_the_oracle(attrs: &Attrs, dtype: Dtype, binding: Binding) {
+    let (window, mode) = (attrs.window, attrs.mode);
+    let layer = Layer::new(attrs, dtype);
+    let mut reference = oracle(attrs, None);
     let mut random = Random::new(19);
-    let mut state = State::new(&attrs, dtype, 1, CAPACITY);
-    let what = format!("{dtype:?} {binding:?} window {window} mode {mode}");
+    let mut state = State::new(attrs, dtype, 1, CAPACITY);
+    let what = format!(
+        "{dtype:?} {binding:?} pages of {} window {window} mode {mode}",
+        attrs.page
+    );
     let close = |at: &str, got: &[f32], expected: &[f32]| {
         let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs())).max(0.5);
         let tolerance = if dtype == Dtype::F32 {
@@ -51,7 +54,7 @@ fn agrees_with_the_oracle(window: usize, mode: Mode, dtype: Dtype, binding: Bind
         compare::assert_close(at, got, expected, tolerance);
     };
     let mut length = PROMPT;
-    let prompt = drive::rows(&mut random, &attrs, PROMPT);
+    let prompt = drive::rows(&mut random, attrs, PROMPT);
     layer.run(&mut state, &drive::prefill_feed(&prompt, PROMPT), binding);
     reference.prefill(&prompt);
     for (keep, steps, chunk) in [
@@ -70,15 +73,15 @@ fn agrees_with_the_oracle(window: usize, mode: Mode, dtype: Dtype, binding: Bind
         reference.truncate(keep);
         length = keep;
         if chunk > 0 {
-            let rows = drive::rows(&mut random, &attrs, chunk);
+            let rows = drive::rows(&mut random, attrs, chunk);
             length += chunk;
             let got = layer.run(&mut state, &drive::prefill_feed(&rows, length), binding);
             close(&format!("{what}: chunk to {length}"), &got, &reference.prefill(&rows));
         }
         let start = length;
         for t in start..start + steps {
-            let r = retro(&attrs, t, start);
-            let rows = drive::rows(&mut random, &attrs, r + 1);
+            let r = retro(attrs, t, start);
+            let rows = drive::rows(&mut random, attrs, r + 1);
             let at = format!("{what}: rewound to {keep}, t = {t}");
             let got = layer.run(&mut state, &drive::feed(&rows, t + 1, r as i32, None), binding);
             let expected = reference.step(&rows, None);
@@ -100,7 +103,12 @@ fn rewinding_agrees_with_the_oracle() {
         for binding in Binding::BOTH {
             for window in [1, 2, 4, 8] {
                 for mode in [Mode::Retro, Mode::Streaming, Mode::Periodic, Mode::Dense] {
-                    agrees_with_the_oracle(window, mode, dtype, binding);
+                    agrees_with_the_oracle(&attrs(window, mode), dtype, binding);
+                    let small_pages = Attrs {
+                        page: limits::PAGE_SIZE_MIN,
+                        ..attrs(window, mode)
+                    };
+                    agrees_with_the_oracle(&small_pages, dtype, binding);
                 }
             }
         }

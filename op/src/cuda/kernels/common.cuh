@@ -1,37 +1,10 @@
-// What all kernels share: element types, one sequence's lengths, rotary embedding, warp helpers.
+// What all kernels share: one sequence's lengths, rotary embedding, warp helpers.
 //
 // The parameters of a call and all constants that the host knows too: params.cuh, which the build script writes.
 // No header of the toolkit is needed, so that NVRTC can compile the same text on a machine that has the driver only.
 #pragma once
 
-#include "params.cuh"
-
-#define DEVICE __device__ __forceinline__
-// What few steps run, out of the others' way.
-#define RARE __device__ __noinline__
-
-// Element types of caches and activations; arithmetic is in f32.
-struct F32 {
-  float v;
-};
-struct F16 {
-  u16 v;
-};
-struct BF16 {
-  u16 v;
-};
-
-DEVICE float widen(F32 x) { return x.v; }
-DEVICE float widen(F16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.v));
-  return y;
-}
-DEVICE float widen(BF16 x) { return __uint_as_float(u32(x.v) << 16); }
-
-DEVICE void narrow(float x, F32& y) { y.v = x; }
-DEVICE void narrow(float x, F16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.v) : "f"(x)); }
-DEVICE void narrow(float x, BF16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.v) : "f"(x)); }
+#include "ptx.cuh"
 
 // Eight neighbouring elements, 16-byte aligned, widened.
 DEVICE void load8(const F32* p, float* x) {
@@ -260,63 +233,19 @@ struct Team {
 };
 DEVICE Team whole_block() { return {int(threadIdx.x), int(blockDim.x)}; }
 
-// Kernels of a step are launched so that one may start while the one before it drains (programmatic dependent launch).
-// Whatever it reads of the other's results comes after wait_for_previous; older targets run the kernels one by one.
-DEVICE void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-DEVICE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // A kernel need not wait for the whole one before it: what a block has written before it announces it, others may read
 // after they have waited for so many. Every thread of a block calls these. Blocks that are waited for are on the device
 // already, as a kernel starts no earlier than every block of the one before has let it.
-DEVICE void add_progress(u32* progress) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(progress) : "memory");
-}
 DEVICE void announce(u32* progress) {
   __syncthreads();
   if (threadIdx.x == 0) add_progress(progress);
 }
 DEVICE void wait_until(const u32* progress, int count) {
   if (threadIdx.x == 0) {
-    u32 seen;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(progress) : "memory");
-    while (seen < u32(count));
+    while (read_progress(progress) < u32(count)) {
+    }
   }
   __syncthreads();
-}
-
-// A page that has been chosen tells so itself.
-DEVICE void announce_page(int* listed, int page) {
-  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(listed), "r"(page + 1) : "memory");
-}
-// 0 as long as it has not been.
-DEVICE int announced_page(const int* listed) {
-  int page;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(page) : "l"(listed));
-  return page;
-}
-
-// Copies 16 bytes into shared memory (an address there), or zeros; a thread waits until no more than `left` of its
-// groups are under way, at most 2.
-DEVICE void copy_async(u32 target, const void* source, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0)
-               : "memory");
-}
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-DEVICE void wait_for_copies(int left) {
-  if (left == 2)
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
-  else if (left == 1)
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  else
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
 constexpr u32 ALL_LANES = 0xffffffffu;
@@ -335,39 +264,12 @@ DEVICE float number_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key
 // Faster than five shuffles.
 DEVICE float warp_max(float x) { return number_of(__reduce_max_sync(ALL_LANES, ordered(x))); }
 DEVICE float warp_min(float x) { return -warp_max(-x); }
-// To the last bit or two, and without the care for the smallest numbers: one instruction each.
-DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float sqrt_fast(float x) {
-  float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(ALL_LANES, x, m);
   return x;
 }
 
-// The lesser and the larger; NaN where one is.
-DEVICE float min_or_nan(float a, float b) {
-  float y;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-DEVICE float max_or_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
 // A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is
 // read first, so that what is wrong with it shows, as with dense attention.
 DEVICE float or_first(float score) { return score == score ? score : -NEG_INF; }

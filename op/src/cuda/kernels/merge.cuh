@@ -28,7 +28,7 @@ DEVICE void note_steps(const Params& p, const Sequence& s, int b, int kv_head) {
   const bool chosen = chooses(p, all);
   const int count = chosen ? listed_pages(p, all) : 0;
   if (!chosen) {
-    // What score_output.cuh does where pages are scored. Attention takes both numbers alike (Groups::from).
+    // What score_output.cuh does where pages are scored. Attention takes both numbers alike (ReadTokens::from).
 #pragma unroll 4
     for (int page = threadIdx.x; page < all.pages; page += MERGE_THREADS)
       if (steps[page] >= newest) steps[page] = s.first - 1;

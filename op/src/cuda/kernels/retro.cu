@@ -1,6 +1,7 @@
 // Every kernel of the CUDA execution provider, for every element type and head size: op/src/cuda/kernel_set.rs finds
 // them by name, and op/src/cuda/abi.rs has the lists (SCORE_HALF and so on) and the launch bounds.
 #include "attend.cuh"
+#include "attend_f32.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"
 #include "score_kernel.cuh"

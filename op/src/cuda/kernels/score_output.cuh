@@ -19,7 +19,7 @@ DEVICE bool step_is_scored(const Params& p, const Sequence& s, int b) { return c
 
 // Page steps at or behind the newest position are left over from tokens that a rewind took back: such a page counts as
 // loaded just before the rows that the step feeds (docs/method.md, Truncation). Attention takes both numbers alike
-// (Groups::from in attend.cuh), so that nobody waits for this. Where pages are not scored, merge.cuh does it.
+// (ReadTokens::from), so that nobody waits for this. Where pages are not scored, merge.cuh does it.
 struct PageStep {
   int page, step;
 };

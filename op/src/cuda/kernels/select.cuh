@@ -1,52 +1,19 @@
-// The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index; ascending.
+// The pages of a step, per KV head: forced ones, then the best by score, ties to the lower index.
 //
-// Grid (Hkv, B). A histogram over the range of the scores says in which bin the k-th largest lies; the few scores in
-// that bin are compared with one another. A bin with too many (ties, outliers that stretch the range) is searched digit
-// by digit. The list has the forced pages first, then those above the bin, then those of it by rank; each is announced
-// as soon as its place is known.
+// Grid (blocks of a KV head, Hkv, B), where the blocks of a KV head are a cluster (cluster.cuh): each has a share of
+// neighbouring pages. A histogram over the range of the scores, summed over the cluster, says in which bin the k-th
+// largest lies; the few scores in that bin are compared with one another. A bin with too many (ties, outliers that
+// stretch the range) is searched digit by digit. The list has the forced pages first, then those above the bin, block
+// by block, then those of it by rank; each is announced as soon as its place is known.
 //
 // The group score "max" is joined over heads while pages are scored (page_vectors.cuh); "softmax" needs the scores of
 // all pages first, and is joined here (join_heads).
 //
-// Nothing else happens on the device while this runs, so all of it is short: a block a KV head that is there before the
-// scores are, no barrier between blocks, one pass over the scores, two over their bins, and as few instructions as
-// possible, as each is fetched for the first time.
+// Nothing else happens on the device while this runs, so all of it is short: blocks that are there before the scores
+// are, two barriers between those of a KV head where it has several, one pass over the scores, two over their bins, and
+// as few instructions as possible, as each is fetched for the first time.
 #pragma once
-#include "common.cuh"
-
-constexpr int SELECT_WARPS = SELECT_THREADS / 32;
-
-// Bins of the histogram: also the values of a digit.
-constexpr int DIGIT = 11, BINS = 1 << DIGIT;
-// Scores of a bin that are compared with one another.
-constexpr int FINALISTS = 256;
-// What stands for a page instead of the number of its score's bin, which is 1..BINS: that it does not compete; that it
-// is taken.
-constexpr u32 NONE = 0, TAKEN = 0x7fff;
-// Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
-constexpr int VEC8 = 8;
-constexpr int BINS_A_THREAD = BINS / SELECT_THREADS;
-static_assert(BINS_A_THREAD == 4, "a thread looks at four bins");
-
-// What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for
-// all pages.
-enum Choice { ANY, BY_MAX, BY_SOFTMAX };
-template <Choice CHOICE> DEVICE bool softmax_over_pages(const Params& p) {
-  return CHOICE == BY_SOFTMAX || (CHOICE == ANY && p.group_score == SOFTMAX);
-}
-
-struct SelectShared {
-  __align__(16) u32 histogram[BINS];
-  u32 finalists[FINALISTS];
-  int finalist_pages[FINALISTS];
-  u32 finalist_count;
-  u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];
-  float2 part[SELECT_WARPS];
-  __align__(16) float lse[MAX_GROUP];
-  float lowest[MAX_GROUP], highest[MAX_GROUP];
-  u32 bin, left, in_bin;
-};
-static_assert(sizeof(SelectShared) + BLOCK_RESERVED <= SELECT_VARIABLES, "the host leaves room for it");
+#include "select_scores.cuh"
 
 // The bins of the histogram, equally wide between two bounds of the scores. Larger scores never lie in a lower bin.
 struct Bins {
@@ -67,172 +34,61 @@ struct Bins {
   }
 };
 
-DEVICE u32 reduce_add(u32 x) { return __reduce_add_sync(ALL_LANES, x); }
-
-// The sum over the lanes up to this one.
-DEVICE u32 sum_upto(u32 x) {
-#pragma unroll
-  for (int i = 1; i < 32; i <<= 1) {
-    const u32 other = __shfl_up_sync(ALL_LANES, x, i);
-    if (threadIdx.x % 32 >= i) x += other;
-  }
-  return x;
+DEVICE void clear_histogram(SelectShared& sh) {
+  *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
 }
 
-// The log-sum-exp (base 2) of scores with this largest one and sum. An infinite one is all of it.
-DEVICE float lse_of(float most, float sum) { return most == -NEG_INF ? most : most + log2_fast(sum); }
+DEVICE void add4(uint4& sum, uint4 x) { sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w}; }
 
-// Joined over a warp: the largest first, so that a lane needs one exponential.
-DEVICE float2 warp_sums(float2 a) {
-  const float top = warp_max(a.x);
-  return {top, warp_sum(top == NEG_INF ? 0.f : a.y * __expf(a.x - top))};
-}
+// Blocks whose bins a thread asks for at once.
+constexpr int READ_AT_ONCE = 4;
 
-// Two bounds that the group's scores of a KV head's candidates lie between.
-struct Range {
-  float lowest, highest;
-};
-
-// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from
-// the parts that the scoring blocks left.
-DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 1
-  for (int h = warp; h < p.group; h += SELECT_WARPS) {
-    float2 sums = {NEG_INF, 0.f};
-    float least = -NEG_INF;
-#pragma unroll 1
-    for (int i = lane; i < p.score_parts; i += 32) {
-      const float4 part = p.score_stats[(size_t(pair) * p.score_parts + i) * p.group + h];
-      sums = joined_sums(sums, {part.x, part.y});
-      least = fminf(least, part.z);
-    }
-    sums = warp_sums(sums);
-    least = warp_min(least);
-    const float most = sums.x * LOG2E, lse = lse_of(most, sums.y);
-    if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
-  }
-  __syncthreads();
-}
-
-// The log-sum-exps alone, from the scores themselves.
-RARE void page_lse(const Params& p, const float* scores, int from, int pages, SelectShared* shared) {
-  SelectShared& sh = *shared;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 1
-  for (int h = 0; h < p.group; h++) {
-    float2 sums = {NEG_INF, 0.f};
-    for (int i = from + threadIdx.x; i < pages; i += SELECT_THREADS)
-      sums = joined_sums(sums, {scores[size_t(i) * scores_a_page(p) + h], 1.f});
-    sums = warp_sums(sums);
-    if (lane == 0) sh.part[warp] = sums;
-    __syncthreads();
-    if (warp == 0) {
-      sums = warp_sums(lane < SELECT_WARPS ? sh.part[lane] : float2{NEG_INF, 0.f});
-      if (lane == 0) sh.lse[h] = lse_of(sums.x * LOG2E, sums.y);
-    }
-    __syncthreads();
-  }
-}
-
-// The range of the group's scores from the parts that the scoring blocks left, and the log-sum-exps that they need.
-template <Choice CHOICE> DEVICE Range joined_range(const Params& p, int pair, SelectShared& sh) {
-  Range range = {NEG_INF, NEG_INF};
-  if (softmax_over_pages<CHOICE>(p)) {
-    joined_lse(p, pair, sh);
-    // A page's score is at least that of each head, and at most the largest of them and log g.
-#pragma unroll 1
-    for (int h = 0; h < p.group; h++)
-      range.lowest = fmaxf(range.lowest, sh.lowest[h]), range.highest = fmaxf(range.highest, sh.highest[h]);
-    range.highest += log2_fast(float(p.group));
-    return range;
-  }
-  float least = -NEG_INF;
-  // Two at once. Whatever is read again changes nothing.
-  const float4* const parts = p.score_stats + size_t(pair) * p.score_parts;
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < p.score_parts; i += 64) {
-    const float4 a = parts[i], b = parts[min(i + 32, p.score_parts - 1)];
-    range.highest = fmaxf(range.highest, fmaxf(a.x, b.x)), least = fminf(least, fminf(a.z, b.z));
-  }
-  return {warp_min(least), warp_max(range.highest)};
-}
-
-// The scores of four heads of pages that are SELECT_THREADS apart.
-constexpr int JOINED_AT_ONCE = 4;
-struct HeadScores {
-  float4 four[JOINED_AT_ONCE];
-  DEVICE void ask(const Params& p, const float* scores, int page, int count, int h) {
-#pragma unroll
-    for (int i = 0; i < JOINED_AT_ONCE; i++)
-      four[i] = *reinterpret_cast<const float4*>(
-          scores + size_t(min(page + i * SELECT_THREADS, count - 1)) * scores_a_page(p) + h);
-  }
-};
-
-// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's
-// softmax. Of other pages any number. `asked`: the first heads' of the first pages.
-DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked,
-                       float* joined, int count, const SelectShared& sh) {
-#pragma unroll 1
-  for (int page = threadIdx.x; page < count; page += JOINED_AT_ONCE * SELECT_THREADS) {
-    // Not -inf, which would make NaNs.
-    float top[JOINED_AT_ONCE], sum[JOINED_AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < JOINED_AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
-#pragma unroll 1
-    for (int h = 0; h < p.group; h += 4) {
-      if (h || page >= SELECT_THREADS) asked.ask(p, scores, page, count, h);
-      const float4 less = *reinterpret_cast<const float4*>(&sh.lse[h]);
-      // Of heads that are not there -inf.
-      auto share = [&](int j, float score, float lse) { return h + j < p.group ? fmaf(score, LOG2E, -lse) : NEG_INF; };
-#pragma unroll
-      for (int i = 0; i < JOINED_AT_ONCE; i++) {
-        const float4 of = asked.four[i];
-        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z),
-                    d = share(3, of.w, less.w);
-        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]),
-                    before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
-        sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
-        top[i] = n;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < JOINED_AT_ONCE; i++)
-      if (page + i * SELECT_THREADS < count)
-        joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
-  }
-  __syncthreads();
-}
-
-// Finds the bin in which the `left`-th score lies, from the top, and its rank there, into `sh`, and clears the
-// histogram.
-DEVICE void find_bin(SelectShared& sh, u32 left) {
+// Finds the bin in which the `left`-th score of the cluster lies, from the top, and its rank there, into `sh`. Returns
+// this thread's part of a sum: the scores above that bin in the blocks before this one. Other blocks read the histogram
+// until the next barrier of the cluster.
+DEVICE u32 find_bin(SelectShared& sh, u32 left) {
+  cluster_sync();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lowest = BINS - BINS_A_THREAD - BINS_A_THREAD * int(threadIdx.x);
-  uint4& quad = *reinterpret_cast<uint4*>(&sh.histogram[lowest]);
-  const uint4 bins = quad;
-  quad = {0, 0, 0, 0};
-  const u32 mine = bins.x + bins.y + bins.z + bins.w, upto = sum_upto(mine);
+  uint4 all = {0, 0, 0, 0}, before_me = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int first = 0; first < cluster_size(); first += READ_AT_ONCE) {
+    uint4 bins[READ_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < READ_AT_ONCE; i++)
+      bins[i] = read_of(*reinterpret_cast<const uint4*>(&sh.histogram[lowest]), min(first + i, cluster_size() - 1));
+#pragma unroll
+    for (int i = 0; i < READ_AT_ONCE; i++) {
+      if (first + i < cluster_rank()) add4(before_me, bins[i]);
+      if (first + i < cluster_size()) add4(all, bins[i]);
+    }
+  }
+  const u32 mine = all.x + all.y + all.z + all.w, upto = sum_upto(mine);
   if (lane == 31) sh.more_counts[warp] = upto;
   __syncthreads();
   u32 before = reduce_add(lane < warp ? sh.more_counts[lane] : 0u) + upto - mine;
+  u32 above = before < left ? before_me.x + before_me.y + before_me.z + before_me.w : 0u;
   if (left > before && left <= before + mine) {
-    const u32 counts[BINS_A_THREAD] = {bins.w, bins.z, bins.y, bins.x};
+    const u32 counts[BINS_A_THREAD] = {all.w, all.z, all.y, all.x},
+              others[BINS_A_THREAD] = {before_me.w, before_me.z, before_me.y, before_me.x};
     bool found = false;
+    above = 0;
 #pragma unroll
     for (int i = 0; i < BINS_A_THREAD; i++) {
       if (!found && left <= before + counts[i]) {
         found = true;
-        sh.bin = lowest + BINS_A_THREAD - 1 - i, sh.left = left - before, sh.in_bin = counts[i];
+        sh.bin = lowest + BINS_A_THREAD - 1 - i, sh.left = left - before, sh.in_bin = counts[i],
+        sh.in_bin_before = others[i];
       }
+      if (!found) above += others[i];
       before += counts[i];
     }
   }
   __syncthreads();
+  return above;
 }
 
-// What a block keeps of the pages from `begin` on. A thread looks after every SELECT_THREADS-th group of eight.
+// What a block keeps of its pages, from `begin` on. A thread looks after every SELECT_THREADS-th group of eight.
 struct Kept {
   float* scores;
   uint4* bins;  // of eight neighbours each
@@ -278,8 +134,20 @@ DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   __syncthreads();
   least = __reduce_min_sync(ALL_LANES, lane < SELECT_WARPS ? sh.counts[lane] : 0xffffffffu);
   most = __reduce_max_sync(ALL_LANES, lane < SELECT_WARPS ? sh.more_counts[lane] : 0u);
+  if (threadIdx.x == 0) sh.told = {least, most};
+  cluster_sync();
+  const uint2 of_rank = read_of(sh.told, min(lane, cluster_size() - 1));
+  return {number_of(__reduce_min_sync(ALL_LANES, of_rank.x)), number_of(__reduce_max_sync(ALL_LANES, of_rank.y))};
+}
+
+// The sum of two numbers of this thread over the block, in every thread.
+DEVICE uint2 block_sums(SelectShared& sh, u32 a, u32 b) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  a = reduce_add(a), b = reduce_add(b);
+  if (lane == 0) sh.counts[warp] = a, sh.more_counts[warp] = b;
   __syncthreads();
-  return {number_of(least), number_of(most)};
+  const bool there = lane < SELECT_WARPS;
+  return {reduce_add(there ? sh.counts[lane] : 0u), reduce_add(there ? sh.more_counts[lane] : 0u)};
 }
 
 // Marks the `sh.left` best pages of a bin as taken, digit by digit: where it holds more than FINALISTS. Out of line:
@@ -291,22 +159,36 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   for (int open = 32; open > 0;) {
     const int bits = min(open, DIGIT), shift = open - bits;
     const u32 left = sh.left;
+    // Every block has read the histogram.
+    cluster_sync();
+    clear_histogram(sh);
+    __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < VEC8 * kept.count; i += SELECT_THREADS) {
       const u32 key = kept.key(i);
       if (kept.bin(i) == bin && (open == 32 || (key ^ threshold) >> open == 0))
         atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
     }
-    __syncthreads();
     find_bin(sh, left);
     threshold |= sh.bin << shift;
     open = shift;
   }
-  // Larger keys are taken, and the first of the equal ones: in the order of the pages, a warp's worth of them at a
-  // time.
+  // Larger keys are taken, and the first of the equal ones, which those of the blocks before this one are.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 left = sh.left;
-  u32 seen = 0;
+  u32 larger = 0, equal = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < VEC8 * kept.count; i += SELECT_THREADS)
+    if (kept.bin(i) == bin) larger += kept.key(i) > threshold, equal += kept.key(i) == threshold;
+  const uint2 mine = block_sums(sh, larger, equal);
+  if (threadIdx.x == 0) sh.told = mine;
+  cluster_sync();
+  const uint2 of_rank = read_of(sh.told, min(lane, cluster_size() - 1));
+  const uint2 before = {reduce_add(lane < cluster_rank() ? of_rank.x : 0u),
+                        reduce_add(lane < cluster_rank() ? of_rank.y : 0u)};
+  if (threadIdx.x == 0) sh.taken_before = before.x + min(before.y, left);
+  // In the order of the pages, a warp's worth of them at a time.
+  u32 seen = before.y;
 #pragma unroll 1
   for (int first = 0; first < VEC8 * kept.count; first += SELECT_THREADS) {
     const int page = first + threadIdx.x;
@@ -325,9 +207,14 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   __syncthreads();
 }
 
-// Lists the pages whose bin is above `bin`, and behind the `sure` of them, where there are finalists, the `sh.left`
-// best pages of that bin.
-DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int sure, SelectShared& sh) {
+// A page of the decisive bin as a number: of two, the larger goes to the page that is taken first.
+DEVICE u64 finalist(u32 key, int page) { return u64(key) << 32 | u32(~page); }
+DEVICE int page_of(u64 finalist) { return int(~u32(finalist)); }
+
+// Lists this block's pages whose bin is above `bin`, behind those of the blocks before it, and, where there are
+// finalists, its own of the `sh.left` best pages of that bin behind the `sure` ones of all blocks. `above`: what
+// find_bin returned.
+DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int sure, u32 above, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 mine = 0;
   kept.vec8s([&](int vec8, uint4 eight) {
@@ -335,56 +222,73 @@ DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int
     mine += __popc(mask);
     if (finalists)
       for_pages(vec8, at_least(eight, bin) ^ mask, [&](int page) {
-        const u32 at = atomicAdd(&sh.finalist_count, 1u);
-        sh.finalist_pages[at] = page, sh.finalists[at] = kept.key(page);
+        const u32 at = sh.in_bin_before + atomicAdd(&sh.finalist_count, 1u);
+        const u64 number = finalist(kept.key(page), kept.begin + page);
+#pragma unroll 1
+        for (int rank = 0; rank < cluster_size(); rank++) write_of(sh.finalists[at], rank, number);
       });
   });
   const u32 upto = sum_upto(mine);
-  if (lane == 31) sh.counts[warp] = upto;
+  above = reduce_add(above);
+  if (lane == 31) sh.counts[warp] = upto, sh.more_counts[warp] = above;
+  cluster_arrive();
   __syncthreads();
-  int* next = list + reduce_add(lane < warp ? sh.counts[lane] : 0u) + upto - mine;
+  int* next = list + sh.taken_before + upto - mine + reduce_add(lane < warp ? sh.counts[lane] : 0u) +
+              reduce_add(lane < SELECT_WARPS ? sh.more_counts[lane] : 0u);
   kept.vec8s([&](int vec8, uint4 eight) {
     for_pages(vec8, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
   });
-  // A warp ranks one of them.
-  const u32 count = sh.finalist_count, left = sh.left;
+  // Every block has its copy of the finalists, and none reads another's memory from here on.
+  cluster_wait();
+  // A warp ranks one of the block's own.
+  const u32 own = sh.finalist_count, left = sh.left;
 #pragma unroll 1
-  for (u32 i = warp; i < count; i += SELECT_WARPS) {
-    const int page = sh.finalist_pages[i];
-    const u32 key = sh.finalists[i];
+  for (u32 i = warp; i < own; i += SELECT_WARPS) {
+    const u64 number = sh.finalists[sh.in_bin_before + i];
     u32 rank = 0;
 #pragma unroll 1
-    for (u32 j = lane; j < count; j += 32) {
-      const u32 other = sh.finalists[j];
-      rank += other > key || (other == key && sh.finalist_pages[j] < page);
-    }
+    for (u32 j = lane; j < sh.in_bin; j += 32) rank += sh.finalists[j] > number;
     rank = reduce_add(rank);
-    if (lane == 0 && rank < left) announce_page(list + sure + rank, kept.begin + page);
+    if (lane == 0 && rank < left) announce_page(list + sure + rank, page_of(number));
   }
+}
+
+// The block's pages of the candidates from..pages, and memory for them.
+template <Choice CHOICE> DEVICE Kept own_pages(const Params& p, const Candidates& all, int pair, float* memory) {
+  const int begin = all.from & ~(VEC8 - 1), vec8s = (all.pages - begin + VEC8 - 1) / VEC8, blocks = cluster_size();
+  // A power of two.
+  const int each = vec8s >> (31 - __clz(blocks));
+  const Share share = share_of(each, vec8s - each * blocks, cluster_rank());
+  Kept kept;
+  kept.scores =
+      CHOICE != ANY || !p.kept ? memory : p.kept + (size_t(pair) * blocks + cluster_rank()) * kept_floats(p.keys);
+  kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
+  // Of no pages the last ones, which may be read.
+  kept.begin = begin + VEC8 * min(share.begin, vec8s - 1);
+  kept.count = share.end - share.begin;
+  return kept;
 }
 
 template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   __shared__ SelectShared sh;
   extern __shared__ __align__(16) float memory[];
   let_next_start();
-  const int b = blockIdx.y, pair = b * p.kv_heads + blockIdx.x;
+  const int b = blockIdx.z, pair = b * p.kv_heads + blockIdx.y;
   const Sequence s = sequence(p, b);
   const Candidates all = candidates(p, s, b);
   if (!s.valid || !chooses(p, all)) return wait_for_previous();
   const float* scores = p.scores + size_t(pair) * scored_page_count(p.max_pages) * scores_a_page(p);
-  Kept kept;
-  kept.scores = CHOICE != ANY || !p.kept ? memory : p.kept + size_t(pair) * kept_floats(p.keys);
-  kept.bins = reinterpret_cast<uint4*>(kept.scores + p.keys);
-  kept.begin = all.from & ~(VEC8 - 1);
-  kept.count = (all.pages - kept.begin + VEC8 - 1) / VEC8;
-  *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
-  if (threadIdx.x == 0) sh.finalist_count = 0;
+  const Kept kept = own_pages<CHOICE>(p, all, pair, memory);
+  clear_histogram(sh);
+  if (threadIdx.x == 0) sh.finalist_count = sh.taken_before = 0;
   // Those that compete; the newest page is forced, and so are the sinks.
   const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
   int* const list = p.pages + size_t(pair) * p.max_pages;
+  if (cluster_rank() == 0) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
-    announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
+    for (int i = threadIdx.x; i < all.forced; i += SELECT_THREADS)
+      announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
+  }
   wait_until(&p.progress[pair], all_score_blocks(p));
   if (wanted <= 0) return wait_for_previous();
 
@@ -420,23 +324,22 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     }
     kept.bins[vec8] = {in[0] | in[4] << 16, in[1] | in[5] << 16, in[2] | in[6] << 16, in[3] | in[7] << 16};
   }
-  __syncthreads();
   if (!with_stats) {
+    __syncthreads();
     const Range range = range_of(kept, sh);
     bins = Bins(range.lowest, range.highest);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < competing; i += SELECT_THREADS) {
-      const int page = first - kept.begin + i;
+    for (int page = threadIdx.x; page < VEC8 * kept.count; page += SELECT_THREADS) {
+      if (kept.bin(page) == NONE) continue;
       const u32 bin = bins.of(number_of(kept.key(page)));
       kept.bin(page) = bin;
       atomicAdd(&sh.histogram[bin - 1], 1u);
     }
-    __syncthreads();
   }
-  find_bin(sh, wanted);
-  const u32 bin = sh.bin + 1;
-  const bool finalists = sh.in_bin <= FINALISTS;
+  const u32 above = find_bin(sh, wanted), bin = sh.bin + 1;
+  const int sure = wanted - int(sh.left);
+  const bool finalists = sh.in_bin <= (cluster_size() == 1 ? FINALISTS_ALONE : FINALISTS);
   if (!finalists) search_digits(kept, bin, &sh);
-  list_pages(kept, bin, finalists, list + all.forced, wanted - int(sh.left), sh);
+  list_pages(kept, bin, finalists, list + all.forced, sure, above, sh);
   wait_for_previous();
 }

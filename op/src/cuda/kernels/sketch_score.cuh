@@ -11,12 +11,6 @@
 constexpr float SKETCH_LARGEST = 127.f * 256.f;
 constexpr int SKETCH_HEADS = 4;  // of a product
 
-DEVICE void add_code_products(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A scoring block's shared memory, for head sizes up to DP; what abi.rs calls sketch_bytes.
 template <int DP> struct SketchQueries {
   static constexpr int WORDS = DP / 4 + 4;
@@ -295,7 +289,7 @@ DEVICE void score_block(const Params& p, const Sequence& s, const SketchLayout& 
         const u32 a[4] = {
             lane_block.operand(p, layout, block, 2 * t, i), lane_block.operand(p, layout, block, 2 * t + 1, i),
             lane_block.operand(p, layout, block, 2 * t, i + 1), lane_block.operand(p, layout, block, 2 * t + 1, i + 1)};
-        add_code_products(sums, a, low, high);
+        add_byte_products(sums, a, low, high);
       };
       if constexpr (WHOLE) {
 #pragma unroll

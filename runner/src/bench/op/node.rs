@@ -69,7 +69,15 @@ impl Node {
             .map_err(Error::session)?;
         let pattern = retro.map(|r| {
             let (selector, cache) = (r.selection.selector, element(shape.dtype));
-            StatePattern::new(runtime, options, selector, shape.page_size, shape.head_size, cache)
+            StatePattern::new(
+                runtime,
+                options,
+                selector,
+                shape.page_size,
+                shape.head_size,
+                shape.sketch_bits,
+                cache,
+            )
         });
         let pattern = pattern.transpose()?;
         let mut binding = session.create_binding().map_err(ort_error)?;

@@ -1,0 +1,130 @@
+// The scores that a selecting block chooses by, and their range: those of the group, joined from the heads' where the
+// group score needs the scores of all pages.
+#pragma once
+#include "select_shared.cuh"
+
+// The log-sum-exp (base 2) of scores with this largest one and sum. An infinite one is all of it.
+DEVICE float lse_of(float most, float sum) { return most == -NEG_INF ? most : most + log2_fast(sum); }
+
+// Joined over a warp: the largest first, so that a lane needs one exponential.
+DEVICE float2 warp_sums(float2 a) {
+  const float top = warp_max(a.x);
+  return {top, warp_sum(top == NEG_INF ? 0.f : a.y * __expf(a.x - top))};
+}
+
+// Two bounds that the group's scores of a KV head's candidates lie between.
+struct Range {
+  float lowest, highest;
+};
+
+// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from
+// the parts that the scoring blocks left.
+DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int h = warp; h < p.group; h += SELECT_WARPS) {
+    float2 sums = {NEG_INF, 0.f};
+    float least = -NEG_INF;
+#pragma unroll 1
+    for (int i = lane; i < p.score_parts; i += 32) {
+      const float4 part = p.score_stats[(size_t(pair) * p.score_parts + i) * p.group + h];
+      sums = joined_sums(sums, {part.x, part.y});
+      least = fminf(least, part.z);
+    }
+    sums = warp_sums(sums);
+    least = warp_min(least);
+    const float most = sums.x * LOG2E, lse = lse_of(most, sums.y);
+    if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
+  }
+  __syncthreads();
+}
+
+// The log-sum-exps alone, from the scores themselves.
+RARE void page_lse(const Params& p, const float* scores, int from, int pages, SelectShared* shared) {
+  SelectShared& sh = *shared;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int h = 0; h < p.group; h++) {
+    float2 sums = {NEG_INF, 0.f};
+    for (int i = from + threadIdx.x; i < pages; i += SELECT_THREADS)
+      sums = joined_sums(sums, {scores[size_t(i) * scores_a_page(p) + h], 1.f});
+    sums = warp_sums(sums);
+    if (lane == 0) sh.part[warp] = sums;
+    __syncthreads();
+    if (warp == 0) {
+      sums = warp_sums(lane < SELECT_WARPS ? sh.part[lane] : float2{NEG_INF, 0.f});
+      if (lane == 0) sh.lse[h] = lse_of(sums.x * LOG2E, sums.y);
+    }
+    __syncthreads();
+  }
+}
+
+// The range of the group's scores from the parts that the scoring blocks left, and the log-sum-exps that they need.
+template <Choice CHOICE> DEVICE Range joined_range(const Params& p, int pair, SelectShared& sh) {
+  Range range = {NEG_INF, NEG_INF};
+  if (softmax_over_pages<CHOICE>(p)) {
+    joined_lse(p, pair, sh);
+    // A page's score is at least that of each head, and at most the largest of them and log g.
+#pragma unroll 1
+    for (int h = 0; h < p.group; h++)
+      range.lowest = fmaxf(range.lowest, sh.lowest[h]), range.highest = fmaxf(range.highest, sh.highest[h]);
+    range.highest += log2_fast(float(p.group));
+    return range;
+  }
+  float least = -NEG_INF;
+  // Two at once. Whatever is read again changes nothing.
+  const float4* const parts = p.score_stats + size_t(pair) * p.score_parts;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < p.score_parts; i += 64) {
+    const float4 a = parts[i], b = parts[min(i + 32, p.score_parts - 1)];
+    range.highest = fmaxf(range.highest, fmaxf(a.x, b.x)), least = fminf(least, fminf(a.z, b.z));
+  }
+  return {warp_min(least), warp_max(range.highest)};
+}
+
+// The scores of four heads of pages that are SELECT_THREADS apart.
+constexpr int JOINED_AT_ONCE = 4;
+struct HeadScores {
+  float4 four[JOINED_AT_ONCE];
+  DEVICE void ask(const Params& p, const float* scores, int page, int count, int h) {
+#pragma unroll
+    for (int i = 0; i < JOINED_AT_ONCE; i++)
+      four[i] = *reinterpret_cast<const float4*>(
+          scores + size_t(max(min(page + i * SELECT_THREADS, count - 1), 0)) * scores_a_page(p) + h);
+  }
+};
+
+// The group's scores of the candidates from the heads': the logarithms (base 2) of the sums over heads of each head's
+// softmax. Of other pages any number. `asked`: the first heads' of the first pages.
+DEVICE void join_heads(const Params& p, const float* scores /* from the first page on */, HeadScores& asked,
+                       float* joined, int count, const SelectShared& sh) {
+#pragma unroll 1
+  for (int page = threadIdx.x; page < count; page += JOINED_AT_ONCE * SELECT_THREADS) {
+    // Not -inf, which would make NaNs.
+    float top[JOINED_AT_ONCE], sum[JOINED_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < JOINED_AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
+#pragma unroll 1
+    for (int h = 0; h < p.group; h += 4) {
+      if (h || page >= SELECT_THREADS) asked.ask(p, scores, page, count, h);
+      const float4 less = *reinterpret_cast<const float4*>(&sh.lse[h]);
+      // Of heads that are not there -inf.
+      auto share = [&](int j, float score, float lse) { return h + j < p.group ? fmaf(score, LOG2E, -lse) : NEG_INF; };
+#pragma unroll
+      for (int i = 0; i < JOINED_AT_ONCE; i++) {
+        const float4 of = asked.four[i];
+        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z),
+                    d = share(3, of.w, less.w);
+        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]),
+                    before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
+        sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
+        top[i] = n;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < JOINED_AT_ONCE; i++)
+      if (page + i * SELECT_THREADS < count)
+        joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
+  }
+  __syncthreads();
+}
