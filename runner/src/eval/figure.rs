@@ -310,9 +310,9 @@ fn wrap(name: &str) -> Vec<String> {
     lines
 }
 
-/// Width of a text, about.
+/// Width of a text in a wide font, about: nothing says which one a reader has.
 fn width(text: &str) -> i32 {
-    text.chars().count() as i32 * FONT * 53 / 100
+    text.chars().count() as i32 * FONT * 62 / 100
 }
 
 /// Three to six round numbers from 0 to `high` or a little above.
