@@ -115,7 +115,7 @@ fn line(area: &Area<'_>, from: (i32, i32), to: (i32, i32), colour: RGBColor, wid
     area.draw(&PathElement::new(vec![from, to], colour.stroke_width(width)))
 }
 
-fn colours<'a>(lines: &'a [Series]) -> impl Iterator<Item = (&'a Series, RGBColor)> {
+fn colours(lines: &[Series]) -> impl Iterator<Item = (&Series, RGBColor)> {
     lines.iter().zip(COLOURS.iter().copied().cycle())
 }
 
