@@ -20,7 +20,7 @@ from paths import DATA, ROOT, exporter, host, models, plugin, runner
 
 BLOCKS = [block for file in documents.DOCUMENTS for block in documents.blocks(file)]
 # Tested below, each kind by a test of its own that takes every such block. The rest are not code.
-TESTED = {"python", "cpp", "rust", "shell", "csharp"}
+TESTED = {"python", "cpp", "rust", "shell", "csharp", "json"}
 NOT_CODE = {"text"}
 
 LIBRARY = Path(ort.__file__).parent / "capi" / f"libonnxruntime.so.{ort.__version__}"
@@ -245,6 +245,17 @@ def test_the_hosts_in_rust_and_python_agree(ledger):
 @pytest.mark.parametrize("block", of("csharp"))
 def test_csharp_blocks_are_said_not_to_be_run(block):
     assert "C# lines follow ONNX Runtime's API and are not run by the tests" in " ".join(block.file.read_text().split())
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------------
+
+
+@needs_newer
+@pytest.mark.parametrize("block", of("json"))
+def test_json_blocks_are_documents_that_eval_takes(block, ledger, tmp_path):
+    (tmp_path / "data.jsonl").write_text(block.text)
+    said = command(runner(), "eval", ledger / "ledger", "--data", tmp_path / "data.jsonl", "-n", "1", "--policy", "dense", "--json")
+    assert json.loads(said)["rows"][0]["documents"] == len(block.text.splitlines())
 
 
 # ---- Shell -----------------------------------------------------------------------------------------------------------------

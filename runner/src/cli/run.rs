@@ -146,7 +146,7 @@ impl PromptArgs {
         let count = documents.len();
         let found = documents.into_iter().nth(n);
         found
-            .map(|d| d.prompt)
+            .map(|d| d.text())
             .with_context(|| format!("{file} has no document {n}: it holds {count}"))
     }
 }

@@ -99,8 +99,25 @@ impl Prefilled {
         model: &mut Model,
         policy: Policy,
         max_new: usize,
+        progress: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Decoded, E> {
+        self.decode_after(model, policy, &[], max_new, progress)
+    }
+
+    /// As [`decode`](Self::decode), but each prompt is followed by the tokens of `questions` (a row without any has
+    /// none), which are fed one by one under the policy and are no part of the output.
+    ///
+    /// # Errors
+    /// When the model or `progress` fails.
+    pub fn decode_after<E: From<Error>>(
+        &mut self,
+        model: &mut Model,
+        policy: Policy,
+        questions: &[&[u32]],
+        max_new: usize,
         mut progress: impl FnMut(usize) -> Result<(), E>,
     ) -> Result<Decoded, E> {
+        let question = |row: usize| questions.get(row).copied().unwrap_or(&[]);
         if let Some(snapshot) = &self.snapshot {
             self.state.kv_mut().restore(snapshot)?;
         }
@@ -116,9 +133,15 @@ impl Prefilled {
                 if decoder.finished(row) {
                     continue;
                 }
-                let token = argmax(logits.row(row)).ok_or(Error::NoFiniteScore)?;
+                let asked = question(row);
+                let given = asked.get(decoder.output(row).len()).copied();
+                let token = match given {
+                    Some(token) => token,
+                    None => argmax(logits.row(row)).ok_or(Error::NoFiniteScore)?,
+                };
                 decoder.push(row, token);
-                if eos.contains(&token) || decoder.output(row).len() >= max_new {
+                let ends = given.is_none() && eos.contains(&token);
+                if ends || decoder.output(row).len() >= asked.len() + max_new {
                     decoder.finish(row);
                 } else {
                     active += 1;
@@ -137,6 +160,7 @@ impl Prefilled {
                     .output(row)
                     .iter()
                     .copied()
+                    .skip(question(row).len())
                     .take_while(|t| !eos.contains(t))
                     .collect()
             })

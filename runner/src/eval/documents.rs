@@ -6,7 +6,7 @@ use super::{Error, Result, converted_models::ConvertedModelCache, journal::Journ
 use crate::{
     Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
     decoder::{batch::Prefilled, decode_loop::Policy, page_reads::PageReads, require},
-    eval::score::{Document, Scorer},
+    eval::{score::Document, scorer::Answers},
     progress::Items,
 };
 
@@ -19,6 +19,9 @@ pub struct DocumentResult {
     pub reading: PageReads,
     /// Tokens generated.
     pub generated: usize,
+    /// Tokens of the question, decoded before them.
+    #[serde(default)]
+    pub asked: usize,
     /// This document's share of the batch's decoding time, in seconds.
     pub seconds: f64,
     /// Bytes of keys, values and summaries read per step, all layers.
@@ -65,10 +68,12 @@ pub struct DocumentsJob<'a> {
     pub batch: usize,
     /// Prompt tokens per prefill chunk.
     pub chunk: usize,
-    /// Maximum tokens to generate per document; `None`: from the references.
+    /// The answers of each document.
+    pub answers: &'a [Answers],
+    /// Maximum tokens to generate per document; `None`: from the documents.
     pub n_predict: Option<usize>,
-    /// How answers are scored.
-    pub scorer: Scorer,
+    /// Questions are prefilled with their prompts instead of being decoded.
+    pub dense_questions: bool,
     /// Stops the run between two steps.
     pub interrupt: &'a Interrupt,
 }
@@ -126,16 +131,8 @@ impl DocumentsJob<'_> {
             .iter()
             .map(|row| row.policy(&model))
             .collect::<Result<Vec<Policy>>>()?;
-        let prompts = self
-            .documents
-            .iter()
-            .enumerate()
-            .map(|(number, d)| {
-                let prompt = text.encode(&d.prompt);
-                prompt.map_err(|source| Error::Prompt { number, source })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let texts = self.tokens(&text)?;
+        let longest = texts.iter().map(TokenizedDocument::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
         let batch = model.batch(self.batch);
         let step = |_| -> Result<()> {
@@ -143,8 +140,9 @@ impl DocumentsJob<'_> {
             Ok(self.interrupt.check()?)
         };
         let mut start = 0;
-        for part in prompts.chunks(batch) {
-            let documents = self.documents.get(start..start + part.len()).unwrap_or(&[]);
+        for part in texts.chunks(batch) {
+            let answers = self.answers.get(start..start + part.len()).unwrap_or(&[]);
+            let questions: Vec<&[u32]> = part.iter().map(|d| d.question.as_slice()).collect();
             let mut prefilled: Option<Prefilled> = None;
             for (row, policy) in group.iter().zip(&policies) {
                 if !self.pending(journal, row, start, part.len()) {
@@ -154,16 +152,20 @@ impl DocumentsJob<'_> {
                 bar.set_prefix(&row.label);
                 let mut ready = match prefilled.take().filter(Prefilled::reusable) {
                     Some(ready) => ready,
-                    None => Prefilled::new(&mut model, part.to_vec(), longest + max_new, self.chunk, step)?,
+                    None => {
+                        let prompts = part.iter().map(|d| d.prompt.clone()).collect();
+                        Prefilled::new(&mut model, prompts, longest + max_new, self.chunk, step)?
+                    }
                 };
-                let decoded = ready.decode(&mut model, *policy, max_new, step)?;
+                let decoded = ready.decode_after(&mut model, *policy, &questions, max_new, step)?;
                 let seconds = decoded.stats.decode_time.as_secs_f64() / part.len() as f64;
-                for (i, (document, output)) in documents.iter().zip(&decoded.outputs).enumerate() {
+                for (i, (answers, output)) in answers.iter().zip(&decoded.outputs).enumerate() {
                     let reading = decoded.readings.get(i).copied().unwrap_or_default();
                     let outcome = DocumentResult {
-                        right: self.scorer.judge(&text.decode(output)?, &document.answers),
+                        right: answers.judge(&text.decode(output)?),
                         reading,
                         generated: output.len(),
+                        asked: questions.get(i).map_or(0, |q| q.len()),
                         seconds,
                         bytes: reading.bytes_per_step(&model, row.scores()),
                     };
@@ -177,20 +179,48 @@ impl DocumentsJob<'_> {
         Ok(())
     }
 
-    /// Maximum output length: the longest reference and a few tokens more, within the context.
+    /// The documents in tokens of the model's.
+    fn tokens(&self, text: &ModelTokenizer) -> Result<Vec<TokenizedDocument>> {
+        let tokens = self.documents.iter().enumerate().map(|(number, d)| {
+            let encoded = match d.question.as_deref() {
+                Some(question) if !self.dense_questions => text.encode_after(&d.prompt, question),
+                _ => text.encode(&d.text()).map(|prompt| (prompt, Vec::new())),
+            };
+            let (prompt, question) = encoded.map_err(|source| Error::Prompt { number, source })?;
+            require!(!prompt.is_empty(), Error::QuestionOnly(number));
+            Ok(TokenizedDocument { prompt, question })
+        });
+        tokens.collect()
+    }
+
+    /// Maximum output length, within the context: what the documents ask for, or the longest reference and a few tokens
+    /// more.
     fn max_new(&self, model: &Model, text: &ModelTokenizer, longest: usize) -> Result<usize> {
         let room = model.context_length().map(|c| c.saturating_sub(longest));
-        let references = self.documents.iter().enumerate().map(|(number, d)| {
+        let of_document = |(number, d): (usize, &Document)| -> Result<Option<usize>> {
             let reference = d.reference.as_deref().map(|r| text.encode(r)).transpose();
-            reference.map_err(|source| Error::Reference { number, source })
-        });
-        let references = references.collect::<Result<Option<Vec<_>>>>();
-        let of_references = references?.map(|list| list.iter().map(Vec::len).max().unwrap_or(0) + 4);
-        let wanted = self.n_predict.or(of_references).or(room);
-        let wanted = wanted.ok_or(Error::UnknownLength)?;
+            let reference = reference.map_err(|source| Error::Reference { number, source })?;
+            Ok(d.n_predict.or(reference.map(|r| r.len() + 4)))
+        };
+        let of_documents = self.documents.iter().enumerate().map(of_document);
+        let of_documents = of_documents.collect::<Result<Option<Vec<usize>>>>();
+        let wanted = self.n_predict.or(of_documents?.and_then(|list| list.into_iter().max()));
+        let wanted = wanted.or(room).ok_or(Error::UnknownLength)?;
         let most = room.map_or(wanted, |room| wanted.min(room));
         require!(most >= 1, Error::NoRoom(longest));
         Ok(most)
+    }
+}
+
+/// A document in tokens.
+struct TokenizedDocument {
+    prompt: Vec<u32>,
+    question: Vec<u32>,
+}
+
+impl TokenizedDocument {
+    fn len(&self) -> usize {
+        self.prompt.len() + self.question.len()
     }
 }
 
@@ -204,6 +234,7 @@ mod tests {
             right: right.iter().map(|&r| r == 1).collect(),
             reading: PageReads::default(),
             generated: 0,
+            asked: 0,
             seconds: 0.0,
             bytes: 0.0,
         };

@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf};
 
+use super::{scorer::AnswerError, tasks::TaskError};
 use crate::{Interrupted, decoder, text};
 
 /// The result of the comparison's calls.
@@ -58,10 +59,23 @@ pub enum Error {
         line: usize,
         source: serde_json::Error,
     },
+    #[error("{} line {line}: n_predict is 0: ask for at least one token", .path.display())]
+    NothingToPredict { path: PathBuf, line: usize },
+    #[error("{} line {line}", .path.display())]
+    Answers {
+        path: PathBuf,
+        line: usize,
+        source: AnswerError,
+    },
+    /// A task's documents cannot be made.
+    #[error(transparent)]
+    Task(#[from] TaskError),
     #[error("{} holds no documents", .0.display())]
     NoDocuments(PathBuf),
     #[error("document {number}")]
     Prompt { number: usize, source: text::Error },
+    #[error("document {0}: no token stands before its question: give it a prompt")]
+    QuestionOnly(usize),
     #[error("document {number}: its reference")]
     Reference { number: usize, source: text::Error },
     #[error("neither the documents nor the model say how long outputs are: give -n")]

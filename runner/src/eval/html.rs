@@ -2,121 +2,13 @@
 
 use std::fmt::Write as _;
 
-use plotters::prelude::*;
-
 use super::{
-    Error, Result,
+    Result,
+    figure::{Series, Texts, figure},
     perplexity::PARTS,
     policy::PolicyKind,
-    summary::{Cost, DocumentsRow, Estimate, FidelityRow, Subject},
+    summary::{Cost, DocumentsRow, Estimate, FidelityRow, Subject, tells_places},
 };
-
-/// A line of a figure.
-pub struct Series {
-    /// Name in the legend.
-    pub name: String,
-    /// x, y and the standard error of y.
-    pub points: Vec<(f64, f64, f64)>,
-}
-
-/// The colour-blind safe palette of Okabe and Ito.
-const COLOURS: [RGBColor; 8] = [
-    RGBColor(0, 0, 0),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 114, 178),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(230, 159, 0),
-    RGBColor(86, 180, 233),
-    RGBColor(120, 120, 120),
-];
-
-const SIZE: (u32, u32) = (760, 420);
-
-/// Draws lines with error bars of one standard error.
-///
-/// # Errors
-/// When there is nothing to draw or the drawing fails.
-pub fn figure(title: &str, x: &str, y: &str, lines: &[Series]) -> Result<String> {
-    let finite = |(x, y, e): &(f64, f64, f64)| x.is_finite() && y.is_finite() && e.is_finite();
-    let points: Vec<(f64, f64, f64)> = lines
-        .iter()
-        .flat_map(|l| l.points.iter().copied())
-        .filter(finite)
-        .collect();
-    let range = |of: &dyn Fn(&(f64, f64, f64)) -> f64| {
-        let low = points.iter().map(of).fold(f64::INFINITY, f64::min);
-        let high = points.iter().map(of).fold(f64::NEG_INFINITY, f64::max);
-        (low, high)
-    };
-    if points.is_empty() {
-        return Err(Error::NoData(title.to_owned()));
-    }
-    let (x_low, x_high) = range(&|p| p.0);
-    let (_, y_high) = range(&|p| p.1 + p.2);
-    let margin = ((x_high - x_low) * 0.05).max(1e-6);
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        let fail = |e: &dyn std::fmt::Display| Error::Draw {
-            title: title.to_owned(),
-            reason: e.to_string(),
-        };
-        area.fill(&WHITE).map_err(|e| fail(&e))?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(title, ("sans-serif", 18))
-            .margin(12)
-            .margin_right(24)
-            .x_label_area_size(40)
-            .y_label_area_size(56)
-            .build_cartesian_2d(x_low - margin..x_high + margin, 0.0..(y_high * 1.05).max(1e-9))
-            .map_err(|e| fail(&e))?;
-        chart
-            .configure_mesh()
-            .x_desc(x)
-            .y_desc(y)
-            .light_line_style(WHITE)
-            .x_label_formatter(&|v| short(*v))
-            .y_label_formatter(&|v| short(*v))
-            .draw()
-            .map_err(|e| fail(&e))?;
-        for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
-            let points: Vec<_> = line.points.iter().copied().filter(finite).collect();
-            let path = points.iter().map(|&(x, y, _)| (x, y));
-            chart
-                .draw_series(LineSeries::new(path.clone(), colour.stroke_width(2)))
-                .map_err(|e| fail(&e))?
-                .label(line.name.clone())
-                .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], colour.stroke_width(2)));
-            chart
-                .draw_series(path.map(|p| Circle::new(p, 3, colour.filled())))
-                .map_err(|e| fail(&e))?;
-            let bars = points.iter().filter(|p| p.2 > 0.0);
-            chart
-                .draw_series(
-                    bars.map(|&(x, y, e)| PathElement::new(vec![(x, y - e), (x, y + e)], colour.stroke_width(1))),
-                )
-                .map_err(|e| fail(&e))?;
-        }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
-            .background_style(WHITE.mix(0.85))
-            .border_style(RGBColor(200, 200, 200))
-            .label_font(("sans-serif", 12))
-            .draw()
-            .map_err(|e| fail(&e))?;
-        area.present().map_err(|e| fail(&e))?;
-    }
-    Ok(svg)
-}
-
-/// A tick label without trailing zeros.
-fn short(v: f64) -> String {
-    let text = format!("{v:.3}");
-    let text = text.trim_end_matches('0').trim_end_matches('.');
-    if text == "-0" { "0".to_owned() } else { text.to_owned() }
-}
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
@@ -172,7 +64,12 @@ fn exposures<'a>(rows: impl Iterator<Item = (&'a Subject, &'a Cost)>) -> Result<
         .iter_mut()
         .for_each(|l| l.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
     lines.retain(|l| l.points.len() > 1);
-    let draw = || figure("Effective exposure by window", "window w", "effective exposure", &lines);
+    let texts = Texts {
+        title: "Effective exposure by window",
+        x: "window w",
+        y: "effective exposure",
+    };
+    let draw = || figure(&texts, &lines);
     let drawn = (!lines.is_empty()).then(draw).transpose()?;
     Ok(drawn.map(|svg| ("exposure-window".to_owned(), svg)))
 }
@@ -188,6 +85,26 @@ fn push(lines: &mut Vec<Series>, name: &str, points: impl IntoIterator<Item = (f
     }
 }
 
+/// The budgets of the rows.
+fn budgets<T>(rows: &[T], subject: impl Fn(&T) -> &Subject) -> Vec<&str> {
+    let mut budgets: Vec<&str> = Vec::new();
+    for budget in rows.iter().filter_map(|r| subject(r).budget.as_deref()) {
+        if !budgets.contains(&budget) {
+            budgets.push(budget);
+        }
+    }
+    budgets
+}
+
+/// A title: what is shown, and over what.
+fn over(what: &str, budgets: &[&str]) -> String {
+    match budgets {
+        [] => what.to_owned(),
+        [budget] => format!("{what}, budget {budget}"),
+        _ => format!("{what} by budget"),
+    }
+}
+
 /// One line per policy over the parts of an output, a figure per budget.
 fn by_place<T>(
     rows: &[T],
@@ -195,14 +112,8 @@ fn by_place<T>(
     subject: impl Fn(&T) -> &Subject,
     points: impl Fn(&T) -> Vec<Option<(f64, f64)>>,
 ) -> Result<Vec<(String, String)>> {
-    let mut budgets: Vec<&str> = Vec::new();
-    for budget in rows.iter().filter_map(|r| subject(r).budget.as_deref()) {
-        if !budgets.contains(&budget) {
-            budgets.push(budget);
-        }
-    }
     let mut figures = Vec::new();
-    for budget in budgets {
+    for budget in budgets(rows, &subject) {
         let of_budget = rows
             .iter()
             .filter(|r| subject(r).budget.as_deref().is_none_or(|b| b == budget));
@@ -214,7 +125,8 @@ fn by_place<T>(
                     .collect(),
             })
             .collect();
-        let svg = figure(&format!("{title}, budget {budget}"), x, y, &lines)?;
+        let title = &format!("{title}, budget {budget}");
+        let svg = figure(&Texts { title, x, y }, &lines)?;
         figures.push((format!("{file}-{budget}"), svg));
     }
     Ok(figures)
@@ -228,7 +140,12 @@ pub fn documents_figures(rows: &[DocumentsRow]) -> Result<Vec<(String, String)>>
     let mut figures = Vec::new();
     let lines = over_budgets(rows, |r| (&r.subject, r.right));
     if lines.iter().any(|l| !l.points.is_empty()) {
-        let svg = figure("Right answers by budget", "budget", "right answers, %", &lines)?;
+        let texts = Texts {
+            title: &over("Right answers", &budgets(rows, |r| &r.subject)),
+            x: "budget",
+            y: "right answers, %",
+        };
+        let svg = figure(&texts, &lines)?;
         figures.push(("accuracy-budget".to_owned(), svg));
     }
     let texts = (
@@ -239,7 +156,9 @@ pub fn documents_figures(rows: &[DocumentsRow]) -> Result<Vec<(String, String)>>
     );
     let value = |e: Estimate| (e.mean, e.error.unwrap_or(0.0));
     let quarters = |r: &DocumentsRow| r.quarters.iter().map(|q| q.map(value)).collect();
-    figures.extend(by_place(rows, texts, |r| &r.subject, quarters)?);
+    if tells_places(rows) {
+        figures.extend(by_place(rows, texts, |r| &r.subject, quarters)?);
+    }
     figures.extend(exposures(rows.iter().map(|r| (&r.subject, &r.cost)))?);
     Ok(figures)
 }
@@ -258,7 +177,12 @@ pub fn fidelity_figures(rows: &[FidelityRow]) -> Result<Vec<(String, String)>> {
     let kl = "KL, nats a token";
     let lines = over_budgets(&sparse, |r| (&r.subject, r.divergence));
     if lines.iter().any(|l| !l.points.is_empty()) {
-        let svg = figure("Divergence from dense attention by budget", "budget", kl, &lines)?;
+        let texts = Texts {
+            title: &over("Divergence from dense attention", &budgets(&sparse, |r| &r.subject)),
+            x: "budget",
+            y: kl,
+        };
+        let svg = figure(&texts, &lines)?;
         figures.push(("divergence-budget".to_owned(), svg));
     }
     let x = format!("part of the text behind the prompt, of {PARTS}");
@@ -284,13 +208,17 @@ pub fn fidelity_figures(rows: &[FidelityRow]) -> Result<Vec<(String, String)>> {
 /// The whole page.
 pub fn page(title: &str, facts: &[String], table: &[Vec<String>], figures: &[(String, String)]) -> String {
     let mut out = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>{0}</title>\n<style>\n\
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{0}</title>\n<style>\n\
          body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }}\n\
          table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }}\n\
          th, td {{ padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}\n\
          th:first-child, td:first-child {{ text-align: left }}\n\
+         th:first-child, td:first-child {{ position: sticky; left: 0; background: #fff }}\n\
+         p {{ overflow-wrap: anywhere }}\n\
          .wide {{ overflow-x: auto }}\n\
-         svg {{ max-width: 100%; height: auto; margin: 1em 0 }}\n\
+         svg {{ display: block; width: 100%; max-width: 680px; height: auto; margin: 2em 0 }}\n\
+         @media (max-width: 600px) {{ body {{ margin: 1em auto }} }}\n\
          </style>\n<h1>{0}</h1>\n",
         escape(title)
     );
@@ -317,19 +245,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_hold_their_lines_and_refuse_nothing() {
-        let line = Series {
-            name: "Retro <w>".into(),
-            points: vec![(0.1, 20.0, 1.0), (0.2, 40.0, f64::NAN), (0.3, 60.0, 0.0)],
-        };
-        let svg = figure("t", "x", "y", &[line]).unwrap();
-        assert!(svg.starts_with("<svg") && svg.contains("Retro &lt;w&gt;"), "{svg}");
-        // One point without a finite error is left out.
-        assert_eq!(svg.matches("<circle").count(), 2);
-        assert!(figure("t", "x", "y", &[]).is_err());
-    }
-
-    #[test]
     fn a_policy_without_budget_is_a_level_line() {
         let rows = [("dense", None, 100.0), ("a", Some("0.2"), 2.0), ("a", Some("0.1"), 1.0)];
         let rows = rows.map(|(policy, budget, mean)| {
@@ -352,8 +267,5 @@ mod tests {
         assert!(
             text.contains("<h1>a &lt; b</h1>") && text.contains("<td>&lt;q&gt;</td>") && text.ends_with("</html>\n")
         );
-        assert_eq!(short(0.10), "0.1");
-        assert_eq!(short(100.0), "100");
-        assert_eq!(short(-0.0), "0");
     }
 }

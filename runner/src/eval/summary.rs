@@ -71,7 +71,7 @@ impl Measured for DocumentResult {
     }
 
     fn decoded(&self) -> usize {
-        self.generated.saturating_sub(1)
+        (self.asked + self.generated).saturating_sub(1)
     }
 
     fn seconds(&self) -> f64 {
@@ -199,8 +199,8 @@ fn results<'a, T: Measured>(journal: &'a Journal<T>, row: &PolicyRow, count: usi
     (0..count).filter_map(|i| journal.get(&row.key(), i)).collect()
 }
 
-/// Compares a row with Quest at its budget, item by item; `None` for dense attention and Quest itself, and if there is
-/// no such Quest row.
+/// Compares a row with Quest at its budget, item by item; `None` for Quest itself, and if there is no such row. Dense
+/// attention has no budget: it is compared with Quest where that is measured at one only.
 fn against_quest<T: Measured>(
     rows: &[PolicyRow],
     row: &PolicyRow,
@@ -208,10 +208,16 @@ fn against_quest<T: Measured>(
     count: usize,
     compare: impl Fn(&T, &T) -> f64,
 ) -> Option<Estimate> {
-    let quest = rows
-        .iter()
-        .find(|r| r.kind == PolicyKind::Quest && r.budget == row.budget)
-        .filter(|q| row.kind != PolicyKind::Dense && q.key() != row.key())?;
+    let mut quests = rows.iter().filter(|r| r.kind == PolicyKind::Quest);
+    let quest = if row.kind == PolicyKind::Dense {
+        let only = quests.next();
+        only.filter(|only| quests.all(|other| other.budget == only.budget))?
+    } else {
+        quests.find(|r| r.budget == row.budget)?
+    };
+    if quest.key() == row.key() {
+        return None;
+    }
     let pair = |i| Some(compare(journal.get(&row.key(), i)?, journal.get(&quest.key(), i)?));
     Estimate::of((0..count).filter_map(pair))
 }
@@ -264,9 +270,11 @@ pub fn fidelities(rows: &[PolicyRow], journal: &Journal<Fidelity>, count: usize)
             tokens,
             perplexity: (sum(&|o| o.mean_surprise() * o.count() as f64) / tokens.max(1) as f64).exp(),
             divergence: Estimate::of(own.iter().map(|o| o.mean_divergence()))?,
+            // Dense attention's is 0 of anything.
             share_of_quest: against_quest(rows, row, journal, count, |o, q| {
                 o.mean_divergence() / q.mean_divergence()
-            }),
+            })
+            .filter(|_| row.kind != PolicyKind::Dense),
             by_position: std::array::from_fn(|part| at(|o| &o.divergence, part)),
             perplexity_by_position: std::array::from_fn(|part| at(|o| &o.surprise, part).map(f64::exp)),
             agreement: sum(&|o| o.agreed as f64) / tokens.max(1) as f64,
@@ -308,8 +316,15 @@ fn read(cost: &Cost) -> [String; 3] {
     ]
 }
 
-/// The table of documents: header and lines.
+/// Whether outputs have answers enough to say where in them they are right: four in some document.
+pub fn tells_places(rows: &[DocumentsRow]) -> bool {
+    rows.iter().any(|row| row.quarters.iter().all(Option::is_some))
+}
+
+/// The table of documents: header and lines. Columns about the place in the output are left out where no output has
+/// answers enough for them.
 pub fn documents_table(rows: &[DocumentsRow]) -> Vec<Vec<String>> {
+    let places = tells_places(rows);
     let header = [
         "policy",
         "budget",
@@ -338,6 +353,9 @@ pub fn documents_table(rows: &[DocumentsRow]) -> Vec<Vec<String>> {
             exposure,
             number(row.cost.tokens_per_second, 0),
         ]);
+    }
+    if !places {
+        lines.iter_mut().for_each(|line| drop(line.drain(4..6)));
     }
     lines
 }
@@ -380,7 +398,10 @@ pub fn fidelity_table(rows: &[FidelityRow]) -> Vec<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use retro_contract::Budget;
+
     use super::*;
+    use crate::eval::policy::ModelSource;
 
     #[test]
     fn estimates_leave_out_what_is_not_there() {
@@ -390,5 +411,57 @@ mod tests {
         let e = Estimate::of([1.0, f64::NAN, 3.0]).unwrap();
         assert_eq!((e.mean, e.error), (2.0, Some(1.0)));
         assert_eq!(e.text(1), "2.0 ± 1.0");
+    }
+
+    /// Differences are over the same documents, so that their errors are smaller than those of either.
+    #[test]
+    fn differences_to_quest_are_paired() {
+        let row = |kind, budget: Option<f64>| PolicyRow {
+            kind,
+            label: format!("{kind:?}"),
+            source: ModelSource::Graph("m".into()),
+            window: None,
+            budget: budget.map(Budget::Ratio),
+        };
+        let mut journal = Journal::in_memory();
+        let mut put = |row: &PolicyRow, right: [[bool; 2]; 3]| {
+            for (i, right) in right.into_iter().enumerate() {
+                let result = DocumentResult {
+                    right: right.to_vec(),
+                    reading: PageReads::default(),
+                    generated: 1,
+                    asked: 0,
+                    seconds: 1.0,
+                    bytes: 1.0,
+                };
+                journal.put(&row.key(), i, result).unwrap();
+            }
+        };
+        let (t, f) = (true, false);
+        let mut rows = vec![
+            row(PolicyKind::Dense, None),
+            row(PolicyKind::Quest, Some(0.1)),
+            row(PolicyKind::Retro, Some(0.1)),
+        ];
+        put(&rows[0], [[t, t], [t, t], [t, t]]);
+        put(&rows[1], [[f, f], [t, f], [t, t]]);
+        put(&rows[2], [[t, f], [t, t], [t, t]]);
+        let other = row(PolicyKind::Quest, Some(0.2));
+        put(&other, [[t, t], [t, t], [t, t]]);
+        let differences = |rows: &[PolicyRow]| -> Vec<Option<Estimate>> {
+            let all = documents(rows, &journal, 3);
+            all.iter().map(|r| r.difference_to_quest).collect()
+        };
+        let found = differences(&rows);
+        let error = |e: Option<Estimate>| (e.unwrap().mean.round(), e.unwrap().error.unwrap());
+        assert_eq!(error(found[0]).0, 50.0);
+        assert!(found[1].is_none());
+        // 50, 50 and 0 points: not the errors of both, which are 29 and 17.
+        let (mean, of_pairs) = error(found[2]);
+        assert_eq!(mean, 33.0);
+        assert!((of_pairs - 50.0 / 3.0).abs() < 1e-9, "{of_pairs}");
+        // Dense attention has no budget to be compared at where there are two.
+        rows.push(other);
+        assert!(differences(&rows)[0].is_none());
     }
 }

@@ -57,6 +57,19 @@ impl ModelTokenizer {
         }
     }
 
+    /// Token ids of a prompt and of what follows it, together those of both as one text: a token that reaches over the
+    /// border belongs to what follows.
+    ///
+    /// # Errors
+    /// When the tokenizer fails or there is no token.
+    pub fn encode_after(&self, prompt: &str, rest: &str) -> Result<(Vec<u32>, Vec<u32>)> {
+        let before = self.encode(prompt)?;
+        let mut whole = self.encode(&(prompt.to_owned() + rest))?;
+        let common = whole.iter().zip(&before).take_while(|(a, b)| a == b).count();
+        let rest = whole.split_off(common);
+        Ok((whole, rest))
+    }
+
     /// Text of token ids, without special tokens.
     ///
     /// # Errors
@@ -125,6 +138,28 @@ pub(super) mod tests {
             "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
             "model": {"type": "WordLevel", "vocab": {"so": 0, "value": 1, "of": 2}, "unk_token": "so"}}"#,
         )
+    }
+
+    #[test]
+    fn two_parts_are_the_tokens_of_the_whole() {
+        let mut t = bytes();
+        assert_eq!(t.encode_after("a", "b a").unwrap(), (vec![0], vec![4, 3, 0]));
+        assert_eq!(t.encode_after("ab", "").unwrap(), (vec![0, 4], vec![]));
+        // Tokens at the end of a text stand behind both.
+        t.bos_eos = Some(BosEos {
+            bos: Some(5),
+            eos: Some(3),
+        });
+        assert_eq!(t.encode_after("a", "b").unwrap(), (vec![5, 0], vec![4, 3]));
+        // A token over the border: "a" and "b" are one where they meet.
+        let merging = text(
+            r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}"#,
+        );
+        assert_eq!(merging.encode_after("ba", "ba").unwrap(), (vec![1], vec![2, 0]));
     }
 
     /// As transformers does it: what is asked for is added, whatever the prompt begins with.

@@ -10,4 +10,5 @@ mod dense;
 mod ends;
 mod errors;
 mod eval;
+mod questions;
 mod support;

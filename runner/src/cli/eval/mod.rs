@@ -1,24 +1,26 @@
 //! `retro-run eval`: compares attention policies by answers on documents, or by KL divergence from dense attention.
 
+mod args;
+mod report;
+
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, ensure};
-use clap::Args;
-use retro_contract::Budget;
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{
-    args::SessionArgs,
-    output::{folder_of, print, write_whole},
+pub use self::args::EvalArgs;
+use self::{
+    args::TaskArgs,
+    report::{Report, writable},
 };
+use super::output::{folder_of, write_whole};
 use crate::{
-    Interrupt, Interrupted, OpenOptions, Runtime,
+    Interrupt, Interrupted, ModelTokenizer, OpenOptions, Runtime,
     built_model_cache::folder_key,
-    decoder::decode_loop::CHUNK,
     eval::{
         self,
         converted_models::ConvertedModelCache,
@@ -26,94 +28,16 @@ use crate::{
         journal::{Header, Journal},
         perplexity,
         policy::{ModelSource, PolicyKind, PolicyRow, PolicySpec, rows},
-        score::{Scorer, read_documents},
+        score::{Document, prepare_answers, read_documents},
+        scorer::{Answers, Scorer},
         summary::{documents as summarize_documents, documents_table, fidelities, fidelity_table},
+        tasks::{self, Task, TaskOptions},
     },
     interrupt::Signals,
-    model_folder::chosen,
+    model_folder::{ModelFolder, chosen},
     model_spec::ModelSpec,
-    progress::{Items, note},
-    tables::{Alignment, markdown},
+    progress::Items,
 };
-
-#[derive(Args)]
-pub struct EvalArgs {
-    /// Unconverted model: a folder, an ONNX file, or a folder of Llama weights. It is converted for each policy, in a
-    /// temporary folder.
-    #[arg(value_name = "MODEL", required_unless_present = "runs")]
-    model: Option<PathBuf>,
-    /// Graph to use from a folder with several: its file name or variant.
-    #[arg(long, value_name = "NAME", requires = "model")]
-    graph: Option<String>,
-    /// Documents with known answers to generate on: JSON lines with prompt, answers and reference.
-    #[arg(
-        long,
-        value_name = "FILE",
-        required_unless_present = "perplexity",
-        conflicts_with = "perplexity"
-    )]
-    data: Option<PathBuf>,
-    /// Compare next-token distributions on these texts instead: perplexity, and KL divergence from dense attention.
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    perplexity: Vec<PathBuf>,
-    /// Number of documents [default: all].
-    #[arg(long, value_name = "N")]
-    docs: Option<usize>,
-    /// Policy: dense, streaming (StreamingLLM), periodic (pi-Attention's pattern), quest, retro (the paper's selection)
-    /// or recommended (retro-export's defaults, but for the floor: every policy reads 64 tokens at least). Options
-    /// follow:
-    /// retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,sketch-bits=2,page-size=16,
-    /// min-pages=4,sink-pages=1,dense-layers=0+1. May be given several times [default: all but periodic].
-    #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
-    policies: Vec<PolicySpec>,
-    /// Windows of the policies retro and recommended.
-    #[arg(short, long = "windows", value_delimiter = ',', default_values_t = [2, 4, 8], value_name = "W,W")]
-    windows: Vec<usize>,
-    /// Budgets: what a decoding step reads of the cache, as shares (0.10) or in tokens (2048).
-    #[arg(
-        short,
-        long = "budgets",
-        alias = "budget",
-        value_delimiter = ',',
-        default_value = "0.10",
-        value_name = "B,B"
-    )]
-    budgets: Vec<Budget>,
-    /// Also compare a model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,graph=NAME]; may be given
-    /// several times.
-    #[arg(long = "run", value_name = "NAME=DIR")]
-    runs: Vec<ModelSpec>,
-    /// Batch size: documents (or texts) decoded together.
-    #[arg(long, default_value_t = 8, value_name = "N")]
-    batch: usize,
-    /// How answers are scored.
-    #[arg(long, default_value = "ledger", value_name = "NAME")]
-    score: Scorer,
-    /// Maximum tokens to generate per document [default: a few more than the longest reference, else until the context
-    /// is full]; with --perplexity, maximum tokens to predict per text [default: 1024].
-    #[arg(short, long, value_name = "N")]
-    n_predict: Option<usize>,
-    /// With --perplexity: tokens of each text that are prefilled with dense attention.
-    #[arg(long, default_value_t = 1024, value_name = "TOKENS")]
-    prompt_tokens: usize,
-    /// Prompt tokens per prefill chunk.
-    #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
-    chunk: usize,
-    /// Append results to this file, and skip those that it already has.
-    #[arg(long, value_name = "FILE")]
-    resume: Option<PathBuf>,
-    /// Write a self-contained HTML report with table and figures.
-    #[arg(long, value_name = "FILE")]
-    html: Option<PathBuf>,
-    /// Write the figures to this folder as SVG files.
-    #[arg(long, value_name = "DIR")]
-    figures: Option<PathBuf>,
-    /// Print one JSON object instead of the table.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    session: SessionArgs,
-}
 
 /// The row of a model given by `--run`.
 fn row(run: &ModelSpec) -> Result<PolicyRow> {
@@ -143,6 +67,7 @@ pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
         !args.windows.contains(&0),
         "--windows 0: the smallest window is 1 (Quest, without correction)"
     );
+    ensure!(args.task.cases >= 1, "--cases 0: ask for at least one document");
     // Hours of work would be for nothing.
     if let Some(path) = &args.html {
         ensure!(
@@ -156,9 +81,13 @@ pub fn eval(args: &EvalArgs, signals: &Signals) -> Result<()> {
         let there = folder.ancestors().find(|f| !f.as_os_str().is_empty() && f.exists());
         writable(folder, there.unwrap_or(Path::new("."))).context("--figures")?;
     }
-    match &args.data {
-        Some(data) => eval_documents(args, data, signals.listen()),
-        None => eval_texts(args, signals.listen()),
+    if let Some(path) = &args.task.save_data {
+        writable(path, folder_of(path)).context("--save-data")?;
+    }
+    if args.perplexity.is_empty() {
+        eval_documents(args, signals.listen())
+    } else {
+        eval_texts(args, signals.listen())
     }
 }
 
@@ -226,6 +155,14 @@ impl Comparison {
         })
     }
 
+    /// The graph whose tokenizer counts.
+    fn graph(&self, args: &EvalArgs) -> Result<PathBuf> {
+        match (&args.model, args.runs.first()) {
+            (None, Some(run)) => Ok(chosen(&run.folder, run.graph.as_deref())?),
+            _ => Ok(self.converted.graph().to_owned()),
+        }
+    }
+
     fn header(&self, data: String) -> Header {
         Header {
             retro_run: env!("CARGO_PKG_VERSION").to_owned(),
@@ -253,24 +190,95 @@ fn fingerprint(parts: &[&dyn AsRef<[u8]>]) -> u64 {
     hasher.digest()
 }
 
-fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<()> {
+/// Documents, and what they are.
+struct Questions {
+    documents: Vec<Document>,
+    answers: Vec<Answers>,
+    /// What they are, for the reader.
+    name: String,
+    /// Identifies them in the file of results.
+    key: String,
+}
+
+/// The documents of `--data`.
+fn read_questions(args: &EvalArgs, data: &Path) -> Result<Questions> {
     let documents = read_documents(data, args.docs.unwrap_or(usize::MAX))?;
-    let mut comparison = Comparison::new(args, interrupt)?;
+    let answers = prepare_answers(data, &documents, args.score)?;
     let text = fs::read(data).with_context(|| format!("cannot read {}", data.display()))?;
     // The whole file: documents beyond --docs still decide the longest reference.
     let print = fingerprint(&[&text]);
-    let what = format!("{} documents {print:016x}, -n {:?}", documents.len(), args.n_predict);
-    let mut results = journal(args, &comparison.header(what))?;
+    let mut key = format!("{} documents {print:016x}, -n {:?}", documents.len(), args.n_predict);
+    if args.score != Scorer::default() {
+        key += &format!(", scored as {:?}", args.score);
+    }
+    Ok(Questions {
+        name: format!("{} documents of {}", documents.len(), data.display()),
+        documents,
+        answers,
+        key,
+    })
+}
+
+/// The documents of `--task`, made in tokens of the model's.
+fn make_questions(args: &EvalArgs, task: Task, graph: &Path) -> Result<Questions> {
+    let TaskArgs { cases, seed, .. } = args.task;
+    let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let texts = args.task.text.iter().map(read).collect::<Result<Vec<String>>>()?;
+    let tokenizer = ModelTokenizer::open(&ModelFolder::open(graph, None)?)?;
+    let options = TaskOptions {
+        task,
+        lengths: &args.task.length,
+        cases,
+        seed,
+        texts: &texts,
+    };
+    let documents = tasks::documents(&options, |text| Ok(tokenizer.encode(text)?.len()))?;
+    let answers = prepare_answers(Path::new("--task"), &documents, Scorer::default())?;
+    let lines = documents.iter().map(serde_json::to_string);
+    let text = lines.collect::<Result<Vec<String>, _>>()?.join("\n") + "\n";
+    if let Some(path) = &args.task.save_data {
+        write_whole(path, &text)?;
+    }
+    let print = fingerprint(&[&text]);
+    Ok(Questions {
+        name: format!(
+            "{cases} cases of {} of {} tokens, seed {seed}",
+            task.name(),
+            args.task.length
+        ),
+        key: format!("{cases} cases {print:016x}, -n {:?}", args.n_predict),
+        documents,
+        answers,
+    })
+}
+
+fn eval_documents(args: &EvalArgs, interrupt: Interrupt) -> Result<()> {
+    // A file's lines are checked before models are converted.
+    let read = args
+        .data
+        .as_deref()
+        .map(|data| read_questions(args, data))
+        .transpose()?;
+    let mut comparison = Comparison::new(args, interrupt)?;
+    let questions = match (read, args.task.task) {
+        (Some(questions), _) => questions,
+        (None, Some(task)) => make_questions(args, task, &comparison.graph(args)?)?,
+        (None, None) => bail!("name documents with --data or --task"),
+    };
+    let documents = &questions.documents;
+    let dense = if args.dense_questions { ", dense questions" } else { "" };
+    let mut results = journal(args, &comparison.header(questions.key.clone() + dense))?;
     let bar = Items::new("eval", comparison.rows.len() * documents.len(), "documents");
     let job = documents::DocumentsJob {
         runtime: &comparison.runtime,
         open: &comparison.open,
-        documents: &documents,
+        documents,
+        answers: &questions.answers,
         rows: &comparison.rows,
         batch: args.batch,
         chunk: args.chunk,
         n_predict: args.n_predict,
-        scorer: args.score,
+        dense_questions: args.dense_questions,
         interrupt: &comparison.interrupt,
     };
     let interrupted = interruption(job.run(&mut comparison.converted, &mut results, &bar))?;
@@ -280,7 +288,7 @@ fn eval_documents(args: &EvalArgs, data: &Path, interrupt: Interrupt) -> Result<
         rows.retain(|row| row.documents == documents.len());
     }
     let facts = [
-        format!("model {}, {} documents of {}", named(args), documents.len(), data.display()),
+        format!("model {}, {}", named(args), questions.name),
         "Standard errors are over documents. First wrong at: answers before the first wrong one. Read a step: keys, values and page \
          summaries of one sequence in all layers."
             .to_owned(),
@@ -365,90 +373,4 @@ fn interruption(result: Result<(), eval::Error>) -> Result<Option<Interrupted>, 
         Err(eval::Error::Interrupted(interrupted)) => Ok(Some(interrupted)),
         Err(e) => Err(e),
     }
-}
-
-/// What a comparison has found.
-struct Report<'a, T> {
-    title: &'a str,
-    /// Lines about all rows.
-    facts: &'a [String],
-    table: &'a [Vec<String>],
-    /// The rows of the table that are complete.
-    rows: &'a [T],
-    /// Rows of a complete run.
-    total: usize,
-}
-
-/// Figures by name, as SVG.
-type Figures = Vec<(String, String)>;
-
-impl<T: Serialize> Report<'_, T> {
-    /// Ends the command: prints the table and writes the reports that were asked for, each whatever becomes of the
-    /// other. An interrupted run ends with that error, and writes no reports.
-    fn end(
-        &self,
-        args: &EvalArgs,
-        interrupted: Option<Interrupted>,
-        figures: impl Fn() -> Result<Figures, eval::Error>,
-    ) -> Result<()> {
-        if let Some(interrupted) = interrupted {
-            self.end_early(args)?;
-            return Err(interrupted.into());
-        }
-        let figures = match (&args.html, &args.figures) {
-            (None, None) => Vec::new(),
-            _ => figures()?,
-        };
-        let written = self.write(args, &figures);
-        self.print(args).and(written)
-    }
-
-    /// Prints the rows that were complete when the run was interrupted, and says how to resume it.
-    fn end_early(&self, args: &EvalArgs) -> Result<()> {
-        if !self.rows.is_empty() || args.json {
-            self.print(args)?;
-        }
-        let kept = match &args.resume {
-            Some(path) => format!(
-                "{} has the results so far; the same command resumes the run",
-                path.display()
-            ),
-            None => "give --resume FILE to make runs resumable".to_owned(),
-        };
-        note(&format!(
-            "{} of {} rows are complete; {kept}",
-            self.rows.len(),
-            self.total
-        ));
-        Ok(())
-    }
-
-    fn print(&self, args: &EvalArgs) -> Result<()> {
-        let Self { facts, table, rows, .. } = self;
-        if args.json {
-            print(&format!("{}\n", serde_json::json!({ "facts": facts, "rows": rows })))
-        } else {
-            print(&markdown(table, Alignment::Left))
-        }
-    }
-
-    fn write(&self, args: &EvalArgs, figures: &[(String, String)]) -> Result<()> {
-        if let Some(path) = &args.html {
-            write_whole(path, &html::page(self.title, self.facts, self.table, figures))?;
-        }
-        if let Some(folder) = &args.figures {
-            fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-            for (name, svg) in figures {
-                write_whole(&folder.join(format!("{name}.svg")), svg)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether files can be made in the folder that an output goes to.
-fn writable(output: &Path, folder: &Path) -> Result<()> {
-    let cannot = || format!("cannot write {}", output.display());
-    ensure!(folder.is_dir(), "{}: {} is no folder", cannot(), folder.display());
-    tempfile::tempfile_in(folder).map(drop).with_context(cannot)
 }
