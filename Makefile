@@ -57,9 +57,9 @@ demo: build
 # ---- chat ----------------------------------------------------------------------------------------------------------------
 
 SMOLLM2 := $(OUT)/smollm2
-# As the model's authors recommend, and a penalty: so small a model repeats itself. ONNX Runtime multiplies one row by 4-bit
-# weights fast, and two rows slowly: a window of 1.
-CHAT_FLAGS ?= --window 1 --temp 0.2 --top-p 0.9 --repeat-penalty 1.1
+# The likeliest tokens, with a penalty: so small a model repeats itself. ONNX Runtime multiplies one row by 4-bit weights fast,
+# and two rows slowly: a window of 1.
+CHAT_FLAGS ?= --window 1 --repeat-penalty 1.1
 
 # Built and converted anew when a program that does so was. The file tells that a conversion came to its end.
 chat: build
