@@ -131,30 +131,25 @@ pub fn scale_min(packed: &[u8; 12], j: usize) -> (f32, f32) {
 }
 
 fn q4_k(b: &[u8; 144], y: &mut [f32; 256]) {
-    let (d, dmin) = (half(b[0], b[1]), half(b[2], b[3]));
-    let packed: [u8; 12] = std::array::from_fn(|i| b[4 + i]);
-    for j in 0..8 {
-        let (scale, min) = scale_min(&packed, j);
-        let (scale, min) = (d * scale, dmin * min);
-        for l in 0..32 {
-            let q = b[16 + j / 2 * 32 + l];
-            let q = if j % 2 == 0 { q & 15 } else { q >> 4 };
-            y[j * 32 + l] = scale * f32::from(q) - min;
-        }
-    }
+    scaled_nibbles(b, 16, y, |_, _| 0);
 }
 
 fn q5_k(b: &[u8; 176], y: &mut [f32; 256]) {
+    scaled_nibbles(b, 48, y, |j, l| (b[16 + l] >> j & 1) << 4);
+}
+
+/// Eight groups of 32 elements, each with a scale and a minimum; the lower four bits of element l of group j from
+/// `nibbles` on, its fifth from `fifth(j, l)`.
+fn scaled_nibbles(b: &[u8], nibbles: usize, y: &mut [f32; 256], fifth: impl Fn(usize, usize) -> u8) {
     let (d, dmin) = (half(b[0], b[1]), half(b[2], b[3]));
     let packed: [u8; 12] = std::array::from_fn(|i| b[4 + i]);
     for j in 0..8 {
         let (scale, min) = scale_min(&packed, j);
         let (scale, min) = (d * scale, dmin * min);
         for l in 0..32 {
-            let q = b[48 + j / 2 * 32 + l];
+            let q = b[nibbles + j / 2 * 32 + l];
             let q = if j % 2 == 0 { q & 15 } else { q >> 4 };
-            let fifth = (b[16 + l] >> j & 1) << 4;
-            y[j * 32 + l] = scale * f32::from(q | fifth) - min;
+            y[j * 32 + l] = scale * f32::from(q | fifth(j, l)) - min;
         }
     }
 }

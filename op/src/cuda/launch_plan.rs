@@ -44,6 +44,8 @@ struct Step<'a> {
     scored: bool,
     /// Pages that the fed rows may lie in.
     touched: usize,
+    /// Pages, or blocks of sketches, that a KV head has.
+    scored_units: usize,
     /// Blocks that score a KV head's other pages.
     score_blocks: usize,
     /// Statistics of scoring blocks that the selection reads, per KV head; 0: there are none.
@@ -205,24 +207,25 @@ impl LaunchPlan<'_> {
         let (attend, row_blocks, splits) = self.attention(rows, listed * a.page_size, reserved);
         let touched = touched_page_count(self.dims.tokens, self.scored_rows().trailing_zeros() as usize);
         let scored_at_once = if self.by_block() { 1 } else { SCORE_PAGES };
-        let most = total.div_ceil(self.scored_rows());
+        let scored_units = total.div_ceil(self.scored_rows());
         let score_blocks = if scored {
             // One wave, the blocks that append included. Most of these find no page of theirs; where pairs are many, others
             // take their place.
             let appending = if few { touched } else { 1 };
             let on_device = self.kernels.score.blocks_per_sm * self.multiprocessors;
             let wanted = ((on_device - reserved) / pairs).saturating_sub(appending);
-            wanted.clamp(1, most.div_ceil(scored_at_once * SCORE_WARPS))
+            wanted.clamp(1, scored_units.div_ceil(scored_at_once * SCORE_WARPS))
         } else {
             0
         };
         // Where a warp scores more pages than that, what is on its way to it needs the L1 cache.
-        let short = most <= score_blocks * scored_at_once * SCORE_WARPS * TILES_IN_L1;
+        let short = scored_units <= score_blocks * scored_at_once * SCORE_WARPS * TILES_IN_L1;
         let parts = score_blocks + touched;
         Step {
             rows,
             scored,
             touched,
+            scored_units,
             score_blocks,
             parts: if scored && (self.kernels.half || self.by_block()) {
                 parts
@@ -250,9 +253,8 @@ impl LaunchPlan<'_> {
         params.score_blocks = step.score_blocks as i32;
         params.touched = step.touched as i32;
         let score_warps = (step.score_blocks * SCORE_WARPS).max(1);
-        let scored = (params.total as usize).div_ceil(self.scored_rows());
-        params.warp_pages = (scored / score_warps) as i32;
-        params.more_pages = (scored % score_warps) as i32;
+        params.warp_pages = (step.scored_units / score_warps) as i32;
+        params.more_pages = (step.scored_units % score_warps) as i32;
         params.score_parts = step.parts as i32;
 
         let mut layout = Layout::default();

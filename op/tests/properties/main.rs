@@ -86,8 +86,15 @@ proptest! {
     }
 
     #[test]
-    fn overwriting(shape in shape(), selector in of_rows(), prompt in 100usize..140, steps in 1usize..40, seed: u64, half in any::<bool>()) {
-        if half { overwriting_changes_the_rows_own_sketches::<f16>(&shape, selector, prompt, steps, seed)? } else { overwriting_changes_the_rows_own_sketches::<f32>(&shape, selector, prompt, steps, seed)? }
+    fn overwriting(
+        shape in shape(), selector in of_rows(), prompt in 100usize..140, steps in 1usize..40, seed: u64,
+        half in any::<bool>(),
+    ) {
+        if half {
+            overwriting_changes_the_rows_own_sketches::<f16>(&shape, selector, prompt, steps, seed)?
+        } else {
+            overwriting_changes_the_rows_own_sketches::<f32>(&shape, selector, prompt, steps, seed)?
+        }
     }
 
     #[test]

@@ -124,6 +124,16 @@ RARE void leave_sums(const Params& p, int pair, float4* of_warps /* [16, SCORE_W
   if (lane == 0) add_progress(&p.progress[pair]);
 }
 
+// Eight neighbouring elements of a fed row of values.
+template <class T> DEVICE void read_value8(const Params& p, const T* value, float (&x)[8]) {
+  if (p.vec8) {
+    load8(value, x);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; k++) x[k] = widen(value[k]);
+  }
+}
+
 // Writes the fed rows from..to (positions) of one KV head into the caches, and the keys to `copy` too, if there is one.
 template <class T>
 DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from, int to, Team team,
@@ -134,14 +144,8 @@ DEVICE void append(const Params& p, const Sequence& s, int b, int head, int from
 #pragma unroll 1
   for (int i = team.member; i < (to - from) * vec8s; i += team.members) {
     const int position = from + i / vec8s, c = i % vec8s * 8, row = s.skipped + position - s.first;
-    const T* value = kv_row<T>(p, p.value, b, row, head) + c;
     float key[8], of_value[8];
-    if (p.vec8) {
-      load8(value, of_value);
-    } else {
-#pragma unroll
-      for (int k = 0; k < 8; k++) of_value[k] = widen(value[k]);
-    }
+    read_value8(p, kv_row<T>(p, p.value, b, row, head) + c, of_value);
     read_vec8(p, kv_row<T>(p, p.key, b, row, head), c, position, key);
     store8(keys + size_t(position) * d + c, key);
     store8(values + size_t(position) * d + c, of_value);

@@ -94,14 +94,8 @@ struct Sketch {
 #pragma unroll 1
     for (int i = threadIdx.x; i < (end - fresh) * (d / 8); i += SCORE_THREADS) {
       const int position = fresh + i / (d / 8), c = i % (d / 8) * 8;
-      const T* const value = fed_row(p.value, position) + c;
       float x[8];
-      if (p.vec8) {
-        load8(value, x);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 8; k++) x[k] = widen(value[k]);
-      }
+      read_value8(p, fed_row(p.value, position) + c, x);
       store8(values + size_t(position) * d + c, x);
     }
     if (!sketched) return;
