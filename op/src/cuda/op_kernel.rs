@@ -44,7 +44,7 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
         let selector = attributes.selector;
         io_spec::check_state_type(selector, E::DATA_TYPE, S::DATA_TYPE)?;
         require!(
-            has_kernels(selector) && (selector != Selector::Sketch || cfg!(feature = "cuda-sketch")),
+            has_kernels(selector),
             "attribute selector is {selector}, which CUDA does not have: run the model on the CPU, or convert it with another \
              selector, as signed_moments"
         );
