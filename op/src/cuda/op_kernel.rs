@@ -17,7 +17,6 @@ use crate::contract::{Attributes, Dims, Phase};
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands};
 use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
-use crate::selector::Selector;
 
 /// `ai.retro::RetroAttention` on CUDA for caches of element type `E` and selector state of type `S`.
 pub struct CudaOperator<E, S = E>(PhantomData<(E, S)>);
