@@ -214,9 +214,12 @@ shared_formulas! {
     /// Bytes of shared memory of a scoring block's queries, of which there are up to three forms.
     queries_bytes(padded) = 3 * MAX_GROUP * query_pitch(padded) * 2;
     /// Bytes of shared memory of a block that scores sketches, for so many heads, a multiple of four (sketch_score.cuh):
-    /// statistics, queries, their two bytes an element, what they stand for, codes of rows that are appended.
-    sketch_bytes(heads, padded) =
-        heads * (4 * SCORE_THREADS + 4 * padded + 2 * (padded + 16) + 8) + SKETCH_BLOCK / 2 * (padded / 4);
+    /// statistics, queries, their two bytes an element, what they stand for, codes of rows that are appended, and a
+    /// block's codes of so many bits for each warp.
+    sketch_bytes(heads, padded, bits) =
+        heads * (4 * SCORE_THREADS + 4 * padded + 2 * (padded + 16) + 8)
+            + SKETCH_BLOCK / 2 * (padded / 4)
+            + SCORE_WARPS * SKETCH_BLOCK * padded * bits / 8;
     /// The same of a block that sketches a prompt's rows: sums, codes.
     sketch_pages_bytes(padded) = PAGES_WARPS * padded * 4 + SKETCH_BLOCK * (padded / 4);
     /// Bytes of shared memory where the warps of an attention block are joined: statistics and outputs.

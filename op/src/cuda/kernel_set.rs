@@ -7,8 +7,8 @@ use half::{bf16, f16};
 
 use super::abi::{
     APPEND_THREADS, ATTEND_F32, ATTEND_HALF, ATTEND_TILE, AttendShape, BLOCK_RESERVED, CLEAR_THREADS, F32_WARPS,
-    MAX_CLUSTER, MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_SKETCH, SCORE_THREADS,
-    SELECT_THREADS, SELECT_VARIABLES, f32_attend_bytes,
+    MAX_CLUSTER, MAX_GROUP, MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_SKETCH,
+    SCORE_THREADS, SELECT_THREADS, SELECT_VARIABLES, f32_attend_bytes, sketch_bytes,
 };
 use super::device::Device;
 use super::launch::Kernel;
@@ -42,7 +42,7 @@ impl CudaElement for bf16 {
 pub struct Score {
     /// For every head size up to the padded one.
     pub any: Kernel,
-    /// For the padded head size alone, where there is one: sketches' codes stay in registers.
+    /// For the padded head size alone, where there is one: sketches' codes come by way of shared memory.
     pub whole: Option<Kernel>,
     pub blocks_per_sm: usize,
 }
@@ -201,7 +201,7 @@ fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector, b
         score: Score {
             any: finder.kernel(name::score(E::NAME, padded, selector), SCORE_THREADS)?,
             whole: match selector {
-                Selector::Sketch => Some(finder.kernel(name::score_sketch(E::NAME, padded, bits), SCORE_THREADS)?),
+                Selector::Sketch => finder.score_sketch(bits)?,
                 _ => None,
             },
             blocks_per_sm,
@@ -231,6 +231,17 @@ impl Finder<'_> {
             name: name.leak(),
             threads: threads as u32,
         })
+    }
+
+    /// The scoring kernel for sketches of one head size, where a multiprocessor has the shared memory that it needs.
+    fn score_sketch(&self, bits: usize) -> Result<Option<Kernel>> {
+        let bytes = sketch_bytes(MAX_GROUP, self.padded, bits);
+        if bytes + BLOCK_RESERVED > self.device.shared_per_sm {
+            return Ok(None);
+        }
+        let kernel = self.kernel(name::score_sketch(self.element, self.padded, bits), SCORE_THREADS)?;
+        self.device.allow_shared(&kernel, bytes)?;
+        Ok(Some(kernel))
     }
 
     fn attend_kernel(&self, shape: &AttendShape, threads: usize) -> Result<Kernel> {

@@ -10,7 +10,7 @@ use super::abi::{
     sketch_pages_bytes, stored_heads, touched_floats, touched_page_count,
 };
 use super::kernel_set::{Attend, Kernels};
-use super::launch::{LaunchMode, Stream};
+use super::launch::{Kernel, LaunchMode, Stream};
 use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
 use crate::ort::Result;
@@ -19,8 +19,10 @@ use crate::ort::Result;
 const TILES_IN_L1: usize = 2;
 /// One of so many multiprocessors may be kept for the selection kernel.
 const SELECT_SHARE: usize = 8;
-/// Pages that are worth a selecting block of their own.
+/// Pages that one block selects from at most. What blocks have to tell one another costs more than two of them save.
 const SELECT_PAGES: usize = 4096;
+/// The fewest blocks that share the selection.
+const SELECT_BLOCKS: usize = 4;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
 
@@ -136,11 +138,18 @@ impl LaunchPlan<'_> {
         }
     }
 
+    /// The scoring kernel for this head size alone, if there is one.
+    fn whole(&self) -> Option<&Kernel> {
+        let whole = self.kernels.score.whole.as_ref();
+        whole.filter(|_| self.dims.head_size == self.kernels.padded)
+    }
+
     /// Shared memory of the scoring kernel's blocks, in bytes.
     fn score_shared(&self) -> usize {
         let padded = self.kernels.padded;
         if self.by_block() {
-            return sketch_bytes(stored_heads(self.group()), padded);
+            let ring_bits = self.whole().map_or(0, |_| self.attributes.sketch_bits);
+            return sketch_bytes(stored_heads(self.group()), padded, ring_bits);
         }
         // What the blocks that append need; or the queries of the blocks that score (page_vectors.cuh).
         (self.appending() + self.page_copy()).max(queries_bytes(padded))
@@ -182,7 +191,11 @@ impl LaunchPlan<'_> {
     /// not hold them.
     fn select_blocks(&self, max_pages: usize) -> usize {
         let most = self.kernels.select.cluster;
-        let wanted = max_pages.div_ceil(SELECT_PAGES).next_power_of_two();
+        // By the pages of a context, and not by those of a cache that is a little longer.
+        let wanted = match max_pages / SELECT_PAGES {
+            0 => 1,
+            many => (1 << many.ilog2()).max(SELECT_BLOCKS),
+        };
         let room = (self.multiprocessors / 2 / self.pairs()).max(1);
         let mut blocks = wanted.min(1 << room.ilog2()).min(most);
         let fit = |blocks: usize| 4 * kept_floats(selected_keys(max_pages, blocks)) <= self.kernels.select.shared;
@@ -292,9 +305,13 @@ impl LaunchPlan<'_> {
         let (a, k, mode) = (self.attributes, self.kernels, step.launch_mode);
         let (batch, kv_heads, pairs) = (self.dims.batch, a.kv_heads, self.pairs());
         let grid = [step.score_blocks + step.touched, kv_heads, batch];
-        let whole = k.score.whole.as_ref().filter(|_| self.dims.head_size == k.padded);
-        self.stream
-            .launch(whole.unwrap_or(&k.score.any), grid, self.score_shared(), mode, params)?;
+        self.stream.launch(
+            self.whole().unwrap_or(&k.score.any),
+            grid,
+            self.score_shared(),
+            mode,
+            params,
+        )?;
         if step.scored {
             let select = match a.group_score {
                 _ if kept.is_none() || step.parts == 0 => &k.select.any,

@@ -21,6 +21,11 @@ inline void wait_for_previous() {}
 inline void add_progress(u32* progress) { *progress += 1; }
 inline u32 read_progress(const u32* progress) { return *progress; }
 
+// Copies are there at once.
+inline void copy_chunk(void* target, const void* source) { memcpy(target, source, 16); }
+inline void commit_copies() {}
+inline void wait_for_copies(int) {}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float sqrt_fast(float x) { return sqrtf(x); }

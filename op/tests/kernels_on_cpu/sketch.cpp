@@ -15,7 +15,7 @@
 #include <random>
 #include <vector>
 
-alignas(1024) u8 raw[1 << 16];
+alignas(1024) u8 raw[1 << 17];
 
 namespace {
 

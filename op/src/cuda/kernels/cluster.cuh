@@ -42,12 +42,9 @@ template <class V> DEVICE u32 address_of(const V& mine, int rank) {
 #define OF_CLUSTER "shared"
 #endif
 // Another block's copy of a variable.
-DEVICE uint4 read_of(const uint4& mine, int rank) {
-  uint4 x;
-  asm volatile("ld." OF_CLUSTER ".v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address_of(mine, rank))
-               : "memory");
+DEVICE u32 read_of(const u32& mine, int rank) {
+  u32 x;
+  asm volatile("ld." OF_CLUSTER ".u32 %0, [%1];" : "=r"(x) : "r"(address_of(mine, rank)) : "memory");
   return x;
 }
 DEVICE uint2 read_of(const uint2& mine, int rank) {

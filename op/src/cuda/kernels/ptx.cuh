@@ -79,6 +79,9 @@ DEVICE void copy_async(u32 target, const void* source, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(there ? 16 : 0)
                : "memory");
 }
+DEVICE void copy_chunk(void* target /* in shared memory */, const void* source) {
+  copy_async(u32(__cvta_generic_to_shared(target)), source, true);
+}
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEVICE void wait_for_copies(int left) {
   if (left == 2)

@@ -77,7 +77,8 @@ DEVICE float4 of_score(float score) { return {score, 1.f, score == NEG_INF ? -NE
 
 // The larger of the two has weight 1.
 DEVICE void add_score(float4& all, float score) {
-  const float n = fmaxf(all.x, score), e = n == NEG_INF ? 0.f : __expf(fminf(all.x, score) - n);
+  const float n = fmaxf(all.x, score), base = n == NEG_INF ? 0.f : n;
+  const float e = exp2_fast((fminf(all.x, score) - base) * LOG2E);
   all.y = !(score == score) ? score : score > all.x ? fmaf(all.y, e, 1.f) : all.y + e;
   all.x = n, all.z = score == NEG_INF ? all.z : fminf(all.z, score);
 }

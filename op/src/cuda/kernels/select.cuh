@@ -38,51 +38,92 @@ DEVICE void clear_histogram(SelectShared& sh) {
   *reinterpret_cast<uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]) = {0, 0, 0, 0};
 }
 
-DEVICE void add4(uint4& sum, uint4 x) { sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w}; }
+// A warp's lanes have counts, the first lane's of the largest scores. Where the `left`-th lies: in which lane, and how
+// many are before it.
+struct Place {
+  int lane;
+  u32 before;
+};
+DEVICE Place place_of(u32 left, u32 mine) {
+  const u32 upto = sum_upto(mine);
+  const int lane = min(__popc(__ballot_sync(ALL_LANES, upto < left)), 31);
+  return {lane, __shfl_sync(ALL_LANES, upto - mine, lane)};
+}
 
-// Blocks whose bins a thread asks for at once.
-constexpr int READ_AT_ONCE = 4;
-
-// Finds the bin in which the `left`-th score of the cluster lies, from the top, and its rank there, into `sh`. Returns
-// this thread's part of a sum: the scores above that bin in the blocks before this one. Other blocks read the histogram
-// until the next barrier of the cluster.
-DEVICE u32 find_bin(SelectShared& sh, u32 left) {
-  cluster_sync();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int lowest = BINS - BINS_A_THREAD - BINS_A_THREAD * int(threadIdx.x);
-  uint4 all = {0, 0, 0, 0}, before_me = {0, 0, 0, 0};
-#pragma unroll 1
-  for (int first = 0; first < cluster_size(); first += READ_AT_ONCE) {
-    uint4 bins[READ_AT_ONCE];
+// Counts of the same bin in all blocks of a cluster, and in those before this one.
+struct OfCluster {
+  u32 all, before;
+  DEVICE explicit OfCluster(const u32& mine) : all(0), before(0) {
+    u32 of_rank[MAX_CLUSTER];
 #pragma unroll
-    for (int i = 0; i < READ_AT_ONCE; i++)
-      bins[i] = read_of(*reinterpret_cast<const uint4*>(&sh.histogram[lowest]), min(first + i, cluster_size() - 1));
+    for (int i = 0; i < MAX_CLUSTER; i++)
+      if (i < cluster_size()) of_rank[i] = read_of(mine, i);
 #pragma unroll
-    for (int i = 0; i < READ_AT_ONCE; i++) {
-      if (first + i < cluster_rank()) add4(before_me, bins[i]);
-      if (first + i < cluster_size()) add4(all, bins[i]);
+    for (int i = 0; i < MAX_CLUSTER; i++) {
+      if (i < cluster_rank()) before += of_rank[i];
+      if (i < cluster_size()) all += of_rank[i];
     }
   }
-  const u32 mine = all.x + all.y + all.z + all.w, upto = sum_upto(mine);
+};
+
+// Finds the bin in which the `left`-th score of one block lies, from the top, and its rank there, into `sh`.
+DEVICE void find_own_bin(SelectShared& sh, u32 left) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lowest = BINS - BINS_A_THREAD - BINS_A_THREAD * int(threadIdx.x);
+  const uint4 four = *reinterpret_cast<const uint4*>(&sh.histogram[lowest]);
+  const u32 counts[BINS_A_THREAD] = {four.w, four.z, four.y, four.x};
+  const u32 mine = four.x + four.y + four.z + four.w, upto = sum_upto(mine);
   if (lane == 31) sh.more_counts[warp] = upto;
   __syncthreads();
   u32 before = reduce_add(lane < warp ? sh.more_counts[lane] : 0u) + upto - mine;
-  u32 above = before < left ? before_me.x + before_me.y + before_me.z + before_me.w : 0u;
-  if (left > before && left <= before + mine) {
-    const u32 counts[BINS_A_THREAD] = {all.w, all.z, all.y, all.x},
-              others[BINS_A_THREAD] = {before_me.w, before_me.z, before_me.y, before_me.x};
-    bool found = false;
-    above = 0;
+  if (left <= before || left > before + mine) return;
+  bool found = false;
 #pragma unroll
-    for (int i = 0; i < BINS_A_THREAD; i++) {
-      if (!found && left <= before + counts[i]) {
-        found = true;
-        sh.bin = lowest + BINS_A_THREAD - 1 - i, sh.left = left - before, sh.in_bin = counts[i],
-        sh.in_bin_before = others[i];
-      }
-      if (!found) above += others[i];
-      before += counts[i];
+  for (int i = 0; i < BINS_A_THREAD; i++) {
+    if (!found && left <= before + counts[i]) {
+      found = true;
+      sh.bin = lowest + BINS_A_THREAD - 1 - i, sh.left = left - before, sh.in_bin = counts[i], sh.in_bin_before = 0;
     }
+    before += counts[i];
+  }
+}
+
+// The same of a cluster, by one warp: first in which of 32 coarse bins, then in which of its 64 bins, two a lane.
+// Returns this lane's part of a sum: the scores above that bin in the blocks before this one.
+DEVICE u32 find_joint_bin(SelectShared& sh, u32 left) {
+  const int lane = threadIdx.x, from_top = 31 - lane;
+  const OfCluster coarse(sh.coarse[from_top]);
+  const Place of_coarse = place_of(left, coarse.all);
+  u32 above = lane < of_coarse.lane ? coarse.before : 0;
+  left -= of_coarse.before;
+  const int lower = COARSE * (31 - of_coarse.lane) + 2 * from_top;
+  const OfCluster high(sh.histogram[lower + 1]), low(sh.histogram[lower]);
+  const Place place = place_of(left, high.all + low.all);
+  if (lane < place.lane) above += high.before + low.before;
+  if (lane != place.lane) return above;
+  left -= place.before;
+  const bool in_high = left <= high.all;
+  sh.bin = lower + in_high, sh.left = in_high ? left : left - high.all;
+  sh.in_bin = in_high ? high.all : low.all, sh.in_bin_before = in_high ? high.before : low.before;
+  return in_high ? above : above + high.before;
+}
+
+// Finds the bin in which the `left`-th score of the cluster lies. Other blocks read the histogram until the next
+// barrier of the cluster. Returns this thread's part of the scores above that bin in the blocks before this one.
+DEVICE u32 find_bin(SelectShared& sh, u32 left) {
+  static_assert(COARSE == 16 * BINS_A_THREAD, "half a warp's bins make a coarse one");
+  __syncthreads();
+  u32 above = 0;
+  if (cluster_size() == 1) {
+    find_own_bin(sh, left);
+  } else {
+    const uint4 four = *reinterpret_cast<const uint4*>(&sh.histogram[BINS_A_THREAD * threadIdx.x]);
+    u32 sum = four.x + four.y + four.z + four.w;
+#pragma unroll
+    for (int i = 1; i < 16; i <<= 1) sum += __shfl_xor_sync(ALL_LANES, sum, i);
+    if (threadIdx.x % 16 == 0) sh.coarse[threadIdx.x / 16] = sum;
+    cluster_sync();
+    if (threadIdx.x < 32) above = find_joint_bin(sh, left);
   }
   __syncthreads();
   return above;

@@ -106,13 +106,18 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
     for (int i = 0; i < JOINED_AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
 #pragma unroll 1
     for (int h = 0; h < p.group; h += 4) {
-      if (h || page >= SELECT_THREADS) asked.ask(p, scores, page, count, h);
+      const HeadScores four = asked;
+      // The next ones, while these are joined.
+      if (h + 4 < p.group)
+        asked.ask(p, scores, page, count, h + 4);
+      else if (page + JOINED_AT_ONCE * SELECT_THREADS < count)
+        asked.ask(p, scores, page + JOINED_AT_ONCE * SELECT_THREADS, count, 0);
       const float4 less = *reinterpret_cast<const float4*>(&sh.lse[h]);
       // Of heads that are not there -inf.
       auto share = [&](int j, float score, float lse) { return h + j < p.group ? fmaf(score, LOG2E, -lse) : NEG_INF; };
 #pragma unroll
       for (int i = 0; i < JOINED_AT_ONCE; i++) {
-        const float4 of = asked.four[i];
+        const float4 of = four.four[i];
         const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z),
                     d = share(3, of.w, less.w);
         const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]),

@@ -14,6 +14,8 @@ constexpr u32 NONE = 0, TAKEN = 0x7fff;
 // Neighbouring pages of a thread. Their bins are a uint4: of page i and page i + 4 in the halves of word i.
 constexpr int VEC8 = 8;
 constexpr int BINS_A_THREAD = BINS / SELECT_THREADS;
+// Neighbouring bins whose counts are also kept together.
+constexpr int COARSE = BINS / 32;
 static_assert(BINS_A_THREAD == 4, "a thread looks at four bins, which it reads at once");
 
 // What a kernel is made for: every case, or one group score with statistics of the scoring blocks and shared memory for
@@ -25,6 +27,7 @@ template <Choice CHOICE> DEVICE bool softmax_over_pages(const Params& p) {
 
 struct SelectShared {
   __align__(16) u32 histogram[BINS];  // of the block's own pages
+  u32 coarse[BINS / COARSE];          // the sums of so many of its bins
   u64 finalists[FINALISTS];           // of the whole cluster: see finalist()
   u32 finalist_count;                 // of the block
   u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];

@@ -11,7 +11,7 @@
 #pragma once
 #include "page_rows.cuh"
 
-constexpr int SKETCH_LANE_ROWS = SKETCH_BLOCK / 8;
+constexpr int SKETCH_LANE_ROWS = SKETCH_BLOCK / 8, SKETCH_HALF = SKETCH_LANE_ROWS / 2;
 
 // Sizes of a block.
 struct SketchLayout {

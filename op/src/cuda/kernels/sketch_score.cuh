@@ -19,12 +19,14 @@ template <int DP> struct SketchQueries {
   float2* logit;  // [heads]: what a sum of codes and the sum of the query's elements stand for
   float4* stats;  // [heads / 4, SCORE_WARPS, 32]: of this lane's head (score_output.cuh)
   u8* codes;      // [SKETCH_BLOCK / 2, DP / 4]: of the rows that a block appends
+  u8* ring;       // [SCORE_WARPS, SKETCH_BLOCK DP bits / 8]: the codes of a block of rows, of each warp
   DEVICE SketchQueries(u8* raw, int heads /* a multiple of four */) {
     stats = reinterpret_cast<float4*>(raw);
     plain = reinterpret_cast<float*>(stats + heads / 4 * SCORE_THREADS);
     bytes = reinterpret_cast<u32*>(plain + heads * DP);
     logit = reinterpret_cast<float2*>(bytes + heads * 2 * WORDS);
     codes = reinterpret_cast<u8*>(logit + heads);
+    ring = codes + SKETCH_BLOCK / 2 * (DP / 4);
   }
 };
 
@@ -91,19 +93,13 @@ template <> struct RawFour<F32> {
   DEVICE float4 value() const { return bits; }
 };
 
-// What a lane has of a block: its codes, the factors of its 16 rows, and its part of the centre. WHOLE: D = DP, and the
-// codes are in registers.
-template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
-  static constexpr int PARTS = (DP + 127) / 128, SLOTS = DP / 16;
-  static constexpr int CHUNKS = WHOLE ? 2 * SLOTS * BITS / 4 : 1;
-  uint4 codes[CHUNKS], factors[2];
+// A lane's part of what a block of rows has beside the codes: the factors of its 16 rows, and its part of the centre.
+template <class T, int PARTS> struct BesideCodes {
+  uint4 factors[2];
   RawFour<T> centre[PARTS];
 
-  DEVICE void load_codes(const u8* block, int i) {
-    if (WHOLE) codes[i] = __ldcg(reinterpret_cast<const uint4*>(block) + 32 * i + threadIdx.x % 32);
-  }
   // Of block `number`.
-  DEVICE void load_rest(const Params& p, const SketchLayout& layout, const u8* block, int number) {
+  DEVICE void load(const Params& p, const SketchLayout& layout, const u8* block, int number) {
     const int lane = threadIdx.x % 32;
     const uint4* const of_rows = reinterpret_cast<const uint4*>(block + layout.factors + lane / 4 * 32);
     factors[0] = __ldcg(of_rows), factors[1] = __ldcg(of_rows + 1);
@@ -116,14 +112,45 @@ template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
         centre[k].load(reinterpret_cast<const T*>(block + layout.centre) + element);
     }
   }
-  DEVICE void load(const Params& p, const SketchLayout& layout, const u8* block, int number) {
+};
+
+// What a lane has of blocks of rows: the codes of half of its 16 rows, and what the next block has beside them. WHOLE:
+// D = DP, and codes come by way of the warp's ring, a block ahead.
+template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
+  static constexpr int PARTS = (DP + 127) / 128, SLOTS = DP / 16;
+  static constexpr int CHUNKS = WHOLE ? SLOTS * BITS / 4 : 1;  // of half of the rows
+  uint4 codes[CHUNKS];
+  BesideCodes<T, PARTS> next;
+  u8* ring;  // this lane's first chunk; only this lane reads what it copied there
+
+  DEVICE explicit LaneBlock(u8* of_block) : ring(of_block) {
+    if (WHOLE) ring += (threadIdx.x / 32 * 2 * CHUNKS * 32 + threadIdx.x % 32) * 16;
+  }
+  DEVICE void ask_codes(const u8* block, int half, bool there) {
+    if (!WHOLE) return;
+    const u8* const from = block + threadIdx.x % 32 * 16;
+    if (there) {
 #pragma unroll
-    for (int i = 0; i < CHUNKS; i++) load_codes(block, i);
-    load_rest(p, layout, block, number);
+      for (int i = 0; i < CHUNKS; i++) copy_chunk(ring + (half * CHUNKS + i) * 512, from + (half * CHUNKS + i) * 512);
+    }
+    commit_copies();
+  }
+  // After ask_codes of this half and of one other.
+  DEVICE void wait_for_codes() const {
+    if (WHOLE) wait_for_copies(1);
+  }
+  DEVICE void take_codes(int half) {
+    if (!WHOLE) return;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) codes[i] = *reinterpret_cast<const uint4*>(ring + (half * CHUNKS + i) * 512);
+  }
+  DEVICE void load(const Params& p, const SketchLayout& layout, const u8* block, int number) {
+    ask_codes(block, 0, true), ask_codes(block, 1, true);
+    next.load(p, layout, block, number);
   }
 
-  // Slot `slot` of row `row` of the lane's, every code at the top of its byte.
-  DEVICE u32 operand(const Params& p, const SketchLayout& layout, const u8* block, int row, int slot) const {
+  // Slot `slot` of row `row` of eight, every code at the top of its byte.
+  DEVICE u32 operand(const Params& p, const SketchLayout& layout, const u8* block, int half, int row, int slot) const {
     if constexpr (WHOLE) {
       constexpr int IN_WORD = 8 / BITS;
       constexpr u32 TOP = BITS == 1 ? 0x80808080u : 0xc0c0c0c0u;
@@ -133,6 +160,7 @@ template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
       return x << (8 - BITS - BITS * (at % IN_WORD)) & TOP;
     } else {
       const int lane = threadIdx.x % 32, quad = lane % 4, bits = p.sketch_bits;
+      row += SKETCH_HALF * half;
       if (slot < layout.slots) {
         // Eight slots have `bits` words.
         const int at = (row * layout.slots + slot) * bits;
@@ -145,14 +173,15 @@ template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
     }
   }
 
-  DEVICE float factor(int row) const {
-    const uint4 four = factors[row / 8];
-    const u32 two = row / 2 % 4 == 0 ? four.x : row / 2 % 4 == 1 ? four.y : row / 2 % 4 == 2 ? four.z : four.w;
+  // Of row `row` of eight.
+  static DEVICE float factor(const uint4& eight, int row) {
+    const u32 two = row / 2 == 0 ? eight.x : row / 2 == 1 ? eight.y : row / 2 == 2 ? eight.z : eight.w;
     return __uint_as_float(row % 2 ? two & 0xffff0000u : two << 16);
   }
 
   // The product of head `first` + lane % 4's query with the centre.
-  DEVICE float centre_product(const float* plain /* [heads, DP] */, int first) const {
+  static DEVICE float centre_product(const RawFour<T> (&centre)[PARTS], const float* plain /* [heads, DP] */,
+                                     int first) {
     const int lane = threadIdx.x % 32;
     float v[4] = {};
 #pragma unroll
@@ -176,41 +205,49 @@ template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
   }
 };
 
-// Which pages a block's scores go to.
-struct SketchPages {
-  int pair, row0;   // this lane's first row
+// Where a lane's scores go.
+struct SketchScores {
+  float* first;     // of page 0 and the lane's first head
+  int stride;       // to the next page's
   int from, pages;  // candidates begin there; pages of the sequence
+  DEVICE SketchScores(const Params& p, const Sequence& s, int pair)
+      : first(&score_at(p, pair, 0, p.group_score == SOFTMAX ? threadIdx.x % SKETCH_HEADS : 0)),
+        stride(scores_a_page(p)),
+        from(first_candidate(p, s)),
+        pages(pages_for(p, s.len)) {}
 };
 
-// Stores the score of a head for a page, and counts it if it is a candidate. All lanes call it.
-DEVICE void leave_score(const Params& p, const SketchPages& of, int page, int h, bool writes, float score,
+// Stores the score of head `h` for a page, and counts it if it is a candidate. All lanes call it.
+DEVICE void leave_score(const Params& p, const SketchScores& of, int page, int h, bool writes, float score,
                         float4& stats) {
   score = or_first(score);
+  const bool there = h < p.group;
   if (p.group_score == SOFTMAX) {
-    if (writes && h < p.group && page < of.pages) {
-      score_at(p, of.pair, page, h) = score;
+    if (writes && there && page < of.pages) {
+      of.first[page * of.stride + (h & ~(SKETCH_HEADS - 1))] = score;
       if (page >= of.from) add_score(stats, score);
     }
     return;
   }
   // Over the four heads of this product, and those before.
-  score = h < p.group ? score : NEG_INF;
+  float& stored = of.first[page];
+  score = there ? score : NEG_INF;
   score = fmaxf(score, __shfl_xor_sync(ALL_LANES, score, 1));
   score = fmaxf(score, __shfl_xor_sync(ALL_LANES, score, 2)) + 0.f;
   if (!writes || threadIdx.x % 4 || page >= of.pages) return;
-  if (h >= SKETCH_HEADS) score = fmaxf(score, score_at(p, of.pair, page, 0));
-  score_at(p, of.pair, page, 0) = score;
+  if (h >= SKETCH_HEADS) score = fmaxf(score, stored);
+  stored = score;
   if (page >= of.from && h + SKETCH_HEADS >= p.group)
     stats.x = fmaxf(stats.x, score), stats.z = score == NEG_INF ? stats.z : fminf(stats.z, score);
 }
 
-// The masses of a lane's pages of PAGE tokens, at most 16, from its rows' logits (base 2).
+// The masses of a lane's pages of PAGE tokens, at most eight, from its rows' logits (base 2).
 template <int PAGE>
-DEVICE void leave_masses(const Params& p, const SketchPages& of, int h, const float (&x)[SKETCH_LANE_ROWS],
+DEVICE void leave_masses(const Params& p, const SketchScores& of, int h, int row0, const float (&x)[SKETCH_HALF],
                          float4& stats) {
 #pragma unroll
-  for (int i = 0; i < SKETCH_LANE_ROWS; i += PAGE) {
-    const int page = (of.row0 + i) / PAGE;
+  for (int i = 0; i < SKETCH_HALF; i += PAGE) {
+    const int page = u32(row0 + i) / PAGE;
     if (PAGE == 1) {
       leave_score(p, of, page, h, true, x[i] * LN2, stats);
       continue;
@@ -225,51 +262,57 @@ DEVICE void leave_masses(const Params& p, const SketchPages& of, int h, const fl
   }
 }
 
-// The mass of a page of more than 16 tokens, which several lanes have.
-DEVICE void leave_wide_mass(const Params& p, const SketchPages& of, int h, const float (&x)[SKETCH_LANE_ROWS],
-                            float4& stats) {
+// The same of pages of 16 and more, which both halves of one lane or of several have. `before`: what the first half
+// left for the second, largest logit and sum.
+DEVICE void leave_wide_mass(const Params& p, const SketchScores& of, int h, int row0, const float (&x)[SKETCH_HALF],
+                            int half, float2& before, float4& stats) {
   const int lanes = 4 << (p.page_shift - 4);
-  float top = x[0], sum = 0.f;
+  float top = half ? before.x : x[0];
 #pragma unroll
-  for (int k = 1; k < SKETCH_LANE_ROWS; k++) top = fmaxf(top, x[k]);
-  for (int i = 4; i < lanes; i <<= 1) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, i));
+  for (int k = 0; k < SKETCH_HALF; k++) top = fmaxf(top, x[k]);
+  if (half)
+    for (int i = 4; i < lanes; i <<= 1) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, i));
   const float base = top == NEG_INF ? 0.f : top;
+  float sum = half ? before.y * exp2_fast(before.x - base) : 0.f;
 #pragma unroll
-  for (int k = 0; k < SKETCH_LANE_ROWS; k++) sum += exp2_fast(x[k] - base);
+  for (int k = 0; k < SKETCH_HALF; k++) sum += exp2_fast(x[k] - base);
+  before = {top, sum};
+  if (!half) return;
   for (int i = 4; i < lanes; i <<= 1) sum += __shfl_xor_sync(ALL_LANES, sum, i);
-  leave_score(p, of, of.row0 >> p.page_shift, h, (threadIdx.x & 31 & (lanes - 1)) < 4, (base + log2_fast(sum)) * LN2,
+  leave_score(p, of, row0 >> p.page_shift, h, (threadIdx.x & 31 & (lanes - 1)) < 4, (base + log2_fast(sum)) * LN2,
               stats);
 }
 
-DEVICE void leave_rows(const Params& p, const SketchPages& of, int h, const float (&x)[SKETCH_LANE_ROWS],
-                       float4& stats) {
+DEVICE void leave_rows(const Params& p, const SketchScores& of, int h, int row0, const float (&x)[SKETCH_HALF],
+                       int half, float2& before, float4& stats) {
   switch (p.page_shift) {
     case 0:
-      return leave_masses<1>(p, of, h, x, stats);
+      return leave_masses<1>(p, of, h, row0, x, stats);
     case 1:
-      return leave_masses<2>(p, of, h, x, stats);
+      return leave_masses<2>(p, of, h, row0, x, stats);
     case 2:
-      return leave_masses<4>(p, of, h, x, stats);
+      return leave_masses<4>(p, of, h, row0, x, stats);
     case 3:
-      return leave_masses<8>(p, of, h, x, stats);
-    case 4:
-      return leave_masses<16>(p, of, h, x, stats);
+      return leave_masses<8>(p, of, h, row0, x, stats);
     default:
-      return leave_wide_mass(p, of, h, x, stats);
+      return leave_wide_mass(p, of, h, row0, x, half, before, stats);
   }
 }
 
-// Scores block `number`, and asks for block `next` as soon as there is room.
+// Scores block `number`, and asks for block `next`, if there is one, as soon as there is room. Half of a lane's rows at
+// a time: a loop that is long takes longer to fetch than to run.
 template <class T, int DP, int BITS, bool WHOLE>
-DEVICE void score_block(const Params& p, const Sequence& s, const SketchLayout& layout, int pair, int from, int number,
-                        const u8* block, int next, const u8* next_block, const SketchQueries<DP>& queries,
+DEVICE void score_block(const Params& p, const Sequence& s, const SketchLayout& layout, const SketchScores& scores,
+                        int number, const u8* block, bool more, const u8* next_block, const SketchQueries<DP>& queries,
                         LaneBlock<T, DP, BITS, WHOLE>& lane_block) {
   using Lane = LaneBlock<T, DP, BITS, WHOLE>;
-  constexpr int SLOTS = DP / 16, WORDS = SketchQueries<DP>::WORDS, TILES = SKETCH_LANE_ROWS / 2;
+  constexpr int SLOTS = DP / 16, WORDS = SketchQueries<DP>::WORDS, TILES = SKETCH_HALF / 2;
   const int lane = threadIdx.x % 32, quad = lane % 4, column = lane / 4;
-  const SketchPages of = {pair, number * SKETCH_BLOCK + column * SKETCH_LANE_ROWS, from, pages_for(p, s.len)};
+  const int row0 = number * SKETCH_BLOCK + column * SKETCH_LANE_ROWS;
   const int oldest = seen_from(p, s.len - 1);
   const bool partly = number * SKETCH_BLOCK < oldest || (number + 1) * SKETCH_BLOCK > s.len;
+  const auto beside = lane_block.next;
+  if (more) lane_block.next.load(p, layout, next_block, number + 1);
 #pragma unroll 1
   for (int first = 0; first < p.group; first += SKETCH_HEADS) {
     const bool last = first + SKETCH_HEADS >= p.group;
@@ -280,49 +323,51 @@ DEVICE void score_block(const Params& p, const Sequence& s, const SketchLayout& 
       for (int i = 0; i < SLOTS; i++) q[i] = column_bytes[4 * i];
     }
     const float2 logit = queries.logit[first + quad];
-    const float base = lane_block.centre_product(queries.plain, first) * p.scale * (p.softcap > 0.f ? 1.f : LOG2E);
-    float x[SKETCH_LANE_ROWS];
-#pragma unroll
-    for (int t = 0; t < TILES; t++) {
-      int sums[4] = {};
-      auto add = [&](int i, u32 low, u32 high) {
-        const u32 a[4] = {
-            lane_block.operand(p, layout, block, 2 * t, i), lane_block.operand(p, layout, block, 2 * t + 1, i),
-            lane_block.operand(p, layout, block, 2 * t, i + 1), lane_block.operand(p, layout, block, 2 * t + 1, i + 1)};
-        add_byte_products(sums, a, low, high);
-      };
-      if constexpr (WHOLE) {
-#pragma unroll
-        for (int i = 0; i < SLOTS; i += 2) add(i, q[i], q[i + 1]);
-      } else {
-#pragma unroll 1
-        for (int i = 0; 16 * i < p.head_size; i += 2) add(i, column_bytes[4 * i], column_bytes[4 * i + 4]);
-      }
-#pragma unroll
-      for (int e = 0; e < 2; e++)
-        x[2 * t + e] = fmaf(lane_block.factor(2 * t + e),
-                            fmaf(float(256 * sums[2 * e] + sums[2 * e + 1]), logit.x, logit.y), base);
-      // Chunks whose last word this was.
-      constexpr int OF_TILE = 2 * SLOTS * BITS / TILES;
-      if (WHOLE && last) {
-#pragma unroll
-        for (int i = 0; i < Lane::CHUNKS; i++)
-          if ((t + 1) * OF_TILE >= 4 * (i + 1) && t * OF_TILE < 4 * (i + 1)) lane_block.load_codes(next_block, i);
-      }
-    }
-    if (last) lane_block.load_rest(p, layout, next_block, next);
-    if (p.softcap > 0.f) {
-#pragma unroll
-      for (int k = 0; k < SKETCH_LANE_ROWS; k++) x[k] = p.softcap * tanhf(x[k] / p.softcap) * LOG2E;
-    }
-    if (partly) {
-#pragma unroll
-      for (int k = 0; k < SKETCH_LANE_ROWS; k++)
-        if (of.row0 + k < oldest || of.row0 + k >= s.len) x[k] = NEG_INF;
-    }
+    const float base =
+        Lane::centre_product(beside.centre, queries.plain, first) * p.scale * (p.softcap > 0.f ? 1.f : LOG2E);
     float4& stats = queries.stats[first / SKETCH_HEADS * SCORE_THREADS + threadIdx.x];
     float4 all = stats;
-    leave_rows(p, of, first + quad, x, all);
+    float2 before = {NEG_INF, 0.f};
+    uint4 factors = beside.factors[0];
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+      if (first == 0) lane_block.wait_for_codes();
+      lane_block.take_codes(half);
+      float x[SKETCH_HALF];
+#pragma unroll
+      for (int t = 0; t < TILES; t++) {
+        int sums[4] = {};
+        auto add = [&](int i, u32 low, u32 high) {
+          auto operand = [&](int row, int slot) { return lane_block.operand(p, layout, block, half, row, slot); };
+          const u32 a[4] = {operand(2 * t, i), operand(2 * t + 1, i), operand(2 * t, i + 1), operand(2 * t + 1, i + 1)};
+          add_byte_products(sums, a, low, high);
+        };
+        if constexpr (WHOLE) {
+#pragma unroll
+          for (int i = 0; i < SLOTS; i += 2) add(i, q[i], q[i + 1]);
+        } else {
+#pragma unroll 1
+          for (int i = 0; 16 * i < p.head_size; i += 2) add(i, column_bytes[4 * i], column_bytes[4 * i + 4]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          x[2 * t + e] = fmaf(Lane::factor(factors, 2 * t + e),
+                              fmaf(float(256 * sums[2 * e] + sums[2 * e + 1]), logit.x, logit.y), base);
+      }
+      factors = beside.factors[1];
+      if (last) lane_block.ask_codes(next_block, half, more);
+      const int first_row = row0 + SKETCH_HALF * half;
+      if (p.softcap > 0.f) {
+#pragma unroll
+        for (int k = 0; k < SKETCH_HALF; k++) x[k] = p.softcap * tanhf(x[k] / p.softcap) * LOG2E;
+      }
+      if (partly) {
+#pragma unroll
+        for (int k = 0; k < SKETCH_HALF; k++)
+          if (first_row + k < oldest || first_row + k >= s.len) x[k] = NEG_INF;
+      }
+      leave_rows(p, scores, first + quad, first_row, x, half, before, all);
+    }
     stats = all;
   }
 }

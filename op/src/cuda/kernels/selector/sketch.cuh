@@ -118,7 +118,7 @@ struct Sketch {
     const u8* const state = sketch_blocks(p, layout, pair);
     auto at = [&](int block) { return state + size_t(block) * layout.bytes; };
     const bool touches = int(blockIdx.x) >= p.score_blocks;
-    LaneBlock<T, DP, BITS, WHOLE> lane_block;
+    LaneBlock<T, DP, BITS, WHOLE> lane_block(queries.ring);
     const int all_warps = p.score_blocks * SCORE_WARPS, this_warp = blockIdx.x * SCORE_WARPS + warp;
     Share share = {0, 0};
     if (!touches) {
@@ -156,17 +156,18 @@ struct Sketch {
     for (int i = threadIdx.x; i < stored_heads(p.group) / SKETCH_HEADS * SCORE_THREADS; i += SCORE_THREADS)
       queries.stats[i] = no_scores();
     __syncthreads();
-    const int from = first_candidate(p, s), seen = seen_from(p, s.len - 1) / SKETCH_BLOCK;
-#pragma unroll 1
-    for (int block = share.begin; block < share.end; block++) {
-      const int next = min(block + 1, share.end - 1);
-      // What a sliding window has left behind is no candidate.
-      if (block < seen)
-        lane_block.load(p, layout, at(next), next);
-      else
-        score_block<T, DP, BITS, WHOLE>(p, s, layout, pair, from, block, at(block), next, at(next), queries,
-                                        lane_block);
+    // What a sliding window has left behind is no candidate.
+    const SketchScores scores(p, s, pair);
+    const int seen = seen_from(p, s.len - 1) / SKETCH_BLOCK;
+    if (share.begin < seen) {
+      share.begin = seen;
+      if (WHOLE) wait_for_copies(0);
+      if (seen < share.end) lane_block.load(p, layout, at(seen), seen);
     }
+#pragma unroll 1
+    for (int block = share.begin; block < share.end; block++)
+      score_block<T, DP, BITS, WHOLE>(p, s, layout, scores, block, at(block), block + 1 < share.end, at(block + 1),
+                                      queries, lane_block);
     if (!touches) forget_future(p, s, pair, all_warps, step);
     leave_statistics<DP>(p, pair, queries);
   }
