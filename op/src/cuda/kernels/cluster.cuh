@@ -42,11 +42,6 @@ template <class V> DEVICE u32 address_of(const V& mine, int rank) {
 #define OF_CLUSTER "shared"
 #endif
 // Another block's copy of a variable.
-DEVICE u32 read_of(const u32& mine, int rank) {
-  u32 x;
-  asm volatile("ld." OF_CLUSTER ".u32 %0, [%1];" : "=r"(x) : "r"(address_of(mine, rank)) : "memory");
-  return x;
-}
 DEVICE uint2 read_of(const uint2& mine, int rank) {
   uint2 x;
   asm volatile("ld." OF_CLUSTER ".v2.u32 {%0, %1}, [%2];"
@@ -55,6 +50,75 @@ DEVICE uint2 read_of(const uint2& mine, int rank) {
                : "memory");
   return x;
 }
-DEVICE void write_of(u64& mine, int rank, u64 value) {
-  asm volatile("st." OF_CLUSTER ".u64 [%0], %1;" ::"r"(address_of(mine, rank)), "l"(value) : "memory");
+
+// Letters: numbers that blocks write into one another's memory, each of which counts itself in the receiver's box, so
+// that nobody waits for a whole block, nor for what it has written elsewhere, as a barrier of the cluster does. A box
+// is used again only behind such a barrier.
+struct Letterbox {
+  u64 barrier;
+
+  // By one thread, before the first barrier of the cluster, of which cluster_opened is the first half.
+  DEVICE void open() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address()) : "memory");
+#endif
+  }
+  // By one thread: so many bytes come to this block.
+  DEVICE void expect(u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+#endif
+  }
+  // Into block `rank`'s copy of a variable, and counts it in its copy of this box.
+  DEVICE void send(u32& mine, int rank, u32 value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address_of(mine, rank)),
+        "r"(value), "r"(address_of(barrier, rank))
+        : "memory");
+#endif
+  }
+  DEVICE void send(uint2& mine, int rank, uint2 value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                     address_of(mine, rank)),
+                 "r"(value.x), "r"(value.y), "r"(address_of(barrier, rank))
+                 : "memory");
+#endif
+  }
+  DEVICE void send(u64& mine, int rank, u64 value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address_of(mine, rank)),
+        "l"(value), "r"(address_of(barrier, rank))
+        : "memory");
+#endif
+  }
+  // Until all that was expected the `time`-th time is there, from 0 on.
+  DEVICE void wait(u32 time) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], %1;\n"
+        "@there bra done;\n"
+        "bra again;\n"
+        "done:\n"
+        "}" ::"r"(address()),
+        "r"(time & 1u)
+        : "memory");
+#endif
+  }
+
+ private:
+  DEVICE u32 address() { return u32(__cvta_generic_to_shared(&barrier)); }
+};
+// Shows the boxes that this block has opened to the others; cluster_wait ends it.
+DEVICE void cluster_opened() {
+#if __CUDA_ARCH__ >= 900
+  if (cluster_size() == 1) return;
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
 }

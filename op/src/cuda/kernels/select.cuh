@@ -50,20 +50,10 @@ DEVICE Place place_of(u32 left, u32 mine) {
   return {lane, __shfl_sync(ALL_LANES, upto - mine, lane)};
 }
 
-// Counts of the same bin in all blocks of a cluster, and in those before this one.
+// Sums over the blocks of a cluster, and over those before this one.
 struct OfCluster {
-  u32 all, before;
-  DEVICE explicit OfCluster(const u32& mine) : all(0), before(0) {
-    u32 of_rank[MAX_CLUSTER];
-#pragma unroll
-    for (int i = 0; i < MAX_CLUSTER; i++)
-      if (i < cluster_size()) of_rank[i] = read_of(mine, i);
-#pragma unroll
-    for (int i = 0; i < MAX_CLUSTER; i++) {
-      if (i < cluster_rank()) before += of_rank[i];
-      if (i < cluster_size()) all += of_rank[i];
-    }
-  }
+  u32 all = 0, before = 0;
+  DEVICE void add(int rank, u32 count) { all += count, before += rank < cluster_rank() ? count : 0; }
 };
 
 // Finds the bin in which the `left`-th score of one block lies, from the top, and its rank there, into `sh`.
@@ -88,16 +78,29 @@ DEVICE void find_own_bin(SelectShared& sh, u32 left) {
   }
 }
 
-// The same of a cluster, by one warp: first in which of 32 coarse bins, then in which of its 64 bins, two a lane.
-// Returns this lane's part of a sum: the scores above that bin in the blocks before this one.
-DEVICE u32 find_joint_bin(SelectShared& sh, u32 left) {
-  const int lane = threadIdx.x, from_top = 31 - lane;
-  const OfCluster coarse(sh.coarse[from_top]);
+// The same of a cluster, by one warp, the `time`-th time: first in which of 32 coarse bins, then in which of its 64
+// bins, two a lane. Returns this lane's part of a sum: the scores above that bin in the blocks before this one.
+DEVICE u32 find_joint_bin(SelectShared& sh, u32 left, u32 time) {
+  const int lane = threadIdx.x, from_top = 31 - lane, blocks = cluster_size();
+  if (lane == 0) sh.coarse_box.expect(32 * 4 * blocks), sh.fine_box.expect(32 * 8 * blocks);
+  const u32 mine = sh.coarse[from_top];
+#pragma unroll 1
+  for (int i = 0; i < blocks; i++) sh.coarse_box.send(sh.coarse_of[cluster_rank()][lane], i, mine);
+  sh.coarse_box.wait(time);
+  OfCluster coarse;
+#pragma unroll 1
+  for (int i = 0; i < blocks; i++) coarse.add(i, sh.coarse_of[i][lane]);
   const Place of_coarse = place_of(left, coarse.all);
   u32 above = lane < of_coarse.lane ? coarse.before : 0;
   left -= of_coarse.before;
   const int lower = COARSE * (31 - of_coarse.lane) + 2 * from_top;
-  const OfCluster high(sh.histogram[lower + 1]), low(sh.histogram[lower]);
+  const uint2 two = *reinterpret_cast<const uint2*>(&sh.histogram[lower]);
+#pragma unroll 1
+  for (int i = 0; i < blocks; i++) sh.fine_box.send(sh.fine_of[cluster_rank()][lane], i, two);
+  sh.fine_box.wait(time);
+  OfCluster low, high;
+#pragma unroll 1
+  for (int i = 0; i < blocks; i++) low.add(i, sh.fine_of[i][lane].x), high.add(i, sh.fine_of[i][lane].y);
   const Place place = place_of(left, high.all + low.all);
   if (lane < place.lane) above += high.before + low.before;
   if (lane != place.lane) return above;
@@ -108,9 +111,9 @@ DEVICE u32 find_joint_bin(SelectShared& sh, u32 left) {
   return in_high ? above : above + high.before;
 }
 
-// Finds the bin in which the `left`-th score of the cluster lies. Other blocks read the histogram until the next
-// barrier of the cluster. Returns this thread's part of the scores above that bin in the blocks before this one.
-DEVICE u32 find_bin(SelectShared& sh, u32 left) {
+// Finds the bin in which the `left`-th score of the cluster lies, the `time`-th time. Returns this thread's part of the
+// scores above that bin in the blocks before this one.
+DEVICE u32 find_bin(SelectShared& sh, u32 left, u32 time) {
   static_assert(COARSE == 16 * BINS_A_THREAD, "half a warp's bins make a coarse one");
   __syncthreads();
   u32 above = 0;
@@ -122,8 +125,8 @@ DEVICE u32 find_bin(SelectShared& sh, u32 left) {
 #pragma unroll
     for (int i = 1; i < 16; i <<= 1) sum += __shfl_xor_sync(ALL_LANES, sum, i);
     if (threadIdx.x % 16 == 0) sh.coarse[threadIdx.x / 16] = sum;
-    cluster_sync();
-    if (threadIdx.x < 32) above = find_joint_bin(sh, left);
+    __syncthreads();
+    if (threadIdx.x < 32) above = find_joint_bin(sh, left, time);
   }
   __syncthreads();
   return above;
@@ -195,12 +198,12 @@ DEVICE uint2 block_sums(SelectShared& sh, u32 a, u32 b) {
 // see read_elements.
 RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
   SelectShared& sh = *shared;
-  u32 threshold = 0;
+  u32 threshold = 0, time = 1;
 #pragma unroll 1
-  for (int open = 32; open > 0;) {
+  for (int open = 32; open > 0; time++) {
     const int bits = min(open, DIGIT), shift = open - bits;
     const u32 left = sh.left;
-    // Every block has read the histogram.
+    // Every block has read its letters.
     cluster_sync();
     clear_histogram(sh);
     __syncthreads();
@@ -210,7 +213,7 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
       if (kept.bin(i) == bin && (open == 32 || (key ^ threshold) >> open == 0))
         atomicAdd(&sh.histogram[(key >> shift) & ((1u << bits) - 1)], 1u);
     }
-    find_bin(sh, left);
+    find_bin(sh, left, time);
     threshold |= sh.bin << shift;
     open = shift;
   }
@@ -245,7 +248,8 @@ RARE void search_digits(const Kept kept, u32 bin, SelectShared* shared) {
     seen += reduce_add(count);
     if (in_bin && (key > threshold || (tied && rank < left))) kept.bin(page) = TAKEN;
   }
-  __syncthreads();
+  // Nobody reads another block's memory from here on.
+  cluster_sync();
 }
 
 // A page of the decisive bin as a number: of two, the larger goes to the page that is taken first.
@@ -265,22 +269,24 @@ DEVICE void list_pages(const Kept& kept, u32 bin, bool finalists, int* list, int
       for_pages(vec8, at_least(eight, bin) ^ mask, [&](int page) {
         const u32 at = sh.in_bin_before + atomicAdd(&sh.finalist_count, 1u);
         const u64 number = finalist(kept.key(page), kept.begin + page);
+        if (cluster_size() == 1) sh.finalists[at] = number;
 #pragma unroll 1
-        for (int rank = 0; rank < cluster_size(); rank++) write_of(sh.finalists[at], rank, number);
+        for (int rank = 0; rank < cluster_size() && cluster_size() > 1; rank++)
+          sh.finalist_box.send(sh.finalists[at], rank, number);
       });
   });
   const u32 upto = sum_upto(mine);
   above = reduce_add(above);
   if (lane == 31) sh.counts[warp] = upto, sh.more_counts[warp] = above;
-  cluster_arrive();
+  if (threadIdx.x == 0 && finalists && cluster_size() > 1) sh.finalist_box.expect(8 * sh.in_bin);
   __syncthreads();
   int* next = list + sh.taken_before + upto - mine + reduce_add(lane < warp ? sh.counts[lane] : 0u) +
               reduce_add(lane < SELECT_WARPS ? sh.more_counts[lane] : 0u);
   kept.vec8s([&](int vec8, uint4 eight) {
     for_pages(vec8, at_least(eight, bin + 1), [&](int page) { announce_page(next++, kept.begin + page); });
   });
-  // Every block has its copy of the finalists, and none reads another's memory from here on.
-  cluster_wait();
+  // Of all blocks.
+  if (finalists && cluster_size() > 1) sh.finalist_box.wait(0);
   // A warp ranks one of the block's own.
   const u32 own = sh.finalist_count, left = sh.left;
 #pragma unroll 1
@@ -321,7 +327,11 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
   const float* scores = p.scores + size_t(pair) * scored_page_count(p.max_pages) * scores_a_page(p);
   const Kept kept = own_pages<CHOICE>(p, all, pair, memory);
   clear_histogram(sh);
-  if (threadIdx.x == 0) sh.finalist_count = sh.taken_before = 0;
+  if (threadIdx.x == 0) {
+    sh.finalist_count = sh.taken_before = 0;
+    sh.coarse_box.open(), sh.fine_box.open(), sh.finalist_box.open();
+  }
+  cluster_opened();
   // Those that compete; the newest page is forced, and so are the sinks.
   const int first = all.from + all.sinks, competing = max(all.pages - 1 - first, 0), wanted = all.budget - all.forced;
   int* const list = p.pages + size_t(pair) * p.max_pages;
@@ -331,6 +341,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
       announce_page(list + i, i < all.sinks ? all.from + i : all.pages - 1);
   }
   wait_until(&p.progress[pair], all_score_blocks(p));
+  cluster_wait();
   if (wanted <= 0) return wait_for_previous();
 
   const bool with_stats = CHOICE != ANY || p.score_parts;
@@ -377,7 +388,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
       atomicAdd(&sh.histogram[bin - 1], 1u);
     }
   }
-  const u32 above = find_bin(sh, wanted), bin = sh.bin + 1;
+  const u32 above = find_bin(sh, wanted, 0), bin = sh.bin + 1;
   const int sure = wanted - int(sh.left);
   const bool finalists = sh.in_bin <= (cluster_size() == 1 ? FINALISTS_ALONE : FINALISTS);
   if (!finalists) search_digits(kept, bin, &sh);

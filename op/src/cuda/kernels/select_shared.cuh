@@ -28,8 +28,11 @@ template <Choice CHOICE> DEVICE bool softmax_over_pages(const Params& p) {
 struct SelectShared {
   __align__(16) u32 histogram[BINS];  // of the block's own pages
   u32 coarse[BINS / COARSE];          // the sums of so many of its bins
-  u64 finalists[FINALISTS];           // of the whole cluster: see finalist()
-  u32 finalist_count;                 // of the block
+  u32 coarse_of[MAX_CLUSTER][32];     // of every block of the cluster, from the top
+  uint2 fine_of[MAX_CLUSTER][32];     // of one coarse bin, two bins each
+  Letterbox coarse_box, fine_box, finalist_box;
+  u64 finalists[FINALISTS];  // of the whole cluster: see finalist()
+  u32 finalist_count;        // of the block
   u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];
   uint2 told;  // what the other blocks of the cluster read
   float2 part[SELECT_WARPS];
