@@ -104,7 +104,11 @@ Lanes& next_exchange() {
   return of_warp.lanes[next];
 }
 
+unsigned launched = 0;
+unsigned blocks_launched() { return launched; }
+
 void launch_block(unsigned count, const std::function<void()>& kernel) {
+  launched++;
   threads = alive = count;
   body = &kernel;
   blockDim = {count, 1, 1};

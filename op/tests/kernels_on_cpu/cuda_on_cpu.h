@@ -7,7 +7,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
+#include <vector>
 
 #define RETRO_ON_CPU
 #define DEVICE inline
@@ -43,6 +46,8 @@ struct ThreadIndex {
 
 // Runs a block of threads to its end.
 void launch_block(unsigned threads, const std::function<void()>& kernel);
+// Blocks that were launched so far.
+unsigned blocks_launched();
 
 void __syncthreads();
 // Waits for the other threads of the warp.

@@ -21,10 +21,34 @@ inline void wait_for_previous() {}
 inline void add_progress(u32* progress) { *progress += 1; }
 inline u32 read_progress(const u32* progress) { return *progress; }
 
-// Copies are there at once.
-inline void copy_chunk(void* target, const void* source) { memcpy(target, source, 16); }
-inline void commit_copies() {}
-inline void wait_for_copies(int) {}
+// Of each thread, the groups of copies that are under way: what is copied is there when its group has been waited for,
+// and not before.
+struct CopiesUnderWay {
+  struct Copy {
+    void* target;
+    const void* source;
+  };
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+  unsigned of_block = 0;
+};
+inline CopiesUnderWay& copies_under_way() {
+  static std::map<unsigned, CopiesUnderWay> of_threads;
+  auto& mine = of_threads[this_thread()];
+  if (mine.of_block != blocks_launched()) mine = {{}, {}, blocks_launched()};
+  return mine;
+}
+inline void copy_chunk(void* target, const void* source) { copies_under_way().open.push_back({target, source}); }
+inline void commit_copies() {
+  auto& mine = copies_under_way();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+inline void wait_for_copies(int left) {
+  auto& groups = copies_under_way().groups;
+  for (; groups.size() > size_t(left); groups.pop_front())
+    for (const auto& copy : groups.front()) memcpy(copy.target, copy.source, 16);
+}
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }

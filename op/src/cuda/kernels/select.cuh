@@ -181,6 +181,8 @@ DEVICE Range range_of(const Kept& kept, SelectShared& sh) {
   if (threadIdx.x == 0) sh.told = {least, most};
   cluster_sync();
   const uint2 of_rank = read_of(sh.told, min(lane, cluster_size() - 1));
+  // Until all have read it.
+  cluster_sync();
   return {number_of(__reduce_min_sync(ALL_LANES, of_rank.x)), number_of(__reduce_max_sync(ALL_LANES, of_rank.y))};
 }
 

@@ -135,9 +135,9 @@ template <class T, int DP, int BITS, bool WHOLE> struct LaneBlock {
     }
     commit_copies();
   }
-  // After ask_codes of this half and of one other.
-  DEVICE void wait_for_codes() const {
-    if (WHOLE) wait_for_copies(1);
+  // After ask_codes of this half; `behind`: the other half, which need not be there, was asked for after it.
+  DEVICE void wait_for_codes(bool behind) const {
+    if (WHOLE) wait_for_copies(behind);
   }
   DEVICE void take_codes(int half) {
     if (!WHOLE) return;
@@ -331,7 +331,8 @@ DEVICE void score_block(const Params& p, const Sequence& s, const SketchLayout& 
     uint4 factors = beside.factors[0];
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
-      if (first == 0) lane_block.wait_for_codes();
+      // Behind the second half comes the next block's first one, if this pass has asked for it.
+      if (first == 0) lane_block.wait_for_codes(half == 0 || last);
       lane_block.take_codes(half);
       float x[SKETCH_HALF];
 #pragma unroll
