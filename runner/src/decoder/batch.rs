@@ -13,7 +13,7 @@ use crate::decoder::{
     model::Model,
     page_reads::PageReads,
     sampling::argmax,
-    stats::Stats,
+    stats::{Passes, Stats},
     step::DecoderState,
 };
 
@@ -40,6 +40,16 @@ pub struct Decoded {
     pub readings: Vec<PageReads>,
     /// Statistics of the whole batch.
     pub stats: Stats,
+}
+
+/// What teacher forcing of a batch took.
+pub struct Forced {
+    /// Page reads of each sequence.
+    pub readings: Vec<PageReads>,
+    /// Time of the decoding steps.
+    pub time: Duration,
+    /// The rectifying passes, whose time is part of that; `None` where there were to be none.
+    pub passes: Option<Passes>,
 }
 
 impl Prefilled {
@@ -165,7 +175,7 @@ impl Prefilled {
                     .collect()
             })
             .collect();
-        let (reading, decode_time) = (decoder.reading(), decoder.time);
+        let (reading, decode_time, passes) = (decoder.reading(), decoder.time, decoder.passes());
         let readings = decoder.readings().copied().collect();
         let (kv_bytes, state_bytes) = self.state.kv().sizes();
         let stats = Stats {
@@ -175,6 +185,7 @@ impl Prefilled {
             generated_tokens: outputs.iter().map(Vec::len).sum(),
             decoded_tokens: decoded,
             decode_time,
+            passes,
             reading,
             kv_bytes,
             state_bytes,
@@ -187,8 +198,7 @@ impl Prefilled {
     }
 
     /// Teacher forcing: feeds the tokens of `texts` after each prompt and calls `observe` with row, position in the
-    /// text, and the logits of the token at that position. The first logits come from the prefill. Returns page reads
-    /// and decoding time.
+    /// text, and the logits of the token at that position. The first logits come from the prefill.
     ///
     /// # Errors
     /// When the model or `observe` fails.
@@ -198,7 +208,7 @@ impl Prefilled {
         policy: Policy,
         texts: &[&[u32]],
         observe: &mut Observer<'_, E>,
-    ) -> Result<(Vec<PageReads>, Duration), E> {
+    ) -> Result<Forced, E> {
         if let Some(snapshot) = &self.snapshot {
             self.state.kv_mut().restore(snapshot)?;
         }
@@ -219,6 +229,10 @@ impl Prefilled {
                 logits = std::borrow::Cow::Owned(decoder.step()?);
             }
         }
-        Ok((decoder.readings().copied().collect(), decoder.time))
+        Ok(Forced {
+            readings: decoder.readings().copied().collect(),
+            time: decoder.time,
+            passes: decoder.passes(),
+        })
     }
 }

@@ -204,6 +204,15 @@ impl KvCache {
         copies.collect::<Result<_>>().map(Snapshot)
     }
 
+    /// A copy of what the buffer of a slot holds, `slot` counted as in [`ModelIo::slots`](super::io::ModelIo::slots).
+    ///
+    /// # Errors
+    /// When the caches grow, there is no such slot, or a GPU fails.
+    pub fn contents(&self, slot: usize) -> Result<Vec<u8>> {
+        let no_slot = Error::Internal("no such slot, or caches that grow");
+        self.buffers().get(slot).ok_or(no_slot)?.to_vec()
+    }
+
     /// The buffers, to be filled by other means than a step.
     ///
     /// # Errors

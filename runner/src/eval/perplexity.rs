@@ -3,6 +3,8 @@
 //!
 //! Every policy is fed the same tokens, so differences do not accumulate, and small ones show.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -14,7 +16,7 @@ use super::{
 use crate::{
     Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
     decoder::{
-        batch::{Observer, Prefilled},
+        batch::{Forced, Observer, Prefilled},
         decode_loop::Policy,
         page_reads::PageReads,
         require,
@@ -40,8 +42,14 @@ pub struct Fidelity {
     pub reading: PageReads,
     /// This text's share of the batch's decoding time, in seconds.
     pub seconds: f64,
+    /// Of these, the seconds of rectifying passes; `None` where there were to be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pass_seconds: Option<f64>,
     /// Bytes of keys, values and summaries read per step, all layers.
     pub bytes: f64,
+    /// Bytes that dense attention reads per step, for the same lengths.
+    #[serde(default)]
+    pub dense_bytes: Option<f64>,
 }
 
 impl Fidelity {
@@ -150,7 +158,7 @@ impl FidelityJob<'_> {
                     None => self.prefill(model, part, bar)?,
                 };
                 let mut sums = vec![Sums::default(); part.len()];
-                let (readings, seconds) = self.force(&mut ready, model, policy, part, bar, &mut |i, at, scores| {
+                let forced = self.force(&mut ready, model, policy, part, bar, &mut |i, at, scores| {
                     let (sum, texts) = sums.get_mut(i).zip(part.get(i)).ok_or(NO_TEXT)?;
                     let predicted = texts.len() - self.prompt;
                     let dense = reference
@@ -161,13 +169,16 @@ impl FidelityJob<'_> {
                     Ok(())
                 })?;
                 for (i, sum) in sums.into_iter().enumerate() {
-                    let reading = readings.get(i).copied().unwrap_or_default();
-                    let bytes = reading.bytes_per_step(model, row.scores());
-                    journal.put(
-                        &row.key(),
-                        start + i,
-                        sum.fidelity(reading, seconds / part.len() as f64, bytes),
-                    )?;
+                    let reading = forced.readings.get(i).copied().unwrap_or_default();
+                    let share = |time: Duration| time.as_secs_f64() / part.len() as f64;
+                    let cost = Cost {
+                        reading,
+                        seconds: share(forced.time),
+                        pass_seconds: forced.passes.map(|p| share(p.time)),
+                        bytes: reading.bytes_per_step(model, row.scores()),
+                        dense_bytes: Some(reading.dense_bytes_per_step(model)),
+                    };
+                    journal.put(&row.key(), start + i, sum.fidelity(cost))?;
                 }
                 bar.inc(part.len());
                 prefilled = Some((place, ready));
@@ -218,14 +229,13 @@ impl FidelityJob<'_> {
         part: &[Vec<u32>],
         bar: &Items,
         observe: &mut Observer<'_, Error>,
-    ) -> Result<(Vec<PageReads>, f64)> {
+    ) -> Result<Forced> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
-        let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {
+        ready.force(model, policy, &texts, &mut |row, at, scores| {
             bar.tick();
             self.interrupt.check()?;
             observe(row, at, scores)
-        })?;
-        Ok((readings, time.as_secs_f64()))
+        })
     }
 }
 
@@ -255,7 +265,14 @@ impl Sums {
         self.agreed += usize::from(best(dense) == best(&own));
     }
 
-    fn fidelity(self, reading: PageReads, seconds: f64, bytes: f64) -> Fidelity {
+    fn fidelity(self, cost: Cost) -> Fidelity {
+        let Cost {
+            reading,
+            seconds,
+            pass_seconds,
+            bytes,
+            dense_bytes,
+        } = cost;
         Fidelity {
             tokens: self.tokens,
             divergence: self.divergence,
@@ -263,9 +280,20 @@ impl Sums {
             agreed: self.agreed,
             reading,
             seconds,
+            pass_seconds,
             bytes,
+            dense_bytes,
         }
     }
+}
+
+/// What a text took under a policy: [`Fidelity`] has the fields.
+struct Cost {
+    reading: PageReads,
+    seconds: f64,
+    pass_seconds: Option<f64>,
+    bytes: f64,
+    dense_bytes: Option<f64>,
 }
 
 fn log_softmax(scores: &[f32]) -> impl Iterator<Item = f32> + '_ {
