@@ -21,16 +21,16 @@ use crate::decoder::{
 pub struct Prefilled {
     prompts: Vec<Vec<u32>>,
     state: DecoderState,
-    /// The state after the prefill; `None` for growing caches, which are decoded once.
+    /// The way back to the state after the prefill; `None` for growing caches, which are decoded once.
     snapshot: Option<Snapshot>,
     /// Logits of each sequence's first token.
     first: Logits,
     time: Duration,
 }
 
-/// Called with a row of the batch, a position in its text, and the logits of the token there. It may stop the work with
-/// an error of its own type.
-pub type Observer<'a, E> = dyn FnMut(usize, usize, &[f32]) -> Result<(), E> + 'a;
+/// Called with a position in the texts and the logits of the tokens there, a row for each text; those of a text that has
+/// ended mean nothing. It may stop the work with an error of its own type.
+pub type Observer<'a, E> = dyn FnMut(usize, &Logits) -> Result<(), E> + Send + 'a;
 
 /// The result of decoding a batch.
 pub struct Decoded {
@@ -197,36 +197,52 @@ impl Prefilled {
         })
     }
 
-    /// Teacher forcing: feeds the tokens of `texts` after each prompt and calls `observe` with row, position in the
-    /// text, and the logits of the token at that position. The first logits come from the prefill.
+    /// Teacher forcing: feeds the tokens of `texts` after each prompt and shows `observe` the logits of every position,
+    /// on a GPU while the next step runs. The first logits come from the prefill. `progress` is called before each.
     ///
     /// # Errors
-    /// When the model or `observe` fails.
-    pub fn force<E: From<Error>>(
+    /// When the model, `progress` or `observe` fails.
+    pub fn force<E: From<Error> + Send>(
         &mut self,
         model: &mut Model,
         policy: Policy,
         texts: &[&[u32]],
+        mut progress: impl FnMut() -> Result<(), E>,
         observe: &mut Observer<'_, E>,
     ) -> Result<Forced, E> {
         if let Some(snapshot) = &self.snapshot {
             self.state.kv_mut().restore(snapshot)?;
         }
         let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
+        // On the CPU the step needs all cores, and is timed.
+        let beside = model.feeds_from_buffers();
         let mut decoder = Decoder::new(model, &mut self.state, &prompts, policy)?;
-        let mut logits = std::borrow::Cow::Borrowed(&self.first);
+        let mut logits = self.first.clone();
         let longest = texts.iter().map(|t| t.len()).max().unwrap_or(0);
         for at in 0..longest {
+            progress()?;
             for (row, text) in texts.iter().enumerate() {
                 let Some(&token) = text.get(at) else { continue };
-                observe(row, at, logits.row(row))?;
                 decoder.push(row, token);
                 if at + 1 == text.len() {
                     decoder.finish(row);
                 }
             }
-            if at + 1 < longest {
-                logits = std::borrow::Cow::Owned(decoder.step()?);
+            let mut step = || (at + 1 < longest).then(|| decoder.step()).transpose();
+            let (next, seen) = if beside {
+                let (mut next, mut seen) = (Ok(None), Ok(()));
+                rayon::in_place_scope(|scope| {
+                    scope.spawn(|_| seen = observe(at, &logits));
+                    next = step();
+                });
+                (next, seen)
+            } else {
+                let seen = observe(at, &logits);
+                (step(), seen)
+            };
+            seen?;
+            if let Some(next) = next? {
+                logits = next;
             }
         }
         Ok(Forced {

@@ -166,18 +166,15 @@ impl PageMeter {
     /// Adds the page steps A of one head after the step at position `t`. Heads are numbered over layers and KV heads.
     pub fn take(&mut self, head: usize, steps: &[i32], t: usize) {
         let valid = t / self.page_size + 1;
-        let mut selected = vec![0u64; valid.div_ceil(64)];
-        let mut count = 0usize;
-        for (j, &step) in steps.iter().enumerate().take(valid) {
-            if usize::try_from(step) == Ok(t) {
-                if let Some(word) = selected.get_mut(j / 64) {
-                    *word |= 1 << (j % 64);
-                }
-                count += 1;
-            }
-        }
-        self.reading.pages += count as f64;
-        self.reading.shares += count as f64 / valid as f64;
+        let newest = i32::try_from(t).unwrap_or(i32::MAX);
+        let word = |steps: &[i32]| -> u64 {
+            let bits = steps.iter().enumerate();
+            bits.fold(0, |word, (j, &step)| word | (u64::from(step == newest) << j))
+        };
+        let selected: Pages = steps.get(..valid).unwrap_or(steps).chunks(64).map(word).collect();
+        let count: u32 = selected.iter().map(|word| word.count_ones()).sum();
+        self.reading.pages += f64::from(count);
+        self.reading.shares += f64::from(count) / valid as f64;
         self.reading.tokens += visible(&selected, t, self.page_size) as f64;
         self.reading.valid += valid as f64;
         self.reading.samples += 1.0;

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -97,7 +98,6 @@ pub struct FidelityJob<'a> {
     pub interrupt: &'a Interrupt,
 }
 
-const NO_TEXT: Error = Error::Internal("no such text");
 const NO_TOKEN: Error = Error::Internal("no such token");
 
 /// Log-probabilities of every next token of a text, `[tokens, vocabulary]`.
@@ -128,9 +128,16 @@ impl FidelityJob<'_> {
             let plain = Policy::new(&dense, None, None)?;
             let mut reference: Vec<Distributions> = vec![Vec::new(); part.len()];
             let mut all = self.prefill(&mut dense, part, bar)?;
-            self.force(&mut all, &mut dense, plain, part, bar, &mut |row, _, scores| {
-                let list = reference.get_mut(row).ok_or(NO_TEXT)?;
-                list.extend(log_softmax(scores));
+            self.force(&mut all, &mut dense, plain, part, bar, &mut |at, logits| {
+                let lists = reference.par_iter_mut().zip(part).enumerate();
+                lists.for_each(|(row, (list, text))| {
+                    let predicted = text.len() - self.prompt;
+                    if at < predicted {
+                        // All at once: it is the most memory that this takes.
+                        list.reserve_exact(predicted * logits.vocab - list.len());
+                        list.extend(log_softmax(logits.row(row)));
+                    }
+                });
                 Ok(())
             })?;
             drop(all);
@@ -158,15 +165,17 @@ impl FidelityJob<'_> {
                     None => self.prefill(model, part, bar)?,
                 };
                 let mut sums = vec![Sums::default(); part.len()];
-                let forced = self.force(&mut ready, model, policy, part, bar, &mut |i, at, scores| {
-                    let (sum, texts) = sums.get_mut(i).zip(part.get(i)).ok_or(NO_TEXT)?;
-                    let predicted = texts.len() - self.prompt;
-                    let dense = reference
-                        .get(i)
-                        .and_then(|d| d.get(at * scores.len()..(at + 1) * scores.len()));
-                    let target = texts.get(self.prompt + at).copied().ok_or(NO_TOKEN)?;
-                    sum.add(at * PARTS / predicted, dense.ok_or(NO_TOKEN)?, scores, target as usize);
-                    Ok(())
+                let forced = self.force(&mut ready, model, policy, part, bar, &mut |at, logits| {
+                    let texts = sums.par_iter_mut().zip(part).zip(&reference).enumerate();
+                    texts.try_for_each(|(row, ((sum, text), dense))| {
+                        let Some(&target) = text.get(self.prompt + at) else {
+                            return Ok(());
+                        };
+                        let dense = dense.get(at * logits.vocab..(at + 1) * logits.vocab);
+                        let place = at * PARTS / (text.len() - self.prompt);
+                        sum.add(place, dense.ok_or(NO_TOKEN)?, logits.row(row), target as usize);
+                        Ok(())
+                    })
                 })?;
                 for (i, sum) in sums.into_iter().enumerate() {
                     let reading = forced.readings.get(i).copied().unwrap_or_default();
@@ -231,11 +240,11 @@ impl FidelityJob<'_> {
         observe: &mut Observer<'_, Error>,
     ) -> Result<Forced> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
-        ready.force(model, policy, &texts, &mut |row, at, scores| {
+        let step = || {
             bar.tick();
-            self.interrupt.check()?;
-            observe(row, at, scores)
-        })
+            Ok(self.interrupt.check()?)
+        };
+        ready.force(model, policy, &texts, step, observe)
     }
 }
 
