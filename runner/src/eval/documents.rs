@@ -142,6 +142,10 @@ impl DocumentsJob<'_> {
         let texts = self.tokens(&text)?;
         let longest = texts.iter().map(TokenizedDocument::len).max().unwrap_or(0);
         let max_new = self.max_new(&model, &text, longest)?;
+        // The document with the longest prompt is fed, if to no end, as long as that with the longest question.
+        let most = |of: &dyn Fn(&TokenizedDocument) -> usize| texts.iter().map(of).max().unwrap_or(0);
+        let capacity = most(&|d| d.prompt.len()) + most(&|d| d.question.len()) + max_new;
+        let capacity = capacity.min(model.context_length().unwrap_or(usize::MAX));
         let batch = model.batch(self.batch);
         let step = |_| -> Result<()> {
             bar.tick();
@@ -162,7 +166,7 @@ impl DocumentsJob<'_> {
                     Some(ready) => ready,
                     None => {
                         let prompts = part.iter().map(|d| d.prompt.clone()).collect();
-                        Prefilled::new(&mut model, prompts, longest + max_new, self.chunk, step)?
+                        Prefilled::new(&mut model, prompts, capacity, self.chunk, step)?
                     }
                 };
                 let decoded = ready.decode_after(&mut model, *policy, &questions, max_new, step)?;
