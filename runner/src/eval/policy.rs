@@ -224,6 +224,8 @@ impl PolicyRow {
     /// Names the row in a file of results: everything that its figures depend on beside the model and the documents.
     pub fn key(&self) -> String {
         let settings = match &self.source {
+            // The file of results belongs to it; where it was built for this run its place is another each time.
+            ModelSource::Graph(_) if self.kind == PolicyKind::Dense => "original".to_owned(),
             ModelSource::Graph(path) => format!("graph {}", path.display()),
             ModelSource::Converted(s) => {
                 let mut s = (**s).clone();
@@ -347,6 +349,9 @@ mod tests {
         assert_eq!((periodic.label.as_str(), periodic.scores()), ("periodic", false));
         assert!(matches!(&periodic.source, ModelSource::Converted(s) if s.mode == Mode::Periodic));
         assert_ne!(rows[3].key(), rows[4].key());
+        // Weights are built into another folder by each run that resumes.
+        let elsewhere = super::rows(&specs, Path::new("n"), &[2, 8], &budgets);
+        assert!(rows.iter().zip(&elsewhere).all(|(a, b)| a.key() == b.key()));
     }
 
     /// Budgets of short contexts would be the floor otherwise, and pages of another size another floor.
