@@ -1,0 +1,18 @@
+//! A server that speaks OpenAI's API: many requests at a time on one model.
+//!
+//! - `request.rs` is what the scheduler is asked for, and what comes of it; `choose.rs` how tokens are chosen
+//! - `slot.rs` is a row of the caches with the request in it, `scheduler.rs` the loop over all of them
+//! - `metrics.rs` has figures for Prometheus
+
+mod choose;
+mod engine;
+mod metrics;
+mod request;
+mod scheduler;
+mod slot;
+
+pub use choose::{Choosing, Logprobs};
+pub use engine::{Engine, EngineOptions};
+pub use metrics::{Metrics, Outcome};
+pub use request::{Done, Event, Failure, Refusal, Request, Token, Usage};
+pub use scheduler::{Handle, Scheduler};
