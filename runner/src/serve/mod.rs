@@ -2,10 +2,12 @@
 //!
 //! - `request.rs` is what the scheduler is asked for, and what comes of it; `choose.rs` how tokens are chosen
 //! - `slot.rs` is a row of the caches with the request in it, `scheduler.rs` the loop over all of them
+//! - `engine.rs` runs it in a thread of its own; `http` is the server around it
 //! - `metrics.rs` has figures for Prometheus
 
 mod choose;
 mod engine;
+pub mod http;
 mod metrics;
 mod request;
 mod scheduler;

@@ -1,0 +1,22 @@
+//! The server's HTTP: OpenAI's API, and what the server says of itself.
+//!
+//! - `fields.rs` takes a body apart, `error.rs` says which field is wrong
+//! - `generation.rs` is what chats and completions have in common, `answer.rs` how answers become responses and streams
+//! - `chat.rs` with `messages.rs`, `completions.rs`, `text.rs`, `info.rs` are the endpoints
+//! - `guard.rs` is what every request passes, `server.rs` the server around all of them
+
+mod answer;
+mod app;
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod generation;
+mod guard;
+mod info;
+mod messages;
+mod server;
+mod text;
+
+pub use app::{Loaded, Settings, now};
+pub use server::{Server, ServerError};
