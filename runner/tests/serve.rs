@@ -130,6 +130,7 @@ fn request(prompt: &[u32], max_new: usize, window: usize, budget: Option<&str>) 
             budget: budget.map(|b| b.parse().unwrap()),
         },
         choosing: Choosing::default(),
+        constraint: None,
         stops: Vec::new(),
         ends: Vec::new().into(),
         ignore_eos: true,

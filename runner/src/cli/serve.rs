@@ -1,6 +1,10 @@
 //! `retro-run serve`: a server that speaks OpenAI's API.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -165,6 +169,7 @@ fn load(
         engine,
         template,
         token_bytes,
+        grammars: OnceLock::new(),
         name: args.alias.clone().or(folder_name).unwrap_or_else(|| "model".to_owned()),
         path: named.display().to_string(),
         created: now(),

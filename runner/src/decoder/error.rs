@@ -256,6 +256,8 @@ pub enum Error {
     ShortLogits,
     #[error("the logits are {0}, expected float32, float16 or bfloat16")]
     LogitsType(TensorElementType),
+    #[error("the answer cannot follow what was asked for: {0}")]
+    Constraint(String),
     #[error("the model gave no finite score for any token")]
     NoFiniteScore,
 }

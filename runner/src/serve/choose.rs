@@ -2,9 +2,12 @@
 
 use std::collections::HashMap;
 
-use crate::decoder::{
-    Result,
-    sampling::{Sampler, Sampling},
+use crate::{
+    decoder::{
+        Error, Result,
+        sampling::{Sampler, Sampling},
+    },
+    serve::constraint::Constraint,
 };
 
 /// How the tokens of a request are chosen.
@@ -33,27 +36,45 @@ pub struct Logprobs {
 pub(super) struct Chooser {
     options: Choosing,
     sampler: Sampler,
+    constraint: Option<Constraint>,
     /// How often each token was generated.
     counts: HashMap<u32, u32>,
 }
 
 impl Chooser {
-    pub fn new(options: &Choosing) -> Self {
+    pub fn new(options: &Choosing, constraint: Option<Constraint>) -> Self {
         Self {
             options: options.clone(),
             sampler: Sampler::new(options.sampling),
+            constraint,
             counts: HashMap::new(),
         }
     }
 
     /// Chooses from the logits `[vocab]`, given prompt and output.
     pub fn choose(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
-        let token = match self.changed(logits) {
-            Some(changed) => self.sampler.choose(&changed, history)?,
-            None => self.sampler.choose(logits, history)?,
-        };
+        let mut changed = self.changed(logits);
+        if let Some(constraint) = &mut self.constraint {
+            let allowed = constraint.allowed().map_err(Error::Constraint)?;
+            let changed = changed.get_or_insert_with(|| logits.to_vec());
+            for (token, logit) in changed.iter_mut().enumerate() {
+                // Vocabularies are padded: numbers behind the last token stand for none.
+                if token >= allowed.len() || !allowed.is_allowed(token as u32) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+        let token = self.sampler.choose(changed.as_deref().unwrap_or(logits), history)?;
+        if let Some(constraint) = &mut self.constraint {
+            constraint.take(token).map_err(Error::Constraint)?;
+        }
         *self.counts.entry(token).or_default() += 1;
         Ok(token)
+    }
+
+    /// Whether nothing may follow what was chosen.
+    pub fn is_complete(&self) -> bool {
+        self.constraint.as_ref().is_some_and(Constraint::is_complete)
     }
 
     /// The logits with penalties and biases; `None` where there are none.
@@ -110,18 +131,21 @@ mod tests {
 
     #[test]
     fn penalties_count_what_was_generated_and_biases_are_added() {
-        let mut chooser = Chooser::new(&Choosing {
-            presence_penalty: 0.5,
-            frequency_penalty: 0.25,
-            bias: vec![(2, 3.0), (99, 1.0)],
-            ..Choosing::default()
-        });
+        let mut chooser = Chooser::new(
+            &Choosing {
+                presence_penalty: 0.5,
+                frequency_penalty: 0.25,
+                bias: vec![(2, 3.0), (99, 1.0)],
+                ..Choosing::default()
+            },
+            None,
+        );
         let logits = [4.0, 3.9, 0.5];
         // 4.0, 3.9, 3.5; then token 0 has 0.75 less, then 1 has, then 0 has 1.0 less.
         let chosen: Vec<u32> = (0..4).map(|_| chooser.choose(&logits, &[]).unwrap()).collect();
         assert_eq!(chosen, [0, 1, 2, 0]);
         assert_eq!(chooser.changed(&logits), Some(vec![3.0, 3.15, 2.75]));
-        let plain = Chooser::new(&Choosing::default());
+        let plain = Chooser::new(&Choosing::default(), None);
         assert_eq!(plain.changed(&logits), None);
     }
 

@@ -5,6 +5,8 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
+use retro_contract::Budget;
+
 use crate::{
     Model, ModelTokenizer,
     chat::CONTEXT,
@@ -58,6 +60,8 @@ pub struct Engine {
     /// The largest window that a request may ask for.
     most_window: usize,
     takes_budget: bool,
+    /// The budget that the model was converted with.
+    own_budget: Option<Budget>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -92,6 +96,7 @@ impl Engine {
         );
         let most_window = if model.io.retro_lengths { most_window } else { 1 };
         let takes_budget = model.retro.is_some() && model.io.page_budget.is_some();
+        let own_budget = model.retro.as_ref().and_then(|r| r.budget);
         let mut ends = tokenizer.ends(&model.folder);
         ends.extend(more_ends);
         let (ready, started) = sync_channel(1);
@@ -122,6 +127,7 @@ impl Engine {
             context,
             most_window,
             takes_budget,
+            own_budget,
             thread: Some(thread),
         })
     }
@@ -159,6 +165,11 @@ impl Engine {
     /// Whether a request may ask for a budget.
     pub fn takes_budget(&self) -> bool {
         self.takes_budget
+    }
+
+    /// The budget of a request that asks for none.
+    pub fn budget(&self) -> Option<Budget> {
+        self.options.policy.budget.or(self.own_budget)
     }
 
     /// Waits until all that was handed in is done. Nothing is taken any more once all clones of the handle are dropped.

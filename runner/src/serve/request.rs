@@ -9,7 +9,10 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
     decoder::{decode_loop::Policy, generate::Finish, page_reads::PageReads},
-    serve::choose::{Choosing, Logprobs},
+    serve::{
+        choose::{Choosing, Logprobs},
+        constraint::Constraint,
+    },
 };
 
 /// One text to generate.
@@ -23,6 +26,8 @@ pub struct Request {
     pub policy: Policy,
     /// How tokens are chosen.
     pub choosing: Choosing,
+    /// What the text must follow; it ends where nothing may follow.
+    pub constraint: Option<Constraint>,
     /// Stop strings; they are not part of the text.
     pub stops: Vec<String>,
     /// Tokens that end the text.

@@ -77,7 +77,7 @@ impl Slot {
             read: keep,
             steps: 0,
             meter: PageMeter::new(request.policy.window, page_size),
-            chooser: Chooser::new(&request.choosing),
+            chooser: Chooser::new(&request.choosing, request.constraint.clone()),
             detokenizer: Detokenizer::after(&request.prompt),
             filter: StopFilter::new(&request.stops),
             first: None,
@@ -128,6 +128,9 @@ impl Running {
         self.submission.send(Event::Token(Token { id, text, logprobs }));
         if self.filter.stopped() {
             return self.end(Finish::Stop, tokenizer);
+        }
+        if self.chooser.is_complete() {
+            return self.end(Finish::Eos, tokenizer);
         }
         if self.generated() >= self.submission.request.max_new {
             return self.end(Finish::Length, tokenizer);

@@ -75,7 +75,9 @@ impl<S: Shape> Answer<S> {
         } = self;
         let prompts = requests.iter().step_by(generation.n).map(|r| r.prompt.len()).sum();
         let events = handle.submit(requests)?;
+        let budget = generation.policy.budget.or(self.loaded.engine.budget());
         let head = Head {
+            budget: budget.map(|b| b.to_string()),
             id: format!(
                 "{}-{:016x}{:016x}",
                 S::PREFIX,
@@ -103,6 +105,7 @@ struct Head {
     model: String,
     /// Tokens of all prompts.
     prompts: usize,
+    budget: Option<String>,
     generation: Generation,
 }
 
@@ -139,7 +142,7 @@ impl Head {
             "prompt_tokens_details": {"cached_tokens": cached},
             "retro": {
                 "window": policy.window,
-                "budget": policy.budget.map(|b| b.to_string()),
+                "budget": self.budget,
                 "pages_per_kv_head_and_step": reading.pages(),
                 "share_of_valid_pages": reading.share(),
                 "effective_exposure": reading.exposure(),

@@ -1,7 +1,7 @@
 //! What the endpoints share.
 
 use std::{
-    sync::{Arc, RwLock},
+    sync::{Arc, OnceLock, RwLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -15,7 +15,7 @@ use super::{
     fields::Fields,
 };
 use crate::{
-    serve::{engine::Engine, metrics::Metrics},
+    serve::{constraint::Grammars, engine::Engine, metrics::Metrics},
     text::{TokenBytes, chat_template::ChatTemplate},
 };
 
@@ -56,6 +56,8 @@ pub struct Loaded {
     pub template: Option<ChatTemplate>,
     /// The bytes of each token; `None` where tokens are words.
     pub token_bytes: Option<Vec<TokenBytes>>,
+    /// Made when they are first asked for.
+    pub grammars: OnceLock<std::result::Result<Grammars, String>>,
     /// What clients call the model.
     pub name: String,
     /// The model's folder.
@@ -64,6 +66,18 @@ pub struct Loaded {
     pub created: u64,
     /// Time that a request may take.
     pub timeout: Option<Duration>,
+}
+
+impl Loaded {
+    /// What makes constraints for the model's vocabulary; the reason where nothing can.
+    pub fn grammars(&self) -> std::result::Result<&Grammars, &str> {
+        let make = || {
+            let tokens = self.token_bytes.as_ref();
+            let tokens = tokens.ok_or("its tokens are words, not bytes")?;
+            Grammars::new(tokens, self.engine.ends()).map_err(|e| e.to_string())
+        };
+        self.grammars.get_or_init(make).as_ref().map_err(String::as_str)
+    }
 }
 
 impl App {

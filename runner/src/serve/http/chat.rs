@@ -11,7 +11,9 @@ use super::{
     error::{ApiError, Result},
     fields::Fields,
     generation::Generation,
-    messages::messages,
+    messages::{messages, with_tools_as_text},
+    tool_calls::{CallFinder, Parsed, parse},
+    tools::{Tools, constraint},
 };
 use crate::{
     serve::request::{Done, Token},
@@ -37,24 +39,10 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Cha
     generation.logprobs = asked.unwrap_or(false).then_some(top.unwrap_or(0));
     let variables: Option<Map<String, Value>> = fields.take("chat_template_kwargs")?;
     fields.only("modalities", &[json!(["text"])])?;
-    fields.only("response_format", &[json!({"type": "text"})])?;
-    fields.only("tools", &[json!([])])?;
-    fields.only("tool_choice", &[json!("none"), json!("auto")])?;
-    fields.only("parallel_tool_calls", &[json!(true), json!(false)])?;
+    let tools = Tools::take(&mut fields)?;
+    generation.constraint = constraint(&mut fields, tools.as_ref(), &loaded)?;
     fields.finish()?;
-    let options = RenderOptions {
-        add_generation_prompt: true,
-        variables: variables.unwrap_or_default(),
-        ..RenderOptions::default()
-    };
-    let template = loaded.template.as_ref().ok_or_else(|| {
-        ApiError::field(
-            "messages",
-            "the model has no chat template: start the server with --template FILE, or use /v1/completions",
-        )
-    })?;
-    let text = template.render(&messages, &options);
-    let text = text.map_err(|e| ApiError::field("messages", e))?;
+    let text = render(&loaded, messages, variables.unwrap_or_default(), tools.as_ref())?;
     if log {
         crate::progress::note(&format!("prompt {text:?}"));
     }
@@ -65,6 +53,10 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Cha
         shape: Chat {
             loaded: Arc::clone(&loaded),
             logprobs: generation.logprobs.is_some(),
+            finders: (0..generation.n)
+                .map(|_| tools.as_ref().map(|_| CallFinder::default()))
+                .collect(),
+            tools,
         },
         loaded,
         generation,
@@ -72,9 +64,57 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Cha
     })
 }
 
+/// The text of a conversation, tools included.
+fn render(
+    loaded: &Loaded,
+    messages: Vec<Value>,
+    variables: Map<String, Value>,
+    tools: Option<&Tools>,
+) -> Result<String> {
+    let template = loaded.template.as_ref().ok_or_else(|| {
+        ApiError::field(
+            "messages",
+            "the model has no chat template: start the server with --template FILE, or use /v1/completions",
+        )
+    })?;
+    let plain = RenderOptions {
+        add_generation_prompt: true,
+        variables,
+        ..RenderOptions::default()
+    };
+    let render = |messages: &[Value], options: &RenderOptions| {
+        let text = template.render(messages, options);
+        text.map_err(|e| ApiError::field("messages", e))
+    };
+    let Some(tools) = tools else {
+        return render(&messages, &plain);
+    };
+    let with_tools = RenderOptions {
+        tools: Some(tools.list.clone()),
+        ..plain.clone()
+    };
+    // A template that writes the same with tools and without says nothing of them.
+    let asks = [json!({"role": "user", "content": "Hello"})];
+    if render(&asks, &plain)? == render(&asks, &with_tools)? {
+        return render(&with_tools_as_text(messages, &tools.instructions()), &plain);
+    }
+    render(&messages, &with_tools)
+}
+
 struct Chat {
     loaded: Arc<Loaded>,
     logprobs: bool,
+    tools: Option<Tools>,
+    /// Of each answer that is streamed and may have calls.
+    finders: Vec<Option<CallFinder>>,
+}
+
+/// Why an answer with calls or without ended.
+fn finish_of(done: &Done, calls: bool) -> &'static str {
+    match finish_reason(done.finish) {
+        "stop" if calls => "tool_calls",
+        other => other,
+    }
 }
 
 impl Chat {
@@ -111,11 +151,26 @@ impl Shape for Chat {
 
     fn choice(&mut self, index: usize, tokens: Vec<Token>, done: &Done) -> Value {
         let text: String = tokens.iter().map(|t| t.text.as_str()).collect();
+        let text = text + &done.text;
+        let parsed = match &self.tools {
+            Some(tools) => tools.calls_taken(parse(&text, &tools.names)),
+            None => Parsed {
+                content: text,
+                calls: Vec::new(),
+            },
+        };
+        let said = parsed.calls.is_empty() || !parsed.content.is_empty();
+        let mut message = json!({"role": "assistant", "content": said.then_some(parsed.content), "refusal": null});
+        let calls: Vec<Value> = parsed.calls.iter().map(|c| c.json(None)).collect();
+        let finish = finish_of(done, !calls.is_empty());
+        if let Some(message) = message.as_object_mut().filter(|_| !calls.is_empty()) {
+            message.insert("tool_calls".to_owned(), Value::Array(calls));
+        }
         json!({
             "index": index,
-            "message": {"role": "assistant", "content": text + &done.text, "refusal": null},
+            "message": message,
             "logprobs": self.logprobs(&tokens),
-            "finish_reason": finish_reason(done.finish),
+            "finish_reason": finish,
         })
     }
 
@@ -125,17 +180,38 @@ impl Shape for Chat {
     }
 
     fn goes_on(&mut self, index: usize, token: Token) -> Vec<Value> {
-        if token.text.is_empty() && !self.logprobs {
+        let finder = self.finders.get_mut(index).and_then(Option::as_mut);
+        let text = finder.map_or_else(|| token.text.clone(), |finder| finder.push(&token.text));
+        if text.is_empty() && !self.logprobs {
             return Vec::new();
         }
         let logprobs = self.logprobs(std::slice::from_ref(&token));
-        vec![Self::delta(index, json!({"content": token.text}), logprobs, None)]
+        vec![Self::delta(index, json!({"content": text}), logprobs, None)]
     }
 
     fn ends(&mut self, index: usize, done: &Done) -> Vec<Value> {
-        let text = (!done.text.is_empty()).then(|| json!({"content": done.text}));
-        let text = text.map(|delta| Self::delta(index, delta, Value::Null, None));
-        let end = Self::delta(index, json!({}), Value::Null, Some(finish_reason(done.finish)));
-        text.into_iter().chain([end]).collect()
+        let finder = self.finders.get_mut(index).and_then(Option::take);
+        let parsed = match (finder, &self.tools) {
+            (Some(mut finder), Some(tools)) => {
+                let more = finder.push(&done.text);
+                let rest = tools.calls_taken(finder.finish(&tools.names));
+                Parsed {
+                    content: more + &rest.content,
+                    calls: rest.calls,
+                }
+            }
+            _ => Parsed {
+                content: done.text.clone(),
+                calls: Vec::new(),
+            },
+        };
+        let text = (!parsed.content.is_empty()).then(|| json!({"content": parsed.content}));
+        let calls = parsed.calls.iter().enumerate();
+        let calls = calls.map(|(i, call)| json!({"tool_calls": [call.json(Some(i))]}));
+        let deltas = text.into_iter().chain(calls);
+        let deltas = deltas.map(|delta| Self::delta(index, delta, Value::Null, None));
+        let finish = finish_of(done, !parsed.calls.is_empty());
+        let end = Self::delta(index, json!({}), Value::Null, Some(finish));
+        deltas.chain([end]).collect()
     }
 }

@@ -12,6 +12,7 @@ use super::{
     error::{ApiError, Result},
     fields::Fields,
     generation::Generation,
+    tools::constraint,
 };
 use crate::serve::request::{Done, Token};
 
@@ -61,6 +62,7 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Com
     }
     let mut generation = Generation::take(&mut fields, &loaded)?;
     generation.logprobs = fields.count("logprobs", 0..=20)?;
+    generation.constraint = constraint(&mut fields, None, &loaded)?;
     fields.only("echo", &[json!(false)])?;
     fields.only("suffix", &[json!("")])?;
     fields.only("best_of", &[json!(1), json!(generation.n)])?;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     decoder::{decode_loop::Policy, sampling::Sampling},
-    serve::{choose::Choosing, request::Request},
+    serve::{choose::Choosing, constraint::Constraint, request::Request},
 };
 
 /// The most answers to one prompt.
@@ -45,6 +45,7 @@ pub struct Generation {
     pub stops: Vec<String>,
     pub ignore_eos: bool,
     pub logprobs: Option<usize>,
+    pub constraint: Option<Constraint>,
 }
 
 /// One string or several.
@@ -88,6 +89,7 @@ impl Generation {
             stops: stops(fields)?,
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             logprobs: None,
+            constraint: None,
         })
     }
 
@@ -97,6 +99,12 @@ impl Generation {
         let context = engine.context();
         let room = context.checked_sub(prompt.len()).filter(|&room| room > 0);
         let room = room.ok_or_else(|| ApiError::too_long(param, prompt.len(), context))?;
+        if self.ignore_eos && self.constraint.is_some() {
+            return Err(ApiError::field(
+                "ignore_eos",
+                "an answer of a given form has its own end",
+            ));
+        }
         let request = |i: usize| {
             let mut choosing = self.choosing.clone();
             choosing.sampling.seed = choosing.sampling.seed.wrapping_add(i as u64);
@@ -105,6 +113,7 @@ impl Generation {
                 max_new: self.max_new.map_or(room, |most| most.min(room)),
                 policy: self.policy,
                 choosing,
+                constraint: self.constraint.clone(),
                 stops: self.stops.clone(),
                 ends: std::sync::Arc::clone(engine.ends()),
                 ignore_eos: self.ignore_eos,

@@ -65,7 +65,7 @@ pub async fn props(State(app): State<Arc<App>>) -> Result<Json<Value>> {
         "default_generation_settings": {
             "n_ctx": engine.context(),
             "window": options.policy.window,
-            "budget": options.policy.budget.map(|b| b.to_string()),
+            "budget": engine.budget().map(|b| b.to_string()),
         },
         "chat_template": loaded.template.is_some(),
         "window": {"max": engine.most_window()},

@@ -41,7 +41,8 @@ fn check(message: &mut Value) -> Result<(), String> {
             ));
         }
     }
-    let calls = message.get("tool_calls").is_some_and(|c| !c.is_null());
+    let calls = message.get_mut("tool_calls").filter(|c| !c.is_null());
+    let calls = calls.map(arguments_as_values).transpose()?.is_some();
     let content = match message.get("content") {
         None | Some(Value::Null) if calls => return Ok(()),
         None | Some(Value::Null) => return Err("it has no content".to_owned()),
@@ -51,6 +52,57 @@ fn check(message: &mut Value) -> Result<(), String> {
     };
     message.insert("content".to_owned(), Value::String(content));
     Ok(())
+}
+
+/// Arguments of calls as values, which templates expect; clients send them as text.
+fn arguments_as_values(calls: &mut Value) -> Result<(), String> {
+    let calls = calls.as_array_mut().ok_or("its tool_calls are no list")?;
+    for call in calls {
+        let function = call.get_mut("function").and_then(Value::as_object_mut);
+        let function = function.ok_or("one of its tool_calls has no function")?;
+        if let Some(Value::String(text)) = function.get("arguments") {
+            let value: Value =
+                serde_json::from_str(text).map_err(|e| format!("the arguments of a call are no JSON: {e}"))?;
+            function.insert("arguments".to_owned(), value);
+        }
+    }
+    Ok(())
+}
+
+/// For templates that know no tools: what they are, in the system's message, and calls and their results as text.
+pub fn with_tools_as_text(messages: Vec<Value>, instructions: &str) -> Vec<Value> {
+    let mut told = Vec::with_capacity(messages.len() + 1);
+    let mut rest = messages.into_iter().peekable();
+    let content = |m: &Value| m.get("content").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let system = rest.next_if(|m| m.get("role").and_then(Value::as_str) == Some("system"));
+    let own = system.map(|m| content(&m) + "\n\n").unwrap_or_default();
+    told.push(json!({"role": "system", "content": own + instructions}));
+    for message in rest {
+        let calls = message
+            .get("tool_calls")
+            .and_then(Value::as_array)
+            .filter(|c| !c.is_empty());
+        let role = message.get("role").and_then(Value::as_str);
+        told.push(match (role, calls) {
+            (Some("tool"), _) => {
+                let text = format!("<tool_response>\n{}\n</tool_response>", content(&message));
+                json!({"role": "user", "content": text})
+            }
+            (_, Some(calls)) => {
+                let call = |call: &Value| {
+                    let function = call.get("function").unwrap_or(&Value::Null);
+                    let (name, arguments) = (function.get("name"), function.get("arguments"));
+                    let call = json!({"name": name, "arguments": arguments});
+                    format!("<tool_call>\n{call}\n</tool_call>")
+                };
+                let said = Some(content(&message)).filter(|text| !text.is_empty());
+                let parts: Vec<String> = said.into_iter().chain(calls.iter().map(call)).collect();
+                json!({"role": role, "content": parts.join("\n")})
+            }
+            _ => message,
+        });
+    }
+    told
 }
 
 /// The text of parts: many templates know no others.
@@ -83,6 +135,22 @@ mod tests {
         let found = of(body).unwrap();
         assert_eq!(found[0], json!({"role": "system", "content": "a"}));
         assert_eq!(found[1]["content"], "b\nc");
+    }
+
+    #[test]
+    fn arguments_are_values_and_calls_become_text() {
+        let body = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "two"}]}"#;
+        let found = of(body).unwrap();
+        assert_eq!(found[1]["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
+        let text = with_tools_as_text(found, "TOOLS");
+        assert_eq!(text[0], json!({"role": "system", "content": "TOOLS"}));
+        let call = "<tool_call>\n{\"name\":\"f\",\"arguments\":{\"x\":1}}\n</tool_call>";
+        assert_eq!(text[2], json!({"role": "assistant", "content": call}));
+        assert_eq!(text[3]["content"], "<tool_response>\ntwo\n</tool_response>");
+        let bad = r#"{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}"#;
+        assert_eq!(of(bad).unwrap_err().param.as_deref(), Some("messages[0]"));
     }
 
     #[test]

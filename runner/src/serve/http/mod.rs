@@ -2,7 +2,8 @@
 //!
 //! - `fields.rs` takes a body apart, `error.rs` says which field is wrong
 //! - `generation.rs` is what chats and completions have in common, `answer.rs` how answers become responses and streams
-//! - `chat.rs` with `messages.rs`, `completions.rs`, `text.rs`, `info.rs` are the endpoints
+//! - `tools.rs` is the form that an answer must have, `tool_calls.rs` the calls in it
+//! - `chat.rs` with `messages.rs`, `completions.rs`, `text.rs`, `info.rs`, `page.rs` are the endpoints
 //! - `guard.rs` is what every request passes, `server.rs` the server around all of them
 
 mod answer;
@@ -15,8 +16,11 @@ mod generation;
 mod guard;
 mod info;
 mod messages;
+mod page;
 mod server;
 mod text;
+mod tool_calls;
+mod tools;
 
 pub use app::{Loaded, Settings, now};
 pub use server::{Server, ServerError};

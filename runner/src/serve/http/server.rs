@@ -17,7 +17,9 @@ use super::{
     completions::completions,
     error::ApiError,
     guard::guard,
-    info, text,
+    info,
+    page::page,
+    text,
 };
 use crate::{Interrupt, serve::metrics::Metrics};
 
@@ -136,6 +138,7 @@ impl Server {
 
 fn router(app: &Arc<App>, cors: Option<CorsLayer>) -> Router {
     let router = Router::new()
+        .route("/", get(page))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
         .route("/v1/models", get(info::models))
