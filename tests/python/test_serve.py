@@ -12,7 +12,8 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from paths import DATA, ROOT, exporter, models, plugin
+import documents
+from paths import ROOT, exporter, models, plugin
 from server import Server
 
 LIBRARY = Path(ort.__file__).parent / "capi" / f"libonnxruntime.so.{ort.__version__}"
@@ -374,3 +375,32 @@ def test_openai_errors_and_cancelling(client, server):
         next(iter(stream))
     wait_until(lambda: server.figure('retro_requests_total{outcome="cancelled"}') == before + 1)
     wait_until(lambda: server.figure("retro_slots_busy") == 0)
+
+
+# ---- the document ----------------------------------------------------------------------------------------------------------
+
+SERVING = ROOT / "docs" / "serving.md"
+URL = "http://127.0.0.1:8080"
+
+
+def test_the_documents_python_runs(client, server, capsys):
+    defined = {}
+    blocks = [block for block in documents.blocks(SERVING) if block.language == "python"]
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile("\n" * block.line + block.text.replace(URL, server.url), str(SERVING), "exec"), defined)
+    assert "write_down" in capsys.readouterr().out
+
+
+def test_the_documents_shell_runs(server):
+    for block in (block for block in documents.blocks(SERVING) if block.language == "sh"):
+        result = subprocess.run(["sh", "-ec", block.text.replace(URL, server.url)], capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout)["usage"]["retro"]["budget"] == "0.2"
+
+
+def test_the_document_names_the_servers_flags(server):
+    text = SERVING.read_text()
+    shown = subprocess.run([server.arguments[0], "serve", "--help"], capture_output=True, text=True, check=True).stdout
+    own = ["--host", "--port", "--parallel", "--queue", "--timeout", "--grace", "--api-key", "--cors", "--max-body", "--log", "--log-prompts"]
+    for flag in own:
+        assert flag in shown and flag in text, flag
