@@ -268,7 +268,7 @@ fn a_slot_is_taken_up_again_where_the_text_goes_on() {
         let (tokens, _, usage) = collect(engine.handle().submit(vec![second.clone()]).unwrap().remove(0)).unwrap();
         let again = models.alone("retro", &[second]).remove(0);
         assert_eq!(tokens, again);
-        assert!(usage.cached <= text.len() - 1);
+        assert!(usage.cached < text.len());
         engine.stop();
     }
 }
