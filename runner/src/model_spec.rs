@@ -1,20 +1,22 @@
-//! A model and its options as command lines have them: `NAME=DIR[,window=W][,budget=B][,graph=NAME]`.
+//! A model and its options as command lines have them: `NAME=DIR[,window=W][,budget=B][,rectify=N][,graph=NAME]`.
 
 use std::{path::PathBuf, str::FromStr};
 
 use retro_contract::Budget;
 
-/// Window and budget to run a model with; `None`: as converted.
+/// Window, budget and rectifying passes to run a model with; `None`: as converted, and no passes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PolicyOptions {
     /// The window w.
     pub window: Option<usize>,
     /// Pages that a step reads.
     pub budget: Option<Budget>,
+    /// Tokens between two rectifying passes.
+    pub rectify: Option<usize>,
 }
 
 impl PolicyOptions {
-    /// Parses `window=W` or `budget=B`; returns false for any other option.
+    /// Parses `window=W`, `budget=B` or `rectify=N`; returns false for any other option.
     ///
     /// # Errors
     /// When the value cannot be parsed.
@@ -22,6 +24,7 @@ impl PolicyOptions {
         match option.split_once('=') {
             Some(("window", w)) => self.window = Some(w.parse().map_err(|_| format!("window {w:?} is no number"))?),
             Some(("budget", b)) => self.budget = Some(b.parse()?),
+            Some(("rectify", n)) => self.rectify = Some(n.parse().map_err(|_| format!("rectify {n:?} is no number"))?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -35,7 +38,7 @@ pub struct ModelSpec {
     pub name: String,
     /// Model folder or ONNX file.
     pub folder: PathBuf,
-    /// Window and budget.
+    /// Window, budget and rectifying passes.
     pub options: PolicyOptions,
     /// Which graph of the folder; `None`: the default one.
     pub graph: Option<String>,
@@ -45,7 +48,7 @@ impl FromStr for ModelSpec {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B][,graph=NAME]";
+        const FORM: &str = "expected NAME=DIR[,window=W][,budget=B][,rectify=N][,graph=NAME]";
         // A name may contain "=" ("Retro w=2"): the folder starts after the last "=" before the first comma.
         let (head, rest) = s.split_once(',').unwrap_or((s, ""));
         let (name, folder) = head.rsplit_once('=').ok_or(FORM)?;
@@ -88,7 +91,17 @@ mod tests {
         assert_eq!((plain.options, plain.graph), (PolicyOptions::default(), None));
         let one: ModelSpec = "q4=out/js,graph=q4f16,window=2".parse().unwrap();
         assert_eq!((one.graph.as_deref(), one.options.window), (Some("q4f16"), Some(2)));
-        for bad in ["dense", "=out", "a=", "a=b,window=x", "a=b,pages=3", "a=b,budget=2.5"] {
+        let passes: ModelSpec = "a=out,rectify=32".parse().unwrap();
+        assert_eq!(passes.options.rectify, Some(32));
+        for bad in [
+            "dense",
+            "=out",
+            "a=",
+            "a=b,window=x",
+            "a=b,pages=3",
+            "a=b,rectify=x",
+            "a=b,budget=2.5",
+        ] {
             assert!(bad.parse::<ModelSpec>().is_err(), "{bad}");
         }
     }

@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use retro_run::{
-    Model, OpenOptions, Runtime,
-    decoder::{self, batch::Prefilled, decode_loop::Policy, session::Steps},
+    Logits, Model, OpenOptions, Runtime,
+    decoder::{self, batch::Prefilled, decode_loop::Policy, sampling::argmax, session::Steps},
     runtime::find_plugin,
 };
 
@@ -57,7 +57,23 @@ fn fixed_buffers_change_nothing() {
                 assert_eq!(attention.count(), layers, "{placed:?}");
                 let mut ready =
                     Prefilled::new(&mut model, prompts.clone(), 960, 128, |_| Ok::<(), decoder::Error>(())).unwrap();
-                // The second time from the same prompts: what the mask shows must shrink again.
+                // Given tokens: where steps are fed from buffers, logits are looked at while the next step runs.
+                let policy = Policy::new(&model, Some(1), None).unwrap();
+                let given: Vec<Vec<u32>> = (0..prompts.len()).map(|row| prompt(20 + 3 * row as u32, 17)).collect();
+                let mut seen = Vec::new();
+                let mut observe = |at: usize, logits: &Logits| {
+                    let rows = given.iter().enumerate().filter(|(_, text)| at < text.len());
+                    seen.push(
+                        rows.map(|(row, _)| argmax(logits.row(row)).unwrap())
+                            .collect::<Vec<u32>>(),
+                    );
+                    Ok::<(), decoder::Error>(())
+                };
+                let given: Vec<&[u32]> = given.iter().map(Vec::as_slice).collect();
+                ready
+                    .force(&mut model, policy, &given, || Ok(()), &mut observe)
+                    .unwrap();
+                // Again from the same prompts: what the mask shows must shrink.
                 let mut decode = |window: usize, budget| {
                     let policy = Policy::new(&model, Some(window), budget).unwrap();
                     ready
@@ -72,10 +88,12 @@ fn fixed_buffers_change_nothing() {
                     texts.push(decode(2, None));
                     assert!(texts[4] == texts[1] && texts[3] != texts[1]);
                 }
-                texts
+                (texts, seen)
             });
             assert!(texts[0] == texts[1], "{}: {} prompts", folder.display(), prompts.len());
-            assert!(texts[0].iter().flatten().all(|text| text.len() == 30));
+            let [(texts, seen), _] = texts;
+            assert!(texts.iter().flatten().all(|text| text.len() == 30));
+            assert_eq!(seen.len(), 20 + 3 * (prompts.len() - 1));
         }
     }
 }

@@ -89,6 +89,16 @@ impl Models {
 
     /// What is generated of the whole conversation by a run that knows nothing of it; and the conversation's tokens.
     fn anew(&self, name: &str, template: &str, window: usize, conversation: &[Message]) -> (String, Vec<u32>) {
+        self.anew_with(name, template, conversation, &|model| policy(model, window))
+    }
+
+    fn anew_with(
+        &self,
+        name: &str,
+        template: &str,
+        conversation: &[Message],
+        policy: &dyn Fn(&Model) -> Policy,
+    ) -> (String, Vec<u32>) {
         let (mut model, tokenizer) = self.open(name);
         let messages: Vec<_> = conversation.iter().map(|m| serde_json::to_value(m).unwrap()).collect();
         let options = RenderOptions {
@@ -102,7 +112,7 @@ impl Models {
                 capacity: 2048,
                 max_new: 24,
             },
-            policy: policy(&model, window),
+            policy: policy(&model),
             chunk: CHUNK,
             sampling: Sampling::default(),
             stops: Vec::new(),
@@ -172,6 +182,53 @@ fn turns_on_one_cache_are_as_one_prompt_of_all() {
             }
         }
     }
+}
+
+/// With rectifying passes the cache that a turn begins with is that of a prompt, however little steps read: what no pass
+/// has reached is read again.
+#[test]
+fn with_passes_a_turn_begins_as_a_prompt_of_all() {
+    let models = Models::get();
+    let sparse = |model: &Model, rectify| {
+        let policy = Policy::new(model, Some(2), Some("16".parse().unwrap())).unwrap();
+        policy.rectified(model, rectify).unwrap()
+    };
+    for rectify in [1, 7, 100] {
+        let rectified = |chat: &mut ChatOptions, model: &Model| chat.policy = sparse(model, Some(rectify));
+        let (model, _) = models.open("retro");
+        let mut chat = models.chat("retro", PLAIN, 2, &|chat| rectified(chat, &model));
+        for (turn, line) in LINES.into_iter().enumerate() {
+            let held = chat.held().len();
+            let (text, read, _) = say(&mut chat, line).unwrap();
+            let stats = &chat.last().unwrap().stats;
+            let passes = stats.passes.unwrap().count;
+            // A pass comes with the step after N others.
+            assert_eq!(
+                passes,
+                stats.decoded_tokens.saturating_sub(1) / rectify,
+                "every {rectify}, turn {turn}"
+            );
+            let before = &chat.messages()[..2 * turn + 1];
+            let (expected, prompt) = models.anew_with("retro", PLAIN, before, &|model| sparse(model, Some(rectify)));
+            assert_eq!(text, expected, "every {rectify}, turn {turn}");
+            assert_eq!(
+                (read, chat.held().len()),
+                (prompt.len() - held, prompt.len() + passes * rectify)
+            );
+        }
+    }
+    let (model, _) = models.open("retro");
+    let error = policy(&model, 1).rectified(&model, Some(4096)).unwrap_err().to_string();
+    assert!(error.contains("--rectify 4096"), "{error}");
+    let tokenizer = ModelTokenizer::open(&model.folder).unwrap();
+    let options = ChatOptions {
+        context: Some(60),
+        ..ChatOptions::new(sparse(&model, Some(61)))
+    };
+    let error = Chat::new(model, tokenizer, models.template(PLAIN), options)
+        .err()
+        .unwrap();
+    assert!(error.to_string().contains("context of 60"), "{error}");
 }
 
 #[test]

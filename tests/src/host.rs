@@ -77,9 +77,8 @@ pub fn dtypes() -> &'static [Dtype] {
 pub fn selectors() -> Vec<Selector> {
     let all = Selector::ALL.iter().copied();
     let cpu_only = |s: &Selector| match s {
-        Selector::Sketch => !cfg!(feature = "cuda-sketch"),
         Selector::Adamas | Selector::AdamasRms => true,
-        Selector::Bounds | Selector::Moments | Selector::SignedMoments => false,
+        Selector::Bounds | Selector::Moments | Selector::SignedMoments | Selector::Sketch => false,
     };
     all.filter(|s| !on_gpu() || !cpu_only(s)).collect()
 }

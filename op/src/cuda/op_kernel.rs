@@ -17,7 +17,6 @@ use crate::contract::{Attributes, Dims, Phase};
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands};
 use crate::ort::{Context, Elements, Error, Info, Operator, Plain, Port, Result, ShapeContext, Tensor, require};
-use crate::selector::Selector;
 
 /// `ai.retro::RetroAttention` on CUDA for caches of element type `E` and selector state of type `S`.
 pub struct CudaOperator<E, S = E>(PhantomData<(E, S)>);
@@ -44,7 +43,7 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
         let selector = attributes.selector;
         io_spec::check_state_type(selector, E::DATA_TYPE, S::DATA_TYPE)?;
         require!(
-            has_kernels(selector) && (selector != Selector::Sketch || cfg!(feature = "cuda-sketch")),
+            has_kernels(selector),
             "attribute selector is {selector}, which CUDA does not have: run the model on the CPU, or convert it with another \
              selector, as signed_moments"
         );

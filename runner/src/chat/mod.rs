@@ -116,6 +116,7 @@ impl Chat {
             (None, Some(most)) => most.min(model.io.capacity.unwrap_or(CONTEXT)),
             (None, None) => return Err(Error::UnknownContext),
         };
+        options.policy.fits(capacity)?;
         if options.max_answer == Some(0) {
             return Err(decoder::Error::NoTokens.into());
         }
@@ -244,7 +245,12 @@ impl Chat {
         let used = prompt.len() + output.tokens.len();
         self.held = prompt;
         self.held.extend(&output.tokens);
-        self.held.truncate(output.held);
+        // With rectifying passes no turn sees what a sparse step wrote: the next one reads the rest of this answer anew.
+        let keep = match self.options.policy.rectify {
+            Some(_) => output.dense,
+            None => output.held,
+        };
+        self.held.truncate(keep);
         self.state = Some(state);
         Ok(Answer {
             text: output.text,

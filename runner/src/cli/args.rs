@@ -7,8 +7,13 @@ use clap::Args;
 use retro_contract::Budget;
 
 use crate::{
-    Device, OpenOptions, Runtime,
-    decoder::{decode_loop::CHUNK, sampling::Sampling, session::Steps},
+    Device, Model, OpenOptions, Runtime,
+    decoder::{
+        self,
+        decode_loop::{CHUNK, Policy},
+        sampling::Sampling,
+        session::Steps,
+    },
     model_folder::chosen,
     runtime,
 };
@@ -46,12 +51,21 @@ pub struct ReadingArgs {
     /// Budget: what a decoding step reads of the cache, as a share (0.15) or in tokens (2048) [default: as converted].
     #[arg(short, long, value_name = "B")]
     pub budget: Option<Budget>,
+    /// Rectifying pass: after every N tokens decoded, dense attention over these N writes their keys and values anew
+    /// [default: none].
+    #[arg(long, value_name = "N")]
+    pub rectify: Option<usize>,
     /// Prompt tokens per prefill chunk.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     pub chunk: usize,
 }
 
 impl ReadingArgs {
+    /// Window, budget and rectifying passes for a model.
+    pub fn policy(&self, model: &Model) -> decoder::Result<Policy> {
+        Policy::new(model, self.window, self.budget)?.rectified(model, self.rectify)
+    }
+
     /// Checks what no model is needed for.
     pub fn check(&self) -> Result<()> {
         ensure!(self.chunk >= 1, "--chunk 0: a chunk has at least one token");

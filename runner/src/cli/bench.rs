@@ -82,7 +82,7 @@ impl FromStr for BenchModel {
                 spec.graph = Some(graph.to_owned());
             } else if !spec.options.set(option)? {
                 return Err(format!(
-                    "{option:?}: expected DIR[,window=W][,budget=B][,graph=NAME][,name=NAME]"
+                    "{option:?}: expected DIR[,window=W][,budget=B][,rectify=N][,graph=NAME][,name=NAME]"
                 ));
             }
         }
@@ -98,7 +98,11 @@ impl BenchModel {
             .unwrap_or(self.folder.as_os_str())
             .to_string_lossy();
         let graph = self.graph.as_ref().map_or_else(String::new, |g| format!(" {g}"));
-        self.name.clone().unwrap_or_else(|| format!("{folder}{graph}"))
+        let rectify = self
+            .options
+            .rectify
+            .map_or_else(String::new, |n| format!(", rectify {n}"));
+        self.name.clone().unwrap_or_else(|| format!("{folder}{graph}{rectify}"))
     }
 }
 
@@ -232,8 +236,9 @@ impl Contenders {
                 }
             };
             let one = opened.get_mut(at).context("no such model")?;
-            let policy =
-                Policy::new(&one.model, spec.options.window, spec.options.budget).with_context(|| spec.label())?;
+            let policy = Policy::new(&one.model, spec.options.window, spec.options.budget)
+                .and_then(|policy| policy.rectified(&one.model, spec.options.rectify))
+                .with_context(|| spec.label())?;
             one.window = one.window.max(policy.window);
             list.push((spec.label(), at, policy));
         }

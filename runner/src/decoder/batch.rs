@@ -13,7 +13,7 @@ use crate::decoder::{
     model::Model,
     page_reads::PageReads,
     sampling::argmax,
-    stats::Stats,
+    stats::{Passes, Stats},
     step::DecoderState,
 };
 
@@ -21,16 +21,16 @@ use crate::decoder::{
 pub struct Prefilled {
     prompts: Vec<Vec<u32>>,
     state: DecoderState,
-    /// The state after the prefill; `None` for growing caches, which are decoded once.
+    /// The way back to the state after the prefill; `None` for growing caches, which are decoded once.
     snapshot: Option<Snapshot>,
     /// Logits of each sequence's first token.
     first: Logits,
     time: Duration,
 }
 
-/// Called with a row of the batch, a position in its text, and the logits of the token there. It may stop the work with
-/// an error of its own type.
-pub type Observer<'a, E> = dyn FnMut(usize, usize, &[f32]) -> Result<(), E> + 'a;
+/// Called with a position in the texts and the logits of the tokens there, a row for each text; those of a text that has
+/// ended mean nothing. It may stop the work with an error of its own type.
+pub type Observer<'a, E> = dyn FnMut(usize, &Logits) -> Result<(), E> + Send + 'a;
 
 /// The result of decoding a batch.
 pub struct Decoded {
@@ -40,6 +40,16 @@ pub struct Decoded {
     pub readings: Vec<PageReads>,
     /// Statistics of the whole batch.
     pub stats: Stats,
+}
+
+/// What teacher forcing of a batch took.
+pub struct Forced {
+    /// Page reads of each sequence.
+    pub readings: Vec<PageReads>,
+    /// Time of the decoding steps.
+    pub time: Duration,
+    /// The rectifying passes, whose time is part of that; `None` where there were to be none.
+    pub passes: Option<Passes>,
 }
 
 impl Prefilled {
@@ -165,7 +175,7 @@ impl Prefilled {
                     .collect()
             })
             .collect();
-        let (reading, decode_time) = (decoder.reading(), decoder.time);
+        let (reading, decode_time, passes) = (decoder.reading(), decoder.time, decoder.passes());
         let readings = decoder.readings().copied().collect();
         let (kv_bytes, state_bytes) = self.state.kv().sizes();
         let stats = Stats {
@@ -175,6 +185,7 @@ impl Prefilled {
             generated_tokens: outputs.iter().map(Vec::len).sum(),
             decoded_tokens: decoded,
             decode_time,
+            passes,
             reading,
             kv_bytes,
             state_bytes,
@@ -186,39 +197,58 @@ impl Prefilled {
         })
     }
 
-    /// Teacher forcing: feeds the tokens of `texts` after each prompt and calls `observe` with row, position in the
-    /// text, and the logits of the token at that position. The first logits come from the prefill. Returns page reads
-    /// and decoding time.
+    /// Teacher forcing: feeds the tokens of `texts` after each prompt and shows `observe` the logits of every position,
+    /// on a GPU while the next step runs. The first logits come from the prefill. `progress` is called before each.
     ///
     /// # Errors
-    /// When the model or `observe` fails.
-    pub fn force<E: From<Error>>(
+    /// When the model, `progress` or `observe` fails.
+    pub fn force<E: From<Error> + Send>(
         &mut self,
         model: &mut Model,
         policy: Policy,
         texts: &[&[u32]],
+        mut progress: impl FnMut() -> Result<(), E>,
         observe: &mut Observer<'_, E>,
-    ) -> Result<(Vec<PageReads>, Duration), E> {
+    ) -> Result<Forced, E> {
         if let Some(snapshot) = &self.snapshot {
             self.state.kv_mut().restore(snapshot)?;
         }
         let prompts: Vec<&[u32]> = self.prompts.iter().map(Vec::as_slice).collect();
+        // On the CPU the step needs all cores, and is timed.
+        let beside = model.feeds_from_buffers();
         let mut decoder = Decoder::new(model, &mut self.state, &prompts, policy)?;
-        let mut logits = std::borrow::Cow::Borrowed(&self.first);
+        let mut logits = self.first.clone();
         let longest = texts.iter().map(|t| t.len()).max().unwrap_or(0);
         for at in 0..longest {
+            progress()?;
             for (row, text) in texts.iter().enumerate() {
                 let Some(&token) = text.get(at) else { continue };
-                observe(row, at, logits.row(row))?;
                 decoder.push(row, token);
                 if at + 1 == text.len() {
                     decoder.finish(row);
                 }
             }
-            if at + 1 < longest {
-                logits = std::borrow::Cow::Owned(decoder.step()?);
+            let mut step = || (at + 1 < longest).then(|| decoder.step()).transpose();
+            let (next, seen) = if beside {
+                let (mut next, mut seen) = (Ok(None), Ok(()));
+                rayon::in_place_scope(|scope| {
+                    scope.spawn(|_| seen = observe(at, &logits));
+                    next = step();
+                });
+                (next, seen)
+            } else {
+                let seen = observe(at, &logits);
+                (step(), seen)
+            };
+            seen?;
+            if let Some(next) = next? {
+                logits = next;
             }
         }
-        Ok((decoder.readings().copied().collect(), decoder.time))
+        Ok(Forced {
+            readings: decoder.readings().copied().collect(),
+            time: decoder.time,
+            passes: decoder.passes(),
+        })
     }
 }

@@ -3,6 +3,9 @@
 //! A step at position t feeds the r+1 tokens at positions t-r to t: the newest one and r retrospective ones, which
 //! attend again to the pages that the newest one selects. r grows by one a step from 0 to w-1 and never reaches into
 //! the prompt.
+//!
+//! With rectifying passes ([`Policy::rectify`]) every N-th step is preceded by a dense pass over the last N tokens that
+//! were decoded: it writes their keys and values anew and closes the window, as any prefill does.
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +17,8 @@ use crate::decoder::{
     logits::Logits,
     model::Model,
     page_reads::{PageMeter, PageReads},
+    state_slot::SlotKind,
+    stats::Passes,
     step::DecoderState,
 };
 
@@ -27,6 +32,9 @@ pub struct Policy {
     pub window: usize,
     /// Pages that a step reads; `None`: as converted.
     pub budget: Option<Budget>,
+    /// A rectifying pass comes after so many decoded tokens: dense attention writes their keys and values anew (ReSA,
+    /// arXiv 2506.04108). `None`: none does.
+    pub rectify: Option<usize>,
 }
 
 impl Policy {
@@ -40,7 +48,45 @@ impl Policy {
             require!(model.retro.is_some(), Error::BudgetOfUnconverted);
             require!(model.io.page_budget.is_some(), Error::NoBudgetInput);
         }
-        Ok(Self { window, budget })
+        Ok(Self {
+            window,
+            budget,
+            rectify: None,
+        })
+    }
+
+    /// The policy with a rectifying pass every `tokens` tokens, or with none.
+    ///
+    /// # Errors
+    /// When `tokens` is 0 or exceeds the model's context, the model was not converted, or it has state that cannot go
+    /// back.
+    pub fn rectified(self, model: &Model, tokens: Option<usize>) -> Result<Self> {
+        let policy = Self {
+            rectify: tokens,
+            ..self
+        };
+        if let Some(asked) = tokens {
+            require!(asked > 0, Error::RectifyNothing);
+            require!(model.retro.is_some(), Error::RectifyUnconverted(asked));
+            let slots = &model.io.slots;
+            require!(
+                slots.iter().all(|s| s.kind != SlotKind::Recurrent),
+                Error::RectifyRecurrent(asked)
+            );
+            policy.fits(model.context_length().unwrap_or(usize::MAX))?;
+        }
+        Ok(policy)
+    }
+
+    /// Whether the tokens between two rectifying passes fit a context.
+    ///
+    /// # Errors
+    /// When they don't.
+    pub fn fits(&self, context: usize) -> Result<()> {
+        match self.rectify.filter(|&asked| asked > context) {
+            Some(asked) => Err(Error::RectifyContext { asked, context }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -95,12 +141,43 @@ pub fn prefill_rest<E: From<Error>>(
     Ok(logits)
 }
 
+/// Writes the last `count` of the tokens that a state holds anew, with dense attention. `tokens`: all tokens that it
+/// holds, a row for each sequence. The window is closed after it.
+///
+/// # Errors
+/// When a sequence has fewer tokens, or ONNX Runtime fails.
+pub fn rewrite(model: &mut Model, state: &mut DecoderState, tokens: &[&[u32]], count: usize) -> Result<()> {
+    let chunk = model.io.input_ids.width.unwrap_or(CHUNK).max(1);
+    let too_short = Error::Internal("a sequence is shorter than its rectifying pass");
+    let starts: Option<Vec<usize>> = tokens.iter().map(|t| t.len().checked_sub(count)).collect();
+    let starts = starts.ok_or(too_short)?;
+    let mut done = 0;
+    while done < count {
+        let next = (done + chunk).min(count);
+        let mut ids = Vec::with_capacity(tokens.len() * (next - done));
+        for (row, start) in tokens.iter().zip(&starts) {
+            let part = row.get(start + done..start + next).unwrap_or(&[]);
+            ids.extend(part.iter().map(|&id| i64::from(id)));
+        }
+        let feed = Feed {
+            ids,
+            lengths: starts.iter().map(|start| start + next).collect(),
+            retro_length: -1,
+            ..Feed::default()
+        };
+        model.run(state, &feed)?;
+        done = next;
+    }
+    Ok(())
+}
+
 /// One sequence of a batch that is being decoded.
 struct Sequence {
-    /// Prompt and output.
+    /// Prompt and output. With rectifying passes a finished sequence grows on, by tokens that are no output.
     tokens: Vec<u32>,
     prompt: usize,
-    /// Fed as before, so that the batch keeps its shape; its logits are ignored.
+    output: usize,
+    /// Fed all the same, so that the batch keeps its shape; its logits are ignored.
     finished: bool,
     meter: PageMeter,
 }
@@ -112,9 +189,12 @@ pub struct Decoder<'a> {
     policy: Policy,
     sequences: Vec<Sequence>,
     steps: usize,
+    /// Steps since the prompt or the last rectifying pass.
+    open: usize,
+    passes: Passes,
     /// Slots of the page steps to measure.
     measured: Vec<usize>,
-    /// Time spent in steps, without measuring.
+    /// Time spent in steps and rectifying passes, without measuring.
     pub time: Duration,
 }
 
@@ -126,12 +206,13 @@ impl<'a> Decoder<'a> {
     pub fn new(model: &'a mut Model, state: &'a mut DecoderState, prompts: &[&[u32]], policy: Policy) -> Result<Self> {
         let (count, batch) = (prompts.len(), state.kv().batch());
         require!(count == batch, Error::Prompts { prompts: count, batch });
-        let policy = Policy::new(model, Some(policy.window), policy.budget)?;
+        let policy = Policy::new(model, Some(policy.window), policy.budget)?.rectified(model, policy.rectify)?;
         let page_size = model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size);
         let measured = model.page_step_slots();
         let sequence = |prompt: &&[u32]| Sequence {
             tokens: prompt.to_vec(),
             prompt: prompt.len(),
+            output: 0,
             finished: false,
             meter: PageMeter::new(policy.window, page_size),
         };
@@ -142,6 +223,8 @@ impl<'a> Decoder<'a> {
             policy,
             sequences,
             steps: 0,
+            open: 0,
+            passes: Passes::default(),
             measured,
             time: Duration::ZERO,
         })
@@ -156,6 +239,7 @@ impl<'a> Decoder<'a> {
     pub fn push(&mut self, row: usize, token: u32) {
         if let Some(s) = self.sequences.get_mut(row).filter(|s| !s.finished) {
             s.tokens.push(token);
+            s.output += 1;
         }
     }
 
@@ -173,24 +257,30 @@ impl<'a> Decoder<'a> {
 
     /// Prompt and output of a sequence.
     pub fn tokens(&self, row: usize) -> &[u32] {
-        self.sequences.get(row).map_or(&[], |s| &s.tokens)
+        self.sequences.get(row).map_or(&[], Sequence::text)
     }
 
     /// Output of a sequence.
     pub fn output(&self, row: usize) -> &[u32] {
         self.sequences
             .get(row)
-            .and_then(|s| s.tokens.get(s.prompt..))
+            .and_then(|s| s.text().get(s.prompt..))
             .unwrap_or(&[])
     }
 
     /// Feeds the last tokens of every sequence, each of which got one since the last step; returns the logits of the
-    /// next token, `[B, vocab]`.
+    /// next token, `[B, vocab]`. A rectifying pass that is due comes first.
     ///
     /// # Errors
     /// When a sequence outgrows the cache or ONNX Runtime fails.
     pub fn step(&mut self) -> Result<Logits> {
-        let r = retrospective(self.policy.window, self.steps);
+        if let Some(count) = self.policy.rectify {
+            self.lengthen_finished();
+            if self.open == count {
+                self.rectify(count)?;
+            }
+        }
+        let r = retrospective(self.policy.window, self.open);
         let lengths: Vec<usize> = self.sequences.iter().map(|s| s.tokens.len()).collect();
         let mut ids = Vec::with_capacity(self.sequences.len() * (r + 1));
         for s in &self.sequences {
@@ -226,8 +316,42 @@ impl<'a> Decoder<'a> {
         )?;
         self.time += start.elapsed();
         self.steps += 1;
+        self.open += 1;
         self.measure();
         Ok(logits)
+    }
+
+    /// Lets finished sequences grow as the others do, up to the cache's end: a pass over the last tokens of all must not
+    /// reach into their prompts.
+    fn lengthen_finished(&mut self) {
+        let capacity = self.state.kv().capacity();
+        for s in self.sequences.iter_mut().filter(|s| s.finished) {
+            // As long as an active one: the tokens of its steps and one that no step has fed.
+            let wanted = (s.prompt + self.steps + 1).min(capacity);
+            let last = s.tokens.last().copied().filter(|_| s.tokens.len() < wanted);
+            s.tokens.extend(last);
+        }
+    }
+
+    /// The rectifying pass over the last `count` tokens that the state holds: all but the newest, which no step has fed.
+    fn rectify(&mut self, count: usize) -> Result<()> {
+        let held = |s: &'_ Sequence| s.tokens.len().saturating_sub(1);
+        let rows: Vec<&[u32]> = self
+            .sequences
+            .iter()
+            .map(|s| s.tokens.get(..held(s)).unwrap_or(&[]))
+            .collect();
+        let start = Instant::now();
+        rewrite(self.model, self.state, &rows, count)?;
+        let time = start.elapsed();
+        self.time += time;
+        self.passes.add(time);
+        self.open = 0;
+        for s in self.sequences.iter_mut().filter(|s| !s.finished) {
+            let newest = held(s).saturating_sub(1);
+            s.meter.pass(newest);
+        }
+        Ok(())
     }
 
     fn measure(&mut self) {
@@ -255,6 +379,16 @@ impl<'a> Decoder<'a> {
         self.steps
     }
 
+    /// Rectifying passes so far; `None` where there are to be none.
+    pub fn passes(&self) -> Option<Passes> {
+        self.policy.rectify.map(|_| self.passes)
+    }
+
+    /// Tokens of a sequence's output that passes have rewritten.
+    pub fn rectified(&self) -> usize {
+        self.passes.count * self.policy.rectify.unwrap_or(0)
+    }
+
     /// Page reads of all sequences so far.
     pub fn reading(&self) -> PageReads {
         let mut sum = PageReads::default();
@@ -268,7 +402,15 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Retrospective tokens of step number `step`, counted from 0: the tokens generated before, at most w - 1.
+impl Sequence {
+    /// Prompt and output.
+    fn text(&self) -> &[u32] {
+        self.tokens.get(..self.prompt + self.output).unwrap_or(&[])
+    }
+}
+
+/// Retrospective tokens of step number `step`, counted from 0 where the window is closed: the tokens decoded since, at
+/// most w - 1.
 fn retrospective(window: usize, step: usize) -> usize {
     window.saturating_sub(1).min(step)
 }

@@ -136,6 +136,17 @@ pub enum Error {
     Window { asked: usize, most: usize },
     #[error("--window {0}: the model was not converted; convert it with retro-export --window {0}")]
     WindowOfUnconverted(usize),
+    #[error("--rectify 0: a rectifying pass rewrites at least one token")]
+    RectifyNothing,
+    #[error("--rectify {asked}: a context of {context} tokens has no room for so many between two passes")]
+    RectifyContext { asked: usize, context: usize },
+    #[error(
+        "--rectify {0}: the model was not converted, so its attention is dense and leaves nothing to rectify; convert it \
+         with retro-export"
+    )]
+    RectifyUnconverted(usize),
+    #[error("--rectify {0}: the model has state of convolutions or recurrent layers, which cannot go back")]
+    RectifyRecurrent(usize),
     #[error("--budget: the model was not converted; convert it with retro-export")]
     BudgetOfUnconverted,
     #[error("--budget: this model takes no budget at run time; convert it again with retro-export --budget")]

@@ -121,6 +121,8 @@ pub struct Output {
     pub tokens: Vec<u32>,
     /// How many tokens of the prompt and the output the cache holds: the last one may not have been fed.
     pub held: usize,
+    /// How many of these are as dense attention makes them: the prompt, and what rectifying passes rewrote.
+    pub dense: usize,
     /// Why it ended.
     pub finish: Finish,
     /// Times, and what the steps read.
@@ -191,6 +193,7 @@ pub fn generate_from<E: From<Error>>(
                 text: String::new(),
                 tokens: Vec::new(),
                 held: held + read,
+                dense: held + read,
                 finish: Finish::Interrupted,
                 stats,
             });
@@ -271,10 +274,13 @@ fn decode<E: From<Error>>(
     stats.decoded_tokens = decoder.steps();
     stats.decode_time = decoder.time + sampling_time;
     stats.reading = decoder.reading();
+    stats.passes = decoder.passes();
+    let rectified = decoder.rectified();
     (stats.kv_bytes, stats.state_bytes) = state.kv().sizes();
     Ok(Output {
         text: writer.finish()?,
         held: prompt.len() + stats.decoded_tokens,
+        dense: prompt.len() + rectified,
         tokens,
         finish,
         stats,

@@ -60,8 +60,9 @@ struct NextBuffer {
     present: String,
 }
 
-/// A copy of a cache's contents, for [`KvCache::restore`].
-pub struct Snapshot(Vec<Vec<u8>>);
+/// What going back needs beside a shorter length, for [`KvCache::restore`]: a copy of the page steps and of the state of
+/// convolutions and recurrent layers, by slot.
+pub struct Snapshot(Vec<Option<Vec<u8>>>);
 
 impl KvCache {
     /// Caches that grow with every step, empty at first.
@@ -195,13 +196,25 @@ impl KvCache {
         Ok(())
     }
 
-    /// A copy of everything, for [`Self::restore`].
+    /// The way back to the tokens that the cache holds now, for [`Self::restore`]. Rows of tokens and pages are not
+    /// copied: what is decoded after these tokens leaves them alone, and each row behind them is written before it is
+    /// read.
     ///
     /// # Errors
     /// When a GPU fails.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let copies = self.buffers().iter().map(StateBuffer::to_vec);
+        let copied = |b: &StateBuffer| matches!(b.kind, SlotKind::Recurrent | SlotKind::Retro(graph::State::PageSteps));
+        let copies = self.buffers().iter().map(|b| copied(b).then(|| b.to_vec()).transpose());
         copies.collect::<Result<_>>().map(Snapshot)
+    }
+
+    /// A copy of what the buffer of a slot holds, `slot` counted as in [`ModelIo::slots`](super::io::ModelIo::slots).
+    ///
+    /// # Errors
+    /// When the caches grow, there is no such slot, or a GPU fails.
+    pub fn contents(&self, slot: usize) -> Result<Vec<u8>> {
+        let no_slot = Error::Internal("no such slot, or caches that grow");
+        self.buffers().get(slot).ok_or(no_slot)?.to_vec()
     }
 
     /// The buffers, to be filled by other means than a step.
@@ -249,7 +262,7 @@ impl KvCache {
         })
     }
 
-    /// Restores a snapshot of this cache.
+    /// Goes back to the tokens of a snapshot of this cache, which holds them and others after them.
     ///
     /// # Errors
     /// When the snapshot is of another layout.
@@ -262,6 +275,7 @@ impl KvCache {
             Error::OtherModel("snapshot is")
         );
         for (buffer, bytes) in bound.buffers.iter_mut().zip(&snapshot.0) {
+            let Some(bytes) = bytes else { continue };
             require!(buffer.bytes == bytes.len(), Error::OtherCapacity("snapshot differs"));
             buffer.load(bytes)?;
         }

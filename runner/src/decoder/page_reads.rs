@@ -8,7 +8,10 @@ use std::collections::VecDeque;
 use retro_contract::{SKETCH_BLOCK, graph};
 use serde::{Deserialize, Serialize};
 
-use crate::decoder::{model::Model, state_slot::SlotKind};
+use crate::decoder::{
+    model::Model,
+    state_slot::{SlotKind, StateSlot},
+};
 
 /// A selection of pages, one bit each.
 type Pages = Vec<u64>;
@@ -27,6 +30,11 @@ pub struct PageReads {
     /// Steps of one sequence, and the valid tokens in them.
     steps: f64,
     lengths: f64,
+    /// Rectifying passes over one sequence, and the valid tokens in them.
+    #[serde(default)]
+    passes: f64,
+    #[serde(default)]
+    pass_lengths: f64,
 }
 
 impl PageReads {
@@ -41,7 +49,8 @@ impl PageReads {
     }
 
     /// Effective exposure: the tokens that a token has attended to at the end of its window, by its own selection and
-    /// those of the w - 1 steps that corrected it, over the tokens of its own selection. 1 for w = 1.
+    /// those of the w - 1 steps that corrected it, over the tokens of its own selection. 1 for w = 1. A rectifying pass
+    /// ends a window early; what it reads itself does not count.
     pub fn exposure(&self) -> Option<f64> {
         (self.exposed > 0.0).then(|| self.exposure / self.exposed)
     }
@@ -72,8 +81,20 @@ impl PageReads {
         self.lengths += length as f64;
     }
 
+    /// Rectifying passes over one sequence.
+    pub fn passes(&self) -> f64 {
+        self.passes
+    }
+
+    /// Bytes of keys and values that a step of dense attention reads in all layers, for the same lengths.
+    pub fn dense_bytes_per_step(&self, model: &Model) -> f64 {
+        let caches = model.io.slots.iter().filter(|slot| slot.kind == SlotKind::Cache);
+        caches.map(bytes_each).sum::<f64>() * self.length().unwrap_or(0.0)
+    }
+
     /// Bytes of keys, values and, if pages are `scored`, selector state that a decoding step of one sequence of `model`
-    /// reads in all layers. A layer that selects no pages reads every valid token and no state.
+    /// reads in all layers. A layer that selects no pages reads every valid token and no state. A rectifying pass reads
+    /// every valid token once, which its steps share.
     pub fn bytes_per_step(&self, model: &Model, scored: bool) -> f64 {
         let length = self.length().unwrap_or(0.0);
         let sparse = model.page_step_slots();
@@ -81,13 +102,15 @@ impl PageReads {
             let mut slots = sparse.iter().filter_map(|&i| model.io.slots.get(i));
             slots.any(|s| s.layer == layer)
         };
+        let by_passes = if self.steps > 0.0 {
+            self.pass_lengths / self.steps
+        } else {
+            0.0
+        };
         let bytes = model.io.slots.iter().map(|slot| {
-            // Of one token of a cache, or one page or block of the state: all heads.
-            let elements: usize = slot.shape(1, 1, 1).iter().product();
-            let each = slot.element.byte_size(elements).unwrap_or(0) as f64;
             let read = match slot.kind {
-                SlotKind::Cache if selects(slot.layer) => self.tokens().unwrap_or(length),
-                SlotKind::Cache => length,
+                SlotKind::Cache if selects(slot.layer) => self.tokens().unwrap_or(length) + by_passes,
+                SlotKind::Cache => length + by_passes,
                 SlotKind::Retro(graph::State::PageSummary) if scored && selects(slot.layer) => {
                     if slot.is_sketch() {
                         (length / SKETCH_BLOCK as f64).ceil()
@@ -97,7 +120,7 @@ impl PageReads {
                 }
                 SlotKind::Retro(_) | SlotKind::Recurrent => 0.0,
             };
-            each * read
+            bytes_each(slot) * read
         });
         bytes.sum()
     }
@@ -113,7 +136,15 @@ impl PageReads {
         self.samples += other.samples;
         self.exposure += other.exposure;
         self.exposed += other.exposed;
+        self.passes += other.passes;
+        self.pass_lengths += other.pass_lengths;
     }
+}
+
+/// Bytes of one token of a cache, or of one page or block of the state: all heads.
+fn bytes_each(slot: &StateSlot) -> f64 {
+    let elements: usize = slot.shape(1, 1, 1).iter().product();
+    slot.element.byte_size(elements).unwrap_or(0) as f64
 }
 
 /// Keeps the selections of the last w steps of one sequence.
@@ -140,18 +171,15 @@ impl PageMeter {
     /// Adds the page steps A of one head after the step at position `t`. Heads are numbered over layers and KV heads.
     pub fn take(&mut self, head: usize, steps: &[i32], t: usize) {
         let valid = t / self.page_size + 1;
-        let mut selected = vec![0u64; valid.div_ceil(64)];
-        let mut count = 0usize;
-        for (j, &step) in steps.iter().enumerate().take(valid) {
-            if usize::try_from(step) == Ok(t) {
-                if let Some(word) = selected.get_mut(j / 64) {
-                    *word |= 1 << (j % 64);
-                }
-                count += 1;
-            }
-        }
-        self.reading.pages += count as f64;
-        self.reading.shares += count as f64 / valid as f64;
+        let newest = i32::try_from(t).unwrap_or(i32::MAX);
+        let word = |steps: &[i32]| -> u64 {
+            let bits = steps.iter().enumerate();
+            bits.fold(0, |word, (j, &step)| word | (u64::from(step == newest) << j))
+        };
+        let selected: Pages = steps.get(..valid).unwrap_or(steps).chunks(64).map(word).collect();
+        let count: u32 = selected.iter().map(|word| word.count_ones()).sum();
+        self.reading.pages += f64::from(count);
+        self.reading.shares += f64::from(count) / valid as f64;
         self.reading.tokens += visible(&selected, t, self.page_size) as f64;
         self.reading.valid += valid as f64;
         self.reading.samples += 1.0;
@@ -168,17 +196,40 @@ impl PageMeter {
         // The token whose window ends now is w - 1 positions back.
         if history.len() == self.window
             && let Some(token) = t.checked_sub(self.window - 1)
-            && let Some(own) = history.front()
         {
-            let own_tokens = visible(own, token, self.page_size);
-            let mut union = own.clone();
-            for later in history.iter().skip(1) {
-                union.iter_mut().zip(later).for_each(|(u, l)| *u |= l);
+            self.reading.expose(history.iter(), token, self.page_size);
+        }
+    }
+
+    /// Ends the windows of all tokens, of which `t` is the newest: a rectifying pass was run over them.
+    pub fn pass(&mut self, t: usize) {
+        self.reading.passes += 1.0;
+        self.reading.pass_lengths += t as f64 + 1.0;
+        for history in &mut self.history {
+            // The window of the first of w tokens has ended by itself.
+            let ended = usize::from(history.len() == self.window);
+            for own in ended..history.len() {
+                if let Some(token) = (t + own + 1).checked_sub(history.len()) {
+                    self.reading.expose(history.iter().skip(own), token, self.page_size);
+                }
             }
-            if own_tokens > 0 {
-                self.reading.exposure += visible(&union, token, self.page_size) as f64 / own_tokens as f64;
-                self.reading.exposed += 1.0;
-            }
+            history.clear();
+        }
+    }
+}
+
+impl PageReads {
+    /// Counts a token whose window has ended, by its own selection and those that corrected it.
+    fn expose<'a>(&mut self, mut selections: impl Iterator<Item = &'a Pages>, token: usize, page_size: usize) {
+        let Some(own) = selections.next() else { return };
+        let own_tokens = visible(own, token, page_size);
+        let mut union = own.clone();
+        for later in selections {
+            union.iter_mut().zip(later).for_each(|(u, l)| *u |= l);
+        }
+        if own_tokens > 0 {
+            self.exposure += visible(&union, token, page_size) as f64 / own_tokens as f64;
+            self.exposed += 1.0;
         }
     }
 }
@@ -222,6 +273,28 @@ mod tests {
         assert_eq!(m.reading.exposure(), Some(40.0 / 24.0));
         m.take(0, &[41, 41, 41], 41); // token 40: own pages 1 and 2 (16 + 9), then page 0 as well
         assert_eq!(m.reading.exposure(), Some((40.0 / 24.0 + 41.0 / 25.0) / 2.0));
+    }
+
+    /// A pass ends the windows that are open, and no token of before is part of a window after it.
+    #[test]
+    fn a_pass_ends_windows_early() {
+        let mut m = PageMeter::new(3, 16);
+        m.take(0, &[39, -1, 39], 39); // 16 + 8
+        m.take(0, &[39, 40, 40], 40); // 16 + 9 of its own
+        m.pass(40);
+        // Token 39 was corrected by page 1, token 40 by nothing.
+        assert_eq!(m.reading.exposure(), Some((40.0 / 24.0 + 1.0) / 2.0));
+        m.take(0, &[41, 40, 41], 41);
+        m.take(0, &[41, 42, 42], 42);
+        assert_eq!(m.reading.exposure(), Some((40.0 / 24.0 + 1.0) / 2.0));
+        m.take(0, &[41, 42, 43], 43); // token 41: pages 0 and 2 (16 + 10), then page 1
+        assert_eq!(m.reading.exposure(), Some((40.0 / 24.0 + 1.0 + 42.0 / 26.0) / 3.0));
+        m.pass(43); // its window had ended: tokens 42 (pages 1 and 2: 27) and 43 (page 2: 12) are left
+        assert_eq!(
+            m.reading.exposure(),
+            Some((40.0 / 24.0 + 1.0 + 42.0 / 26.0 + 1.0 + 1.0) / 5.0)
+        );
+        assert_eq!((m.reading.passes, m.reading.pass_lengths), (2.0, 41.0 + 44.0));
     }
 
     #[test]

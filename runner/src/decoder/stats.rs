@@ -21,12 +21,31 @@ pub struct Stats {
     pub decoded_tokens: usize,
     /// Time of the decoding steps and of sampling.
     pub decode_time: Duration,
+    /// The rectifying passes, whose time is part of that; `None` where there were to be none.
+    pub passes: Option<Passes>,
     /// What the steps read.
     pub reading: PageReads,
     /// Bytes of keys and values.
     pub kv_bytes: usize,
     /// Bytes of other state.
     pub state_bytes: usize,
+}
+
+/// Rectifying passes: how many, and their time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passes {
+    /// Their number.
+    pub count: usize,
+    /// The time that they took.
+    pub time: Duration,
+}
+
+impl Passes {
+    /// Counts a pass.
+    pub fn add(&mut self, time: Duration) {
+        self.count += 1;
+        self.time += time;
+    }
 }
 
 /// [`Stats`] as a JSON object.
@@ -42,6 +61,10 @@ pub struct StatsJson {
     pub generated_tokens: usize,
     /// [`Stats::decode_rate`].
     pub decode_tokens_per_second: Option<f64>,
+    /// Rectifying passes; none without `--rectify`.
+    pub rectify_passes: Option<usize>,
+    /// Their time in milliseconds, which is part of decoding.
+    pub rectify_ms: Option<f64>,
     /// [`PageReads::pages`].
     pub pages_per_kv_head_and_step: Option<f64>,
     /// [`PageReads::share`].
@@ -75,6 +98,8 @@ impl Stats {
             time_to_first_token_ms: self.first_token.map(|t| t.as_secs_f64() * 1e3),
             generated_tokens: self.generated_tokens,
             decode_tokens_per_second: self.decode_rate(),
+            rectify_passes: self.passes.map(|p| p.count),
+            rectify_ms: self.passes.map(|p| p.time.as_secs_f64() * 1e3),
             pages_per_kv_head_and_step: self.reading.pages(),
             share_of_valid_pages: self.reading.share(),
             effective_exposure: self.reading.exposure(),
@@ -83,7 +108,7 @@ impl Stats {
         }
     }
 
-    /// Three lines for the user.
+    /// Three lines for the user, and one of rectifying passes.
     pub fn lines(&self) -> Vec<String> {
         let rate = |r: Option<f64>| r.map_or_else(|| "-".to_owned(), |r| format!("{r:.1}"));
         let first = self.first_token.map_or_else(String::new, |t| {
@@ -116,6 +141,14 @@ impl Stats {
             ));
         } else {
             lines.push(format!("read every page; {memory}"));
+        }
+        if let Some(passes) = self.passes {
+            lines.push(format!(
+                "rectified {} time{}, {:.0} ms of the decoding time",
+                passes.count,
+                if passes.count == 1 { "" } else { "s" },
+                passes.time.as_secs_f64() * 1e3
+            ));
         }
         lines
     }

@@ -1,5 +1,7 @@
 //! Free generation over documents with known answers.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result, converted_models::ConvertedModelCache, journal::Journal, policy::PolicyRow};
@@ -24,8 +26,14 @@ pub struct DocumentResult {
     pub asked: usize,
     /// This document's share of the batch's decoding time, in seconds.
     pub seconds: f64,
+    /// Of these, the seconds of rectifying passes; `None` where there were to be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pass_seconds: Option<f64>,
     /// Bytes of keys, values and summaries read per step, all layers.
     pub bytes: f64,
+    /// Bytes that dense attention reads per step, for the same lengths.
+    #[serde(default)]
+    pub dense_bytes: Option<f64>,
 }
 
 impl DocumentResult {
@@ -158,7 +166,7 @@ impl DocumentsJob<'_> {
                     }
                 };
                 let decoded = ready.decode_after(&mut model, *policy, &questions, max_new, step)?;
-                let seconds = decoded.stats.decode_time.as_secs_f64() / part.len() as f64;
+                let share = |time: Duration| time.as_secs_f64() / part.len() as f64;
                 for (i, (answers, output)) in answers.iter().zip(&decoded.outputs).enumerate() {
                     let reading = decoded.readings.get(i).copied().unwrap_or_default();
                     let outcome = DocumentResult {
@@ -166,8 +174,10 @@ impl DocumentsJob<'_> {
                         reading,
                         generated: output.len(),
                         asked: questions.get(i).map_or(0, |q| q.len()),
-                        seconds,
+                        seconds: share(decoded.stats.decode_time),
+                        pass_seconds: decoded.stats.passes.map(|p| share(p.time)),
                         bytes: reading.bytes_per_step(&model, row.scores()),
+                        dense_bytes: Some(reading.dense_bytes_per_step(&model)),
                     };
                     journal.put(&row.key(), start + i, outcome)?;
                 }
@@ -236,7 +246,9 @@ mod tests {
             generated: 0,
             asked: 0,
             seconds: 0.0,
+            pass_seconds: None,
             bytes: 0.0,
+            dense_bytes: None,
         };
         let o = outcome(&[1, 1, 1, 0, 0, 1, 0, 0]);
         assert_eq!((o.share(), o.first_wrong()), (0.5, 3.0 / 8.0));

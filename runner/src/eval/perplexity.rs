@@ -3,6 +3,9 @@
 //!
 //! Every policy is fed the same tokens, so differences do not accumulate, and small ones show.
 
+use std::time::Duration;
+
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -14,7 +17,7 @@ use super::{
 use crate::{
     Interrupt, Model, ModelTokenizer, OpenOptions, Runtime,
     decoder::{
-        batch::{Observer, Prefilled},
+        batch::{Forced, Observer, Prefilled},
         decode_loop::Policy,
         page_reads::PageReads,
         require,
@@ -40,8 +43,14 @@ pub struct Fidelity {
     pub reading: PageReads,
     /// This text's share of the batch's decoding time, in seconds.
     pub seconds: f64,
+    /// Of these, the seconds of rectifying passes; `None` where there were to be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pass_seconds: Option<f64>,
     /// Bytes of keys, values and summaries read per step, all layers.
     pub bytes: f64,
+    /// Bytes that dense attention reads per step, for the same lengths.
+    #[serde(default)]
+    pub dense_bytes: Option<f64>,
 }
 
 impl Fidelity {
@@ -89,7 +98,6 @@ pub struct FidelityJob<'a> {
     pub interrupt: &'a Interrupt,
 }
 
-const NO_TEXT: Error = Error::Internal("no such text");
 const NO_TOKEN: Error = Error::Internal("no such token");
 
 /// Log-probabilities of every next token of a text, `[tokens, vocabulary]`.
@@ -120,9 +128,16 @@ impl FidelityJob<'_> {
             let plain = Policy::new(&dense, None, None)?;
             let mut reference: Vec<Distributions> = vec![Vec::new(); part.len()];
             let mut all = self.prefill(&mut dense, part, bar)?;
-            self.force(&mut all, &mut dense, plain, part, bar, &mut |row, _, scores| {
-                let list = reference.get_mut(row).ok_or(NO_TEXT)?;
-                list.extend(log_softmax(scores));
+            self.force(&mut all, &mut dense, plain, part, bar, &mut |at, logits| {
+                let lists = reference.par_iter_mut().zip(part).enumerate();
+                lists.for_each(|(row, (list, text))| {
+                    let predicted = text.len() - self.prompt;
+                    if at < predicted {
+                        // All at once: it is the most memory that this takes.
+                        list.reserve_exact(predicted * logits.vocab - list.len());
+                        list.extend(log_softmax(logits.row(row)));
+                    }
+                });
                 Ok(())
             })?;
             drop(all);
@@ -150,24 +165,29 @@ impl FidelityJob<'_> {
                     None => self.prefill(model, part, bar)?,
                 };
                 let mut sums = vec![Sums::default(); part.len()];
-                let (readings, seconds) = self.force(&mut ready, model, policy, part, bar, &mut |i, at, scores| {
-                    let (sum, texts) = sums.get_mut(i).zip(part.get(i)).ok_or(NO_TEXT)?;
-                    let predicted = texts.len() - self.prompt;
-                    let dense = reference
-                        .get(i)
-                        .and_then(|d| d.get(at * scores.len()..(at + 1) * scores.len()));
-                    let target = texts.get(self.prompt + at).copied().ok_or(NO_TOKEN)?;
-                    sum.add(at * PARTS / predicted, dense.ok_or(NO_TOKEN)?, scores, target as usize);
-                    Ok(())
+                let forced = self.force(&mut ready, model, policy, part, bar, &mut |at, logits| {
+                    let texts = sums.par_iter_mut().zip(part).zip(&reference).enumerate();
+                    texts.try_for_each(|(row, ((sum, text), dense))| {
+                        let Some(&target) = text.get(self.prompt + at) else {
+                            return Ok(());
+                        };
+                        let dense = dense.get(at * logits.vocab..(at + 1) * logits.vocab);
+                        let place = at * PARTS / (text.len() - self.prompt);
+                        sum.add(place, dense.ok_or(NO_TOKEN)?, logits.row(row), target as usize);
+                        Ok(())
+                    })
                 })?;
                 for (i, sum) in sums.into_iter().enumerate() {
-                    let reading = readings.get(i).copied().unwrap_or_default();
-                    let bytes = reading.bytes_per_step(model, row.scores());
-                    journal.put(
-                        &row.key(),
-                        start + i,
-                        sum.fidelity(reading, seconds / part.len() as f64, bytes),
-                    )?;
+                    let reading = forced.readings.get(i).copied().unwrap_or_default();
+                    let share = |time: Duration| time.as_secs_f64() / part.len() as f64;
+                    let cost = Cost {
+                        reading,
+                        seconds: share(forced.time),
+                        pass_seconds: forced.passes.map(|p| share(p.time)),
+                        bytes: reading.bytes_per_step(model, row.scores()),
+                        dense_bytes: Some(reading.dense_bytes_per_step(model)),
+                    };
+                    journal.put(&row.key(), start + i, sum.fidelity(cost))?;
                 }
                 bar.inc(part.len());
                 prefilled = Some((place, ready));
@@ -218,14 +238,13 @@ impl FidelityJob<'_> {
         part: &[Vec<u32>],
         bar: &Items,
         observe: &mut Observer<'_, Error>,
-    ) -> Result<(Vec<PageReads>, f64)> {
+    ) -> Result<Forced> {
         let texts: Vec<&[u32]> = part.iter().map(|t| t.get(self.prompt..).unwrap_or(&[])).collect();
-        let (readings, time) = ready.force(model, policy, &texts, &mut |row, at, scores| {
+        let step = || {
             bar.tick();
-            self.interrupt.check()?;
-            observe(row, at, scores)
-        })?;
-        Ok((readings, time.as_secs_f64()))
+            Ok(self.interrupt.check()?)
+        };
+        ready.force(model, policy, &texts, step, observe)
     }
 }
 
@@ -255,7 +274,14 @@ impl Sums {
         self.agreed += usize::from(best(dense) == best(&own));
     }
 
-    fn fidelity(self, reading: PageReads, seconds: f64, bytes: f64) -> Fidelity {
+    fn fidelity(self, cost: Cost) -> Fidelity {
+        let Cost {
+            reading,
+            seconds,
+            pass_seconds,
+            bytes,
+            dense_bytes,
+        } = cost;
         Fidelity {
             tokens: self.tokens,
             divergence: self.divergence,
@@ -263,9 +289,20 @@ impl Sums {
             agreed: self.agreed,
             reading,
             seconds,
+            pass_seconds,
             bytes,
+            dense_bytes,
         }
     }
+}
+
+/// What a text took under a policy: [`Fidelity`] has the fields.
+struct Cost {
+    reading: PageReads,
+    seconds: f64,
+    pass_seconds: Option<f64>,
+    bytes: f64,
+    dense_bytes: Option<f64>,
 }
 
 fn log_softmax(scores: &[f32]) -> impl Iterator<Item = f32> + '_ {

@@ -33,12 +33,13 @@ pub struct PolicySpec {
     name: &'static str,
     /// For retro policies; `None`: all windows of the command line.
     window: Option<usize>,
+    rectify: Option<usize>,
     settings: Settings,
 }
 
 const NAMES: &str = "dense, streaming, periodic, quest, retro or recommended";
-const OPTIONS: &str = "window, selector, group-score, lambda, correlation, sketch-bits, page-size, min-pages, \
-                       sink-pages or dense-layers";
+const OPTIONS: &str = "window, rectify, selector, group-score, lambda, correlation, sketch-bits, page-size, \
+                       min-pages, sink-pages or dense-layers";
 
 /// Tokens that a step reads at least under every policy, unless its option min-pages says otherwise: fewer than
 /// `retro-export`'s floor, so that short contexts too are read as the budgets say that are compared.
@@ -77,6 +78,7 @@ impl FromStr for PolicySpec {
             kind,
             name,
             window: None,
+            rectify: None,
             settings,
         };
         for option in options.split(',').filter(|o| !o.is_empty()) {
@@ -105,6 +107,13 @@ impl PolicySpec {
         let s = &mut self.settings;
         match key {
             "window" | "w" if self.kind == PolicyKind::Retro => self.window = Some(number(key, value)?),
+            "rectify" => {
+                let tokens = number(key, value)?;
+                if tokens == 0 {
+                    return Err("rectify=0: a rectifying pass rewrites at least one token".into());
+                }
+                self.rectify = Some(tokens);
+            }
             "selector" => s.selector = value.parse().map_err(|e| format!("{e}"))?,
             "group-score" => s.group_score = value.parse().map_err(|e| format!("{e}"))?,
             "lambda" => s.selector_lambda = number(key, value)?,
@@ -130,6 +139,7 @@ impl PolicySpec {
         };
         let (s, u) = (&self.settings, &usual);
         let mut out = Vec::new();
+        out.extend(self.rectify.map(|n| format!("rectify {n}")));
         if (s.selector, s.group_score) != (u.selector, u.group_score) {
             out.push(format!("{} + {}", s.selector, s.group_score));
         }
@@ -185,18 +195,22 @@ pub struct PolicyRow {
     pub window: Option<usize>,
     /// `None`: as converted, or dense.
     pub budget: Option<Budget>,
+    /// Tokens between two rectifying passes; `None`: there are none.
+    pub rectify: Option<usize>,
 }
 
 impl PolicyRow {
     /// The policy for its model.
     ///
     /// # Errors
-    /// When the model was not converted for this window or budget.
+    /// When the model was not converted for this window or budget, or cannot be rectified so.
     pub fn policy(&self, model: &Model) -> Result<Policy, Error> {
-        Policy::new(model, self.window, self.budget).map_err(|source| Error::Policy {
-            name: self.label.clone(),
-            source,
-        })
+        Policy::new(model, self.window, self.budget)
+            .and_then(|policy| policy.rectified(model, self.rectify))
+            .map_err(|source| Error::Policy {
+                name: self.label.clone(),
+                source,
+            })
     }
 
     /// Whether a step reads page summaries.
@@ -219,7 +233,9 @@ impl PolicyRow {
             }
         };
         let budget = self.budget.map_or_else(String::new, |b| b.to_string());
-        format!("{:?} w={:?} b={budget} {settings}", self.kind, self.window)
+        // Files of results from before there were passes have none in their keys.
+        let rectify = self.rectify.map_or_else(String::new, |n| format!(" rectify={n}"));
+        format!("{:?} w={:?} b={budget}{rectify} {settings}", self.kind, self.window)
     }
 }
 
@@ -234,6 +250,7 @@ pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], bu
                 source: ModelSource::Graph(graph.to_owned()),
                 window: None,
                 budget: None,
+                rectify: None,
             });
             continue;
         }
@@ -257,6 +274,7 @@ pub fn rows(specs: &[PolicySpec], graph: &std::path::Path, windows: &[usize], bu
                     })),
                     window: Some(window),
                     budget: Some(budget),
+                    rectify: spec.rectify,
                 });
             }
         }
@@ -354,6 +372,18 @@ mod tests {
         assert_eq!(rows.len(), 2);
     }
 
+    /// A pass is the decoding loop's affair: one model serves with and without.
+    #[test]
+    fn rectifying_passes_are_rows_of_the_same_model() {
+        let specs = ["recommended", "recommended,rectify=32", "streaming,rectify=8"].map(spec);
+        let rows = rows(&specs, Path::new("m"), &[2], &[Budget::Ratio(0.1)]);
+        assert_eq!(rows[1].label, "recommended (w = 2), rectify 32");
+        assert_eq!(rows[1].source, rows[0].source);
+        assert_ne!(rows[1].key(), rows[0].key());
+        assert!(!rows[0].key().contains("rectify"));
+        assert_eq!((rows[0].rectify, rows[2].rectify), (None, Some(8)));
+    }
+
     #[test]
     fn what_is_wrong_with_a_policy_is_said() {
         let error = |s: &str| s.parse::<PolicySpec>().unwrap_err();
@@ -363,6 +393,8 @@ mod tests {
         assert!(error("retro,window=65").contains("window is 65"));
         assert!(error("quest,window=2").contains("window"));
         assert!(error("dense,page-size=8").contains("no options"));
+        assert!(error("dense,rectify=8").contains("no options"));
+        assert!(error("quest,rectify=0").contains("at least one token"));
         assert!(error("retro,selector=x").contains("bounds"));
     }
 }

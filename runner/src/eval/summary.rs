@@ -53,6 +53,10 @@ pub struct Cost {
     pub effective_exposure: Option<f64>,
     /// Decoding speed, all sequences together.
     pub tokens_per_second: Option<f64>,
+    /// Rectifying passes over all sequences; none where there were to be none.
+    pub rectify_passes: Option<f64>,
+    /// Their share of the decoding time, 0 to 1.
+    pub rectify_share_of_time: Option<f64>,
 }
 
 /// The result of a document or text.
@@ -61,8 +65,12 @@ trait Measured: Clone + Serialize + DeserializeOwned {
     /// Tokens that were decoded in `seconds`.
     fn decoded(&self) -> usize;
     fn seconds(&self) -> f64;
+    /// Of `seconds`, those of rectifying passes.
+    fn pass_seconds(&self) -> Option<f64>;
     /// Bytes read per step.
     fn bytes(&self) -> f64;
+    /// Bytes that dense attention reads per step.
+    fn dense_bytes(&self) -> Option<f64>;
 }
 
 impl Measured for DocumentResult {
@@ -78,8 +86,16 @@ impl Measured for DocumentResult {
         self.seconds
     }
 
+    fn pass_seconds(&self) -> Option<f64> {
+        self.pass_seconds
+    }
+
     fn bytes(&self) -> f64 {
         self.bytes
+    }
+
+    fn dense_bytes(&self) -> Option<f64> {
+        self.dense_bytes
     }
 }
 
@@ -96,8 +112,16 @@ impl Measured for Fidelity {
         self.seconds
     }
 
+    fn pass_seconds(&self) -> Option<f64> {
+        self.pass_seconds
+    }
+
     fn bytes(&self) -> f64 {
         self.bytes
+    }
+
+    fn dense_bytes(&self) -> Option<f64> {
+        self.dense_bytes
     }
 }
 
@@ -108,15 +132,21 @@ impl Cost {
         let sum = |of: &dyn Fn(&T) -> f64| parts.iter().map(|p| of(p)).sum::<f64>();
         let bytes = sum(&|p| p.bytes()) / parts.len().max(1) as f64;
         // For the row's own lengths: outputs of two policies differ in length.
-        let dense = sum(&|p| dense_bytes(p.bytes(), p.reading(), row.scores())) / parts.len().max(1) as f64;
+        let dense = parts.iter().map(|p| p.dense_bytes()).sum::<Option<f64>>();
+        let dense = dense
+            .map(|sum| sum / parts.len().max(1) as f64)
+            .filter(|&bytes| bytes > 0.0);
         let seconds = sum(&|p| p.seconds());
+        let pass_seconds = parts.iter().map(|p| p.pass_seconds()).sum::<Option<f64>>();
         Self {
             pages_per_step: reading.pages(),
             share_of_valid_pages: reading.share(),
             kib_per_step: bytes / 1024.0,
-            share_of_dense_bytes: (dense > 0.0).then(|| bytes / dense),
+            share_of_dense_bytes: dense.map(|dense| bytes / dense),
             effective_exposure: reading.exposure(),
             tokens_per_second: (seconds > 0.0).then(|| sum(&|p| p.decoded() as f64) / seconds),
+            rectify_passes: row.rectify.map(|_| reading.passes()),
+            rectify_share_of_time: pass_seconds.filter(|_| seconds > 0.0).map(|passes| passes / seconds),
         }
     }
 }
@@ -220,15 +250,6 @@ fn against_quest<T: Measured>(
     }
     let pair = |i| Some(compare(journal.get(&row.key(), i)?, journal.get(&quest.key(), i)?));
     Estimate::of((0..count).filter_map(pair))
-}
-
-/// Bytes that dense attention reads for the same lengths.
-fn dense_bytes(bytes: f64, reading: &PageReads, scored: bool) -> f64 {
-    match (reading.tokens(), reading.valid_pages(), reading.length()) {
-        // Exact when all layers are sparse.
-        (Some(tokens), Some(pages), Some(length)) => bytes * length / (tokens + if scored { pages } else { 0.0 }),
-        _ => bytes,
-    }
 }
 
 /// Rows of documents.
@@ -422,6 +443,7 @@ mod tests {
             source: ModelSource::Graph("m".into()),
             window: None,
             budget: budget.map(Budget::Ratio),
+            rectify: None,
         };
         let mut journal = Journal::in_memory();
         let mut put = |row: &PolicyRow, right: [[bool; 2]; 3]| {
@@ -432,7 +454,9 @@ mod tests {
                     generated: 1,
                     asked: 0,
                     seconds: 1.0,
+                    pass_seconds: None,
                     bytes: 1.0,
+                    dense_bytes: None,
                 };
                 journal.put(&row.key(), i, result).unwrap();
             }

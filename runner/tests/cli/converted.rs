@@ -44,6 +44,40 @@ fn a_small_budget_reads_few_pages_and_a_window_exposes_more() {
     assert_eq!(number(&figures("2", "256"), "pages_per_kv_head_and_step"), 16.0);
 }
 
+/// What passes cost is told; with a budget of all pages they change nothing.
+#[test]
+fn rectifying_passes_are_counted() {
+    let (doc, model) = (document(4), ledger_retro());
+    let run = |budget: &str, more: &[&str]| {
+        let arguments = [
+            &["--document", &doc, "-n", "50", "--window", "2", "--budget", budget],
+            more,
+        ]
+        .concat();
+        json(&model, &arguments)
+    };
+    let (plain, passes) = (run("1.0", &[]), run("1.0", &["--rectify", "16"]));
+    assert_eq!(plain["tokens"], passes["tokens"]);
+    assert!(plain["stats"]["rectify_passes"].is_null(), "{plain}");
+    // 49 of 50 tokens take a step, and the 17th step, the 33rd and the 49th come after a pass.
+    assert_eq!(passes["stats"]["rectify_passes"], 3);
+    assert!(passes["stats"]["rectify_ms"].as_f64().unwrap() > 0.0);
+    // What a step reads and exposes is what selection gives, with passes or without: its pages are counted in steps alone.
+    let (plain, passes) = (run("0.15", &[]), run("0.15", &["--rectify", "16"]));
+    let pages = |v: &Value| v["stats"]["pages_per_kv_head_and_step"].as_f64().unwrap();
+    assert!((pages(&plain) - pages(&passes)).abs() < 0.1, "{plain} {passes}");
+    let exposure = passes["stats"]["effective_exposure"].as_f64().unwrap();
+    assert!((1.0..2.0).contains(&exposure), "{passes}");
+    let output = retro_run()
+        .arg("run")
+        .arg(&model)
+        .args(["--document", &doc, "-n", "20", "--rectify", "8"])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(errors.contains("rectified 2 times, "), "{errors}");
+}
+
 #[test]
 fn the_plugin_says_that_it_works_and_too_large_a_window_is_refused() {
     let output = retro_run()

@@ -33,6 +33,7 @@ fn options_out_of_range_are_named() {
     }
     assert!(error(&["run", model, "-p", "facts", "--window", "2"]).contains("retro-export --window 2"));
     assert!(error(&["run", model, "-p", "facts", "--window", "0"]).contains("--window 0"));
+    assert!(error(&["run", model, "-p", "facts", "--rectify", "8"]).contains("retro-export"));
     assert!(error(&["run", model, "-p", "facts", "--budget", "0.5"]).contains("retro-export"));
     assert_eq!(
         run(&["run", model, "-p", "facts", "--budget", "7.5"]).status.code(),

@@ -180,3 +180,44 @@ fn fidelity_over_texts() {
     );
     assert!(own["share_of_quest"]["mean"].as_f64().unwrap() < 1.0);
 }
+
+/// What rectifying passes read and take is counted, and they bring a small budget nearer to dense attention.
+#[test]
+fn passes_are_rows_of_their_own() {
+    let data = documents();
+    let arguments = [
+        "--data",
+        &data,
+        "--docs",
+        "2",
+        "-n",
+        "60",
+        "--batch",
+        "2",
+        "--budgets",
+        "0.1",
+        "--policy",
+        "quest",
+        "--policy",
+        "quest,rectify=10",
+        "--json",
+    ];
+    let rows = rows(&eval(&arguments));
+    let (quest, passes) = (&rows[0], &rows[1]);
+    assert_eq!(passes["policy"], "Quest (w = 1), rectify 10");
+    assert!(
+        quest["rectify_passes"].is_null() && quest["rectify_share_of_time"].is_null(),
+        "{quest}"
+    );
+    // 59 steps of each document: five passes.
+    assert_eq!(number(passes, "rectify_passes"), 10.0);
+    assert!(
+        (0.01..0.99).contains(&number(passes, "rectify_share_of_time")),
+        "{passes}"
+    );
+    assert_eq!(number(passes, "effective_exposure"), 1.0);
+    assert!((number(passes, "pages_per_step") - number(quest, "pages_per_step")).abs() < 0.2);
+    // Five of 59 steps with the whole cache on top.
+    let more = number(passes, "share_of_dense_bytes") - number(quest, "share_of_dense_bytes");
+    assert!((more - 5.0 / 59.0).abs() < 0.004, "{more}");
+}

@@ -55,9 +55,6 @@ fn greedy_text_is_the_originals() {
 /// allocates, and what is read does not matter where everything is.
 #[test]
 fn sketches_generate_the_originals_text() {
-    if !retro_tests::host::selectors().contains(&retro_contract::Selector::Sketch) {
-        return println!("not tested: this build has no selector sketch on CUDA");
-    }
     for case in ["optimum-llama-fp32", "dynamo-llama-sdpa-op23"] {
         let folder = tempfile::tempdir().unwrap();
         let source = folder.path().join(case);

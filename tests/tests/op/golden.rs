@@ -127,9 +127,6 @@ fn offsets_set_in_place_and_copying() {
 /// Each case in the type that its centres are rounded to.
 #[test]
 fn sketch_set_in_place_and_copying() {
-    if !host::selectors().contains(&retro_contract::Selector::Sketch) {
-        return println!("not tested: this build has no selector sketch on CUDA");
-    }
     for case in golden::sketch() {
         Binding::BOTH
             .iter()

@@ -76,7 +76,7 @@ pub struct EvalArgs {
     /// Policy: dense, streaming (StreamingLLM), periodic (pi-Attention's pattern), quest, retro (the paper's selection)
     /// or recommended (retro-export's defaults, but for the floor: every policy reads 64 tokens at least). Options
     /// follow:
-    /// retro,window=4,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,sketch-bits=2,page-size=16,
+    /// retro,window=4,rectify=32,selector=moments,group-score=softmax,lambda=2.5,correlation=0.2,sketch-bits=2,page-size=16,
     /// min-pages=4,sink-pages=1,dense-layers=0+1. May be given several times [default: all but periodic].
     #[arg(long = "policy", value_name = "NAME[,OPTION=VALUE]...", requires = "model")]
     pub(super) policies: Vec<PolicySpec>,
@@ -93,7 +93,7 @@ pub struct EvalArgs {
         value_name = "B,B"
     )]
     pub(super) budgets: Vec<Budget>,
-    /// Also compare a model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,graph=NAME]; may be given
+    /// Also compare a model as it is, converted or not: NAME=DIR[,window=W][,budget=B][,rectify=N][,graph=NAME]; may be given
     /// several times.
     #[arg(long = "run", value_name = "NAME=DIR")]
     pub(super) runs: Vec<ModelSpec>,

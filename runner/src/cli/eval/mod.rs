@@ -47,6 +47,7 @@ fn row(run: &ModelSpec) -> Result<PolicyRow> {
         source: ModelSource::Graph(chosen(&run.folder, run.graph.as_deref())?),
         window: run.options.window,
         budget: run.options.budget,
+        rectify: run.options.rectify,
     })
 }
 
