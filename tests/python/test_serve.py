@@ -146,6 +146,8 @@ def test_what_a_request_asks_for_is_done(server):
     assert text(prompt=tokens) == text()
     wide = server.json("/v1/completions", completion(window=1, budget=0.5))["usage"]["retro"]
     assert (wide["window"], wide["budget"]) == (1, "0.5")
+    passes = server.json("/v1/completions", completion(rectify=4))["usage"]["retro"]
+    assert passes["rectify"] == 4
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,8 @@ def test_what_a_request_asks_for_is_done(server):
         ({"window": 0}, "window"),
         ({"budget": 1.5}, "budget"),
         ({"budget": "much"}, "budget"),
+        ({"rectify": 0}, "rectify"),
+        ({"rectify": 9000}, "rectify"),
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),

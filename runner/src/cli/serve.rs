@@ -18,7 +18,7 @@ use crate::{
     Model, ModelTokenizer, OpenOptions, Runtime,
     built_model_cache::prepare,
     chat::turn_end,
-    decoder::{decode_loop::Policy, session::Steps},
+    decoder::session::Steps,
     interrupt::Signals,
     progress::note,
     serve::{
@@ -151,7 +151,7 @@ fn load(
         context: args.ctx_size,
         chunk: args.reading.chunk,
         queue: args.queue,
-        policy: Policy::new(&model, args.reading.window, args.reading.budget)?,
+        policy: args.reading.policy(&model)?,
     };
     for line in [Some(model.plugin_line()), model.device_line()].into_iter().flatten() {
         note(&line);

@@ -60,6 +60,7 @@ pub struct Engine {
     /// The largest window that a request may ask for.
     most_window: usize,
     takes_budget: bool,
+    converted: bool,
     /// The budget that the model was converted with.
     own_budget: Option<Budget>,
     thread: Option<JoinHandle<()>>,
@@ -96,6 +97,8 @@ impl Engine {
         );
         let most_window = if model.io.retro_lengths { most_window } else { 1 };
         let takes_budget = model.retro.is_some() && model.io.page_budget.is_some();
+        let converted = model.retro.is_some();
+        options.policy.fits(context)?;
         let own_budget = model.retro.as_ref().and_then(|r| r.budget);
         let mut ends = tokenizer.ends(&model.folder);
         ends.extend(more_ends);
@@ -127,6 +130,7 @@ impl Engine {
             context,
             most_window,
             takes_budget,
+            converted,
             own_budget,
             thread: Some(thread),
         })
@@ -165,6 +169,16 @@ impl Engine {
     /// Whether a request may ask for a budget.
     pub fn takes_budget(&self) -> bool {
         self.takes_budget
+    }
+
+    /// Whether the model was converted: others read everything.
+    pub fn is_converted(&self) -> bool {
+        self.converted
+    }
+
+    /// Whether requests are still served: the scheduler's thread ends with its last handle, or by a mistake.
+    pub fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// The budget of a request that asks for none.

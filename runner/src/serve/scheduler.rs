@@ -223,7 +223,7 @@ impl Scheduler {
         self.slots.get(slot).is_some_and(|s| s.running.is_some())
     }
 
-    /// Reads a chunk of prompts: of one, or of several short ones, which take turns.
+    /// Reads a chunk of prompts and of rectifying passes: of one, or of several short ones, which take turns.
     fn read_prompts(&mut self) {
         let mut left = self.chunk;
         while left > 0 {
@@ -241,14 +241,13 @@ impl Scheduler {
         }
     }
 
-    /// Reads up to `most` tokens of a slot's prompt; gives how many.
+    /// Reads up to `most` tokens of a slot's prompt or rectifying pass; gives how many.
     fn read(&mut self, row: usize, most: usize) -> Result<usize> {
         let Some((held, running)) = running(&mut self.slots, row) else {
             return Ok(most);
         };
-        let prompt = &running.submission.request.prompt;
-        let end = prompt.len().min(running.read + most);
-        let part = prompt.get(running.read..end).unwrap_or(&[]);
+        let end = running.to_read.min(running.read + most);
+        let part = running.tokens.get(running.read..end).unwrap_or(&[]);
         let feed = Feed {
             ids: part.iter().map(|&id| i64::from(id)).collect(),
             lengths: vec![end],
@@ -261,9 +260,12 @@ impl Scheduler {
         held.dense = end;
         let count = end - running.read;
         running.read = end;
-        self.metrics.prompt_tokens.inc_by(count as u64);
-        if end == prompt.len() {
-            self.choose(row, logits.row(0))?;
+        // What a rectifying pass reads is no prompt, and its last token's successor is there already.
+        if running.generated() == 0 {
+            self.metrics.prompt_tokens.inc_by(count as u64);
+            if end == running.to_read {
+                self.choose(row, logits.row(0))?;
+            }
         }
         Ok(count)
     }
@@ -309,7 +311,7 @@ impl Scheduler {
         }
         let fed = running.tokens.get(held.tokens.len()..).unwrap_or(&[]);
         held.tokens.extend_from_slice(fed);
-        running.steps += 1;
+        running.open += 1;
         running.meter.reading.step(length);
         let mut head0 = 0;
         for &measured in &self.measured {
@@ -328,6 +330,7 @@ impl Scheduler {
             return Ok(());
         };
         let Some(finish) = running.take(logits, &self.tokenizer)? else {
+            running.rectify();
             return Ok(());
         };
         let usage = running.usage();

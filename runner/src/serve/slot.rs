@@ -38,10 +38,12 @@ pub(super) struct Running {
     pub tokens: Vec<u32>,
     /// Tokens of the prompt that the slot held when the request came.
     pub cached: usize,
-    /// Tokens of the prompt that it holds.
+    /// Tokens that it holds, where there are some to be read.
     pub read: usize,
-    /// Decoding steps so far.
-    pub steps: usize,
+    /// Tokens that it is to hold before it decodes: the prompt, or those of a rectifying pass and before.
+    pub to_read: usize,
+    /// Decoding steps since the prompt or the last rectifying pass.
+    pub open: usize,
     pub meter: PageMeter,
     chooser: Chooser,
     detokenizer: Detokenizer,
@@ -75,7 +77,8 @@ impl Slot {
             tokens: request.prompt.clone(),
             cached: keep,
             read: keep,
-            steps: 0,
+            to_read: request.prompt.len(),
+            open: 0,
             meter: PageMeter::new(request.policy.window, page_size),
             chooser: Chooser::new(&request.choosing, request.constraint.clone()),
             detokenizer: Detokenizer::after(&request.prompt),
@@ -85,10 +88,9 @@ impl Slot {
         });
     }
 
-    /// Whether a request's prompt is not read yet.
+    /// Whether a request's prompt is not read yet, or a rectifying pass not done.
     pub fn reads(&self) -> bool {
-        let running = self.running.as_ref();
-        running.is_some_and(|r| r.read < r.submission.request.prompt.len())
+        self.running.as_ref().is_some_and(|r| r.read < r.to_read)
     }
 
     /// Whether a request's tokens are being decoded.
@@ -100,7 +102,20 @@ impl Slot {
 impl Running {
     /// Tokens that the next step feeds behind those of steps before it.
     pub fn retrospective(&self) -> usize {
-        self.steps.min(self.submission.request.policy.window.saturating_sub(1))
+        self.open.min(self.submission.request.policy.window.saturating_sub(1))
+    }
+
+    /// After a token: begins a rectifying pass if one is due. The tokens of the last steps are then read densely, as
+    /// those of a prompt are, which closes the window.
+    pub fn rectify(&mut self) {
+        let Some(count) = self.submission.request.policy.rectify.filter(|&n| n == self.open) else {
+            return;
+        };
+        // All but the newest, which no step has fed.
+        self.to_read = self.tokens.len().saturating_sub(1);
+        self.read = self.to_read.saturating_sub(count);
+        self.open = 0;
+        self.meter.pass(self.to_read.saturating_sub(1));
     }
 
     /// Tokens generated so far.

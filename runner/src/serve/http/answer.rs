@@ -143,6 +143,7 @@ impl Head {
             "retro": {
                 "window": policy.window,
                 "budget": self.budget,
+                "rectify": policy.rectify,
                 "pages_per_kv_head_and_step": reading.pages(),
                 "share_of_valid_pages": reading.share(),
                 "effective_exposure": reading.exposure(),

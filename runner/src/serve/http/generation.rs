@@ -142,9 +142,15 @@ fn policy(fields: &mut Fields, loaded: &Loaded) -> Result<Policy> {
             Some(budget.map_err(|e| ApiError::field("budget", e))?)
         }
     };
+    let rectify = fields.count("rectify", 1..=engine.context())?;
+    if rectify.is_some() && !engine.is_converted() {
+        let message = "this model reads everything, so there is nothing to rectify: convert it with retro-export";
+        return Err(ApiError::field("rectify", message));
+    }
     Ok(Policy {
         window: window.unwrap_or(default.window),
         budget,
+        rectify: rectify.or(default.rectify),
     })
 }
 

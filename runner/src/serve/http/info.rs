@@ -45,7 +45,9 @@ pub async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Res
 }
 
 pub async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>> {
-    app.loaded()?;
+    if !app.loaded()?.engine.is_alive() {
+        return Err(ApiError::internal("the scheduler has ended: start the server again"));
+    }
     Ok(Json(json!({"status": "ok"})))
 }
 
