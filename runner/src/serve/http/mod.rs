@@ -4,12 +4,14 @@
 //! - `generation.rs` is what chats and completions have in common, `answer.rs` how answers become responses and streams
 //! - `tools.rs` is the form that an answer must have, `tool_calls.rs` the calls in it
 //! - `chat.rs` with `messages.rs`, `completions.rs`, `text.rs`, `info.rs`, `page.rs` are the endpoints
-//! - `guard.rs` is what every request passes, `server.rs` the server around all of them
+//! - `guard.rs` is what every request passes, `connections.rs` how long one may last,
+//!   `server.rs` the server around all of them
 
 mod answer;
 mod app;
 mod chat;
 mod completions;
+mod connections;
 mod error;
 mod fields;
 mod generation;

@@ -15,6 +15,7 @@ use super::{
     app::{App, Loaded, Settings, off_the_loop},
     chat::chat_completions,
     completions::completions,
+    connections::{self, Limits},
     error::ApiError,
     guard::guard,
     info,
@@ -105,8 +106,7 @@ impl Server {
                 sleep(LOOK).await;
             }
         };
-        let served = axum::serve(listener, router).with_graceful_shutdown(asked);
-        let served = tokio::spawn(served.into_future());
+        let served = tokio::spawn(connections::serve(listener, router, Limits::default(), asked));
         let loading = tokio::task::spawn_blocking(load);
         let loaded = loading.await.map_err(|e| ServerError::Io(io::Error::other(e)))?;
         app.load(loaded?);
@@ -118,8 +118,7 @@ impl Server {
         };
         tokio::select! {
             done = served => {
-                let done = done.map_err(io::Error::other).and_then(|done| done);
-                done.map_err(ServerError::Io)?;
+                done.map_err(|e| ServerError::Io(io::Error::other(e)))?;
             }
             () = patience => {}
         }
