@@ -179,6 +179,7 @@ def test_what_a_request_asks_for_is_done(server):
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"store": True}, "store"),
+        ({"prompt": ["a"] * 9, "n": 8}, "n"),
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [99999999]}, "prompt"),

@@ -73,6 +73,12 @@ impl<S: Shape> Answer<S> {
             requests,
             ..
         } = self;
+        // More than may wait would be told to come back for ever.
+        let (count, most) = (requests.len(), self.loaded.engine.options().queue);
+        if count > most {
+            let message = format!("{count} answers at once are more than the {most} that may wait (--queue)");
+            return Err(ApiError::field("n", message));
+        }
         let prompts = requests.iter().step_by(generation.n).map(|r| r.prompt.len()).sum();
         let events = handle.submit(requests)?;
         let budget = generation.policy.budget.or(self.loaded.engine.budget());

@@ -99,12 +99,19 @@ impl Tools {
     fn schema(&self) -> Option<Value> {
         let call = |tool: &Value| {
             let function = tool.get("function").unwrap_or(&Value::Null);
-            let parameters = function.get("parameters").filter(|p| p.is_object());
+            let mut parameters = function.get("parameters").filter(|p| p.is_object()).cloned();
+            // A function takes the arguments that it names: a small model would invent more without an end.
+            if let Some(parameters) = parameters.as_mut().and_then(Value::as_object_mut)
+                && parameters.contains_key("properties")
+                && !parameters.contains_key("additionalProperties")
+            {
+                parameters.insert("additionalProperties".to_owned(), json!(false));
+            }
             json!({
                 "type": "object",
                 "properties": {
                     "name": {"const": function.get("name")},
-                    "arguments": parameters.cloned().unwrap_or_else(|| json!({"type": "object"})),
+                    "arguments": parameters.unwrap_or_else(|| json!({"type": "object"})),
                 },
                 "required": ["name", "arguments"],
                 "additionalProperties": false,
@@ -225,6 +232,23 @@ mod tests {
         let one = one.unwrap().unwrap();
         assert_eq!(one.schema().unwrap()["properties"]["name"]["const"], "b");
         assert!(one.one_call);
+    }
+
+    #[test]
+    fn arguments_that_a_function_does_not_name_are_not_made() {
+        let arguments = |parameters: Value| {
+            let mut tool = tool("a");
+            tool["function"]["parameters"] = parameters;
+            let tools = take(json!({"tools": [tool], "tool_choice": "required"}))
+                .unwrap()
+                .unwrap();
+            tools.schema().unwrap()["anyOf"][0]["properties"]["arguments"]["additionalProperties"].clone()
+        };
+        let properties = json!({"x": {"type": "integer"}});
+        assert_eq!(arguments(json!({"type": "object", "properties": properties})), false);
+        let open = json!({"type": "object", "properties": properties, "additionalProperties": true});
+        assert_eq!(arguments(open), true);
+        assert_eq!(arguments(json!({"type": "object"})), Value::Null);
     }
 
     #[test]
