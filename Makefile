@@ -109,15 +109,17 @@ test-python: build $(VENVS:=/.made)
 
 # A virtual environment is made anew when what goes into it changes. The old hosts have wheels for Pythons up to 3.13.
 define venv
-.cache/venv-$(1)/.made: tests/python/requirements.txt tests/python/onnxruntime-$(1).txt Makefile
+.cache/venv-$(1)/.made: tests/python/requirements.txt tests/python/onnxruntime-$(1).txt $(3) Makefile
 	@if [ "$(2)" = old ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 14))'; then exit; fi
 	echo "making .cache/venv-$(1): onnxruntime $(1)"
 	$(PYTHON) -m venv --clear .cache/venv-$(1)
 	pip=".cache/venv-$(1)/bin/python -m pip install -q --disable-pip-version-check --only-binary=:all: --require-hashes"
-	$$$$pip -r tests/python/requirements.txt -r tests/python/onnxruntime-$(1).txt
+	$$$$pip -r tests/python/requirements.txt -r tests/python/onnxruntime-$(1).txt $(3:%=-r %)
 	touch $$@
 endef
-$(foreach host,$(HOSTS),$(eval $(call venv,$(host),new)))
+# Clients of the server are tested with one of them.
+clients = $(if $(filter 1.32.0,$(1)),tests/python/clients.txt)
+$(foreach host,$(HOSTS),$(eval $(call venv,$(host),new,$(call clients,$(host)))))
 $(foreach host,$(OLD_HOSTS),$(eval $(call venv,$(host),old)))
 
 # ---- upkeep --------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ pub mod model_folder;
 pub mod model_spec;
 mod progress;
 pub mod runtime;
+pub mod serve;
 pub mod tables;
 pub mod text;
 

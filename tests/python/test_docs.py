@@ -20,7 +20,7 @@ from paths import DATA, ROOT, exporter, host, models, plugin, runner
 
 BLOCKS = [block for file in documents.DOCUMENTS for block in documents.blocks(file)]
 # Tested below, each kind by a test of its own that takes every such block. The rest are not code.
-TESTED = {"python", "cpp", "rust", "shell", "csharp", "json"}
+TESTED = {"python", "cpp", "rust", "shell", "csharp", "json", "sh"}
 NOT_CODE = {"text"}
 
 LIBRARY = Path(ort.__file__).parent / "capi" / f"libonnxruntime.so.{ort.__version__}"
@@ -74,7 +74,7 @@ WIDTH = 120
 
 def test_the_documents_are_found():
     named = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "models/README.md", "runner/README.md", "docs/notes/cuda.md"}
-    named |= {f"docs/{name}.md" for name in ["accuracy", "cuda", "export", "glossary", "hosts", "method", "operator", "performance"]}
+    named |= {f"docs/{name}.md" for name in ["accuracy", "cuda", "export", "glossary", "hosts", "method", "operator", "performance", "serving"]}
     missing = named - {str(file.relative_to(ROOT)) for file in documents.DOCUMENTS}
     assert not missing, missing
 
@@ -92,6 +92,7 @@ def test_lines_wrap(file):
 def test_the_blocks_are_found():
     found = {language: len(of(language)) for language in TESTED}
     assert found["python"] >= 2 and found["cpp"] >= 1 and found["rust"] >= 1 and found["shell"] >= 20, found
+    assert all(block.file == SERVING for block in BLOCKS if block.language == "sh"), "test_serve.py runs these"
 
 
 @pytest.mark.parametrize("block", [pytest.param(block, id=str(block)) for block in BLOCKS])
@@ -112,7 +113,12 @@ def run_python(file, model):
     return defined
 
 
-@pytest.mark.parametrize("file", sorted({block.file for block in BLOCKS if block.language == "python"}), ids=lambda f: f.name)
+# Clients of a server: test_serve.py runs them.
+SERVING = ROOT / "docs" / "serving.md"
+PYTHON = sorted({block.file for block in BLOCKS if block.language == "python"} - {SERVING})
+
+
+@pytest.mark.parametrize("file", PYTHON, ids=lambda f: f.name)
 def test_python_blocks_run(file, ledger):
     run_python(file, ledger / "retro" / "model.onnx")
 

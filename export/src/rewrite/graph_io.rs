@@ -39,8 +39,8 @@ pub fn declare(
     opset: i64,
 ) -> Result<(), Error> {
     declare_sizes(graph, conversions, opset);
-    let retro_length = ValueInfoProto::tensor(RETRO_LENGTH, DataType::Int32, [1.into()]);
-    // One number, or one a sequence; the default has one.
+    // One number for all, or one a sequence; the defaults have one.
+    let retro_length = ValueInfoProto::tensor(RETRO_LENGTH, DataType::Int32, ["retro_lengths".into()]);
     let page_budget = ValueInfoProto::tensor(PAGE_BUDGET, DataType::Int32, ["retro_sequences".into()]);
     graph.input.extend([retro_length, page_budget]);
     for name in [RETRO_LENGTH, PAGE_BUDGET] {

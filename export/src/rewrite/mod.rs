@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(past("past_retro.0.page_steps"), "int32 batch_size 2 retro_pages");
         assert_eq!(past("past_retro.1.outputs"), "float32 batch_size 3 4 8");
         assert_eq!(past("past_retro.1.lse"), "float32 batch_size 3 4");
-        assert_eq!(past("retro_length"), "int32 1");
+        assert_eq!(past("retro_length"), "int32 retro_lengths");
         assert_eq!(shape(&graph.output, "present_retro.0.lse"), past("past_retro.0.lse"));
         assert_eq!(shape(&graph.output, "present.0.key"), past("past_key_values.0.key"));
         assert_eq!(shape(&graph.output, "logits"), "float32 batch_size 1 10");

@@ -6,7 +6,7 @@
 
 mod error;
 mod transcript;
-mod turn_end;
+pub(crate) mod turn_end;
 
 use crate::{
     DecoderState, Interrupt, Model, ModelTokenizer,

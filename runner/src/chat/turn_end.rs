@@ -12,7 +12,7 @@ const ANSWER: &str = "Xylograph";
 
 /// The special token that follows an answer. `None` where none does, and where the template refuses so short a
 /// conversation.
-pub(super) fn written(template: &ChatTemplate, tokenizer: &ModelTokenizer, options: &RenderOptions) -> Option<u32> {
+pub(crate) fn written(template: &ChatTemplate, tokenizer: &ModelTokenizer, options: &RenderOptions) -> Option<u32> {
     let conversation = [
         json!({"role": "user", "content": "Hello"}),
         json!({"role": "assistant", "content": ANSWER}),

@@ -7,6 +7,7 @@ mod chat;
 mod eval;
 mod output;
 mod run;
+mod serve;
 mod template;
 
 use std::{io, process::ExitCode};
@@ -30,6 +31,8 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Chat with a model: line by line on a terminal, or a line a turn from standard input.
     Chat(Box<chat::ChatArgs>),
+    /// Serve a model to many clients at a time, with OpenAI's API.
+    Serve(Box<serve::ServeArgs>),
     /// Compare attention policies: answers on documents, or perplexity and KL divergence on texts.
     Eval(Box<eval::EvalArgs>),
     /// Benchmark models side by side: prompt and generation speed.
@@ -47,6 +50,7 @@ pub fn main() -> ExitCode {
         .and_then(|signals| match cli.command {
             Command::Run(args) => run::run(&args, &signals),
             Command::Chat(args) => chat::chat(&args, &signals),
+            Command::Serve(args) => serve::serve(*args, &signals),
             Command::Eval(args) => eval::eval(&args, &signals),
             Command::Bench(args) => bench::bench(&args, &signals),
             Command::BenchOp(args) => bench_op::bench_op(&args, &signals),

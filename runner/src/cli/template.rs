@@ -26,6 +26,15 @@ pub struct TemplateArgs {
 }
 
 impl TemplateArgs {
+    /// A template that a command names by itself, and nothing else.
+    pub fn named(template: Option<PathBuf>) -> Self {
+        Self {
+            template,
+            system: None,
+            chat_template_kwargs: None,
+        }
+    }
+
     /// Whether one of the options is given.
     pub fn any(&self) -> bool {
         self.template.is_some() || self.system.is_some() || self.chat_template_kwargs.is_some()

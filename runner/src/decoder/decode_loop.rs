@@ -311,6 +311,7 @@ impl<'a> Decoder<'a> {
                 retro_length: r as i32,
                 budgets,
                 graph_capturable: r + 1 == self.policy.window,
+                ..Feed::default()
             },
         )?;
         self.time += start.elapsed();

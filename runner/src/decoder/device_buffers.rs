@@ -169,13 +169,21 @@ impl DeviceBuffer {
     /// # Errors
     /// When it exceeds the buffer, or `offset` is no multiple of [`ALIGNMENT`].
     pub fn tensor(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<DeviceTensor> {
+        require!(offset.is_multiple_of(ALIGNMENT), Error::Misaligned(offset));
+        self.tensor_at(offset, element, shape)
+    }
+
+    /// As [`Self::tensor`], at any offset: for nodes that read and write at any address, as the operator does.
+    ///
+    /// # Errors
+    /// When it exceeds the buffer.
+    pub fn tensor_at(&self, offset: usize, element: TensorElementType, shape: &[usize]) -> Result<DeviceTensor> {
         let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| element.byte_size(n));
         let bytes = bytes.ok_or_else(|| Error::TooLarge {
             what: format!("a tensor of {element}"),
             shape: shape.to_vec(),
         })?;
-        require!(offset.is_multiple_of(ALIGNMENT), Error::Misaligned(offset));
         let data: *mut c_void = match (self.host(offset, bytes)?, &self.0.memory) {
             (Some(data), _) => data.cast(),
             (None, Memory::Gpu(memory)) => memory.borrow().address(offset)?,

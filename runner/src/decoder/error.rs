@@ -188,6 +188,21 @@ pub enum Error {
     // Caches and steps.
     #[error("this model's caches grow with every step: it decodes one sequence at a time")]
     OneSequence,
+    #[error(
+        "this model's caches grow with every step, so it cannot hold several sequences: convert it with retro-export, or \
+         set past_present_share_buffer in genai_config.json if the graph allows it"
+    )]
+    RowsOfGrowing,
+    #[error(
+        "this model has state of convolutions or recurrent layers, which cannot go back to an earlier token: retro-run \
+         decodes one sequence of it at a time"
+    )]
+    RowsOfRecurrent,
+    #[error(
+        "this model takes one retro_length for a whole batch, and sequences that began at different times need one each: \
+         convert it again with retro-export, or give --window 1"
+    )]
+    OneRetroLength,
     #[error("this model is declared for batches of {declared}, not of {asked}")]
     DeclaredBatch { declared: usize, asked: usize },
     #[error("this model's caches are declared for {declared} tokens, not {asked}")]
@@ -252,6 +267,8 @@ pub enum Error {
     ShortLogits,
     #[error("the logits are {0}, expected float32, float16 or bfloat16")]
     LogitsType(TensorElementType),
+    #[error("the answer cannot follow what was asked for: {0}")]
+    Constraint(String),
     #[error("the model gave no finite score for any token")]
     NoFiniteScore,
 }

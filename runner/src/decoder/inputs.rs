@@ -21,6 +21,9 @@ pub struct Feed {
     pub lengths: Vec<usize>,
     /// Retrospective tokens among the S, or -1 for prefill. Ignored by models that were not converted.
     pub retro_length: i32,
+    /// Retrospective tokens of each sequence of a step, `[B]`, where they differ: S is the largest and one more, and a
+    /// sequence with fewer ignores its leading tokens. `None`: [`Self::retro_length`] holds for all.
+    pub retro_lengths: Option<Vec<i32>>,
     /// Pages that each KV head of a sequence reads, `[B]`; `None`: as converted.
     pub budgets: Option<Vec<i32>>,
     /// The steps to come have the same shape: as many tokens, as many of them retrospective. Such steps share a CUDA
@@ -37,7 +40,8 @@ impl Feed {
     /// Positions of the tokens fed, `[B, S]`.
     pub(crate) fn positions(&self) -> Vec<i64> {
         let fed = self.ids.len() / self.lengths.len().max(1);
-        let row = |&n: &usize| (0..fed).map(move |i| (n + i) as i64 - fed as i64);
+        // Tokens before the first are padding: any position will do that the graph can look up.
+        let row = |&n: &usize| (0..fed).map(move |i| (n + i).saturating_sub(fed) as i64);
         self.lengths.iter().flat_map(row).collect()
     }
 
@@ -85,7 +89,14 @@ pub(crate) fn inputs<'a>(io: &'a ModelIo, batch: usize, feed: &Feed, mask: bool)
         inputs.push((&constant.name, value));
     }
     if io.retro_length {
-        inputs.push((graph::RETRO_LENGTH, int32([1], vec![feed.retro_length])?));
+        let lengths = match &feed.retro_lengths {
+            None => vec![feed.retro_length],
+            Some(lengths) => {
+                require!(io.retro_lengths, Error::OneRetroLength);
+                lengths.clone()
+            }
+        };
+        inputs.push((graph::RETRO_LENGTH, int32([lengths.len()], lengths)?));
     }
     if let Some(takes) = io.page_budget {
         // Bound in every step: a binding keeps its last value.

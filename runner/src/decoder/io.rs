@@ -62,6 +62,8 @@ pub struct ModelIo {
     pub constants: Vec<ConstantInput>,
     /// The graph takes `retro_length` (it was converted).
     pub retro_length: bool,
+    /// `retro_length` may be one number a sequence.
+    pub retro_lengths: bool,
     /// What `retro_page_budget` takes; `None`: the graph has no such input.
     pub page_budget: Option<BudgetInput>,
     /// The declared batch size, if it is fixed.
@@ -161,7 +163,11 @@ impl ModelIo {
             slots,
             constants,
             retro_length: takes(RETRO_LENGTH),
-            page_budget: budgets(session),
+            retro_lengths: one_a_sequence(session, RETRO_LENGTH) == Some(true),
+            page_budget: one_a_sequence(session, PAGE_BUDGET).map(|each| match each {
+                true => BudgetInput::PerSequence,
+                false => BudgetInput::PerBatch,
+            }),
         })
     }
 
@@ -260,16 +266,12 @@ fn constant(input: &Outlet, folder: &ModelFolder) -> Option<ConstantInput> {
     })
 }
 
-fn budgets(session: &Session) -> Option<BudgetInput> {
+/// Whether an input takes one number for each sequence, or one for the batch; `None`: the graph has no such input.
+fn one_a_sequence(session: &Session, name: &str) -> Option<bool> {
     let optional = session.overridable_initializers();
     let declared = session.inputs().iter().map(|i| (i.name(), i.dtype()));
     let mut declared = declared.chain(optional.iter().map(|o| (o.name(), o.dtype())));
-    let (_, dtype) = declared.find(|(name, _)| *name == PAGE_BUDGET)?;
+    let (_, dtype) = declared.find(|(declared, _)| *declared == name)?;
     // A fixed dimension is enforced by ONNX Runtime; an open one (-1) takes as many as there are sequences.
-    let one = dtype.tensor_shape().is_some_and(|shape| shape.first() == Some(&1));
-    Some(if one {
-        BudgetInput::PerBatch
-    } else {
-        BudgetInput::PerSequence
-    })
+    Some(dtype.tensor_shape().is_none_or(|shape| shape.first() != Some(&1)))
 }

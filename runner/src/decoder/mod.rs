@@ -11,12 +11,14 @@
 //! kv_cache, device_buffers     memory
 //! cuda_graph                   steps from buffers at fixed addresses, captured and replayed
 //! step                         one call
+//! cache_rows                   calls on some sequences of a batch, each at its own place
 //! page_reads, sampling, stats  what a step read, which token comes next, figures of a generation
 //! decode_loop                  prefill and the windowed loop
 //! generate, batch              one prompt as text, many at once
 //! ```
 
 pub mod batch;
+pub mod cache_rows;
 mod cuda_graph;
 pub mod decode_loop;
 pub mod device_buffers;

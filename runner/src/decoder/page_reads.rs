@@ -65,6 +65,11 @@ impl PageReads {
         (self.samples > 0.0).then(|| self.valid / self.samples)
     }
 
+    /// Pages loaded and pages valid, summed over samples.
+    pub fn page_sums(&self) -> (f64, f64) {
+        (self.pages, self.valid)
+    }
+
     /// Mean valid tokens of a step: what dense attention reads.
     pub fn length(&self) -> Option<f64> {
         (self.steps > 0.0).then(|| self.lengths / self.steps)

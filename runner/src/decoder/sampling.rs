@@ -97,17 +97,20 @@ impl Sampler {
         if o.temperature == 0.0 {
             return Ok(best);
         }
-        let kept = filter(logits, &o);
-        let weights: Vec<f64> = probabilities(&kept, o.temperature);
-        let mut left = self.random.random::<f64>();
-        for (&(token, _), weight) in kept.iter().zip(&weights) {
-            left -= weight;
+        let mut ranked = Ranked::new(logits);
+        let kept = kept(&mut ranked, &o);
+        let total = ranked.total(kept, o.temperature);
+        let mut left = self.random.random::<f64>() * total;
+        for i in 0..kept {
+            let Some((token, x)) = ranked.get(i) else { break };
+            left -= ranked.weight(x, o.temperature);
             if left < 0.0 {
                 return Ok(token);
             }
         }
-        // Rounding errors: the probabilities sum to a little less than 1.
-        Ok(kept.last().map_or(best, |&(token, _)| token))
+        // Rounding errors: the weights sum to a little less than their total.
+        let last = kept.checked_sub(1).and_then(|i| ranked.get(i));
+        Ok(last.map_or(best, |(token, _)| token))
     }
 }
 
@@ -146,52 +149,96 @@ fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
     out
 }
 
-/// Tokens left by top-k, top-p and min-p, most likely first; at least one if any logit is finite.
-fn filter(logits: &[f32], o: &Sampling) -> Vec<(u32, f32)> {
-    let mut kept: Vec<(u32, f32)> = logits
-        .iter()
-        .enumerate()
-        .filter(|(_, x)| x.is_finite())
-        .map(|(i, &x)| (i as u32, x))
-        .collect();
-    // Best first, equals by id: the order does not depend on the sort.
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
-    if o.top_k > 0 && o.top_k < kept.len() {
-        kept.select_nth_unstable_by(o.top_k - 1, order);
-        kept.truncate(o.top_k);
-    }
-    kept.sort_unstable_by(order);
-    if o.top_p < 1.0 {
-        let mut sum = 0.0;
-        let shares = probabilities(&kept, 1.0);
-        let within = shares.iter().take_while(|&&p| {
-            let before = sum;
-            sum += p;
-            before < f64::from(o.top_p)
-        });
-        let n = within.count();
-        kept.truncate(n.max(1));
-    }
-    if o.min_p > 0.0
-        && let Some(&(_, best)) = kept.first()
-    {
-        // p / p_best >= min_p in logs; the best itself always stays.
-        let least = best + o.min_p.ln();
-        let n = kept.iter().take_while(|&&(_, x)| x >= least).count();
-        kept.truncate(n.max(1));
-    }
-    kept
+/// Tokens with finite logits, most likely first. They are put in order only as far as somebody looks: of a vocabulary
+/// of 10^5 tokens that is a few hundred as a rule, and sorting all would take longer than a small model's step.
+struct Ranked {
+    tokens: Vec<(u32, f32)>,
+    /// So many are in their places.
+    sorted: usize,
+    best: f32,
 }
 
-/// Softmax of logits over a temperature; the first logit is the largest.
-fn probabilities(kept: &[(u32, f32)], temperature: f32) -> Vec<f64> {
-    let best = kept.first().map_or(0.0, |&(_, x)| x);
-    let weights: Vec<f64> = kept
-        .iter()
-        .map(|&(_, x)| (f64::from(x - best) / f64::from(temperature)).exp())
-        .collect();
-    let sum: f64 = weights.iter().sum();
-    weights.into_iter().map(|w| w / sum).collect()
+impl Ranked {
+    /// Tokens that are put in order at first.
+    const FIRST: usize = 256;
+
+    fn new(logits: &[f32]) -> Self {
+        let finite = logits.iter().enumerate().filter(|(_, x)| x.is_finite());
+        let tokens: Vec<(u32, f32)> = finite.map(|(i, &x)| (i as u32, x)).collect();
+        let best = tokens.iter().map(|t| t.1).fold(f32::NEG_INFINITY, f32::max);
+        Self {
+            tokens,
+            sorted: 0,
+            best,
+        }
+    }
+
+    /// The token at a place of the order.
+    fn get(&mut self, place: usize) -> Option<(u32, f32)> {
+        self.sort(place + 1);
+        self.tokens.get(place).copied()
+    }
+
+    /// Puts at least `count` tokens in their places.
+    fn sort(&mut self, count: usize) {
+        // Best first, equals by id: the order does not depend on the sort.
+        let order =
+            |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+        while self.sorted < count.min(self.tokens.len()) {
+            let rest = self.tokens.get_mut(self.sorted..).unwrap_or_default();
+            let more = (3 * self.sorted).max(Self::FIRST).min(rest.len());
+            if more < rest.len() {
+                rest.select_nth_unstable_by(more - 1, order);
+            }
+            rest.get_mut(..more).unwrap_or_default().sort_unstable_by(order);
+            self.sorted += more;
+        }
+    }
+
+    /// What a logit weighs against the best one's 1.
+    fn weight(&self, x: f32, temperature: f32) -> f64 {
+        (f64::from(x - self.best) / f64::from(temperature)).exp()
+    }
+
+    /// What the first `count` tokens weigh together.
+    fn total(&mut self, count: usize, temperature: f32) -> f64 {
+        if count < self.tokens.len() {
+            self.sort(count);
+        }
+        let tokens = self.tokens.get(..count).unwrap_or(&self.tokens);
+        tokens.iter().map(|t| self.weight(t.1, temperature)).sum()
+    }
+}
+
+/// How many tokens top-k, top-p and min-p leave, the most likely ones; at least one if there is any.
+fn kept(ranked: &mut Ranked, o: &Sampling) -> usize {
+    let mut kept = ranked.tokens.len();
+    if o.top_k > 0 {
+        kept = kept.min(o.top_k);
+    }
+    if o.top_p < 1.0 {
+        let enough = ranked.total(kept, 1.0) * f64::from(o.top_p);
+        let mut sum = 0.0;
+        let mut within = 0;
+        while within < kept
+            && sum < enough
+            && let Some((_, x)) = ranked.get(within)
+        {
+            sum += ranked.weight(x, 1.0);
+            within += 1;
+        }
+        kept = kept.min(within.max(1));
+    }
+    if o.min_p > 0.0 {
+        // p / p_best >= min_p in logs; the best itself always stays.
+        let least = ranked.best + o.min_p.ln();
+        let mut within = 0;
+        while within < kept && ranked.get(within).is_some_and(|(_, x)| x >= least) {
+            within += 1;
+        }
+        kept = kept.min(within.max(1));
+    }
+    kept
 }
 
 #[cfg(test)]
@@ -204,7 +251,25 @@ mod tests {
     }
 
     fn kept(o: Sampling) -> Vec<u32> {
-        filter(&logits(), &o).iter().map(|&(token, _)| token).collect()
+        let mut ranked = Ranked::new(&logits());
+        let count = super::kept(&mut ranked, &o);
+        (0..count).map(|i| ranked.get(i).unwrap().0).collect()
+    }
+
+    /// In order as far as it is looked at, whatever the vocabulary.
+    #[test]
+    fn the_order_is_that_of_a_sort() {
+        let mut random = StdRng::seed_from_u64(7);
+        for length in [0, 1, 255, 256, 257, 5000] {
+            let logits: Vec<f32> = (0..length).map(|_| random.random_range(-40i8..40).into()).collect();
+            let mut sorted: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, &x)| (i as u32, x)).collect();
+            sorted.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0)));
+            let mut ranked = Ranked::new(&logits);
+            for (place, expected) in sorted.iter().enumerate() {
+                assert_eq!(ranked.get(place), Some(*expected), "{place} of {length}");
+            }
+            assert_eq!(ranked.get(length), None);
+        }
     }
 
     #[test]
@@ -268,9 +333,11 @@ mod tests {
     #[test]
     fn temperature_bends_the_distribution_as_computed_by_hand() {
         // At temperature 0.5 probabilities are squared: 0.16, 0.09, 0.04, 0.01 over 0.30.
-        let all = filter(&logits(), &Sampling::default());
-        let p = probabilities(&all, 0.5);
-        for (got, want) in p.iter().zip([0.16, 0.09, 0.04, 0.01]) {
+        let mut all = Ranked::new(&logits());
+        let sum = all.total(4, 0.5);
+        let sorted: Vec<f32> = (0..4).map(|i| all.get(i).unwrap().1).collect();
+        let p = sorted.iter().map(|&x| all.weight(x, 0.5) / sum);
+        for (got, want) in p.zip([0.16, 0.09, 0.04, 0.01]) {
             assert!((got - want / 0.30).abs() < 1e-6, "{got} {want}");
         }
     }

@@ -89,6 +89,15 @@ impl ModelTokenizer {
         token.and_then(|token| self.id(token)).into_iter().collect()
     }
 
+    /// Numbers of tokens: all are less.
+    pub fn size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    pub(super) fn inner(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// The id of a token, by its text in the vocabulary.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)

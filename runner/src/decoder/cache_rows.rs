@@ -1,0 +1,254 @@
+//! The caches of several sequences in one batch, any of which run together where they lie side by side.
+//!
+//! B rows, S tokens fed. Each buffer's first dimension is B, so rows that lie side by side are a tensor of their own:
+//! a chunk of one prompt and a decoding step of others use the same memory, and nothing is copied when a sequence joins
+//! or leaves.
+
+use std::{collections::HashMap, ops::Range};
+
+use ort::session::{IoBinding, RunOptions};
+use retro_contract::graph;
+
+use crate::{
+    decoder::{
+        device_buffers::{self, DeviceBuffer, DeviceTensor, bind_input, bind_output},
+        error::{Error, Result, require},
+        inputs::{Feed, inputs},
+        kv_cache::Storage,
+        logits::{Logits, LogitsReadback, LogitsShape},
+        model::Model,
+        state_slot::SlotKind,
+    },
+    runtime::ort_error,
+};
+
+/// Tokens that a capacity is rounded up to a multiple of, so that each row's keys and values begin at an aligned place.
+const CAPACITY_STEP: usize = 64;
+
+/// A model, and the caches of B sequences.
+pub struct CacheRows {
+    model: Model,
+    rows: usize,
+    capacity: usize,
+    /// The memory of each slot of [`ModelIo::slots`](crate::decoder::io::ModelIo::slots).
+    buffers: Vec<DeviceBuffer>,
+    /// Bindings of rows that lie side by side, made when they first run together.
+    views: HashMap<Range<usize>, View>,
+    logits: LogitsPlace,
+}
+
+/// A binding of some rows.
+struct View {
+    binding: IoBinding,
+    /// What is bound: the binding must not outlive it.
+    _tensors: Vec<DeviceTensor>,
+}
+
+/// Where a run puts its logits.
+struct LogitsPlace {
+    buffer: DeviceBuffer,
+    readback: LogitsReadback,
+    vocab: usize,
+    /// The graph gives the newest token's logits alone.
+    newest_alone: bool,
+}
+
+impl CacheRows {
+    /// Caches for `rows` sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// When the model's caches grow, its state cannot go back, it is declared for another batch or for fewer tokens, or
+    /// memory runs out.
+    pub fn new(mut model: Model, rows: usize, capacity: usize) -> Result<Self> {
+        require!(model.fixed_capacity, Error::RowsOfGrowing);
+        let recurrent = model.io.slots.iter().any(|s| s.kind == SlotKind::Recurrent);
+        require!(!recurrent, Error::RowsOfRecurrent);
+        if let Some(declared) = model.io.batch {
+            return Err(Error::DeclaredBatch { declared, asked: rows });
+        }
+        let capacity = match model.io.capacity {
+            Some(declared) => {
+                let asked = capacity;
+                require!(asked <= declared, Error::DeclaredCapacity { declared, asked });
+                declared
+            }
+            None => capacity.next_multiple_of(CAPACITY_STEP),
+        };
+        let logits = LogitsPlace::of(&mut model)?;
+        let pages = model.pages(capacity);
+        let mut buffers = Vec::with_capacity(model.io.slots.len());
+        for slot in &model.io.slots {
+            let shape = slot.shape(rows, capacity, pages);
+            let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+            let bytes = elements.and_then(|n| slot.element.byte_size(n));
+            let bytes = bytes.ok_or_else(|| Error::TooLarge {
+                what: format!("the buffer {}", slot.past),
+                shape,
+            })?;
+            let buffer = DeviceBuffer::new(model.gpu.as_ref(), bytes)?;
+            // Memory of the host is zeros already, and takes room only once it is used.
+            if model.gpu.is_some() {
+                buffer.fill(0, bytes, 0)?;
+            }
+            buffers.push(buffer);
+        }
+        Ok(Self {
+            model,
+            rows,
+            capacity,
+            buffers,
+            views: HashMap::new(),
+            logits,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Tokens that each row holds.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Bytes of all buffers.
+    pub fn bytes(&self) -> usize {
+        self.buffers.iter().map(DeviceBuffer::bytes).sum()
+    }
+
+    /// Runs a step, or a chunk of a prompt, of the sequences in these rows: one of [`Feed::lengths`] each. Returns the
+    /// newest tokens' logits, `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// When the feed contradicts itself or ONNX Runtime fails.
+    pub fn run(&mut self, rows: Range<usize>, feed: &Feed) -> Result<Logits> {
+        require!(rows.end <= self.rows, Error::NoSuchSequence);
+        let batch = rows.len();
+        let (tokens, lengths) = (feed.ids.len(), feed.lengths.len());
+        let whole = batch > 0 && lengths == batch && tokens > 0 && tokens.is_multiple_of(batch);
+        require!(whole, Error::Feed { tokens, lengths, batch });
+        let (longest, capacity) = (feed.longest(), self.capacity);
+        let tokens = longest;
+        require!(longest <= capacity, Error::DoesNotFit { tokens, capacity });
+        if !self.views.contains_key(&rows) {
+            let view = self.view(&rows)?;
+            self.views.insert(rows.clone(), view);
+        }
+        let view = self.views.get_mut(&rows).ok_or(Error::NoSuchSequence)?;
+        let Model { session, io, .. } = &mut self.model;
+        for (name, value) in &inputs(io, batch, feed, true)? {
+            view.binding.bind_input(*name, value).map_err(ort_error)?;
+        }
+        let shape = LogitsShape {
+            rows: if self.logits.newest_alone {
+                1
+            } else {
+                feed.ids.len() / batch
+            },
+            vocab: self.logits.vocab,
+        };
+        let tensor = self.logits.tensor(io.logits_type, batch, &shape)?;
+        bind_output(&view.binding, &io.logits, &tensor)?;
+        let options = RunOptions::new().map_err(ort_error)?;
+        device_buffers::run(session, &view.binding, &options)?;
+        let read = |at: usize, row: &mut [u8]| tensor.read(at, row);
+        self.logits.readback.newest(io.logits_type, batch, &shape, read)
+    }
+
+    fn view(&self, rows: &Range<usize>) -> Result<View> {
+        let binding = self.model.session.create_binding().map_err(ort_error)?;
+        let pages = self.model.pages(self.capacity);
+        let mut tensors = Vec::with_capacity(self.buffers.len());
+        for (slot, buffer) in self.model.io.slots.iter().zip(&self.buffers) {
+            let shape = slot.shape(rows.len(), self.capacity, pages);
+            let row = buffer.bytes() / self.rows;
+            let tensor = buffer.tensor_at(rows.start * row, slot.element, &shape)?;
+            bind_input(&binding, &slot.past, &tensor)?;
+            bind_output(&binding, &slot.present, &tensor)?;
+            tensors.push(tensor);
+        }
+        Ok(View {
+            binding,
+            _tensors: tensors,
+        })
+    }
+
+    /// The page steps of the first `pages` pages of a row, one KV head after another, of a slot of
+    /// [`Model::page_step_slots`]; empty for any other slot.
+    pub(crate) fn page_steps(&self, slot: usize, row: usize, pages: usize) -> Result<Vec<Vec<i32>>> {
+        let kind = SlotKind::Retro(graph::State::PageSteps);
+        let found = self.model.io.slots.get(slot).filter(|s| s.kind == kind);
+        let Some((slot, buffer)) = found.zip(self.buffers.get(slot)) else {
+            return Ok(Vec::new());
+        };
+        let shape = slot.shape(self.rows, self.capacity, self.model.pages(self.capacity));
+        let &[_, heads, all] = shape.as_slice() else {
+            return Ok(Vec::new());
+        };
+        let head = |h: usize| {
+            let mut bytes = vec![0; 4 * pages.min(all)];
+            buffer.read(4 * (row * heads + h) * all, &mut bytes)?;
+            let steps = bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b));
+            Ok(steps.collect())
+        };
+        (0..heads).map(head).collect()
+    }
+}
+
+impl LogitsPlace {
+    /// What a graph's logits look like: only a run tells.
+    fn of(model: &mut Model) -> Result<Self> {
+        let pages = model.retro.as_ref().map_or(1, |r| r.page_size);
+        let mut state = model.new_state(1, CAPACITY_STEP.max(pages))?;
+        // Two tokens, if the graph takes as many: then the shape shows whether each has logits.
+        let fed = model.io.input_ids.width.unwrap_or(2);
+        let feed = Feed {
+            ids: vec![0; fed],
+            lengths: vec![fed],
+            retro_length: -1,
+            ..Feed::default()
+        };
+        let Model { session, io, .. } = &mut *model;
+        let Storage::InPlace(cache) = state.kv_mut().storage_mut() else {
+            return Err(Error::RowsOfGrowing);
+        };
+        for (name, value) in &inputs(io, 1, &feed, true)? {
+            cache.binding.bind_input(*name, value).map_err(ort_error)?;
+        }
+        let host = ort::memory::Allocator::default().memory_info().to_owned();
+        let bound = cache.binding.bind_output_to_device(&io.logits, &host);
+        bound.map_err(ort_error)?;
+        let outputs = session.run_binding(&cache.binding).map_err(ort_error)?;
+        let logits = outputs.get(&io.logits).ok_or(Error::NoLogits)?;
+        let shape = LogitsShape::of(logits, 1)?;
+        Ok(Self {
+            buffer: DeviceBuffer::new(None, 0)?,
+            // On the host, wherever the model runs: ONNX Runtime copies an output to where it is bound.
+            readback: LogitsReadback::new(None),
+            vocab: shape.vocab,
+            newest_alone: shape.rows < fed,
+        })
+    }
+
+    fn tensor(
+        &mut self,
+        element: ort::value::TensorElementType,
+        batch: usize,
+        shape: &LogitsShape,
+    ) -> Result<DeviceTensor> {
+        let dims = [batch, shape.rows, shape.vocab];
+        let bytes = element
+            .byte_size(dims.iter().product())
+            .ok_or(Error::LogitsType(element))?;
+        if self.buffer.bytes() < bytes {
+            self.buffer = DeviceBuffer::new(None, bytes)?;
+        }
+        self.buffer.tensor(0, element, &dims)
+    }
+}

@@ -1,0 +1,141 @@
+//! What the endpoints share.
+
+use std::{
+    sync::{Arc, OnceLock, RwLock},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use axum::{
+    body::{Body, to_bytes},
+    http::{Request, header},
+};
+
+use super::{
+    error::{ApiError, Result},
+    fields::Fields,
+};
+use crate::{
+    serve::{constraint::Grammars, engine::Engine, metrics::Metrics},
+    text::{TokenBytes, chat_template::ChatTemplate},
+};
+
+/// Time that a body may take to arrive.
+const BODY_TIME: Duration = Duration::from_secs(30);
+
+/// How the server answers.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The most bytes of a body.
+    pub max_body: usize,
+    /// Keys, one of which a client must send; none: no key is asked for.
+    pub api_keys: Vec<String>,
+    /// Origins whose pages may read answers; `*` for all.
+    pub cors: Vec<String>,
+    /// Requests must name this machine by a loopback name, so that no page in a browser can reach the server under a
+    /// name of its own.
+    pub loopback_only: bool,
+    /// Print a line a request.
+    pub log: bool,
+    /// Print prompts too.
+    pub log_prompts: bool,
+}
+
+/// The state of the server.
+pub struct App {
+    pub settings: Settings,
+    pub metrics: Arc<Metrics>,
+    /// The model, once it is loaded.
+    loaded: RwLock<Option<Arc<Loaded>>>,
+}
+
+/// A model that is loaded.
+pub struct Loaded {
+    /// Serves requests.
+    pub engine: Engine,
+    /// The chat template, if the model has one.
+    pub template: Option<ChatTemplate>,
+    /// The bytes of each token; `None` where tokens are words.
+    pub token_bytes: Option<Vec<TokenBytes>>,
+    /// Made when they are first asked for.
+    pub grammars: OnceLock<std::result::Result<Grammars, String>>,
+    /// What clients call the model.
+    pub name: String,
+    /// The model's folder.
+    pub path: String,
+    /// When it was loaded, in seconds since 1970.
+    pub created: u64,
+    /// Time that a request may take.
+    pub timeout: Option<Duration>,
+}
+
+impl Loaded {
+    /// What makes constraints for the model's vocabulary; the reason where nothing can.
+    pub fn grammars(&self) -> std::result::Result<&Grammars, &str> {
+        let make = || {
+            let tokens = self.token_bytes.as_ref();
+            let tokens = tokens.ok_or("its tokens are words, not bytes")?;
+            Grammars::new(tokens, self.engine.ends()).map_err(|e| e.to_string())
+        };
+        self.grammars.get_or_init(make).as_ref().map_err(String::as_str)
+    }
+}
+
+impl App {
+    pub fn new(settings: Settings, metrics: Arc<Metrics>) -> Self {
+        Self {
+            settings,
+            metrics,
+            loaded: RwLock::new(None),
+        }
+    }
+
+    /// The model is loaded.
+    pub fn load(&self, loaded: Loaded) {
+        if let Ok(mut place) = self.loaded.write() {
+            *place = Some(Arc::new(loaded));
+        }
+    }
+
+    /// Takes the model out: nothing is served any more.
+    pub fn unload(&self) -> Option<Arc<Loaded>> {
+        self.loaded.write().ok().and_then(|mut place| place.take())
+    }
+
+    /// # Errors
+    /// While the model is being loaded, and once it is not served any more.
+    pub fn loaded(&self) -> Result<Arc<Loaded>> {
+        let loaded = self.loaded.read().ok().and_then(|place| place.clone());
+        loaded.ok_or_else(ApiError::loading)
+    }
+
+    /// The fields of a request's body.
+    ///
+    /// # Errors
+    /// When it is no JSON object, too long, or does not arrive in time.
+    pub async fn fields(&self, request: Request<Body>) -> Result<Fields> {
+        let json = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| {
+            let kind = kind.to_str().unwrap_or_default();
+            let essence = kind.split(';').next().unwrap_or_default().trim();
+            essence.eq_ignore_ascii_case("application/json")
+        });
+        // A page of another site could send any other type without asking the server first.
+        if !json {
+            return Err(ApiError::not_json());
+        }
+        let most = self.settings.max_body;
+        let body = tokio::time::timeout(BODY_TIME, to_bytes(request.into_body(), most)).await;
+        let body = body.map_err(|_| ApiError::slow_body())?;
+        Fields::parse(&body.map_err(|_| ApiError::body_too_large(most))?)
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Runs work that takes a while, such as reading a prompt's tokens, beside those who wait for the network.
+pub async fn off_the_loop<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(ApiError::internal("a mistake of this server")))
+}

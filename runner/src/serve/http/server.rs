@@ -1,0 +1,180 @@
+//! The server: its paths, its beginning and its end.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    http::{HeaderValue, Uri},
+    middleware::from_fn_with_state,
+    routing::{get, post},
+};
+use tokio::{net::TcpListener, time::sleep};
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+
+use super::{
+    app::{App, Loaded, Settings, off_the_loop},
+    chat::chat_completions,
+    completions::completions,
+    connections::{self, Limits},
+    error::ApiError,
+    guard::guard,
+    info,
+    page::page,
+    text,
+};
+use crate::{Interrupt, serve::metrics::Metrics};
+
+/// How often the server looks whether it is to stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What keeps a server from serving.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The address cannot be had.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// An origin is none.
+    #[error("--cors {0}: expected * or an origin such as https://example.org")]
+    Origin(String),
+    /// The system fails.
+    #[error("the server fails: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A server that listens.
+pub struct Server {
+    listener: TcpListener,
+    app: Arc<App>,
+    router: Router,
+}
+
+impl Server {
+    /// Listens. Requests are answered once [`Self::serve`] runs.
+    ///
+    /// # Errors
+    /// When the address cannot be had, or a setting is none.
+    pub async fn bind(
+        host: &str,
+        port: u16,
+        mut settings: Settings,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, ServerError> {
+        let listen = |source| ServerError::Listen {
+            address: format!("{host}:{port}"),
+            source,
+        };
+        let listener = TcpListener::bind((host, port)).await.map_err(listen)?;
+        let address = listener.local_addr()?;
+        settings.loopback_only = address.ip().is_loopback() && settings.api_keys.is_empty();
+        let cors = cors(&settings.cors)?;
+        let app = Arc::new(App::new(settings, metrics));
+        let router = router(&app, cors);
+        Ok(Self { listener, app, router })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// When the system does not know.
+    pub fn address(&self) -> Result<SocketAddr, ServerError> {
+        Ok(self.listener.local_addr()?)
+    }
+
+    /// Answers requests until it is asked to stop: with an error until `load` has given the model, which runs beside.
+    /// Then nothing new is taken, and what runs is done first, for `grace` at most.
+    ///
+    /// # Errors
+    /// When `load` or the system fails.
+    pub async fn serve<E>(
+        self,
+        load: impl FnOnce() -> Result<Loaded, E> + Send + 'static,
+        interrupt: Interrupt,
+        grace: Duration,
+    ) -> Result<(), E>
+    where
+        E: From<ServerError> + Send + 'static,
+    {
+        let Self { listener, app, router } = self;
+        let stopping = interrupt.clone();
+        let asked = async move {
+            while stopping.raised().is_none() {
+                sleep(LOOK).await;
+            }
+        };
+        let served = tokio::spawn(connections::serve(listener, router, Limits::default(), asked));
+        let loading = tokio::task::spawn_blocking(load);
+        let loaded = loading.await.map_err(|e| ServerError::Io(io::Error::other(e)))?;
+        app.load(loaded?);
+        let patience = async {
+            while interrupt.raised().is_none() {
+                sleep(LOOK).await;
+            }
+            sleep(grace).await;
+        };
+        tokio::select! {
+            done = served => {
+                done.map_err(|e| ServerError::Io(io::Error::other(e)))?;
+            }
+            () = patience => {}
+        }
+        // Whoever still holds the model is about to let go of it: the scheduler ends with the last of them.
+        if let Some(loaded) = app.unload().and_then(Arc::into_inner) {
+            let stopped = off_the_loop(move || {
+                loaded.engine.stop();
+                Ok(())
+            });
+            // Answers whose clients have gone end within a step.
+            let _: Result<(), ApiError> = stopped.await;
+        }
+        Ok(())
+    }
+}
+
+fn router(app: &Arc<App>, cors: Option<CorsLayer>) -> Router {
+    let router = Router::new()
+        .route("/", get(page))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
+        .route("/v1/models", get(info::models))
+        .route("/v1/models/{*name}", get(info::model))
+        .route("/health", get(info::health))
+        .route("/metrics", get(info::metrics))
+        .route("/props", get(info::props))
+        .route("/tokenize", post(text::tokenize))
+        .route("/detokenize", post(text::detokenize))
+        .fallback(|uri: Uri| async move { ApiError::no_such_path(uri.path()) })
+        .method_not_allowed_fallback(|| async { ApiError::wrong_method() })
+        .layer(from_fn_with_state(Arc::clone(app), guard))
+        .with_state(Arc::clone(app));
+    // Outermost: a browser asks what it may send without a key.
+    match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    }
+}
+
+fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServerError> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let allowed = if origins.iter().any(|o| o == "*") {
+        AllowOrigin::any()
+    } else {
+        let origin = |o: &String| {
+            let plain = o.starts_with("http://") || o.starts_with("https://");
+            let value = HeaderValue::from_str(o).ok().filter(|_| plain);
+            value.ok_or_else(|| ServerError::Origin(o.clone()))
+        };
+        AllowOrigin::list(origins.iter().map(origin).collect::<Result<Vec<_>, _>>()?)
+    };
+    let layer = CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods(Any)
+        .allow_headers(Any);
+    Ok(Some(layer))
+}

@@ -1,0 +1,53 @@
+//! `POST /tokenize` and `/detokenize`, as llama-server has them.
+
+use std::sync::Arc;
+
+use axum::{Json, body::Body, extract::State, http::Request};
+use serde_json::{Value, json};
+
+use super::{
+    app::{App, off_the_loop},
+    error::{ApiError, Result},
+};
+
+pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Json<Value>> {
+    let loaded = app.loaded()?;
+    let mut fields = app.fields(request).await?;
+    let content: String = fields.demand("content")?;
+    let special = fields.take("add_special")?.unwrap_or(false);
+    let pieces = fields.take("with_pieces")?.unwrap_or(false);
+    fields.only("parse_special", &[json!(true)])?;
+    fields.finish()?;
+    off_the_loop(move || {
+        if content.is_empty() && !special {
+            return Ok(Json(json!({"tokens": []})));
+        }
+        let tokenizer = loaded.engine.tokenizer();
+        let tokens = if special {
+            tokenizer.encode(&content)
+        } else {
+            tokenizer.encode_as_is(&content)
+        };
+        let tokens = tokens.map_err(|e| ApiError::field("content", e))?;
+        if !pieces {
+            return Ok(Json(json!({"tokens": tokens})));
+        }
+        let piece = |id: u32| json!({"id": id, "piece": tokenizer.decode(&[id]).unwrap_or_default()});
+        let tokens: Vec<Value> = tokens.into_iter().map(piece).collect();
+        Ok(Json(json!({"tokens": tokens})))
+    })
+    .await
+}
+
+pub async fn detokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Json<Value>> {
+    let loaded = app.loaded()?;
+    let mut fields = app.fields(request).await?;
+    let tokens: Vec<u32> = fields.demand("tokens")?;
+    fields.finish()?;
+    off_the_loop(move || {
+        let text = loaded.engine.tokenizer().decode(&tokens);
+        let content = text.map_err(|e| ApiError::field("tokens", e))?;
+        Ok(Json(json!({"content": content})))
+    })
+    .await
+}

@@ -1,0 +1,184 @@
+//! A slot: a row of the caches, what it holds, and the request that runs in it.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    ModelTokenizer,
+    decoder::{Result, generate::Finish, page_reads::PageMeter},
+    serve::{
+        choose::{Chooser, logprobs},
+        request::{Done, Event, Failure, Submission, Token, Usage},
+    },
+    text::{Detokenizer, StopFilter},
+};
+
+/// A row of the caches, and the request that runs in it.
+#[derive(Default)]
+pub(super) struct Slot {
+    pub held: Held,
+    pub running: Option<Running>,
+}
+
+/// What a row holds, of this request or the one before.
+#[derive(Default)]
+pub(super) struct Held {
+    /// The tokens whose keys and values it has.
+    pub tokens: Vec<u32>,
+    /// So many of them, from the first on, were read densely: a prompt, or steps that read everything. What follows is
+    /// not what reading it anew would make, so another request does not begin with it.
+    pub dense: usize,
+    /// When a request last ran in it: a count of requests.
+    pub used: u64,
+}
+
+/// A request in a slot.
+pub(super) struct Running {
+    pub submission: Submission,
+    /// Prompt and output.
+    pub tokens: Vec<u32>,
+    /// Tokens of the prompt that the slot held when the request came.
+    pub cached: usize,
+    /// Tokens that it holds, where there are some to be read.
+    pub read: usize,
+    /// Tokens that it is to hold before it decodes: the prompt, or those of a rectifying pass and before.
+    pub to_read: usize,
+    /// Decoding steps since the prompt or the last rectifying pass.
+    pub open: usize,
+    pub meter: PageMeter,
+    chooser: Chooser,
+    detokenizer: Detokenizer,
+    filter: StopFilter,
+    first: Option<Instant>,
+}
+
+impl Held {
+    /// Tokens of a prompt that need not be read, all but the last at most: that one gives the first logits.
+    pub fn common(&self, prompt: &[u32]) -> usize {
+        let dense = self.tokens.iter().take(self.dense);
+        let common = dense.zip(prompt).take_while(|(a, b)| a == b).count();
+        common.min(prompt.len().saturating_sub(1))
+    }
+
+    /// Forgets what lies behind the first `keep` tokens.
+    pub fn rewind(&mut self, keep: usize) {
+        self.tokens.truncate(keep);
+        self.dense = self.dense.min(keep);
+    }
+}
+
+impl Slot {
+    /// Puts a request into the slot, which goes back to what both have in common.
+    pub fn begin(&mut self, submission: Submission, page_size: usize, used: u64) {
+        let request = &submission.request;
+        let keep = self.held.common(&request.prompt);
+        self.held.rewind(keep);
+        self.held.used = used;
+        self.running = Some(Running {
+            tokens: request.prompt.clone(),
+            cached: keep,
+            read: keep,
+            to_read: request.prompt.len(),
+            open: 0,
+            meter: PageMeter::new(request.policy.window, page_size),
+            chooser: Chooser::new(&request.choosing, request.constraint.clone()),
+            detokenizer: Detokenizer::after(&request.prompt),
+            filter: StopFilter::new(&request.stops),
+            first: None,
+            submission,
+        });
+    }
+
+    /// Whether a request's prompt is not read yet, or a rectifying pass not done.
+    pub fn reads(&self) -> bool {
+        self.running.as_ref().is_some_and(|r| r.read < r.to_read)
+    }
+
+    /// Whether a request's tokens are being decoded.
+    pub fn decodes(&self) -> bool {
+        self.running.is_some() && !self.reads()
+    }
+}
+
+impl Running {
+    /// Tokens that the next step feeds behind those of steps before it.
+    pub fn retrospective(&self) -> usize {
+        self.open.min(self.submission.request.policy.window.saturating_sub(1))
+    }
+
+    /// After a token: begins a rectifying pass if one is due. The tokens of the last steps are then read densely, as
+    /// those of a prompt are, which closes the window.
+    pub fn rectify(&mut self) {
+        let Some(count) = self.submission.request.policy.rectify.filter(|&n| n == self.open) else {
+            return;
+        };
+        // All but the newest, which no step has fed.
+        self.to_read = self.tokens.len().saturating_sub(1);
+        self.read = self.to_read.saturating_sub(count);
+        self.open = 0;
+        self.meter.pass(self.to_read.saturating_sub(1));
+    }
+
+    /// Tokens generated so far.
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.submission.request.prompt.len()
+    }
+
+    /// Time to the first token; `None` before it.
+    pub fn first_token(&self) -> Option<Duration> {
+        Some(self.first?.duration_since(self.submission.since))
+    }
+
+    /// Takes the next token from its logits, and sends it. Gives how the text ended, if it did.
+    pub fn take(&mut self, logits: &[f32], tokenizer: &ModelTokenizer) -> Result<Option<Finish>> {
+        let request = &self.submission.request;
+        let id = self.chooser.choose(logits, &self.tokens)?;
+        self.first.get_or_insert_with(Instant::now);
+        if !request.ignore_eos && request.ends.contains(&id) {
+            return self.end(Finish::Eos, tokenizer);
+        }
+        let logprobs = request.logprobs.map(|count| logprobs(logits, id, count));
+        self.tokens.push(id);
+        let text = self.detokenizer.push(tokenizer, id)?;
+        let text = self.filter.push(&text);
+        self.submission.send(Event::Token(Token { id, text, logprobs }));
+        if self.filter.stopped() {
+            return self.end(Finish::Stop, tokenizer);
+        }
+        if self.chooser.is_complete() {
+            return self.end(Finish::Eos, tokenizer);
+        }
+        if self.generated() >= self.submission.request.max_new {
+            return self.end(Finish::Length, tokenizer);
+        }
+        Ok(None)
+    }
+
+    fn end(&mut self, finish: Finish, tokenizer: &ModelTokenizer) -> Result<Option<Finish>> {
+        let last = self.detokenizer.finish(tokenizer)?;
+        let text = self.filter.push(&last) + &self.filter.finish();
+        // What the last text held may itself be a stop string.
+        let finish = if self.filter.stopped() { Finish::Stop } else { finish };
+        self.submission.send(Event::Done(Done {
+            text,
+            finish,
+            usage: self.usage(),
+        }));
+        Ok(Some(finish))
+    }
+
+    /// What the request took so far.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt: self.submission.request.prompt.len(),
+            cached: self.cached,
+            generated: self.generated(),
+            reading: self.meter.reading,
+            first_token: self.first_token().unwrap_or_default(),
+            decoding: self.first.map(|first| first.elapsed()).unwrap_or_default(),
+        }
+    }
+
+    pub fn fail(&self, failure: Failure) {
+        self.submission.send(Event::Failed(failure));
+    }
+}

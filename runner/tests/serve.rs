@@ -1,0 +1,364 @@
+//! Many requests at a time are answered as each alone is, at temperature 0 and in float32.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use retro_run::{
+    Device, Model, ModelTokenizer, OpenOptions, Runtime,
+    decoder::{
+        self,
+        decode_loop::Policy,
+        generate::{ContextPlan, Finish, Generation, generate},
+        sampling::Sampling,
+    },
+    interrupt::Interrupt,
+    runtime::find_plugin,
+    serve::{Choosing, Engine, EngineOptions, Event, Failure, Metrics, Refusal, Request, Usage},
+};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+const CONTEXT: usize = 1024;
+const CHUNK: usize = 96;
+
+/// `ledger` as it is and converted, and the tokens of its documents.
+struct Models {
+    folder: tempfile::TempDir,
+    runtime: Runtime,
+    documents: Vec<Vec<u32>>,
+}
+
+impl Models {
+    /// One for all tests: ONNX Runtime is loaded once a process.
+    fn get() -> &'static Self {
+        static MADE: OnceLock<Models> = OnceLock::new();
+        MADE.get_or_init(Self::make)
+    }
+
+    fn make() -> Self {
+        let built = || Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned();
+        let root = std::env::var_os("RETRO_TEST_ROOT").map_or_else(built, PathBuf::from);
+        let folder = tempfile::tempdir().unwrap();
+        let dense = folder.path().join("dense");
+        retro_models::build(&root.join("models/ledger"), &dense, &retro_models::Options::default()).unwrap();
+        retro_export::convert(&retro_export::Options {
+            source: dense.clone(),
+            target: Some(folder.path().join("retro")),
+            settings: retro_export::Settings {
+                window: 4,
+                budget: retro_contract::Budget::Ratio(0.15),
+                min_pages: Some(4),
+                ..Default::default()
+            },
+            ..Default::default()
+        })
+        .unwrap();
+        let runtime = Runtime::load_for(device(), None).unwrap();
+        let model = retro_run::ModelFolder::open(&dense, None).unwrap();
+        let tokenizer = ModelTokenizer::open(&model).unwrap();
+        let documents = fs::read_to_string(root.join("models/ledger/documents.jsonl")).unwrap();
+        let documents = documents.lines().take(12).map(|line| {
+            let document: serde_json::Value = serde_json::from_str(line).unwrap();
+            tokenizer.encode(document["prompt"].as_str().unwrap()).unwrap()
+        });
+        let documents = documents.collect();
+        Self {
+            folder,
+            runtime,
+            documents,
+        }
+    }
+
+    fn open(&self, name: &str) -> (Model, ModelTokenizer) {
+        let options = OpenOptions {
+            device: device(),
+            threads: Some(2),
+            plugin: find_plugin(None).unwrap(),
+            ..OpenOptions::default()
+        };
+        let model = Model::open(&self.runtime, &self.folder.path().join(name), &options).unwrap();
+        let tokenizer = ModelTokenizer::open(&model.folder).unwrap();
+        (model, tokenizer)
+    }
+
+    fn engine(&self, name: &str, parallel: usize, queue: usize) -> (Engine, Arc<Metrics>) {
+        let (model, tokenizer) = self.open(name);
+        let metrics = Arc::new(Metrics::default());
+        let options = EngineOptions {
+            parallel,
+            queue,
+            context: Some(CONTEXT),
+            chunk: CHUNK,
+            ..EngineOptions::new(Policy::new(&model, None, None).unwrap())
+        };
+        let engine = Engine::start(model, Arc::new(tokenizer), &[], options, Arc::clone(&metrics));
+        (engine.unwrap(), metrics)
+    }
+
+    /// What a run of its own makes of a request.
+    fn alone(&self, name: &str, requests: &[Request]) -> Vec<Vec<u32>> {
+        let (mut model, tokenizer) = self.open(name);
+        let mut answer = |request: &Request| {
+            let options = Generation {
+                plan: ContextPlan {
+                    capacity: CONTEXT,
+                    max_new: request.max_new,
+                },
+                policy: request.policy,
+                chunk: CHUNK,
+                sampling: Sampling::default(),
+                stops: request.stops.clone(),
+                more_ends: Vec::new(),
+                ignore_eos: request.ignore_eos,
+                interrupt: Interrupt::default(),
+            };
+            let done = generate::<decoder::Error>(&mut model, &tokenizer, &request.prompt, &options, &mut |_| Ok(()));
+            done.unwrap().tokens
+        };
+        requests.iter().map(&mut answer).collect()
+    }
+}
+
+/// The CPU, or what `RETRO_TEST_DEVICE` names.
+fn device() -> Device {
+    std::env::var("RETRO_TEST_DEVICE").map_or(Device::Cpu, |device| device.parse().unwrap())
+}
+
+fn request(prompt: &[u32], max_new: usize, window: usize, budget: Option<&str>) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        max_new,
+        policy: Policy {
+            window,
+            budget: budget.map(|b| b.parse().unwrap()),
+            rectify: None,
+        },
+        choosing: Choosing::default(),
+        constraint: None,
+        stops: Vec::new(),
+        ends: Vec::new().into(),
+        ignore_eos: true,
+        logprobs: None,
+        deadline: None,
+    }
+}
+
+/// Everything that comes of a request.
+fn collect(mut events: UnboundedReceiver<Event>) -> Result<(Vec<u32>, Finish, Usage), Failure> {
+    let mut tokens = Vec::new();
+    loop {
+        match events.blocking_recv().expect("an end") {
+            Event::Token(token) => tokens.push(token.id),
+            Event::Done(done) => return Ok((tokens, done.finish, done.usage)),
+            Event::Failed(failure) => return Err(failure),
+        }
+    }
+}
+
+/// The value of a figure.
+fn figure(metrics: &Metrics, name: &str) -> f64 {
+    let text = metrics.text();
+    let line = text.lines().find(|l| l.split(' ').next() == Some(name));
+    line.unwrap_or_else(|| panic!("{name}: {text}"))
+        .rsplit(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap()
+}
+
+/// Prompts of mixed lengths and windows; more requests than slots.
+fn mixed(windows: &[usize], budgets: &[Option<&str>]) -> Vec<Request> {
+    let models = Models::get();
+    let lengths = [300, 40, 7, 180, 1, 97, 260, 33, 500, 2, 150, 64];
+    let each = models.documents.iter().zip(lengths).enumerate();
+    each.map(|(i, (document, length))| {
+        let window = windows[i % windows.len()];
+        request(
+            &document[..length.min(document.len())],
+            9 + 5 * (i % 4),
+            window,
+            budgets[i % budgets.len()],
+        )
+    })
+    .collect()
+}
+
+#[test]
+fn a_full_house_answers_as_each_alone() {
+    let models = Models::get();
+    let mut retro = mixed(&[4, 1, 3, 2], &[None, Some("0.3"), Some("64")]);
+    // Some with rectifying passes, of more tokens than their window and of fewer.
+    for (request, tokens) in retro.iter_mut().step_by(3).zip([5, 2, 7, 1]) {
+        request.policy.rectify = Some(tokens);
+    }
+    for (name, requests) in [("retro", retro), ("dense", mixed(&[1], &[None]))] {
+        let expected = models.alone(name, &requests);
+        let (engine, metrics) = models.engine(name, 5, 64);
+        let answers = engine.handle().submit(requests.clone()).unwrap();
+        for ((events, expected), request) in answers.into_iter().zip(expected).zip(&requests) {
+            let (tokens, finish, usage) = collect(events).unwrap();
+            let about = format!("{name}: {} tokens, {:?}", request.prompt.len(), request.policy);
+            assert_eq!(tokens, expected, "{about}");
+            assert_eq!(finish, Finish::Length);
+            assert_eq!((usage.prompt, usage.generated), (request.prompt.len(), request.max_new));
+            let counted = name == "retro" && device() == Device::Cpu;
+            assert_eq!(usage.reading.pages().is_some(), counted, "{about}");
+        }
+        engine.stop();
+        assert_eq!(figure(&metrics, "retro_requests_total{outcome=\"length\"}"), 12.0);
+        assert_eq!(figure(&metrics, "retro_requests_waiting"), 0.0);
+        assert_eq!(figure(&metrics, "retro_slots_busy"), 0.0);
+    }
+}
+
+/// Requests come and go at random, and some are cancelled: those that stay are answered as alone, in slots that held
+/// other texts before.
+#[test]
+fn who_comes_and_goes_changes_nothing_for_others() {
+    let models = Models::get();
+    let requests = mixed(&[4, 2], &[None]);
+    let expected = models.alone("retro", &requests);
+    let (engine, metrics) = models.engine("retro", 4, 64);
+    for seed in 0..3 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut kept = Vec::new();
+        let mut cancelled = 0;
+        for _ in 0..20 {
+            let i = random.random_range(0..requests.len());
+            let mut events = engine.handle().submit(vec![requests[i].clone()]).unwrap().remove(0);
+            if random.random_range(0..3) == 0 {
+                // Some while they wait, some while they are read, some within their answers.
+                for _ in 0..random.random_range(0..6) {
+                    let _: Option<Event> = events.blocking_recv();
+                }
+                cancelled += 1;
+                drop(events);
+            } else {
+                kept.push((i, events));
+            }
+        }
+        for (i, events) in kept {
+            assert_eq!(collect(events).unwrap().0, expected[i], "seed {seed}, request {i}");
+        }
+        assert!(cancelled > 0);
+    }
+    engine.stop();
+    assert_eq!(figure(&metrics, "retro_slots_busy"), 0.0);
+    assert_eq!(figure(&metrics, "retro_requests_waiting"), 0.0);
+    assert!(figure(&metrics, "retro_requests_total{outcome=\"cancelled\"}") > 0.0);
+}
+
+/// A second turn reads what is new, and is answered as a run that reads everything.
+#[test]
+fn a_slot_is_taken_up_again_where_the_text_goes_on() {
+    let models = Models::get();
+    for (window, budget) in [(4, None), (1, Some("0.05")), (4, Some("1.0"))] {
+        let (engine, _) = models.engine("retro", 3, 8);
+        let document = &models.documents[0][..400];
+        let first = request(document, 30, window, budget);
+        let (answer, _, usage) = collect(engine.handle().submit(vec![first]).unwrap().remove(0)).unwrap();
+        assert_eq!(usage.cached, 0);
+        let text = [document, &answer, &models.documents[1][..25]].concat();
+        let second = request(&text, 30, window, budget);
+        let expected = models.alone("retro", std::slice::from_ref(&second)).remove(0);
+        let (tokens, _, usage) = collect(engine.handle().submit(vec![second.clone()]).unwrap().remove(0)).unwrap();
+        assert_eq!(tokens, expected, "window {window}, budget {budget:?}");
+        // What was decoded with everything read is as good as read; the last token of the answer was not fed.
+        let dense = if budget == Some("1.0") { 429 } else { 400 };
+        assert_eq!((usage.prompt, usage.cached), (text.len(), dense));
+        // Another text that begins alike: the slot goes back.
+        let fork = [&document[..200], &models.documents[2][..50]].concat();
+        let fork = request(&fork, 20, window, budget);
+        let expected = models.alone("retro", std::slice::from_ref(&fork)).remove(0);
+        let (tokens, _, usage) = collect(engine.handle().submit(vec![fork]).unwrap().remove(0)).unwrap();
+        assert_eq!((tokens, usage.cached), (expected, 200));
+        // The same once more: the last token is read again, for the logits behind it.
+        let (tokens, _, usage) = collect(engine.handle().submit(vec![second.clone()]).unwrap().remove(0)).unwrap();
+        let again = models.alone("retro", &[second]).remove(0);
+        assert_eq!(tokens, again);
+        assert!(usage.cached < text.len());
+        engine.stop();
+    }
+}
+
+#[test]
+fn passes_make_an_answer_worth_keeping() {
+    let models = Models::get();
+    let (engine, _) = models.engine("retro", 2, 8);
+    let document = &models.documents[0][..300];
+    let mut first = request(document, 21, 4, None);
+    first.policy.rectify = Some(8);
+    let (answer, _, _) = collect(engine.handle().submit(vec![first]).unwrap().remove(0)).unwrap();
+    let text = [document, &answer, &models.documents[1][..9]].concat();
+    let second = request(&text, 20, 4, None);
+    let expected = models.alone("retro", std::slice::from_ref(&second)).remove(0);
+    let (tokens, _, usage) = collect(engine.handle().submit(vec![second]).unwrap().remove(0)).unwrap();
+    // Two passes of 8 tokens read what was decoded sparsely.
+    assert_eq!((tokens, usage.cached), (expected, 316));
+    engine.stop();
+}
+
+#[test]
+fn what_was_cancelled_frees_its_slot() {
+    let models = Models::get();
+    let (engine, metrics) = models.engine("retro", 1, 8);
+    let document = &models.documents[0];
+    let long = request(&document[..500], 500, 1, None);
+    let events = engine.handle().submit(vec![long.clone()]).unwrap().remove(0);
+    let short = engine
+        .handle()
+        .submit(vec![request(&document[..9], 3, 1, None)])
+        .unwrap()
+        .remove(0);
+    drop(events);
+    let started = Instant::now();
+    assert_eq!(collect(short).unwrap().2.generated, 3);
+    let waited = started.elapsed();
+    // The short one did not wait for what the long one would have taken.
+    let whole = collect(engine.handle().submit(vec![long]).unwrap().remove(0)).unwrap();
+    assert!(waited < whole.2.decoding / 2, "{waited:?} of {:?}", whole.2.decoding);
+    engine.stop();
+    assert_eq!(figure(&metrics, "retro_requests_total{outcome=\"cancelled\"}"), 1.0);
+}
+
+#[test]
+fn the_queue_has_an_end_and_time_too() {
+    let models = Models::get();
+    let (engine, metrics) = models.engine("retro", 1, 2);
+    let document = &models.documents[0];
+    let long = || request(&document[..300], 600, 1, None);
+    let mut running = engine.handle().submit(vec![long()]).unwrap().remove(0);
+    // It runs, so that it does not wait.
+    assert!(matches!(running.blocking_recv(), Some(Event::Token(_))));
+    let late = Request {
+        deadline: Some(Instant::now() + Duration::from_millis(50)),
+        ..long()
+    };
+    let waiting = engine.handle().submit(vec![late, long()]).unwrap();
+    let refused = engine.handle().submit(vec![long()]).unwrap_err();
+    assert_eq!(refused, Refusal::Full { waiting: 2 });
+    let [late, other] = <[_; 2]>::try_from(waiting).ok().unwrap();
+    assert_eq!(collect(late).unwrap_err(), Failure::Deadline);
+    drop((running, other));
+    engine.stop();
+    assert_eq!(figure(&metrics, "retro_requests_total{outcome=\"failed\"}"), 1.0);
+    assert_eq!(figure(&metrics, "retro_requests_total{outcome=\"cancelled\"}"), 2.0);
+}
+
+/// Stopping waits for what was handed in.
+#[test]
+fn stopping_loses_nothing() {
+    let models = Models::get();
+    let (engine, _) = models.engine("retro", 2, 8);
+    let requests = mixed(&[2], &[None])[..5].to_vec();
+    let answers = engine.handle().submit(requests.clone()).unwrap();
+    engine.stop();
+    for (events, request) in answers.into_iter().zip(&requests) {
+        assert_eq!(collect(events).unwrap().2.generated, request.max_new);
+    }
+}
