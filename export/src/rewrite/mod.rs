@@ -23,7 +23,7 @@ pub use error::Error;
 pub(crate) use mask_check::depends as reads_mask;
 use operator_node::replace;
 use retro_contract::{self as contract, Mode, metadata};
-use retro_onnx::{GraphBuilder, GraphProto, ModelProto, OperatorSetIdProto, graph::GraphView};
+use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
 use std::collections::HashSet;
 
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
@@ -60,22 +60,15 @@ pub fn rewrite(
     decomposed::rewrite(graph, conversions, settings, opset, &mut builder)?;
     single::surround(graph, conversions, settings, opset, &mut builder)?;
     mask_check::check_masks(graph, conversions, opset, &mut builder);
-    if let Logits::Newest { after, .. } = logits {
-        keep_newest_logits(graph, after, &mut builder)?;
+    if let Logits::Newest { after, products, .. } = logits
+        && !logits::keep_newest(graph, products, after, &mut builder)
+    {
+        return Err(Error::NoLmHead);
     }
     model
         .opset_import
         .push(OperatorSetIdProto::new(contract::DOMAIN, contract::OPSET_VERSION));
     describe(model, conversions, settings);
-    Ok(())
-}
-
-/// Cuts the hidden states before the lm_head to the newest token's. `after`: the values from the logits back to the lm_head's.
-fn keep_newest_logits(graph: &mut GraphProto, after: &[String], builder: &mut GraphBuilder) -> Result<(), Error> {
-    // Nodes have moved: the lm_head is the one that makes the first of the values after it.
-    let last = after.last().ok_or(Error::NoLmHead)?;
-    let lm_head = graph.node.iter().position(|n| n.output.contains(last));
-    logits::keep_newest(graph, lm_head.ok_or(Error::NoLmHead)?, after, builder);
     Ok(())
 }
 
