@@ -6,6 +6,7 @@
 
 mod cache_aliases;
 mod decomposed;
+mod dense_below;
 mod error;
 mod graph_io;
 mod mask_check;
@@ -19,6 +20,7 @@ use crate::{
     rules::{Conversion, LengthSource},
     settings::Settings,
 };
+use dense_below::dense_below;
 pub use error::Error;
 pub(crate) use mask_check::depends as reads_mask;
 use operator_node::replace;
@@ -43,7 +45,9 @@ pub fn rewrite(
     let opset = model.onnx_opset();
     let version = model.ir_version.unwrap_or(FEEDABLE_INITIALIZERS);
     let graph = model.graph.as_mut().ok_or(Error::NoGraph)?;
-    graph_io::check_names(&GraphView::new(graph, opset), conversions)?;
+    let view = GraphView::new(graph, opset);
+    graph_io::check_names(&view, conversions)?;
+    let dense_below = dense_below(&view, conversions, logits, settings);
     // The one generator of names for all that is added.
     let mut builder = GraphBuilder::part_of(graph);
     if version < FEEDABLE_INITIALIZERS {
@@ -69,6 +73,9 @@ pub fn rewrite(
         .opset_import
         .push(OperatorSetIdProto::new(contract::DOMAIN, contract::OPSET_VERSION));
     describe(model, conversions, settings);
+    if dense_below > 0 {
+        model.set_metadata(metadata::DENSE_BELOW, dense_below.to_string());
+    }
     Ok(())
 }
 

@@ -7,8 +7,12 @@ use clap::Args;
 use retro_contract::Budget;
 
 use crate::{
-    Device, OpenOptions, Runtime,
-    decoder::{decode_loop::CHUNK, sampling::Sampling, session::Steps},
+    Device, Model, OpenOptions, Runtime,
+    decoder::{
+        decode_loop::{CHUNK, Policy},
+        sampling::Sampling,
+        session::Steps,
+    },
     model_folder::chosen,
     runtime,
 };
@@ -46,12 +50,25 @@ pub struct ReadingArgs {
     /// Budget: what a decoding step reads of the cache, as a share (0.15) or in tokens (2048) [default: as converted].
     #[arg(short, long, value_name = "B")]
     pub budget: Option<Budget>,
+    /// Read contexts of up to so many tokens whole, one token a step; 0: none [default: as converted, on a CPU, with a
+    /// window above 1 and without --budget].
+    #[arg(long, value_name = "TOKENS")]
+    dense_below: Option<usize>,
     /// Prompt tokens per prefill chunk.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     pub chunk: usize,
 }
 
 impl ReadingArgs {
+    /// What steps feed and read.
+    pub fn policy(&self, model: &Model) -> Result<Policy> {
+        let policy = Policy::new(model, self.window, self.budget)?;
+        Ok(match self.dense_below {
+            Some(tokens) => policy.dense_below(model, tokens)?,
+            None => policy,
+        })
+    }
+
     /// Checks what no model is needed for.
     pub fn check(&self) -> Result<()> {
         ensure!(self.chunk >= 1, "--chunk 0: a chunk has at least one token");

@@ -19,10 +19,7 @@ use super::{
 use crate::{
     Model, ModelFolder, ModelTokenizer,
     built_model_cache::prepare,
-    decoder::{
-        decode_loop::Policy,
-        generate::{Event, Finish, Generation, generate, plan},
-    },
+    decoder::generate::{Event, Finish, Generation, generate, plan},
     eval::score::read_documents,
     interrupt::Signals,
     progress::{self, note},
@@ -173,7 +170,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let interrupt = signals.listen();
     let options = Generation {
         plan: plan(tokens.len(), args.n_predict, args.ctx_size, model.context_length())?,
-        policy: Policy::new(&model, args.reading.window, args.reading.budget)?,
+        policy: args.reading.policy(&model)?,
         chunk: args.reading.chunk,
         sampling,
         stops: args.stop.clone(),

@@ -1,12 +1,12 @@
 //! Prefill and the windowed decoding loop, for one sequence or a batch.
 //!
 //! A step at position t feeds the r+1 tokens at positions t-r to t: the newest one and r retrospective ones, which
-//! attend again to the pages that the newest one selects. r grows by one a step from 0 to w-1 and never reaches into
-//! the prompt.
+//! attend again to the pages that the newest one selects. r grows by one a step from 0 to w-1, from the first step on
+//! that leaves pages out, and never reaches into the prompt.
 
 use std::time::{Duration, Instant};
 
-use retro_contract::{Budget, limits};
+use retro_contract::limits;
 
 use crate::decoder::{
     error::{Error, Result, require},
@@ -15,34 +15,13 @@ use crate::decoder::{
     model::Model,
     page_reads::{PageMeter, PageReads},
     step::DecoderState,
+    step_plan::{StepPlan, StepPlanner},
 };
+
+pub use crate::decoder::step_plan::Policy;
 
 /// Default number of tokens per prefill chunk.
 pub const CHUNK: usize = 512;
-
-/// What a decoding step feeds and reads.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Policy {
-    /// The window w: a step feeds up to w tokens; 1 is Quest, without correction.
-    pub window: usize,
-    /// Pages that a step reads; `None`: as converted.
-    pub budget: Option<Budget>,
-}
-
-impl Policy {
-    /// A policy, with the converted model's window where none is given.
-    ///
-    /// # Errors
-    /// When the model was converted for a smaller window, or takes no budget at run time.
-    pub fn new(model: &Model, window: Option<usize>, budget: Option<Budget>) -> Result<Self> {
-        let window = model.window(window)?;
-        if budget.is_some() {
-            require!(model.retro.is_some(), Error::BudgetOfUnconverted);
-            require!(model.io.page_budget.is_some(), Error::NoBudgetInput);
-        }
-        Ok(Self { window, budget })
-    }
-}
 
 /// Prefills a prompt into a fresh state of batch 1, in chunks; returns the logits after its last token. `progress` is
 /// called with the tokens of each chunk and may stop with an error.
@@ -110,6 +89,7 @@ pub struct Decoder<'a> {
     model: &'a mut Model,
     state: &'a mut DecoderState,
     policy: Policy,
+    planner: StepPlanner,
     sequences: Vec<Sequence>,
     steps: usize,
     /// Slots of the page steps to measure.
@@ -126,7 +106,10 @@ impl<'a> Decoder<'a> {
     pub fn new(model: &'a mut Model, state: &'a mut DecoderState, prompts: &[&[u32]], policy: Policy) -> Result<Self> {
         let (count, batch) = (prompts.len(), state.kv().batch());
         require!(count == batch, Error::Prompts { prompts: count, batch });
-        let policy = Policy::new(model, Some(policy.window), policy.budget)?;
+        let policy = Policy {
+            dense_below: policy.dense_below,
+            ..Policy::new(model, Some(policy.window), policy.budget)?
+        };
         let page_size = model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size);
         let measured = model.page_step_slots();
         let sequence = |prompt: &&[u32]| Sequence {
@@ -136,10 +119,12 @@ impl<'a> Decoder<'a> {
             meter: PageMeter::new(policy.window, page_size),
         };
         let sequences = prompts.iter().map(sequence).collect();
+        let planner = StepPlanner::new(model, policy);
         Ok(Self {
             model,
             state,
             policy,
+            planner,
             sequences,
             steps: 0,
             measured,
@@ -190,8 +175,11 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// When a sequence outgrows the cache or ONNX Runtime fails.
     pub fn step(&mut self) -> Result<Logits> {
-        let r = retrospective(self.policy.window, self.steps);
         let lengths: Vec<usize> = self.sequences.iter().map(|s| s.tokens.len()).collect();
+        let StepPlan {
+            retrospective: r,
+            budgets,
+        } = self.planner.next(&lengths);
         let mut ids = Vec::with_capacity(self.sequences.len() * (r + 1));
         for s in &self.sequences {
             let start = s
@@ -201,17 +189,6 @@ impl<'a> Decoder<'a> {
                 .ok_or(Error::Internal("a sequence is shorter than the window"))?;
             ids.extend(s.tokens.get(start..).unwrap_or(&[]).iter().map(|&id| i64::from(id)));
         }
-        let budgets = self
-            .policy
-            .budget
-            .zip(self.model.retro.as_ref())
-            .map(|(budget, retro)| {
-                let pages = |&n: &usize| budget.pages(retro.min_pages, n, retro.page_size).max(1);
-                lengths
-                    .iter()
-                    .map(|n| i32::try_from(pages(n)).unwrap_or(i32::MAX))
-                    .collect()
-            });
         let start = Instant::now();
         let logits = self.model.run(
             self.state,
@@ -264,22 +241,5 @@ impl<'a> Decoder<'a> {
     /// Page reads of each sequence so far.
     pub fn readings(&self) -> impl Iterator<Item = &PageReads> {
         self.sequences.iter().map(|s| &s.meter.reading)
-    }
-}
-
-/// Retrospective tokens of step number `step`, counted from 0: the tokens generated before, at most w - 1.
-fn retrospective(window: usize, step: usize) -> usize {
-    window.saturating_sub(1).min(step)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_window_fills_one_token_a_step() {
-        let r: Vec<usize> = (0..6).map(|step| retrospective(4, step)).collect();
-        assert_eq!(r, [0, 1, 2, 3, 3, 3]);
-        assert_eq!(retrospective(1, 9), 0);
     }
 }

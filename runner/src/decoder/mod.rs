@@ -12,6 +12,7 @@
 //! cuda_graph                   steps from buffers at fixed addresses, captured and replayed
 //! step                         one call
 //! page_reads, sampling, stats  what a step read, which token comes next, figures of a generation
+//! step_plan                    how many tokens a step feeds, and what it reads
 //! decode_loop                  prefill and the windowed loop
 //! generate, batch              one prompt as text, many at once
 //! ```
@@ -35,6 +36,7 @@ pub mod session;
 pub mod state_slot;
 pub mod stats;
 pub mod step;
+mod step_plan;
 pub(crate) mod upcast;
 
 pub(crate) use error::require;

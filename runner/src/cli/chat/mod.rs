@@ -28,7 +28,6 @@ use crate::{
     chat::{self, Answer, Chat, ChatOptions},
     decoder::{
         self,
-        decode_loop::Policy,
         generate::{Event, Finish},
     },
     interrupt::Signals,
@@ -91,7 +90,7 @@ pub fn chat(args: &ChatArgs, signals: &Signals) -> Result<()> {
         stops: args.stop.clone(),
         rendering,
         interrupt: interrupt.clone(),
-        ..ChatOptions::new(Policy::new(&model, args.reading.window, args.reading.budget)?)
+        ..ChatOptions::new(args.reading.policy(&model)?)
     };
     note(&model.plugin_line());
     if let Some(line) = model.device_line() {
