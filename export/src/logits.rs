@@ -26,11 +26,12 @@ pub const GATHER_OPSET: i64 = 11;
 pub enum Logits {
     /// The lm_head computes the newest token's alone: the others can be cut from its first input.
     Newest {
-        /// Index and label of the lm_head.
-        lm_head: usize,
+        /// Label of the lm_head.
         label: String,
         /// Values after it, from the logits back to its own output. Their sequence dimension becomes 1.
         after: Vec<String>,
+        /// Its own output, the last of those. Two where it is a sum of two products, of codes' upper and lower halves.
+        products: Vec<String>,
     },
     /// The model cuts them already, and how.
     Already(String),
@@ -111,10 +112,9 @@ fn find(view: &GraphView) -> Result<Logits, KeepAll> {
         }
         after.push(name.to_owned());
         let no_node = || KeepAll::NoNode(name.to_owned());
-        let index = view.producer_index(name).ok_or_else(no_node)?;
-        let node = view.graph.node.get(index).ok_or_else(no_node)?;
-        if LM_HEADS.iter().any(|(domain, op_type)| node.is(domain, op_type)) {
-            return lm_head(view, index, node, after);
+        let node = view.producer(name).ok_or_else(no_node)?;
+        if is_lm_head(node) {
+            return lm_head(view, node, after);
         }
         let op_type = node.op_type();
         if node.op_domain().is_empty() && SLICES.contains(&op_type) {
@@ -129,9 +129,43 @@ fn find(view: &GraphView) -> Result<Logits, KeepAll> {
                 op_type: op_type.to_owned(),
             });
         }
+        if let Some(products) = sum_of_lm_heads(view, node) {
+            return lm_head_of_two(view, products, after);
+        }
         name = row_operand(view, node)?;
     }
     Err(KeepAll::NoLmHead)
+}
+
+fn is_lm_head(node: &NodeProto) -> bool {
+    LM_HEADS.iter().any(|(domain, op_type)| node.is(domain, op_type))
+}
+
+/// The two products that a node adds up, of the same rows and used nowhere else.
+fn sum_of_lm_heads<'a>(view: &GraphView<'a>, node: &NodeProto) -> Option<[&'a NodeProto; 2]> {
+    let [a, b] = node.input.as_slice() else { return None };
+    let product = |name: &str| {
+        let node = view.producer(name).filter(|n| is_lm_head(n))?;
+        (view.readers(name).count() == 1 && !view.is_output(name)).then_some(node)
+    };
+    let (a, b) = (product(a)?, product(b)?);
+    (node.is("", "Add") && a.input(0) == b.input(0)).then_some([a, b])
+}
+
+fn lm_head_of_two(view: &GraphView, products: [&NodeProto; 2], mut after: Vec<String>) -> Result<Logits, KeepAll> {
+    let mut names = Vec::new();
+    for node in products {
+        after.push(node.output(0).to_owned());
+        match lm_head(view, node, Vec::new())? {
+            Logits::Newest { .. } => names.push(node.output(0).to_owned()),
+            already => return Ok(already),
+        }
+    }
+    Ok(Logits::Newest {
+        label: products.map(NodeProto::label).join(" and "),
+        after,
+        products: names,
+    })
 }
 
 /// The one input of an elementwise node that has rows; the others must be the same for every row.
@@ -153,7 +187,7 @@ fn row_operand<'a>(view: &GraphView, node: &'a NodeProto) -> Result<&'a str, Kee
     }
 }
 
-fn lm_head(view: &GraphView, index: usize, node: &NodeProto, after: Vec<String>) -> Result<Logits, KeepAll> {
+fn lm_head(view: &GraphView, node: &NodeProto, after: Vec<String>) -> Result<Logits, KeepAll> {
     let label = node.label();
     if node.op_type() == "MatMul" {
         let weight = node.input(1);
@@ -182,9 +216,9 @@ fn lm_head(view: &GraphView, index: usize, node: &NodeProto, after: Vec<String>)
         )));
     }
     Ok(Logits::Newest {
-        lm_head: index,
         label,
         after,
+        products: vec![node.output(0).to_owned()],
     })
 }
 
@@ -204,16 +238,25 @@ fn weight_rank(view: &GraphView, weight: &str) -> Option<usize> {
     None
 }
 
-/// Puts a Gather of the last position before the lm_head, and corrects the declared shapes.
-pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], builder: &mut GraphBuilder) {
-    let Some(input) = graph.node.get_mut(lm_head).and_then(|node| node.input.first_mut()) else {
-        return;
+/// Puts a Gather of the last position before the lm_head, the nodes that make `products`, and corrects the declared
+/// shapes. Gives false if there is no such node.
+pub fn keep_newest(graph: &mut GraphProto, products: &[String], after: &[String], builder: &mut GraphBuilder) -> bool {
+    let makes = |node: &NodeProto| node.output.iter().any(|name| products.contains(name));
+    let Some(first) = graph.node.iter().position(makes) else {
+        return false;
     };
+    let hidden = graph.node.get(first).map(|node| node.input(0).to_owned());
+    let hidden = hidden.unwrap_or_default();
     builder.set_prefix("retro/");
     let index = builder.int64s("newest_position", &[1], &[-1]);
-    let gather = builder.node("Gather", &[input.as_str(), &index]).int("axis", 1);
-    *input = gather.output("newest_hidden_state");
-    graph.node.splice(lm_head..lm_head, builder.take_nodes());
+    let gather = builder.node("Gather", &[hidden.as_str(), &index]).int("axis", 1);
+    let newest = gather.output("newest_hidden_state");
+    for node in graph.node.iter_mut().filter(|node| makes(node)) {
+        if let Some(input) = node.input.first_mut() {
+            input.clone_from(&newest);
+        }
+    }
+    graph.node.splice(first..first, builder.take_nodes());
     graph.initializer.append(&mut builder.take_initializers());
     let declared = graph.value_info.iter_mut().chain(&mut graph.output);
     for value in declared.filter(|v| after.iter().any(|name| name == v.name())) {
@@ -221,6 +264,7 @@ pub fn keep_newest(graph: &mut GraphProto, lm_head: usize, after: &[String], bui
             *tokens = 1.into();
         }
     }
+    true
 }
 
 #[cfg(test)]
@@ -274,7 +318,63 @@ mod tests {
                 .insert(0, NodeProto::new("", "Transpose", "t", &["lm_head.weight"], &["tied"]));
             last(g).input[1] = "tied".into();
         });
-        assert!(matches!(found, Logits::Newest { lm_head: 3, .. }), "{found:?}");
+        let Logits::Newest { label, products, .. } = found else {
+            panic!("{found:?}")
+        };
+        assert_eq!(
+            (label.as_str(), products.as_slice()),
+            ("lm_head", ["logits".to_owned()].as_slice())
+        );
+    }
+
+    /// The lm_head as the sum of two products.
+    fn halves(graph: &mut GraphProto) {
+        last(graph).output[0] = "high".into();
+        let hidden = last(graph).input[0].clone();
+        let low = NodeProto::new(
+            "com.microsoft",
+            "MatMulNBits",
+            "low",
+            &[&hidden, "codes", "scales"],
+            &["l"],
+        );
+        graph.node.push(low);
+        graph.initializer.push(TensorProto::floats("codes", &[10], &[0.0; 10]));
+        graph.initializer.push(TensorProto::floats("scales", &[10], &[0.0; 10]));
+        graph
+            .node
+            .push(NodeProto::new("", "Add", "add", &["high", "l"], &["logits"]));
+    }
+
+    #[test]
+    fn the_lm_head_may_be_a_sum_of_two_products() {
+        let found = looked(halves);
+        let Logits::Newest { label, after, products } = found else {
+            panic!("{found:?}")
+        };
+        assert_eq!((label.as_str(), products.len()), ("lm_head and low", 2));
+        assert_eq!(after, ["logits", "high", "l"]);
+        let mut graph = gqa_graph(1);
+        halves(&mut graph);
+        let mut builder = GraphBuilder::part_of(&graph);
+        assert!(keep_newest(&mut graph, &products, &after, &mut builder));
+        assert_eq!(graph.node[2].input, ["attn.0", "retro/newest_position"]);
+        for product in &graph.node[3..5] {
+            assert_eq!(product.input(0), "retro/newest_hidden_state");
+        }
+        assert_eq!(graph.output[0].dims().unwrap()[1].fixed(), Some(1));
+        assert_eq!(crate::validate::validate(&graph), Ok(()));
+
+        let kept = |change: fn(&mut GraphProto)| {
+            let found = looked(|g| {
+                halves(g);
+                change(g);
+            });
+            assert!(matches!(found, Logits::All(KeepAll::MixesRows { .. })), "{found:?}");
+        };
+        // Of other rows, or read elsewhere.
+        kept(|g| g.node[3].input[0] = "x".into());
+        kept(|g| g.node.push(NodeProto::new("", "Neg", "n", &["l"], &["more"])));
     }
 
     #[test]
@@ -324,7 +424,8 @@ mod tests {
     fn the_gather_and_the_shapes_are_right() {
         let mut graph = gqa_graph(1);
         let mut builder = GraphBuilder::part_of(&graph);
-        keep_newest(&mut graph, 2, &["logits".into()], &mut builder);
+        let logits = ["logits".to_owned()];
+        assert!(keep_newest(&mut graph, &logits, &logits, &mut builder));
         assert_eq!(graph.node[2].input, ["attn.0", "retro/newest_position"]);
         assert_eq!(graph.node[3].input, ["retro/newest_hidden_state", "lm_head.weight"]);
         assert_eq!(graph.node[2].attribute[0].i(), 1);

@@ -24,6 +24,11 @@ pub struct Settings {
     #[arg(long, value_name = "PAGES")]
     pub min_pages: Option<usize>,
 
+    /// Contexts of up to so many tokens are read whole, one token a step, by hosts on a CPU; 0: none [default: where the
+    /// window holds several tokens and --min-pages is not given, up to the length from which these pay]
+    #[arg(long, value_name = "TOKENS")]
+    pub dense_below: Option<usize>,
+
     /// Tokens in a page: a power of two, 4 to 128, from 1 on with --selector sketch, adamas or adamas_rms
     #[arg(long, default_value_t = Self::default().page_size, value_name = "TOKENS")]
     pub page_size: usize,
@@ -95,6 +100,9 @@ pub enum Error {
     /// [`Settings::min_pages`].
     #[error("the least number of pages is {0}; it must be 1 to {MOST_PAGES}")]
     MinPages(usize),
+    /// [`Settings::dense_below`].
+    #[error("contexts to read whole are up to {0} tokens, more than any context has")]
+    DenseBelow(usize),
     /// [`Settings::sink_pages`].
     #[error("the number of sink pages is {0}, more than any context has")]
     SinkPages(usize),
@@ -126,6 +134,7 @@ impl Default for Settings {
             window: limits::WINDOW,
             budget: Budget::Ratio(0.1),
             min_pages: None,
+            dense_below: None,
             page_size: 8,
             sink_pages: limits::SINK_PAGES,
             selector: Selector::Sketch,
@@ -176,6 +185,9 @@ impl Settings {
         if let Some(pages) = self.min_pages.filter(|pages| !(1..=MOST_PAGES).contains(pages)) {
             return Err(Error::MinPages(pages));
         }
+        if let Some(tokens) = self.dense_below.filter(|tokens| *tokens > MOST_TOKENS) {
+            return Err(Error::DenseBelow(tokens));
+        }
         if self.sink_pages > MOST_PAGES {
             return Err(Error::SinkPages(self.sink_pages));
         }
@@ -223,6 +235,7 @@ mod tests {
         };
         assert!(tokens.check().is_ok());
         refused(|s| s.min_pages = Some(0), "pages is 0");
+        refused(|s| s.dense_below = Some(usize::MAX), "read whole");
         refused(|s| s.selector_lambda = f32::NAN, "lambda is NaN");
         refused(|s| s.selector_correlation = 1.5, "correlation is 1.5");
         refused(|s| s.budget = Budget::Tokens(usize::MAX), "budget is");

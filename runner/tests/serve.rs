@@ -135,6 +135,7 @@ fn request(prompt: &[u32], max_new: usize, window: usize, budget: Option<&str>) 
         policy: Policy {
             window,
             budget: budget.map(|b| b.parse().unwrap()),
+            dense_below: 0,
             rectify: None,
         },
         choosing: Choosing::default(),

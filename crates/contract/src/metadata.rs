@@ -10,6 +10,8 @@ pub const PAGE_SIZE: &str = "retro.page_size";
 pub const BUDGET: &str = "retro.budget";
 /// Least pages that a share of the context is rounded up to, also one that a run asks for instead of [`BUDGET`]'s.
 pub const MIN_PAGES: &str = "retro.min_pages";
+/// Contexts of up to so many tokens are better read whole, one token a step, on a CPU; absent: none are.
+pub const DENSE_BELOW: &str = "retro.dense_below";
 /// First pages that every step reads, as the attribute.
 pub const SINK_PAGES: &str = "retro.sink_pages";
 /// The selector, as the attribute.

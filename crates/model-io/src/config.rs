@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     GENAI_CONFIG,
-    config_files::{Config, Genai, GenaiDecoder, GenerationConfig, TextConfig, TokenizerConfig},
+    config_files::{Config, Genai, GenaiDecoder, GenerationConfig, SamplingDefaults, TextConfig, TokenizerConfig},
     error::Error,
     json,
     locate::locate,
@@ -28,6 +28,8 @@ pub struct ModelFolder {
     pub eos: Vec<u32>,
     /// The tokenizer's end-of-text token, for models whose configuration names none.
     pub eos_token: Option<String>,
+    /// How tokens are chosen where nobody asks otherwise.
+    pub sampling: SamplingDefaults,
     /// KV heads Hkv of a layer.
     pub kv_heads: Option<usize>,
     /// Head size D.
@@ -97,6 +99,7 @@ impl ModelFolder {
             bos: model.bos_token_id.or_else(|| config.first(|c| c.bos_token_id)),
             eos,
             eos_token,
+            sampling: generation.sampling,
             kv_heads: decoder
                 .num_key_value_heads
                 .or_else(|| config.first(|c| c.num_key_value_heads.or(c.heads()))),
@@ -278,6 +281,26 @@ mod tests {
         }
         assert_eq!(eos(r#"{"eos_token_id": [3, null, -1, 3, 2]}"#, config, ""), [3, 2]);
         assert_eq!(eos("", r#"{"eos_token_id": null, "text_config": null}"#, ""), [0u32; 0]);
+    }
+
+    #[test]
+    fn sampling_is_what_the_generation_config_says() {
+        let sampling = |generation: &str| {
+            let files = [("generation_config.json", generation), ("m.onnx", "")];
+            open(&folder(&files)).sampling
+        };
+        let text = r#"{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": null,
+            "repetition_penalty": "1.1", "eos_token_id": 3}"#;
+        let said = SamplingDefaults {
+            do_sample: Some(true),
+            temperature: Some(0.6),
+            top_k: Some(20.0),
+            top_p: Some(0.95),
+            ..Default::default()
+        };
+        assert_eq!(sampling(text), said);
+        assert_eq!(sampling("{}"), SamplingDefaults::default());
+        assert_eq!(sampling("[]"), SamplingDefaults::default());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::json::{count, id, ids, object, text, token, truth};
+use crate::json::{count, id, ids, number, object, text, token, truth};
 
 /// generation_config.json.
 #[derive(Default, Deserialize)]
@@ -11,6 +11,32 @@ use crate::json::{count, id, ids, object, text, token, truth};
 pub(crate) struct GenerationConfig {
     #[serde(deserialize_with = "ids")]
     pub(crate) eos_token_id: Vec<u32>,
+    #[serde(flatten)]
+    pub(crate) sampling: SamplingDefaults,
+}
+
+/// How generation_config.json has tokens chosen. Values that are no numbers count as not given.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct SamplingDefaults {
+    /// Tokens are drawn; `None` or false: the likeliest is taken.
+    #[serde(deserialize_with = "truth")]
+    pub do_sample: Option<bool>,
+    /// Divides logits.
+    #[serde(deserialize_with = "number")]
+    pub temperature: Option<f64>,
+    /// Tokens that are kept, the likeliest; 0 keeps all.
+    #[serde(deserialize_with = "number")]
+    pub top_k: Option<f64>,
+    /// Probability up to which the likeliest tokens are kept.
+    #[serde(deserialize_with = "number")]
+    pub top_p: Option<f64>,
+    /// Probability of a token that is kept, as a share of the likeliest one's.
+    #[serde(deserialize_with = "number")]
+    pub min_p: Option<f64>,
+    /// Divides the logits of tokens that have come; 1 is off.
+    #[serde(deserialize_with = "number")]
+    pub repetition_penalty: Option<f64>,
 }
 
 /// config.json.

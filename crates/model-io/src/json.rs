@@ -69,6 +69,11 @@ pub(crate) fn count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>,
     Ok(n.filter(|n| (1..=u64::from(u32::MAX)).contains(n)).map(|n| n as usize))
 }
 
+/// Any number.
+pub(crate) fn number<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+    Ok(Value::deserialize(from)?.as_f64())
+}
+
 /// A token's id.
 pub(crate) fn id<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
     Ok(as_id(&Value::deserialize(from)?))

@@ -14,6 +14,7 @@ mod locate;
 mod names;
 
 pub use config::{ModelFolder, Names};
+pub use config_files::SamplingDefaults;
 pub use error::Error;
 pub use json::read_json;
 pub use locate::{Located, configured_graph, graphs, locate};

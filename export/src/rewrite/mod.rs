@@ -6,6 +6,7 @@
 
 mod cache_aliases;
 mod decomposed;
+mod dense_below;
 mod error;
 mod graph_io;
 mod mask_check;
@@ -19,11 +20,12 @@ use crate::{
     rules::{Conversion, LengthSource},
     settings::Settings,
 };
+use dense_below::dense_below;
 pub use error::Error;
 pub(crate) use mask_check::depends as reads_mask;
 use operator_node::replace;
 use retro_contract::{self as contract, Mode, metadata};
-use retro_onnx::{GraphBuilder, GraphProto, ModelProto, OperatorSetIdProto, graph::GraphView};
+use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
 use std::collections::HashSet;
 
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
@@ -43,7 +45,9 @@ pub fn rewrite(
     let opset = model.onnx_opset();
     let version = model.ir_version.unwrap_or(FEEDABLE_INITIALIZERS);
     let graph = model.graph.as_mut().ok_or(Error::NoGraph)?;
-    graph_io::check_names(&GraphView::new(graph, opset), conversions)?;
+    let view = GraphView::new(graph, opset);
+    graph_io::check_names(&view, conversions)?;
+    let dense_below = dense_below(&view, conversions, logits, settings);
     // The one generator of names for all that is added.
     let mut builder = GraphBuilder::part_of(graph);
     if version < FEEDABLE_INITIALIZERS {
@@ -60,22 +64,18 @@ pub fn rewrite(
     decomposed::rewrite(graph, conversions, settings, opset, &mut builder)?;
     single::surround(graph, conversions, settings, opset, &mut builder)?;
     mask_check::check_masks(graph, conversions, opset, &mut builder);
-    if let Logits::Newest { after, .. } = logits {
-        keep_newest_logits(graph, after, &mut builder)?;
+    if let Logits::Newest { after, products, .. } = logits
+        && !logits::keep_newest(graph, products, after, &mut builder)
+    {
+        return Err(Error::NoLmHead);
     }
     model
         .opset_import
         .push(OperatorSetIdProto::new(contract::DOMAIN, contract::OPSET_VERSION));
     describe(model, conversions, settings);
-    Ok(())
-}
-
-/// Cuts the hidden states before the lm_head to the newest token's. `after`: the values from the logits back to the lm_head's.
-fn keep_newest_logits(graph: &mut GraphProto, after: &[String], builder: &mut GraphBuilder) -> Result<(), Error> {
-    // Nodes have moved: the lm_head is the one that makes the first of the values after it.
-    let last = after.last().ok_or(Error::NoLmHead)?;
-    let lm_head = graph.node.iter().position(|n| n.output.contains(last));
-    logits::keep_newest(graph, lm_head.ok_or(Error::NoLmHead)?, after, builder);
+    if dense_below > 0 {
+        model.set_metadata(metadata::DENSE_BELOW, dense_below.to_string());
+    }
     Ok(())
 }
 

@@ -79,18 +79,26 @@ fn decode_with<E: Element, P: PageSelector>(
             });
         })?;
     } else {
-        pool.run(tasks, &|task| {
-            call.scratch.with_task(|scratch| step.append(task, scratch))
-        })?;
-        if attributes.mode == Mode::Retro {
+        if (0..dims.batch).any(|b| step.chooses(b)) {
+            pool.run(tasks, &|task| {
+                call.scratch.with_task(|scratch| step.append(task, scratch))
+            })?;
             pool.run(tasks * splits, &|slot| {
                 call.scratch
                     .with_task(|scratch| step.score(slot / splits, slot % splits, scratch));
             })?;
+            pool.run(tasks, &|task| {
+                call.scratch.with_task(|scratch| step.select(task, scratch))
+            })?;
+        } else {
+            // Without scores these are a task's own: handing work to threads costs as much as they take.
+            pool.run(tasks, &|task| {
+                call.scratch.with_task(|scratch| {
+                    step.append(task, scratch);
+                    step.select(task, scratch);
+                });
+            })?;
         }
-        pool.run(tasks, &|task| {
-            call.scratch.with_task(|scratch| step.select(task, scratch))
-        })?;
         pool.run(tasks * splits, &|slot| step.attend(slot / splits, slot % splits))?;
         pool.run(tasks, &|task| step.finish(task))?;
     }

@@ -143,6 +143,11 @@ impl Chat {
         &self.model
     }
 
+    /// How tokens are chosen.
+    pub fn sampling(&self) -> &Sampling {
+        &self.options.sampling
+    }
+
     /// Tokens that the cache can hold.
     pub fn capacity(&self) -> usize {
         self.capacity

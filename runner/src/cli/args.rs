@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use retro_contract::Budget;
+use retro_model_io::SamplingDefaults;
 
 use crate::{
     Device, Model, OpenOptions, Runtime,
@@ -55,15 +56,23 @@ pub struct ReadingArgs {
     /// [default: none].
     #[arg(long, value_name = "N")]
     pub rectify: Option<usize>,
+    /// Read contexts of up to so many tokens whole, one token a step; 0: none [default: as converted, on a CPU, with a
+    /// window above 1 and without --budget].
+    #[arg(long, value_name = "TOKENS")]
+    dense_below: Option<usize>,
     /// Prompt tokens per prefill chunk.
     #[arg(long, default_value_t = CHUNK, value_name = "TOKENS")]
     pub chunk: usize,
 }
 
 impl ReadingArgs {
-    /// Window, budget and rectifying passes for a model.
+    /// What steps feed and read, and the rectifying passes between them.
     pub fn policy(&self, model: &Model) -> decoder::Result<Policy> {
-        Policy::new(model, self.window, self.budget)?.rectified(model, self.rectify)
+        let policy = Policy::new(model, self.window, self.budget)?.rectified(model, self.rectify)?;
+        match self.dense_below {
+            Some(tokens) => policy.dense_below(model, tokens),
+            None => Ok(policy),
+        }
     }
 
     /// Checks what no model is needed for.
@@ -80,36 +89,54 @@ pub struct SamplingArgs {
     /// Random seed.
     #[arg(short, long, default_value_t = 0, value_name = "N")]
     seed: u64,
-    /// Temperature; 0 is greedy decoding.
-    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
-    temp: f32,
-    /// Top-k sampling: keep the K most likely tokens; 0 keeps all.
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    top_k: usize,
-    /// Top-p sampling: keep the most likely tokens up to this cumulative probability.
-    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
-    top_p: f32,
-    /// Min-p sampling: keep tokens with at least this share of the top token's probability.
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
-    min_p: f32,
-    /// Repetition penalty over the last 64 tokens; 1 is off.
-    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
-    repeat_penalty: f32,
+    /// Temperature; 0 is greedy decoding [default: 0; for a turn of a chat as the model's generation_config.json says,
+    /// where do_sample is true].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    temp: Option<f32>,
+    /// Top-k sampling: keep the K most likely tokens; 0 keeps all [default: 0, or as for --temp].
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Top-p sampling: keep the most likely tokens up to this cumulative probability [default: 1, or as for --temp].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Min-p sampling: keep tokens with at least this share of the top token's probability [default: 0, or as for --temp].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Repetition penalty over the last 64 tokens; 1 is off [default: 1; for a turn of a chat as the model's
+    /// generation_config.json says].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
 }
 
 impl SamplingArgs {
     /// The options, checked.
     pub fn options(&self) -> Result<Sampling> {
-        let options = Sampling {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            seed: self.seed,
-        };
+        let options = self.over(Sampling::default());
         options.check()?;
         Ok(options)
+    }
+
+    /// The options for a turn of a chat: what is not given is as the model's generation_config.json says. A line tells
+    /// what that is, if it says anything.
+    pub fn options_for(&self, said: &SamplingDefaults) -> Result<(Sampling, Option<String>)> {
+        let own = self.options()?;
+        let wrong = "generation_config.json has a value that cannot be used; give the option to overrule it";
+        let options = self.over(Sampling::of_model(said).context(wrong)?);
+        options.check().context(wrong)?;
+        let line = (options != own).then(|| format!("sampling by generation_config.json: {}", options.describe()));
+        Ok((options, line))
+    }
+
+    /// What is given, and the rest of `other`.
+    fn over(&self, other: Sampling) -> Sampling {
+        Sampling {
+            temperature: self.temp.unwrap_or(other.temperature),
+            top_k: self.top_k.unwrap_or(other.top_k),
+            top_p: self.top_p.unwrap_or(other.top_p),
+            min_p: self.min_p.unwrap_or(other.min_p),
+            repeat_penalty: self.repeat_penalty.unwrap_or(other.repeat_penalty),
+            seed: self.seed,
+        }
     }
 }
 

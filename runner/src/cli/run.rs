@@ -91,20 +91,20 @@ struct TurnArgs {
 }
 
 impl RunArgs {
-    /// The prompt's tokens: as a turn, or as it is.
-    fn tokens(&self, prompt: &str, folder: &ModelFolder, text: &ModelTokenizer) -> Result<Vec<u32>> {
+    /// The prompt's tokens: as a turn, or as it is; and whether it is a turn.
+    fn tokens(&self, prompt: &str, folder: &ModelFolder, text: &ModelTokenizer) -> Result<(Vec<u32>, bool)> {
         let turn = &self.turn;
         let asked = turn.chat || turn.template.any();
         // The prompts of documents are made for models without a template.
         if turn.no_template || (self.prompt.document.is_some() && !asked) {
-            return Ok(text.encode(prompt)?);
+            return Ok((text.encode(prompt)?, false));
         }
         let template = if asked {
             turn.template.demand(folder)?
         } else {
             match turn.template.find(folder)? {
                 Some(template) => template,
-                None => return Ok(text.encode(prompt)?),
+                None => return Ok((text.encode(prompt)?, false)),
             }
         };
         note(&format!(
@@ -120,7 +120,7 @@ impl RunArgs {
         let messages: Vec<_> = messages
             .map(|(role, text)| json!({"role": role, "content": text}))
             .collect();
-        Ok(text.encode_as_is(&template.render(&messages, &options)?)?)
+        Ok((text.encode_as_is(&template.render(&messages, &options)?)?, true))
     }
 }
 
@@ -153,7 +153,7 @@ impl PromptArgs {
 /// # Errors
 /// When an option, the model or the prompt cannot be used, or ONNX Runtime fails.
 pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
-    let sampling = args.sampling.options()?;
+    let mut sampling = args.sampling.options()?;
     args.reading.check()?;
     let prompt = args.prompt.read()?;
     let named = &args.model.path()?;
@@ -166,7 +166,12 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     )?;
     let mut model = Model::open(&runtime, &folder, &open)?;
     let text = ModelTokenizer::open(&model.folder)?;
-    let tokens = args.tokens(&prompt, &model.folder, &text)?;
+    let (tokens, is_turn) = args.tokens(&prompt, &model.folder, &text)?;
+    if is_turn {
+        let (said, line) = args.sampling.options_for(&model.folder.sampling)?;
+        sampling = said;
+        line.iter().for_each(|line| note(line));
+    }
     let interrupt = signals.listen();
     let options = Generation {
         plan: plan(tokens.len(), args.n_predict, args.ctx_size, model.context_length())?,

@@ -1,15 +1,15 @@
 //! Prefill and the windowed decoding loop, for one sequence or a batch.
 //!
 //! A step at position t feeds the r+1 tokens at positions t-r to t: the newest one and r retrospective ones, which
-//! attend again to the pages that the newest one selects. r grows by one a step from 0 to w-1 and never reaches into
-//! the prompt.
+//! attend again to the pages that the newest one selects. r grows by one a step from 0 to w-1, from the first step on
+//! that leaves pages out, and never reaches into the prompt.
 //!
 //! With rectifying passes ([`Policy::rectify`]) every N-th step is preceded by a dense pass over the last N tokens that
 //! were decoded: it writes their keys and values anew and closes the window, as any prefill does.
 
 use std::time::{Duration, Instant};
 
-use retro_contract::{Budget, limits};
+use retro_contract::limits;
 
 use crate::decoder::{
     error::{Error, Result, require},
@@ -17,78 +17,15 @@ use crate::decoder::{
     logits::Logits,
     model::Model,
     page_reads::{PageMeter, PageReads},
-    state_slot::SlotKind,
     stats::Passes,
     step::DecoderState,
+    step_plan::{StepPlan, StepPlanner},
 };
+
+pub use crate::decoder::step_plan::Policy;
 
 /// Default number of tokens per prefill chunk.
 pub const CHUNK: usize = 512;
-
-/// What a decoding step feeds and reads.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Policy {
-    /// The window w: a step feeds up to w tokens; 1 is Quest, without correction.
-    pub window: usize,
-    /// Pages that a step reads; `None`: as converted.
-    pub budget: Option<Budget>,
-    /// A rectifying pass comes after so many decoded tokens: dense attention writes their keys and values anew (ReSA,
-    /// arXiv 2506.04108). `None`: none does.
-    pub rectify: Option<usize>,
-}
-
-impl Policy {
-    /// A policy, with the converted model's window where none is given.
-    ///
-    /// # Errors
-    /// When the model was converted for a smaller window, or takes no budget at run time.
-    pub fn new(model: &Model, window: Option<usize>, budget: Option<Budget>) -> Result<Self> {
-        let window = model.window(window)?;
-        if budget.is_some() {
-            require!(model.retro.is_some(), Error::BudgetOfUnconverted);
-            require!(model.io.page_budget.is_some(), Error::NoBudgetInput);
-        }
-        Ok(Self {
-            window,
-            budget,
-            rectify: None,
-        })
-    }
-
-    /// The policy with a rectifying pass every `tokens` tokens, or with none.
-    ///
-    /// # Errors
-    /// When `tokens` is 0 or exceeds the model's context, the model was not converted, or it has state that cannot go
-    /// back.
-    pub fn rectified(self, model: &Model, tokens: Option<usize>) -> Result<Self> {
-        let policy = Self {
-            rectify: tokens,
-            ..self
-        };
-        if let Some(asked) = tokens {
-            require!(asked > 0, Error::RectifyNothing);
-            require!(model.retro.is_some(), Error::RectifyUnconverted(asked));
-            let slots = &model.io.slots;
-            require!(
-                slots.iter().all(|s| s.kind != SlotKind::Recurrent),
-                Error::RectifyRecurrent(asked)
-            );
-            policy.fits(model.context_length().unwrap_or(usize::MAX))?;
-        }
-        Ok(policy)
-    }
-
-    /// Whether the tokens between two rectifying passes fit a context.
-    ///
-    /// # Errors
-    /// When they don't.
-    pub fn fits(&self, context: usize) -> Result<()> {
-        match self.rectify.filter(|&asked| asked > context) {
-            Some(asked) => Err(Error::RectifyContext { asked, context }),
-            None => Ok(()),
-        }
-    }
-}
 
 /// Prefills a prompt into a fresh state of batch 1, in chunks; returns the logits after its last token. `progress` is
 /// called with the tokens of each chunk and may stop with an error.
@@ -187,6 +124,7 @@ pub struct Decoder<'a> {
     model: &'a mut Model,
     state: &'a mut DecoderState,
     policy: Policy,
+    planner: StepPlanner,
     sequences: Vec<Sequence>,
     steps: usize,
     /// Steps since the prompt or the last rectifying pass.
@@ -206,7 +144,10 @@ impl<'a> Decoder<'a> {
     pub fn new(model: &'a mut Model, state: &'a mut DecoderState, prompts: &[&[u32]], policy: Policy) -> Result<Self> {
         let (count, batch) = (prompts.len(), state.kv().batch());
         require!(count == batch, Error::Prompts { prompts: count, batch });
-        let policy = Policy::new(model, Some(policy.window), policy.budget)?.rectified(model, policy.rectify)?;
+        let policy = Policy {
+            dense_below: policy.dense_below,
+            ..Policy::new(model, Some(policy.window), policy.budget)?.rectified(model, policy.rectify)?
+        };
         let page_size = model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size);
         let measured = model.page_step_slots();
         let sequence = |prompt: &&[u32]| Sequence {
@@ -217,10 +158,12 @@ impl<'a> Decoder<'a> {
             meter: PageMeter::new(policy.window, page_size),
         };
         let sequences = prompts.iter().map(sequence).collect();
+        let planner = StepPlanner::new(model, policy);
         Ok(Self {
             model,
             state,
             policy,
+            planner,
             sequences,
             steps: 0,
             open: 0,
@@ -280,8 +223,11 @@ impl<'a> Decoder<'a> {
                 self.rectify(count)?;
             }
         }
-        let r = retrospective(self.policy.window, self.open);
         let lengths: Vec<usize> = self.sequences.iter().map(|s| s.tokens.len()).collect();
+        let StepPlan {
+            retrospective: r,
+            budgets,
+        } = self.planner.next(&lengths);
         let mut ids = Vec::with_capacity(self.sequences.len() * (r + 1));
         for s in &self.sequences {
             let start = s
@@ -291,17 +237,6 @@ impl<'a> Decoder<'a> {
                 .ok_or(Error::Internal("a sequence is shorter than the window"))?;
             ids.extend(s.tokens.get(start..).unwrap_or(&[]).iter().map(|&id| i64::from(id)));
         }
-        let budgets = self
-            .policy
-            .budget
-            .zip(self.model.retro.as_ref())
-            .map(|(budget, retro)| {
-                let pages = |&n: &usize| budget.pages(retro.min_pages, n, retro.page_size).max(1);
-                lengths
-                    .iter()
-                    .map(|n| i32::try_from(pages(n)).unwrap_or(i32::MAX))
-                    .collect()
-            });
         let start = Instant::now();
         let logits = self.model.run(
             self.state,
@@ -347,6 +282,7 @@ impl<'a> Decoder<'a> {
         self.time += time;
         self.passes.add(time);
         self.open = 0;
+        self.planner.close();
         for s in self.sequences.iter_mut().filter(|s| !s.finished) {
             let newest = held(s).saturating_sub(1);
             s.meter.pass(newest);
@@ -406,23 +342,5 @@ impl Sequence {
     /// Prompt and output.
     fn text(&self) -> &[u32] {
         self.tokens.get(..self.prompt + self.output).unwrap_or(&[])
-    }
-}
-
-/// Retrospective tokens of step number `step`, counted from 0 where the window is closed: the tokens decoded since, at
-/// most w - 1.
-fn retrospective(window: usize, step: usize) -> usize {
-    window.saturating_sub(1).min(step)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_window_fills_one_token_a_step() {
-        let r: Vec<usize> = (0..6).map(|step| retrospective(4, step)).collect();
-        assert_eq!(r, [0, 1, 2, 3, 3, 3]);
-        assert_eq!(retrospective(1, 9), 0);
     }
 }

@@ -151,6 +151,10 @@ pub enum Error {
     BudgetOfUnconverted,
     #[error("--budget: this model takes no budget at run time; convert it again with retro-export --budget")]
     NoBudgetInput,
+    #[error("--dense-below: the model was not converted, and reads everything; convert it with retro-export")]
+    DenseBelowOfUnconverted,
+    #[error("--dense-below: this model takes no budget at run time; convert it again with retro-export")]
+    DenseBelowWithoutBudget,
     #[error("{option} {got}: expected {expected}")]
     Sampling {
         option: &'static str,

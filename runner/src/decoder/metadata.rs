@@ -21,6 +21,8 @@ pub struct RetroMetadata {
     pub budget: Option<Budget>,
     /// Minimum pages of a budget that is a share of the context.
     pub min_pages: usize,
+    /// Contexts of up to so many tokens are better read whole, one token a step, on a CPU.
+    pub dense_below: usize,
     /// What a page summary holds.
     pub selector: Option<Selector>,
     /// Reduction of page scores over a KV head's query group.
@@ -70,6 +72,7 @@ impl RetroMetadata {
             page_size: number(metadata::PAGE_SIZE, limits::PAGE_SIZE)?,
             budget: choice(metadata::BUDGET, found.custom(metadata::BUDGET))?,
             min_pages: number(metadata::MIN_PAGES, limits::BUDGET_MIN_PAGES)?,
+            dense_below: number(metadata::DENSE_BELOW, 0)?,
             selector: choice(metadata::SELECTOR, found.custom(metadata::SELECTOR))?,
             group_score: choice(metadata::GROUP_SCORE, found.custom(metadata::GROUP_SCORE))?,
             layers: list(metadata::LAYERS),

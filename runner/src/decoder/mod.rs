@@ -13,6 +13,7 @@
 //! step                         one call
 //! cache_rows                   calls on some sequences of a batch, each at its own place
 //! page_reads, sampling, stats  what a step read, which token comes next, figures of a generation
+//! step_plan                    how many tokens a step feeds, and what it reads
 //! decode_loop                  prefill and the windowed loop
 //! generate, batch              one prompt as text, many at once
 //! ```
@@ -37,6 +38,7 @@ pub mod session;
 pub mod state_slot;
 pub mod stats;
 pub mod step;
+pub mod step_plan;
 pub(crate) mod upcast;
 
 pub(crate) use error::require;

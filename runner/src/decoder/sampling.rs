@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+use retro_model_io::SamplingDefaults;
 
 use crate::decoder::error::{Error, Result, require};
 
@@ -40,6 +41,54 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// As a model's generation_config.json says. As in transformers, tokens are drawn only where it says so, and
+    /// repetition is penalised whether or not. To be checked ([`Sampling::check`]).
+    ///
+    /// # Errors
+    /// When its top_k is no whole number from 0 on.
+    pub fn of_model(said: &SamplingDefaults) -> Result<Self> {
+        let mut sampling = Self {
+            repeat_penalty: said.repetition_penalty.unwrap_or(1.0) as f32,
+            ..Self::default()
+        };
+        if said.do_sample != Some(true) {
+            return Ok(sampling);
+        }
+        let top_k = said.top_k.unwrap_or(0.0);
+        let whole = top_k.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&top_k);
+        let fault = Error::Sampling {
+            option: "--top-k",
+            got: top_k as f32,
+            expected: "a whole number, 0 (keeps all) or more",
+        };
+        require!(whole, fault);
+        sampling.temperature = said.temperature.unwrap_or(1.0) as f32;
+        sampling.top_k = top_k as usize;
+        sampling.top_p = said.top_p.unwrap_or(1.0) as f32;
+        sampling.min_p = said.min_p.unwrap_or(0.0) as f32;
+        Ok(sampling)
+    }
+
+    /// The options in words.
+    pub fn describe(&self) -> String {
+        let mut parts = Vec::new();
+        if self.temperature == 0.0 {
+            parts.push("the likeliest token".to_owned());
+        } else {
+            parts.push(format!("temperature {}", self.temperature));
+            let filters = [
+                (self.top_k > 0, format!("top-k {}", self.top_k)),
+                (self.top_p < 1.0, format!("top-p {}", self.top_p)),
+                (self.min_p > 0.0, format!("min-p {}", self.min_p)),
+            ];
+            parts.extend(filters.into_iter().filter(|(on, _)| *on).map(|(_, text)| text));
+        }
+        if self.repeat_penalty != 1.0 {
+            parts.push(format!("repetition penalty {}", self.repeat_penalty));
+        }
+        parts.join(", ")
+    }
+
     /// Checks the ranges.
     ///
     /// # Errors
@@ -373,6 +422,39 @@ mod tests {
             ..Sampling::default()
         });
         assert_eq!(s.choose(&[2.0, 1.5], &[0, 99]).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_models_configuration_is_taken_as_transformers_takes_it() {
+        let said = SamplingDefaults {
+            do_sample: Some(true),
+            temperature: Some(0.6),
+            top_k: Some(20.0),
+            top_p: Some(0.95),
+            repetition_penalty: Some(1.1),
+            ..Default::default()
+        };
+        let drawn = Sampling::of_model(&said).unwrap();
+        let text = "temperature 0.6, top-k 20, top-p 0.95, repetition penalty 1.1";
+        assert_eq!(drawn.describe(), text);
+        // Nothing is drawn unless it says so; the penalty holds all the same.
+        for do_sample in [None, Some(false)] {
+            let greedy = Sampling::of_model(&SamplingDefaults { do_sample, ..said }).unwrap();
+            assert_eq!(greedy.describe(), "the likeliest token, repetition penalty 1.1");
+        }
+        let plain = SamplingDefaults {
+            do_sample: Some(true),
+            ..Default::default()
+        };
+        assert_eq!(Sampling::of_model(&plain).unwrap().describe(), "temperature 1");
+        assert_eq!(
+            Sampling::of_model(&SamplingDefaults::default()).unwrap(),
+            Sampling::default()
+        );
+        for top_k in [-1.0, 2.5, f64::NAN, 1e18] {
+            let top_k = Some(top_k);
+            assert!(Sampling::of_model(&SamplingDefaults { top_k, ..said }).is_err());
+        }
     }
 
     #[test]

@@ -200,7 +200,7 @@ impl Scheduler {
             self.metrics.waiting.dec();
             self.metrics.slots_busy.inc();
             self.requests += 1;
-            slot.begin(submission, self.page_size, self.requests);
+            slot.begin(submission, self.rows.model(), self.page_size, self.requests);
             let cached = slot.running.as_ref().map_or(0, |r| r.cached);
             self.metrics.cached_tokens.inc_by(cached as u64);
         }
@@ -276,7 +276,7 @@ impl Scheduler {
             .filter(|&i| self.slots.get(i).is_some_and(Slot::decodes))
             .collect();
         for rows in steps::side_by_side(&decoding) {
-            let feed = steps::feed(rows.clone(), &mut self.slots, self.rows.model(), self.rows.capacity());
+            let feed = steps::feed(rows.clone(), &mut self.slots, self.rows.capacity());
             let logits = match self.rows.run(rows.clone(), &feed) {
                 Ok(logits) => logits,
                 Err(e) => {
@@ -300,13 +300,11 @@ impl Scheduler {
 
     /// Notes what a slot's step fed and read.
     fn stepped(&mut self, row: usize) -> Result<()> {
-        let model = self.rows.model();
         let Some((held, running)) = running(&mut self.slots, row) else {
             return Ok(());
         };
         let length = running.tokens.len();
-        let policy = running.submission.request.policy;
-        if held.dense == held.tokens.len() && steps::reads_all(model, policy, length) {
+        if held.dense == held.tokens.len() && running.planner.reads_all(length) {
             held.dense = length;
         }
         let fed = running.tokens.get(held.tokens.len()..).unwrap_or(&[]);

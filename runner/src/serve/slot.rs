@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    ModelTokenizer,
-    decoder::{Result, generate::Finish, page_reads::PageMeter},
+    Model, ModelTokenizer,
+    decoder::{Result, generate::Finish, page_reads::PageMeter, step_plan::StepPlanner},
     serve::{
         choose::{Chooser, logprobs},
         request::{Done, Event, Failure, Submission, Token, Usage},
@@ -44,6 +44,8 @@ pub(super) struct Running {
     pub to_read: usize,
     /// Decoding steps since the prompt or the last rectifying pass.
     pub open: usize,
+    /// What its steps feed and read.
+    pub planner: StepPlanner,
     pub meter: PageMeter,
     chooser: Chooser,
     detokenizer: Detokenizer,
@@ -68,7 +70,7 @@ impl Held {
 
 impl Slot {
     /// Puts a request into the slot, which goes back to what both have in common.
-    pub fn begin(&mut self, submission: Submission, page_size: usize, used: u64) {
+    pub fn begin(&mut self, submission: Submission, model: &Model, page_size: usize, used: u64) {
         let request = &submission.request;
         let keep = self.held.common(&request.prompt);
         self.held.rewind(keep);
@@ -79,6 +81,7 @@ impl Slot {
             read: keep,
             to_read: request.prompt.len(),
             open: 0,
+            planner: StepPlanner::new(model, request.policy),
             meter: PageMeter::new(request.policy.window, page_size),
             chooser: Chooser::new(&request.choosing, request.constraint.clone()),
             detokenizer: Detokenizer::after(&request.prompt),
@@ -100,11 +103,6 @@ impl Slot {
 }
 
 impl Running {
-    /// Tokens that the next step feeds behind those of steps before it.
-    pub fn retrospective(&self) -> usize {
-        self.open.min(self.submission.request.policy.window.saturating_sub(1))
-    }
-
     /// After a token: begins a rectifying pass if one is due. The tokens of the last steps are then read densely, as
     /// those of a prompt are, which closes the window.
     pub fn rectify(&mut self) {
@@ -115,6 +113,7 @@ impl Running {
         self.to_read = self.tokens.len().saturating_sub(1);
         self.read = self.to_read.saturating_sub(count);
         self.open = 0;
+        self.planner.close();
         self.meter.pass(self.to_read.saturating_sub(1));
     }
 

@@ -363,6 +363,65 @@ fn a_prompt_is_a_turn_where_the_model_has_a_template() {
 }
 
 #[test]
+fn turns_are_sampled_as_the_model_says_and_options_overrule_it() {
+    let (dir, _) = folder();
+    let model = with_template(dir.path());
+    let config = model.join("generation_config.json");
+    let model = model.to_str().unwrap();
+    let says = |text: &str| fs::write(&config, text).unwrap();
+    let run = |arguments: &[&str]| {
+        let prompt = ["run", model, "-n", "10", "-p", "coins of Ben"];
+        ended(run(&[&prompt, arguments].concat()), 0)
+    };
+    let (greedy, notes) = run(&[]);
+    assert!(!notes.contains("sampling"), "{notes}");
+
+    says(r#"{"do_sample": true, "temperature": 5.0, "top_k": 40, "repetition_penalty": 1.5}"#);
+    let (drawn, notes) = run(&[]);
+    let line = "sampling by generation_config.json: temperature 5, top-k 40, repetition penalty 1.5";
+    assert!(notes.lines().any(|l| l == line), "{notes}");
+    let options = ["--temp", "5", "--top-k", "40", "--repeat-penalty", "1.5"];
+    let (asked, notes) = run(&options);
+    assert!(
+        asked == drawn && drawn != greedy && !notes.contains("sampling"),
+        "{notes}"
+    );
+    let (likeliest, notes) = run(&["--temp", "0", "--repeat-penalty", "1", "--top-k", "0"]);
+    assert!(likeliest == greedy && !notes.contains("sampling"), "{notes}");
+    // What is no turn is as it was.
+    let (plain, notes) = run(&["--no-template"]);
+    assert!(plain == run(&["--no-template", "--temp", "0"]).0 && !notes.contains("sampling"));
+
+    let mut chat = retro_run();
+    chat.args(["chat", model, "-n", "10"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = chat.spawn().unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"coins of Ben\n/stats\n")
+        .unwrap();
+    let (answer, notes) = ended(child.wait_with_output().unwrap(), 0);
+    assert_eq!(answer, drawn);
+    assert!(notes.lines().any(|l| l == line), "{notes}");
+    let stats = "sampling: temperature 5, top-k 40, repetition penalty 1.5";
+    assert!(notes.lines().any(|l| l == stats), "{notes}");
+
+    says(r#"{"do_sample": false, "temperature": 5.0, "top_k": 40}"#);
+    assert_eq!(run(&[]).0, greedy);
+    for (wrong, part) in [("\"temperature\": -1", "--temp -1"), ("\"top_k\": 2.5", "--top-k 2.5")] {
+        says(&format!("{{\"do_sample\": true, {wrong}}}"));
+        for command in [&["chat", model][..], &["run", model, "-p", "x"]] {
+            let line = error(command);
+            assert!(line.contains("generation_config.json") && line.contains(part), "{line}");
+        }
+    }
+}
+
+#[test]
 fn templates_that_are_missing_or_wrong_are_named() {
     let (dir, template) = folder();
     let model = ledger();

@@ -70,7 +70,7 @@ pub struct ChatArgs {
 /// # Errors
 /// When an option or the model cannot be used, stdout takes nothing, or a line of standard input failed.
 pub fn chat(args: &ChatArgs, signals: &Signals) -> Result<()> {
-    let sampling = args.sampling.options()?;
+    args.sampling.options()?;
     args.reading.check()?;
     let rendering = args.template.rendering()?;
     let named = &args.model.path()?;
@@ -80,6 +80,7 @@ pub fn chat(args: &ChatArgs, signals: &Signals) -> Result<()> {
     let model = Model::open(&runtime, &folder, &open)?;
     let tokenizer = ModelTokenizer::open(&model.folder)?;
     let template = args.template.demand(&model.folder)?;
+    let (sampling, said) = args.sampling.options_for(&model.folder.sampling)?;
     let interrupt = signals.listen();
     signals.rest();
     let options = ChatOptions {
@@ -96,6 +97,7 @@ pub fn chat(args: &ChatArgs, signals: &Signals) -> Result<()> {
     if let Some(line) = model.device_line() {
         note(&line);
     }
+    said.iter().for_each(|line| note(line));
     let mut chat = Chat::new(model, tokenizer, template, options)?;
     if let Some(path) = &args.load {
         chat.set_messages(chat::read(path)?);
@@ -235,6 +237,7 @@ impl Session<'_> {
 
     fn stats(&self) {
         note(&self.chat.model().plugin_line());
+        note(&format!("sampling: {}", self.chat.sampling().describe()));
         let capacity = self.chat.capacity();
         let Some(last) = self.chat.last() else {
             note(&format!(

@@ -147,9 +147,16 @@ fn policy(fields: &mut Fields, loaded: &Loaded) -> Result<Policy> {
         let message = "this model reads everything, so there is nothing to rectify: convert it with retro-export";
         return Err(ApiError::field("rectify", message));
     }
+    let window = window.unwrap_or(default.window);
     Ok(Policy {
-        window: window.unwrap_or(default.window),
+        window,
         budget,
+        // Whoever names a budget means it, and one token a step needs no threshold.
+        dense_below: if window > 1 && budget == default.budget {
+            default.dense_below
+        } else {
+            0
+        },
         rectify: rectify.or(default.rectify),
     })
 }

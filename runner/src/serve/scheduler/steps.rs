@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Feed, Model, decoder::decode_loop::Policy, serve::slot::Slot};
+use crate::{Feed, decoder::step_plan::StepPlan, serve::slot::Slot};
 
 /// Idle rows between two busy ones that a step is cheaper with than two steps: a row costs about a quarter of what a
 /// step costs without any.
@@ -28,35 +28,35 @@ pub(super) fn side_by_side(decoding: &[usize]) -> Vec<Range<usize>> {
 
 /// The step of some rows: their newest tokens, and those before them in their windows. A row that does not decode is
 /// fed a token behind what it holds, which the next that it is fed replaces.
-pub(super) fn feed(rows: Range<usize>, slots: &mut [Slot], model: &Model, capacity: usize) -> Feed {
+pub(super) fn feed(rows: Range<usize>, slots: &mut [Slot], capacity: usize) -> Feed {
     let slots = slots.get_mut(rows).unwrap_or_default();
-    let retro_lengths: Vec<usize> = slots.iter().map(retrospective).collect();
+    let plans: Vec<Option<StepPlan>> = slots.iter_mut().map(plan).collect();
+    let retro_lengths = plans.iter().map(|plan| plan.as_ref().map_or(0, |p| p.retrospective));
+    let retro_lengths: Vec<usize> = retro_lengths.collect();
     let most = retro_lengths.iter().copied().max().unwrap_or(0);
     let mut feed = Feed {
         graph_capturable: false,
         ..Feed::default()
     };
     let mut budgets = Vec::with_capacity(slots.len());
-    for slot in slots {
-        let decodes = slot.decodes();
-        let (ids, length, budget) = match &slot.running {
-            Some(running) if decodes => {
+    for (slot, plan) in slots.iter_mut().zip(plans) {
+        let (ids, length) = match (&slot.running, &plan) {
+            (Some(running), Some(_)) => {
                 let tokens = &running.tokens;
                 let newest = tokens.get(tokens.len().saturating_sub(most + 1)..).unwrap_or(&[]);
-                let policy = running.submission.request.policy;
-                (newest, tokens.len(), pages(model, policy, tokens.len()))
+                (newest, tokens.len())
             }
             _ => {
                 // A step has a token before the one that it feeds.
                 let length = (slot.held.tokens.len() + 1).max(2).min(capacity);
                 slot.held.rewind(length - 1);
-                (&[][..], length, None)
+                (&[][..], length)
             }
         };
         feed.ids.extend(std::iter::repeat_n(0, most + 1 - ids.len()));
         feed.ids.extend(ids.iter().map(|&id| i64::from(id)));
         feed.lengths.push(length);
-        budgets.push(budget);
+        budgets.push(plan.and_then(|plan| plan.budgets?.first().copied()));
     }
     if most > 0 {
         feed.retro_lengths = Some(retro_lengths.iter().map(|&r| r as i32).collect());
@@ -68,25 +68,13 @@ pub(super) fn feed(rows: Range<usize>, slots: &mut [Slot], model: &Model, capaci
     feed
 }
 
-fn retrospective(slot: &Slot) -> usize {
-    let running = slot.running.as_ref().filter(|_| slot.decodes());
-    running.map_or(0, |r| r.retrospective())
-}
-
-/// Pages that a step of a sequence reads under a policy of its own; `None`: as converted.
-fn pages(model: &Model, policy: Policy, length: usize) -> Option<i32> {
-    let (budget, retro) = policy.budget.zip(model.retro.as_ref())?;
-    let pages = budget.pages(retro.min_pages, length, retro.page_size).max(1);
-    Some(i32::try_from(pages).unwrap_or(i32::MAX))
-}
-
-/// Whether a step of so many valid tokens reads all of them.
-pub(super) fn reads_all(model: &Model, policy: Policy, length: usize) -> bool {
-    let Some(retro) = &model.retro else { return true };
-    let Some(budget) = policy.budget.or(retro.budget) else {
-        return false;
-    };
-    budget.pages(retro.min_pages, length, retro.page_size) >= length.div_ceil(retro.page_size)
+/// What the next step of a slot feeds and reads; `None`: it does not decode.
+fn plan(slot: &mut Slot) -> Option<StepPlan> {
+    if !slot.decodes() {
+        return None;
+    }
+    let running = slot.running.as_mut()?;
+    Some(running.planner.next(&[running.tokens.len()]))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Compiles and runs templates.
 
-use std::{collections::BTreeMap, error::Error as _, path::PathBuf, sync::mpsc, thread, time::Duration};
+use std::{collections::BTreeMap, error::Error as _, io, path::PathBuf, sync::mpsc, thread, time::Duration};
 
 use minijinja::{
     AutoEscape, Environment, ErrorKind,
@@ -25,6 +25,9 @@ const BASE_FUEL: u64 = 1_000_000;
 
 /// More than that is not given, however long the conversation.
 const MAX_FUEL: u64 = 8_000_000;
+
+/// Bytes of text for each step that a template may do: conversations count in both.
+const TEXT_PER_FUEL: usize = 16;
 
 /// Real ones take milliseconds.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -119,7 +122,7 @@ impl Template<'_> {
         let fuel = fuel(conversation, options);
         let mut environment = self.engine.environment.clone();
         environment.set_fuel(Some(fuel));
-        self.render_apart(environment, context, BASE_STACK + fuel as usize * STACK_PER_FUEL)
+        self.render_apart(environment, context, fuel as usize)
     }
 
     /// Renders in a thread of its own: the engine goes through nested values by recursion, and a few steps nest a value
@@ -129,14 +132,17 @@ impl Template<'_> {
         &self,
         environment: Environment<'static>,
         context: BTreeMap<String, Jinja>,
-        stack: usize,
+        fuel: usize,
     ) -> Result<String> {
+        let stack = BASE_STACK + fuel * STACK_PER_FUEL;
         let (send, receive) = mpsc::channel();
         let name = self.name.to_owned();
         let thread = thread::Builder::new().stack_size(stack).spawn(move || {
             let template = environment.get_template(&name);
+            let mut text = BoundedText::new(fuel * TEXT_PER_FUEL);
+            let rendered = template.and_then(|template| template.render_captured_to(context, &mut text).map(drop));
             // Nobody listens any more once the time is over.
-            _ = send.send(template.and_then(|template| template.render(context)));
+            _ = send.send(rendered.map(|()| text.text));
         });
         let thread = thread.map_err(|source| Error::Thread { stack, source })?;
         match receive.recv_timeout(DEADLINE) {
@@ -166,12 +172,44 @@ impl Template<'_> {
             return Error::Refused { at, message };
         }
         match cause.kind() {
-            ErrorKind::OutOfFuel => Error::OutOfFuel { at },
+            ErrorKind::OutOfFuel | ErrorKind::WriteFailure => Error::OutOfFuel { at },
             _ => Error::Render {
                 at,
                 reason: message(cause),
             },
         }
+    }
+}
+
+/// What a template makes. The engine does not count it where it writes out a value: a list that holds another twice,
+/// and so on, is large.
+struct BoundedText {
+    text: String,
+    limit: usize,
+}
+
+impl BoundedText {
+    fn new(limit: usize) -> Self {
+        Self {
+            text: String::new(),
+            limit,
+        }
+    }
+}
+
+impl io::Write for BoundedText {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > self.limit - self.text.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        // The engine writes whole strings.
+        let text = std::str::from_utf8(bytes).map_err(io::Error::other)?;
+        self.text.push_str(text);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -258,6 +258,27 @@ fn hostile_templates_end() {
     }
 }
 
+/// A list that holds another twice, and so on, is written out as far as a conversation may be long. The clock would end
+/// it too, gigabytes later.
+#[test]
+fn text_ends_at_a_length() {
+    let build = "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    let start = Instant::now();
+    let error = line(render(&[build, "{{ ns.x }}"].concat()));
+    assert!(error.contains("makes too much text"), "{error}");
+    assert!(start.elapsed().as_secs() < 8, "{:?}", start.elapsed());
+    // What a conversation needs is there.
+    let long = "x".repeat(4 << 20);
+    let message = [json!({"role": "user", "content": long})];
+    let template = find(&[("chat_template.jinja", "{{ messages[0].content }}")])
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        template.render(&message, &RenderOptions::default()).unwrap().len(),
+        4 << 20
+    );
+}
+
 /// What is nested a long way ends too when it is only dropped.
 #[test]
 fn nested_values_are_dropped() {

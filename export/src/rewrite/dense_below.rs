@@ -1,0 +1,167 @@
+//! Up to which context a step does better to read everything, one token a step: the other tokens of the window go
+//! through all linear layers, and the longer the context is, the more reading a part of it saves.
+
+use super::Settings;
+use crate::{logits::Logits, rules::Conversion};
+use retro_contract::{Budget, Mode};
+use retro_onnx::{NodeProto, graph::GraphView};
+
+/// Tokens of context that pay for a second token in a step, where there is one weight for each element of a query
+/// (query heads times head size, over all layers): as measured on two CPU cores (docs/performance.md).
+mod pays {
+    /// MatMul and Gemm.
+    pub const FLOAT: f64 = 0.3;
+    /// MatMulNBits that multiplies floats: all weights are widened first, if there are several tokens.
+    pub const WIDENED: f64 = 1.2;
+    /// MatMulNBits that multiplies 8-bit integers.
+    pub const BYTES: f64 = 0.12;
+}
+
+/// MatMulNBits' attribute accuracy_level of products in 8 bits.
+const PRODUCTS_OF_BYTES: i64 = 4;
+
+/// The length is no more exact than this.
+const MULTIPLE: usize = 128;
+
+/// Up to how many tokens contexts are read whole; 0: none are.
+pub fn dense_below(view: &GraphView, conversions: &[Conversion], logits: &Logits, settings: &Settings) -> usize {
+    if let Some(asked) = settings.dense_below {
+        return asked;
+    }
+    // Whoever sets the floor, or reads a fixed number of tokens, has said what short contexts read.
+    let relative = matches!(settings.budget, Budget::Ratio(_)) && settings.min_pages.is_none();
+    if settings.window == 1 || settings.mode != Mode::Retro || !relative {
+        return 0;
+    }
+    let lm_head = match logits {
+        Logits::Newest { products, .. } => products.as_slice(),
+        _ => &[],
+    };
+    let every_row = |node: &&NodeProto| !node.output.iter().any(|name| lm_head.contains(name));
+    let cost: f64 = view
+        .graph
+        .node
+        .iter()
+        .filter(every_row)
+        .map(|node| cost(view, node))
+        .sum();
+    let attention: f64 = conversions
+        .iter()
+        .filter(|c| c.mode == Mode::Retro)
+        .map(|c| query_elements(view, c))
+        .sum();
+    if attention <= 0.0 {
+        return 0;
+    }
+    let tokens = (cost / attention).min(1e9) as usize;
+    tokens.next_multiple_of(MULTIPLE)
+}
+
+/// What a second token costs in a node: its weights, weighted.
+fn cost(view: &GraphView, node: &NodeProto) -> f64 {
+    let product = |dims: &[i64]| dims.iter().map(|&d| d.max(0) as f64).product::<f64>();
+    if node.is("", "MatMul") || node.is("", "Gemm") {
+        let weights = view.tensor_dims(node.input(1)).filter(|dims| dims.len() == 2);
+        return pays::FLOAT * weights.map_or(0.0, product);
+    }
+    if node.is("com.microsoft", "MatMulNBits") {
+        let number = |name: &str| node.attribute(name).map_or(0, |a| a.i.unwrap_or(0));
+        let pays = match number("accuracy_level") {
+            PRODUCTS_OF_BYTES => pays::BYTES,
+            _ => pays::WIDENED,
+        };
+        return pays * product(&[number("K"), number("N")]);
+    }
+    0.0
+}
+
+/// Elements of a layer's query: what attention costs for each token of the context.
+fn query_elements(view: &GraphView, conversion: &Conversion) -> f64 {
+    let matched = conversion.matched;
+    let head_size = matched
+        .head_size
+        .or_else(|| view.declared_from_end(&matched.past_key, 1));
+    (matched.q_heads.max(0) * head_size.unwrap_or(0).max(0)) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        logits::KeepAll,
+        rules::{SampleCalls, find_attention},
+        testing::gqa_model,
+    };
+    use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
+
+    /// The length for a model with more nodes and weights.
+    fn length(settings: &Settings, add: impl Fn(&mut GraphProto)) -> usize {
+        let mut model = gqa_model(1);
+        add(model.graph.as_mut().unwrap());
+        let view = GraphView::new(model.graph.as_ref().unwrap(), 21);
+        let found = find_attention(&model, &SampleCalls::new(&view, None));
+        let conversions = found.iter().map(|attention| Conversion {
+            attention,
+            matched: attention.found.as_ref().unwrap(),
+            node: attention.node.unwrap(),
+            mode: Mode::Retro,
+        });
+        let conversions: Vec<_> = conversions.collect();
+        dense_below(&view, &conversions, &Logits::All(KeepAll::Asked), settings)
+    }
+
+    /// Adds `count` products with the weights of 1000 x 1000 floats.
+    fn products(count: usize) -> impl Fn(&mut GraphProto) {
+        move |graph| {
+            graph.initializer.push(TensorProto {
+                dims: vec![1000, 1000],
+                data_type: Some(DataType::Float as i32),
+                name: Some("w".into()),
+                ..Default::default()
+            });
+            let node = |i: usize| NodeProto::new("", "MatMul", &format!("m{i}"), &["x", "w"], &[&format!("y{i}")]);
+            graph.node.extend((0..count).map(node));
+        }
+    }
+
+    fn quantised(level: i64) -> impl Fn(&mut GraphProto) {
+        move |graph| {
+            let node = NodeProto::new("com.microsoft", "MatMulNBits", "q", &["x", "b", "s"], &["z"]);
+            let numbers = [("K", 1000), ("N", 1000), ("accuracy_level", level)];
+            let node = numbers
+                .into_iter()
+                .fold(node, |n, (k, v)| n.with(AttributeProto::int(k, v)));
+            graph.node.push(node);
+        }
+    }
+
+    #[test]
+    fn it_grows_with_the_weights_by_their_kind() {
+        let settings = Settings::default();
+        let none = length(&settings, |_| {});
+        let one = length(&settings, products(1)) - none;
+        let four = length(&settings, products(4)) - none;
+        let widened = length(&settings, quantised(1)) - none;
+        assert!(one > 0 && four.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {four}");
+        assert!(widened.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {widened}");
+        assert_eq!(length(&settings, quantised(0)) - none, widened);
+        let bytes = length(&settings, quantised(4)) - none;
+        assert!(bytes.abs_diff(widened / 10) <= MULTIPLE, "{bytes} {widened}");
+    }
+
+    #[test]
+    fn what_is_asked_for_decides() {
+        let of = |change: fn(&mut Settings)| {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            length(&settings, products(4))
+        };
+        assert!(of(|_| {}) > 0);
+        assert_eq!(of(|s| s.dense_below = Some(77)), 77);
+        assert_eq!(of(|s| s.dense_below = Some(0)), 0);
+        assert_eq!(of(|s| s.window = 1), 0);
+        assert_eq!(of(|s| s.min_pages = Some(4)), 0);
+        assert_eq!(of(|s| s.budget = Budget::Tokens(2048)), 0);
+        assert_eq!(of(|s| s.mode = Mode::Streaming), 0);
+    }
+}
