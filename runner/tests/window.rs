@@ -1,6 +1,6 @@
 //! When the window opens: not before a step has left pages out, and not in contexts that are read whole.
 
-use std::path::Path;
+use std::{path::Path, sync::OnceLock};
 
 use retro_export::Settings;
 use retro_run::{
@@ -19,7 +19,12 @@ const STEPS: usize = 60;
 /// Models made from `models/ledger`.
 struct Bed {
     folder: tempfile::TempDir,
-    runtime: Runtime,
+}
+
+/// ONNX Runtime is loaded once a process.
+fn runtime() -> &'static Runtime {
+    static LOADED: OnceLock<Runtime> = OnceLock::new();
+    LOADED.get_or_init(|| Runtime::load(None).unwrap())
 }
 
 impl Bed {
@@ -28,8 +33,7 @@ impl Bed {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let options = retro_models::Options::default();
         retro_models::build(&root.join("models/ledger"), &folder.path().join("ledger"), &options).unwrap();
-        let runtime = Runtime::load(None).unwrap();
-        Self { folder, runtime }
+        Self { folder }
     }
 
     fn convert(&self, settings: Settings) {
@@ -49,7 +53,7 @@ impl Bed {
             steps,
             ..OpenOptions::default()
         };
-        Model::open(&self.runtime, &self.folder.path().join("retro"), &options).unwrap()
+        Model::open(runtime(), &self.folder.path().join("retro"), &options).unwrap()
     }
 }
 
