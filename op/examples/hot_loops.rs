@@ -177,6 +177,38 @@ fn sketch<E: Element>(bits: usize, page: usize, group_score: GroupScore) -> Loop
     }
 }
 
+/// Scores of tokens in pages of 8 whose sketches no processor cache holds: others from repetition to repetition.
+fn sketch_stream<E: Element>(bits: usize) -> Loop {
+    let tokens = CANDIDATES * PAGE;
+    let (size, keys) = (sketch_size::<E>(bits), narrow::<E>(&numbers(tokens * D)));
+    let mut part = vec![0; Sketch::layout(&size).len()];
+    let written = Written {
+        from: 0,
+        appended: 0,
+        len: tokens,
+    };
+    Sketch::update::<E>(&size, written, keys, &mut part, &mut Vec::new());
+    let (parts, count) = (64, tokens / 8);
+    let state = part.repeat(parts);
+    let scoring = Scoring {
+        len: parts * tokens,
+        ..scoring(GroupScore::Softmax, 8, bits)
+    };
+    let query = numbers(GROUP * D);
+    let (mut prepared, mut heads, mut turn) = (Vec::new(), vec![0.0; GROUP * count], 0);
+    let run = move |isa| {
+        let first = turn * count;
+        turn = (turn + 1) % parts;
+        Sketch::prepare(&scoring, black_box(&query), &mut prepared);
+        Sketch::score_heads::<E>(isa, &scoring, &prepared, &state, first..first + count, &mut heads);
+        black_box(&heads);
+    };
+    Loop {
+        run: Box::new(run),
+        bytes: part.len(),
+    }
+}
+
 fn sketch_size<E>(sketch_bits: usize) -> CacheSize {
     CacheSize {
         capacity: CANDIDATES * PAGE,
@@ -264,6 +296,7 @@ fn loops() -> Vec<Named> {
         ("score-f32-signed-softmax", || score::<f32, SignedMoments>(Softmax)),
         ("score-f16-bounds-max", || score::<f16, Bounds>(Max)),
         ("score-f32-sketch-2-pages-16", || sketch::<f32>(2, 16, Softmax)),
+        ("score-f32-sketch-2-pages-8", || sketch::<f32>(2, 8, Softmax)),
         ("score-f32-sketch-2-pages-4", || sketch::<f32>(2, 4, Softmax)),
         ("score-f32-sketch-2-tokens", || sketch::<f32>(2, 1, Softmax)),
         ("score-f16-sketch-1-pages-8", || sketch::<f16>(1, 8, Max)),
@@ -282,8 +315,10 @@ fn memory_loops() -> Vec<Named> {
         ("stream-f32", || stream::<f32>(1, PAGE)),
         ("stream-f32-quarter", || stream::<f32>(4, PAGE)),
         ("stream-f32-twentieth", || stream::<f32>(20, PAGE)),
+        ("stream-f32-twentieth-pages-8", || stream::<f32>(20, 8)),
         ("stream-f32-twentieth-pages-4", || stream::<f32>(20, 4)),
         ("stream-f32-twentieth-tokens", || stream::<f32>(20, 1)),
+        ("stream-f32-sketch-2-pages-8", || sketch_stream::<f32>(2)),
         ("stream-f16", || stream::<f16>(1, PAGE)),
         ("stream-f16-quarter", || stream::<f16>(4, PAGE)),
         ("stream-f16-twentieth-pages-4", || stream::<f16>(20, 4)),

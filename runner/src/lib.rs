@@ -14,6 +14,7 @@ pub mod chat;
 pub mod cli;
 pub mod decoder;
 pub mod eval;
+mod huge_pages;
 pub mod interrupt;
 pub mod model_folder;
 pub mod model_spec;

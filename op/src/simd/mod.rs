@@ -114,6 +114,8 @@ pub trait Simd: Copy {
     unsafe fn unless_below(x: Self::V, limit: Self::V, v: Self::V) -> Self::V;
     /// 2^n for integers n in -126..=127; any number for others.
     unsafe fn power_of_2(n: Self::V) -> Self::V;
+    /// `x` times 2^n, with n as in [`Simd::power_of_2`].
+    unsafe fn times_power_of_2(x: Self::V, n: Self::V) -> Self::V;
     /// The integer n for which a positive normal number is `2^n` times one between sqrt(1/2) and sqrt(2).
     unsafe fn exponent(x: Self::V) -> Self::V;
     /// The sums of the lanes of four vectors, all added in one order.
@@ -152,7 +154,7 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
             p = S::fma(p, r, S::splat(c));
         }
         let p = S::fma(p, S::mul(r, r), S::add(r, S::splat(1.0)));
-        S::unless_below(x, lowest, S::mul(p, S::power_of_2(n)))
+        S::unless_below(x, lowest, S::times_power_of_2(p, n))
     }
 }
 
@@ -173,7 +175,7 @@ pub(crate) unsafe fn exp_of_estimate<S: Simd>(x: S::V) -> S::V {
         for c in [5.590_642_5e-2, 2.402_41e-1, 6.931_242e-1, 1.0] {
             p = S::fma(p, f, S::splat(c));
         }
-        S::unless_below(x, S::splat(-87.3), S::mul(p, S::power_of_2(n)))
+        S::unless_below(x, S::splat(-87.3), S::times_power_of_2(p, n))
     }
 }
 

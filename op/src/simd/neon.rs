@@ -23,6 +23,7 @@ implement!(Neon, float32x4_t, 4, {
     fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t = vbslq_f32(vcgtq_f32(a, b), a, b);
     fn unless_below(x: float32x4_t, limit: float32x4_t, v: float32x4_t) -> float32x4_t = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)));
     fn power_of_2(n: float32x4_t) -> float32x4_t = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127))));
+    fn times_power_of_2(x: float32x4_t, n: float32x4_t) -> float32x4_t = Self::mul(x, Self::power_of_2(n));
     fn exponent(x: float32x4_t) -> float32x4_t = {
         let bits = vsubq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(ROOT as i32));
         vcvtq_f32_s32(vshrq_n_s32::<23>(bits))

@@ -28,6 +28,7 @@ implement!(Portable, V, 8, {
     fn max(a: V, b: V) -> V = map(a, b, |x, y| if x > y { x } else { y });
     fn unless_below(x: V, limit: V, v: V) -> V = std::array::from_fn(|i| if x[i] < limit[i] { 0.0 } else { v[i] });
     fn power_of_2(n: V) -> V = n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) << 23) as u32));
+    fn times_power_of_2(x: V, n: V) -> V = Self::mul(x, Self::power_of_2(n));
     fn exponent(x: V) -> V = x.map(|x| ((x.to_bits().wrapping_sub(ROOT) as i32) >> 23) as f32);
     fn sums(v: [V; 4]) -> [f32; 4] = v.map(|v| {
         let half: [f32; 4] = std::array::from_fn(|i| v[i] + v[i + 4]);

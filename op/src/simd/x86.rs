@@ -69,6 +69,7 @@ implement!(Avx2, __m256, 8, {
         _mm256_cvtps_epi32(n),
         _mm256_set1_epi32(127),
     )));
+    fn times_power_of_2(x: __m256, n: __m256) -> __m256 = Self::mul(x, Self::power_of_2(n));
     fn exponent(x: __m256) -> __m256 = {
         let bits = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(ROOT as i32));
         _mm256_cvtepi32_ps(_mm256_srai_epi32::<23>(bits))
@@ -120,6 +121,7 @@ implement!(Avx512, __m512, 16, {
         _mm512_cvtps_epi32(n),
         _mm512_set1_epi32(127),
     )));
+    fn times_power_of_2(x: __m512, n: __m512) -> __m512 = _mm512_scalef_ps(x, n);
     fn exponent(x: __m512) -> __m512 = {
         let bits = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(ROOT as i32));
         _mm512_cvtepi32_ps(_mm512_srai_epi32::<23>(bits))

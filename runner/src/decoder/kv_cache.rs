@@ -18,6 +18,7 @@ use crate::{
         state_slot::{SlotKind, StateSlot},
     },
     gpu::Gpu,
+    huge_pages,
     runtime::ort_error,
 };
 
@@ -357,6 +358,8 @@ impl StateBuffer {
             bytes,
             gpu: gpu.cloned(),
         };
+        // Empty for a buffer on a GPU.
+        huge_pages::advise(buffer.bytes_mut());
         if buffer.counts_from_minus_one() || buffer.gpu.is_some() {
             buffer.clear()?;
         }

@@ -28,6 +28,25 @@ pub(super) fn log_masses<E: Element>(
     masses_kernel::<E>(isa, codes, layout, scoring, prepared, state, pages, scores);
 }
 
+/// `$body` with the constant `$size`, a page size from 2 on.
+macro_rules! by_page_size {
+    ($page_size:expr, $size:ident => $body:expr) => {
+        match $page_size {
+            2 => by_page_size!(@ $size = 2, $body),
+            4 => by_page_size!(@ $size = 4, $body),
+            8 => by_page_size!(@ $size = 8, $body),
+            16 => by_page_size!(@ $size = 16, $body),
+            32 => by_page_size!(@ $size = 32, $body),
+            64 => by_page_size!(@ $size = 64, $body),
+            _ => by_page_size!(@ $size = 128, $body),
+        }
+    };
+    (@ $size:ident = $value:literal, $body:expr) => {{
+        const $size: usize = $value;
+        $body
+    }};
+}
+
 dispatched! {
     fn masses_kernel<E: Element>(
         codes: CodeIsa, layout: BlockLayout, scoring: &Scoring, prepared: &[f32], state: &[u8], pages: Range<usize>,
@@ -54,7 +73,19 @@ unsafe fn masses_body<S: Simd, E: Element>(
         (pages.start * scoring.page_size).max(oldest),
         (pages.end * scoring.page_size).min(scoring.len),
     );
+    // Up to MOST_QUERIES from head `first` on, then the last one again.
+    let of_heads = |first: usize| -> [Prepared; MOST_QUERIES] {
+        std::array::from_fn(|i| of_head(prepared, (first + i).min(heads - 1), d, bits))
+    };
+    if heads == 0 {
+        return;
+    }
+    let mut queries = of_heads(0);
     let mut sums = [0; MOST_QUERIES * ROWS];
+    let mut sums_of_pages = [PageSums {
+        tops: [0.0; ROWS],
+        sums: [0.0; ROWS],
+    }; MOST_QUERIES];
     for block in first_row / ROWS..end_row.div_ceil(ROWS) {
         let bytes = &state[block * layout.bytes..][..layout.bytes];
         let start = block * ROWS;
@@ -64,12 +95,14 @@ unsafe fn masses_body<S: Simd, E: Element>(
         }
         let (from, to) = (first_row.max(start) - start, end_row.min(start + ROWS) - start);
         let of_pages = pages.start.max(start / scoring.page_size)..pages.end.min((start + ROWS) / scoring.page_size);
+        let skipped = of_pages.start - start / scoring.page_size;
         let mut factors = [0.0; ROWS];
         layout.factors_of_slots(bytes, &mut factors);
         for first in (0..heads).step_by(MOST_QUERIES) {
             let most = MOST_QUERIES.min(heads - first);
-            let queries: [Prepared; MOST_QUERIES] =
-                std::array::from_fn(|i| of_head(prepared, first + i.min(most - 1), d, bits));
+            if heads > MOST_QUERIES {
+                queries = of_heads(first);
+            }
             code_sums(
                 codes,
                 Codes {
@@ -101,24 +134,25 @@ unsafe fn masses_body<S: Simd, E: Element>(
                             }
                         }
                     }
-                    let at = (first + i) * count + of_pages.start - pages.start;
-                    let skipped = of_pages.start - start / scoring.page_size;
-                    let out = &mut scores[at..][..of_pages.len()];
-                    match scoring.page_size {
-                        1 => {
-                            let mut all = [0.0; ROWS];
-                            interleave::<GROUPS>(&logits, &mut all);
-                            out.copy_from_slice(&all[skipped..][..out.len()]);
-                        }
-                        2 => page_masses::<S, 2>(&logits, skipped, out),
-                        4 => page_masses::<S, 4>(&logits, skipped, out),
-                        8 => page_masses::<S, 8>(&logits, skipped, out),
-                        16 => page_masses::<S, 16>(&logits, skipped, out),
-                        32 => page_masses::<S, 32>(&logits, skipped, out),
-                        64 => page_masses::<S, 64>(&logits, skipped, out),
-                        _ => page_masses::<S, 128>(&logits, skipped, out),
+                    if scoring.page_size == 1 {
+                        let at = (first + i) * count + of_pages.start - pages.start;
+                        let mut all = [0.0; ROWS];
+                        interleave::<GROUPS>(&logits, &mut all);
+                        copy_pages::<ROWS>(&all, skipped, &mut scores[at..][..of_pages.len()]);
+                    } else {
+                        by_page_size!(scoring.page_size, P => page_sums::<S, P>(&logits, &mut sums_of_pages[i]));
                     }
                 }
+            }
+            if scoring.page_size == 1 {
+                continue;
+            }
+            // All heads' logarithms side by side: each alone is a long chain of operations.
+            for (i, sums) in sums_of_pages[..most].iter().enumerate() {
+                let at = (first + i) * count + of_pages.start - pages.start;
+                let out = &mut scores[at..][..of_pages.len()];
+                // SAFETY: passed on.
+                unsafe { by_page_size!(scoring.page_size, P => page_masses::<S, P>(sums, skipped, out)) };
             }
         }
     }
@@ -203,20 +237,26 @@ unsafe fn exp_all<S: Simd>(values: &mut BlockRows) {
     }
 }
 
-/// The log masses of the block's pages of P tokens, from page `first` of the block on. NaN where a logit is, or where
-/// the largest is infinite.
+/// A head's pages of a block: the largest logit of each, and the sum of e^(logit - largest) over its tokens; the first
+/// number of a page's lanes, in parts as [`interleave`] takes them.
+#[derive(Clone, Copy)]
+struct PageSums {
+    tops: BlockRows,
+    sums: BlockRows,
+}
+
+/// The sums of the block's pages of P tokens.
 ///
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
-unsafe fn page_masses<S: Simd, const P: usize>(logits: &BlockRows, first: usize, out: &mut [f32]) {
+unsafe fn page_sums<S: Simd, const P: usize>(logits: &BlockRows, pages: &mut PageSums) {
     // A page's rows lie in one lane of so many groups, or in all groups of so many lanes.
     let (groups, lanes) = (P.min(GROUPS), P.div_ceil(GROUPS));
-    let parts = GROUPS / groups;
-    let (mut masses, mut pages) = ([0.0; ROWS], [0.0; ROWS]);
-    for part in 0..parts {
+    for part in 0..GROUPS / groups {
         let at = part * groups * GROUP;
-        let (mut top, mut sum) = ([0.0; GROUP], [0.0; GROUP]);
+        let tops = &mut pages.tops[part * GROUP..][..GROUP];
+        let sums = &mut pages.sums[part * GROUP..][..GROUP];
         // SAFETY: vectors have 4, 8 or 16 lanes, which divide 16; the instruction set is the caller's promise.
         unsafe {
             for lane in (0..GROUP).step_by(S::LANES) {
@@ -225,39 +265,79 @@ unsafe fn page_masses<S: Simd, const P: usize>(logits: &BlockRows, first: usize,
                 for group in 1..groups {
                     most = S::max(S::load(p.add(group * GROUP)), most);
                 }
-                S::store(top.as_mut_ptr().add(lane), most);
+                S::store(tops.as_mut_ptr().add(lane), most);
             }
-            for page in top.chunks_exact_mut(lanes) {
-                let most = page.iter().fold(page[0], |most, &x| if x > most { x } else { most });
-                page.fill(most);
+            if lanes > 1 {
+                for page in tops.chunks_exact_mut(lanes) {
+                    let most = page.iter().fold(page[0], |most, &x| if x > most { x } else { most });
+                    page.fill(most);
+                }
             }
             for lane in (0..GROUP).step_by(S::LANES) {
-                let (p, most) = (logits.as_ptr().add(at + lane), S::load(top.as_ptr().add(lane)));
+                let (p, most) = (logits.as_ptr().add(at + lane), S::load(tops.as_ptr().add(lane)));
                 let mut total = exp_of_estimate::<S>(S::sub(S::load(p), most));
                 for group in 1..groups {
                     total = S::add(total, exp_of_estimate::<S>(S::sub(S::load(p.add(group * GROUP)), most)));
                 }
-                S::store(sum.as_mut_ptr().add(lane), total);
+                S::store(sums.as_mut_ptr().add(lane), total);
             }
-            for page in sum.chunks_exact_mut(lanes) {
-                page[0] = page.iter().sum();
-            }
-            for lane in (0..GROUP).step_by(S::LANES) {
-                let (most, total) = (S::load(top.as_ptr().add(lane)), S::load(sum.as_ptr().add(lane)));
-                let to = masses.as_mut_ptr().add(part * GROUP + lane);
-                S::store(to, S::add(most, ln::<S>(total)));
+            if lanes > 1 {
+                for page in sums.chunks_exact_mut(lanes) {
+                    page[0] = page.iter().sum();
+                }
             }
         }
     }
-    match parts {
-        1 => pages[..GROUP / lanes]
-            .iter_mut()
-            .zip(masses.iter().step_by(lanes))
-            .for_each(|(to, &mass)| *to = mass),
-        2 => interleave::<2>(&masses, &mut pages),
-        _ => interleave::<4>(&masses, &mut pages),
+}
+
+/// The log masses of the block's pages of P tokens, from page `first` of the block on. NaN where a logit is, or where
+/// the largest is infinite.
+///
+/// # Safety
+/// The machine has the instruction set.
+#[inline(always)]
+unsafe fn page_masses<S: Simd, const P: usize>(pages: &PageSums, first: usize, out: &mut [f32]) {
+    let (parts, lanes) = (GROUPS / P.min(GROUPS), P.div_ceil(GROUPS));
+    let mut masses = [0.0; ROWS];
+    for at in (0..parts * GROUP).step_by(S::LANES) {
+        // SAFETY: vectors have 4, 8 or 16 lanes, which divide 16; the instruction set is the caller's promise.
+        unsafe {
+            let (most, total) = (
+                S::load(pages.tops.as_ptr().add(at)),
+                S::load(pages.sums.as_ptr().add(at)),
+            );
+            S::store(masses.as_mut_ptr().add(at), S::add(most, ln::<S>(total)));
+        }
     }
-    out.copy_from_slice(&pages[first..][..out.len()]);
+    match (parts, lanes) {
+        (1, 1) => copy_pages::<GROUP>(&masses, first, out),
+        (1, _) => {
+            let mut pages = [0.0; ROWS];
+            let firsts = masses[..GROUP].iter().step_by(lanes);
+            pages.iter_mut().zip(firsts).for_each(|(to, &mass)| *to = mass);
+            out.copy_from_slice(&pages[first..][..out.len()]);
+        }
+        (2, _) => {
+            let mut pages = [0.0; ROWS];
+            interleave::<2>(&masses, &mut pages);
+            copy_pages::<{ 2 * GROUP }>(&pages, first, out);
+        }
+        _ => {
+            let mut pages = [0.0; ROWS];
+            interleave::<4>(&masses, &mut pages);
+            copy_pages::<{ 4 * GROUP }>(&pages, first, out);
+        }
+    }
+}
+
+/// Pages of a block of N pages from `first` on, as many as there is room for.
+#[inline(always)]
+fn copy_pages<const N: usize>(pages: &BlockRows, first: usize, out: &mut [f32]) {
+    // A length that the compiler knows is a few vectors, any other a call.
+    match (first, <&mut [f32; N]>::try_from(&mut *out)) {
+        (0, Ok(out)) => out.copy_from_slice(&pages[..N]),
+        _ => out.copy_from_slice(&pages[first..][..out.len()]),
+    }
 }
 
 /// Lanes of N groups, one lane's numbers side by side.

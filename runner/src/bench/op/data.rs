@@ -11,6 +11,7 @@ use retro_models::Dtype;
 use super::operator::{AttentionShape, RetroVariant};
 use crate::{
     bench::{Error, Result, synthetic_cache::state_type},
+    huge_pages,
     runtime::ort_error,
 };
 
@@ -129,16 +130,25 @@ pub fn element(dtype: Dtype) -> TensorElementType {
     }
 }
 
-/// A zeroed tensor in ONNX Runtime's memory, which can be bound as input and as output.
+/// A zeroed tensor in ONNX Runtime's memory, which can be bound as input and as output; in huge pages, as a model's
+/// caches are.
 ///
 /// # Errors
 /// When memory runs out.
 pub fn allocate(element: TensorElementType, dims: &[usize]) -> Result<DynTensor> {
     let shape: Vec<i64> = dims.iter().map(|&d| d as i64).collect();
-    DynTensor::new(&Allocator::default(), element, shape).map_err(|error| Error::NoMemory {
+    let tensor = DynTensor::new(&Allocator::default(), element, shape);
+    let mut tensor = tensor.map_err(|error| Error::NoMemory {
         shape: dims.to_vec(),
         error: error.into(),
-    })
+    })?;
+    let bytes = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    let bytes = bytes.and_then(|n| element.byte_size(n)).unwrap_or(0);
+    if bytes > 0 {
+        // SAFETY: the tensor owns so many bytes of the host's memory, zeroed, and nothing else knows them yet.
+        huge_pages::advise(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr_mut().cast::<u8>(), bytes) });
+    }
+    Ok(tensor)
 }
 
 /// An int32 tensor `[1]`.
