@@ -43,7 +43,7 @@ def ask(url, body, cut=None):
                 return None, None, event["error"]["message"]
             first = first or time.perf_counter() - begun
             said += "".join(choice["text"] for choice in event["choices"])
-            usage = event["usage"] or usage
+            usage = event.get("usage") or usage
             events += 1
             if cut is not None and events >= cut:
                 return said, first, None
@@ -125,7 +125,8 @@ def streams(url, options):
         failed = [usage for usage in usages if not isinstance(usage, dict)]
         assert not failed, failed
         rates[count] = sum(usage["completion_tokens"] for usage in usages) / seconds
-        print(f"{count} streams: {rates[count]:.1f} tokens/s ({seconds:.1f} s)")
+        prompt = max(usage["prompt_tokens"] for usage in usages)
+        print(f"{count} streams, prompts of {prompt} tokens: {rates[count]:.1f} tokens/s ({seconds:.1f} s)")
     least, most = min(rates), max(rates)
     print(f"{most} against {least}: {rates[most] / rates[least]:.2f}")
 

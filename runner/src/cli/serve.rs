@@ -95,8 +95,13 @@ pub fn serve(args: ServeArgs, signals: &Signals) -> Result<()> {
     ensure!(args.parallel >= 1, "--parallel 0: at least one request runs at a time");
     ensure!(args.queue >= 1, "--queue 0: at least one request waits at a time");
     ensure!(
-        args.api_key.iter().all(|key| !key.is_empty()),
+        args.api_key.iter().all(|key| !key.trim().is_empty()),
         "--api-key: an empty key"
+    );
+    let keys: Vec<String> = args.api_key.iter().map(|key| key.trim().to_owned()).collect();
+    ensure!(
+        keys.iter().all(|key| key.bytes().all(|b| b.is_ascii_graphic())),
+        "--api-key: a key has letters, digits and signs of ASCII alone, no spaces, as clients send it in a header"
     );
     let named = args.model.path()?;
     let (runtime, open) = args.session.load()?;
@@ -106,7 +111,7 @@ pub fn serve(args: ServeArgs, signals: &Signals) -> Result<()> {
     );
     let settings = Settings {
         max_body: args.max_body,
-        api_keys: args.api_key.clone(),
+        api_keys: keys,
         cors: args.cors.clone(),
         loopback_only: false,
         log: args.log,
@@ -124,6 +129,9 @@ pub fn serve(args: ServeArgs, signals: &Signals) -> Result<()> {
         let server = Server::bind(&args.host, args.port, settings, Arc::clone(&metrics)).await?;
         let address = server.address()?;
         note(&format!("listening on http://{address}; the model is being loaded"));
+        if !address.ip().is_loopback() && args.api_key.is_empty() {
+            note("anyone who reaches this address may use the server: --api-key KEY asks for a key");
+        }
         let load = move || load(&args, &named, &runtime, &open, metrics);
         server.serve(load, interrupt, grace).await
     })?;

@@ -50,6 +50,9 @@ pub enum GrammarError {
     /// A schema that is too long.
     #[error("a schema has at most {MOST_SCHEMA} bytes")]
     TooLong,
+    /// A schema that nothing follows, or that allows too much.
+    #[error("no text follows the schema, or it is too large: {0}")]
+    Unfollowable(String),
     /// A schema that cannot be followed.
     #[error("{0}")]
     Schema(String),
@@ -111,7 +114,12 @@ impl Grammars {
         let matcher = Matcher::new(parser);
         match matcher.get_error() {
             Some(e) => Err(refused(e)),
-            None => Ok(Constraint(matcher)),
+            None => {
+                let mut constraint = Constraint(matcher);
+                // Some schemas are found wrong only by what they allow.
+                constraint.allowed().map_err(GrammarError::Unfollowable)?;
+                Ok(constraint)
+            }
         }
     }
 }
@@ -142,6 +150,8 @@ impl Constraint {
 }
 
 fn one_line(text: &str) -> String {
+    // The library's mark for details that are left out.
+    let text = text.replace("<non-verbose/>", "");
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -209,6 +219,10 @@ mod tests {
         assert!(matches!(Grammars::new(&characters(), &[999]), Err(GrammarError::NoEnd)));
         let refused = |schema: Value| grammars.json_schema(&schema).unwrap_err();
         assert!(matches!(refused(json!({"type": "nothing"})), GrammarError::Schema(_)));
+        let circle = json!({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"});
+        for schema in [json!({"$ref": "#"}), circle] {
+            assert!(matches!(refused(schema), GrammarError::Unfollowable(_)));
+        }
         assert_eq!(refused(json!({"const": "x".repeat(70_000)})), GrammarError::TooLong);
         // A pattern whose automaton is huge costs no more than its limits allow.
         let huge = json!({"type": "string", "pattern": "^(a|b|c)*a(a|b|c){1,4000}(x{1,999}y){1,999}$"});

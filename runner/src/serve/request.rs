@@ -96,6 +96,9 @@ pub enum Failure {
     /// Its time is up.
     #[error("the request took longer than its time limit")]
     Deadline,
+    /// What the answer must follow has become too large, or nothing follows it.
+    #[error("{0}")]
+    Constraint(String),
     /// The model failed.
     #[error("{0}")]
     Model(String),

@@ -355,7 +355,10 @@ impl Scheduler {
         let Some(slot) = self.slots.get_mut(row) else { return };
         slot.held.rewind(0);
         if let Some(running) = slot.running.take() {
-            running.fail(Failure::Model(error.to_string()));
+            running.fail(match error {
+                Error::Constraint(_) => Failure::Constraint(error.to_string()),
+                _ => Failure::Model(error.to_string()),
+            });
             self.metrics.ended("failed");
             self.metrics.slots_busy.dec();
         }

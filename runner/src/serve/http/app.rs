@@ -2,15 +2,18 @@
 
 use std::{
     sync::{Arc, OnceLock, RwLock},
+    thread::available_parallelism,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use axum::{
-    body::{Body, to_bytes},
+    body::Body,
     http::{Request, header},
 };
+use tokio::sync::Semaphore;
 
 use super::{
+    bodies::Bodies,
     error::{ApiError, Result},
     fields::Fields,
 };
@@ -44,6 +47,9 @@ pub struct Settings {
 pub struct App {
     pub settings: Settings,
     pub metrics: Arc<Metrics>,
+    bodies: Bodies,
+    /// Requests that are taken apart at a time: a text takes many times its size while it is made tokens.
+    takers: Arc<Semaphore>,
     /// The model, once it is loaded.
     loaded: RwLock<Option<Arc<Loaded>>>,
 }
@@ -69,6 +75,19 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// Refuses a text that has more bytes than the context's tokens can have. Making tokens of it would take long.
+    pub fn fits(&self, param: &str, text: &str) -> Result<()> {
+        let context = self.engine.context();
+        let bytes = self.token_bytes.iter().flatten().map(|token| token.bytes.len());
+        let most = bytes
+            .max()
+            .map_or(usize::MAX, |longest| longest.saturating_mul(context));
+        if text.len() > most {
+            return Err(ApiError::too_many_bytes(param, text.len(), context));
+        }
+        Ok(())
+    }
+
     /// What makes constraints for the model's vocabulary; the reason where nothing can.
     pub fn grammars(&self) -> std::result::Result<&Grammars, &str> {
         let make = || {
@@ -83,6 +102,8 @@ impl Loaded {
 impl App {
     pub fn new(settings: Settings, metrics: Arc<Metrics>) -> Self {
         Self {
+            bodies: Bodies::new(settings.max_body),
+            takers: Arc::new(Semaphore::new(available_parallelism().map_or(1, usize::from))),
             settings,
             metrics,
             loaded: RwLock::new(None),
@@ -108,11 +129,15 @@ impl App {
         loaded.ok_or_else(ApiError::loading)
     }
 
-    /// The fields of a request's body.
+    /// What a request asks for: `take` makes it of the fields of its body, beside those who wait for the network.
     ///
     /// # Errors
-    /// When it is no JSON object, too long, or does not arrive in time.
-    pub async fn fields(&self, request: Request<Body>) -> Result<Fields> {
+    /// When the body is no JSON object, too long, or does not arrive in time, and when `take` fails.
+    pub async fn take<T: Send + 'static>(
+        &self,
+        request: Request<Body>,
+        take: impl FnOnce(Fields) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let json = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| {
             let kind = kind.to_str().unwrap_or_default();
             let essence = kind.split(';').next().unwrap_or_default().trim();
@@ -122,20 +147,23 @@ impl App {
         if !json {
             return Err(ApiError::not_json());
         }
-        let most = self.settings.max_body;
-        let body = tokio::time::timeout(BODY_TIME, to_bytes(request.into_body(), most)).await;
-        let body = body.map_err(|_| ApiError::slow_body())?;
-        Fields::parse(&body.map_err(|_| ApiError::body_too_large(most))?)
+        let body = tokio::time::timeout(BODY_TIME, self.bodies.read(request.into_body())).await;
+        let body = body.map_err(|_| ApiError::slow_body())??;
+        // The semaphore is never closed.
+        let place = Arc::clone(&self.takers).acquire_owned().await;
+        let place = place.map_err(|_| ApiError::internal("a mistake of this server"))?;
+        let taken = tokio::task::spawn_blocking(move || {
+            let taken = Fields::parse(&body.bytes).and_then(take);
+            // Held even if the client goes away meanwhile.
+            drop((body, place));
+            taken
+        });
+        let taken = taken.await;
+        taken.unwrap_or_else(|_| Err(ApiError::internal("a mistake of this server")))
     }
 }
 
 /// Seconds since 1970.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
-}
-
-/// Runs work that takes a while, such as reading a prompt's tokens, beside those who wait for the network.
-pub async fn off_the_loop<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|_| Err(ApiError::internal("a mistake of this server")))
 }

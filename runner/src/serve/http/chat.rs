@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     answer::{Answer, Shape, finish_reason},
-    app::{App, Loaded, off_the_loop},
+    app::{App, Loaded},
     error::{ApiError, Result},
     fields::Fields,
     generation::Generation,
@@ -22,9 +22,8 @@ use crate::{
 
 pub async fn chat_completions(State(app): State<Arc<App>>, request: HttpRequest<Body>) -> Result<Response> {
     let loaded = app.loaded()?;
-    let fields = app.fields(request).await?;
     let log = app.settings.log_prompts;
-    let answer = off_the_loop(move || take(fields, loaded, log)).await?;
+    let answer = app.take(request, move |fields| take(fields, loaded, log)).await?;
     answer.respond().await
 }
 
@@ -46,6 +45,7 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Cha
     if log {
         crate::progress::note(&format!("prompt {text:?}"));
     }
+    loaded.fits("messages", &text)?;
     let prompt = loaded.engine.tokenizer().encode_as_is(&text);
     let prompt = prompt.map_err(|e| ApiError::field("messages", e))?;
     let requests = generation.requests(&loaded, &prompt, "messages")?;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     answer::{Answer, Shape, finish_reason},
-    app::{App, Loaded, off_the_loop},
+    app::{App, Loaded},
     error::{ApiError, Result},
     fields::Fields,
     generation::Generation,
@@ -31,24 +31,21 @@ enum Prompts {
 
 pub async fn completions(State(app): State<Arc<App>>, request: HttpRequest<Body>) -> Result<Response> {
     let loaded = app.loaded()?;
-    let fields = app.fields(request).await?;
     let log = app.settings.log_prompts;
-    let answer = off_the_loop(move || take(fields, loaded, log)).await?;
+    let answer = app.take(request, move |fields| take(fields, loaded, log)).await?;
     answer.respond().await
 }
 
 fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Completion>> {
     let prompts = match fields.demand("prompt")? {
         Prompts::Text(text) => vec![encode(&loaded, &text)?],
+        Prompts::Texts(texts) if texts.len() > MOST_PROMPTS => return Err(prompts_error()),
         Prompts::Texts(texts) => texts.iter().map(|t| encode(&loaded, t)).collect::<Result<_>>()?,
         Prompts::Tokens(tokens) => vec![tokens],
         Prompts::TokenLists(lists) => lists,
     };
     if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
-        return Err(ApiError::field(
-            "prompt",
-            format!("expected 1 to {MOST_PROMPTS} prompts"),
-        ));
+        return Err(prompts_error());
     }
     let vocabulary = loaded.engine.tokenizer().size();
     if prompts.iter().any(Vec::is_empty) {
@@ -88,7 +85,12 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Com
     })
 }
 
+fn prompts_error() -> ApiError {
+    ApiError::field("prompt", format!("expected 1 to {MOST_PROMPTS} prompts"))
+}
+
 fn encode(loaded: &Loaded, text: &str) -> Result<Vec<u32>> {
+    loaded.fits("prompt", text)?;
     let tokens = loaded.engine.tokenizer().encode(text);
     tokens.map_err(|e| ApiError::field("prompt", e))
 }

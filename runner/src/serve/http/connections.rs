@@ -34,6 +34,9 @@ impl Default for Limits {
     }
 }
 
+/// The most bytes of a request's head, and of what is buffered of a body.
+const MOST_HEAD: usize = 64 << 10;
+
 /// Pause after a connection could not be accepted, for instance because the process has no more files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -80,7 +83,10 @@ fn connect(
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(limits.patience));
     let mut builder = Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(limits.patience);
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.patience)
+        .max_buf_size(MOST_HEAD);
     let service = TowerToHyperService::new(router.clone());
     let connection = builder.serve_connection(TokioIo::new(Box::pin(stream)), service);
     let connection = graceful.watch(connection);

@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 
 use crate::serve::request::{Failure, Refusal};
 
+/// The most characters of a message.
+const LONGEST: usize = 600;
+
 /// The result of an endpoint.
 pub type Result<T, E = ApiError> = std::result::Result<T, E>;
 
@@ -29,7 +32,7 @@ impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self {
             status,
-            message: message.into(),
+            message: shortened(message.into()),
             param: None,
             code: None,
             retry_after: None,
@@ -44,7 +47,7 @@ impl ApiError {
     /// A field that is wrong.
     pub fn field(name: &str, message: impl std::fmt::Display) -> Self {
         Self {
-            param: Some(name.to_owned()),
+            param: Some(shortened(name.to_owned())),
             ..Self::request(format!("{name}: {message}"))
         }
     }
@@ -65,6 +68,32 @@ impl ApiError {
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("the body is longer than {most} bytes (--max-body)"),
         )
+    }
+
+    /// A text of more bytes than the context's tokens have.
+    pub fn too_many_bytes(param: &str, bytes: usize, context: usize) -> Self {
+        Self {
+            code: Some("context_length_exceeded"),
+            ..Self::field(
+                param,
+                format!("{bytes} bytes are more than a context of {context} tokens can hold: shorten it"),
+            )
+        }
+    }
+
+    pub fn broken_body() -> Self {
+        Self::request("the body does not arrive as it should: it is cut off, or its chunks are none")
+    }
+
+    /// Other requests' bodies fill the memory that there is for them.
+    pub fn no_room() -> Self {
+        Self {
+            retry_after: Some(1),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many long bodies are being read: try again later",
+            )
+        }
     }
 
     pub fn slow_body() -> Self {
@@ -137,6 +166,15 @@ impl ApiError {
     }
 }
 
+/// A message may quote what a client sent: the beginning tells it.
+fn shortened(mut message: String) -> String {
+    if let Some((end, _)) = message.char_indices().nth(LONGEST) {
+        message.truncate(end);
+        message.push('…');
+    }
+    message
+}
+
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         let (status, code) = match refusal {
@@ -155,6 +193,7 @@ impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
         let status = match failure {
             Failure::Deadline => StatusCode::GATEWAY_TIMEOUT,
+            Failure::Constraint(_) => StatusCode::BAD_REQUEST,
             Failure::Model(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, failure.to_string())
@@ -169,5 +208,18 @@ impl IntoResponse for ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_quote_the_beginning_of_what_is_long() {
+        let error = ApiError::field(&"ß".repeat(1 << 20), "it is unknown");
+        assert_eq!(error.message.chars().count(), LONGEST + 1);
+        assert_eq!(error.param.unwrap().chars().count(), LONGEST + 1);
+        assert_eq!(ApiError::field("stop", "it is wrong").message, "stop: it is wrong");
     }
 }

@@ -85,7 +85,7 @@ impl Generation {
             stream,
             include_usage: options.is_some_and(|o| o.include_usage),
             policy: policy(fields, loaded)?,
-            choosing: choosing(fields)?,
+            choosing: choosing(fields, loaded.engine.tokenizer().size())?,
             stops: stops(fields)?,
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             logprobs: None,
@@ -161,7 +161,7 @@ fn policy(fields: &mut Fields, loaded: &Loaded) -> Result<Policy> {
     })
 }
 
-fn choosing(fields: &mut Fields) -> Result<Choosing> {
+fn choosing(fields: &mut Fields, vocabulary: usize) -> Result<Choosing> {
     let top_k: Option<i64> = fields.take("top_k")?;
     // -1 is vLLM's way to say all.
     let top_k = match top_k {
@@ -188,11 +188,11 @@ fn choosing(fields: &mut Fields) -> Result<Choosing> {
         sampling,
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
-        bias: biases(fields)?,
+        bias: biases(fields, vocabulary)?,
     })
 }
 
-fn biases(fields: &mut Fields) -> Result<Vec<(u32, f32)>> {
+fn biases(fields: &mut Fields, vocabulary: usize) -> Result<Vec<(u32, f32)>> {
     let name = "logit_bias";
     let biases: Option<Map<String, Value>> = fields.take(name)?;
     let biases = biases.unwrap_or_default();
@@ -200,8 +200,9 @@ fn biases(fields: &mut Fields) -> Result<Vec<(u32, f32)>> {
         return Err(ApiError::field(name, format!("more than {MOST_BIASES} tokens")));
     }
     let bias = |(token, value): (String, Value)| {
-        let token = token.parse();
-        let token = token.map_err(|_| ApiError::field(name, "its keys are the numbers of tokens"))?;
+        let token = token.parse().ok().filter(|&id: &u32| (id as usize) < vocabulary);
+        let message = || format!("its keys are the numbers of tokens, below {vocabulary}");
+        let token = token.ok_or_else(|| ApiError::field(name, message()))?;
         let bias = value.as_f64().filter(|x| (-100.0..=100.0).contains(x));
         let bias = bias.ok_or_else(|| ApiError::field(name, format!("{value} is not in -100 to 100")))?;
         Ok((token, bias as f32))

@@ -42,10 +42,14 @@ fn admits(app: &App, request: &Request<Body>) -> Result<(), ApiError> {
             .and_then(|v: &axum::http::HeaderValue| v.to_str().ok())
     };
     if app.settings.loopback_only {
-        let host = header(header::HOST)
-            .or_else(|| request.uri().host())
-            .unwrap_or_default();
-        if !is_loopback(host) {
+        // A request has one host; what has several is a trick.
+        let hosts: Vec<_> = request.headers().get_all(header::HOST).iter().collect();
+        let host = match hosts.as_slice() {
+            [host] => host.to_str().ok(),
+            [] => request.uri().host(),
+            _ => None,
+        };
+        if !is_loopback(host.unwrap_or_default()) {
             return Err(ApiError::foreign_host());
         }
     }

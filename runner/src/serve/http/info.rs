@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -33,8 +33,12 @@ pub async fn models(State(app): State<Arc<App>>) -> Result<Json<Value>> {
     Ok(Json(json!({"object": "list", "data": [model_of(&loaded)]})))
 }
 
-pub async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>> {
+pub async fn model(
+    State(app): State<Arc<App>>,
+    name: std::result::Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>> {
     let loaded = app.loaded()?;
+    let Path(name) = name.map_err(|e| ApiError::no_such_path(&format!("such model: {}", e.body_text())))?;
     if name != loaded.name {
         return Err(ApiError::no_such_path(&format!(
             "model {name}: this server has {}",

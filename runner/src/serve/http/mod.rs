@@ -1,6 +1,6 @@
 //! The server's HTTP: OpenAI's API, and what the server says of itself.
 //!
-//! - `fields.rs` takes a body apart, `error.rs` says which field is wrong
+//! - `bodies.rs` reads bodies, `fields.rs` takes one apart, `error.rs` says which field is wrong
 //! - `generation.rs` is what chats and completions have in common, `answer.rs` how answers become responses and streams
 //! - `tools.rs` is the form that an answer must have, `tool_calls.rs` the calls in it
 //! - `chat.rs` with `messages.rs`, `completions.rs`, `text.rs`, `info.rs`, `page.rs` are the endpoints
@@ -9,6 +9,7 @@
 
 mod answer;
 mod app;
+mod bodies;
 mod chat;
 mod completions;
 mod connections;

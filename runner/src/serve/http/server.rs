@@ -12,7 +12,7 @@ use tokio::{net::TcpListener, time::sleep};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
 use super::{
-    app::{App, Loaded, Settings, off_the_loop},
+    app::{App, Loaded, Settings},
     chat::chat_completions,
     completions::completions,
     connections::{self, Limits},
@@ -31,7 +31,7 @@ const LOOK: Duration = Duration::from_millis(50);
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The address cannot be had.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address} (--host, --port)")]
     Listen {
         /// Host and port.
         address: String,
@@ -42,7 +42,7 @@ pub enum ServerError {
     #[error("--cors {0}: expected * or an origin such as https://example.org")]
     Origin(String),
     /// The system fails.
-    #[error("the server fails: {0}")]
+    #[error("the server fails")]
     Io(#[from] io::Error),
 }
 
@@ -124,12 +124,9 @@ impl Server {
         }
         // Whoever still holds the model is about to let go of it: the scheduler ends with the last of them.
         if let Some(loaded) = app.unload().and_then(Arc::into_inner) {
-            let stopped = off_the_loop(move || {
-                loaded.engine.stop();
-                Ok(())
-            });
+            let stopped = tokio::task::spawn_blocking(move || loaded.engine.stop());
             // Answers whose clients have gone end within a step.
-            let _: Result<(), ApiError> = stopped.await;
+            stopped.await.map_err(|e| ServerError::Io(io::Error::other(e)))?;
         }
         Ok(())
     }

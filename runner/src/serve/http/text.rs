@@ -6,19 +6,20 @@ use axum::{Json, body::Body, extract::State, http::Request};
 use serde_json::{Value, json};
 
 use super::{
-    app::{App, off_the_loop},
+    app::App,
     error::{ApiError, Result},
+    fields::Fields,
 };
 
 pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Json<Value>> {
     let loaded = app.loaded()?;
-    let mut fields = app.fields(request).await?;
-    let content: String = fields.demand("content")?;
-    let special = fields.take("add_special")?.unwrap_or(false);
-    let pieces = fields.take("with_pieces")?.unwrap_or(false);
-    fields.only("parse_special", &[json!(true)])?;
-    fields.finish()?;
-    off_the_loop(move || {
+    let take = move |mut fields: Fields| {
+        let content: String = fields.demand("content")?;
+        let special = fields.take("add_special")?.unwrap_or(false);
+        let pieces = fields.take("with_pieces")?.unwrap_or(false);
+        fields.only("parse_special", &[json!(true)])?;
+        fields.finish()?;
+        loaded.fits("content", &content)?;
         if content.is_empty() && !special {
             return Ok(Json(json!({"tokens": []})));
         }
@@ -35,19 +36,18 @@ pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Re
         let piece = |id: u32| json!({"id": id, "piece": tokenizer.decode(&[id]).unwrap_or_default()});
         let tokens: Vec<Value> = tokens.into_iter().map(piece).collect();
         Ok(Json(json!({"tokens": tokens})))
-    })
-    .await
+    };
+    app.take(request, take).await
 }
 
 pub async fn detokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Json<Value>> {
     let loaded = app.loaded()?;
-    let mut fields = app.fields(request).await?;
-    let tokens: Vec<u32> = fields.demand("tokens")?;
-    fields.finish()?;
-    off_the_loop(move || {
+    let take = move |mut fields: Fields| {
+        let tokens: Vec<u32> = fields.demand("tokens")?;
+        fields.finish()?;
         let text = loaded.engine.tokenizer().decode(&tokens);
         let content = text.map_err(|e| ApiError::field("tokens", e))?;
         Ok(Json(json!({"content": content})))
-    })
-    .await
+    };
+    app.take(request, take).await
 }
