@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use ort::{environment::Environment, logging::LogLevel};
@@ -166,6 +167,13 @@ fn named(option: &'static str, path: &Path) -> Result<PathBuf> {
         path: path.to_owned(),
         error,
     })
+}
+
+/// To be held while a session is made. ONNX Runtime adds a custom operator's domain to a table of the process with a check
+/// and an insertion that are not one: of two sessions that are made at the same moment the second may fail.
+pub fn opening() -> MutexGuard<'static, ()> {
+    static OPENING: Mutex<()> = Mutex::new(());
+    OPENING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

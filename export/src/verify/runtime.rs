@@ -6,7 +6,7 @@ use ort::session::{
     Session,
     builder::{GraphOptimizationLevel, SessionBuilder},
 };
-use retro_runtime::{Device, device, find_plugin, one_line};
+use retro_runtime::{Device, device, find_plugin, one_line, opening};
 use std::{
     path::{Path, PathBuf},
     sync::OnceLock,
@@ -74,7 +74,9 @@ impl ComparisonRuntime {
     /// # Errors
     /// ONNX Runtime doesn't load it.
     pub(super) fn open(&self, model: &Path, plugin: bool) -> Result<Session, Error> {
-        let loaded = self.builder(plugin)?.commit_from_file(model);
+        let mut builder = self.builder(plugin)?;
+        let _alone = opening();
+        let loaded = builder.commit_from_file(model);
         loaded.map_err(|e| Error::LoadModel {
             path: model.to_owned(),
             why: one_line(&e),

@@ -83,9 +83,12 @@ impl StatePattern {
             steps: Steps::Plain,
             ..options.clone()
         };
-        let mut session = session_builder(runtime, &options, PluginUse::Load)?
+        let mut builder = session_builder(runtime, &options, PluginUse::Load)?;
+        let alone = retro_runtime::opening();
+        let mut session = builder
             .commit_from_memory(&model(shape, &operator, 1))
             .map_err(Error::session)?;
+        drop(alone);
         let outputs = session.run(prompt(shape, selector)?).map_err(ort_error)?;
         let state = name_of(output::NAMES[output::PRESENT_PAGE_SUMMARY], 0);
         let state = outputs.get(state).ok_or(Error::NoOutput)?;

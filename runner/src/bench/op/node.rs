@@ -64,7 +64,9 @@ impl Node {
         let plugin = retro.is_some();
         require!(!plugin || options.plugin.is_some(), Error::NoPlugin);
         let plugin = if plugin { PluginUse::Load } else { PluginUse::Leave };
-        let session = session_builder(runtime, options, plugin)?
+        let mut builder = session_builder(runtime, options, plugin)?;
+        let _alone = retro_runtime::opening();
+        let session = builder
             .commit_from_memory(&model(shape, &operator, nodes))
             .map_err(Error::session)?;
         let pattern = retro.map(|r| {
