@@ -65,10 +65,12 @@ impl Node {
         require!(!plugin || options.plugin.is_some(), Error::NoPlugin);
         let plugin = if plugin { PluginUse::Load } else { PluginUse::Leave };
         let mut builder = session_builder(runtime, options, plugin)?;
-        let _alone = retro_runtime::opening();
+        let alone = retro_runtime::opening();
         let session = builder
             .commit_from_memory(&model(shape, &operator, nodes))
             .map_err(Error::session)?;
+        // The pattern's session is made below.
+        drop(alone);
         let pattern = retro.map(|r| {
             let (selector, cache) = (r.selection.selector, element(shape.dtype));
             StatePattern::new(
