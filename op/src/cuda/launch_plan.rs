@@ -22,7 +22,7 @@ const SELECT_SHARE: usize = 8;
 /// Pages that one block selects from at most. What blocks have to tell one another costs more than two of them save.
 const SELECT_PAGES: usize = 4096;
 /// The fewest blocks that share the selection.
-const SELECT_BLOCKS: usize = 4;
+const LEAST_SHARING: usize = 4;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 * 1024;
 
@@ -194,7 +194,7 @@ impl LaunchPlan<'_> {
         // By the pages of a context, and not by those of a cache that is a little longer.
         let wanted = match max_pages / SELECT_PAGES {
             0 => 1,
-            many => (1 << many.ilog2()).max(SELECT_BLOCKS),
+            many => (1 << many.ilog2()).max(LEAST_SHARING),
         };
         let room = (self.multiprocessors / 2 / self.pairs()).max(1);
         let mut blocks = wanted.min(1 << room.ilog2()).min(most);
