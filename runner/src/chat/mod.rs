@@ -23,9 +23,7 @@ use crate::{
 pub use error::{Error, Result};
 pub use transcript::{FORMAT, Message, Role, read, write};
 
-/// The context of a conversation where none is asked for: caches are allocated whole, and those of 128k tokens are
-/// large.
-pub const CONTEXT: usize = 8192;
+pub use crate::decoder::model::CONTEXT;
 
 /// How a conversation is led.
 #[derive(Clone, Debug)]
@@ -107,15 +105,7 @@ impl Chat {
         mut options: ChatOptions,
     ) -> Result<Self> {
         options.sampling.check()?;
-        let most = model.context_length();
-        let capacity = match (options.context, most) {
-            (Some(0), _) => return Err(decoder::Error::NoContext.into()),
-            (Some(asked), Some(most)) if asked > most => return Err(decoder::Error::Context { asked, most }.into()),
-            (Some(asked), _) => asked,
-            // Buffers of declared size have it, whatever is asked for.
-            (None, Some(most)) => most.min(model.io.capacity.unwrap_or(CONTEXT)),
-            (None, None) => return Err(Error::UnknownContext),
-        };
+        let capacity = model.cache_context(options.context)?.ok_or(Error::UnknownContext)?;
         options.policy.fits(capacity)?;
         if options.max_answer == Some(0) {
             return Err(decoder::Error::NoTokens.into());

@@ -20,6 +20,10 @@ use crate::{
     runtime::Runtime,
 };
 
+/// Tokens that a cache holds where no number is asked for: caches are allocated whole, and those of 128k tokens are
+/// large.
+pub const CONTEXT: usize = 8192;
+
 /// A model ready to run. The KV cache is apart from it, in a [`DecoderState`](crate::DecoderState), so one model serves
 /// many sequences.
 pub struct Model {
@@ -146,6 +150,21 @@ impl Model {
     pub fn context_length(&self) -> Option<usize> {
         let lengths = [self.io.capacity, self.folder.context_length];
         lengths.into_iter().flatten().min()
+    }
+
+    /// The tokens that a cache is to hold for texts that come one after another: those asked for, else the model's
+    /// context, [`CONTEXT`] at most; `None` where nothing says.
+    ///
+    /// # Errors
+    /// When none are asked for, or more than the model's context.
+    pub fn cache_context(&self, asked: Option<usize>) -> Result<Option<usize>> {
+        require!(asked != Some(0), Error::NoContext);
+        let most = self.context_length();
+        if let Some((asked, most)) = asked.zip(most) {
+            require!(asked <= most, Error::Context { asked, most });
+        }
+        // Buffers of declared size have it, whatever is asked for.
+        Ok(asked.or_else(|| Some(most?.min(self.io.capacity.unwrap_or(CONTEXT)))))
     }
 
     /// The batch size to use when `asked` sequences are to be decoded: `asked`, or 1 where the model takes one at a

@@ -9,7 +9,6 @@ use retro_contract::Budget;
 
 use crate::{
     Model, ModelTokenizer,
-    chat::CONTEXT,
     decoder::{
         Error, Result,
         cache_rows::CacheRows,
@@ -27,7 +26,7 @@ use crate::{
 pub struct EngineOptions {
     /// Requests that run at a time.
     pub parallel: usize,
-    /// Tokens of prompt and output of a request; `None`: the model's context, [`CONTEXT`] at most.
+    /// Tokens of prompt and output of a request; `None`: the model's context, [`CONTEXT`](crate::decoder::model::CONTEXT) at most.
     pub context: Option<usize>,
     /// Tokens of prompts that are read between two decoding steps.
     pub chunk: usize,
@@ -78,17 +77,8 @@ impl Engine {
         options: EngineOptions,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
-        let most = model.context_length();
-        let context = match (options.context, most) {
-            (Some(0), _) => return Err(Error::NoContext),
-            (Some(asked), Some(most)) => {
-                require!(asked <= most, Error::Context { asked, most });
-                asked
-            }
-            (Some(asked), None) => asked,
-            (None, Some(most)) => most.min(model.io.capacity.unwrap_or(CONTEXT)),
-            (None, None) => return Err(Error::UnknownContext),
-        };
+        let context = model.cache_context(options.context)?;
+        let context = context.ok_or(Error::UnknownContext)?;
         let most_window = model.window(None)?;
         // Sequences that began at different times have different numbers of retrospective tokens.
         require!(
