@@ -27,6 +27,6 @@ pub mod text;
 pub use decoder::{inputs::Feed, logits::Logits, model::Model, session::OpenOptions, step::DecoderState};
 pub use interrupt::{Interrupt, Interrupted};
 pub use model_folder::ModelFolder;
-pub use retro_runtime::{Device, device, disable_telemetry, gpu};
+pub use retro_runtime::{Device, alone, device, disable_telemetry, gpu};
 pub use runtime::Runtime;
 pub use text::ModelTokenizer;

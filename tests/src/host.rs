@@ -18,7 +18,7 @@ use ort::{
     session::{IoBinding, Session, builder::SessionBuilder},
 };
 use retro_contract::Selector;
-use retro_run::{Device, device, gpu::Gpu};
+use retro_run::{Device, alone, device, gpu::Gpu};
 
 use crate::{
     mirror, paths,
@@ -117,21 +117,18 @@ fn on(device: Device) -> Option<&'static Arc<Gpu>> {
 /// A session on a model in memory, with the plugin. On a GPU no node may fall back to the CPU.
 pub fn open(model: &[u8]) -> Result<Opened, String> {
     let gpu = on(device());
-    let _one = one_at_a_time();
     let mut builder = builder(true, device())?;
     if gpu.is_some() {
         builder = builder.with_disable_cpu_fallback().map_err(|e| e.to_string())?;
     }
-    let session = builder.commit_from_memory(model).map_err(|e| e.to_string())?;
+    let session = alone(|| builder.commit_from_memory(model)).map_err(|e| e.to_string())?;
     Ok(Opened { session, gpu })
 }
 
 /// A session on the CPU, whatever the device under test: ONNX Runtime's own operators to compare with.
 pub fn open_on_cpu(model: &[u8]) -> Result<Opened, String> {
-    let _one = one_at_a_time();
-    let session = builder(true, Device::Cpu)?
-        .commit_from_memory(model)
-        .map_err(|e| e.to_string())?;
+    let mut builder = builder(true, Device::Cpu)?;
+    let session = alone(|| builder.commit_from_memory(model)).map_err(|e| e.to_string())?;
     Ok(Opened { session, gpu: None })
 }
 
@@ -140,10 +137,8 @@ pub fn open_on_cpu(model: &[u8]) -> Result<Opened, String> {
 pub fn open_file(model: &Path, converted: bool) -> Result<Opened, String> {
     let device = if converted { device() } else { Device::Cpu };
     let gpu = on(device);
-    let _one = one_at_a_time();
-    let session = builder(converted, device)?
-        .commit_from_file(model)
-        .map_err(|e| e.to_string())?;
+    let mut builder = builder(converted, device)?;
+    let session = alone(|| builder.commit_from_file(model)).map_err(|e| e.to_string())?;
     if gpu.is_some() {
         device::left_to_cpu(&session).map_err(|e| format!("{}: {e}", model.display()))?;
     }
@@ -213,11 +208,4 @@ pub(crate) fn check(status: ort_sys::OrtStatusPtr) -> Result<(), String> {
     // SAFETY: ours, released once, not used afterwards.
     unsafe { (api.ReleaseStatus)(status.0) };
     Err(message)
-}
-
-/// ORT 1.31 adds a custom domain to a table of the process with a check and an insertion that are not one: two sessions
-/// opened at the same moment may both find it missing, and the second fails.
-fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
-    static OPENING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    OPENING.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -14,5 +14,5 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 pub use device::Device;
 pub use error::{Error, OrtError, check, one_line};
-pub use library::{PLUGIN, PLUGIN_VARIABLE, RUNTIME_VARIABLE, Runtime, find_plugin, opening};
+pub use library::{PLUGIN, PLUGIN_VARIABLE, RUNTIME_VARIABLE, Runtime, alone, find_plugin};
 pub use telemetry::{TELEMETRY_VARIABLE, disable_telemetry};

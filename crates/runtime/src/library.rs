@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 
 use ort::{environment::Environment, logging::LogLevel};
@@ -169,11 +169,13 @@ fn named(option: &'static str, path: &Path) -> Result<PathBuf> {
     })
 }
 
-/// To be held while a session is made. ONNX Runtime adds a custom operator's domain to a table of the process with a check
-/// and an insertion that are not one: of two sessions that are made at the same moment the second may fail.
-pub fn opening() -> MutexGuard<'static, ()> {
-    static OPENING: Mutex<()> = Mutex::new(());
-    OPENING.lock().unwrap_or_else(PoisonError::into_inner)
+/// Makes a session while no other is made through this. ONNX Runtime adds a custom operator's domain to a table of the
+/// process with a check and an insertion that are not one: of two sessions that are made at the same moment the second
+/// may fail.
+pub fn alone<T>(make: impl FnOnce() -> T) -> T {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _held = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+    make()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use ort::session::{
     Session,
     builder::{GraphOptimizationLevel, SessionBuilder},
 };
-use retro_runtime::{Device, device, find_plugin, one_line, opening};
+use retro_runtime::{Device, alone, device, find_plugin, one_line};
 use std::{
     path::{Path, PathBuf},
     sync::OnceLock,
@@ -75,8 +75,7 @@ impl ComparisonRuntime {
     /// ONNX Runtime doesn't load it.
     pub(super) fn open(&self, model: &Path, plugin: bool) -> Result<Session, Error> {
         let mut builder = self.builder(plugin)?;
-        let _alone = opening();
-        let loaded = builder.commit_from_file(model);
+        let loaded = alone(|| builder.commit_from_file(model));
         loaded.map_err(|e| Error::LoadModel {
             path: model.to_owned(),
             why: one_line(&e),

@@ -8,6 +8,7 @@ use ort::{session::SessionInputValue, value::TensorElementType};
 use rand::{SeedableRng, rngs::StdRng};
 use retro_contract::{Budget, Mode, STATE, Selector, graph::State, input, limits, output};
 use retro_models::Dtype;
+use retro_runtime::alone;
 
 use super::{
     Error, Result,
@@ -84,11 +85,7 @@ impl StatePattern {
             ..options.clone()
         };
         let mut builder = session_builder(runtime, &options, PluginUse::Load)?;
-        let alone = retro_runtime::opening();
-        let mut session = builder
-            .commit_from_memory(&model(shape, &operator, 1))
-            .map_err(Error::session)?;
-        drop(alone);
+        let mut session = alone(|| builder.commit_from_memory(&model(shape, &operator, 1))).map_err(Error::session)?;
         let outputs = session.run(prompt(shape, selector)?).map_err(ort_error)?;
         let state = name_of(output::NAMES[output::PRESENT_PAGE_SUMMARY], 0);
         let state = outputs.get(state).ok_or(Error::NoOutput)?;

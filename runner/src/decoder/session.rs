@@ -7,7 +7,7 @@ use ort::{
     session::{Session, builder::SessionBuilder},
 };
 use retro_onnx::{external_files, folder_of, read_model};
-use retro_runtime::{OrtError, opening};
+use retro_runtime::{OrtError, alone};
 
 use crate::{
     Device,
@@ -68,10 +68,7 @@ pub(crate) fn open_session(runtime: &Runtime, graph: &Path, options: &OpenOption
         _ => PluginUse::Leave,
     };
     let mut builder = session_builder(runtime, options, plugin)?;
-    let _alone = opening();
-    builder
-        .commit_from_file(graph)
-        .map_err(|e| load_error(graph, options, e.into()))
+    alone(|| builder.commit_from_file(graph)).map_err(|e| load_error(graph, options, e.into()))
 }
 
 /// A session's options: log level, threads, and the plugin if it is wanted.

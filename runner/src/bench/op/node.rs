@@ -10,6 +10,7 @@ use ort::{
 };
 use retro_contract::{Mode, STATE, input, output};
 use retro_models::Dtype;
+use retro_runtime::alone;
 
 use super::{
     data::{Caches, Rows, element, integer},
@@ -65,12 +66,7 @@ impl Node {
         require!(!plugin || options.plugin.is_some(), Error::NoPlugin);
         let plugin = if plugin { PluginUse::Load } else { PluginUse::Leave };
         let mut builder = session_builder(runtime, options, plugin)?;
-        let alone = retro_runtime::opening();
-        let session = builder
-            .commit_from_memory(&model(shape, &operator, nodes))
-            .map_err(Error::session)?;
-        // The pattern's session is made below.
-        drop(alone);
+        let session = alone(|| builder.commit_from_memory(&model(shape, &operator, nodes))).map_err(Error::session)?;
         let pattern = retro.map(|r| {
             let (selector, cache) = (r.selection.selector, element(shape.dtype));
             StatePattern::new(
