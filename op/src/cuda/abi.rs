@@ -177,6 +177,10 @@ shared_constants! {
     PAGES_THREADS = 128;
     /// Its warps, with a page each.
     PAGES_WARPS = PAGES_THREADS / 32;
+    /// Threads of a block that sketches a block of a prompt's rows.
+    SKETCH_THREADS = 256;
+    /// Its warps.
+    SKETCH_WARPS = SKETCH_THREADS / 32;
     /// Threads of a block that appends a token's keys and values.
     APPEND_THREADS = 128;
     /// Threads of a block that clears values.
@@ -221,7 +225,7 @@ shared_formulas! {
             + SKETCH_BLOCK / 2 * (padded / 4)
             + SCORE_WARPS * SKETCH_BLOCK * padded * bits / 8;
     /// The same of a block that sketches a prompt's rows: sums, codes.
-    sketch_pages_bytes(padded) = PAGES_WARPS * padded * 4 + SKETCH_BLOCK * (padded / 4);
+    sketch_pages_bytes(padded) = SKETCH_WARPS * padded * 4 + SKETCH_BLOCK * (padded / 4);
     /// Bytes of shared memory where the warps of an attention block are joined: statistics and outputs.
     joint_bytes(parts, rows, padded) = parts * rows * 2 * 4 + parts * rows * (padded + 4) * 4;
     /// Bytes of shared memory of a block of float32 attention: queries, weights, the join.

@@ -4,17 +4,23 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
+use retro_contract::StateElement;
 
 use super::abi::{
     APPEND_THREADS, ATTEND_F32, ATTEND_HALF, ATTEND_TILE, AttendShape, BLOCK_RESERVED, CLEAR_THREADS, F32_WARPS,
     MAX_CLUSTER, MAX_GROUP, MAX_STAGES, MERGE_THREADS, PAGES_THREADS, SCORE_F32, SCORE_HALF, SCORE_SKETCH,
-    SCORE_THREADS, SELECT_THREADS, SELECT_VARIABLES, f32_attend_bytes, sketch_bytes,
+    SCORE_THREADS, SELECT_THREADS, SELECT_VARIABLES, SKETCH_THREADS, f32_attend_bytes, sketch_bytes,
 };
 use super::device::Device;
 use super::launch::Kernel;
 use crate::contract::Attributes;
 use crate::ort::{Error, Plain, Result};
 use crate::selector::Selector;
+
+/// Whether a selector's state is made and scored by blocks of rows, instead of page by page.
+pub fn is_by_block(selector: Selector) -> bool {
+    selector.state_element() == StateElement::Byte
+}
 
 /// Element types that have kernels.
 pub trait CudaElement: Plain + Send + Sync {
@@ -209,7 +215,14 @@ fn look_up<E: CudaElement>(device: &Device, padded: usize, selector: Selector, b
         select: finder.select()?,
         merge: of_type("merge", MERGE_THREADS)?,
         append: of_type("append", APPEND_THREADS)?,
-        pages: finder.kernel(name::pages(E::NAME, padded, selector), PAGES_THREADS)?,
+        pages: finder.kernel(
+            name::pages(E::NAME, padded, selector),
+            if is_by_block(selector) {
+                SKETCH_THREADS
+            } else {
+                PAGES_THREADS
+            },
+        )?,
         clear: of_type("clear", CLEAR_THREADS)?,
         attend: attend.collect::<Result<_>>()?,
         half: E::HALF,

@@ -2,14 +2,14 @@
 
 use std::ffi::c_void;
 
-use retro_contract::{GroupScore, Mode, SKETCH_BLOCK, StateElement, budget_pages, pages_for};
+use retro_contract::{GroupScore, Mode, SKETCH_BLOCK, budget_pages, pages_for};
 
 use super::abi::{
     ATTEND_TILE, BLOCK_RESERVED, CallPhase, F32_WARPS, GroupScoring, MAX_SPLITS, MERGE_WARPS, PAGES_WARPS, Params,
     ReadMode, SCORE_PAGES, SCORE_VARIABLES, SCORE_WARPS, kept_floats, queries_bytes, scored_page_count, sketch_bytes,
     sketch_pages_bytes, stored_heads, touched_floats, touched_page_count,
 };
-use super::kernel_set::{Attend, Kernels};
+use super::kernel_set::{Attend, Kernels, is_by_block};
 use super::launch::{Kernel, LaunchMode, Stream};
 use super::scratch::Buffer;
 use crate::contract::{Attributes, Dims, Phase};
@@ -124,9 +124,8 @@ impl LaunchPlan<'_> {
         4 * touched_floats(self.group(), self.kernels.padded, self.dims.head_size)
     }
 
-    /// Whether the selector's state is made and scored by blocks of rows, instead of page by page.
     fn by_block(&self) -> bool {
-        self.attributes.selector.state_element() == StateElement::Byte
+        is_by_block(self.attributes.selector)
     }
 
     /// Rows of what a warp scores: a page, or a block.

@@ -184,7 +184,7 @@ template <class T, int DP> struct Case {
     for (unsigned block = 0; int(block) * SKETCH_BLOCK < len; block++)
       for (unsigned h = 0; int(h) < p.kv_heads; h++) {
         blockIdx = {block, h, 0};
-        launch_block(PAGES_THREADS, [&] { pages_kernel<T, (DP + 127) / 128, Sketch>(p); });
+        launch_block(SKETCH_THREADS, [&] { pages_kernel<T, (DP + 127) / 128, Sketch>(p); });
       }
     for (int i = 0; i < int(steps.size()); i++) wrong += steps[i] != (i % p.cache_pages < p.max_pages ? len - 1 : -1);
   }

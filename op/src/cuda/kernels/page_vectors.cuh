@@ -374,6 +374,7 @@ DEVICE void touch_page(const Params& p, const Sequence& s, int b, int head, int 
 template <class SELF> struct PageVectors {
   // A prompt's state is made page by page.
   static constexpr bool BY_BLOCK = false;
+  static constexpr int STATE_THREADS = PAGES_THREADS;
 
   // A block scores pages that the step does not touch; or it appends the rows of a page that the step touches, brings
   // its summary up to date and scores it.

@@ -54,7 +54,7 @@ DEVICE void end_block(const Params& p, int block, int b, int head, u8* raw) {
   if (!s.valid) return;
   const int first = block * SKETCH_BLOCK >> p.page_shift, pages = SKETCH_BLOCK >> p.page_shift;
   const int page = first + threadIdx.x;
-  static_assert(PAGES_THREADS >= SKETCH_BLOCK, "a thread a page");
+  static_assert(SELECTOR::STATE_THREADS >= SKETCH_BLOCK, "a thread a page");
   if (threadIdx.x < pages && page < pages_for(p, s.len)) page_steps_of(p, b * p.kv_heads + head)[page] = s.len - 1;
   SELECTOR::template end_rows<T, PARTS>(p, s, b, head, block, raw);
 }

@@ -14,8 +14,9 @@ KERNEL(retro_select, SELECT_THREADS, SELECT_BLOCKS, select_kernel<ANY>(p))
 KERNEL(retro_select_max, SELECT_THREADS, SELECT_BLOCKS, select_kernel<BY_MAX>(p))
 KERNEL(retro_select_softmax, SELECT_THREADS, SELECT_BLOCKS, select_kernel<BY_SOFTMAX>(p))
 
-#define PAGES_OF(ID, SELECTOR, PARTS, LARGEST, BLOCKS, TYPE, T) \
-  KERNEL(retro_pages_##TYPE##_##LARGEST##_##ID, PAGES_THREADS, BLOCKS, (pages_kernel<T, PARTS, SELECTOR>(p)))
+#define PAGES_OF(ID, SELECTOR, PARTS, LARGEST, BLOCKS, TYPE, T)          \
+  KERNEL(retro_pages_##TYPE##_##LARGEST##_##ID, SELECTOR::STATE_THREADS, \
+         BLOCKS* PAGES_THREADS / SELECTOR::STATE_THREADS, (pages_kernel<T, PARTS, SELECTOR>(p)))
 #define PAGES(...) SELECTORS(PAGES_OF, __VA_ARGS__)
 #define OF_TYPE(TYPE, T)                                                      \
   KERNEL(retro_merge_##TYPE, MERGE_THREADS, MERGE_BLOCKS, merge_kernel<T>(p)) \

@@ -38,6 +38,7 @@ RARE void make_centre(const Params& p, int fed /* rows from there on */, int pai
 struct Sketch {
   // A prompt's state is made by blocks of rows.
   static constexpr bool BY_BLOCK = true;
+  static constexpr int STATE_THREADS = SKETCH_THREADS;
 
   template <int PARTS, class T> static DEVICE Columns<PARTS> centre_of(const Params& p, const T* centre, int block) {
     Columns<PARTS> of;
@@ -180,7 +181,8 @@ struct Sketch {
   // A block of threads sketches a block of a prompt's rows, for head sizes up to 128 PARTS.
   template <class T, int PARTS>
   static DEVICE void end_rows(const Params& p, const Sequence& s, int b, int head, int block, u8* raw) {
-    constexpr int DP = 128 * PARTS, WARPS = PAGES_WARPS;
+    // Rows are asked for several at a time, so that their loads are waited for together.
+    constexpr int DP = 128 * PARTS, WARPS = SKETCH_WARPS, AT_ONCE = 4;
     const int pair = b * p.kv_heads + head, d = p.head_size, warp = threadIdx.x / 32;
     const int start = block * SKETCH_BLOCK, end = min(start + SKETCH_BLOCK, s.len), fresh = max(start, s.first);
     if (fresh >= end || p.mode != RETRO) return;
@@ -196,11 +198,18 @@ struct Sketch {
     const Rotation<PARTS> rotation(d);
     const Columns<PARTS> of_block = centre_of<PARTS>(p, centre, block);
 #pragma unroll 1
-    for (int row = fresh + warp; row < end; row += WARPS) {
-      Columns<PARTS> key;
-      key.load(keys + size_t(row) * d, d);
-      sketch_row(p, rotation, key, of_block, codes + (row - fresh) * (DP / 4),
-                 state + layout.factors + 2 * (row - start));
+    for (int first = fresh + warp; first < end; first += AT_ONCE * WARPS) {
+      Columns<PARTS> of_rows[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++)
+        if (first + i * WARPS < end) of_rows[i].load(keys + size_t(first + i * WARPS) * d, d);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int row = first + i * WARPS;
+        if (row < end)
+          sketch_row(p, rotation, of_rows[i], of_block, codes + (row - fresh) * (DP / 4),
+                     state + layout.factors + 2 * (row - start));
+      }
     }
     __syncthreads();
     if (p.sketch_bits == 1)
