@@ -24,8 +24,8 @@ pub struct Settings {
     #[arg(long, value_name = "PAGES")]
     pub min_pages: Option<usize>,
 
-    /// Contexts of up to so many tokens are read whole, one token a step, by hosts on a CPU; 0: none [default: where the
-    /// window holds several tokens and --min-pages is not given, up to the length from which these pay]
+    /// Contexts of up to so many tokens are read whole, one token a step, by hosts on a CPU; 0: none [default: where
+    /// --min-pages is not given, up to the length from which the window pays, and 1024 at least]
     #[arg(long, value_name = "TOKENS")]
     pub dense_below: Option<usize>,
 

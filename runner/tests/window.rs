@@ -123,16 +123,23 @@ fn short_contexts_are_read_whole_unless_asked_otherwise() {
     assert!(read.share() < all_read.share());
     assert_eq!(all_read.share(), Some(1.0));
 
-    // Another length, a budget, one token a step, and steps of one shape.
+    // Another length, a budget, and steps of one shape.
     let nothing_whole = policy.dense_below(&model, 0).unwrap();
     let (_, sparse) = decode(&mut model, nothing_whole);
     assert!(sparse.share() < read.share());
     let budget = Policy::new(&model, None, Some("0.15".parse().unwrap())).unwrap();
     let narrow = Policy::new(&model, Some(1), None).unwrap();
     let of_one_shape = Policy::new(&bed.open(Steps::FixedBuffers), None, None).unwrap();
-    for policy in [budget, narrow, of_one_shape] {
+    for policy in [budget, of_one_shape] {
         assert_eq!(policy.dense_below, 0);
     }
+    // One token a step gains from short contexts alone.
+    assert_eq!(narrow.dense_below, PROMPT + 20);
+    let far = policy.dense_below(&model, 5000).unwrap();
+    assert_eq!(
+        (far.with_window(4).dense_below, far.with_window(1).dense_below),
+        (5000, 1024)
+    );
     let all_whole = narrow.dense_below(&model, 1000).unwrap();
     let (all, read) = decode(&mut model, all_whole);
     assert!(largest_difference(&all, &dense) < 1e-3);

@@ -12,6 +12,9 @@ pub const BUDGET: &str = "retro.budget";
 pub const MIN_PAGES: &str = "retro.min_pages";
 /// Contexts of up to so many tokens are better read whole, one token a step, on a CPU; absent: none are.
 pub const DENSE_BELOW: &str = "retro.dense_below";
+/// [`DENSE_BELOW`] where a step feeds one token, at most: up to so many tokens, choosing a part of the cache takes longer
+/// than reading all of it (docs/performance.md).
+pub const ONE_TOKEN_DENSE_BELOW: usize = 1024;
 /// First pages that every step reads, as the attribute.
 pub const SINK_PAGES: &str = "retro.sink_pages";
 /// The selector, as the attribute.

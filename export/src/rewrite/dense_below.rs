@@ -3,7 +3,7 @@
 
 use super::Settings;
 use crate::{logits::Logits, rules::Conversion};
-use retro_contract::{Budget, Mode};
+use retro_contract::{Budget, Mode, metadata::ONE_TOKEN_DENSE_BELOW};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// Tokens of context that pay for a second token in a step, where there is one weight for each element of a query
@@ -30,8 +30,11 @@ pub fn dense_below(view: &GraphView, conversions: &[Conversion], logits: &Logits
     }
     // Whoever sets the floor, or reads a fixed number of tokens, has said what short contexts read.
     let relative = matches!(settings.budget, Budget::Ratio(_)) && settings.min_pages.is_none();
-    if settings.window == 1 || settings.mode != Mode::Retro || !relative {
+    if settings.mode != Mode::Retro || !relative {
         return 0;
+    }
+    if settings.window == 1 {
+        return ONE_TOKEN_DENSE_BELOW;
     }
     let lm_head = match logits {
         Logits::Newest { products, .. } => products.as_slice(),
@@ -54,7 +57,7 @@ pub fn dense_below(view: &GraphView, conversions: &[Conversion], logits: &Logits
         return 0;
     }
     let tokens = (cost / attention).min(1e9) as usize;
-    tokens.next_multiple_of(MULTIPLE)
+    tokens.next_multiple_of(MULTIPLE).max(ONE_TOKEN_DENSE_BELOW)
 }
 
 /// What a second token costs in a node: its weights, weighted.
@@ -138,14 +141,15 @@ mod tests {
     #[test]
     fn it_grows_with_the_weights_by_their_kind() {
         let settings = Settings::default();
-        let none = length(&settings, |_| {});
-        let one = length(&settings, products(1)) - none;
-        let four = length(&settings, products(4)) - none;
-        let widened = length(&settings, quantised(1)) - none;
-        assert!(one > 0 && four.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {four}");
+        assert_eq!(length(&settings, |_| {}), ONE_TOKEN_DENSE_BELOW);
+        let one = length(&settings, products(1));
+        let four = length(&settings, products(4));
+        let widened = length(&settings, quantised(1));
+        assert!(one > ONE_TOKEN_DENSE_BELOW, "{one}");
+        assert!(four.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {four}");
         assert!(widened.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {widened}");
-        assert_eq!(length(&settings, quantised(0)) - none, widened);
-        let bytes = length(&settings, quantised(4)) - none;
+        assert_eq!(length(&settings, quantised(0)), widened);
+        let bytes = length(&settings, quantised(4));
         assert!(bytes.abs_diff(widened / 10) <= MULTIPLE, "{bytes} {widened}");
     }
 
@@ -159,7 +163,7 @@ mod tests {
         assert!(of(|_| {}) > 0);
         assert_eq!(of(|s| s.dense_below = Some(77)), 77);
         assert_eq!(of(|s| s.dense_below = Some(0)), 0);
-        assert_eq!(of(|s| s.window = 1), 0);
+        assert_eq!(of(|s| s.window = 1), 1024);
         assert_eq!(of(|s| s.min_pages = Some(4)), 0);
         assert_eq!(of(|s| s.budget = Budget::Tokens(2048)), 0);
         assert_eq!(of(|s| s.mode = Mode::Streaming), 0);

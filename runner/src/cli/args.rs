@@ -56,8 +56,8 @@ pub struct ReadingArgs {
     /// [default: none].
     #[arg(long, value_name = "N")]
     pub rectify: Option<usize>,
-    /// Read contexts of up to so many tokens whole, one token a step; 0: none [default: as converted, on a CPU, with a
-    /// window above 1 and without --budget].
+    /// Read contexts of up to so many tokens whole, one token a step; 0: none [default: as converted, with --window 1 up to
+    /// 1024, on a CPU and without --budget].
     #[arg(long, value_name = "TOKENS")]
     dense_below: Option<usize>,
     /// Prompt tokens per prefill chunk.

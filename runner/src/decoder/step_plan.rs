@@ -3,7 +3,7 @@
 //! A token whose own step read every page has nothing to gain from being fed again: no page is new to it
 //! (docs/method.md). So the window opens with the first step that leaves pages out.
 
-use retro_contract::{Budget, pages_for};
+use retro_contract::{Budget, metadata::ONE_TOKEN_DENSE_BELOW, pages_for};
 
 use crate::decoder::{
     error::{Error, Result, require},
@@ -26,9 +26,10 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// A policy, with the converted model's window where none is given. Where no budget is given either, and the window
-    /// holds several tokens, contexts are read whole up to the length that the model was converted with: below it, on a
-    /// CPU, the other tokens of the window cost more time than reading everything.
+    /// A policy, with the converted model's window where none is given. Where no budget is given either, contexts are
+    /// read whole up to the length that the model was converted with: below it, on a CPU, the other tokens of the window
+    /// cost more time than reading everything. With one token a step the length is
+    /// [`ONE_TOKEN_DENSE_BELOW`] at most.
     ///
     /// # Errors
     /// When the model was converted for a smaller window, or takes no budget at run time.
@@ -38,15 +39,24 @@ impl Policy {
             require!(model.retro.is_some(), Error::BudgetOfUnconverted);
             require!(model.io.page_budget.is_some(), Error::NoBudgetInput);
         }
-        let steps_cost =
-            window > 1 && budget.is_none() && !model.feeds_from_buffers() && model.io.page_budget.is_some();
-        let dense_below = model.retro.as_ref().filter(|_| steps_cost).map_or(0, |r| r.dense_below);
-        Ok(Self {
+        let by_length = budget.is_none() && !model.feeds_from_buffers() && model.io.page_budget.is_some();
+        let policy = Self {
             window,
             budget,
-            dense_below,
+            dense_below: model.retro.as_ref().filter(|_| by_length).map_or(0, |r| r.dense_below),
             rectify: None,
-        })
+        };
+        Ok(policy.with_window(window))
+    }
+
+    /// The same policy with another window, which reads contexts whole no further than that window gains from.
+    pub fn with_window(self, window: usize) -> Self {
+        let most = if window > 1 { usize::MAX } else { ONE_TOKEN_DENSE_BELOW };
+        Self {
+            window,
+            dense_below: self.dense_below.min(most),
+            ..self
+        }
     }
 
     /// The same, but for contexts of up to `tokens` tokens, which are read whole.

@@ -148,17 +148,18 @@ fn policy(fields: &mut Fields, loaded: &Loaded) -> Result<Policy> {
         return Err(ApiError::field("rectify", message));
     }
     let window = window.unwrap_or(default.window);
-    Ok(Policy {
-        window,
+    let policy = Policy {
         budget,
-        // Whoever names a budget means it, and one token a step needs no threshold.
-        dense_below: if window > 1 && budget == default.budget {
+        // Whoever names a budget means it.
+        dense_below: if budget == default.budget {
             default.dense_below
         } else {
             0
         },
         rectify: rectify.or(default.rectify),
-    })
+        ..default
+    };
+    Ok(policy.with_window(window))
 }
 
 fn choosing(fields: &mut Fields, vocabulary: usize) -> Result<Choosing> {
