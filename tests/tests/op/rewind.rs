@@ -2,13 +2,13 @@
 //! What the abandoned steps left in the page steps must not keep later tokens from their supplements (docs/method.md,
 //! Truncation).
 
-use retro_contract::{Mode, limits};
+use retro_contract::{GroupScore, Mode, Selector, limits};
 use retro_tests::{
     attrs::Attrs,
     compare,
     golden::Rows,
     host,
-    layer::{Binding, Feed, KEY, Layer, State, VALUE},
+    layer::{Binding, Feed, KEY, Layer, SUMMARY, State, VALUE},
     oracle::oracle,
     random::Random,
     tensor::Dtype,
@@ -208,6 +208,84 @@ fn one_sequence_of_a_batch_is_rewound() {
                 let pages = attrs.pages(lengths[i]);
                 assert_eq!(both.page_steps(i, pages), alone[i].page_steps(0, pages), "{at}");
             }
+        }
+    }
+}
+
+/// Rows that are read again leave the sketches of one reading, to the last bit, whatever was decoded into their places
+/// before; and what comes after them reads the same pages, alone and in a batch.
+fn reads_again(attrs: &Attrs, dtype: Dtype) {
+    const KEPT: usize = 400;
+    const READ: usize = 455;
+    let what = format!(
+        "{dtype:?} heads of {}, {} bits, window {}",
+        attrs.head_size, attrs.sketch_bits, attrs.window
+    );
+    let layer = Layer::new(attrs, dtype);
+    let prompt = drive::rows(&mut Random::new(3), attrs, READ);
+    let read = |state: &mut State, ends: &[usize], from: usize| {
+        ends.iter().fold(from, |from, &end| {
+            let chunk = drive::prefill_feed(&prompt.slice(from, end), end);
+            layer.run(state, &chunk, Binding::InPlace);
+            end
+        });
+    };
+    let mut once = State::new(attrs, dtype, 1, 640);
+    let mut again = once.duplicate();
+    read(&mut once, &[384, READ], 0);
+    read(&mut again, &[96, 192, 288, 384, KEPT], 0);
+    let mut random = Random::new(8);
+    for t in KEPT..KEPT + 30 {
+        let fed = drive::rows(&mut random, attrs, retro(attrs, t, KEPT) + 1);
+        let feed = drive::feed(&fed, t + 1, fed.count as i32 - 1, None);
+        layer.run(&mut again, &feed, Binding::InPlace);
+        // As a rectifying pass does it: the newest two tokens are read densely.
+        if t % 7 == 0 {
+            let fed = drive::rows(&mut random, attrs, 2);
+            layer.run(&mut again, &drive::prefill_feed(&fed, t + 1), Binding::InPlace);
+        }
+    }
+    read(&mut again, &[READ], KEPT);
+    for slot in [KEY, VALUE, SUMMARY] {
+        assert!(once.bytes()[slot] == again.bytes()[slot], "{what}: slot {slot}");
+    }
+    let mut both = State::stack(&[again.duplicate(), once.duplicate()]);
+    for t in READ..READ + 40 {
+        let fed = drive::rows(&mut random, attrs, retro(attrs, t, READ) + 1);
+        let feed = drive::feed(&fed, t + 1, fed.count as i32 - 1, None);
+        let expected = layer.run(&mut once, &feed, Binding::InPlace);
+        let got = layer.run(&mut again, &feed, Binding::InPlace);
+        let at = format!("{what}: t = {t}");
+        let tolerance = if dtype == Dtype::F32 { 2e-5 } else { dtype.tolerance() };
+        compare::assert_close(&at, &got, &expected, tolerance);
+        let together = together(&[fed.slice(0, fed.count), fed], &[t + 1; 2]);
+        let outputs = layer.run(&mut both, &together, Binding::InPlace);
+        let pages = attrs.pages(t + 1);
+        for (i, got) in outputs.chunks(outputs.len() / 2).enumerate() {
+            compare::assert_close(&at, got, &expected, tolerance);
+            assert_eq!(
+                both.page_steps(i, pages),
+                once.page_steps(0, pages),
+                "{at}: sequence {i}"
+            );
+        }
+        assert_eq!(again.page_steps(0, pages), once.page_steps(0, pages), "{at}");
+    }
+}
+
+#[test]
+fn reading_again_leaves_the_sketches_of_one_reading() {
+    for &dtype in host::dtypes() {
+        for (heads, head_size, sketch_bits, window) in [(8, 64, 2, 1), (8, 64, 2, 4), (4, 32, 1, 2), (2, 48, 2, 2)] {
+            let attrs = Attrs {
+                window,
+                selector: Selector::Sketch,
+                group_score: GroupScore::Softmax,
+                sketch_bits,
+                page: 8,
+                ..Attrs::new(heads, 2, head_size).budget(0.05, 4)
+            };
+            reads_again(&attrs, dtype);
         }
     }
 }
