@@ -9,12 +9,14 @@ use std::{
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use retro_run::{
-    Device, Model, ModelTokenizer, OpenOptions, Runtime,
+    Device, Feed, Model, ModelTokenizer, OpenOptions, Runtime,
     decoder::{
         self,
+        cache_rows::CacheRows,
         decode_loop::Policy,
         generate::{ContextPlan, Finish, Generation, generate},
         sampling::Sampling,
+        session::Steps,
     },
     interrupt::Interrupt,
     runtime::find_plugin,
@@ -45,18 +47,26 @@ impl Models {
         let folder = tempfile::tempdir().unwrap();
         let dense = folder.path().join("dense");
         retro_models::build(&root.join("models/ledger"), &dense, &retro_models::Options::default()).unwrap();
-        retro_export::convert(&retro_export::Options {
-            source: dense.clone(),
-            target: Some(folder.path().join("retro")),
-            settings: retro_export::Settings {
-                window: 4,
-                budget: retro_contract::Budget::Ratio(0.15),
-                min_pages: Some(4),
-                ..Default::default()
-            },
+        let settings = retro_export::Settings {
+            window: 4,
+            budget: retro_contract::Budget::Ratio(0.15),
+            min_pages: Some(4),
             ..Default::default()
-        })
-        .unwrap();
+        };
+        let large_pages = retro_export::Settings {
+            page_size: 64,
+            min_pages: Some(1),
+            ..settings.clone()
+        };
+        for (name, settings) in [("retro", settings), ("large-pages", large_pages)] {
+            retro_export::convert(&retro_export::Options {
+                source: dense.clone(),
+                target: Some(folder.path().join(name)),
+                settings,
+                ..Default::default()
+            })
+            .unwrap();
+        }
         let runtime = Runtime::load_for(device(), None).unwrap();
         let model = retro_run::ModelFolder::open(&dense, None).unwrap();
         let tokenizer = ModelTokenizer::open(&model).unwrap();
@@ -73,9 +83,10 @@ impl Models {
         }
     }
 
-    fn open(&self, name: &str) -> (Model, ModelTokenizer) {
+    fn open(&self, name: &str, steps: Steps) -> (Model, ModelTokenizer) {
         let options = OpenOptions {
             device: device(),
+            steps,
             threads: Some(2),
             plugin: find_plugin(None).unwrap(),
             ..OpenOptions::default()
@@ -86,7 +97,11 @@ impl Models {
     }
 
     fn engine(&self, name: &str, parallel: usize, queue: usize) -> (Engine, Arc<Metrics>) {
-        let (model, tokenizer) = self.open(name);
+        self.engine_of(name, parallel, queue, Steps::Plain)
+    }
+
+    fn engine_of(&self, name: &str, parallel: usize, queue: usize, steps: Steps) -> (Engine, Arc<Metrics>) {
+        let (model, tokenizer) = self.open(name, steps);
         let metrics = Arc::new(Metrics::default());
         let options = EngineOptions {
             parallel,
@@ -101,7 +116,7 @@ impl Models {
 
     /// What a run of its own makes of a request.
     fn alone(&self, name: &str, requests: &[Request]) -> Vec<Vec<u32>> {
-        let (mut model, tokenizer) = self.open(name);
+        let (mut model, tokenizer) = self.open(name, Steps::Plain);
         let mut answer = |request: &Request| {
             let options = Generation {
                 plan: ContextPlan {
@@ -214,6 +229,93 @@ fn a_full_house_answers_as_each_alone() {
         assert_eq!(figure(&metrics, "retro_requests_total{outcome=\"length\"}"), 12.0);
         assert_eq!(figure(&metrics, "retro_requests_waiting"), 0.0);
         assert_eq!(figure(&metrics, "retro_slots_busy"), 0.0);
+    }
+}
+
+/// Steps that a CUDA graph is captured of, and those that are not: while windows open, or differ. On the CPU they are fed
+/// from the same buffers, and captured by nothing.
+#[test]
+fn captured_steps_answer_as_each_alone() {
+    let models = Models::get();
+    let steps = match device() {
+        Device::Cpu => Steps::FixedBuffers,
+        Device::Cuda(_) => Steps::Captured,
+    };
+    let mut one_window = mixed(&[4], &[None, Some("0.3")]);
+    one_window[2].policy.rectify = Some(3);
+    let budgets = &[None, Some("64")];
+    for (name, mut requests) in [
+        ("retro", one_window),
+        ("retro", mixed(&[4, 4, 4, 2], budgets)),
+        ("dense", mixed(&[1], &[None])),
+    ] {
+        // Long enough for steps of one shape to come again.
+        requests.iter_mut().for_each(|request| request.max_new += 30);
+        let expected = models.alone(name, &requests);
+        let (engine, metrics) = models.engine_of(name, 5, 64, steps);
+        // Twice: the second time there are graphs of all shapes.
+        for _ in 0..2 {
+            let answers = engine.handle().submit(requests.clone()).unwrap();
+            for ((events, expected), request) in answers.into_iter().zip(&expected).zip(&requests) {
+                let (tokens, _, _) = collect(events).unwrap();
+                let about = format!("{name}: {} tokens, {:?}", request.prompt.len(), request.policy);
+                assert_eq!(&tokens, expected, "{about}");
+            }
+        }
+        engine.stop();
+        let (all, captured) = (
+            figure(&metrics, "retro_steps_total"),
+            figure(&metrics, "retro_steps_captured_total"),
+        );
+        assert!(captured > 20.0 && captured < all, "{name}: {captured} of {all}");
+    }
+}
+
+/// Rows of pages' steps that lie at no multiple of 16 bytes, which kernels of a GPU read at once.
+#[test]
+fn rows_give_the_same_at_any_address() {
+    let models = Models::get();
+    let (model, _) = models.open("large-pages", Steps::Plain);
+    let heads = 2;
+    let mut rows = CacheRows::new(model, 4, 192).unwrap();
+    let pages = rows.model().pages(rows.capacity());
+    assert!(!(4 * heads * pages).is_multiple_of(16), "{pages} pages");
+    let tokens: Vec<i64> = models.documents[0].iter().map(|&id| i64::from(id)).collect();
+    let mut run = |at: std::ops::Range<usize>| {
+        let count = at.len();
+        let mut seen = Vec::new();
+        for row in at.clone() {
+            let feed = Feed {
+                ids: tokens[..150].to_vec(),
+                lengths: vec![150],
+                retro_length: -1,
+                ..Feed::default()
+            };
+            seen.extend_from_slice(rows.run(row..row + 1, &feed).unwrap().row(0));
+        }
+        for step in 0..12 {
+            let (length, retrospective) = (151 + step, step.min(3));
+            let feed = Feed {
+                ids: tokens[length - retrospective - 1..length].repeat(count),
+                lengths: vec![length; count],
+                retro_length: retrospective as i32,
+                ..Feed::default()
+            };
+            let logits = rows.run(at.clone(), &feed).unwrap();
+            (0..count).for_each(|row| seen.extend_from_slice(logits.row(row)));
+        }
+        seen
+    };
+    for (aligned, elsewhere) in [(0..1, 1..2), (0..1, 3..4), (0..2, 1..3), (0..3, 1..4)] {
+        let (expected, found) = (run(aligned), run(elsewhere.clone()));
+        assert_eq!(expected.len(), found.len());
+        let off = expected
+            .iter()
+            .zip(&found)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        let most = if device() == Device::Cpu { 0.0 } else { 1e-3 };
+        assert!(off <= most, "rows {elsewhere:?}: off by {off}");
     }
 }
 

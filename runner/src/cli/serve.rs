@@ -18,7 +18,6 @@ use crate::{
     Model, ModelTokenizer, OpenOptions, Runtime,
     built_model_cache::prepare,
     chat::turn_end,
-    decoder::session::Steps,
     interrupt::Signals,
     progress::note,
     serve::{
@@ -105,10 +104,6 @@ pub fn serve(args: ServeArgs, signals: &Signals) -> Result<()> {
     );
     let named = args.model.path()?;
     let (runtime, open) = args.session.load()?;
-    ensure!(
-        open.steps == Steps::Plain,
-        "--cuda-graph: serve does not capture steps; leave it out"
-    );
     let settings = Settings {
         max_body: args.max_body,
         api_keys: keys,

@@ -4,26 +4,31 @@
 //! a chunk of one prompt and a decoding step of others use the same memory, and nothing is copied when a sequence joins
 //! or leaves.
 
-use std::{collections::HashMap, ops::Range};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use ort::session::{IoBinding, RunOptions};
+use ort::session::IoBinding;
 use retro_contract::graph;
 
 use crate::{
     decoder::{
+        cuda_graph::{CapturedStep, NO_GRAPH, ReplacedState, SessionParts, options},
         device_buffers::{self, DeviceBuffer, DeviceTensor, bind_input, bind_output},
         error::{Error, Result, require},
         inputs::{Feed, inputs},
         kv_cache::Storage,
         logits::{Logits, LogitsReadback, LogitsShape},
         model::Model,
-        state_slot::SlotKind,
+        state_slot::{SlotKind, StateSlot},
     },
+    gpu::Gpu,
     runtime::ort_error,
 };
 
 /// Tokens that a capacity is rounded up to a multiple of, so that each row's keys and values begin at an aligned place.
 const CAPACITY_STEP: usize = 64;
+
+/// The most steps that are captured: each takes memory of the GPU for as long as the model is open.
+const MOST_CAPTURED: usize = 64;
 
 /// A model, and the caches of B sequences.
 pub struct CacheRows {
@@ -34,6 +39,10 @@ pub struct CacheRows {
     buffers: Vec<DeviceBuffer>,
     /// Bindings of rows that lie side by side, made when they first run together.
     views: HashMap<Range<usize>, View>,
+    /// Steps that are captured, by their rows and by the retrospective tokens of each row.
+    captured: HashMap<(Range<usize>, i32), CapturedStep>,
+    /// Steps that ran as captured.
+    captured_steps: u64,
     logits: LogitsPlace,
 }
 
@@ -98,6 +107,8 @@ impl CacheRows {
             capacity,
             buffers,
             views: HashMap::new(),
+            captured: HashMap::new(),
+            captured_steps: 0,
             logits,
         })
     }
@@ -122,6 +133,16 @@ impl CacheRows {
         self.buffers.iter().map(DeviceBuffer::bytes).sum()
     }
 
+    /// Whether steps of one shape are captured ([`Feed::graph_capturable`]).
+    pub(crate) fn captures(&self) -> bool {
+        self.model.last_graph.is_some()
+    }
+
+    /// Steps so far that ran as captured.
+    pub(crate) fn captured_steps(&self) -> u64 {
+        self.captured_steps
+    }
+
     /// Runs a step, or a chunk of a prompt, of the sequences in these rows: one of [`Feed::lengths`] each. Returns the
     /// newest tokens' logits, `[rows, vocab]`.
     ///
@@ -140,25 +161,67 @@ impl CacheRows {
             let view = self.view(&rows)?;
             self.views.insert(rows.clone(), view);
         }
+        let alike = feed.graph_capturable && feed.retro_lengths.is_none();
+        if alike
+            && self.captures()
+            && let Some(logits) = self.run_captured(&rows, feed)?
+        {
+            return Ok(logits);
+        }
+        let no_graph = self.captures().then_some(NO_GRAPH);
         let view = self.views.get_mut(&rows).ok_or(Error::NoSuchSequence)?;
-        let Model { session, io, .. } = &mut self.model;
+        let Model { session, io, gpu, .. } = &mut self.model;
         for (name, value) in &inputs(io, batch, feed, true)? {
             view.binding.bind_input(*name, value).map_err(ort_error)?;
         }
-        let shape = LogitsShape {
-            rows: if self.logits.newest_alone {
-                1
-            } else {
-                feed.ids.len() / batch
-            },
-            vocab: self.logits.vocab,
-        };
-        let tensor = self.logits.tensor(io.logits_type, batch, &shape)?;
+        let shape = self.logits.shape(feed.ids.len() / batch);
+        let tensor = self.logits.tensor(gpu.as_ref(), io.logits_type, batch, &shape)?;
         bind_output(&view.binding, &io.logits, &tensor)?;
-        let options = RunOptions::new().map_err(ort_error)?;
-        device_buffers::run(session, &view.binding, &options)?;
+        device_buffers::run(session, &view.binding, &options(no_graph)?)?;
         let read = |at: usize, row: &mut [u8]| tensor.read(at, row);
         self.logits.readback.newest(io.logits_type, batch, &shape, read)
+    }
+
+    /// Replays the step's CUDA graph; captures it if its shape came before. `None`: it is not captured yet, and is to be
+    /// run as any other.
+    fn run_captured(&mut self, rows: &Range<usize>, feed: &Feed) -> Result<Option<Logits>> {
+        let batch = rows.len();
+        let shape = self.logits.shape(feed.ids.len() / batch);
+        let view = self.views.get_mut(rows).ok_or(Error::NoSuchSequence)?;
+        let Model {
+            session,
+            io,
+            gpu,
+            last_graph,
+            ..
+        } = &mut self.model;
+        let io = &*io;
+        let mut parts = SessionParts {
+            gpu: gpu.as_ref(),
+            session,
+            io,
+            binding: &mut view.binding,
+        };
+        let key = (rows.clone(), feed.retro_length);
+        let Some(step) = self.captured.get_mut(&key) else {
+            // The first run of a shape binds what is the same in all of them, and lets memory grow that a capture cannot.
+            if let Some(id) = last_graph.as_mut().filter(|_| self.captured.len() < MOST_CAPTURED) {
+                *id += 1;
+                let mut step = CapturedStep::new(&parts, batch, self.capacity, feed, *id)?;
+                step.take_shape(&parts, batch, shape)?;
+                self.captured.insert(key, step);
+            }
+            return Ok(None);
+        };
+        let mut state = StateOfRows {
+            slots: &io.slots,
+            buffers: &self.buffers,
+            rows: rows.clone(),
+            all: self.rows,
+        };
+        let logits = step.step(&mut parts, feed, &mut self.logits.readback, &mut state)?;
+        self.captured_steps += 1;
+        Ok(Some(logits))
     }
 
     fn view(&self, rows: &Range<usize>) -> Result<View> {
@@ -201,6 +264,43 @@ impl CacheRows {
     }
 }
 
+/// What steps of some rows read and replace.
+struct StateOfRows<'a> {
+    slots: &'a [StateSlot],
+    /// Of all rows.
+    buffers: &'a [DeviceBuffer],
+    rows: Range<usize>,
+    all: usize,
+}
+
+impl StateOfRows<'_> {
+    /// The buffers, with the place of these rows in each.
+    fn places(&self) -> impl Iterator<Item = (&DeviceBuffer, usize, usize)> {
+        let replaced = self.slots.iter().zip(self.buffers);
+        let replaced = replaced.filter(|(slot, _)| slot.kind.is_replaced_by_steps());
+        replaced.map(|(_, buffer)| {
+            let row = buffer.bytes() / self.all;
+            (buffer, self.rows.start * row, self.rows.len() * row)
+        })
+    }
+}
+
+impl ReplacedState for StateOfRows<'_> {
+    fn save(&self) -> Result<Vec<Vec<u8>>> {
+        let read = |(buffer, at, bytes): (&DeviceBuffer, usize, usize)| {
+            let mut saved = vec![0; bytes];
+            buffer.read(at, &mut saved)?;
+            Ok(saved)
+        };
+        self.places().map(read).collect()
+    }
+
+    fn restore(&mut self, saved: &[Vec<u8>]) -> Result<()> {
+        let mut places = self.places().zip(saved);
+        places.try_for_each(|((buffer, at, _), bytes)| buffer.write(at, bytes))
+    }
+}
+
 impl LogitsPlace {
     /// What a graph's logits look like: only a run tells.
     fn of(model: &mut Model) -> Result<Self> {
@@ -214,7 +314,8 @@ impl LogitsPlace {
             retro_length: -1,
             ..Feed::default()
         };
-        let Model { session, io, .. } = &mut *model;
+        let no_graph = model.last_graph.map(|_| NO_GRAPH);
+        let Model { session, io, gpu, .. } = &mut *model;
         let Storage::InPlace(cache) = state.kv_mut().storage_mut() else {
             return Err(Error::RowsOfGrowing);
         };
@@ -224,20 +325,30 @@ impl LogitsPlace {
         let host = ort::memory::Allocator::default().memory_info().to_owned();
         let bound = cache.binding.bind_output_to_device(&io.logits, &host);
         bound.map_err(ort_error)?;
-        let outputs = session.run_binding(&cache.binding).map_err(ort_error)?;
+        let outputs = session.run_binding_with_options(&cache.binding, &options(no_graph)?);
+        let outputs = outputs.map_err(ort_error)?;
         let logits = outputs.get(&io.logits).ok_or(Error::NoLogits)?;
         let shape = LogitsShape::of(logits, 1)?;
         Ok(Self {
             buffer: DeviceBuffer::new(None, 0)?,
-            // On the host, wherever the model runs: ONNX Runtime copies an output to where it is bound.
-            readback: LogitsReadback::new(None),
+            readback: LogitsReadback::new(gpu.as_ref()),
             vocab: shape.vocab,
             newest_alone: shape.rows < fed,
         })
     }
 
+    /// The shape of the logits of so many tokens a row.
+    fn shape(&self, fed: usize) -> LogitsShape {
+        LogitsShape {
+            rows: if self.newest_alone { 1 } else { fed },
+            vocab: self.vocab,
+        }
+    }
+
+    /// Where a run leaves its logits: where it runs, as only the newest are copied to the host.
     fn tensor(
         &mut self,
+        gpu: Option<&Arc<Gpu>>,
         element: ort::value::TensorElementType,
         batch: usize,
         shape: &LogitsShape,
@@ -247,7 +358,7 @@ impl LogitsPlace {
             .byte_size(dims.iter().product())
             .ok_or(Error::LogitsType(element))?;
         if self.buffer.bytes() < bytes {
-            self.buffer = DeviceBuffer::new(None, bytes)?;
+            self.buffer = DeviceBuffer::new(gpu, bytes)?;
         }
         self.buffer.tensor(0, element, &dims)
     }

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The graph's number with which ONNX Runtime runs a session without capturing or replaying.
-const NO_GRAPH: &str = "-1";
+pub(crate) const NO_GRAPH: &str = "-1";
 
 /// What a run needs of a model and of a cache.
 pub(crate) struct SessionParts<'a> {
@@ -37,6 +37,27 @@ pub(crate) struct SessionParts<'a> {
     pub(crate) session: &'a mut Session,
     pub(crate) io: &'a ModelIo,
     pub(crate) binding: &'a mut IoBinding,
+}
+
+/// What steps read and replace (`SlotKind::is_replaced_by_steps`): it is saved while a step is captured.
+pub(crate) trait ReplacedState {
+    /// Its bytes.
+    fn save(&self) -> Result<Vec<Vec<u8>>>;
+
+    /// Puts back what was saved.
+    fn restore(&mut self, saved: &[Vec<u8>]) -> Result<()>;
+}
+
+impl ReplacedState for [StateBuffer] {
+    fn save(&self) -> Result<Vec<Vec<u8>>> {
+        let replaced = self.iter().filter(|b| b.kind().is_replaced_by_steps());
+        replaced.map(StateBuffer::to_vec).collect()
+    }
+
+    fn restore(&mut self, saved: &[Vec<u8>]) -> Result<()> {
+        let mut replaced = self.iter_mut().filter(|b| b.kind().is_replaced_by_steps()).zip(saved);
+        replaced.try_for_each(|(buffer, bytes)| buffer.load(bytes))
+    }
 }
 
 /// Runs the steps of one state.
@@ -50,7 +71,7 @@ pub(crate) struct DeviceRunner {
 }
 
 /// A step of one shape, and the buffers at the addresses in its CUDA graph.
-struct CapturedStep {
+pub(crate) struct CapturedStep {
     id: usize,
     /// Tokens fed, and how many of them are retrospective. Another number needs another graph.
     fed: usize,
@@ -134,20 +155,7 @@ impl DeviceRunner {
             .captured
             .as_mut()
             .ok_or(Error::Internal("a step without its buffers"))?;
-        if !captured.ready {
-            // To capture a graph ONNX Runtime runs the step twice. The second run would read an output cache in which
-            // the newest token has replaced the oldest one: restore the state, and run the step itself after.
-            let saved = buffers.iter().filter(|b| b.is_replaced_by_steps());
-            let saved = saved.map(StateBuffer::to_vec).collect::<Result<Vec<_>>>()?;
-            // On the CPU (in tests) nothing is captured: run twice, as a capture does.
-            for _ in 0..if parts.gpu.is_some() { 1 } else { 2 } {
-                captured.run(parts, feed, &mut self.readback)?;
-            }
-            let buffers = buffers.iter_mut().filter(|b| b.is_replaced_by_steps());
-            buffers.zip(&saved).try_for_each(|(buffer, bytes)| buffer.load(bytes))?;
-            captured.ready = true;
-        }
-        captured.run(parts, feed, &mut self.readback)
+        captured.step(parts, feed, &mut self.readback, buffers)
     }
 
     /// Runs without capturing. On a GPU only the newest tokens' logits are copied back.
@@ -193,7 +201,8 @@ impl DeviceRunner {
     }
 }
 
-fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
+/// Options of a run with the CUDA graph of a number; `None` where steps are not captured.
+pub(crate) fn options(graph_id: Option<&str>) -> Result<RunOptions<NoSelectedOutputs>> {
     let mut options = RunOptions::new().map_err(ort_error)?;
     if let Some(id) = graph_id {
         options.set("gpu_graph_id", id).map_err(ort_error)?;
@@ -212,7 +221,8 @@ fn size(element: TensorElementType, shape: &[usize]) -> Result<usize> {
 }
 
 impl CapturedStep {
-    fn new(parts: &SessionParts<'_>, batch: usize, capacity: usize, feed: &Feed, id: usize) -> Result<Self> {
+    /// The buffers of steps like `feed`, whose graph is to have the number `id`.
+    pub(crate) fn new(parts: &SessionParts<'_>, batch: usize, capacity: usize, feed: &Feed, id: usize) -> Result<Self> {
         let io = parts.io;
         let fed = feed.ids.len() / batch;
         let mut next = 0usize;
@@ -254,12 +264,35 @@ impl CapturedStep {
         })
     }
 
-    fn take_shape(&mut self, parts: &SessionParts<'_>, batch: usize, shape: LogitsShape) -> Result<()> {
+    /// A place for logits of this shape, which only a run tells.
+    pub(crate) fn take_shape(&mut self, parts: &SessionParts<'_>, batch: usize, shape: LogitsShape) -> Result<()> {
         let dims = [batch, shape.rows, shape.vocab];
         let size = parts.io.logits_type.byte_size(dims.iter().product());
         let buffer = DeviceBuffer::new(parts.gpu, size.ok_or(Error::LogitsType(parts.io.logits_type))?)?;
         self.logits = Some((buffer.tensor(0, parts.io.logits_type, &dims)?, shape));
         Ok(())
+    }
+
+    /// Runs a step: replays its graph, and captures it before if there is none yet. `state` is what it reads and replaces.
+    pub(crate) fn step(
+        &mut self,
+        parts: &mut SessionParts<'_>,
+        feed: &Feed,
+        readback: &mut LogitsReadback,
+        state: &mut (impl ReplacedState + ?Sized),
+    ) -> Result<Logits> {
+        if !self.ready {
+            // To capture a graph ONNX Runtime runs the step twice. The second run would read an output cache in which
+            // the newest token has replaced the oldest one: restore the state, and run the step itself after.
+            let saved = state.save()?;
+            // On the CPU (in tests) nothing is captured: run twice, as a capture does.
+            for _ in 0..if parts.gpu.is_some() { 1 } else { 2 } {
+                self.run(parts, feed, readback)?;
+            }
+            state.restore(&saved)?;
+            self.ready = true;
+        }
+        self.run(parts, feed, readback)
     }
 
     /// Fills the buffers and replays the graph; the first run captures it.

@@ -448,15 +448,6 @@ impl StateBuffer {
         Ok(())
     }
 
-    /// Whether a step reads and replaces it, so that a step run twice differs from one run once. (Keys, values and page
-    /// summaries of the tokens fed are computed anew.)
-    pub(crate) fn is_replaced_by_steps(&self) -> bool {
-        matches!(
-            self.kind,
-            SlotKind::Retro(graph::State::PageSteps | graph::State::Outputs | graph::State::Lse)
-        )
-    }
-
     /// Replaces the contents by `bytes`, of the same size.
     pub(crate) fn load(&mut self, bytes: &[u8]) -> Result<()> {
         match self.gpu.clone() {

@@ -23,6 +23,14 @@ pub enum SlotKind {
     Retro(State),
 }
 
+impl SlotKind {
+    /// Whether a step reads and replaces it, so that a step run twice differs from one run once. (Keys, values and page
+    /// summaries of the tokens fed are computed anew.)
+    pub(crate) fn is_replaced_by_steps(self) -> bool {
+        matches!(self, Self::Retro(State::PageSteps | State::Outputs | State::Lse))
+    }
+}
+
 /// One past/present pair.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StateSlot {

@@ -38,6 +38,8 @@ pub struct Metrics {
     pub cache_capacity: Gauge,
     /// Decoding steps.
     pub steps: Counter,
+    /// Decoding steps that replayed a CUDA graph.
+    pub steps_captured: Counter,
     /// Pages loaded per KV head, summed over KV heads, layers and steps.
     pub pages_read: Counter<f64, AtomicU64>,
     /// Pages that were there to be loaded, likewise.
@@ -66,6 +68,7 @@ impl Default for Metrics {
             cache_tokens: Gauge::default(),
             cache_capacity: Gauge::default(),
             steps: Counter::default(),
+            steps_captured: Counter::default(),
             pages_read: Counter::default(),
             pages_valid: Counter::default(),
             first_token: Histogram::new(FIRST_TOKEN),
@@ -99,6 +102,8 @@ impl Metrics {
         let capacity = "Tokens that the slots can hold";
         r.register("cache_capacity_tokens", capacity, self.cache_capacity.clone());
         r.register("steps", "Decoding steps of all slots together", self.steps.clone());
+        let captured = "Those of them that replayed a CUDA graph";
+        r.register("steps_captured", captured, self.steps_captured.clone());
         let read = "Pages loaded, summed over KV heads, layers and steps";
         r.register("pages_read", read, self.pages_read.clone());
         let valid = "Pages that were there to be loaded, summed likewise";

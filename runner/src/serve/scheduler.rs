@@ -75,6 +75,7 @@ pub struct Scheduler {
     /// Tokens of prompts that are read in a round.
     chunk: usize,
     page_size: usize,
+    grouping: steps::Grouping,
     /// Slots whose page steps are measured.
     measured: Vec<usize>,
     /// The slot whose prompt is read next.
@@ -112,6 +113,7 @@ impl Scheduler {
         };
         let scheduler = Self {
             chunk: model.io.input_ids.width.unwrap_or(chunk).max(1),
+            grouping: steps::Grouping::of(model),
             page_size: model.retro.as_ref().map_or(limits::PAGE_SIZE, |r| r.page_size),
             measured,
             slots: (0..rows.rows()).map(|_| Slot::default()).collect(),
@@ -275,8 +277,10 @@ impl Scheduler {
         let decoding: Vec<usize> = (0..self.slots.len())
             .filter(|&i| self.slots.get(i).is_some_and(Slot::decodes))
             .collect();
-        for rows in steps::side_by_side(&decoding) {
-            let feed = steps::feed(rows.clone(), &mut self.slots, self.rows.capacity());
+        for rows in self.grouping.steps(&decoding, self.slots.len()) {
+            let (capacity, captures) = (self.rows.capacity(), self.rows.captures());
+            let feed = steps::feed(rows.clone(), &mut self.slots, capacity, captures);
+            let captured = self.rows.captured_steps();
             let logits = match self.rows.run(rows.clone(), &feed) {
                 Ok(logits) => logits,
                 Err(e) => {
@@ -286,6 +290,8 @@ impl Scheduler {
                 }
             };
             self.metrics.steps.inc();
+            let captured = self.rows.captured_steps() - captured;
+            self.metrics.steps_captured.inc_by(captured);
             for row in rows.clone().filter(|i| decoding.contains(i)) {
                 let taken = self.stepped(row).and_then(|()| {
                     let place = row - rows.start;
