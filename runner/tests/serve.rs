@@ -406,6 +406,59 @@ fn passes_make_an_answer_worth_keeping() {
     engine.stop();
 }
 
+/// Several answers to one prompt, and prompts that begin alike.
+#[test]
+fn what_prompts_begin_with_alike_is_read_once() {
+    let models = Models::get();
+    for (name, windows) in [("retro", [4, 1, 2, 3]), ("dense", [1; 4])] {
+        let [document, other] = [0, 1].map(|i| models.documents[i].as_slice());
+        let prompt = &document[..300];
+        let mut requests: Vec<Request> = windows.iter().map(|&w| request(prompt, 20 + w, w, None)).collect();
+        let fork = [&document[..250], &other[3..40]].concat();
+        let shared = fork.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        requests.push(request(&fork, 20, windows[0], None));
+        let expected = models.alone(name, &requests);
+        let (engine, metrics) = models.engine(name, 5, 8);
+        let answers = engine.handle().submit(requests.clone()).unwrap();
+        let cached = [0, 299, 299, 299, shared];
+        for (((events, expected), request), cached) in answers.into_iter().zip(expected).zip(&requests).zip(cached) {
+            let (tokens, _, usage) = collect(events).unwrap();
+            assert_eq!(tokens, expected, "{name}: {:?}", request.policy);
+            assert_eq!(usage.cached, cached, "{name}");
+        }
+        engine.stop();
+        let read = 300 + 3 + fork.len() - shared;
+        assert_eq!(figure(&metrics, "retro_prompt_tokens_total"), read as f64);
+        let cached: usize = cached.iter().sum();
+        assert_eq!(figure(&metrics, "retro_prompt_tokens_cached_total"), cached as f64);
+    }
+}
+
+/// The one that reads the prompt is cancelled while others wait for it, sooner or later.
+#[test]
+fn who_waits_for_anothers_prompt_goes_on_without_it() {
+    let models = Models::get();
+    for chunks in 0..4 {
+        let prompt = &models.documents[2 + chunks][..600];
+        let asked = request(prompt, 12, 4, None);
+        let expected = models.alone("retro", std::slice::from_ref(&asked)).remove(0);
+        let (engine, metrics) = models.engine("retro", 3, 8);
+        let mut answers = engine.handle().submit(vec![asked; 3]).unwrap();
+        let leader = answers.remove(0);
+        while figure(&metrics, "retro_prompt_tokens_total") < (chunks * CHUNK) as f64 {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        drop(leader);
+        for events in answers {
+            assert_eq!(collect(events).unwrap().0, expected, "{chunks} chunks");
+        }
+        engine.stop();
+        // The next one goes on where it ended, and the last follows that one.
+        let read = figure(&metrics, "retro_prompt_tokens_total");
+        assert!((601.0..=602.0).contains(&read), "{chunks} chunks: {read} tokens");
+    }
+}
+
 #[test]
 fn what_was_cancelled_frees_its_slot() {
     let models = Models::get();

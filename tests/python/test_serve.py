@@ -121,6 +121,17 @@ def test_streams_say_the_same_as_whole_answers(server):
         assert len({event["id"] for event in events}) == 1
 
 
+def test_several_answers_read_their_prompt_once(server):
+    prompt = "class Once:\n" + "    def again(self):\n        return 1\n" * 9
+    before = [server.figure(name) for name in ["retro_prompt_tokens_total", "retro_prompt_tokens_cached_total"]]
+    usage = server.json("/v1/completions", completion(prompt=prompt, n=4, max_tokens=3))["usage"]
+    after = [server.figure(name) for name in ["retro_prompt_tokens_total", "retro_prompt_tokens_cached_total"]]
+    read, held = (b - a for a, b in zip(before, after))
+    tokens, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+    assert tokens > 60 and cached < 16, "the other tests have no such prompt"
+    assert (read, held) == (tokens - cached + 3, cached + 3 * (tokens - 1))
+
+
 def test_what_a_request_asks_for_is_done(server):
     def text(**fields):
         return server.json("/v1/completions", completion(**fields))["choices"][0]

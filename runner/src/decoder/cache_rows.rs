@@ -7,7 +7,7 @@
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use ort::session::IoBinding;
-use retro_contract::graph;
+use retro_contract::{StateElement, graph};
 
 use crate::{
     decoder::{
@@ -222,6 +222,40 @@ impl CacheRows {
         let logits = step.step(&mut parts, feed, &mut self.logits.readback, &mut state)?;
         self.captured_steps += 1;
         Ok(Some(logits))
+    }
+
+    /// Gives a row what another holds of its first tokens, for a prefill to go on behind them.
+    ///
+    /// # Errors
+    /// When there is no such row, or a GPU fails.
+    pub fn copy(&mut self, from: usize, to: usize, tokens: usize) -> Result<()> {
+        require!(from.max(to) < self.rows && from != to, Error::NoSuchSequence);
+        let capacity = self.capacity;
+        require!(tokens <= capacity, Error::DoesNotFit { tokens, capacity });
+        let (pages, used) = (self.model.pages(capacity), self.model.pages(tokens));
+        for (slot, buffer) in self.model.io.slots.iter().zip(&self.buffers) {
+            let count = match slot.kind {
+                SlotKind::Cache => tokens,
+                SlotKind::Retro(graph::State::PageSummary) if slot.is_sketch() => {
+                    StateElement::Byte.entries(tokens, used)
+                }
+                SlotKind::Retro(graph::State::PageSummary | graph::State::PageSteps) => used,
+                // A prefill closes the window: outputs of before are not read after it.
+                SlotKind::Retro(graph::State::Outputs | graph::State::Lse) | SlotKind::Recurrent => continue,
+            };
+            let &[_, heads, entries, ..] = slot.shape(self.rows, capacity, pages).as_slice() else {
+                continue;
+            };
+            let row = buffer.bytes() / self.rows;
+            let Some(entry) = row.checked_div(heads * entries) else {
+                continue;
+            };
+            for head in 0..heads {
+                let at = head * entries * entry;
+                buffer.copy(to * row + at, from * row + at, count.min(entries) * entry)?;
+            }
+        }
+        Ok(())
     }
 
     fn view(&self, rows: &Range<usize>) -> Result<View> {

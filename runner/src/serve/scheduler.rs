@@ -2,8 +2,10 @@
 //!
 //! Each round admits requests that wait to slots that are free, reads at most one chunk of prompts, and then makes one
 //! decoding step of all slots that decode. So an answer that is being generated stalls for one chunk at most, however
-//! many prompts come in. Slots that decode need not lie side by side: [`steps`] says which run together.
+//! many prompts come in. Slots that decode need not lie side by side: [`steps`] says which run together. What prompts
+//! begin with alike is read once ([`shared_prompts`]).
 
+mod shared_prompts;
 mod steps;
 
 use std::{
@@ -142,6 +144,7 @@ impl Scheduler {
         }
         self.sweep();
         self.admit();
+        self.take_over();
         self.read_prompts();
         self.step();
         let held: usize = self.slots.iter().map(|s| s.held.tokens.len()).sum();
@@ -205,6 +208,7 @@ impl Scheduler {
             slot.begin(submission, self.rows.model(), self.page_size, self.requests);
             let cached = slot.running.as_ref().map_or(0, |r| r.cached);
             self.metrics.cached_tokens.inc_by(cached as u64);
+            self.follow(free);
         }
     }
 

@@ -36,8 +36,10 @@ pub(super) struct Running {
     pub submission: Submission,
     /// Prompt and output.
     pub tokens: Vec<u32>,
-    /// Tokens of the prompt that the slot held when the request came.
+    /// Tokens of the prompt that a slot held when the request came.
     pub cached: usize,
+    /// The slot that reads what the prompt begins with; until it has, this one waits.
+    pub leader: Option<Leader>,
     /// Tokens that it holds, where there are some to be read.
     pub read: usize,
     /// Tokens that it is to hold before it decodes: the prompt, or those of a rectifying pass and before.
@@ -53,12 +55,29 @@ pub(super) struct Running {
     first: Option<Instant>,
 }
 
+/// A slot that reads what another one's prompt begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Leader {
+    pub row: usize,
+    /// The number of its request ([`Held::used`]).
+    pub request: u64,
+    /// Tokens that the two prompts have in common.
+    pub tokens: usize,
+}
+
 impl Held {
     /// Tokens of a prompt that need not be read, all but the last at most: that one gives the first logits.
     pub fn common(&self, prompt: &[u32]) -> usize {
         let dense = self.tokens.iter().take(self.dense);
         let common = dense.zip(prompt).take_while(|(a, b)| a == b).count();
         common.min(prompt.len().saturating_sub(1))
+    }
+
+    /// Holds these tokens, as a prompt is held.
+    pub fn hold(&mut self, tokens: &[u32]) {
+        self.tokens.clear();
+        self.tokens.extend_from_slice(tokens);
+        self.dense = tokens.len();
     }
 
     /// Forgets what lies behind the first `keep` tokens.
@@ -78,6 +97,7 @@ impl Slot {
         self.running = Some(Running {
             tokens: request.prompt.clone(),
             cached: keep,
+            leader: None,
             read: keep,
             to_read: request.prompt.len(),
             open: 0,
@@ -91,14 +111,25 @@ impl Slot {
         });
     }
 
-    /// Whether a request's prompt is not read yet, or a rectifying pass not done.
+    /// Tokens of a prompt that need not be read once this slot has read the prompt of its own.
+    pub fn will_have(&self, prompt: &[u32]) -> usize {
+        let own = self.running.as_ref().map(|r| r.submission.request.prompt.as_slice());
+        let common = own.unwrap_or_default().iter().zip(prompt).take_while(|(a, b)| a == b);
+        let common = common.count().min(prompt.len().saturating_sub(1));
+        common.max(self.held.common(prompt))
+    }
+
+    /// Whether a request's prompt is not read yet, or a rectifying pass not done, and nothing stands against it.
     pub fn reads(&self) -> bool {
-        self.running.as_ref().is_some_and(|r| r.read < r.to_read)
+        let running = self.running.as_ref();
+        running.is_some_and(|r| r.leader.is_none() && r.read < r.to_read)
     }
 
     /// Whether a request's tokens are being decoded.
     pub fn decodes(&self) -> bool {
-        self.running.is_some() && !self.reads()
+        self.running
+            .as_ref()
+            .is_some_and(|r| r.leader.is_none() && r.read >= r.to_read)
     }
 }
 
