@@ -159,6 +159,7 @@ fn request(prompt: &[u32], max_new: usize, window: usize, budget: Option<&str>) 
         ends: Vec::new().into(),
         ignore_eos: true,
         logprobs: None,
+        live: false,
         deadline: None,
     }
 }
@@ -457,6 +458,33 @@ fn who_waits_for_anothers_prompt_goes_on_without_it() {
         let read = figure(&metrics, "retro_prompt_tokens_total");
         assert!((601.0..=602.0).contains(&read), "{chunks} chunks: {read} tokens");
     }
+}
+
+/// With each token comes what the answer took so far.
+#[test]
+fn figures_come_while_an_answer_goes_on() {
+    let models = Models::get();
+    let (engine, _) = models.engine("retro", 2, 8);
+    let mut asked = request(&models.documents[0][..300], 20, 4, None);
+    asked.live = true;
+    let mut events = engine.handle().submit(vec![asked]).unwrap().remove(0);
+    let mut told = Vec::new();
+    let done = loop {
+        match events.blocking_recv().unwrap() {
+            Event::Token(token) => told.push(token.usage.unwrap()),
+            Event::Done(done) => break done.usage,
+            Event::Failed(failure) => panic!("{failure}"),
+        }
+    };
+    engine.stop();
+    let generated: Vec<usize> = told.iter().map(|usage| usage.generated).collect();
+    assert_eq!(generated, (1..=20).collect::<Vec<_>>());
+    assert!(told.iter().is_sorted_by_key(|usage| usage.decoding));
+    let last = told.last().unwrap();
+    assert_eq!((last.generated, last.reading), (done.generated, done.reading));
+    // The first token comes of the prompt, without a decoding step.
+    assert_eq!(told[0].reading.pages(), None);
+    assert_eq!(told[1].reading.pages().is_some(), device() == Device::Cpu);
 }
 
 #[test]

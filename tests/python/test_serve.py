@@ -121,6 +121,23 @@ def test_streams_say_the_same_as_whole_answers(server):
         assert len({event["id"] for event in events}) == 1
 
 
+def test_a_stream_says_what_it_took_so_far(server):
+    body = completion(n=2, seed=7, temperature=1.2, max_tokens=20, stream=True, ignore_eos=True)
+    streams = []
+    for live in [True, False]:
+        options = {"include_usage": True} | ({"continuous_usage_stats": True} if live else {})
+        _, _, streamed = server.request("/v1/completions", body | {"stream_options": options})
+        data = [part.removeprefix("data: ") for part in streamed.strip().split("\n\n")]
+        streams.append([json.loads(part)["usage"] for part in data[:-1]])
+    live, plain = streams
+    generated = [usage["completion_tokens"] for usage in live]
+    assert generated == sorted(generated) and generated[0] < 4 and generated[-1] == 40 and len(set(generated)) > 20
+    assert {usage["prompt_tokens"] for usage in live} == {plain[-1]["prompt_tokens"]}
+    middle = live[len(live) // 2]["retro"]
+    assert 0 < middle["pages_per_kv_head_and_step"] and 0 < middle["decode_tokens_per_second"]
+    assert plain[:-1] == [None] * (len(plain) - 1) and plain[-1]["completion_tokens"] == 40
+
+
 def test_several_answers_read_their_prompt_once(server):
     prompt = "class Once:\n" + "    def again(self):\n        return 1\n" * 9
     before = [server.figure(name) for name in ["retro_prompt_tokens_total", "retro_prompt_tokens_cached_total"]]
@@ -180,6 +197,7 @@ def test_what_a_request_asks_for_is_done(server):
         ({"logprobs": 99}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
         ({"window": 5}, "window"),
         ({"window": 0}, "window"),
         ({"budget": 1.5}, "budget"),

@@ -71,6 +71,12 @@ def test_settings_are_sent_and_escape_stops(page, server):  # noqa: F811
     page.type("def long(")
     page.press("Enter")
     page.wait("document.querySelector('#messages .assistant p')?.textContent.length > 20")
+    # Figures are of this moment: they go on as the answer does.
+    figures = ["rate", "tokens", "first", "pages", "share", "prompt"]
+    at_first = {figure: page.value(f"at('{figure}').textContent") for figure in figures}
+    assert all(any(c.isdigit() for c in text) for text in at_first.values()), at_first
+    page.wait(f"Number(at('tokens').textContent) > {at_first['tokens']} + 5")
+    assert page.value("running !== null"), "the answer goes on meanwhile"
     page.press("Escape")
     page.wait("!running")
     (asked,) = page.value("asked")

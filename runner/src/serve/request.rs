@@ -36,6 +36,8 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Report each token's log-probability, and those of so many likeliest tokens.
     pub logprobs: Option<usize>,
+    /// Report with each token what the answer took so far.
+    pub live: bool,
     /// The answer fails if it is not complete by then.
     pub deadline: Option<Instant>,
 }
@@ -60,6 +62,8 @@ pub struct Token {
     pub text: String,
     /// Log-probabilities, if they were asked for.
     pub logprobs: Option<Logprobs>,
+    /// What the answer took so far, if that was asked for.
+    pub usage: Option<Usage>,
 }
 
 /// How a text ended.

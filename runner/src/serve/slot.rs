@@ -170,7 +170,13 @@ impl Running {
         self.tokens.push(id);
         let text = self.detokenizer.push(tokenizer, id)?;
         let text = self.filter.push(&text);
-        self.submission.send(Event::Token(Token { id, text, logprobs }));
+        let usage = self.submission.request.live.then(|| self.usage());
+        self.submission.send(Event::Token(Token {
+            id,
+            text,
+            logprobs,
+            usage,
+        }));
         if self.filter.stopped() {
             return self.end(Finish::Stop, tokenizer);
         }

@@ -130,15 +130,18 @@ impl Head {
             .collect()
     }
 
-    /// What it took.
-    fn usage(&self, usages: &[Usage]) -> Value {
-        let generated: usize = usages.iter().map(|u| u.generated).sum();
-        let cached: usize = usages.iter().step_by(self.generation.n).map(|u| u.cached).sum();
+    /// What it took: of each answer, `None` where nothing has come of it yet.
+    fn usage(&self, usages: &[Option<Usage>]) -> Value {
+        let begun = || usages.iter().flatten();
+        let generated: usize = begun().map(|u| u.generated).sum();
+        // Of each prompt once, by its first answer: the others take over what that one has read.
+        let first_of_each = usages.iter().step_by(self.generation.n).flatten();
+        let cached: usize = first_of_each.map(|u| u.cached).sum();
         let mut reading = crate::decoder::page_reads::PageReads::default();
-        usages.iter().for_each(|u| reading.add(&u.reading));
-        let first = usages.iter().map(|u| u.first_token).min().unwrap_or_default();
-        let decoding = usages.iter().map(|u| u.decoding).max().unwrap_or_default();
-        let steps: usize = usages.iter().map(|u| u.generated.saturating_sub(1)).sum();
+        begun().for_each(|u| reading.add(&u.reading));
+        let first = begun().map(|u| u.first_token).min();
+        let decoding = begun().map(|u| u.decoding).max().unwrap_or_default();
+        let steps: usize = begun().map(|u| u.generated.saturating_sub(1)).sum();
         let rate = (steps > 0 && !decoding.is_zero()).then(|| steps as f64 / decoding.as_secs_f64());
         let policy = self.generation.policy;
         json!({
@@ -153,7 +156,7 @@ impl Head {
                 "pages_per_kv_head_and_step": reading.pages(),
                 "share_of_valid_pages": reading.share(),
                 "effective_exposure": reading.exposure(),
-                "time_to_first_token_ms": first.as_secs_f64() * 1e3,
+                "time_to_first_token_ms": first.map(|time| time.as_secs_f64() * 1e3),
                 "decode_tokens_per_second": rate,
             },
         })
@@ -173,7 +176,7 @@ impl Head {
                 }
             };
             choices.push(shape.choice(index, tokens, &done));
-            usages.push(done.usage);
+            usages.push(Some(done.usage));
         }
         let usage = self.usage(&usages);
         let mut object = self.object(S::OBJECTS[0], choices);
@@ -198,7 +201,7 @@ impl Head {
         let teller = Teller {
             head: self,
             shape,
-            usages: Vec::with_capacity(count),
+            usages: vec![None; count],
             left: count,
         };
         let opening = stream::iter((0..count).map(|index| (index, None)));
@@ -220,7 +223,8 @@ impl Head {
 struct Teller<S> {
     head: Head,
     shape: S,
-    usages: Vec<Usage>,
+    /// What each answer took so far.
+    usages: Vec<Option<Usage>>,
     /// Answers that have not ended.
     left: usize,
 }
@@ -234,11 +238,16 @@ impl<S: Shape> Teller<S> {
     fn tell(&mut self, index: usize, event: Option<Event>) -> Vec<String> {
         let choices = match event {
             None => self.shape.opens(index).into_iter().collect(),
-            Some(Event::Token(token)) => self.shape.goes_on(index, token),
+            Some(Event::Token(mut token)) => {
+                if let Some(usage) = token.usage.take() {
+                    self.takes(index, usage);
+                }
+                self.shape.goes_on(index, token)
+            }
             Some(Event::Done(done)) => {
                 self.left -= 1;
                 let choices = self.shape.ends(index, &done);
-                self.usages.push(done.usage);
+                self.takes(index, done.usage);
                 choices
             }
             Some(Event::Failed(failure)) => {
@@ -247,10 +256,12 @@ impl<S: Shape> Teller<S> {
                 return vec![ApiError::from(failure).json().to_string()];
             }
         };
-        let mut data: Vec<String> = choices
-            .into_iter()
-            .map(|choice| self.chunk(vec![choice], None))
-            .collect();
+        let live = self.head.generation.live;
+        let chunk = |choice| {
+            let usage = live.then(|| self.head.usage(&self.usages));
+            self.chunk(vec![choice], usage)
+        };
+        let mut data: Vec<String> = choices.into_iter().map(chunk).collect();
         if self.left == 0 {
             if self.head.generation.include_usage {
                 let usage = self.head.usage(&self.usages);
@@ -259,6 +270,12 @@ impl<S: Shape> Teller<S> {
             data.push("[DONE]".to_owned());
         }
         data
+    }
+
+    fn takes(&mut self, index: usize, usage: Usage) {
+        if let Some(place) = self.usages.get_mut(index) {
+            *place = Some(usage);
+        }
     }
 
     fn chunk(&self, choices: Vec<Value>, usage: Option<Value>) -> String {

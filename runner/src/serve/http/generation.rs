@@ -40,6 +40,8 @@ pub struct Generation {
     pub n: usize,
     pub stream: bool,
     pub include_usage: bool,
+    /// Every event of a stream says what the answer took so far.
+    pub live: bool,
     pub policy: Policy,
     pub choosing: Choosing,
     pub stops: Vec<String>,
@@ -61,6 +63,9 @@ enum Strings {
 struct StreamOptions {
     #[serde(default)]
     include_usage: bool,
+    /// As vLLM has it: usage in every event.
+    #[serde(default)]
+    continuous_usage_stats: bool,
     /// Padding against listeners who count bytes: there is none.
     #[serde(default, rename = "include_obfuscation")]
     _include_obfuscation: bool,
@@ -77,13 +82,20 @@ impl Generation {
         if options.is_some() && !stream {
             return Err(ApiError::field("stream_options", "only with \"stream\": true"));
         }
+        let include_usage = options.as_ref().is_some_and(|o| o.include_usage);
+        let live = options.as_ref().is_some_and(|o| o.continuous_usage_stats);
+        if live && !include_usage {
+            let message = "continuous_usage_stats only with \"include_usage\": true";
+            return Err(ApiError::field("stream_options", message));
+        }
         let max_tokens = fields.count("max_tokens", 1..=usize::MAX)?;
         let max_completion_tokens = fields.count("max_completion_tokens", 1..=usize::MAX)?;
         Ok(Self {
             max_new: max_completion_tokens.or(max_tokens),
             n: fields.count("n", 1..=MOST_ANSWERS)?.unwrap_or(1),
             stream,
-            include_usage: options.is_some_and(|o| o.include_usage),
+            include_usage,
+            live,
             policy: policy(fields, loaded)?,
             choosing: choosing(fields, loaded.engine.tokenizer().size())?,
             stops: stops(fields)?,
@@ -118,6 +130,7 @@ impl Generation {
                 ends: std::sync::Arc::clone(engine.ends()),
                 ignore_eos: self.ignore_eos,
                 logprobs: self.logprobs,
+                live: self.live,
                 deadline: loaded.timeout.and_then(|time| Instant::now().checked_add(time)),
             }
         };

@@ -74,6 +74,7 @@ pub async fn props(State(app): State<Arc<App>>) -> Result<Json<Value>> {
             "budget": engine.budget().map(|b| b.to_string()),
         },
         "chat_template": loaded.template.is_some(),
+        "converted": engine.is_converted(),
         "window": {"max": engine.most_window()},
         "budget": engine.takes_budget(),
         "build_info": concat!("retro-run ", env!("CARGO_PKG_VERSION")),
