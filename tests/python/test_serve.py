@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -322,6 +323,34 @@ def test_a_port_that_is_taken_is_one_line(server, model):
     assert result.returncode == 1 and result.stderr.startswith("error: cannot listen on") and result.stderr.count("\n") == 1
 
 
+def test_requests_that_do_not_say_are_sampled_as_the_model_says(server, model, tmp_path):
+    plain = server.json("/props")["default_generation_settings"]["params"]
+    assert plain == {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
+    silent = {"prompt": "def add(a, b):\n", "max_tokens": 12, "seed": 3}
+    greedy = server.json("/v1/completions", silent | {"temperature": 0})["choices"]
+    drawn = server.json("/v1/completions", silent)["choices"]
+    assert drawn != greedy
+    told = tmp_path / "told"
+    shutil.copytree(model, told)
+    # One token to choose from: as the likeliest is taken.
+    (told / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 1, "top_p": 0.95}')
+    with Server(told, "--parallel", "1", environment=ENVIRONMENT) as asked:
+        assert "by generation_config.json: temperature 0.6, top-k 1, top-p 0.95" in asked.said()
+        params = asked.json("/props")["default_generation_settings"]["params"]
+        assert params == plain | {"temperature": 0.6, "top_k": 1, "top_p": 0.95}
+        assert asked.json("/v1/completions", silent)["choices"] == greedy
+        # What a request says holds.
+        own = silent | {"temperature": 1, "top_k": -1, "top_p": 1}
+        assert asked.json("/v1/completions", own)["choices"] == drawn
+    with Server(told, "--generation-config", "none", "--parallel", "1", environment=ENVIRONMENT) as asked:
+        assert asked.json("/props")["default_generation_settings"]["params"] == plain
+        assert asked.json("/v1/completions", silent)["choices"] == drawn
+    (told / "generation_config.json").write_text('{"top_p": 7}')
+    arguments = [server.arguments[0], "serve", str(told), "--port", "0"]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert result.returncode == 1 and "--generation-config none" in result.stderr and "top-p" in result.stderr
+
+
 def test_many_clients_are_answered_as_each_alone(server):
     """Some of them go away in the middle."""
     prompts = [f"def f{i}(x):\n    return" + " x +" * (i % 7) for i in range(24)]
@@ -436,5 +465,6 @@ def test_the_document_names_the_servers_flags(server):
     text = SERVING.read_text()
     shown = subprocess.run([server.arguments[0], "serve", "--help"], capture_output=True, text=True, check=True).stdout
     own = ["--host", "--port", "--parallel", "--queue", "--timeout", "--grace", "--api-key", "--cors", "--max-body", "--log", "--log-prompts"]
+    own += ["--generation-config", "--cuda-graph"]
     for flag in own:
         assert flag in shown and flag in text, flag

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use retro_contract::limits;
 
 use super::{
@@ -18,6 +18,7 @@ use crate::{
     Model, ModelTokenizer, OpenOptions, Runtime,
     built_model_cache::prepare,
     chat::turn_end,
+    decoder::sampling::Sampling,
     interrupt::Signals,
     progress::note,
     serve::{
@@ -26,6 +27,15 @@ use crate::{
     },
     text::token_bytes,
 };
+
+/// Where the sampling of requests comes from that do not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum GenerationConfig {
+    /// The model's generation_config.json.
+    Auto,
+    /// OpenAI's API: temperature 1, all tokens.
+    None,
+}
 
 #[derive(Args)]
 pub struct ServeArgs {
@@ -78,6 +88,10 @@ pub struct ServeArgs {
     log_prompts: bool,
     #[command(flatten)]
     reading: ReadingArgs,
+    /// How tokens are chosen where a request does not say: auto takes what the model's generation_config.json names, none
+    /// OpenAI's defaults alone.
+    #[arg(long, value_enum, default_value_t = GenerationConfig::Auto, value_name = "auto|none", hide_possible_values = true)]
+    generation_config: GenerationConfig,
     /// Chat template to use in place of the model's: a Jinja file.
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
@@ -134,6 +148,26 @@ pub fn serve(args: ServeArgs, signals: &Signals) -> Result<()> {
     Ok(())
 }
 
+impl ServeArgs {
+    /// How tokens are chosen where a request does not say; a line tells if that is not as in OpenAI's API.
+    fn sampling(&self, model: &Model) -> Result<Sampling> {
+        let plain = Sampling::of_server(&Default::default())?;
+        if self.generation_config == GenerationConfig::None {
+            return Ok(plain);
+        }
+        let wrong = "generation_config.json has a value that cannot be used; --generation-config none leaves it out";
+        let sampling = Sampling::of_server(&model.folder.sampling).context(wrong)?;
+        sampling.check().context(wrong)?;
+        if sampling != plain {
+            let how = sampling.describe();
+            note(&format!(
+                "requests that do not say are sampled by generation_config.json: {how}"
+            ));
+        }
+        Ok(sampling)
+    }
+}
+
 fn load(
     args: &ServeArgs,
     named: &std::path::Path,
@@ -149,6 +183,7 @@ fn load(
     let ends = template
         .as_ref()
         .and_then(|t| turn_end::written(t, &tokenizer, &Default::default()));
+    let sampling = args.sampling(&model)?;
     let options = EngineOptions {
         parallel: args.parallel,
         context: args.ctx_size,
@@ -175,6 +210,7 @@ fn load(
         grammars: OnceLock::new(),
         name: args.alias.clone().or(folder_name).unwrap_or_else(|| "model".to_owned()),
         path: named.display().to_string(),
+        sampling,
         created: now(),
         timeout: (args.timeout > 0).then(|| Duration::from_secs(args.timeout)),
     })

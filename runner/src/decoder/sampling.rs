@@ -51,9 +51,29 @@ impl Sampling {
             repeat_penalty: said.repetition_penalty.unwrap_or(1.0) as f32,
             ..Self::default()
         };
-        if said.do_sample != Some(true) {
-            return Ok(sampling);
+        if said.do_sample == Some(true) {
+            sampling.draws(said)?;
         }
+        Ok(sampling)
+    }
+
+    /// As servers take a model's generation_config.json, vLLM among them: what it names holds whether or not it says that
+    /// tokens are drawn, and what it does not name is as in OpenAI's API, whose temperature is 1. To be checked
+    /// ([`Sampling::check`]).
+    ///
+    /// # Errors
+    /// When its top_k is no whole number from 0 on.
+    pub fn of_server(said: &SamplingDefaults) -> Result<Self> {
+        let mut sampling = Self {
+            repeat_penalty: said.repetition_penalty.unwrap_or(1.0) as f32,
+            ..Self::default()
+        };
+        sampling.draws(said)?;
+        Ok(sampling)
+    }
+
+    /// Draws tokens as a model's generation_config.json says.
+    fn draws(&mut self, said: &SamplingDefaults) -> Result<()> {
         let top_k = said.top_k.unwrap_or(0.0);
         let whole = top_k.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&top_k);
         let fault = Error::Sampling {
@@ -62,11 +82,11 @@ impl Sampling {
             expected: "a whole number, 0 (keeps all) or more",
         };
         require!(whole, fault);
-        sampling.temperature = said.temperature.unwrap_or(1.0) as f32;
-        sampling.top_k = top_k as usize;
-        sampling.top_p = said.top_p.unwrap_or(1.0) as f32;
-        sampling.min_p = said.min_p.unwrap_or(0.0) as f32;
-        Ok(sampling)
+        self.temperature = said.temperature.unwrap_or(1.0) as f32;
+        self.top_k = top_k as usize;
+        self.top_p = said.top_p.unwrap_or(1.0) as f32;
+        self.min_p = said.min_p.unwrap_or(0.0) as f32;
+        Ok(())
     }
 
     /// The options in words.
@@ -455,6 +475,26 @@ mod tests {
             let top_k = Some(top_k);
             assert!(Sampling::of_model(&SamplingDefaults { top_k, ..said }).is_err());
         }
+    }
+
+    /// What the file names holds, and tokens are drawn as OpenAI's API draws them.
+    #[test]
+    fn servers_take_what_a_models_configuration_names() {
+        let told = |said: &SamplingDefaults| Sampling::of_server(said).map(|s| s.describe());
+        let said = SamplingDefaults {
+            temperature: Some(0.6),
+            top_k: Some(20.0),
+            repetition_penalty: Some(1.1),
+            ..Default::default()
+        };
+        for do_sample in [None, Some(false), Some(true)] {
+            let said = SamplingDefaults { do_sample, ..said };
+            let text = "temperature 0.6, top-k 20, repetition penalty 1.1";
+            assert_eq!(told(&said).unwrap(), text);
+        }
+        assert_eq!(told(&SamplingDefaults::default()).unwrap(), "temperature 1");
+        let top_k = Some(-1.0);
+        assert!(told(&SamplingDefaults { top_k, ..said }).is_err());
     }
 
     #[test]

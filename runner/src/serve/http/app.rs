@@ -18,6 +18,7 @@ use super::{
     fields::Fields,
 };
 use crate::{
+    decoder::sampling::Sampling,
     serve::{constraint::Grammars, engine::Engine, metrics::Metrics},
     text::{TokenBytes, chat_template::ChatTemplate},
 };
@@ -68,6 +69,8 @@ pub struct Loaded {
     pub name: String,
     /// The model's folder.
     pub path: String,
+    /// How tokens are chosen where a request does not say.
+    pub sampling: Sampling,
     /// When it was loaded, in seconds since 1970.
     pub created: u64,
     /// Time that a request may take.

@@ -97,7 +97,7 @@ impl Generation {
             include_usage,
             live,
             policy: policy(fields, loaded)?,
-            choosing: choosing(fields, loaded.engine.tokenizer().size())?,
+            choosing: choosing(fields, loaded)?,
             stops: stops(fields)?,
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             logprobs: None,
@@ -175,26 +175,28 @@ fn policy(fields: &mut Fields, loaded: &Loaded) -> Result<Policy> {
     Ok(policy.with_window(window))
 }
 
-fn choosing(fields: &mut Fields, vocabulary: usize) -> Result<Choosing> {
+fn choosing(fields: &mut Fields, loaded: &Loaded) -> Result<Choosing> {
+    let default = loaded.sampling;
     let top_k: Option<i64> = fields.take("top_k")?;
     // -1 is vLLM's way to say all.
     let top_k = match top_k {
-        None | Some(-1) => 0,
+        None => default.top_k,
+        Some(-1) => 0,
         Some(k) => usize::try_from(k).map_err(|_| ApiError::field("top_k", format!("{k} is less than -1")))?,
     };
-    let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0);
-    if top_p == 0.0 {
+    let top_p = fields.number("top_p", 0.0..=1.0)?;
+    if top_p == Some(0.0) {
         return Err(ApiError::field("top_p", "0 leaves no token: it is more than 0"));
     }
     let repeat = fields.number("repeat_penalty", 0.01..=10.0)?;
     let repeat = fields.number("repetition_penalty", 0.01..=10.0)?.or(repeat);
     let seed: Option<i64> = fields.take("seed")?;
     let sampling = Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
+        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(default.temperature),
         top_k,
-        top_p,
-        min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(0.0),
-        repeat_penalty: repeat.unwrap_or(1.0),
+        top_p: top_p.unwrap_or(default.top_p),
+        min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(default.min_p),
+        repeat_penalty: repeat.unwrap_or(default.repeat_penalty),
         seed: seed.map_or_else(rand::random, i64::cast_unsigned),
     };
     sampling.check().map_err(|e| ApiError::request(e.to_string()))?;
@@ -202,7 +204,7 @@ fn choosing(fields: &mut Fields, vocabulary: usize) -> Result<Choosing> {
         sampling,
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
-        bias: biases(fields, vocabulary)?,
+        bias: biases(fields, loaded.engine.tokenizer().size())?,
     })
 }
 

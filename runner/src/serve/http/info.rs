@@ -60,10 +60,15 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     (StatusCode::OK, headers, app.metrics.text()).into_response()
 }
 
+/// The number as it was written: in decimals, not in what bits make of them.
+fn decimal(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
+}
+
 pub async fn props(State(app): State<Arc<App>>) -> Result<Json<Value>> {
     let loaded = app.loaded()?;
     let engine = &loaded.engine;
-    let options = engine.options();
+    let (options, sampling) = (engine.options(), loaded.sampling);
     Ok(Json(json!({
         "model_alias": loaded.name,
         "model_path": loaded.path,
@@ -72,6 +77,13 @@ pub async fn props(State(app): State<Arc<App>>) -> Result<Json<Value>> {
             "n_ctx": engine.context(),
             "window": options.policy.window,
             "budget": engine.budget().map(|b| b.to_string()),
+            "params": {
+                "temperature": decimal(sampling.temperature),
+                "top_k": sampling.top_k,
+                "top_p": decimal(sampling.top_p),
+                "min_p": decimal(sampling.min_p),
+                "repeat_penalty": decimal(sampling.repeat_penalty),
+            },
         },
         "chat_template": loaded.template.is_some(),
         "converted": engine.is_converted(),
