@@ -323,6 +323,16 @@ def test_a_port_that_is_taken_is_one_line(server, model):
     assert result.returncode == 1 and result.stderr.startswith("error: cannot listen on") and result.stderr.count("\n") == 1
 
 
+def test_an_address_that_is_open_to_others_is_warned_of(model):
+    warning = "anyone who reaches this address may use the server: --api-key KEY asks for a key"
+    for key, warned in [([], True), (["--api-key", "secret"], False)]:
+        with Server(model, "--host", "0.0.0.0", "--parallel", "1", *key, environment=ENVIRONMENT) as server:
+            assert (warning in server.said()) == warned
+            # Under any name: it is not this machine's alone.
+            assert server.json("/health", headers={"Host": "server.example"})["status"] == "ok"
+            assert server.request("/v1/models")[0] == (200 if warned else 401)
+
+
 def test_requests_that_do_not_say_are_sampled_as_the_model_says(server, model, tmp_path):
     plain = server.json("/props")["default_generation_settings"]["params"]
     assert plain == {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}

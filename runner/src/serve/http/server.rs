@@ -175,3 +175,80 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServerError> {
         .allow_headers(Any);
     Ok(Some(layer))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    fn settings() -> Settings {
+        Settings {
+            max_body: 1 << 20,
+            api_keys: Vec::new(),
+            cors: Vec::new(),
+            loopback_only: false,
+            log: false,
+            log_prompts: false,
+        }
+    }
+
+    async fn said_to(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.unwrap();
+        said
+    }
+
+    #[tokio::test]
+    async fn while_the_model_is_loaded_requests_are_told_so() {
+        let server = Server::bind("127.0.0.1", 0, settings(), Arc::default()).await.unwrap();
+        let address = server.address().unwrap();
+        let (go_on, wait) = channel::<()>();
+        let load = move || {
+            wait.recv().unwrap();
+            Err::<Loaded, _>(ServerError::Origin("none".to_owned()))
+        };
+        let served = tokio::spawn(server.serve(load, Interrupt::default(), Duration::ZERO));
+        for path in ["/health", "/v1/models", "/props"] {
+            let said = said_to(address, path).await;
+            assert!(
+                said.starts_with("HTTP/1.1 503") && said.contains("retry-after: 1"),
+                "{said}"
+            );
+            assert!(
+                said.contains("the model is being loaded") && said.contains("unavailable_error"),
+                "{said}"
+            );
+        }
+        for path in ["/", "/metrics"] {
+            assert!(said_to(address, path).await.starts_with("HTTP/1.1 200"), "{path}");
+        }
+        go_on.send(()).unwrap();
+        // What keeps the model from being loaded ends the server.
+        let error = served.await.unwrap().unwrap_err();
+        assert!(matches!(error, ServerError::Origin(_)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_address_that_cannot_be_had_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = taken.local_addr().unwrap().port();
+        // 203.0.113.0/24 is for documents: no machine has it.
+        for (host, port) in [("127.0.0.1", port), ("203.0.113.7", 0), ("no such host", 0)] {
+            let error = Server::bind(host, port, settings(), Arc::default())
+                .await
+                .err()
+                .unwrap();
+            let message = error.to_string();
+            assert_eq!(message, format!("cannot listen on {host}:{port} (--host, --port)"));
+        }
+    }
+}
