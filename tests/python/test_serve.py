@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(VERSION < (1, 32), reason="the server is tested 
 # With a template, so that every form of output can be asked for.
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if reasoning_effort %}<{{ reasoning_effort }}>{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -78,6 +78,10 @@ def test_what_the_server_says_of_itself(server):
     assert server.json("/detokenize", {"tokens": tokens})["content"] == "def f():"
     pieces = server.json("/tokenize", {"content": "def f():", "with_pieces": True})["tokens"]
     assert [piece["id"] for piece in pieces] == tokens
+    # A part of a letter is bytes.
+    parts = [piece["piece"] for piece in server.json("/tokenize", {"content": "\u4f60\U0001f600", "with_pieces": True})["tokens"]]
+    whole = b"".join(bytes(part) if isinstance(part, list) else part.encode() for part in parts)
+    assert whole.decode() == "\u4f60\U0001f600" and any(isinstance(part, list) for part in parts)
     status, headers, text = server.request("/")
     assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"] and "<title>" in text
     status, headers, _ = server.request("/metrics")
@@ -154,6 +158,9 @@ def test_what_a_request_asks_for_is_done(server):
     def text(**fields):
         return server.json("/v1/completions", completion(**fields))["choices"][0]
 
+    anyway = {"cache_prompt": True, "id_slot": -1, "typical_p": 1.0, "mirostat": 0, "skip_special_tokens": True, "use_beam_search": False}
+    assert text(**anyway) == text()
+    assert text(max_tokens=None, n_predict=5) == text(max_tokens=5)
     plain = text(max_tokens=30)["text"]
     stop = plain[8:11]
     cut = text(max_tokens=30, stop=stop)
@@ -191,6 +198,7 @@ def test_what_a_request_asks_for_is_done(server):
         ({"n": 1000}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"n_predict": 0}, "n_predict"),
         ({"stop": 3}, "stop"),
         ({"stop": ["x"] * 99}, "stop"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
@@ -209,6 +217,8 @@ def test_what_a_request_asks_for_is_done(server):
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"store": True}, "store"),
+        ({"cache_prompt": False}, "cache_prompt"),
+        ({"min_tokens": 5}, "min_tokens"),
         ({"prompt": ["a"] * 9, "n": 8}, "n"),
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
@@ -243,6 +253,14 @@ def test_the_field_that_is_wrong_is_named(server, fields, param):
 def test_so_it_is_in_chats(server, fields, param):
     status, error = server.error("/v1/chat/completions", chat(**fields))
     assert status == 400 and error["param"] == param, error
+
+
+def test_the_template_gets_its_variables(server):
+    tokens = [
+        server.json("/v1/chat/completions", chat(**fields))["usage"]["prompt_tokens"]
+        for fields in [{}, {"reasoning_effort": "high"}, {"chat_template_kwargs": {"reasoning_effort": "high"}}]
+    ]
+    assert tokens[0] < tokens[1] == tokens[2]
 
 
 def test_what_is_no_request_is_refused(server):
@@ -282,6 +300,7 @@ def test_past_the_queue_clients_are_told_when_to_come_back(model):
         status, headers, text = server.request("/v1/completions", completion())
         assert status == 429 and headers["Retry-After"] == "1", text
         assert json.loads(text)["error"]["code"] == "rate_limit_exceeded"
+        assert server.figure('retro_requests_total{outcome="refused"}') == 1
         # Clients that go away free their places.
         for connection in sockets:
             connection.close()

@@ -50,8 +50,13 @@ impl Handle {
     pub fn submit(&self, requests: Vec<Request>) -> Result<Vec<UnboundedReceiver<Event>>, Refusal> {
         let (count, most) = (requests.len() as u64, self.most_waiting as u64);
         let taken = self.waiting.enter(count, most);
-        taken.map_err(|waiting| Refusal::Full {
-            waiting: waiting as usize,
+        taken.map_err(|waiting| {
+            for _ in 0..count {
+                self.metrics.ended("refused");
+            }
+            Refusal::Full {
+                waiting: waiting as usize,
+            }
         })?;
         self.metrics.waiting.inc_by(count as i64);
         let since = Instant::now();

@@ -37,11 +37,16 @@ fn take(mut fields: Fields, loaded: Arc<Loaded>, log: bool) -> Result<Answer<Cha
     }
     generation.logprobs = asked.unwrap_or(false).then_some(top.unwrap_or(0));
     let variables: Option<Map<String, Value>> = fields.take("chat_template_kwargs")?;
+    let mut variables = variables.unwrap_or_default();
+    // OpenAI's name for what templates know as a variable.
+    if let Some(effort) = fields.take::<String>("reasoning_effort")? {
+        variables.entry("reasoning_effort").or_insert(Value::String(effort));
+    }
     fields.only("modalities", &[json!(["text"])])?;
     let tools = Tools::take(&mut fields)?;
     generation.constraint = constraint(&mut fields, tools.as_ref(), &loaded)?;
     fields.finish()?;
-    let text = render(&loaded, messages, variables.unwrap_or_default(), tools.as_ref())?;
+    let text = render(&loaded, messages, variables, tools.as_ref())?;
     if log {
         crate::progress::note(&format!("prompt {text:?}"));
     }

@@ -33,6 +33,23 @@ const SET_ASIDE: [&str; 6] = [
     "prompt_cache_retention",
 ];
 
+/// Fields of llama-server and vLLM with the value that asks for what the server does anyway, as their clients send them.
+const DONE_ANYWAY: [(&str, f64); 13] = [
+    ("cache_prompt", 1.0),
+    ("id_slot", -1.0),
+    ("timings_per_token", 0.0),
+    ("typical_p", 1.0),
+    ("mirostat", 0.0),
+    ("dry_multiplier", 0.0),
+    ("xtc_probability", 0.0),
+    ("dynatemp_range", 0.0),
+    ("min_tokens", 0.0),
+    ("length_penalty", 1.0),
+    ("use_beam_search", 0.0),
+    ("skip_special_tokens", 1.0),
+    ("include_stop_str_in_output", 0.0),
+];
+
 /// What a request asks for, beside its prompt.
 #[derive(Clone, Debug)]
 pub struct Generation {
@@ -75,6 +92,11 @@ impl Generation {
     /// Takes the fields. Log-probabilities differ between endpoints, and are left to them.
     pub fn take(fields: &mut Fields, loaded: &Loaded) -> Result<Self> {
         fields.set_aside(&SET_ASIDE);
+        for (name, value) in DONE_ANYWAY {
+            let word = (value == 0.0 || value == 1.0).then(|| json!(value == 1.0));
+            let values = [json!(value), json!(value as i64)];
+            fields.only(name, &[&values[..], word.as_slice()].concat())?;
+        }
         fields.only("store", &[json!(false)])?;
         fields.only("service_tier", &[json!("auto"), json!("default")])?;
         let stream = fields.take("stream")?.unwrap_or(false);
@@ -90,8 +112,9 @@ impl Generation {
         }
         let max_tokens = fields.count("max_tokens", 1..=usize::MAX)?;
         let max_completion_tokens = fields.count("max_completion_tokens", 1..=usize::MAX)?;
+        let n_predict = n_predict(fields)?;
         Ok(Self {
-            max_new: max_completion_tokens.or(max_tokens),
+            max_new: max_completion_tokens.or(max_tokens).or(n_predict),
             n: fields.count("n", 1..=MOST_ANSWERS)?.unwrap_or(1),
             stream,
             include_usage,
@@ -136,6 +159,17 @@ impl Generation {
         };
         Ok((0..self.n).map(request).collect())
     }
+}
+
+/// llama-server's own name for the most tokens of an answer; -1 is as many as fit.
+fn n_predict(fields: &mut Fields) -> Result<Option<usize>> {
+    let name = "n_predict";
+    let most: Option<i64> = fields.take(name)?;
+    let most = most.filter(|&most| most != -1).map(|most| {
+        let most = usize::try_from(most).ok().filter(|&most| most > 0);
+        most.ok_or_else(|| ApiError::field(name, "expected 1 or more, or -1 for as many as fit"))
+    });
+    most.transpose()
 }
 
 fn policy(fields: &mut Fields, loaded: &Loaded) -> Result<Policy> {

@@ -33,7 +33,13 @@ pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Re
         if !pieces {
             return Ok(Json(json!({"tokens": tokens})));
         }
-        let piece = |id: u32| json!({"id": id, "piece": tokenizer.decode(&[id]).unwrap_or_default()});
+        // What is no text of its own, such as a part of a letter, is told as bytes.
+        let bytes = loaded.token_bytes.as_deref().unwrap_or_default();
+        let piece = |id: u32| match bytes.get(id as usize).map(|token| str::from_utf8(&token.bytes)) {
+            Some(Err(_)) => json!(bytes.get(id as usize).map(|token| &token.bytes)),
+            _ => json!(tokenizer.decode(&[id]).unwrap_or_default()),
+        };
+        let piece = |id: u32| json!({"id": id, "piece": piece(id)});
         let tokens: Vec<Value> = tokens.into_iter().map(piece).collect();
         Ok(Json(json!({"tokens": tokens})))
     };
