@@ -3,6 +3,9 @@
 //! B rows, S tokens fed. Each buffer's first dimension is B, so rows that lie side by side are a tensor of their own:
 //! a chunk of one prompt and a decoding step of others use the same memory, and nothing is copied when a sequence joins
 //! or leaves.
+//!
+//! Where the model captures steps, those of one shape are captured as CUDA graphs, one for each range of rows and number
+//! of retrospective tokens.
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
