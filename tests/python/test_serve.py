@@ -342,6 +342,13 @@ def test_a_port_that_is_taken_is_one_line(server, model):
     assert result.returncode == 1 and result.stderr.startswith("error: cannot listen on") and result.stderr.count("\n") == 1
 
 
+def test_a_graph_wants_a_gpu(server, model):
+    arguments = [server.arguments[0], "serve", str(model), "--port", "0", "--cuda-graph"]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    error = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and error.startswith("error: ") and "--cuda-graph needs a GPU" in error, result.stderr
+
+
 def test_an_address_that_is_open_to_others_is_warned_of(model):
     warning = "anyone who reaches this address may use the server: --api-key KEY asks for a key"
     for key, warned in [([], True), (["--api-key", "secret"], False)]:
