@@ -198,11 +198,6 @@ fn load(
     let token_bytes = token_bytes(&tokenizer);
     let ends: Vec<u32> = ends.into_iter().collect();
     let engine = Engine::start(model, Arc::new(tokenizer), &ends, options, metrics)?;
-    note(&format!(
-        "ready: {} slots of {} tokens",
-        args.parallel,
-        engine.context()
-    ));
     Ok(Loaded {
         engine,
         template,

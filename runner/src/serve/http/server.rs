@@ -22,7 +22,7 @@ use super::{
     page::page,
     text,
 };
-use crate::{Interrupt, serve::metrics::Metrics};
+use crate::{Interrupt, progress::note, serve::metrics::Metrics};
 
 /// How often the server looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(50);
@@ -109,7 +109,11 @@ impl Server {
         let served = tokio::spawn(connections::serve(listener, router, Limits::default(), asked));
         let loading = tokio::task::spawn_blocking(load);
         let loaded = loading.await.map_err(|e| ServerError::Io(io::Error::other(e)))?;
-        app.load(loaded?);
+        let loaded = loaded?;
+        let (slots, context) = (loaded.engine.options().parallel, loaded.engine.context());
+        app.load(loaded);
+        // Who waits for this line asks at once.
+        note(&format!("ready: {slots} slots of {context} tokens"));
         let patience = async {
             while interrupt.raised().is_none() {
                 sleep(LOOK).await;
