@@ -221,9 +221,15 @@ impl CudaKernel {
         let elements = elements.iter().filter_map(|&slot| read(slot, size_of::<E>()));
         let numbers = [input::SEQLENS_K, input::PAGE_BUDGET];
         let numbers = numbers.iter().filter_map(|&slot| read(slot, size_of::<i32>()));
-        let written = [result].into_iter().chain(presents).map(|tensor| Used {
+        // Page steps and log-sum-exps are numbers of four bytes that the kernels take one at a time.
+        let state = presents.into_iter().zip(STATE).map(|(tensor, (_, present))| {
+            let by_number = [output::PRESENT_PAGE_STEPS, output::PRESENT_LSE].contains(&present);
+            (tensor, if by_number { size_of::<i32>() } else { WRITTEN })
+        });
+        let written = [(result, WRITTEN)].into_iter().chain(state);
+        let written = written.map(|(tensor, multiple)| Used {
             tensor,
-            multiple: WRITTEN,
+            multiple,
             written: true,
         });
         elements.chain(numbers).chain(written).collect()

@@ -11,7 +11,7 @@ use super::launch::Stream;
 use super::scratch::{Buffer, lock};
 use crate::ort::{Result, Tensor};
 
-/// Kernels read and write state and outputs 16 bytes at a time.
+/// Kernels read and write outputs, and most of the state, 16 bytes at a time.
 pub const WRITTEN: usize = 16;
 /// Places begin at multiples of this.
 const PLACE: usize = 256;
