@@ -24,6 +24,7 @@ pub const fn inputs(t: DataType, state: DataType) -> [Port; input::COUNT] {
         Port::required(f32::DATA_TYPE),
         Port::optional(i32::DATA_TYPE),
         Port::optional(t),
+        Port::optional(i32::DATA_TYPE),
     ]
 }
 

@@ -109,6 +109,7 @@ impl Layer {
             total_sequence_length: len as i32,
             retro_length: &[retro],
             page_budget: None,
+            retro_count: None,
         };
         let plan = CallPlan::read(&self.attributes, &dims, &lengths).unwrap();
         let inputs = Inputs {

@@ -23,6 +23,8 @@ impl Slots {
             input::COS_CACHE | input::SIN_CACHE => self.rotary,
             input::PAGE_BUDGET => self.page_budget,
             input::HEAD_SINK => self.head_sink,
+            // With step_rows alone.
+            input::RETRO_COUNT => false,
             _ => true,
         }
     }

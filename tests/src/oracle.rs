@@ -30,6 +30,7 @@ pub fn oracle(attrs: &Attrs, head_sink: Option<&[f32]>) -> Oracle {
         selector_correlation: attrs.correlation,
         sketch_bits: attrs.sketch_bits,
         mode: attrs.mode,
+        step_rows: 0,
     };
     Oracle::new(&attributes, attrs.head_size, head_sink)
 }

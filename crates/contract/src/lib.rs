@@ -57,8 +57,11 @@ pub mod input {
     pub const PAGE_BUDGET: usize = 14;
     /// T `[Hq]`, optional: a softmax logit without a value.
     pub const HEAD_SINK: usize = 15;
+    /// int32 `[B]` (or `[1]` for the whole batch), optional, with the attribute `step_rows`: retrospective tokens of each
+    /// sequence in a step, read where the operator runs, in place of retro_length's number.
+    pub const RETRO_COUNT: usize = 16;
     /// Slots, the optional ones among them.
-    pub const COUNT: usize = 16;
+    pub const COUNT: usize = 17;
     /// Names for messages, in slot order.
     pub const NAMES: [&str; COUNT] = [
         "query",
@@ -77,6 +80,7 @@ pub mod input {
         "past_lse",
         "page_budget",
         "head_sink",
+        "retro_count",
     ];
 }
 
@@ -159,8 +163,10 @@ pub mod attribute {
     pub const SKETCH_BITS: &str = "sketch_bits";
     /// string: [`Mode`](crate::Mode).
     pub const MODE: &str = "mode";
+    /// int: above 0, a step may feed up to so many rows, of which a sequence's last ones count.
+    pub const STEP_ROWS: &str = "step_rows";
     /// All of them.
-    pub const ALL: [&str; 18] = [
+    pub const ALL: [&str; 19] = [
         NUM_HEADS,
         KV_NUM_HEADS,
         SCALE,
@@ -179,6 +185,7 @@ pub mod attribute {
         SELECTOR_CORRELATION,
         SKETCH_BITS,
         MODE,
+        STEP_ROWS,
     ];
 }
 

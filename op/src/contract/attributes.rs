@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use retro_contract::attribute::{LOCAL_WINDOW_SIZE, PAGE_SIZE};
+use retro_contract::attribute::{LOCAL_WINDOW_SIZE, PAGE_SIZE, STEP_ROWS};
 use retro_contract::{GroupScore, Mode, Selector, limits, ring_slots};
 
 use super::unknown;
@@ -55,6 +55,8 @@ pub struct Attributes {
     /// Bits of an element of a sketch (`sketch`), 1 or 2.
     pub sketch_bits: usize,
     pub mode: Mode,
+    /// Rows that a step may feed, of which a sequence's last ones count; 0: as many as retro_length says.
+    pub step_rows: usize,
 }
 
 impl Attributes {
@@ -76,6 +78,7 @@ impl Attributes {
         let local_window = read.local_window()?;
         let selector = read.choice(name::SELECTOR)?;
         let page_size = read.page_size(selector)?;
+        let window = read.in_range(name::WINDOW, Some(limits::WINDOW), 1, limits::WINDOW_MAX as i64)?;
         Ok(Self {
             heads,
             kv_heads,
@@ -88,7 +91,6 @@ impl Attributes {
             softcap: read.not_negative(name::SOFTCAP, 0.0)?,
             do_rotary: read.flag(name::DO_ROTARY)?,
             rotary_interleaved: read.flag(name::ROTARY_INTERLEAVED)?,
-            window: read.in_range(name::WINDOW, Some(limits::WINDOW), 1, limits::WINDOW_MAX as i64)?,
             budget_min_pages: read.in_range(name::BUDGET_MIN_PAGES, Some(limits::BUDGET_MIN_PAGES), 0, MANY)?,
             sink_pages: read.in_range(name::SINK_PAGES, Some(limits::SINK_PAGES), 0, MANY)?,
             group_score: read.choice(name::GROUP_SCORE)?,
@@ -100,6 +102,8 @@ impl Attributes {
                 limits::SKETCH_BITS_MAX as i64,
             )?,
             mode: read.choice(name::MODE)?,
+            step_rows: read.step_rows(window)?,
+            window,
         })
     }
 
@@ -169,6 +173,16 @@ impl<S: AttributeSource> Reader<'_, S> {
                 "attribute {LOCAL_WINDOW_SIZE} is {v}, expected -1 or at least 1"
             ))),
         }
+    }
+
+    /// 0, or room for a whole window.
+    fn step_rows(&self, window: usize) -> Result<usize> {
+        let rows = self.in_range(STEP_ROWS, Some(0), 0, limits::WINDOW_MAX as i64)?;
+        require!(
+            rows == 0 || rows >= window,
+            "attribute step_rows is {rows}, expected 0 or at least window ({window})"
+        );
+        Ok(rows)
     }
 
     /// A power of two that the selector has.

@@ -1,6 +1,6 @@
 //! What a call is, and the lengths of its sequences, checked.
 
-use retro_contract::{budget_pages, limits, pages_for};
+use retro_contract::{budget_pages, input, limits, pages_for};
 use smallvec::SmallVec;
 
 use super::attributes::Attributes;
@@ -22,7 +22,8 @@ impl Phase {
     ///
     /// # Errors
     /// When they are out of range, mix prefill with decoding, or ask for another number of tokens.
-    pub fn of_call(window: usize, tokens: usize, retro_length: &[i32], empty_cache: bool) -> Result<Self> {
+    pub fn of_call(attributes: &Attributes, tokens: usize, retro_length: &[i32], empty_cache: bool) -> Result<Self> {
+        let Attributes { window, step_rows, .. } = *attributes;
         let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
         for &r in retro_length {
             require!(
@@ -36,6 +37,10 @@ impl Phase {
             lowest >= 0 || highest == -1,
             "input retro_length mixes -1 (prefill) with {highest}: prefill is for the whole batch"
         );
+        let rows = highest as usize + 1..=step_rows;
+        if highest >= 0 && rows.contains(&tokens) && !empty_cache {
+            return Ok(Phase::Decode);
+        }
         if highest == -1 || (highest == 0 && (tokens > 1 || empty_cache)) {
             return Ok(Phase::Prefill);
         }
@@ -85,6 +90,36 @@ pub struct CallLengths<'a> {
     pub retro_length: &'a [i32],
     /// One number, or one a sequence.
     pub page_budget: Option<&'a [i32]>,
+    /// One number, or one a sequence.
+    pub retro_count: Option<&'a [i32]>,
+}
+
+impl CallLengths<'_> {
+    /// The input that says how many tokens of a step are retrospective.
+    fn tells_retrospective(&self) -> &'static str {
+        let slot = if self.retro_count.is_some() {
+            input::RETRO_COUNT
+        } else {
+            input::RETRO_LENGTH
+        };
+        input::NAMES[slot]
+    }
+
+    /// Retrospective tokens of sequence `b` in a step.
+    fn retrospective(&self, attributes: &Attributes, dims: &Dims, b: usize) -> Result<i32> {
+        let Some(counts) = self.retro_count else {
+            return Ok(of_sequence(self.retro_length, b));
+        };
+        let r = of_sequence(counts, b);
+        let most = attributes.window.min(dims.tokens) - 1;
+        require!(
+            (0..=most as i32).contains(&r),
+            "input retro_count[{b}] is {r}, expected 0..{most} (window {}, {} tokens fed)",
+            attributes.window,
+            dims.tokens
+        );
+        Ok(r)
+    }
 }
 
 /// Element `b` of one number for the whole batch or one a sequence.
@@ -98,7 +133,6 @@ impl CallPlan {
     /// # Errors
     /// When a length, a budget or the mask is out of range.
     pub fn read(attributes: &Attributes, dims: &Dims, lengths: &CallLengths<'_>) -> Result<Self> {
-        let window = attributes.window;
         let mut longest = 0;
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             require!(
@@ -127,17 +161,18 @@ impl CallPlan {
                 dims.rotary_rows
             );
         }
-        let phase = Phase::of_call(window, dims.tokens, lengths.retro_length, longest == 1)?;
+        let phase = Phase::of_call(attributes, dims.tokens, lengths.retro_length, longest == 1)?;
         let mut sequences = SmallVec::with_capacity(dims.batch);
         for (b, &last) in lengths.seqlens_k.iter().enumerate() {
             let len = last as usize + 1;
             let fed = match phase {
                 Phase::Prefill => dims.tokens.min(len),
                 Phase::Decode => {
-                    let r = of_sequence(lengths.retro_length, b);
+                    let r = lengths.retrospective(attributes, dims, b)?;
                     require!(
                         (r as usize) < len,
-                        "input retro_length[{b}] is {r}, but the cache of the sequence holds {} tokens before this step",
+                        "input {}[{b}] is {r}, but the cache of the sequence holds {} tokens before this step",
+                        lengths.tells_retrospective(),
                         len - 1
                     );
                     r as usize + 1

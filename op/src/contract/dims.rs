@@ -1,6 +1,6 @@
 //! The shapes of a call's inputs, checked, and the sizes that they give.
 
-use retro_contract::{input, pages_for};
+use retro_contract::{SKETCH_BLOCK, StateElement, input, pages_for};
 use smallvec::SmallVec;
 
 use super::attributes::Attributes;
@@ -16,8 +16,10 @@ pub struct Dims {
     pub tokens: usize,
     /// C, tokens that the cache can hold.
     pub capacity: usize,
-    /// P, pages of the cache.
+    /// Pages that the state has room for: at least those of the cache, P.
     pub pages: usize,
+    /// Blocks of sketches that the state has room for: at least those of the cache. 0: its selector has none.
+    pub blocks: usize,
     /// D.
     pub head_size: usize,
     /// Keys and values come behind the query in one tensor.
@@ -62,6 +64,27 @@ impl Checker<'_> {
             shown(&expected.iter().map(|&e| e as i64).collect::<Vec<_>>())
         );
         Ok(())
+    }
+
+    /// A state tensor, whose host may size it by other rules than the caches: it may have dimensions of 1, dimensions
+    /// merged with those behind them, and more than is needed of what `open` counts, the place of pages or blocks.
+    /// Elements lie in the same order all the same. Returns how many of those there are.
+    fn state_tensor(&self, slot: usize, expected: &[usize], open: Option<usize>, letters: &str) -> Result<usize> {
+        let got = self.required(slot)?;
+        if let Some(entries) = entries(got, expected, open) {
+            return Ok(entries);
+        }
+        let more = if open.is_some() {
+            ", or more of its third dimension"
+        } else {
+            ""
+        };
+        Err(Error::invalid(format!(
+            "input {} has shape {}, expected {letters} = {}{more}",
+            input::NAMES[slot],
+            shown(got),
+            shown(&expected.iter().map(|&e| e as i64).collect::<Vec<_>>())
+        )))
     }
 
     /// A scalar, `[1]`, or (where allowed) one number a sequence.
@@ -140,7 +163,7 @@ impl Checker<'_> {
     }
 
     /// The integer inputs.
-    fn lengths(&self, batch: usize) -> Result<()> {
+    fn lengths(&self, attributes: &Attributes, batch: usize) -> Result<()> {
         // As GroupQueryAttention: old exporters write a column.
         if self.required(input::SEQLENS_K)? != [batch as i64, 1] {
             self.exact(input::SEQLENS_K, &[batch], "[B]")?;
@@ -150,11 +173,19 @@ impl Checker<'_> {
         if self.get(input::PAGE_BUDGET).is_some() {
             self.numbers(input::PAGE_BUDGET, Some(batch))?;
         }
+        if self.get(input::RETRO_COUNT).is_some() {
+            require!(
+                attributes.step_rows > 0,
+                "input retro_count is there, and attribute step_rows is 0: it needs one of at least window ({})",
+                attributes.window
+            );
+            self.numbers(input::RETRO_COUNT, Some(batch))?;
+        }
         Ok(())
     }
 
-    /// The operator's own state, and the head sink.
-    fn state(&self, attributes: &Attributes, dims: &Dims) -> Result<()> {
+    /// The operator's own state, and the head sink. Sets how many pages and blocks the state has room for.
+    fn state(&self, attributes: &Attributes, dims: &mut Dims) -> Result<()> {
         let (heads, kv_heads, ring) = (attributes.heads, attributes.kv_heads, attributes.ring());
         let (batch, d) = (dims.batch, dims.head_size);
         require!(
@@ -163,17 +194,18 @@ impl Checker<'_> {
              that is a multiple of 8",
             attributes.sketch_bits
         );
+        let steps = [batch, kv_heads, dims.pages];
+        dims.pages = self.state_tensor(input::PAST_PAGE_STEPS, &steps, Some(2), "[B, Hkv, P]")?;
         let layout = for_selector!(attributes.selector, P => P::layout(&dims.cache_size(attributes)));
         let mut state = SmallVec::<[usize; 6]>::from_slice(&[batch, kv_heads]);
         state.extend_from_slice(layout.sizes());
-        self.exact(input::PAST_PAGE_SUMMARY, &state, layout.letters)?;
-        self.exact(input::PAST_PAGE_STEPS, &[batch, kv_heads, dims.pages], "[B, Hkv, P]")?;
-        self.exact(
-            input::PAST_OUTPUTS,
-            &[batch, ring, heads, d],
-            "[B, R = max(window-1, 1), Hq, D]",
-        )?;
-        self.exact(input::PAST_LSE, &[batch, ring, heads], "[B, R = max(window-1, 1), Hq]")?;
+        // Pages are those of the page steps.
+        let open = (layout.element == StateElement::Byte).then_some(2);
+        let entries = self.state_tensor(input::PAST_PAGE_SUMMARY, &state, open, layout.letters)?;
+        dims.blocks = open.map_or(0, |_| entries);
+        let outputs = [batch, ring, heads, d];
+        self.state_tensor(input::PAST_OUTPUTS, &outputs, None, "[B, R = max(window-1, 1), Hq, D]")?;
+        self.state_tensor(input::PAST_LSE, &outputs[..3], None, "[B, R = max(window-1, 1), Hq]")?;
         if self.get(input::HEAD_SINK).is_some() {
             self.exact(input::HEAD_SINK, &[heads], "[Hq]")?;
         }
@@ -200,11 +232,47 @@ impl Checker<'_> {
     }
 }
 
+/// How many entries a tensor of shape `got` has in dimension `open` of `expected`, at least as many as expected; `None`:
+/// it is not that tensor. 0 without an open dimension.
+fn entries(got: &[i64], expected: &[usize], open: Option<usize>) -> Option<usize> {
+    let (&batch, got) = got.split_first()?;
+    let (&expected_batch, expected) = expected.split_first()?;
+    let mut sizes = SmallVec::<[usize; 6]>::new();
+    for &size in got {
+        sizes.push(usize::try_from(size).ok()?);
+    }
+    let product = |sizes: &[usize]| sizes.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+    let mut expected = SmallVec::<[usize; 6]>::from_slice(expected);
+    let mut found = 0;
+    if let Some(place) = open {
+        let entries = expected.get_mut(place.checked_sub(1)?)?;
+        let least = std::mem::replace(entries, 1);
+        let (all, one) = (product(&sizes)?, product(&expected)?);
+        if one == 0 || !all.is_multiple_of(one) || all / one < least {
+            return None;
+        }
+        found = all / one;
+        *expected.get_mut(place - 1)? = found;
+    }
+    // Each dimension that is there is one that is expected, or several neighbours of these together.
+    let mut rest = expected.iter().copied().filter(|&size| size != 1);
+    let merged = sizes.iter().filter(|&&size| size != 1).all(|&size| {
+        let mut together = 1usize;
+        while together < size {
+            let Some(next) = rest.next() else { return false };
+            together = together.saturating_mul(next);
+        }
+        together == size
+    });
+    (batch == expected_batch as i64 && merged && rest.next().is_none()).then_some(found)
+}
+
 impl Dims {
     /// What the layout of a selector's state depends on.
     pub fn cache_size(&self, attributes: &Attributes) -> CacheSize {
         CacheSize {
-            capacity: self.capacity,
+            // Blocks are known once the state was read.
+            capacity: self.capacity.max(self.blocks * SKETCH_BLOCK),
             pages: self.pages,
             page_size: attributes.page_size,
             head_size: self.head_size,
@@ -222,19 +290,20 @@ impl Dims {
         let check = Checker(shapes);
         let (batch, capacity, head_size) = check.caches(attributes.kv_heads)?;
         let (tokens, packed) = check.rows(attributes, batch, head_size)?;
-        check.lengths(batch)?;
+        check.lengths(attributes, batch)?;
         let mut dims = Self {
             batch,
             tokens,
             capacity,
             pages: pages_for(capacity, attributes.page_size),
+            blocks: 0,
             head_size,
             packed,
             rotary_rows: 0,
             rotary_half: 0,
             element,
         };
-        check.state(attributes, &dims)?;
+        check.state(attributes, &mut dims)?;
         if attributes.do_rotary {
             (dims.rotary_rows, dims.rotary_half) = check.rotary(head_size)?;
         }

@@ -194,8 +194,114 @@ fn plan(retro: &[i32], seqlens: &[i32], tokens: usize, total: i32, budget: Optio
         total_sequence_length: total,
         retro_length: retro,
         page_budget: budget,
+        retro_count: None,
     };
     CallPlan::read(&a, &dims, &lengths)
+}
+
+/// A call of a node with room for a window of four, which reads how many tokens are retrospective from retro_count.
+fn counted(retro: i32, counts: &[i32], seqlens: &[i32], tokens: usize) -> Result<CallPlan> {
+    let a = attributes(&[("window", 4), ("step_rows", 4)]);
+    let dims = Dims {
+        tokens,
+        ..Dims::read(&a, &shapes(), 4).unwrap()
+    };
+    let lengths = CallLengths {
+        seqlens_k: seqlens,
+        total_sequence_length: 40,
+        retro_length: &[retro],
+        page_budget: None,
+        retro_count: Some(counts),
+    };
+    CallPlan::read(&a, &dims, &lengths)
+}
+
+#[test]
+fn a_step_may_feed_more_rows_than_count() {
+    let fed = |p: CallPlan| {
+        let rows = p.sequences.iter().map(|s| (s.fed, s.first_position()));
+        (p.phase, rows.collect::<Vec<_>>())
+    };
+    let step = |counts: &[i32]| fed(counted(0, counts, &[9, 20], 4).unwrap());
+    assert_eq!(step(&[0]), (Phase::Decode, vec![(1, 9), (1, 20)]));
+    assert_eq!(step(&[3, 1]), (Phase::Decode, vec![(4, 6), (2, 19)]));
+    // A text shorter than the window feeds fewer rows.
+    let short = fed(counted(0, &[0, 1], &[1, 2], 2).unwrap());
+    assert_eq!(short, (Phase::Decode, vec![(1, 1), (2, 1)]));
+    // A prompt's counts are left over from steps, and a text of one token has no step before it.
+    let prompt = fed(counted(-1, &[3, 99], &[3, 3], 4).unwrap());
+    assert_eq!(prompt, (Phase::Prefill, vec![(4, 0), (4, 0)]));
+    assert_eq!(counted(0, &[0], &[0, 0], 4).unwrap().phase, Phase::Prefill);
+    // Without counts retro_length says it, for any number of rows up to step_rows.
+    let a = attributes(&[("window", 4), ("step_rows", 6)]);
+    assert_eq!(Phase::of_call(&a, 6, &[2, 0], false).unwrap(), Phase::Decode);
+    assert!(message(Phase::of_call(&a, 7, &[2, 0], false)).contains("feeds 3 tokens, but query has 7"));
+
+    let wrong = |counts: &[i32], seqlens: &[i32], tokens| message(counted(0, counts, seqlens, tokens));
+    assert!(wrong(&[4], &[9, 9], 4).contains("retro_count[0] is 4, expected 0..3 (window 4, 4 tokens fed)"));
+    assert!(wrong(&[0, 2], &[9, 9], 2).contains("retro_count[1] is 2, expected 0..1"));
+    assert!(wrong(&[-1], &[9, 9], 4).contains("retro_count[0] is -1"));
+    assert!(wrong(&[0, 3], &[9, 2], 4).contains("retro_count[1] is 3, but the cache of the sequence holds 2 tokens"));
+    assert!(message(Attributes::read(&node(&[("window", 4), ("step_rows", 3)]))).contains("step_rows is 3"));
+    let mut s = shapes();
+    s[input::RETRO_COUNT] = Some(smallvec![2]);
+    let plain = attributes(&[("window", 4)]);
+    assert!(message(Dims::read(&plain, &s, 4)).contains("retro_count is there, and attribute step_rows is 0"));
+    s[input::RETRO_COUNT] = Some(smallvec![3]);
+    assert!(message(Dims::read(&a, &s, 4)).contains("input retro_count has shape [3]"));
+}
+
+#[test]
+fn state_may_be_sized_and_shaped_by_its_host() {
+    let a = attributes(&[("window", 4)]);
+    let with = |slot: usize, shape: &[i64]| {
+        let mut s = shapes();
+        s[input::PAST_PAGE_STEPS] = Some(smallvec![2, 2, 5]);
+        s[input::PAST_PAGE_SUMMARY] = Some(smallvec![2, 2, 5, 2, 8]);
+        s[slot] = Some(shape.iter().copied().collect());
+        Dims::read(&a, &s, 4)
+    };
+    for (slot, shape) in [
+        (input::PAST_PAGE_STEPS, &[2, 1, 10][..]),
+        (input::PAST_PAGE_STEPS, &[2, 10]),
+        (input::PAST_PAGE_STEPS, &[2, 2, 5, 1]),
+        (input::PAST_PAGE_SUMMARY, &[2, 2, 10, 8]),
+        (input::PAST_PAGE_SUMMARY, &[2, 1, 160]),
+        (input::PAST_OUTPUTS, &[2, 1, 3 * 4 * 8]),
+        (input::PAST_OUTPUTS, &[2, 3, 32]),
+        (input::PAST_LSE, &[2, 1, 12]),
+    ] {
+        assert_eq!(with(slot, shape).unwrap().pages, 5, "{shape:?}");
+    }
+    for (slot, shape) in [
+        (input::PAST_PAGE_STEPS, &[2, 2, 2][..]),
+        (input::PAST_PAGE_STEPS, &[1, 2, 10]),
+        (input::PAST_PAGE_STEPS, &[2, 5, 2]),
+        (input::PAST_PAGE_STEPS, &[2, 9]),
+        (input::PAST_PAGE_STEPS, &[2]),
+        (input::PAST_PAGE_STEPS, &[2, -2, -5]),
+        (input::PAST_PAGE_SUMMARY, &[2, 2, 6, 2, 8]),
+        (input::PAST_PAGE_SUMMARY, &[2, 2, 16, 5]),
+        (input::PAST_OUTPUTS, &[2, 4, 4, 8]),
+        (input::PAST_OUTPUTS, &[2, 4, 3, 8]),
+        (input::PAST_LSE, &[2, 4, 3]),
+    ] {
+        let m = message(with(slot, shape));
+        assert!(
+            m.contains(&format!("input {} has shape", input::NAMES[slot])),
+            "{shape:?}: {m}"
+        );
+    }
+    // Sketches have blocks of their own number.
+    let mut n = node(&[("window", 4), ("sketch_bits", 1)]);
+    n.strings.insert("selector", "sketch");
+    let a = Attributes::read(&n).unwrap();
+    let mut s = shapes();
+    s[input::PAST_PAGE_SUMMARY] = Some(smallvec![2, 2, 7, 128 * 3 + 16]);
+    let dims = Dims::read(&a, &s, 2).unwrap();
+    assert_eq!((dims.pages, dims.blocks, dims.cache_size(&a).capacity), (3, 7, 7 * 128));
+    s[input::PAST_PAGE_SUMMARY] = Some(smallvec![2, 2, 7, 128 * 3 + 15]);
+    assert!(message(Dims::read(&a, &s, 2)).contains("or more of its third dimension"));
 }
 
 #[test]

@@ -143,11 +143,14 @@ impl CpuKernel {
             ];
             let budget = operands.tensors[input::PAGE_BUDGET];
             let budget = budget.map(|t| Elements::of(&t)).transpose()?;
+            let count = operands.tensors[input::RETRO_COUNT];
+            let count = count.map(|t| Elements::of(&t)).transpose()?;
             let lengths = CallLengths {
                 seqlens_k: last.slice()?,
                 total_sequence_length: total.slice()?[0],
                 retro_length: retro.slice()?,
                 page_budget: budget.as_ref().map(|b| b.slice()).transpose()?,
+                retro_count: count.as_ref().map(|c| c.slice()).transpose()?,
             };
             CallPlan::read(&self.attributes, dims, &lengths)
         }

@@ -370,6 +370,8 @@ shared_struct! {
         pub seqlens_k: *const i32,
         /// `[B]` or `[1]`, or null
         pub page_budget: *const i32,
+        /// `[B]` or `[1]`: retrospective tokens of a step; null: those of `retro`
+        pub retro_count: *const i32,
         /// `[M, rotary_half]`, or null
         pub cos: *const c_void,
         pub sin: *const c_void,
@@ -417,6 +419,8 @@ shared_struct! {
         pub head_size: i32,
         pub capacity: i32,
         pub cache_pages: i32,
+        /// Blocks of sketches that the state has room for
+        pub state_blocks: i32,
         pub ring: i32,
         /// log2 of the page size
         pub page_shift: i32,
@@ -424,8 +428,9 @@ shared_struct! {
         pub rotary_half: i32,
         pub rotary_rows: i32,
         pub rotary_interleaved: i32,
-        /// 1: page_budget has one number a sequence
+        /// 1: page_budget, retro_count have one number a sequence
         pub budget_stride: i32,
+        pub count_stride: i32,
         pub budget_min_pages: i32,
         pub sink_pages: i32,
         /// Tokens that a query sees; 0: all

@@ -423,6 +423,7 @@ pub fn params(attributes: &Attributes, dims: &Dims, phase: Phase, total: usize) 
         head_size: dims.head_size as i32,
         capacity: dims.capacity as i32,
         cache_pages: dims.pages as i32,
+        state_blocks: dims.blocks as i32,
         ring: a.ring() as i32,
         page_shift: a.page_size.trailing_zeros() as i32,
         rotary_half: dims.rotary_half as i32,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use retro_contract::{STATE, input, output};
 
-use super::abi::{HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
+use super::abi::{CallPhase, HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
 use super::kernel_set::{CudaElement, Kernels, find};
 use super::launch::Stream;
@@ -175,13 +175,13 @@ impl CudaKernel {
             total >= 1,
             "input total_sequence_length is {total}, expected at least 1"
         );
-        let phase = Phase::of_call(self.attributes.window, dims.tokens, retro, total == 1)?;
+        let phase = Phase::of_call(&self.attributes, dims.tokens, retro, total == 1)?;
         let total = (total as usize).min(dims.capacity);
         if phase == Phase::Decode {
             require!(
                 dims.tokens <= total,
-                "input retro_length is {}, but total_sequence_length is {total}",
-                dims.tokens - 1
+                "input query has {} tokens for a step, but total_sequence_length is {total}",
+                dims.tokens
             );
         }
         let mut p = params(&self.attributes, dims, phase, total);
@@ -196,8 +196,12 @@ impl CudaKernel {
         for (r, &given) in p.retro.iter_mut().zip(retro) {
             *r = given.max(0) as u8;
         }
-        let budget = &operands.shapes[input::PAGE_BUDGET];
-        p.budget_stride = i32::from(budget.as_ref().is_some_and(|s| s[..] == [dims.batch as i64]));
+        let one_a_sequence = |slot: usize| {
+            let shape = &operands.shapes[slot];
+            i32::from(shape.as_ref().is_some_and(|s| s[..] == [dims.batch as i64]))
+        };
+        p.budget_stride = one_a_sequence(input::PAGE_BUDGET);
+        p.count_stride = one_a_sequence(input::RETRO_COUNT);
         Ok((phase, p))
     }
 
@@ -219,7 +223,7 @@ impl CudaKernel {
             input::HEAD_SINK,
         ];
         let elements = elements.iter().filter_map(|&slot| read(slot, size_of::<E>()));
-        let numbers = [input::SEQLENS_K, input::PAGE_BUDGET];
+        let numbers = [input::SEQLENS_K, input::PAGE_BUDGET, input::RETRO_COUNT];
         let numbers = numbers.iter().filter_map(|&slot| read(slot, size_of::<i32>()));
         // Page steps and log-sum-exps are numbers of four bytes that the kernels take one at a time.
         let state = presents.into_iter().zip(STATE).map(|(tensor, (_, present))| {
@@ -257,6 +261,10 @@ impl CudaKernel {
         }
         p.seqlens_k = address(input::SEQLENS_K)?.cast();
         p.page_budget = address(input::PAGE_BUDGET)?.cast();
+        // A prefill has no retrospective tokens, whatever is counted.
+        if matches!(p.phase, CallPhase::Decode) {
+            p.retro_count = address(input::RETRO_COUNT)?.cast();
+        }
         if attributes.do_rotary {
             p.cos = address(input::COS_CACHE)?;
             p.sin = address(input::SIN_CACHE)?;

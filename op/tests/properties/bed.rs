@@ -261,6 +261,7 @@ impl<E: Element> Bed<E> {
             total_sequence_length: self.capacity as i32,
             retro_length: &retro,
             page_budget: feed.budget,
+            retro_count: None,
         };
         let plan = CallPlan::read(a, &dims, &lengths).map_err(said)?;
         assert_eq!(plan.phase, feed.phase);

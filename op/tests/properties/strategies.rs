@@ -94,6 +94,7 @@ pub fn shape() -> impl Strategy<Value = Shape> {
                     selector_correlation: scores.3,
                     sketch_bits,
                     mode: Mode::Retro,
+                    step_rows: 0,
                 },
                 head_size,
                 packed: rotary.2,

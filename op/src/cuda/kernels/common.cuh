@@ -56,11 +56,14 @@ DEVICE Sequence sequence(const Params& p, int b) {
   Sequence s;
   const int last = p.seqlens_k[b];
   s.len = last + 1;
-  const int retro = p.retro[p.ragged ? b : 0];
+  const int count = p.retro_count ? p.retro_count[b * p.count_stride] : p.retro[p.ragged ? b : 0];
+  // What was counted on the device is checked there.
+  const int retro = max(min(count, p.tokens - 1), 0);
   s.fed = p.phase == PREFILL ? min(p.tokens, max(s.len, 1)) : retro + 1;
   s.first = s.len - s.fed;
   s.skipped = p.tokens - s.fed;
   s.valid = last >= 0 && last < p.capacity && s.len <= p.total && s.first >= 0;
+  if (p.retro_count) s.valid = s.valid && count == retro && count < p.window;
   if (p.cos) s.valid = s.valid && s.len <= p.rotary_rows;
   if (p.page_budget) s.valid = s.valid && p.page_budget[b * p.budget_stride] >= 0;
   return s;

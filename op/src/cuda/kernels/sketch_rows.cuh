@@ -35,8 +35,7 @@ template <class T> DEVICE SketchLayout sketch_layout(int d, int bits) {
 
 // The blocks of a KV head.
 DEVICE u8* sketch_blocks(const Params& p, const SketchLayout& layout, int pair) {
-  const int blocks = (p.capacity + SKETCH_BLOCK - 1) / SKETCH_BLOCK;
-  return static_cast<u8*>(p.page_state) + size_t(pair) * blocks * layout.bytes;
+  return static_cast<u8*>(p.page_state) + size_t(pair) * p.state_blocks * layout.bytes;
 }
 
 // Where word `w` of a lane's lies, in words. The last two of a number that four does not divide lie in pairs.
