@@ -9,7 +9,7 @@ use crate::{
     table,
     validate::validate,
 };
-use retro_contract as contract;
+use retro_contract::{self as contract, metadata};
 use retro_onnx::{
     DataType, Dimension, LoadedModel, ValueInfoProto, external_files, graph::GraphView, read_model, stay_inside,
 };
@@ -135,7 +135,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
     let settings: BTreeMap<String, String> = model
         .metadata_props
         .iter()
-        .filter(|e| e.key().starts_with("retro.") && e.key() != crate::revert::RECORD)
+        .filter(|e| e.key().starts_with("retro.") && ![crate::revert::RECORD, metadata::HOST_CONFIG].contains(&e.key()))
         .map(|e| (e.key().to_owned(), e.value().to_owned()))
         .collect();
     let revertible = model.metadata(crate::revert::RECORD).is_some();

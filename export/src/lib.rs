@@ -27,12 +27,12 @@ mod table;
 mod validate;
 pub mod verify;
 
-pub use convert::{Error, Options, SlidingCache, Unconvertible, Verify, convert, convert_bytes};
+pub use convert::{Error, HostError, Options, SlidingCache, Unconvertible, Verify, convert, convert_bytes};
 pub use files::{Error as FilesError, ExternalMode};
 pub use inspect::{Error as InspectError, Inspection, ValueReport, inspect};
 pub use report::*;
 pub use revert::{Error as RevertError, RecordError, revert};
-pub use settings::{Error as SettingsError, Settings};
+pub use settings::{Error as SettingsError, Host, Settings};
 pub use source::Error as SourceError;
 pub use state_share::StateShare;
 

@@ -2,7 +2,7 @@
 //! read, and its default ([`Settings::default`]); [`Settings::check`] has its range.
 
 use clap::{
-    Args,
+    Args, ValueEnum,
     builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
 };
 use retro_contract::{Budget, GroupScore, Mode, Selector, limits, pages_for};
@@ -61,9 +61,38 @@ pub struct Settings {
     #[arg(long, default_value_t = Self::default().mode, value_parser = choice(Mode::ALL, Mode::as_str, Mode::meaning))]
     pub mode: Mode,
 
+    /// The graph keeps the last tokens and feeds them again by itself, so that a host feeds each token once
+    #[arg(long)]
+    pub window_in_graph: bool,
+
+    /// Make the output ready for a host, which needs no change: implies --window-in-graph
+    #[arg(long, value_name = "HOST")]
+    pub host: Option<Host>,
+
+    /// Tokens of prompt and output together that the state of --host is made for [default: max_length of the model's
+    /// genai_config.json]
+    #[arg(long, value_name = "TOKENS", requires = "host")]
+    pub context: Option<usize>,
+
     /// Layers that read the whole cache, by index: `--dense-layers`, which the command line adds.
     #[arg(skip)]
     pub dense_layers: BTreeSet<usize>,
+}
+
+/// A program that runs models and makes their state by its own rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Host {
+    /// onnxruntime-genai: state as its recurrent state, the plugin and the settings that it needs in the folder
+    Genai,
+}
+
+impl Host {
+    /// As on the command line.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Genai => "genai",
+        }
+    }
 }
 
 /// Reads one of the contract's choices; help and errors list them.
@@ -115,6 +144,9 @@ pub enum Error {
     /// [`Settings::sketch_bits`].
     #[error("the bits of a sketch are {0}; they must be 1 to {max}", max = limits::SKETCH_BITS_MAX)]
     SketchBits(usize),
+    /// [`Settings::context`].
+    #[error("the context is {0} tokens; it must be 1 to {MOST_TOKENS}")]
+    Context(usize),
     /// [`Settings::budget`], a number of tokens.
     #[error("the budget is {0} tokens, more than any context has")]
     Budget(usize),
@@ -143,6 +175,9 @@ impl Default for Settings {
             selector_correlation: limits::SELECTOR_CORRELATION,
             sketch_bits: limits::SKETCH_BITS,
             mode: Mode::Retro,
+            window_in_graph: false,
+            host: None,
+            context: None,
             dense_layers: BTreeSet::new(),
         }
     }
@@ -162,6 +197,16 @@ impl Settings {
             selector_lambda: limits::SELECTOR_LAMBDA,
             ..Self::default()
         }
+    }
+
+    /// Whether the graph feeds tokens again by itself. Without any to feed again there is no difference.
+    pub fn keeps_window_in_graph(&self) -> bool {
+        (self.window_in_graph || self.host.is_some()) && self.window > 1
+    }
+
+    /// Tokens that state is made for, where a host makes it by declared sizes.
+    pub fn host_context(&self) -> Option<usize> {
+        self.host.and(self.context)
     }
 
     /// Fewest pages that a step reads: [`Self::min_pages`], or those that hold 512 tokens.
@@ -199,6 +244,9 @@ impl Settings {
         }
         if !(1..=limits::SKETCH_BITS_MAX).contains(&self.sketch_bits) {
             return Err(Error::SketchBits(self.sketch_bits));
+        }
+        if let Some(context) = self.context.filter(|tokens| !(1..=MOST_TOKENS).contains(tokens)) {
+            return Err(Error::Context(context));
         }
         match self.budget {
             Budget::Tokens(tokens) if tokens > MOST_TOKENS => Err(Error::Budget(tokens)),

@@ -5,6 +5,18 @@ pub const RETRO_LENGTH: &str = "retro_length";
 /// Graph input: int32 `[1]` (or `[B]`), an initializer 0 as its default (0: the budget of the attributes).
 pub const PAGE_BUDGET: &str = "retro_page_budget";
 
+/// Graph input of a model that keeps its window itself: int32 `[B, N]`, zeros at first. How many tokens the next step
+/// feeds again, the valid tokens after the last call, then of the last w - 1 tokens the ids and the positions, as far as
+/// the graph takes these. [`PRESENT_WINDOW`] is what the next call takes.
+pub const PAST_WINDOW: &str = "past_retro.window";
+/// Graph output of a model that keeps its window itself, as [`PAST_WINDOW`].
+pub const PRESENT_WINDOW: &str = "present_retro.window";
+/// Graph input of a model that keeps its window itself and takes embeddings: those of the last w - 1 tokens,
+/// `[B, w - 1, hidden]`.
+pub const PAST_WINDOW_EMBEDS: &str = "past_retro.window_embeds";
+/// Graph output, as [`PAST_WINDOW_EMBEDS`].
+pub const PRESENT_WINDOW_EMBEDS: &str = "present_retro.window_embeds";
+
 /// The state of a layer, beside its keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {

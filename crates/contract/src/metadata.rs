@@ -4,6 +4,14 @@
 pub const VERSION: &str = "retro.version";
 /// The window w, as the attribute.
 pub const WINDOW: &str = "retro.window";
+/// "1" in a model whose graph feeds the window by itself: a host feeds each token once. Absent: the host does.
+pub const WINDOW_IN_GRAPH: &str = "retro.window_in_graph";
+/// The host that the model's state is named and shaped for: "genai". Absent: the contract's own names.
+pub const HOST: &str = "retro.host";
+/// The host's configuration as it was before the conversion.
+pub const HOST_CONFIG: &str = "retro.host_config";
+/// Tokens that a model with a [`HOST`] has state for.
+pub const CONTEXT: &str = "retro.context";
 /// Tokens a page, as the attribute.
 pub const PAGE_SIZE: &str = "retro.page_size";
 /// As [`crate::Budget`] prints it: "0.15" or "2048".

@@ -86,7 +86,7 @@ pub fn compare_written(
 /// Compares the output with the source for the windows that it takes, and a copy converted with a wider window for the others.
 fn run(runtime: &ComparisonRuntime, written: &WrittenModel, options: &Options) -> Result<Verification, verify::Error> {
     let (settings, facts) = (&options.settings, written.facts);
-    let (own, wider): (Vec<usize>, Vec<usize>) = WINDOWS.iter().partition(|w| **w <= settings.window);
+    let (own, wider) = windows(settings);
     let path = written.output.model_path();
     let perturbed = perturbed_copy(written, &path)?;
     let usual = if facts.single_precision && !facts.quantized {
@@ -98,6 +98,7 @@ fn run(runtime: &ComparisonRuntime, written: &WrittenModel, options: &Options) -
         original: &written.source.model,
         converted: &path,
         windows: &own,
+        window_in_graph: settings.keeps_window_in_graph(),
         caches: &facts.caches,
         unused_inputs: &facts.unused_inputs,
         other_inputs: &facts.other_inputs,
@@ -126,6 +127,7 @@ fn run(runtime: &ComparisonRuntime, written: &WrittenModel, options: &Options) -
                 &Comparison {
                     converted: file.path(),
                     windows: &wider,
+                    window_in_graph: widest(settings).keeps_window_in_graph(),
                     ..comparison
                 },
             )?;
@@ -142,6 +144,28 @@ fn run(runtime: &ComparisonRuntime, written: &WrittenModel, options: &Options) -
     Ok(verification)
 }
 
+/// The settings with the widest window that is compared.
+fn widest(settings: &Settings) -> Settings {
+    Settings {
+        window: WINDOWS.into_iter().max().unwrap_or(1),
+        ..settings.clone()
+    }
+}
+
+/// Windows that the converted model takes, and those of a copy converted with the widest.
+fn windows(settings: &Settings) -> (Vec<usize>, Vec<usize>) {
+    let wide = widest(settings);
+    let (mut own, mut wider): (Vec<usize>, Vec<usize>) = WINDOWS.iter().partition(|w| **w <= settings.window);
+    if settings.keeps_window_in_graph() {
+        own = vec![settings.window];
+    }
+    if wide.keeps_window_in_graph() {
+        wider = vec![wide.window];
+        wider.retain(|window| !own.contains(window));
+    }
+    (own, wider)
+}
+
 /// The model converted with the widest window that is compared, beside the output; or why it can't be.
 fn wider_copy(
     written: &WrittenModel,
@@ -149,10 +173,7 @@ fn wider_copy(
     options: &Options,
 ) -> Result<Result<NamedTempFile, Error>, verify::Error> {
     let wide = Options {
-        settings: Settings {
-            window: WINDOWS.into_iter().max().unwrap_or(1),
-            ..options.settings.clone()
-        },
+        settings: widest(&options.settings),
         sliding_cache: Some(SlidingCache::Full),
         ..options.clone()
     };

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The host that was named can't be made ready for.
+    #[error(transparent)]
+    Host(#[from] super::HostError),
     /// A setting is out of range.
     #[error(transparent)]
     Settings(#[from] settings::Error),

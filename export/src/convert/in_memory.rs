@@ -8,7 +8,7 @@ use super::{
 use crate::{
     merged::unfold,
     report::Report,
-    rewrite::rewrite,
+    rewrite::{self, rewrite},
     rules::{INPUT_IDS, SampleCalls, find_attention},
     state_share::state_share,
     validate::validate,
@@ -52,6 +52,12 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     check_tokens_at_once(&view, options.settings.window).map_err(unconvertible)?;
     let logits = choose_logits(&view, options);
     let facts = Facts::new(&view, &found, &conversions);
+    if options.settings.keeps_window_in_graph()
+        && let Some(other) = facts.other_inputs.iter().find(|other| other.moves_with_tokens())
+    {
+        let why = rewrite::Error::WindowOtherInput(other.name.clone());
+        return Err(unconvertible(Unconvertible::Rewrite(why)));
+    }
     let layers = layer_reports(&found, &conversions);
     let mut report = Report::new(&path, &model, &options.settings, layers, &logits);
     report.dry_run = options.dry_run;

@@ -11,14 +11,16 @@ mod choose;
 mod compare;
 mod error;
 mod facts;
+mod host;
 mod in_memory;
 mod options;
 
 pub use error::{Error, Unconvertible};
+pub use host::{HostError, undo as undo_host};
 pub use options::{Options, SlidingCache, Verify};
 
 use crate::{
-    files::{Output, Parts, record_copied_weights, write},
+    files::{FolderFiles, Output, Parts, record_copied_weights, write},
     report::Report,
     revert,
     source::{Source, find_source},
@@ -56,6 +58,11 @@ use std::{
 pub fn convert(options: &Options) -> Result<Report, Error> {
     options.check()?;
     let source = find_source(&options.source, options.graph.as_deref(), options.target.as_deref())?;
+    let (settings, host) = host::prepare(options, &source)?;
+    let options = &Options {
+        settings,
+        ..options.clone()
+    };
     let output = plan_output(&source, options)?;
     let runtime = runtime_asked_for(options)?;
 
@@ -70,7 +77,8 @@ pub fn convert(options: &Options) -> Result<Report, Error> {
     if options.dry_run {
         return Ok(converted.report);
     }
-    let renamed = write_output(&source, &output, &mut converted, &mut external)?;
+    host.record(&mut converted.model);
+    let renamed = write_output(&source, &output, &mut converted, &mut external, &host.files)?;
 
     let written = WrittenModel {
         source: &source,
@@ -90,6 +98,9 @@ pub fn convert(options: &Options) -> Result<Report, Error> {
 /// As [`convert`].
 pub fn convert_bytes(bytes: Bytes, folder: &Path, options: &Options) -> Result<Vec<u8>, Error> {
     options.settings.check()?;
+    if options.settings.host.is_some() {
+        return Err(HostError::NoFolder.into());
+    }
     let loaded = read_bytes(bytes, Path::new("the model"))?;
     let path = loaded.path.clone();
     let mut converted = convert_in_memory(loaded, folder, options)?;
@@ -118,6 +129,7 @@ fn write_output(
     output: &Output,
     converted: &mut ConvertedModel,
     external: &mut [ExternalFile],
+    folder: &FolderFiles,
 ) -> Result<BTreeMap<PathBuf, PathBuf>, Error> {
     let renamed = output.rename_taken(external)?;
     rename_locations(&mut converted.model, &renamed);
@@ -128,6 +140,7 @@ fn write_output(
         model: &Content::Model(&converted.model),
         external,
         spilled: &spilled,
+        folder,
     };
     let written = write(output, &parts)?;
     let report = &mut converted.report;

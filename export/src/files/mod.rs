@@ -18,6 +18,6 @@ mod write_folder;
 pub use copied_weights::{copied_weights, record_copied_weights};
 pub use error::Error;
 pub use external::ExternalMode;
-pub use parts::Parts;
+pub use parts::{FolderFiles, Parts};
 pub use plan::Output;
 pub use write::write;

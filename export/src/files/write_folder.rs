@@ -2,7 +2,7 @@
 
 use super::{
     Error, ExternalMode,
-    parts::{Parts, Written},
+    parts::{FolderFiles, Parts, Written},
     paths::{absolute, same_path},
     plan::Output,
     stage::{bring, exchange, set_aside, write_spilled},
@@ -12,7 +12,7 @@ use retro_onnx::{ExternalFile, NewFolder, folder_of, is_temporary, sync_folder};
 use std::{
     collections::BTreeSet,
     fs::{self, File, Metadata},
-    io,
+    io::{self, Write},
     path::{Path, PathBuf},
 };
 
@@ -33,6 +33,7 @@ pub fn write_folder(output: &Output, folder: &Path, parts: &Parts) -> Result<Wri
         model: &output.source.model,
         model_folder: folder_of(output.source.relative()),
         behind: &output.source.behind,
+        instead: parts.folder,
         written: &mut written,
     };
     if output.source.alone {
@@ -40,6 +41,7 @@ pub fn write_folder(output: &Output, folder: &Path, parts: &Parts) -> Result<Wri
     } else {
         copy.folder(folder, temp.path(), Path::new(""), 0)?;
     }
+    copy.instead(&target, temp.path())?;
     let place = temp.path().join(output.source.relative());
     if !parts.spilled.is_empty() {
         let place = place.with_file_name(&output.spill_name);
@@ -95,6 +97,8 @@ struct FolderCopy<'a> {
     model_folder: &'a Path,
     /// What is not copied.
     behind: &'a BTreeSet<PathBuf>,
+    /// What is there instead.
+    instead: &'a FolderFiles,
     written: &'a mut Written,
 }
 
@@ -130,6 +134,7 @@ impl FolderCopy<'_> {
             let is_link = entry.file_type().is_ok_and(|t| t.is_symlink());
             match fs::metadata(&path) {
                 _ if same_path(&path, self.model) || is_temporary(&name) => {}
+                Ok(_) if self.instead.replaces(&relative) => {}
                 Ok(_) if self.behind.contains(&relative) => skip("of another variant of the graph"),
                 Err(_) if is_link => skip("a symbolic link to nothing"),
                 Err(e) => return Err(Error::read(&path)(e)),
@@ -143,6 +148,21 @@ impl FolderCopy<'_> {
                 Ok(meta) if meta.is_file() => self.file(&path, &meta, to, &relative)?,
                 Ok(_) => skip("not a file"),
             }
+        }
+        Ok(())
+    }
+
+    /// Files that don't come from the source's folder. `shown`: the target as it was named.
+    fn instead(&mut self, shown: &Path, to: &Path) -> Result<(), Error> {
+        for (name, bytes) in &self.instead.written {
+            let file = File::create_new(to.join(name));
+            file.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+                .map_err(Error::write(shown))?;
+            self.written.files.push(name.clone());
+        }
+        for (name, from) in &self.instead.copied {
+            fs::copy(from, to.join(name)).map_err(Error::bring_along(from))?;
+            self.written.files.push(name.clone());
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ mod text;
 use crate::{
     logits::Logits,
     rules::{Attention, AttentionMatch, LengthSource, Rope},
-    settings::Settings,
+    settings::{Host, Settings},
     state_share::StateShare,
     verify::Verification,
 };
@@ -105,6 +105,12 @@ pub struct SettingsReport {
     pub sketch_bits: usize,
     /// Converted layers that read the whole cache, by index.
     pub dense_layers: Vec<usize>,
+    /// The graph feeds tokens again by itself.
+    pub window_in_graph: bool,
+    /// The host that the output is ready for.
+    pub host: Option<&'static str>,
+    /// Tokens that its state is made for.
+    pub context: Option<usize>,
 }
 
 /// An attention, what was found of it, and what became of it.
@@ -294,6 +300,9 @@ impl SettingsReport {
             selector_correlation: settings.selector_correlation,
             sketch_bits: settings.sketch_bits,
             dense_layers: dense.map(|l| l.layer).collect(),
+            window_in_graph: settings.keeps_window_in_graph(),
+            host: settings.host.map(Host::as_str),
+            context: settings.host_context(),
         }
     }
 }

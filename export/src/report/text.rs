@@ -35,6 +35,12 @@ impl fmt::Display for Report {
             s.selector,
             s.group_score
         )?;
+        if s.window_in_graph {
+            writeln!(f, "window   in the graph: a host feeds each token once")?;
+        }
+        if let (Some(host), Some(context)) = (s.host, s.context) {
+            writeln!(f, "host     {host}, for up to {context} tokens of prompt and output")?;
+        }
         if let Some(merged) = &self.merged {
             writeln!(f, "merged   {merged}")?;
         }

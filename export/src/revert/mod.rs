@@ -6,6 +6,7 @@ mod record;
 pub use record::{RECORD, RecordError, record};
 
 use crate::{
+    convert::undo_host,
     error::chain,
     files::{self, ExternalMode, Output, Parts, copied_weights, write},
     source::{self, find_source},
@@ -101,6 +102,7 @@ pub fn revert(
         model: &Content::Bytes(len, &fill),
         external: &files,
         spilled: &[],
+        folder: &undo_host(&model, source.named_folder.as_deref()),
     };
     let written = write(&output, &parts)?;
     Ok((output.model_path(), written.bytes))

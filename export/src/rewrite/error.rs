@@ -58,6 +58,65 @@ pub enum Error {
     #[error("the graph has no input {INPUT_IDS} or {INPUTS_EMBEDS} that tells how many tokens are fed")]
     NoTokens,
 
+    /// Slice and Gather of the window's nodes.
+    #[error("opset {0} is too old for --window-in-graph; export with 11 or newer, or leave that flag out")]
+    WindowOpset(i64),
+
+    /// Rows that don't count would be written into its cache.
+    #[error(
+        "node {0} stays a GroupQueryAttention, which can't take the rows that --window-in-graph feeds; convert with --window 1, or \
+         without that flag"
+    )]
+    WindowLayerLeft(String),
+
+    /// The graph can't keep rows of other inputs.
+    #[error(
+        "{name} is not declared with {rank} dimensions, so that the graph can't keep its rows; convert without --window-in-graph"
+    )]
+    WindowInput { name: &'static str, rank: usize },
+
+    /// State has its sizes from the graph's declarations.
+    #[error("{INPUTS_EMBEDS} does not declare how many elements a token has, which --window-in-graph needs")]
+    WindowEmbeds,
+
+    /// Another input has a row a token, or counts those that were fed before.
+    #[error(
+        "the graph can't feed the input {0} again, which has a row a token or counts tokens; convert without --window-in-graph"
+    )]
+    WindowOtherInput(String),
+
+    /// How many rows there are is decided by these lengths.
+    #[error("node {0} computes the lengths of sequences from the tokens fed; convert without --window-in-graph")]
+    LengthsOfTokens(String),
+
+    /// The host would get rows that it has not fed.
+    #[error(
+        "the output {0} has a row for each token fed, which --window-in-graph can't cut; convert without that flag"
+    )]
+    WindowOutput(String),
+
+    /// Its state is told by names and sizes that all layers share.
+    #[error("the layers have state of different sizes, which --host genai does not take")]
+    HostLayers,
+
+    /// Its own state has the names that the window's would have.
+    #[error("the model has a value named {0} already, where --host genai keeps a layer's state")]
+    HostNameTaken(String),
+
+    /// Hosts that zero state by its declaration need numbers.
+    #[error(
+        "the size of {0} is open, and --host genai makes state by declared sizes; convert with the selector sketch"
+    )]
+    HostSize(String),
+
+    /// It has no room for embeddings.
+    #[error("the model takes {INPUTS_EMBEDS}, which --host genai keeps no window of; convert with --window 1")]
+    HostEmbeds,
+
+    /// Numbers of tokens are kept as float32.
+    #[error("--context is {0} tokens; with --host genai and a window of several tokens it must be below 16777216")]
+    HostContext(usize),
+
     /// The cache has its capacity's shape now, which that node does not expect.
     #[error("node {node} reads the cache {cache} too, beside the attention: what it needs isn't supported")]
     CacheReadElsewhere { node: String, cache: String },

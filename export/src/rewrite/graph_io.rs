@@ -8,7 +8,10 @@ use crate::{
 };
 use retro_contract::{
     CacheSize, SKETCH_BLOCK, StateElement,
-    graph::{PAGE_BUDGET, RETRO_LENGTH, State, past, present},
+    graph::{
+        PAGE_BUDGET, PAST_WINDOW, PAST_WINDOW_EMBEDS, PRESENT_WINDOW, PRESENT_WINDOW_EMBEDS, RETRO_LENGTH, State, past,
+        present,
+    },
     pages_for, ring_slots,
 };
 use retro_onnx::{DataType, Dimension, GraphProto, TensorProto, ValueInfoProto, graph::GraphView};
@@ -21,7 +24,15 @@ use std::collections::HashMap;
 pub fn check_names(view: &GraphView, conversions: &[Conversion]) -> Result<(), Error> {
     let layers = conversions.iter().map(|c| c.attention.layer);
     let state = layers.flat_map(|n| State::ALL.into_iter().flat_map(move |s| [past(n, s), present(n, s)]));
-    let mut names = [RETRO_LENGTH, PAGE_BUDGET].map(str::to_owned).into_iter().chain(state);
+    let fixed = [
+        RETRO_LENGTH,
+        PAGE_BUDGET,
+        PAST_WINDOW,
+        PRESENT_WINDOW,
+        PAST_WINDOW_EMBEDS,
+        PRESENT_WINDOW_EMBEDS,
+    ];
+    let mut names = fixed.map(str::to_owned).into_iter().chain(state);
     match names.find(|name| view.mentions(name)) {
         Some(name) => Err(Error::NameTaken(name)),
         None => Ok(()),

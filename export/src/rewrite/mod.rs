@@ -2,18 +2,20 @@
 //!
 //! In this order: inputs and outputs ([`graph_io`]), the attentions of one node, those of several nodes ([`decomposed`]), what a
 //! node of one needs around it ([`single`]), the check of the attention mask where the source counts its ones ([`mask_check`]),
-//! the logits readback, and the metadata.
+//! the logits readback, the window where the graph keeps it ([`window`]), state by a host's own names ([`genai`]), and the metadata.
 
 mod cache_aliases;
 mod decomposed;
 mod dense_below;
 mod error;
+mod genai;
 mod graph_io;
 mod mask_check;
 mod operator_node;
 mod prune;
 mod sequence_lengths;
 mod single;
+mod window;
 
 use crate::{
     logits::{self, Logits},
@@ -27,6 +29,7 @@ use operator_node::replace;
 use retro_contract::{self as contract, Mode, metadata};
 use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
 use std::collections::HashSet;
+use window::Window;
 
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
 const FEEDABLE_INITIALIZERS: i64 = 4;
@@ -63,11 +66,20 @@ pub fn rewrite(
     }
     decomposed::rewrite(graph, conversions, settings, opset, &mut builder)?;
     single::surround(graph, conversions, settings, opset, &mut builder)?;
+    let window = settings.keeps_window_in_graph();
+    let window = window.then(|| Window::new(graph, &mut builder, settings.window, opset));
+    let window = window.transpose()?;
     mask_check::check_masks(graph, conversions, opset, &mut builder);
     if let Logits::Newest { after, products, .. } = logits
         && !logits::keep_newest(graph, products, after, &mut builder)
     {
         return Err(Error::NoLmHead);
+    }
+    if let Some(window) = window {
+        window.finish(graph, &mut builder, logits)?;
+    }
+    if let Some(context) = settings.host_context() {
+        genai::name_state(graph, conversions, context, opset, settings, &mut builder)?;
     }
     model
         .opset_import
@@ -104,6 +116,15 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
         (metadata::DENSE_LAYERS, dense),
     ] {
         model.set_metadata(key, value);
+    }
+    if settings.keeps_window_in_graph() {
+        model.set_metadata(metadata::WINDOW_IN_GRAPH, "1");
+    }
+    if let Some(host) = settings.host {
+        model.set_metadata(metadata::HOST, host.as_str());
+    }
+    if let Some(context) = settings.host_context() {
+        model.set_metadata(metadata::CONTEXT, context.to_string());
     }
     if conversions
         .iter()

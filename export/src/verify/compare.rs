@@ -230,7 +230,7 @@ impl ComparisonRun<'_> {
         expected: &Reference,
     ) -> Result<LogitDifference, String> {
         match &mut self.converted {
-            Ok(converted) => feed_converted(converted, ids, schedule, window)
+            Ok(converted) => feed_converted(converted, ids, schedule, window, self.comparison.window_in_graph)
                 .and_then(|logits| LogitDifference::between(&expected.logits, &logits))
                 .map_err(|why| {
                     format!(

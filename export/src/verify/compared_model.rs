@@ -53,6 +53,8 @@ struct Converted {
     capacity: usize,
     /// Tokens in a page.
     page_size: usize,
+    /// It takes no `retro_length`.
+    window_in_graph: bool,
 }
 
 impl Converted {
@@ -92,6 +94,7 @@ impl ComparedModel {
             converted: Some(Converted {
                 capacity: model.declared.rows.unwrap_or(CAPACITY),
                 page_size: comparison.page_size,
+                window_in_graph: comparison.window_in_graph,
             }),
             ..model
         }
@@ -148,8 +151,13 @@ impl ComparedModel {
             return Some(declared.iter().enumerate().map(fill).collect());
         }
         let mut others = self.other_inputs.iter();
-        let carried = others.find(|o| o.name == name && o.carried().is_some())?;
-        Some(carried.sizes.iter().map(|size| size.of(batch, 1, 0)).collect())
+        if let Some(carried) = others.find(|o| o.name == name && o.carried().is_some()) {
+            return Some(carried.sizes.iter().map(|size| size.of(batch, 1, 0)).collect());
+        }
+        self.converted?;
+        host_state(name, "past_key_values.")?;
+        let sizes = declared.iter().skip(1).map(|d| usize::try_from(*d).unwrap_or(1));
+        Some(std::iter::once(batch).chain(sizes).collect())
     }
 
     /// Keeps only the first `tokens` rows of caches that grow. Whether it can.
@@ -215,7 +223,8 @@ impl ComparedModel {
             let listed = |name: &str| self.session.inputs().iter().any(|input| input.name() == name);
             let pages = converted.pages() as i64;
             for (name, number) in [(RETRO_LENGTH, i64::from(feed.retro_length)), (PAGE_BUDGET, pages)] {
-                if !listed(name) {
+                let taken = name != RETRO_LENGTH || !converted.window_in_graph;
+                if taken && !listed(name) {
                     let tensor = HostTensor::from_ints(TensorElementType::Int32, &[1], &[number])?;
                     inputs.push((Cow::Borrowed(name), tensor.to_ort()?.into()));
                 }
@@ -297,8 +306,19 @@ fn past_of(output: &str, caches: &[CacheFacts], other_inputs: &[OtherInput]) -> 
         return Some(output.replacen("present_", "past_", 1));
     }
     let mut others = other_inputs.iter();
-    let other = others.find(|o| output != "logits" && o.carried() == Some(output))?;
-    Some(other.name.clone())
+    if let Some(other) = others.find(|o| output != "logits" && o.carried() == Some(output)) {
+        return Some(other.name.clone());
+    }
+    host_state(output, "present.").map(|rest| format!("past_key_values.{rest}"))
+}
+
+/// What follows `direction` in the name of state that lies under its host's names.
+fn host_state<'n>(name: &'n str, direction: &str) -> Option<&'n str> {
+    let rest = name.strip_prefix(direction)?;
+    let ours = [".conv_state", ".recurrent_state"]
+        .iter()
+        .any(|end| rest.ends_with(end));
+    ours.then_some(rest)
 }
 
 /// The newest token's logits of each sequence, `[B][V]`.

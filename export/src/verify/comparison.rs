@@ -40,6 +40,8 @@ pub struct Comparison<'c> {
     pub converted: &'c Path,
     /// Windows (w, tokens fed a step) that are tried.
     pub windows: &'c [usize],
+    /// The converted graph feeds tokens again by itself, as many as it was converted for: the only one of `windows`.
+    pub window_in_graph: bool,
     /// The source's caches.
     pub caches: &'c [CacheFacts],
     /// Inputs that may be fed anything.

@@ -119,12 +119,13 @@ fn feed_together(
     Ok(Reference { logits, one_by_one })
 }
 
-/// What the converted model gives, with `window` - 1 corrected tokens in each step.
+/// What the converted model gives, with `window` - 1 corrected tokens in each step. `in_graph`: the graph feeds these by itself.
 pub fn feed_converted(
     model: &mut ComparedModel,
     ids: &[Vec<i64>],
     schedule: &FeedSchedule,
     window: usize,
+    in_graph: bool,
 ) -> Result<Vec<Vec<f32>>, Error> {
     model.start(ids.len())?;
     let mut logits = Vec::new();
@@ -140,7 +141,7 @@ pub fn feed_converted(
         from = end;
     }
     for t in schedule.prompt()..schedule.tokens() {
-        let again = (window - 1).min(t);
+        let again = if in_graph { 0 } else { (window - 1).min(t) };
         let feed = Feed {
             ids,
             count: again + 1,

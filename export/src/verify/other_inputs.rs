@@ -55,6 +55,11 @@ impl OtherInput {
         matches!(self.fill, InputFill::Positions | InputFill::Length(_) | InputFill::Past)
     }
 
+    /// It has a row for each token fed, or says how many came before.
+    pub fn moves_with_tokens(&self) -> bool {
+        matches!(self.fill, InputFill::Positions | InputFill::Past) || self.sizes.contains(&Size::Tokens)
+    }
+
     fn shape(&self, feed: &Feed) -> Vec<usize> {
         self.sizes
             .iter()

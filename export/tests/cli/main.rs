@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod folders;
+mod host;
 mod hostile;
 mod interrupted;
 mod output;

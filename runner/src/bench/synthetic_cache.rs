@@ -81,7 +81,9 @@ pub fn fill(kv: &mut KvCache, depth: usize, pattern: &[u8]) -> Result<()> {
             SlotKind::Retro(graph::State::PageSummary) => buffer.tile(pattern)?,
             SlotKind::Retro(graph::State::PageSteps) => buffer.tile(&newest.to_le_bytes().repeat(1024))?,
             // Zeros are as good as any values.
-            SlotKind::Recurrent | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => buffer.clear()?,
+            SlotKind::Recurrent | SlotKind::Window | SlotKind::Retro(graph::State::Outputs | graph::State::Lse) => {
+                buffer.clear()?
+            }
         }
     }
     Ok(())

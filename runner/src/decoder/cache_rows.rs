@@ -75,6 +75,7 @@ impl CacheRows {
         require!(model.fixed_capacity, Error::RowsOfGrowing);
         let recurrent = model.io.slots.iter().any(|s| s.kind == SlotKind::Recurrent);
         require!(!recurrent, Error::RowsOfRecurrent);
+        require!(!model.keeps_window(), Error::RowsOfWindow);
         if let Some(declared) = model.io.batch {
             return Err(Error::DeclaredBatch { declared, asked: rows });
         }

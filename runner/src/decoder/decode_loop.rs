@@ -7,7 +7,10 @@
 //! With rectifying passes ([`Policy::rectify`]) every N-th step is preceded by a dense pass over the last N tokens that
 //! were decoded: it writes their keys and values anew and closes the window, as any prefill does.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use retro_contract::limits;
 
@@ -54,28 +57,43 @@ pub fn prefill_rest<E: From<Error>>(
     chunk: usize,
     mut progress: impl FnMut(usize) -> Result<(), E>,
 ) -> Result<Logits, E> {
-    let rest = prompt.get(held..).filter(|rest| !rest.is_empty());
-    let rest = rest.ok_or(Error::EmptyPrompt)?;
+    require!(held < prompt.len(), Error::EmptyPrompt);
     require!(chunk >= 1, Error::EmptyChunk);
     // A graph may be declared for one token per call.
     let chunk = model.io.input_ids.width.unwrap_or(chunk);
     let mut logits = Logits::default();
-    let mut done = held;
-    for part in rest.chunks(chunk) {
-        done += part.len();
+    for Range { start, end } in chunks(held..prompt.len(), chunk, model.keeps_window())? {
+        let part = prompt.get(start..end).unwrap_or(&[]);
+        // A token that is read again counts once.
+        let new = end.saturating_sub(start.max(held));
         let ids = part.iter().map(|&id| i64::from(id)).collect();
         logits = model.run(
             state,
             &Feed {
                 ids,
-                lengths: vec![done],
+                lengths: vec![end],
                 retro_length: -1,
                 ..Feed::default()
             },
         )?;
-        progress(part.len())?;
+        progress(new)?;
     }
     Ok(logits)
+}
+
+/// Chunks of the tokens at these positions. `keeps_window`: to the graph a single token behind others is a step, so no chunk
+/// is one: the one before it lends it a token, which is read again.
+fn chunks(tokens: Range<usize>, chunk: usize, keeps_window: bool) -> Result<Vec<Range<usize>>> {
+    let starts = tokens.clone().step_by(chunk);
+    let mut chunks: Vec<_> = starts.map(|start| start..(start + chunk).min(tokens.end)).collect();
+    if keeps_window {
+        require!(chunk > 1 || tokens.end <= 1, Error::ChunkOfOne);
+        let last = chunks.last_mut().filter(|last| last.len() == 1);
+        if let Some(last) = last.filter(|last| last.start > 0) {
+            last.start -= 1;
+        }
+    }
+    Ok(chunks)
 }
 
 /// Writes the last `count` of the tokens that a state holds anew, with dense attention. `tokens`: all tokens that it
@@ -88,22 +106,21 @@ pub fn rewrite(model: &mut Model, state: &mut DecoderState, tokens: &[&[u32]], c
     let too_short = Error::Internal("a sequence is shorter than its rectifying pass");
     let starts: Option<Vec<usize>> = tokens.iter().map(|t| t.len().checked_sub(count)).collect();
     let starts = starts.ok_or(too_short)?;
-    let mut done = 0;
-    while done < count {
-        let next = (done + chunk).min(count);
-        let mut ids = Vec::with_capacity(tokens.len() * (next - done));
+    let shortest = starts.iter().copied().min().unwrap_or(0);
+    for part in chunks(shortest..shortest + count, chunk, model.keeps_window())? {
+        let mut ids = Vec::with_capacity(tokens.len() * part.len());
         for (row, start) in tokens.iter().zip(&starts) {
-            let part = row.get(start + done..start + next).unwrap_or(&[]);
+            let longer = start - shortest;
+            let part = row.get(part.start + longer..part.end + longer).unwrap_or(&[]);
             ids.extend(part.iter().map(|&id| i64::from(id)));
         }
         let feed = Feed {
             ids,
-            lengths: starts.iter().map(|start| start + next).collect(),
+            lengths: starts.iter().map(|start| part.end + start - shortest).collect(),
             retro_length: -1,
             ..Feed::default()
         };
         model.run(state, &feed)?;
-        done = next;
     }
     Ok(())
 }
@@ -228,12 +245,15 @@ impl<'a> Decoder<'a> {
             retrospective: r,
             budgets,
         } = self.planner.next(&lengths);
-        let mut ids = Vec::with_capacity(self.sequences.len() * (r + 1));
+        // The graph feeds the others by itself, from the first step on.
+        let keeps_window = self.model.keeps_window();
+        let fed_again = if keeps_window { 0 } else { r };
+        let mut ids = Vec::with_capacity(self.sequences.len() * (fed_again + 1));
         for s in &self.sequences {
             let start = s
                 .tokens
                 .len()
-                .checked_sub(r + 1)
+                .checked_sub(fed_again + 1)
                 .ok_or(Error::Internal("a sequence is shorter than the window"))?;
             ids.extend(s.tokens.get(start..).unwrap_or(&[]).iter().map(|&id| i64::from(id)));
         }
@@ -243,9 +263,9 @@ impl<'a> Decoder<'a> {
             &Feed {
                 ids,
                 lengths,
-                retro_length: r as i32,
+                retro_length: fed_again as i32,
                 budgets,
-                graph_capturable: r + 1 == self.policy.window,
+                graph_capturable: keeps_window || r + 1 == self.policy.window,
                 ..Feed::default()
             },
         )?;

@@ -134,6 +134,11 @@ pub enum Error {
         "--window {asked}: the model was converted for windows up to {most}; convert it again with retro-export --window {asked}"
     )]
     Window { asked: usize, most: usize },
+    #[error(
+        "--window {asked}: the model's graph keeps a window of {window} by itself; convert it again with retro-export --window \
+         {asked}, or without --window-in-graph"
+    )]
+    WindowInGraph { asked: usize, window: usize },
     #[error("--window {0}: the model was not converted; convert it with retro-export --window {0}")]
     WindowOfUnconverted(usize),
     #[error("--rectify 0: a rectifying pass rewrites at least one token")]
@@ -188,6 +193,10 @@ pub enum Error {
     EmptyPrompt,
     #[error("--chunk 0: a chunk has at least one token")]
     EmptyChunk,
+    #[error(
+        "--chunk 1: the model's graph keeps its window by itself, and takes a single token for a step; give at least 2"
+    )]
+    ChunkOfOne,
 
     // Caches and steps.
     #[error("this model's caches grow with every step: it decodes one sequence at a time")]
@@ -202,6 +211,11 @@ pub enum Error {
          decodes one sequence of it at a time"
     )]
     RowsOfRecurrent,
+    #[error(
+        "this model's graph keeps its window by itself, for sequences that begin together: retro-run serves it converted without \
+         --window-in-graph"
+    )]
+    RowsOfWindow,
     #[error(
         "this model takes one retro_length for a whole batch, and sequences that began at different times need one each: \
          convert it again with retro-export, or give --window 1"

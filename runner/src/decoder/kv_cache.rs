@@ -204,7 +204,14 @@ impl KvCache {
     /// # Errors
     /// When a GPU fails.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let copied = |b: &StateBuffer| matches!(b.kind, SlotKind::Recurrent | SlotKind::Retro(graph::State::PageSteps));
+        let copied = |b: &StateBuffer| {
+            let kinds = [
+                SlotKind::Recurrent,
+                SlotKind::Window,
+                SlotKind::Retro(graph::State::PageSteps),
+            ];
+            kinds.contains(&b.kind)
+        };
         let copies = self.buffers().iter().map(|b| copied(b).then(|| b.to_vec()).transpose());
         copies.collect::<Result<_>>().map(Snapshot)
     }
@@ -258,7 +265,7 @@ impl KvCache {
             .repeat(1024);
         bound.buffers.iter_mut().try_for_each(|b| match b.kind {
             SlotKind::Retro(graph::State::PageSteps) => b.tile(&newest),
-            SlotKind::Recurrent => b.clear(),
+            SlotKind::Recurrent | SlotKind::Window => b.clear(),
             _ => Ok(()),
         })
     }

@@ -31,6 +31,10 @@ pub struct RetroMetadata {
     pub layers: Vec<usize>,
     /// Those of them that attend to every page.
     pub dense_layers: Vec<usize>,
+    /// The graph feeds the tokens of the window by itself.
+    pub window_in_graph: bool,
+    /// Tokens that its state is made for, where a host makes it by declared sizes.
+    pub context: Option<usize>,
     /// The graph takes the sequence length from the width of the attention mask.
     pub lengths_from_width: bool,
 }
@@ -77,6 +81,8 @@ impl RetroMetadata {
             group_score: choice(metadata::GROUP_SCORE, found.custom(metadata::GROUP_SCORE))?,
             layers: list(metadata::LAYERS),
             dense_layers: list(metadata::DENSE_LAYERS),
+            window_in_graph: found.custom(metadata::WINDOW_IN_GRAPH).is_some(),
+            context: Some(number(metadata::CONTEXT, 0)?).filter(|&n| n > 0),
             lengths_from_width: found.custom(metadata::LENGTHS).as_deref() == Some(metadata::MASK_WIDTH),
         }))
     }

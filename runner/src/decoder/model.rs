@@ -133,8 +133,9 @@ impl Model {
                     0 => String::new(),
                     n => format!(", {n} of them dense"),
                 };
+                let in_graph = if r.window_in_graph { " in the graph" } else { "" };
                 format!(
-                    "plugin active on {} of {total} layers{dense} (window {}, budget {}, page size {}, selector {} {})",
+                    "plugin active on {} of {total} layers{dense} (window {}{in_graph}, budget {}, page size {}, selector {} {})",
                     r.layers.len(),
                     r.window,
                     known(r.budget),
@@ -148,7 +149,8 @@ impl Model {
 
     /// Maximum context length in tokens, if it is known.
     pub fn context_length(&self) -> Option<usize> {
-        let lengths = [self.io.capacity, self.folder.context_length];
+        let made_for = self.retro.as_ref().and_then(|r| r.context);
+        let lengths = [self.io.capacity, self.folder.context_length, made_for];
         lengths.into_iter().flatten().min()
     }
 
@@ -186,10 +188,18 @@ impl Model {
         match (asked, exported) {
             (Some(0), _) => Err(Error::NoWindow),
             (Some(asked), Some(most)) if asked > most => Err(Error::Window { asked, most }),
+            (Some(asked), Some(window)) if asked != window && self.keeps_window() => {
+                Err(Error::WindowInGraph { asked, window })
+            }
             (Some(asked), None) if asked > 1 => Err(Error::WindowOfUnconverted(asked)),
             (Some(asked), _) => Ok(asked),
             (None, exported) => Ok(exported.unwrap_or(1)),
         }
+    }
+
+    /// Whether the graph feeds the tokens of the window by itself: a step then feeds one token.
+    pub fn keeps_window(&self) -> bool {
+        self.retro.as_ref().is_some_and(|r| r.window_in_graph)
     }
 
     /// Pages per cache of `capacity` tokens; 0 for a model without the operator.

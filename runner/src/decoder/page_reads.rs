@@ -118,7 +118,7 @@ impl PageReads {
                         self.valid_pages().unwrap_or(0.0)
                     }
                 }
-                SlotKind::Retro(_) | SlotKind::Recurrent => 0.0,
+                SlotKind::Retro(_) | SlotKind::Recurrent | SlotKind::Window => 0.0,
             };
             bytes_each(slot) * read
         });

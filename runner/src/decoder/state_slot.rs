@@ -3,7 +3,10 @@
 //! B batch, C cache capacity in tokens, P pages of the cache.
 
 use ort::value::{Outlet, TensorElementType, ValueType};
-use retro_contract::{StateElement, graph::State};
+use retro_contract::{
+    StateElement,
+    graph::{PAST_WINDOW, PRESENT_WINDOW, State},
+};
 use retro_model_io::present_names;
 
 use crate::{
@@ -18,6 +21,8 @@ pub enum SlotKind {
     Cache,
     /// State of a convolution or a recurrent layer: declared dimensions except B, zeros at first.
     Recurrent,
+    /// What a graph that keeps its window knows of the last tokens, `[B, ...]`: declared dimensions except B, zeros at first.
+    Window,
     /// State of the operator, `[B, ...]`; page summaries and page steps have P as third dimension, sketches
     /// the number of blocks of rows.
     Retro(State),
@@ -27,7 +32,7 @@ impl SlotKind {
     /// Whether a step reads and replaces it, so that a step run twice differs from one run once. (Keys, values and page
     /// summaries of the tokens fed are computed anew.)
     pub(crate) fn is_replaced_by_steps(self) -> bool {
-        matches!(self, Self::Retro(State::PageSteps | State::Outputs | State::Lse))
+        matches!(self, Self::Window | Self::Retro(State::PageSteps | State::Outputs | State::Lse))
     }
 }
 
@@ -52,7 +57,7 @@ impl StateSlot {
     /// The shape for a batch and a capacity in tokens and pages. Capacity 0 is an empty past.
     pub fn shape(&self, batch: usize, capacity: usize, pages: usize) -> Vec<usize> {
         let open = |axis: usize| match (self.kind, axis) {
-            (_, 0) | (SlotKind::Recurrent, _) => batch,
+            (_, 0) | (SlotKind::Recurrent | SlotKind::Window, _) => batch,
             (SlotKind::Cache, _) => capacity,
             (SlotKind::Retro(_), _) if self.is_sketch() => StateElement::Byte.entries(capacity, pages),
             (SlotKind::Retro(_), _) => pages,
@@ -89,9 +94,10 @@ pub(super) fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> 
     else {
         return Err(Error::UnknownNotATensor(name.to_owned()));
     };
-    let candidates = match retro(name) {
-        Some((_, present)) => vec![present],
-        None => present_names(name, &folder.names.caches),
+    let candidates = match (retro(name), name) {
+        (Some((_, present)), _) => vec![present],
+        (None, PAST_WINDOW) => vec![PRESENT_WINDOW.to_owned()],
+        (None, _) => present_names(name, &folder.names.caches),
     };
     let present = candidates
         .iter()
@@ -99,12 +105,13 @@ pub(super) fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> 
     let present = present.ok_or_else(|| Error::UnknownInput(name.to_owned()))?;
     let kind = match retro(name) {
         Some((state, _)) => SlotKind::Retro(state),
+        None if name == PAST_WINDOW => SlotKind::Window,
         None => kind(name, shape, &folder.names.caches),
     };
     let sketch = *ty == TensorElementType::Uint8;
     let rank = match kind {
         SlotKind::Retro(State::PageSummary) if sketch => 4,
-        SlotKind::Recurrent => shape.len(),
+        SlotKind::Recurrent | SlotKind::Window => shape.len(),
         SlotKind::Cache | SlotKind::Retro(State::Outputs) => 4,
         SlotKind::Retro(State::PageSummary) => 5,
         SlotKind::Retro(State::PageSteps | State::Lse) => 3,
@@ -123,7 +130,7 @@ pub(super) fn slot(input: &Outlet, outputs: &[Outlet], folder: &ModelFolder) -> 
         let declared = usize::try_from(declared).ok();
         let ours = match kind {
             SlotKind::Cache | SlotKind::Retro(State::PageSummary | State::PageSteps) => [0, 2].contains(&axis),
-            SlotKind::Retro(State::Outputs | State::Lse) => axis == 0,
+            SlotKind::Retro(State::Outputs | State::Lse) | SlotKind::Window => axis == 0,
             SlotKind::Recurrent => axis == 0 || symbol.to_lowercase().contains("batch"),
         };
         if ours {

@@ -162,6 +162,59 @@ fn embeddings_in_place_of_tokens() {
     }
 }
 
+/// A graph that keeps its window keeps embeddings, if it knows how large they are.
+#[test]
+fn embeddings_of_a_window_in_the_graph() {
+    let options = ["--window", "3", "--window-in-graph"];
+    for case in [GQA, DECOMPOSED] {
+        let kept = |width: Dimension| {
+            verified(case, &options, |graph| {
+                let [batch, tokens] = input(graph, "input_ids").dims().expect("a shape") else {
+                    panic!("ids of two dimensions")
+                };
+                let dims = [batch.clone(), tokens.clone(), width];
+                embeds(graph, dims);
+            })
+        };
+        let made = kept(128.into()).unwrap();
+        for way in [(3, 1, "whole"), (3, 2, "padded"), (4, 1, "chunked")] {
+            assert!(ways(&made["compared"]).contains(&way), "{made}");
+        }
+        let why = kept("hidden_size".into()).unwrap_err();
+        assert!(
+            why.contains("inputs_embeds does not declare how many elements"),
+            "{why}"
+        );
+    }
+}
+
+/// The graph keeps tokens, embeddings and positions; another input with a row a token can't be fed again.
+#[test]
+fn other_rows_of_a_window_in_the_graph_are_refused() {
+    let typed = |options: &[&str]| {
+        verified(DECOMPOSED, options, |graph| {
+            let (_, value) = projection(graph);
+            let dims = input(graph, "input_ids").dims().expect("a shape").to_vec();
+            let types = ValueInfoProto::tensor("token_type_ids", DataType::Int64, dims);
+            graph.input.push(types);
+            graph.initializer.push(TensorProto::int64s("last_axis", &[1], &[-1]));
+            after(graph, &value, |value, changed| {
+                vec![
+                    node("Cast", &["token_type_ids"], "types").with(AttributeProto::int("to", 1)),
+                    node("Unsqueeze", &["types", "last_axis"], "types_3"),
+                    node("Add", &[value, "types_3"], changed),
+                ]
+            });
+        })
+    };
+    assert!(typed(&["--window", "2"]).is_ok());
+    let why = typed(&["--window", "2", "--window-in-graph"]).unwrap_err();
+    assert!(
+        why.contains("can't feed the input token_type_ids again") && why.contains("without --window-in-graph"),
+        "{why}"
+    );
+}
+
 fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
     NodeProto::new("", op, output, inputs, &[output])
 }

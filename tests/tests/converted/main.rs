@@ -11,4 +11,5 @@ mod rewind;
 mod structure;
 mod variants;
 mod verify;
+mod window;
 mod zoo;
