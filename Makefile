@@ -94,7 +94,10 @@ PYTESTS = -m pytest -q -rs tests/python
 HOSTS := 1.32.0 1.31.1 1.24.4
 OLD_HOSTS := 1.23.2 1.22.1
 VENVS := $(foreach host,$(HOSTS) $(OLD_HOSTS),.cache/venv-$(host))
-test-python: build $(VENVS:=/.made)
+# onnxruntime-genai: the first version that takes a converted model, and the newest.
+GENAIS := 0.18.0 0.13.0
+GENAI_VENVS := $(foreach genai,$(GENAIS),.cache/venv-genai-$(genai))
+test-python: build $(VENVS:=/.made) $(GENAI_VENVS:=/.made)
 	@cargo build --release --locked --example generate --example cuda_op --example decode_depth
 	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
 	  echo "NOT TESTED: the C++ of docs/ and examples/, for want of ONNX Runtime's headers (above)"
@@ -104,6 +107,13 @@ test-python: build $(VENVS:=/.made)
 	    $$venv/bin/python $(PYTESTS)
 	  else
 	    echo "NOT TESTED: onnxruntime of $$venv has no wheel for $$($(PYTHON) --version)"
+	  fi
+	done
+	for venv in $(GENAI_VENVS); do
+	  if [ -f $$venv/.made ]; then
+	    $$venv/bin/python -m pytest -q -rs tests/python/test_genai.py
+	  else
+	    echo "NOT TESTED: onnxruntime-genai of $$venv has no wheel for this machine"
 	  fi
 	done
 
@@ -121,6 +131,18 @@ endef
 clients = $(if $(filter 1.32.0,$(1)),tests/python/clients.txt)
 $(foreach host,$(HOSTS),$(eval $(call venv,$(host),new,$(call clients,$(host)))))
 $(foreach host,$(OLD_HOSTS),$(eval $(call venv,$(host),old)))
+
+# 0.13 has wheels for x86_64 alone.
+define genai_venv
+.cache/venv-genai-$(1)/.made: tests/python/requirements.txt tests/python/onnxruntime-1.32.0.txt tests/python/onnxruntime-genai-$(1).txt Makefile
+	@if [ $(1) = 0.13.0 ] && [ "$$$$(uname -m)" != x86_64 ]; then exit; fi
+	echo "making .cache/venv-genai-$(1): onnxruntime-genai $(1)"
+	$(PYTHON) -m venv --clear .cache/venv-genai-$(1)
+	pip=".cache/venv-genai-$(1)/bin/python -m pip install -q --disable-pip-version-check --only-binary=:all: --require-hashes"
+	$$$$pip -r tests/python/requirements.txt -r tests/python/onnxruntime-1.32.0.txt -r tests/python/onnxruntime-genai-$(1).txt
+	touch $$@
+endef
+$(foreach genai,$(GENAIS),$(eval $(call genai_venv,$(genai))))
 
 # ---- upkeep --------------------------------------------------------------------------------------------------------------
 
