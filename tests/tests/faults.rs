@@ -56,6 +56,7 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         original: &source,
         converted: &broken,
         windows: &[1, 2],
+        window_in_graph: false,
         caches: &caches(),
         unused_inputs: &[],
         other_inputs: &[],

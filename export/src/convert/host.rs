@@ -27,6 +27,9 @@ pub enum HostError {
     /// State is made for so many tokens, and the configuration says none.
     #[error("{GENAI_CONFIG} says neither search.max_length nor model.context_length; give --context")]
     NoContext,
+    /// What the way back leaves out must be the plugin that was brought along.
+    #[error("--host genai writes a {PLUGIN} into the folder, and the model's has one already: move it away", PLUGIN = retro_runtime::PLUGIN)]
+    PluginThere,
     /// The host looks for the plugin in the model's folder.
     #[error("--host genai brings the plugin along, and {PLUGIN} is not found beside this program; name it in RETRO_ATTENTION_PLUGIN", PLUGIN = retro_runtime::PLUGIN)]
     NoPlugin,
@@ -66,6 +69,9 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
         .as_ref()
         .filter(|folder| !source.alone && folder.join(GENAI_CONFIG).is_file());
     let folder = folder.ok_or(HostError::NoFolder)?;
+    if folder.join(retro_runtime::PLUGIN).exists() {
+        return Err(HostError::PluginThere.into());
+    }
     let before = fs::read_to_string(folder.join(GENAI_CONFIG)).map_err(HostError::Read)?;
     let mut config: Value = serde_json::from_str(&before).map_err(|e| HostError::Config(e.to_string()))?;
     let context = match settings.context {

@@ -9,10 +9,10 @@ use crate::{
     merged::unfold,
     report::Report,
     rewrite::{self, rewrite},
-    rules::{INPUT_IDS, SampleCalls, find_attention},
+    rules::{INPUT_IDS, INPUTS_EMBEDS, SampleCalls, find_attention},
     state_share::state_share,
     validate::validate,
-    verify::graph_facts,
+    verify::{OtherInput, graph_facts},
 };
 use retro_contract::{self as contract, metadata};
 use retro_onnx::{Bytes, LoadedModel, ModelProto, graph::GraphView, stay_inside};
@@ -53,7 +53,7 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     let logits = choose_logits(&view, options);
     let facts = Facts::new(&view, &found, &conversions);
     if options.settings.keeps_window_in_graph()
-        && let Some(other) = facts.other_inputs.iter().find(|other| other.moves_with_tokens())
+        && let Some(other) = facts.other_inputs.iter().find(|other| cant_be_kept(other))
     {
         let why = rewrite::Error::WindowOtherInput(other.name.clone());
         return Err(unconvertible(Unconvertible::Rewrite(why)));
@@ -119,6 +119,11 @@ fn check_operator_sets(model: &ModelProto, path: &Path) -> Result<(), Error> {
         });
     }
     Ok(())
+}
+
+/// Whether a graph that keeps its window can't keep what this input was fed.
+fn cant_be_kept(other: &OtherInput) -> bool {
+    other.moves_with_tokens() && other.name != INPUTS_EMBEDS
 }
 
 /// Steps of a window above 1 feed different numbers of tokens.

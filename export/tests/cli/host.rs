@@ -171,6 +171,9 @@ fn what_genai_could_not_run_is_refused() {
         error.contains("brings the plugin along") && error.contains("missing"),
         "{error}"
     );
+    fs::write(source.join(PLUGIN), "another").unwrap();
+    refused(&source, &out, &[], "the model's has one already");
+    fs::remove_file(source.join(PLUGIN)).unwrap();
     let config = source.join("genai_config.json");
     let text = fs::read_to_string(&config).unwrap();
     fs::write(&config, text.replace("\"num_beams\": 1", "\"num_beams\": 4")).unwrap();

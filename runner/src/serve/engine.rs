@@ -80,6 +80,7 @@ impl Engine {
         let context = model.cache_context(options.context)?;
         let context = context.ok_or(Error::UnknownContext)?;
         let most_window = model.window(None)?;
+        require!(!model.keeps_window(), Error::RowsOfWindow);
         // Sequences that began at different times have different numbers of retrospective tokens.
         require!(
             options.policy.window == 1 || model.io.retro_lengths,

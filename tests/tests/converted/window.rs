@@ -213,6 +213,7 @@ fn exports_of_the_zoo() {
 #[test]
 fn attention_of_several_nodes() {
     let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("out")).unwrap();
     let graphs = std::fs::read_dir(paths::data("zoo-graphs"))
         .expect("the graphs")
         .flatten();
@@ -234,7 +235,7 @@ fn attention_of_several_nodes() {
     let mut compared = 0;
     for packed in convertible {
         let source = folder.path().join("source.onnx");
-        let target = folder.path().join("converted.onnx");
+        let target = folder.path().join("out").join("converted.onnx");
         let options = ["--window", "2", "--window-in-graph", "--force"];
         let (report, error) = export_with(&source, &target, &host::device().to_string(), &options);
         assert_eq!(error, "", "{}", packed.display());
