@@ -74,7 +74,7 @@ struct Sum {
 template <class T, int DP> struct Case {
   Random& random;
   Params p;
-  int d, bits, blocks, len = 0;
+  int d, bits, blocks, len = 0, count = 0;
   Memory<T> keys, values;
   Memory<u8> state;
   Memory<float> scores;
@@ -96,6 +96,8 @@ template <class T, int DP> struct Case {
     p.page_shift = random.within(0, 7);
     p.capacity = random.within(260, 420);
     p.cache_pages = (p.capacity + (1 << p.page_shift) - 1) >> p.page_shift;
+    // The state may have room for more.
+    p.state_blocks = (p.capacity + SKETCH_BLOCK - 1) / SKETCH_BLOCK + random.within(0, 1);
     p.window = random.share() < 0.3 ? 64 : random.within(1, 8);
     p.sink_pages = random.within(0, 2);
     p.local_window = random.share() < 0.3 ? random.within(20, 250) : 0;
@@ -116,7 +118,7 @@ template <class T, int DP> struct Case {
         blocks((p.capacity + SKETCH_BLOCK - 1) / SKETCH_BLOCK),
         keys(cached()),
         values(cached()),
-        state(size_t(p.kv_heads) * blocks * sketch_layout<T>(d, bits).bytes),
+        state(size_t(p.kv_heads) * p.state_blocks * sketch_layout<T>(d, bits).bytes),
         scores(size_t(p.kv_heads) * scored_page_count(p.cache_pages) * MAX_GROUP),
         steps(p.kv_heads * p.cache_pages, -1),
         stats(p.kv_heads * 16 * MAX_GROUP),
@@ -189,18 +191,22 @@ template <class T, int DP> struct Case {
     for (int i = 0; i < int(steps.size()); i++) wrong += steps[i] != (i % p.cache_pages < p.max_pages ? len - 1 : -1);
   }
 
-  // A decoding step that feeds `retro` tokens again.
+  // A decoding step that feeds `retro` tokens again. In some, rows come before them that do not count, as a number on
+  // the device says.
   void decode(int retro) {
     const int skipped = p.vec8 ? 0 : 1, fed = retro + 1;
-    Memory<T> query(size_t(fed) * p.heads * d, skipped), key(size_t(fed) * p.kv_heads * d, skipped),
-        value(size_t(fed) * p.kv_heads * d, skipped);
-    for (int i = 0; i < fed * p.heads * d; i++) narrow(float(random.normal()), query[i]);
-    for (int i = 0; i < fed * p.kv_heads * d; i++)
+    const bool counted = random.share() < 0.5;
+    const int leading = counted ? std::min(random.within(0, 3), len + 1 - fed) : 0, rows = leading + fed;
+    Memory<T> query(size_t(rows) * p.heads * d, skipped), key(size_t(rows) * p.kv_heads * d, skipped),
+        value(size_t(rows) * p.kv_heads * d, skipped);
+    for (int i = 0; i < rows * p.heads * d; i++) narrow(float(random.normal()), query[i]);
+    for (int i = 0; i < rows * p.kv_heads * d; i++)
       narrow(float(random.normal() + drift[i % d]), key[i]), narrow(float(random.normal()), value[i]);
-    set_length(len + 1, fed);
+    set_length(len + 1, rows);
     p.query = query.begin, p.key = key.begin, p.value = value.begin;
-    p.phase = DECODE, p.retro[0] = u8(retro);
-    p.score_blocks = random.within(1, 3), p.touched = touched_page_count(fed, 7);
+    count = retro, p.retro_count = counted ? &count : nullptr;
+    p.phase = DECODE, p.retro[0] = u8(counted ? 0 : retro);
+    p.score_blocks = random.within(1, 3), p.touched = touched_page_count(rows, 7);
     p.score_parts = p.score_blocks + p.touched;
     const int in_all = (len + SKETCH_BLOCK - 1) / SKETCH_BLOCK, warps = p.score_blocks * SCORE_WARPS;
     p.warp_pages = in_all / warps, p.more_pages = in_all % warps;
@@ -221,13 +227,14 @@ template <class T, int DP> struct Case {
     const int first = len - fed;
     for (int h = 0; h < p.kv_heads; h++)
       for (int i = 0; i < fed * d; i++) {
-        const size_t from = (size_t(i / d) * p.kv_heads + h) * d + i % d, to = (size_t(h) * p.capacity + first) * d + i;
+        const size_t from = (size_t(leading + i / d) * p.kv_heads + h) * d + i % d,
+                     to = (size_t(h) * p.capacity + first) * d + i;
         wrong += memcmp(&keys[to], &key[from], sizeof(T)) || memcmp(&values[to], &value[from], sizeof(T));
       }
     if ((len - 1) % SKETCH_BLOCK == 0) reference_centre((len - 1) / SKETCH_BLOCK);
     for (int h = 0; h < p.kv_heads; h++)
       for (int row = first; row < len; row++) reference_row(h, row);
-    for (int h = 0; h < p.kv_heads; h++) compare(h, &query[size_t(retro) * p.heads * d]);
+    for (int h = 0; h < p.kv_heads; h++) compare(h, &query[size_t(rows - 1) * p.heads * d]);
   }
 
   // The log mass of a page for a query.
