@@ -245,7 +245,9 @@ impl CacheRows {
                 }
                 SlotKind::Retro(graph::State::PageSummary | graph::State::PageSteps) => used,
                 // A prefill closes the window: outputs of before are not read after it.
-                SlotKind::Retro(graph::State::Outputs | graph::State::Lse) | SlotKind::Recurrent => continue,
+                SlotKind::Retro(graph::State::Outputs | graph::State::Lse) | SlotKind::Recurrent | SlotKind::Window => {
+                    continue;
+                }
             };
             let &[_, heads, entries, ..] = slot.shape(self.rows, capacity, pages).as_slice() else {
                 continue;

@@ -32,7 +32,10 @@ impl SlotKind {
     /// Whether a step reads and replaces it, so that a step run twice differs from one run once. (Keys, values and page
     /// summaries of the tokens fed are computed anew.)
     pub(crate) fn is_replaced_by_steps(self) -> bool {
-        matches!(self, Self::Window | Self::Retro(State::PageSteps | State::Outputs | State::Lse))
+        matches!(
+            self,
+            Self::Window | Self::Retro(State::PageSteps | State::Outputs | State::Lse)
+        )
     }
 }
 
