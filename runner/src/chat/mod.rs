@@ -12,7 +12,7 @@ use crate::{
     DecoderState, Interrupt, Model, ModelTokenizer,
     decoder::{
         self,
-        decode_loop::{CHUNK, Policy},
+        decode_loop::{CHUNK, Policy, held_of_prompt},
         generate::{ContextPlan, Event, Finish, Generation, generate_from},
         sampling::Sampling,
         stats::Stats,
@@ -281,9 +281,7 @@ impl Chat {
     /// The state to read the prompt into, and how many of the prompt's tokens it holds. It is taken out of `self`, so
     /// that one whose contents an error made unknown is not used again.
     fn state_for(&mut self, prompt: &[u32]) -> Result<(DecoderState, usize)> {
-        let common = self.held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        // One token must be read, for the logits after it.
-        let keep = common.min(prompt.len().saturating_sub(1));
+        let keep = held_of_prompt(&self.held, prompt);
         let held = std::mem::take(&mut self.held);
         let fits = |state: &DecoderState| keep == held.len() || state.kv().can_go_back();
         match self.state.take().filter(fits) {

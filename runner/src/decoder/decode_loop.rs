@@ -81,6 +81,13 @@ pub fn prefill_rest<E: From<Error>>(
     Ok(logits)
 }
 
+/// How many of a prompt's tokens need not be read where these are held: those that both begin with, but for the prompt's
+/// last one, which gives the first logits.
+pub(crate) fn held_of_prompt(held: &[u32], prompt: &[u32]) -> usize {
+    let common = held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+    common.min(prompt.len().saturating_sub(1))
+}
+
 /// Chunks of the tokens at these positions. `keeps_window`: to the graph a single token behind others is a step, so no chunk
 /// is one: the one before it lends it a token, which is read again.
 fn chunks(tokens: Range<usize>, chunk: usize, keeps_window: bool) -> Result<Vec<Range<usize>>> {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::{
     Model, ModelTokenizer,
-    decoder::{Result, generate::Finish, page_reads::PageMeter, step_plan::StepPlanner},
+    decoder::{Result, decode_loop::held_of_prompt, generate::Finish, page_reads::PageMeter, step_plan::StepPlanner},
     serve::{
         choose::{Chooser, logprobs},
         request::{Done, Event, Failure, Submission, Token, Usage},
@@ -66,11 +66,9 @@ pub(super) struct Leader {
 }
 
 impl Held {
-    /// Tokens of a prompt that need not be read, all but the last at most: that one gives the first logits.
+    /// Tokens of a prompt that need not be read.
     pub fn common(&self, prompt: &[u32]) -> usize {
-        let dense = self.tokens.iter().take(self.dense);
-        let common = dense.zip(prompt).take_while(|(a, b)| a == b).count();
-        common.min(prompt.len().saturating_sub(1))
+        held_of_prompt(self.tokens.get(..self.dense).unwrap_or(&self.tokens), prompt)
     }
 
     /// Holds these tokens, as a prompt is held.
@@ -114,9 +112,8 @@ impl Slot {
     /// Tokens of a prompt that need not be read once this slot has read the prompt of its own.
     pub fn will_have(&self, prompt: &[u32]) -> usize {
         let own = self.running.as_ref().map(|r| r.submission.request.prompt.as_slice());
-        let common = own.unwrap_or_default().iter().zip(prompt).take_while(|(a, b)| a == b);
-        let common = common.count().min(prompt.len().saturating_sub(1));
-        common.max(self.held.common(prompt))
+        let read = held_of_prompt(own.unwrap_or_default(), prompt);
+        read.max(self.held.common(prompt))
     }
 
     /// Whether a request's prompt is not read yet, or a rectifying pass not done, and nothing stands against it.

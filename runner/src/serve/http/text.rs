@@ -34,13 +34,13 @@ pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Re
             return Ok(Json(json!({"tokens": tokens})));
         }
         // What is no text of its own, such as a part of a letter, is told as bytes.
-        let bytes = loaded.token_bytes.as_deref().unwrap_or_default();
-        let piece = |id: u32| match bytes.get(id as usize).map(|token| str::from_utf8(&token.bytes)) {
-            Some(Err(_)) => json!(bytes.get(id as usize).map(|token| &token.bytes)),
+        let known = loaded.token_bytes.as_deref().unwrap_or_default();
+        let piece = |id: u32| match known.get(id as usize) {
+            Some(token) if str::from_utf8(&token.bytes).is_err() => json!(token.bytes),
             _ => json!(tokenizer.decode(&[id]).unwrap_or_default()),
         };
-        let piece = |id: u32| json!({"id": id, "piece": piece(id)});
-        let tokens: Vec<Value> = tokens.into_iter().map(piece).collect();
+        let tokens = tokens.into_iter().map(|id| json!({"id": id, "piece": piece(id)}));
+        let tokens: Vec<Value> = tokens.collect();
         Ok(Json(json!({"tokens": tokens})))
     };
     app.take(request, take).await
