@@ -11,6 +11,7 @@ mod convert;
 mod error;
 mod eval;
 mod files;
+mod host_state;
 mod inspect;
 mod logits;
 mod merged;

@@ -4,6 +4,7 @@ use super::{Error, Options};
 use crate::{files::FolderFiles, settings::Settings, source::Source};
 use retro_contract::metadata;
 use retro_onnx::ModelProto;
+use retro_runtime::PLUGIN;
 use serde::Serialize;
 use serde_json::{Map, Value, ser::PrettyFormatter};
 use std::{fs, path::Path};
@@ -28,10 +29,13 @@ pub enum HostError {
     #[error("{GENAI_CONFIG} says neither search.max_length nor model.context_length; give --context")]
     NoContext,
     /// What the way back leaves out must be the plugin that was brought along.
-    #[error("--host genai writes a {PLUGIN} into the folder, and the model's has one already: move it away", PLUGIN = retro_runtime::PLUGIN)]
+    #[error("--host genai writes a {PLUGIN} into the folder, and the model's has one already: move it away")]
     PluginThere,
     /// The host looks for the plugin in the model's folder.
-    #[error("--host genai brings the plugin along, and {PLUGIN} is not found beside this program; name it in RETRO_ATTENTION_PLUGIN", PLUGIN = retro_runtime::PLUGIN)]
+    #[error(
+        "--host genai brings the plugin along, and {PLUGIN} is not found beside this program; name it in \
+         RETRO_ATTENTION_PLUGIN"
+    )]
     NoPlugin,
     /// The plugin that is named is not there.
     #[error("--host genai brings the plugin along")]
@@ -69,7 +73,7 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
         .as_ref()
         .filter(|folder| !source.alone && folder.join(GENAI_CONFIG).is_file());
     let folder = folder.ok_or(HostError::NoFolder)?;
-    if folder.join(retro_runtime::PLUGIN).exists() {
+    if folder.join(PLUGIN).exists() {
         return Err(HostError::PluginThere.into());
     }
     let before = fs::read_to_string(folder.join(GENAI_CONFIG)).map_err(HostError::Read)?;
@@ -89,7 +93,7 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
     if !options.dry_run {
         let plugin = retro_runtime::find_plugin(None).map_err(HostError::Plugin)?;
         let plugin = plugin.ok_or(HostError::NoPlugin)?;
-        files.copied.push((retro_runtime::PLUGIN.into(), plugin));
+        files.copied.push((PLUGIN.into(), plugin));
     }
     Ok((
         settings,
@@ -105,7 +109,7 @@ pub fn undo(model: &ModelProto, folder: Option<&Path>) -> FolderFiles {
     let mut files = FolderFiles::default();
     if let Some(before) = model.metadata(metadata::HOST_CONFIG).filter(|_| folder.is_some()) {
         files.written.push((GENAI_CONFIG.into(), before.as_bytes().to_vec()));
-        files.left_out.insert(retro_runtime::PLUGIN.into());
+        files.left_out.insert(PLUGIN.into());
     }
     files
 }
@@ -141,12 +145,12 @@ fn configure(config: &mut Value, context: usize, keeps_sliding: bool) -> Result<
     object(decoder, "session_options")?;
     let options = &mut decoder["session_options"];
     let other = options.get("custom_ops_library").and_then(Value::as_str);
-    if let Some(other) = other.filter(|other| *other != retro_runtime::PLUGIN) {
+    if let Some(other) = other.filter(|other| *other != PLUGIN) {
         return Err(wrong(&format!(
             "it loads another plugin already, {other}, and can load one only"
         )));
     }
-    options["custom_ops_library"] = retro_runtime::PLUGIN.into();
+    options["custom_ops_library"] = PLUGIN.into();
     let least = |value: &Value| value.as_u64().map_or(context as u64, |n| n.min(context as u64));
     object(config, "search")?;
     let search = &mut config["search"];
@@ -181,14 +185,17 @@ mod tests {
 
     #[test]
     fn a_configuration_gets_the_plugin_and_the_context() {
-        let text = r#"{"model": {"decoder": {"filename": "m.onnx", "sliding_window": {"window_size": 16}}, "context_length": 4096}, "search": {"max_length": 2048}}"#;
+        let text = r#"{
+            "model": {"decoder": {"filename": "m.onnx", "sliding_window": {"window_size": 16}}, "context_length": 4096},
+            "search": {"max_length": 2048}
+        }"#;
         let mut config: Value = serde_json::from_str(text).unwrap();
         assert_eq!(known_context(&config), Some(2048));
         configure(&mut config, 1024, true).unwrap();
         assert_eq!(config["model"]["decoder"]["sliding_window"]["window_size"], 16);
         assert_eq!(
             config["model"]["decoder"]["session_options"]["custom_ops_library"],
-            retro_runtime::PLUGIN
+            PLUGIN
         );
         assert_eq!(
             (&config["search"]["max_length"], &config["model"]["context_length"]),

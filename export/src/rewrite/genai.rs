@@ -14,7 +14,11 @@
 //! One buffer is bound as past and present. That is safe: one node reads all of a past before anything can be made of it.
 
 use super::Error;
-use crate::{rules::Conversion, settings::Settings};
+use crate::{
+    host_state::{CONV, RECURRENT, is_state, names},
+    rules::Conversion,
+    settings::Settings,
+};
 use retro_contract::{
     self as contract, SKETCH_BLOCK, StateElement,
     graph::{PAST_WINDOW, PAST_WINDOW_EMBEDS, PRESENT_WINDOW, State, past},
@@ -26,18 +30,6 @@ use retro_onnx::{DataType, Dimension, GraphBuilder, GraphProto, NodeProto, Value
 const SPLIT_OPSET: i64 = 13;
 /// Float32 holds every whole number below this.
 const MOST_CONTEXT: usize = 1 << 24;
-
-/// Names of a layer's two tensors, as they come in and as they go out.
-fn names(layer: usize, what: &str) -> [String; 2] {
-    ["past_key_values", "present"].map(|direction| format!("{direction}.{layer}.{what}"))
-}
-
-/// Whether a value has a name of recurrent state.
-fn is_recurrent(name: &str) -> bool {
-    [".conv_state", ".recurrent_state"]
-        .iter()
-        .any(|end| name.ends_with(end))
-}
 
 /// Sizes of a layer's state.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,7 +99,7 @@ pub fn name_state(
     }
     let taken = |value: &&ValueInfoProto| {
         let mut known = graph.input.iter().chain(&graph.output);
-        known.any(|k| k.name() == value.name() || is_recurrent(k.name()))
+        known.any(|k| k.name() == value.name() || is_state(k.name()))
     };
     if let Some(value) = state.inputs.iter().chain(&state.outputs).find(taken) {
         return Err(Error::HostNameTaken(value.name().to_owned()));
@@ -199,7 +191,7 @@ impl HostState {
 
     /// The page summary.
     fn recurrent(&mut self, operator: &mut NodeProto, layer: usize) {
-        let names = names(layer, "recurrent_state");
+        let names = names(layer, RECURRENT);
         let (data_type, sizes) = (self.sizes.summary_type, self.sizes.summary.clone());
         self.declare(&names, data_type, &sizes);
         let [past, present] = names;
@@ -229,7 +221,7 @@ impl HostState {
 
     /// The page steps alone.
     fn steps(&mut self, b: &mut GraphBuilder, operator: &mut NodeProto, layer: usize, unread: &[String; 2]) {
-        let names = names(layer, "conv_state");
+        let names = names(layer, CONV);
         let sizes = [self.sizes.kv_heads, self.sizes.pages];
         self.declare(&names, DataType::Int32, &sizes);
         let [past, present] = names;
@@ -248,7 +240,7 @@ impl HostState {
 
     /// All but the page summary. `first`: the layer keeps the window.
     fn packed(&mut self, b: &mut GraphBuilder, operator: &mut NodeProto, layer: usize, first: bool) {
-        let names = names(layer, "conv_state");
+        let names = names(layer, CONV);
         let [ring, heads, size] = self.sizes.outputs;
         let parts = [
             self.sizes.kv_heads * self.sizes.pages,

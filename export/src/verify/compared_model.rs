@@ -14,7 +14,10 @@ use super::{
     runtime::ComparisonRuntime,
     schedule::CAPACITY,
 };
-use crate::rules::{ATTENTION_MASK, INPUT_IDS, POSITION_IDS};
+use crate::{
+    host_state,
+    rules::{ATTENTION_MASK, INPUT_IDS, POSITION_IDS},
+};
 use ort::{
     session::{Session, SessionInputValue},
     value::{TensorElementType, ValueType},
@@ -154,8 +157,7 @@ impl ComparedModel {
         if let Some(carried) = others.find(|o| o.name == name && o.carried().is_some()) {
             return Some(carried.sizes.iter().map(|size| size.of(batch, 1, 0)).collect());
         }
-        self.converted?;
-        host_state(name, "past_key_values.")?;
+        self.converted.filter(|_| host_state::is_past(name))?;
         let sizes = declared.iter().skip(1).map(|d| usize::try_from(*d).unwrap_or(1));
         Some(std::iter::once(batch).chain(sizes).collect())
     }
@@ -309,16 +311,7 @@ fn past_of(output: &str, caches: &[CacheFacts], other_inputs: &[OtherInput]) -> 
     if let Some(other) = others.find(|o| output != "logits" && o.carried() == Some(output)) {
         return Some(other.name.clone());
     }
-    host_state(output, "present.").map(|rest| format!("past_key_values.{rest}"))
-}
-
-/// What follows `direction` in the name of state that lies under its host's names.
-fn host_state<'n>(name: &'n str, direction: &str) -> Option<&'n str> {
-    let rest = name.strip_prefix(direction)?;
-    let ours = [".conv_state", ".recurrent_state"]
-        .iter()
-        .any(|end| rest.ends_with(end));
-    ours.then_some(rest)
+    host_state::past_of(output)
 }
 
 /// The newest token's logits of each sequence, `[B][V]`.
