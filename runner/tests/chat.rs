@@ -1,7 +1,10 @@
 //! A conversation on one cache is the same as one that reads everything anew, at temperature 0.
 
-use std::{fs, path::Path, sync::OnceLock};
+mod ledger;
 
+use std::{fs, sync::OnceLock};
+
+use ledger::Ledger;
 use retro_run::{
     Model, ModelFolder, ModelTokenizer, OpenOptions, Runtime,
     chat::{Chat, ChatOptions, Error, Message, Role},
@@ -12,7 +15,6 @@ use retro_run::{
         sampling::Sampling,
     },
     interrupt::Interrupt,
-    runtime::find_plugin,
     text::chat_template::{ChatTemplate, RenderOptions},
 };
 
@@ -26,7 +28,7 @@ const FORGETFUL: &str = "{% for m in messages %}{% if m.role == 'assistant' %}{{
 
 /// `ledger` as it is, with caches that grow, and converted.
 struct Models {
-    folder: tempfile::TempDir,
+    models: Ledger,
     runtime: Runtime,
 }
 
@@ -38,36 +40,27 @@ impl Models {
     }
 
     fn make() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let dense = folder.path().join("dense");
-        retro_models::build(&root.join("models/ledger"), &dense, &retro_models::Options::default()).unwrap();
-        let growing = folder.path().join("growing");
+        let models = Ledger::new();
+        let (dense, growing) = (models.path(Ledger::DENSE), models.path("growing"));
         fs::create_dir(&growing).unwrap();
         for file in ["model.onnx", "model.onnx.data", "config.json", "tokenizer.json"] {
             fs::copy(dense.join(file), growing.join(file)).unwrap();
         }
-        retro_export::convert(&retro_export::Options {
-            source: dense,
-            target: Some(folder.path().join("retro")),
-            settings: retro_export::Settings {
-                window: 4,
-                ..Default::default()
-            },
+        let settings = retro_export::Settings {
+            window: 4,
             ..Default::default()
-        })
-        .unwrap();
+        };
+        models.convert("retro", settings);
         let runtime = Runtime::load(None).unwrap();
-        Self { folder, runtime }
+        Self { models, runtime }
     }
 
     fn open(&self, name: &str) -> (Model, ModelTokenizer) {
         let options = OpenOptions {
             threads: Some(2),
-            plugin: find_plugin(None).unwrap(),
             ..OpenOptions::default()
         };
-        let model = Model::open(&self.runtime, &self.folder.path().join(name), &options).unwrap();
+        let model = self.models.open(&self.runtime, name, options);
         let tokenizer = ModelTokenizer::open(&model.folder).unwrap();
         (model, tokenizer)
     }
@@ -75,7 +68,7 @@ impl Models {
     fn template(&self, text: &str) -> ChatTemplate {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(&file, text).unwrap();
-        let model = ModelFolder::open(&self.folder.path().join("dense"), None).unwrap();
+        let model = ModelFolder::open(&self.models.path(Ledger::DENSE), None).unwrap();
         ChatTemplate::from_file(file.path(), &model).unwrap()
     }
 
@@ -308,7 +301,7 @@ fn an_error_of_who_listens_keeps_the_talk() {
 #[test]
 fn the_templates_end_of_a_turn_ends_an_answer() {
     let models = Models::get();
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let root = ledger::root();
     let documents = fs::read_to_string(root.join("models/ledger/documents.jsonl")).unwrap();
     let document: serde_json::Value = serde_json::from_str(documents.lines().next().unwrap()).unwrap();
     for (template, finish) in [(PLAIN, Finish::Eos), ("{{ messages[0].content }}", Finish::Length)] {

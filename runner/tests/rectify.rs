@@ -1,8 +1,9 @@
 //! Rectifying passes: what a sparse step wrote becomes what dense attention writes. `RETRO_TEST_DEVICE=cuda` runs them on
 //! a GPU, `RETRO_TEST_ROOT` names the repository there.
 
-use std::path::{Path, PathBuf};
+mod ledger;
 
+use ledger::Ledger;
 use retro_export::Settings;
 use retro_run::{
     DecoderState, Device, Feed, Model, OpenOptions, Runtime,
@@ -12,12 +13,11 @@ use retro_run::{
         decode_loop::{Decoder, Policy, prefill},
         state_slot::SlotKind,
     },
-    runtime::find_plugin,
 };
 
 /// `ledger`, converted for Quest's selection and for sketches.
 struct Models {
-    folder: tempfile::TempDir,
+    models: Ledger,
     runtime: Runtime,
     device: Device,
 }
@@ -28,25 +28,15 @@ const CAPACITY: usize = 512;
 
 impl Models {
     fn make() -> Self {
-        let built = || Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned();
-        let root = std::env::var_os("RETRO_TEST_ROOT").map_or_else(built, PathBuf::from);
         let device = std::env::var("RETRO_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
         let device: Device = device.parse().unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let source = folder.path().join("source");
-        retro_models::build(&root.join("models/ledger"), &source, &retro_models::Options::default()).unwrap();
+        let models = Ledger::new();
         for (name, settings) in [(QUEST, Settings::paper()), (SKETCH, Settings::default())] {
-            retro_export::convert(&retro_export::Options {
-                source: source.clone(),
-                target: Some(folder.path().join(name)),
-                settings: Settings { window: 4, ..settings },
-                ..Default::default()
-            })
-            .unwrap();
+            models.convert(name, Settings { window: 4, ..settings });
         }
         let runtime = Runtime::load_for(device, None).unwrap();
         Self {
-            folder,
+            models,
             runtime,
             device,
         }
@@ -55,11 +45,10 @@ impl Models {
     fn open(&self, name: &str) -> Model {
         let options = OpenOptions {
             threads: Some(2),
-            plugin: find_plugin(None).unwrap(),
             device: self.device,
             ..OpenOptions::default()
         };
-        let mut model = Model::open(&self.runtime, &self.folder.path().join(name), &options).unwrap();
+        let mut model = self.models.open(&self.runtime, name, options);
         model.folder.eos.clear();
         model
     }

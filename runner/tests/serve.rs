@@ -1,12 +1,14 @@
 //! Many requests at a time are answered as each alone is, at temperature 0 and in float32.
 
+mod ledger;
+
 use std::{
     fs,
-    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
+use ledger::Ledger;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use retro_run::{
     Device, Feed, Model, ModelTokenizer, OpenOptions, Runtime,
@@ -19,7 +21,6 @@ use retro_run::{
         session::Steps,
     },
     interrupt::Interrupt,
-    runtime::find_plugin,
     serve::{Choosing, Engine, EngineOptions, Event, Failure, Metrics, Refusal, Request, Usage},
 };
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -29,7 +30,7 @@ const CHUNK: usize = 96;
 
 /// `ledger` as it is and converted, and the tokens of its documents.
 struct Models {
-    folder: tempfile::TempDir,
+    models: Ledger,
     runtime: Runtime,
     documents: Vec<Vec<u32>>,
 }
@@ -42,11 +43,7 @@ impl Models {
     }
 
     fn make() -> Self {
-        let built = || Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned();
-        let root = std::env::var_os("RETRO_TEST_ROOT").map_or_else(built, PathBuf::from);
-        let folder = tempfile::tempdir().unwrap();
-        let dense = folder.path().join("dense");
-        retro_models::build(&root.join("models/ledger"), &dense, &retro_models::Options::default()).unwrap();
+        let models = Ledger::new();
         let settings = retro_export::Settings {
             window: 4,
             budget: retro_contract::Budget::Ratio(0.15),
@@ -59,25 +56,19 @@ impl Models {
             ..settings.clone()
         };
         for (name, settings) in [("retro", settings), ("large-pages", large_pages)] {
-            retro_export::convert(&retro_export::Options {
-                source: dense.clone(),
-                target: Some(folder.path().join(name)),
-                settings,
-                ..Default::default()
-            })
-            .unwrap();
+            models.convert(name, settings);
         }
         let runtime = Runtime::load_for(device(), None).unwrap();
-        let model = retro_run::ModelFolder::open(&dense, None).unwrap();
+        let model = retro_run::ModelFolder::open(&models.path(Ledger::DENSE), None).unwrap();
         let tokenizer = ModelTokenizer::open(&model).unwrap();
-        let documents = fs::read_to_string(root.join("models/ledger/documents.jsonl")).unwrap();
+        let documents = fs::read_to_string(ledger::root().join("models/ledger/documents.jsonl")).unwrap();
         let documents = documents.lines().take(12).map(|line| {
             let document: serde_json::Value = serde_json::from_str(line).unwrap();
             tokenizer.encode(document["prompt"].as_str().unwrap()).unwrap()
         });
         let documents = documents.collect();
         Self {
-            folder,
+            models,
             runtime,
             documents,
         }
@@ -88,10 +79,9 @@ impl Models {
             device: device(),
             steps,
             threads: Some(2),
-            plugin: find_plugin(None).unwrap(),
             ..OpenOptions::default()
         };
-        let model = Model::open(&self.runtime, &self.folder.path().join(name), &options).unwrap();
+        let model = self.models.open(&self.runtime, name, options);
         let tokenizer = ModelTokenizer::open(&model.folder).unwrap();
         (model, tokenizer)
     }

@@ -1,7 +1,10 @@
 //! When the window opens: not before a step has left pages out, and not in contexts that are read whole.
 
-use std::{path::Path, sync::OnceLock};
+mod ledger;
 
+use std::sync::OnceLock;
+
+use ledger::Ledger;
 use retro_export::Settings;
 use retro_run::{
     Model, OpenOptions, Runtime,
@@ -10,16 +13,13 @@ use retro_run::{
         page_reads::PageReads,
         session::Steps,
     },
-    runtime::find_plugin,
 };
 
 const PROMPT: usize = 100;
 const STEPS: usize = 60;
 
-/// Models made from `models/ledger`.
-struct Bed {
-    folder: tempfile::TempDir,
-}
+/// The converted model.
+const RETRO: &str = "retro";
 
 /// ONNX Runtime is loaded once a process.
 fn runtime() -> &'static Runtime {
@@ -27,34 +27,13 @@ fn runtime() -> &'static Runtime {
     LOADED.get_or_init(|| Runtime::load(None).unwrap())
 }
 
-impl Bed {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let options = retro_models::Options::default();
-        retro_models::build(&root.join("models/ledger"), &folder.path().join("ledger"), &options).unwrap();
-        Self { folder }
-    }
-
-    fn convert(&self, settings: Settings) {
-        retro_export::convert(&retro_export::Options {
-            source: self.folder.path().join("ledger"),
-            target: Some(self.folder.path().join("retro")),
-            settings,
-            ..Default::default()
-        })
-        .unwrap();
-    }
-
-    fn open(&self, steps: Steps) -> Model {
-        let options = OpenOptions {
-            threads: Some(1),
-            plugin: find_plugin(None).unwrap(),
-            steps,
-            ..OpenOptions::default()
-        };
-        Model::open(runtime(), &self.folder.path().join("retro"), &options).unwrap()
-    }
+fn open(models: &Ledger, steps: Steps) -> Model {
+    let options = OpenOptions {
+        threads: Some(1),
+        steps,
+        ..OpenOptions::default()
+    };
+    models.open(runtime(), RETRO, options)
 }
 
 /// The logits of every step behind a prompt, whatever they say is next, and what the steps read.
@@ -81,15 +60,18 @@ fn largest_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 
 #[test]
 fn steps_behind_those_that_read_everything_correct_the_same() {
-    let bed = Bed::new();
+    let models = Ledger::new();
     // The floor is 128 tokens: 28 steps read everything, 32 leave pages out.
-    bed.convert(Settings {
-        window: 4,
-        min_pages: Some(8),
-        ..Settings::paper()
-    });
+    models.convert(
+        RETRO,
+        Settings {
+            window: 4,
+            min_pages: Some(8),
+            ..Settings::paper()
+        },
+    );
     // Fed from fixed buffers, steps are of one shape from the start.
-    let (mut plain, mut at_once) = (bed.open(Steps::Plain), bed.open(Steps::FixedBuffers));
+    let (mut plain, mut at_once) = (open(&models, Steps::Plain), open(&models, Steps::FixedBuffers));
     for window in [2, 4] {
         let policy = Policy::new(&plain, Some(window), None).unwrap();
         let (late, read) = decode(&mut plain, policy);
@@ -105,14 +87,17 @@ fn steps_behind_those_that_read_everything_correct_the_same() {
 
 #[test]
 fn short_contexts_are_read_whole_unless_asked_otherwise() {
-    let bed = Bed::new();
-    bed.convert(Settings {
-        window: 2,
-        min_pages: Some(1),
-        dense_below: Some(PROMPT + 20),
-        ..Settings::paper()
-    });
-    let mut model = bed.open(Steps::Plain);
+    let models = Ledger::new();
+    models.convert(
+        RETRO,
+        Settings {
+            window: 2,
+            min_pages: Some(1),
+            dense_below: Some(PROMPT + 20),
+            ..Settings::paper()
+        },
+    );
+    let mut model = open(&models, Steps::Plain);
     let policy = Policy::new(&model, None, None).unwrap();
     assert_eq!(policy.dense_below, PROMPT + 20);
     let (whole, read) = decode(&mut model, policy);
@@ -129,7 +114,7 @@ fn short_contexts_are_read_whole_unless_asked_otherwise() {
     assert!(sparse.share() < read.share());
     let budget = Policy::new(&model, None, Some("0.15".parse().unwrap())).unwrap();
     let narrow = Policy::new(&model, Some(1), None).unwrap();
-    let of_one_shape = Policy::new(&bed.open(Steps::FixedBuffers), None, None).unwrap();
+    let of_one_shape = Policy::new(&open(&models, Steps::FixedBuffers), None, None).unwrap();
     for policy in [budget, of_one_shape] {
         assert_eq!(policy.dense_below, 0);
     }

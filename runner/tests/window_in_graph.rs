@@ -1,7 +1,8 @@
 //! A model whose graph keeps its window makes the text of one whose window the runner feeds.
 
-use std::path::Path;
+mod ledger;
 
+use ledger::Ledger;
 use retro_run::{
     Model, OpenOptions, Runtime,
     decoder::{
@@ -12,50 +13,39 @@ use retro_run::{
         sampling::argmax,
         session::Steps,
     },
-    runtime::find_plugin,
 };
 
 const WINDOW: usize = 4;
 const CAPACITY: usize = 960;
 
 struct Bed {
-    folder: tempfile::TempDir,
+    models: Ledger,
     runtime: Runtime,
 }
 
 impl Bed {
     /// `models/ledger` in both forms. Quest's selection: a small budget shows in the text.
     fn new() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let source = folder.path().join("ledger");
-        retro_models::build(&root.join("models/ledger"), &source, &retro_models::Options::default()).unwrap();
+        let models = Ledger::new();
         for window_in_graph in [false, true] {
             let settings = retro_export::Settings {
                 window: WINDOW,
                 window_in_graph,
                 ..retro_export::Settings::paper()
             };
-            retro_export::convert(&retro_export::Options {
-                source: source.clone(),
-                target: Some(folder.path().join(window_in_graph.to_string())),
-                settings,
-                ..Default::default()
-            })
-            .unwrap();
+            models.convert(&window_in_graph.to_string(), settings);
         }
         let runtime = Runtime::load(None).unwrap();
-        Self { folder, runtime }
+        Self { models, runtime }
     }
 
     fn open(&self, in_graph: bool, steps: Steps) -> Model {
         let options = OpenOptions {
             threads: Some(2),
-            plugin: find_plugin(None).unwrap(),
             steps,
             ..OpenOptions::default()
         };
-        let mut model = Model::open(&self.runtime, &self.folder.path().join(in_graph.to_string()), &options).unwrap();
+        let mut model = self.models.open(&self.runtime, &in_graph.to_string(), options);
         model.folder.eos.clear();
         assert_eq!(model.keeps_window(), in_graph);
         model
