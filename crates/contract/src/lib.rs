@@ -13,7 +13,7 @@ mod state;
 
 pub use budget::{Budget, budget_pages, pages_for};
 pub use choice::{GroupScore, Mode, ParseChoiceError, Selector};
-pub use state::{CacheSize, SKETCH_BLOCK, StateElement, StateLayout};
+pub use state::{CUDA_MAX_RAGGED, CacheSize, SKETCH_BLOCK, StateElement, StateLayout};
 
 /// ONNX domain of the operator.
 pub const DOMAIN: &str = "ai.retro";

@@ -23,6 +23,9 @@ pub struct CacheSize {
 /// Cached rows that share a centre with the selector `sketch`.
 pub const SKETCH_BLOCK: usize = 128;
 
+/// Sequences of a batch that may have different numbers of retrospective tokens (input `retro_length`) on CUDA.
+pub const CUDA_MAX_RAGGED: usize = 512;
+
 /// Bytes of the sketches of a block of rows: codes, factors, centre.
 const fn sketch_block_bytes(size: &CacheSize) -> usize {
     SKETCH_BLOCK * (size.head_size * size.sketch_bits / 8 + 2) + size.head_size * size.cache_element

@@ -201,6 +201,8 @@ shared_constants! {
     SELECT_VARIABLES = 24 * 1024;
 }
 
+const _: () = assert!(MAX_RAGGED == retro_contract::CUDA_MAX_RAGGED && SKETCH_BLOCK == retro_contract::SKETCH_BLOCK);
+
 shared_formulas! {
     /// Pages that the fed rows of a step may lie in.
     touched_page_count(tokens, page_shift) = ((tokens + (1 << page_shift) - 2) >> page_shift) + 1;

@@ -221,6 +221,11 @@ pub enum Error {
          convert it again with retro-export, or give --window 1"
     )]
     OneRetroLength,
+    #[error(
+        "on a GPU at most {most} sequences decode together with a window of their own each, not {asked}: ask for fewer \
+         with --parallel"
+    )]
+    RowsOnGpu { asked: usize, most: usize },
     #[error("this model is declared for batches of {declared}, not of {asked}")]
     DeclaredBatch { declared: usize, asked: usize },
     #[error("this model's caches are declared for {declared} tokens, not {asked}")]

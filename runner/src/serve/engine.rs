@@ -5,10 +5,10 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-use retro_contract::Budget;
+use retro_contract::{Budget, CUDA_MAX_RAGGED};
 
 use crate::{
-    Model, ModelTokenizer,
+    Device, Model, ModelTokenizer,
     decoder::{
         Error, Result,
         cache_rows::CacheRows,
@@ -87,6 +87,7 @@ impl Engine {
             Error::OneRetroLength
         );
         let most_window = if model.io.retro_lengths { most_window } else { 1 };
+        fits_device(model.device(), most_window, options.parallel)?;
         let takes_budget = model.retro.is_some() && model.io.page_budget.is_some();
         let converted = model.retro.is_some();
         options.policy.fits(context)?;
@@ -184,6 +185,40 @@ impl Engine {
         if let Some(thread) = thread {
             // A panic of the scheduler was reported when it happened.
             let _: std::thread::Result<()> = thread.join();
+        }
+    }
+}
+
+/// Whether a device decodes so many sequences together. With windows above 1 each has its own number of retrospective
+/// tokens, of which kernels of a GPU take so many.
+///
+/// # Errors
+/// When there are more.
+fn fits_device(device: Device, most_window: usize, parallel: usize) -> Result<()> {
+    require!(
+        device == Device::Cpu || most_window == 1 || parallel <= CUDA_MAX_RAGGED,
+        Error::RowsOnGpu {
+            asked: parallel,
+            most: CUDA_MAX_RAGGED
+        }
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_decodes_so_many_sequences_with_windows_of_their_own() {
+        let gpu = Device::Cuda(0);
+        let refused = fits_device(gpu, 2, 513).unwrap_err().to_string();
+        assert!(
+            refused.contains("at most 512") && refused.contains("not 513"),
+            "{refused}"
+        );
+        for (device, most_window, parallel) in [(gpu, 2, 512), (gpu, 1, 513), (Device::Cpu, 2, 513)] {
+            fits_device(device, most_window, parallel).unwrap();
         }
     }
 }
