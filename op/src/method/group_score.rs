@@ -5,14 +5,15 @@ use std::ops::Range;
 use retro_contract::GroupScore;
 
 use crate::selector::{PageSelector, Scoring};
-use crate::simd::{Simd, dispatched, exp, ln};
+use crate::simd::{Simd, dispatched, exp, ln_1p};
 
 dispatched! {
     /// The group's score of every candidate page, `scores` `[pages.len()]`, from its heads' (`[g, pages.len()]`, as
     /// [`PageSelector::score_heads`] leaves them; changed here).
     ///
     /// With `GroupScore::Softmax` it is the logarithm of the sum over heads of each head's softmax: the same order,
-    /// without pages far below the best all rounding to 0.
+    /// without pages far below the best all rounding to 0, or those that have all but nothing of a head to 1. Of heads
+    /// that look up a page each, the one that is surest comes first.
     pub fn group_scores<P: PageSelector>(
         scoring: &Scoring, heads: &mut [f32], pages: Range<usize>, scores: &mut [f32],
     ) = group_body
@@ -35,8 +36,9 @@ unsafe fn group_body<S: Simd, P: PageSelector>(
         P::finish_scores(scoring, head, pages.clone());
         if scoring.group_score == GroupScore::Softmax {
             // SAFETY: the caller's promise.
-            let lse = unsafe { log_sum_exp::<S>(head) };
-            head.iter_mut().for_each(|s| *s -= lse);
+            let (top, rest) = unsafe { top_and_rest::<S>(head) };
+            let rest = rest.ln_1p();
+            head.iter_mut().for_each(|s| *s = (*s - top) - rest);
         }
     }
     let scores = &mut scores[..count];
@@ -58,13 +60,14 @@ unsafe fn group_body<S: Simd, P: PageSelector>(
     }
 }
 
-/// The logarithm of the sum of e^s over the numbers among the values: a page that cannot be scored leaves the others'
-/// shares alone. 0 where all are -inf or NaN.
+/// The largest number among the values, and the sum of e^(s - largest) over the others: a page that cannot be scored
+/// leaves the others' shares alone. Without the largest, so that what little the others have is not lost beside its 1.
+/// Zeros where all are -inf or NaN.
 ///
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
-unsafe fn log_sum_exp<S: Simd>(values: &[f32]) -> f32 {
+unsafe fn top_and_rest<S: Simd>(values: &[f32]) -> (f32, f32) {
     let (whole, left) = values.split_at(values.len() - values.len() % S::LANES);
     let mut rest = [f32::NEG_INFINITY; 16];
     rest[..left.len()].copy_from_slice(left);
@@ -84,23 +87,58 @@ unsafe fn log_sum_exp<S: Simd>(values: &[f32]) -> f32 {
         S::largest(S::max(both[0], both[1]))
     };
     if top == f32::NEG_INFINITY {
-        return 0.0;
+        return (0.0, 0.0);
     }
     if top == f32::INFINITY {
-        return top;
+        return (top, 0.0);
     }
     // SAFETY: as above.
     unsafe {
-        let (shift, lowest, mut sum) = (S::splat(top), S::splat(f32::NEG_INFINITY), S::splat(0.0));
+        let (shift, lowest) = (S::splat(top), S::splat(f32::NEG_INFINITY));
+        let mut sums = Sums::<S>::new();
         for piece in whole.chunks_exact(S::LANES) {
             // -inf where there is a NaN.
             let numbers = S::max(S::load(piece.as_ptr()), lowest);
-            sum = S::add(sum, exp::<S>(S::sub(numbers, shift)));
+            sums.add(S::sub(numbers, shift));
         }
         let numbers = S::max(S::load(rest.as_ptr()), lowest);
-        sum = S::add(sum, exp::<S>(S::sub(numbers, shift)));
+        sums.add(S::sub(numbers, shift));
         let zero = S::splat(0.0);
-        top + S::sums([sum, zero, zero, zero])[0].ln()
+        let [below, equal, ..] = S::sums([sums.below, sums.equal, zero, zero]);
+        (top, below + (equal - 1.0))
+    }
+}
+
+/// Sums of e^x over numbers that are 0 or below, those that are 0 counted apart.
+struct Sums<S: Simd> {
+    below: S::V,
+    equal: S::V,
+}
+
+impl<S: Simd> Sums<S> {
+    /// # Safety
+    /// As [`Simd`].
+    #[inline(always)]
+    unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        let zero = unsafe { S::splat(0.0) };
+        Self {
+            below: zero,
+            equal: zero,
+        }
+    }
+
+    /// # Safety
+    /// As [`Simd`].
+    #[inline(always)]
+    unsafe fn add(&mut self, x: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let power = exp::<S>(x);
+            let one = S::unless_below(x, S::splat(0.0), power);
+            self.below = S::add(self.below, S::sub(power, one));
+            self.equal = S::add(self.equal, one);
+        }
     }
 }
 
@@ -127,11 +165,12 @@ unsafe fn add_spread<S: Simd>(heads: &[f32], scores: &mut [f32]) {
                 }
             };
             let best = load(&scores[at..]);
-            let mut sum = S::splat(0.0);
+            let mut sums = Sums::<S>::new();
             for head in heads.chunks_exact(count) {
-                sum = S::add(sum, exp::<S>(S::sub(load(&head[at..]), best)));
+                sums.add(S::sub(load(&head[at..]), best));
             }
-            S::store(buffer.as_mut_ptr(), ln::<S>(sum));
+            let others = S::add(sums.below, S::sub(sums.equal, S::splat(1.0)));
+            S::store(buffer.as_mut_ptr(), ln_1p::<S>(others));
         }
         for (score, ln) in scores[at..at + n].iter_mut().zip(buffer) {
             *score += if *score == f32::NEG_INFINITY { 0.0 } else { ln };

@@ -189,12 +189,40 @@ const ROOT: u32 = 0x3f35_04f3;
 /// As [`Simd`].
 #[inline(always)]
 pub(crate) unsafe fn ln<S: Simd>(x: S::V) -> S::V {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
     // SAFETY: the caller's promise.
     unsafe {
         let (zero, n) = (S::splat(0.0), S::exponent(x));
         let f = S::sub(S::mul(x, S::power_of_2(S::sub(zero, n))), S::splat(1.0));
+        ln_of_parts::<S>(x, n, f)
+    }
+}
+
+/// The natural logarithm of 1 + x for x >= 0, as [`ln`]: for small x as exact as x.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn ln_1p<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let n = S::exponent(S::add(S::splat(1.0), x));
+        let scale = S::power_of_2(S::sub(S::splat(0.0), n));
+        // Exactly x where n is 0.
+        let f = S::fma(x, scale, S::sub(scale, S::splat(1.0)));
+        ln_of_parts::<S>(x, n, f)
+    }
+}
+
+/// The natural logarithm of `2^n (1 + f)`, NaN where `x` is no number.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+unsafe fn ln_of_parts<S: Simd>(x: S::V, n: S::V, f: S::V) -> S::V {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // SAFETY: the caller's promise.
+    unsafe {
         let mut p = S::splat(7.037_683_6e-2);
         for c in [
             -1.151_461e-1,
@@ -213,7 +241,7 @@ pub(crate) unsafe fn ln<S: Simd>(x: S::V) -> S::V {
         let rest = S::fma(S::mul(p, f), square, rest);
         let ln = S::fma(n, S::splat(LN2_HIGH), S::add(f, rest));
         // What is no number stays none.
-        S::fma(zero, x, ln)
+        S::fma(S::splat(0.0), x, ln)
     }
 }
 
@@ -346,6 +374,40 @@ mod tests {
             let mut nan = [f32::NAN; 16];
             exp_all(isa, &mut nan);
             assert!(nan.iter().all(|x| x.is_nan()), "{isa:?}");
+        }
+    }
+
+    dispatched! {
+        fn ln_1p_all(values: &mut [f32]) = ln_1p_all_body
+    }
+
+    #[inline(always)]
+    unsafe fn ln_1p_all_body<S: Simd>(values: &mut [f32]) {
+        for chunk in values.chunks_exact_mut(S::LANES) {
+            // SAFETY: the chunk has LANES elements; the instruction set is the caller's promise.
+            unsafe { S::store(chunk.as_mut_ptr(), ln_1p::<S>(S::load(chunk.as_ptr()))) };
+        }
+    }
+
+    #[test]
+    fn ln_1p_is_close_however_small() {
+        let inputs: Vec<f32> = (0..4096).map(|i| 1e-37 * 1.021f32.powi(i)).collect();
+        assert!(inputs[4095] > 16.0 && inputs[4095] < 1e6, "{}", inputs[4095]);
+        for &isa in Isa::all() {
+            let mut got = inputs.clone();
+            ln_1p_all(isa, &mut got);
+            for (x, got) in inputs.iter().zip(got) {
+                let want = f64::from(*x).ln_1p();
+                assert!(
+                    (f64::from(got) - want).abs() <= 3e-7 * want,
+                    "{isa:?} {x}: {got} {want}"
+                );
+            }
+            let mut ends = [0.0; 16];
+            (ends[1], ends[2]) = (f32::NAN, f32::INFINITY);
+            ln_1p_all(isa, &mut ends);
+            assert_eq!(ends[0], 0.0, "{isa:?}");
+            assert!(ends[1].is_nan() && ends[2].is_nan(), "{isa:?}");
         }
     }
 

@@ -85,6 +85,13 @@ template <class T> T __shfl_up_sync(unsigned, T value, unsigned by) {
   const unsigned lane = this_thread() % 32;
   return exchange(value)[lane < by ? lane : lane - by];
 }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const auto all = exchange(vote);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; lane++) votes |= unsigned(all[lane]) << lane;
+  return votes;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 template <class T, class F> T reduced(T value, F join) {
   const auto all = exchange(value);
   T result = all[0];

@@ -63,10 +63,10 @@ Doubles rotated_by_definition(const Doubles& x) {
 // A largest score and the sum of e^(score - largest).
 struct Sum {
   double top = -INFINITY, sum = 0;
-  void add(double score, double times = 1) {
+  void add(double score) {
     if (score == -INFINITY) return;
     const double most = std::max(top, score);
-    sum = sum * std::exp(top - most) + times * std::exp(score - most), top = most;
+    sum = sum * std::exp(top - most) + std::exp(score - most), top = most;
   }
   double log() const { return top + std::log(sum); }
 };
@@ -270,20 +270,27 @@ template <class T, int DP> struct Case {
       Doubles query(d);
       for (int e = 0; e < d; e++) query[e] = widen(queries[(head * p.group + h) * d + e]);
       const Doubles rotated = rotated_by_definition(query);
-      Sum of_scores, of_parts;
+      Doubles scores;
       for (int page = all.from; page < all.pages; page++) {
         const double expected = mass(head, query, rotated, page);
         largest[page] = std::max(largest[page], expected);
         if (!softmax) continue;
         check(score_at(p, head, page, h), expected, 2e-3);
-        of_scores.add(score_at(p, head, page, h));
+        scores.push_back(score_at(p, head, page, h));
       }
       if (!softmax) continue;
+      // The largest score, and the sum over the others beside it.
+      const auto largest_of_head = std::max_element(scores.begin(), scores.end());
+      const double most = *largest_of_head;
+      scores.erase(largest_of_head);
+      double rest = 0, rest_of_parts = -1;
+      for (const double score : scores) rest += std::exp(score - most);
       for (int i = 0; i < p.score_parts; i++) {
         const float4 part = stats[(head * p.score_parts + i) * p.group + h];
-        of_parts.add(part.x, part.y);
+        rest_of_parts += part.y * std::exp(part.x - most) + std::exp(part.x - most);
+        wrong += part.x > most;
       }
-      check(of_parts.log(), of_scores.log(), 1e-4);
+      check(rest_of_parts, rest, 1e-4);
     }
     if (softmax) return;
     double top = -INFINITY, highest = -INFINITY;

@@ -1,8 +1,9 @@
 //! Which pages a step takes of many, against a sort of their scores.
 
-use retro_contract::{GroupScore, budget_pages};
+use retro_contract::{GroupScore, Selector, budget_pages};
 use retro_tests::{
     attrs::Attrs,
+    golden::Rows,
     host,
     layer::{Binding, KEY, Layer, STEPS, SUMMARY, State, VALUE},
     random::Random,
@@ -134,14 +135,15 @@ impl Choice {
                 .iter()
                 .map(|page| scale * f64::from(of_query(query, page)))
                 .collect();
-            let most = of_head.iter().copied().fold(f64::MIN, f64::max);
-            let sum: f64 = of_head.iter().map(|s| (s - most).exp()).sum();
+            let numbers = of_head.iter().filter(|s| !s.is_nan());
+            let most = numbers.clone().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = numbers.map(|s| (s - most).exp()).sum();
             shares
                 .iter_mut()
                 .zip(&of_head)
                 .for_each(|(share, s)| *share += (s - most).exp() / sum);
         }
-        shares.iter().map(|share| share.ln() as f32).collect()
+        shares.iter().map(|share| or_first(share.ln() as f32)).collect()
     }
 
     fn budget(&self) -> usize {
@@ -252,9 +254,10 @@ fn the_best_of_small_pages() {
 #[test]
 fn the_best_of_small_pages_by_softmax() {
     for &dtype in host::dtypes() {
-        for pages in [1_000, 5_000, 32_768] {
+        for (pages, broken) in [(1_000, 0), (5_000, 0), (32_768, 0), (1_000, 97), (32_768, 97)] {
             Choice {
                 group_score: GroupScore::Softmax,
+                broken,
                 ..Choice::new(dtype, 4, pages, 64.0)
             }
             .takes_nearly_the_best();
@@ -279,6 +282,50 @@ fn the_best_of_few_pages_where_there_is_room_for_many() {
                 ..Choice::new(dtype, 4, 32_768, 64.0)
             }
             .takes_the_best();
+        }
+    }
+}
+
+/// Heads that look up a page each, all of them sure of it: each page has 1 of a head, but for less than f32 tells from
+/// nothing beside it. The heads that are surest are heard, and no head is deaf for its page's index.
+#[test]
+fn of_sure_heads_the_surest_are_heard() {
+    const SURE: [(usize, f32); 4] = [(7, 24.0), (15, 27.0), (23, 30.0), (31, 33.0)];
+    let (heads, size, page, pages) = (4, 32, 16, 40);
+    for &dtype in host::dtypes() {
+        for selector in [Selector::Sketch, Selector::Bounds, Selector::SignedMoments] {
+            let attrs = Attrs {
+                page,
+                window: 1,
+                selector,
+                group_score: GroupScore::Softmax,
+                lambda: 1.0,
+                scale: 1.0,
+                ..Attrs::new(heads, 1, size).budget(BUDGET, 4)
+            };
+            let rows = |count: usize| Rows {
+                count,
+                query: vec![0.0; count * heads * size],
+                key: vec![0.0; count * size],
+                value: vec![0.0; count * size],
+            };
+            let mut prompt = rows(pages * page - 1);
+            for (head, (of_head, logit)) in SURE.into_iter().enumerate() {
+                // All tokens of the page, so that every selector knows its scores exactly.
+                for key in prompt.key[of_head * page * size..][..page * size].chunks_mut(size) {
+                    key[head] = logit;
+                }
+            }
+            let mut newest = rows(1);
+            for (head, query) in newest.query.chunks_mut(size).enumerate() {
+                query[head] = 1.0;
+            }
+            let (layer, length) = (Layer::new(&attrs, dtype), pages * page);
+            let mut state = State::new(&attrs, dtype, 1, length);
+            layer.run(&mut state, &drive::prefill_feed(&prompt, length - 1), Binding::InPlace);
+            layer.run(&mut state, &drive::feed(&newest, length, 0, None), Binding::InPlace);
+            let got = selected(&state.page_steps(0, pages), length - 1);
+            assert_eq!(got, [[0, 23, 31, 39]], "{dtype:?} {selector}");
         }
     }
 }

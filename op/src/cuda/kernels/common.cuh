@@ -276,10 +276,17 @@ DEVICE float warp_sum(float x) {
 // A score; where there is none (a NaN among the page's keys, or a number beyond f32's range) the largest: the page is
 // read first, so that what is wrong with it shows, as with dense attention.
 DEVICE float or_first(float score) { return score == score ? score : -NEG_INF; }
+// Such a page leaves the others' shares of its heads alone.
+DEVICE float if_number(float score) { return score == -NEG_INF ? NEG_INF : score; }
 
-// A largest value and the sum of e^(x - largest), joined with another such pair.
-DEVICE float2 joined_sums(float2 a, float2 b) {
-  const float top = fmaxf(a.x, b.x);
-  if (top == NEG_INF) return {top, 0.f};
-  return {top, a.y * __expf(a.x - top) + b.y * __expf(b.x - top)};
+// A largest value and the sum of e^(x - largest) over the others, joined with another such pair. Without the largest,
+// so that what little the others have is not lost beside its 1.
+DEVICE float2 joined_rest(float2 a, float2 b) {
+  const bool first = a.x >= b.x;
+  const float top = first ? a.x : b.x, rest = first ? a.y : b.y, low = first ? b.x : a.x;
+  const float e = low == top ? 1.f : __expf(low - top);
+  return {top, fmaf(first ? b.y : a.y, e, rest + e)};
 }
+
+// The logarithm (base 2) of 1 + x for x >= 0, which keeps the order of small ones too.
+DEVICE float log2_1p(float x) { return x < 0x1p-11f ? x * LOG2E : log2_fast(1.f + x); }

@@ -54,11 +54,20 @@ DEVICE void store_score(const Params& p, int pair, int h, int page, float score)
 }
 
 // What the scoring blocks leave of a head's scores over the candidates among their pages: {largest, sum of e^(score -
-// largest), least finite}. Without a softmax over pages the group's score stands for the head, and the sum is not used.
+// largest) over the others, least finite}. Without a softmax over pages the group's score stands for the head, and the
+// sum is not used.
 DEVICE float4 no_scores() { return {NEG_INF, 0.f, -NEG_INF, 0.f}; }
 DEVICE float4 joined_stats(float4 a, float4 b) {
-  const float2 sums = joined_sums({a.x, a.y}, {b.x, b.y});
+  const float2 sums = joined_rest({a.x, a.y}, {b.x, b.y});
   return {sums.x, sums.y, fminf(a.z, b.z), 0.f};
+}
+
+// A lane's part of such a sum over so many neighbouring lanes: all but one of those that have the largest count it.
+template <int LANES> DEVICE float part_of_rest(float2 mine, float top) {
+  const int lane = threadIdx.x % 32, first = lane & ~(LANES - 1);
+  const u32 largest = __ballot_sync(ALL_LANES, mine.x == top) >> first;
+  const float e = mine.x == top ? 1.f : __expf(mine.x - top);
+  return fmaf(mine.y, e, __ffs(largest) - 1 == lane - first ? 0.f : e);
 }
 
 // Of so many neighbouring lanes.
@@ -67,19 +76,23 @@ template <int LANES> DEVICE float4 joined_over(float4 mine) {
 #pragma unroll
   for (int i = 1; i < LANES; i <<= 1)
     top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, i)), least = fminf(least, __shfl_xor_sync(ALL_LANES, least, i));
-  float sum = top == NEG_INF ? 0.f : mine.y * __expf(mine.x - top);
+  float sum = part_of_rest<LANES>({mine.x, mine.y}, top);
 #pragma unroll
   for (int i = 1; i < LANES; i <<= 1) sum += __shfl_xor_sync(ALL_LANES, sum, i);
   return {top, sum, least, 0.f};
 }
 
-DEVICE float4 of_score(float score) { return {score, 1.f, score == NEG_INF ? -NEG_INF : score, 0.f}; }
+DEVICE float4 of_score(float score) {
+  score = if_number(score);
+  return {score, 0.f, score == NEG_INF ? -NEG_INF : score, 0.f};
+}
 
-// The larger of the two has weight 1.
+// The one that is not the largest counts.
 DEVICE void add_score(float4& all, float score) {
+  score = if_number(score);
   const float n = fmaxf(all.x, score), base = n == NEG_INF ? 0.f : n;
   const float e = exp2_fast((fminf(all.x, score) - base) * LOG2E);
-  all.y = !(score == score) ? score : score > all.x ? fmaf(all.y, e, 1.f) : all.y + e;
+  all.y = score > all.x ? fmaf(all.y, e, e) : all.y + e;
   all.x = n, all.z = score == NEG_INF ? all.z : fminf(all.z, score);
 }
 

@@ -355,7 +355,7 @@ template <Choice CHOICE> DEVICE void select_kernel(const Params& p) {
     const Range range = joined_range<CHOICE>(p, pair, sh);
     bins = Bins(range.lowest, range.highest);
   } else if (softmax_over_pages<CHOICE>(p)) {
-    page_lse(p, scores, all.from, all.pages, &sh);
+    page_sums(p, scores, all.from, all.pages, &sh);
   }
   if (softmax_over_pages<CHOICE>(p)) {
     join_heads(p, read, asked, kept.scores, VEC8 * kept.count, sh);

@@ -3,13 +3,20 @@
 #pragma once
 #include "select_shared.cuh"
 
-// The log-sum-exp (base 2) of scores with this largest one and sum. An infinite one is all of it.
-DEVICE float lse_of(float most, float sum) { return most == -NEG_INF ? most : most + log2_fast(sum); }
+// A head's largest score and the logarithm (base 2) of 1 and the sum of e^(score - largest) over the others: the
+// logarithm of a page's share is `(score - most) log2 e - rest`, exact for the page that has all but nothing of a head.
+struct HeadSums {
+  float most, rest;
+  // Of no scores every share is 0.
+  DEVICE explicit HeadSums(float2 sums)
+      : most(sums.x == NEG_INF ? 0.f : sums.x), rest(sums.x == NEG_INF ? 0.f : log2_1p(sums.y)) {}
+  DEVICE float share(float score) const { return fmaf(score - most, LOG2E, -rest); }
+};
 
 // Joined over a warp: the largest first, so that a lane needs one exponential.
 DEVICE float2 warp_sums(float2 a) {
   const float top = warp_max(a.x);
-  return {top, warp_sum(top == NEG_INF ? 0.f : a.y * __expf(a.x - top))};
+  return {top, warp_sum(part_of_rest<32>(a, top))};
 }
 
 // Two bounds that the group's scores of a KV head's candidates lie between.
@@ -17,9 +24,9 @@ struct Range {
   float lowest, highest;
 };
 
-// The log-sum-exp (base 2) of every head over the candidate pages, and its least and largest logarithm of a share, from
-// the parts that the scoring blocks left.
-DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
+// The sums of every head over the candidate pages, and its least and largest logarithm of a share, from the parts that
+// the scoring blocks left.
+DEVICE void joined_heads(const Params& p, int pair, SelectShared& sh) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int h = warp; h < p.group; h += SELECT_WARPS) {
@@ -28,42 +35,45 @@ DEVICE void joined_lse(const Params& p, int pair, SelectShared& sh) {
 #pragma unroll 1
     for (int i = lane; i < p.score_parts; i += 32) {
       const float4 part = p.score_stats[(size_t(pair) * p.score_parts + i) * p.group + h];
-      sums = joined_sums(sums, {part.x, part.y});
+      sums = joined_rest(sums, {part.x, part.y});
       least = fminf(least, part.z);
     }
     sums = warp_sums(sums);
     least = warp_min(least);
-    const float most = sums.x * LOG2E, lse = lse_of(most, sums.y);
-    if (lane == 0) sh.lse[h] = lse, sh.lowest[h] = least * LOG2E - lse, sh.highest[h] = most - lse;
+    const HeadSums head(sums);
+    if (lane > 0) continue;
+    sh.most[h] = head.most, sh.rest[h] = head.rest;
+    sh.lowest[h] = head.share(least), sh.highest[h] = head.share(sums.x);
   }
   __syncthreads();
 }
 
-// The log-sum-exps alone, from the scores themselves.
-RARE void page_lse(const Params& p, const float* scores, int from, int pages, SelectShared* shared) {
+// The sums alone, from the scores themselves.
+RARE void page_sums(const Params& p, const float* scores, int from, int pages, SelectShared* shared) {
   SelectShared& sh = *shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int h = 0; h < p.group; h++) {
     float2 sums = {NEG_INF, 0.f};
     for (int i = from + threadIdx.x; i < pages; i += SELECT_THREADS)
-      sums = joined_sums(sums, {scores[size_t(i) * scores_a_page(p) + h], 1.f});
+      sums = joined_rest(sums, {if_number(scores[size_t(i) * scores_a_page(p) + h]), 0.f});
     sums = warp_sums(sums);
     if (lane == 0) sh.part[warp] = sums;
     __syncthreads();
     if (warp == 0) {
       sums = warp_sums(lane < SELECT_WARPS ? sh.part[lane] : float2{NEG_INF, 0.f});
-      if (lane == 0) sh.lse[h] = lse_of(sums.x * LOG2E, sums.y);
+      const HeadSums head(sums);
+      if (lane == 0) sh.most[h] = head.most, sh.rest[h] = head.rest;
     }
     __syncthreads();
   }
 }
 
-// The range of the group's scores from the parts that the scoring blocks left, and the log-sum-exps that they need.
+// The range of the group's scores from the parts that the scoring blocks left, and the heads' sums that they need.
 template <Choice CHOICE> DEVICE Range joined_range(const Params& p, int pair, SelectShared& sh) {
   Range range = {NEG_INF, NEG_INF};
   if (softmax_over_pages<CHOICE>(p)) {
-    joined_lse(p, pair, sh);
+    joined_heads(p, pair, sh);
     // A page's score is at least that of each head, and at most the largest of them and log g.
 #pragma unroll 1
     for (int h = 0; h < p.group; h++)
@@ -100,10 +110,8 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
                        float* joined, int count, const SelectShared& sh) {
 #pragma unroll 1
   for (int page = threadIdx.x; page < count; page += JOINED_AT_ONCE * SELECT_THREADS) {
-    // Not -inf, which would make NaNs.
-    float top[JOINED_AT_ONCE], sum[JOINED_AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < JOINED_AT_ONCE; i++) top[i] = -1e30f, sum[i] = 0.f;
+    // The largest share of a page's heads, and the sum over the others as of `joined_rest`.
+    float top[JOINED_AT_ONCE], rest[JOINED_AT_ONCE];
 #pragma unroll 1
     for (int h = 0; h < p.group; h += 4) {
       const HeadScores four = asked;
@@ -112,24 +120,35 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
         asked.ask(p, scores, page, count, h + 4);
       else if (page + JOINED_AT_ONCE * SELECT_THREADS < count)
         asked.ask(p, scores, page + JOINED_AT_ONCE * SELECT_THREADS, count, 0);
-      const float4 less = *reinterpret_cast<const float4*>(&sh.lse[h]);
+      const float4 most = *reinterpret_cast<const float4*>(&sh.most[h]),
+                   less = *reinterpret_cast<const float4*>(&sh.rest[h]);
       // Of heads that are not there -inf.
-      auto share = [&](int j, float score, float lse) { return h + j < p.group ? fmaf(score, LOG2E, -lse) : NEG_INF; };
+      auto share = [&](int j, float score, float most, float rest) {
+        return h + j < p.group ? fmaf(score - most, LOG2E, -rest) : NEG_INF;
+      };
 #pragma unroll
       for (int i = 0; i < JOINED_AT_ONCE; i++) {
         const float4 of = four.four[i];
-        const float a = share(0, of.x, less.x), b = share(1, of.y, less.y), c = share(2, of.z, less.z),
-                    d = share(3, of.w, less.w);
-        const float n = fmaxf(fmaxf(fmaxf(a, b), fmaxf(c, d)), top[i]),
-                    before = h ? sum[i] * exp2_fast(top[i] - n) : 0.f;
-        sum[i] = before + exp2_fast(a - n) + exp2_fast(b - n) + exp2_fast(c - n) + exp2_fast(d - n);
-        top[i] = n;
+        const float a = share(0, of.x, most.x, less.x), b = share(1, of.y, most.y, less.y),
+                    c = share(2, of.z, most.z, less.z), d = share(3, of.w, most.w, less.w);
+        const float ab = fmaxf(a, b), cd = fmaxf(c, d);
+        // Not -inf, which would make NaNs.
+        const float n = fmaxf(fmaxf(ab, cd), -1e30f);
+        const float sum = exp2_fast(fminf(a, b) - n) + exp2_fast(fminf(c, d) - n) + exp2_fast(fminf(ab, cd) - n);
+        if (h == 0) {
+          top[i] = n, rest[i] = sum;
+        } else {
+          const bool first = top[i] >= n;
+          const float e = exp2_fast(first ? n - top[i] : top[i] - n);
+          rest[i] = first ? fmaf(sum, e, rest[i] + e) : fmaf(rest[i], e, sum + e);
+          top[i] = fmaxf(top[i], n);
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < JOINED_AT_ONCE; i++)
       if (page + i * SELECT_THREADS < count)
-        joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_fast(sum[i]) + 0.f);
+        joined[page + i * SELECT_THREADS] = or_first(top[i] + log2_1p(rest[i]) + 0.f);
   }
   __syncthreads();
 }

@@ -36,7 +36,7 @@ struct SelectShared {
   u32 counts[SELECT_WARPS], more_counts[SELECT_WARPS];
   uint2 told;  // what the other blocks of the cluster read
   float2 part[SELECT_WARPS];
-  __align__(16) float lse[MAX_GROUP];
+  __align__(16) float most[MAX_GROUP], rest[MAX_GROUP];  // of a head's scores: see HeadSums
   float lowest[MAX_GROUP], highest[MAX_GROUP];
   // The decisive bin; the pages of it that are taken, and all of them, over the cluster; those in blocks before this
   // one.
