@@ -34,8 +34,7 @@ std::vector<std::int64_t> shape_of(const Ort::TypeInfo& info) { return info.GetT
 
 class Generator {
  public:
-  Generator(Ort::Env& env, const char* model, const char* plugin, std::int64_t capacity)
-      : session_(env, model, options(plugin)), binding_(session_), capacity_(capacity) {
+  Generator(Ort::Session& session, std::int64_t capacity) : session_(session), binding_(session), capacity_(capacity) {
     window_ = metadata("retro.window");
     page_size_ = metadata("retro.page_size");
     for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
@@ -68,13 +67,6 @@ class Generator {
   }
 
  private:
-  static Ort::SessionOptions options(const char* plugin) {
-    Ort::SessionOptions options;
-    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
-    options.RegisterCustomOpsLibrary(plugin);
-    return options;
-  }
-
   std::int64_t metadata(const char* key) {
     const auto value = session_.GetModelMetadata().LookupCustomMetadataMapAllocated(key, allocator_);
     if (!value) throw std::runtime_error("the model was not converted by retro-export");
@@ -146,7 +138,7 @@ class Generator {
 
   Ort::AllocatorWithDefaultOptions allocator_;
   Ort::MemoryInfo cpu_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
-  Ort::Session session_;
+  Ort::Session& session_;
   std::vector<Ort::Value> state_;
   Ort::IoBinding binding_;
   std::vector<std::string> names_;
@@ -157,13 +149,22 @@ class Generator {
 
 int main(int argc, char** argv) try {
   if (argc != 5) throw std::runtime_error("usage: generate MODEL.onnx PLUGIN N_PREDICT ID,ID,...");
+  const char* model = argv[1];
+  const char* plugin = argv[2];
   const std::int64_t count = std::stoll(argv[3]);
   std::vector<std::int64_t> ids;
   std::istringstream list(argv[4]);
   for (std::string id; std::getline(list, id, ',');) ids.push_back(std::stoll(id));
   if (ids.empty() || count < 1) throw std::runtime_error("give a prompt of one token or more, and ask for one or more");
+
   Ort::Env env;
-  Generator generator(env, argv[1], argv[2], static_cast<std::int64_t>(ids.size()) + count);
+  Ort::SessionOptions options;
+  // It warns of inputs that have defaults, as converted models' have.
+  options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+  options.RegisterCustomOpsLibrary(plugin);  // C API: RegisterCustomOpsLibrary_V2
+  Ort::Session session(env, model, options);
+
+  Generator generator(session, static_cast<std::int64_t>(ids.size()) + count);
   const char* comma = "";
   for (const std::int64_t token : generator.generate(ids, count)) {
     std::cout << comma << token;

@@ -205,6 +205,15 @@ def test_cpp_blocks_load_a_model(block, compiled, ledger, tmp_path):
     assert inputs == 6 * 6 + 2
 
 
+@pytest.mark.parametrize("block", of("cpp"))
+def test_cpp_blocks_are_lines_of_the_example(block):
+    """In their order; the example has lines of its own between."""
+    names = {'"/path/to/libretro_attention.so"': "plugin", '"OUT/model.onnx"': "model"}
+    example = iter(line.strip() for line in (ROOT / "examples" / "generate.cc").read_text().splitlines())
+    for line in filled(block, names).splitlines():
+        assert not line.strip() or line.strip() in example, f"{block}: {line} is not in examples/generate.cc"
+
+
 def test_the_hosts_in_cpp_and_python_agree(compiled, ledger):
     ids = ",".join(map(str, prompt()[0][:300]))
     model = ledger / "retro" / "model.onnx"
