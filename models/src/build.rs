@@ -4,14 +4,13 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::Write,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
 
 use bytes::Bytes;
-use retro_onnx::{folder_of, new_file_beside, persist, remove_abandoned, write_model};
+use retro_onnx::{folder_of, new_file_beside, persist, remove_abandoned, write_all_at, write_model};
 use tempfile::NamedTempFile;
 
 use crate::{
@@ -321,7 +320,7 @@ impl Job<'_> {
                 buffer.clear();
                 buffer.resize(piece.bytes, 0);
                 self.fill(piece.index, piece.init, piece.row, &mut buffer)?;
-                let written = file.write_all_at(&buffer, piece.offset);
+                let written = write_all_at(file, &buffer, piece.offset);
                 written.map_err(at!(Write, path))?;
             }
             Ok(())

@@ -15,6 +15,7 @@ mod external_data;
 mod fresh_names;
 pub mod graph;
 mod messages;
+mod platform;
 mod read;
 mod stream;
 mod temporary;
@@ -27,6 +28,7 @@ pub use external_data::{
     ExternalFile, external_files, for_each_tensor, inside, locations, rename_locations, stay_inside,
 };
 pub use messages::*;
+pub use platform::{leave_to_umask, write_all_at};
 pub use read::{LoadedModel, folder_of, map_file, read_bytes, read_model};
 pub use stream::Sink;
 pub use temporary::{NewFolder, Staged, is_temporary, new_file_beside, remove_abandoned};

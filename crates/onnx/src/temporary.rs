@@ -3,12 +3,13 @@
 //! [`write_model`](crate::write_model) makes its file so too, whoever calls it: so all that takes part in the locking
 //! is here, although the converter alone stages folders and links.
 
-use crate::read::folder_of;
-use rustix::fs::OFlags;
+use crate::{
+    platform::{is_at, leave_to_umask, open_to_lock},
+    read::folder_of,
+};
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{self, File, TryLockError},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 use tempfile::{NamedTempFile, TempDir};
@@ -31,8 +32,7 @@ pub fn is_temporary(name: &std::ffi::OsStr) -> bool {
 pub fn new_file_beside(target: &Path) -> io::Result<NamedTempFile> {
     for _ in 0..TRIES {
         let mut builder = tempfile::Builder::new();
-        // As any new file: the user's umask decides, not the 0600 of temporary files.
-        builder.permissions(fs::Permissions::from_mode(0o666));
+        leave_to_umask(&mut builder, 0o666);
         let file = builder.prefix(PREFIX).suffix(SUFFIX).tempfile_in(folder_of(target))?;
         if holds(file.as_file(), file.path()) {
             return Ok(file);
@@ -55,9 +55,9 @@ impl NewFolder {
     pub fn inside(folder: &Path) -> io::Result<Self> {
         for _ in 0..TRIES {
             let mut builder = tempfile::Builder::new();
-            builder.permissions(fs::Permissions::from_mode(0o777));
+            leave_to_umask(&mut builder, 0o777);
             let new = builder.prefix(PREFIX).suffix(SUFFIX).tempdir_in(folder)?;
-            match File::open(new.path()) {
+            match open_to_lock(new.path()) {
                 Ok(lock) if holds(&lock, new.path()) => {
                     return Ok(Self {
                         folder: new,
@@ -126,22 +126,13 @@ fn holds(file: &File, path: &Path) -> bool {
     }
 }
 
-fn is_at(file: &File, path: &Path) -> bool {
-    let place = |meta: &fs::Metadata| (meta.dev(), meta.ino());
-    match (file.metadata(), fs::symlink_metadata(path)) {
-        (Ok(open), Ok(there)) => place(&open) == place(&there),
-        _ => false,
-    }
-}
-
 /// Removes what killed runs have left in a folder. What can't be removed stays.
 pub fn remove_abandoned(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten().filter(|e| is_temporary(&e.file_name())) {
         let path = entry.path();
         if entry.file_type().is_ok_and(|t| t.is_file() || t.is_dir()) {
-            let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
-            let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(&path) else {
+            let Ok(file) = open_to_lock(&path) else {
                 continue;
             };
             // The lock is held until it is gone.

@@ -59,6 +59,10 @@ impl Device {
     /// When ONNX Runtime was built without CUDA, or the machine has no such GPU.
     pub fn gpu(self) -> Result<Option<Arc<Gpu>>> {
         let Self::Cuda(id) = self else { return Ok(None) };
+        // The kernels were never run elsewhere.
+        if !cfg!(target_os = "linux") {
+            return Err(Error::NotLinux);
+        }
         if !ep::CUDA::is_available()? {
             return Err(Error::NoCuda);
         }

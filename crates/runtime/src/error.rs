@@ -9,7 +9,7 @@ use std::{
 
 use ort::ErrorCode;
 
-use crate::RUNTIME_VARIABLE;
+use crate::library::{ONNX_RUNTIME, RUNTIME_VARIABLE};
 
 /// An error of ONNX Runtime: its code, and its message in one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +66,9 @@ pub enum Error {
          package onnxruntime-gpu), or use --device cpu"
     )]
     NoCuda,
+
+    #[error("--device cuda is for Linux; on this system use --device cpu")]
+    NotLinux,
 
     #[error("the CUDA execution provider does not load: {0}")]
     Provider(OrtError),
@@ -132,7 +135,7 @@ impl<R> From<ort::Error<R>> for Error {
 }
 
 fn hint() -> String {
-    format!("set {RUNTIME_VARIABLE}=PATH/libonnxruntime.so (scripts/onnxruntime finds or fetches one)")
+    format!("set {RUNTIME_VARIABLE}=PATH/{ONNX_RUNTIME} (scripts/onnxruntime finds or fetches one)")
 }
 
 /// ONNX Runtime's messages run over several lines; ours are one line.

@@ -1,6 +1,7 @@
 //! Finding and loading the two shared libraries: ONNX Runtime and the plugin.
 
 use std::{
+    env::consts::{DLL_PREFIX, DLL_SUFFIX},
     ffi::OsStr,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -14,15 +15,27 @@ use crate::{
     one_line,
 };
 
-/// File name of the plugin.
-pub const PLUGIN: &str = "libretro_attention.so";
+/// File name of the plugin on this system.
+pub const PLUGIN: &str = if cfg!(windows) {
+    "retro_attention.dll"
+} else if cfg!(target_vendor = "apple") {
+    "libretro_attention.dylib"
+} else {
+    "libretro_attention.so"
+};
 /// Names a library for the whole shell session.
 pub const PLUGIN_VARIABLE: &str = "RETRO_ATTENTION_PLUGIN";
 /// As in every program that uses the `ort` crate.
 pub const RUNTIME_VARIABLE: &str = "ORT_DYLIB_PATH";
 
-/// A bare name: the system's loader looks where it looks.
-const ANYWHERE: &str = "libonnxruntime.so";
+/// ONNX Runtime's file name on this system. As a bare name, the system's loader looks where it looks.
+pub(crate) const ONNX_RUNTIME: &str = if cfg!(windows) {
+    "onnxruntime.dll"
+} else if cfg!(target_vendor = "apple") {
+    "libonnxruntime.dylib"
+} else {
+    "libonnxruntime.so"
+};
 
 /// A loaded ONNX Runtime; one per process.
 pub struct Runtime {
@@ -52,7 +65,7 @@ impl Runtime {
         }
         let builder = ort::init_from(&path).map_err(|e| {
             let reason = one_line(&e);
-            if path == Path::new(ANYWHERE) {
+            if path == Path::new(ONNX_RUNTIME) {
                 Error::NoRuntime(reason)
             } else {
                 Error::UnusableRuntime {
@@ -90,38 +103,38 @@ fn find_runtime(explicit: Option<&Path>) -> Result<PathBuf> {
             versions
                 .iter()
                 .filter_map(|version| newest_runtime(version))
-                .max_by_key(|p| version_key(p))
+                .max_by_key(|p| version_of(p))
         });
         if let Some(path) = beside {
             return Ok(path);
         }
     }
-    Ok(PathBuf::from(ANYWHERE))
+    Ok(PathBuf::from(ONNX_RUNTIME))
 }
 
 /// The library among a folder's files with the highest version in its name.
 fn newest_runtime(folder: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(folder).ok()?;
-    let is_runtime = |p: &PathBuf| {
-        let name = p.file_name().and_then(OsStr::to_str).unwrap_or("");
-        (name == "libonnxruntime.so" || name.starts_with("libonnxruntime.so.")) && p.is_file()
-    };
-    entries
-        .flatten()
-        .map(|e| e.path())
-        .filter(is_runtime)
-        .max_by_key(|p| version_key(p))
+    let files = entries.flatten().map(|e| e.path()).filter(|p| p.is_file());
+    files
+        .filter_map(|p| Some((version_of(&p)?, p)))
+        .max_by(|(a, _), (b, _)| a.cmp(b))
+        .map(|(_, path)| path)
 }
 
-/// 1.9.0 before 1.31.1.
-fn version_key(path: &Path) -> Vec<u32> {
-    let name = path.file_name().and_then(OsStr::to_str).unwrap_or("");
-    name.split(".so.")
-        .nth(1)
-        .unwrap_or("")
-        .split('.')
-        .filter_map(|n| n.parse().ok())
-        .collect()
+/// The numbers in the name of a file that is ONNX Runtime: libonnxruntime.so.1.31.1, libonnxruntime.1.31.1.dylib,
+/// onnxruntime.dll. `None` where it is another file.
+fn version_of(path: &Path) -> Option<Vec<u32>> {
+    let name = path.file_name().and_then(OsStr::to_str)?;
+    let rest = name.strip_prefix(DLL_PREFIX)?.strip_prefix("onnxruntime")?;
+    let version = rest
+        .strip_suffix(DLL_SUFFIX)
+        .or_else(|| rest.strip_prefix(DLL_SUFFIX))?;
+    let numbers = match version {
+        "" => "",
+        _ => version.strip_prefix('.')?,
+    };
+    Some(numbers.split('.').filter_map(|n| n.parse().ok()).collect())
 }
 
 fn folders_in(folder: &Path) -> Vec<PathBuf> {

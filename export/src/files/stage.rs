@@ -30,10 +30,17 @@ pub fn write_spilled(file: &mut File, spilled: &[(u64, Bytes)]) -> io::Result<()
 }
 
 /// Lets two folders change places, in one step that nothing can come between. Whether it was done.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub fn exchange(a: &Path, b: &Path) -> bool {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     fs::symlink_metadata(b).is_ok_and(|there| there.is_dir())
         && renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).is_ok()
+}
+
+/// Other systems have no such step.
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+pub fn exchange(_: &Path, _: &Path) -> bool {
+    false
 }
 
 /// Moves an existing folder out of the way, beside itself; an empty one is simply replaced.

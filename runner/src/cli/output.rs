@@ -1,13 +1,12 @@
 //! What commands print and write.
 
 use std::{
-    fs,
     io::{self, Write},
-    os::unix::fs::PermissionsExt,
     path::Path,
 };
 
 use anyhow::{Context, Result};
+use retro_onnx::leave_to_umask;
 
 /// Writes the result of a command to stdout.
 pub fn print(text: &str) -> Result<()> {
@@ -29,9 +28,9 @@ pub fn folder_of(path: &Path) -> &Path {
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = folder_of(path);
     let write = || -> Result<()> {
-        // The user's umask decides: temporary files would be readable by their owner alone.
-        let open_to_all = fs::Permissions::from_mode(0o666);
-        let mut file = tempfile::Builder::new().permissions(open_to_all).tempfile_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        leave_to_umask(&mut builder, 0o666);
+        let mut file = builder.tempfile_in(folder)?;
         file.write_all(text.as_bytes())?;
         file.persist(path)?;
         Ok(())
