@@ -2,6 +2,7 @@
 # make chat   a chat with a small real model, which is fetched, built and converted the first time
 # make test   everything that needs no GPU
 # make cuda   the plugin with its CUDA kernels compiled (fetches nvcc if there is none; needs no GPU)
+# make wheel  dist/*.whl, the Python package retro-attention, for machines like this one
 # make lint   formatting and clippy, and whether NOTICE is current, as CI has them
 
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build cuda demo chat test test-rust test-python lint fmt notice clean
+.PHONY: help build cuda wheel demo chat test test-rust test-python test-transformers lint fmt notice clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -29,6 +30,10 @@ build:
 cuda:
 	@RETRO_NVCC="$$(scripts/nvcc)"; export RETRO_NVCC
 	cargo build --release --locked
+
+# Of what `build` left there. scripts/wheel says how to build for other machines and for GPUs.
+wheel: build
+	@scripts/wheel
 
 # ---- demo ----------------------------------------------------------------------------------------------------------------
 
@@ -102,8 +107,10 @@ test-python: build $(VENVS:=/.made) $(GENAI_VENVS:=/.made)
 	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
 	  echo "NOT TESTED: the C++ of docs/ and examples/, for want of ONNX Runtime's headers (above)"
 	export ORT_INCLUDE_DIR
+	wheel="$$(scripts/wheel)"
 	for venv in $(VENVS); do
 	  if [ -f $$venv/.made ]; then
+	    case $$venv in *-$(NEWEST)) export RETRO_WHEEL="$$wheel" ;; *) unset RETRO_WHEEL ;; esac
 	    $$venv/bin/python $(PYTESTS)
 	  else
 	    echo "NOT TESTED: onnxruntime of $$venv has no wheel for $$($(PYTHON) --version)"
@@ -116,6 +123,19 @@ test-python: build $(VENVS:=/.made) $(GENAI_VENVS:=/.made)
 	    echo "NOT TESTED: onnxruntime-genai of $$venv has no wheel for this machine"
 	  fi
 	done
+
+NEWEST := $(firstword $(HOSTS))
+# Apart from `test`, with an environment of its own beside the newest host: torch and what it needs take 5 GB.
+OTHERS := transformers
+$(OTHERS:%=test-%): test-%: build .cache/venv-%/.made
+	@.cache/venv-$*/bin/python -m pytest -q -rs tests/python/test_$*.py
+
+# Without dependencies: torch has triton among them, which nothing here uses.
+$(OTHERS:%=.cache/venv-%/.made): .cache/venv-%/.made: tests/python/requirements.txt tests/python/onnxruntime-$(NEWEST).txt tests/python/%.txt
+	@echo "making .cache/venv-$*"
+	$(PYTHON) -m venv --clear .cache/venv-$*
+	.cache/venv-$*/bin/python -m pip install -q --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes $(^:%=-r %)
+	touch $@
 
 # A virtual environment is made anew when what goes into it changes. The old hosts have wheels for Pythons up to 3.13.
 define venv
