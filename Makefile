@@ -20,7 +20,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build cuda wheel demo chat test test-rust test-python test-transformers lint fmt notice clean
+.PHONY: help build cuda wheel demo chat test test-rust test-python test-transformers test-ray lint fmt notice clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -125,8 +125,8 @@ test-python: build $(VENVS:=/.made) $(GENAI_VENVS:=/.made)
 	done
 
 NEWEST := $(firstword $(HOSTS))
-# Apart from `test`, with an environment of its own beside the newest host: torch and what it needs take 5 GB.
-OTHERS := transformers
+# Apart from `test`, with environments of their own beside the newest host: torch and what it needs take 5 GB, Ray takes 1.
+OTHERS := transformers ray
 $(OTHERS:%=test-%): test-%: build .cache/venv-%/.made
 	@.cache/venv-$*/bin/python -m pytest -q -rs tests/python/test_$*.py
 
