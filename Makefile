@@ -20,7 +20,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # Found or fetched when a recipe needs it, not whenever make runs.
 ORT = ORT_DYLIB_PATH="$$(scripts/onnxruntime)"; export ORT_DYLIB_PATH
 
-.PHONY: help build cuda wheel demo chat test test-rust test-python test-transformers test-ray lint fmt notice clean
+.PHONY: help build cuda wheel demo chat test test-rust test-python test-transformers test-engines lint fmt notice clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -126,11 +126,11 @@ test-python: build $(VENVS:=/.made) $(GENAI_VENVS:=/.made)
 
 NEWEST := $(firstword $(HOSTS))
 # Apart from `test`, with environments of their own beside the newest host: torch and what it needs take 5 GB, Ray takes 1.
-OTHERS := transformers ray
+OTHERS := transformers engines
 $(OTHERS:%=test-%): test-%: build .cache/venv-%/.made
-	@.cache/venv-$*/bin/python -m pytest -q -rs tests/python/test_$*.py
+	@.cache/venv-$*/bin/python -m pytest -q -rs tests/python/test_$**.py
 
-# Without dependencies: torch has triton among them, which nothing here uses.
+# Without dependencies: torch and tritonclient have some that nothing here uses.
 $(OTHERS:%=.cache/venv-%/.made): .cache/venv-%/.made: tests/python/requirements.txt tests/python/onnxruntime-$(NEWEST).txt tests/python/%.txt
 	@echo "making .cache/venv-$*"
 	$(PYTHON) -m venv --clear .cache/venv-$*

@@ -1,6 +1,6 @@
 //! The command line of `retro-export`.
 
-use crate::{ExternalMode, Options, Settings, SlidingCache, Verify};
+use crate::{ExternalMode, Options, Repository, Settings, SlidingCache, Verify};
 use clap::{Parser, Subcommand};
 use retro_runtime::Device;
 use std::path::PathBuf;
@@ -110,6 +110,8 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Write a converted model into a model repository of NVIDIA's Triton Inference Server
+    Triton(Repository),
 }
 
 impl Cli {

@@ -25,6 +25,7 @@ mod source;
 mod spill;
 mod state_share;
 mod table;
+mod triton;
 mod validate;
 pub mod verify;
 
@@ -36,6 +37,7 @@ pub use revert::{Error as RevertError, RecordError, revert};
 pub use settings::{Error as SettingsError, Host, Settings};
 pub use source::Error as SourceError;
 pub use state_share::StateShare;
+pub use triton::{Error as TritonError, Repository, write_repository};
 
 #[cfg(test)]
 mod testing;

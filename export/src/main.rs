@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use retro_export::{
     cli::{Cli, Command},
-    convert, inspect, revert,
+    convert, inspect, revert, write_repository,
 };
 use serde::Serialize;
 use std::{
@@ -29,8 +29,13 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    if let Some(Command::Inspect { model, graph, json }) = &cli.command {
-        return say(&inspect(model, graph.as_deref())?, *json);
+    match &cli.command {
+        Some(Command::Inspect { model, graph, json }) => return say(&inspect(model, graph.as_deref())?, *json),
+        Some(Command::Triton(repository)) => {
+            let folder = write_repository(repository)?;
+            return print(&format!("wrote    {}\n", folder.display()));
+        }
+        None => {}
     }
     if cli.revert {
         let (source, target) = cli

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 httpx = pytest.importorskip("httpx")
-ray = pytest.importorskip("ray", reason="Ray has an environment of its own: `make test-ray`")
+ray = pytest.importorskip("ray", reason="Ray has an environment of its own: `make test-engines`")
 import onnxruntime as ort  # noqa: E402
 
 from paths import ROOT, exporter, models, plugin, runner  # noqa: E402
