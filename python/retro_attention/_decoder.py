@@ -25,6 +25,8 @@ TYPES = {
 LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
 # Rows of the state of selector sketch.
 SKETCH_BLOCK = 128
+# With one token a step, a share of the cache is faster than all of it beyond so many tokens.
+ONE_TOKEN_DENSE_BELOW = 1024
 
 
 def graph_in(folder: Path) -> Path:
@@ -49,6 +51,16 @@ def present_of(past: str, outputs: set[str]) -> str | None:
     changes = [("past_key_values", "present"), ("past", "present"), ("input.", "output.")]
     names = [past.replace(old, new) for old, new in changes]
     return next((name for name in names if name != past and name in outputs), None)
+
+
+def pieces(count: int, chunk: int, keeps_window: bool) -> list[tuple[int, int]]:
+    """Where a prompt of `count` tokens is cut into chunks. A graph that keeps its window takes a token behind others for a step:
+    no piece is a single one then, and the last may be longer by one."""
+    chunk = max(chunk, 2 if keeps_window else 1)
+    starts = list(range(0, count, chunk))
+    if keeps_window and count > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count]))
 
 
 class Decoder:
@@ -76,6 +88,18 @@ class Decoder:
         if "retro.window" not in metadata:
             raise RuntimeError(f"{graph} was not converted by retro-export")
         self.window, self.page_size = int(metadata["retro.window"]), int(metadata["retro.page_size"])
+        # Models made for a host's buffers have state for so many tokens.
+        self.context = int(metadata.get("retro.context", 0)) or None
+        # Not among the session's inputs, since they have defaults.
+        defaults = {value.name for value in self.session.get_overridable_initializers()}
+        self.feeds_window = "retro_length" in defaults
+        if not self.feeds_window and "retro.window_in_graph" not in metadata:
+            raise RuntimeError(f"{graph} neither takes retro_length nor keeps its window: convert the original again")
+        # On a CPU, short contexts are read whole: the other tokens of the window would cost more than that.
+        reads_whole = self.device == "cpu" and "retro_page_budget" in defaults
+        self.dense_below = int(metadata.get("retro.dense_below", 0)) if reads_whole else 0
+        if self.window == 1:
+            self.dense_below = min(self.dense_below, ONE_TOKEN_DENSE_BELOW)
 
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {value.name for value in self.session.get_outputs()}
@@ -117,6 +141,10 @@ class Sequences:
     end at the same column."""
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int):
+        if decoder.context is not None and capacity > decoder.context:
+            raise ValueError(
+                f"{decoder.graph} is made for {decoder.context} tokens, and {capacity} may be fed: ask for fewer, or convert with --context"
+            )
         self.decoder, self.capacity = decoder, capacity
         self.ids = np.zeros((batch, capacity), np.int64)
         self.mask = np.zeros((batch, capacity), np.int64)
@@ -140,19 +168,27 @@ class Sequences:
         self._check(mask)
         if not mask.all():
             chunk = mask.shape[1]
-        for start in range(0, ids.shape[1], chunk):
-            part = slice(start, start + chunk)
-            self._append(ids[:, part], mask[:, part])
-            logits = self._feed(min(chunk, ids.shape[1] - start), -1)
+        for start, end in pieces(ids.shape[1], chunk, not self.decoder.feeds_window):
+            self._append(ids[:, start:end], mask[:, start:end])
+            logits = self._feed(end - start, -1)
         self.retro = 0
         return logits
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Appends a token to each sequence. The last few before it are fed again, for the pages that it loads to correct them."""
+        """Appends a token to each sequence. The last few before it are fed again, for the pages that it loads to correct them:
+        here, unless the graph does so by itself."""
         self._append(tokens[:, None], np.ones((len(tokens), 1), np.int64))
-        logits = self._feed(1 + self.retro, self.retro)
-        self.retro = min(self.retro + 1, self.decoder.window - 1)
+        pages = self._pages()
+        logits = self._feed(1 + self.retro, self.retro, pages)
+        # Steps that read everything leave nothing to correct.
+        if self.decoder.feeds_window and (self.retro or not pages.all()):
+            self.retro = min(self.retro + 1, self.decoder.window - 1)
         return logits
+
+    def _pages(self) -> np.ndarray:
+        """Pages that a step reads of each sequence: all where it is short; 0: as converted."""
+        lengths = self.mask[:, : self.length].sum(axis=1)
+        return np.where(lengths <= self.decoder.dense_below, -(-lengths // self.decoder.page_size), 0).astype(np.int32)
 
     def _check(self, mask: np.ndarray) -> None:
         if not mask[:, -1].all() or (np.diff(mask, axis=1) < 0).any():
@@ -169,8 +205,8 @@ class Sequences:
         self.ids[:, self.length : end], self.mask[:, self.length : end] = ids, mask
         self.length = end
 
-    def _feed(self, count: int, retro_length: int) -> np.ndarray:
-        """Feeds the last `count` tokens of each sequence."""
+    def _feed(self, count: int, retro_length: int, pages: np.ndarray | None = None) -> np.ndarray:
+        """Feeds the last `count` tokens of each sequence. `pages`: how many to read, where that is not as converted."""
         first, inputs = self.length - count, self.decoder.inputs
         mask = self.mask[:, : self.length]
         # Tokens that are fed again keep the positions they had. Padding has none; its rows are ignored.
@@ -179,8 +215,10 @@ class Sequences:
         # A single number has no shape.
         fed |= {name: np.ones([1] * len(inputs[name].shape)) for name in LOGITS_TO_KEEP if name in inputs}
         fed = {name: np.array(array, TYPES[inputs[name].type], order="C") for name, array in fed.items() if name in inputs}
-        # Not among the session's inputs, since it has a default.
-        fed["retro_length"] = np.array([retro_length], np.int32)
+        if self.decoder.feeds_window:
+            fed["retro_length"] = np.array([retro_length], np.int32)
+        if self.decoder.dense_below:
+            fed["retro_page_budget"] = np.zeros(1, np.int32) if pages is None else pages
         self.fed = {name: (array, ort.OrtValue.ortvalue_from_numpy(array)) for name, array in fed.items()}
         for name, (_, value) in self.fed.items():
             # Not bind_cpu_input, which knows no input that has a default.

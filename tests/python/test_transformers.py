@@ -24,6 +24,8 @@ from retro_attention import RetroForCausalLM  # noqa: E402
 LIBRARY = Path(ort.__file__).parent / "capi" / f"libonnxruntime.so.{ort.__version__}"
 ENVIRONMENT = os.environ | {"ORT_DYLIB_PATH": str(LIBRARY)}
 DOCUMENTS = ROOT / "models" / "ledger" / "documents.jsonl"
+# Of a model made for genai; and of one that reads contexts of up to so many tokens whole: shorter than one of the prompts.
+CONTEXT, WHOLE = 2048, 900
 
 
 def command(*arguments):
@@ -37,8 +39,15 @@ def folder(tmp_path_factory):
     """The trained model `ledger`: as it is, converted so that a step reads little, and so that it reads everything."""
     folder = tmp_path_factory.mktemp("transformers")
     command(models(), "build", "--weights", ROOT / "models" / "ledger", "-o", folder / "ledger")
-    for name, budget in [("sparse", ["--budget", "0.05", "--min-pages", "4"]), ("full", ["--budget", "100000"])]:
-        command(exporter(), folder / "ledger", "-o", folder / name, "--window", "4", *budget, "--no-verify")
+    little = ["--budget", "0.05", "--min-pages", "4"]
+    for name, options in [
+        ("sparse", little),
+        ("full", ["--budget", "100000"]),
+        ("whole", [*little, "--dense-below", str(WHOLE)]),
+        ("in-graph", [*little, "--window-in-graph"]),
+        ("genai", [*little, "--host", "genai", "--context", str(CONTEXT)]),
+    ]:
+        command(exporter(), folder / "ledger", "-o", folder / name, "--window", "4", *options, "--no-verify")
     return folder
 
 
@@ -84,9 +93,13 @@ def until_end(ids):
     return ids[:end]
 
 
-@pytest.mark.parametrize("name, reference", [("sparse", "sparse"), ("full", "ledger")])
+@pytest.mark.parametrize(
+    "name, reference",
+    [("sparse", "sparse"), ("full", "ledger"), ("in-graph", "in-graph"), ("in-graph", "sparse"), ("genai", "sparse")],
+)
 def test_greedy_text_is_retro_runs(folder, tokenizer, prompts, name, reference):
-    """Where a step reads little, that of the same model; where it reads everything, that of the original."""
+    """Where a step reads little, that of the same model, and of the same with the window in its graph or not; where it reads
+    everything, that of the original."""
     model = RetroForCausalLM.from_pretrained(folder / name)
     for document in (0, 2):
         text = command(runner(), "run", folder / reference, "--document", f"{DOCUMENTS}:{document}", "-n", "60")
@@ -101,6 +114,41 @@ def test_a_step_reads_little(folder, prompts):
     first, second = (model.generate(**padded(prompts[:1]), **options) for model in (sparse, full))
     torch.testing.assert_close(first.logits[0], second.logits[0])
     assert (first.logits[7] - second.logits[7]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["in-graph", "genai"])
+def test_forms_that_take_each_token_once_give_the_same_logits(folder, model, prompts, form):
+    """In batches as alone, whatever the pieces of a prompt, also where one token would be left for the last."""
+    other = RetroForCausalLM.from_pretrained(folder / form)
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "max_new_tokens": 12}
+
+    def difference(given, chunk=None):
+        made, expected = (m.generate(**padded(given), **options, prefill_chunk_size=chunk) for m in (other, model))
+        assert made.sequences.tolist() == expected.sequences.tolist()
+        return max((one - two).abs().max() for one, two in zip(made.logits, expected.logits, strict=True))
+
+    first, short = prompts[0], prompts[0][:61]
+    for given, chunk in [(prompts, None), ([first], None), ([first], len(first) - 1), ([short], 2), ([short], 1), ([first[:1]], None)]:
+        assert difference(given, chunk) < 2e-4
+    # What the window is for: without it the logits are others.
+    other._decoder.window = model._decoder.window = 1
+    try:
+        assert difference([first]) > 1e-3
+    finally:
+        model._decoder.window = 4
+
+
+def test_short_contexts_are_read_whole(folder, prompts, tokenizer):
+    """As retro-run does, up to the length that the model was converted with; sequence by sequence."""
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "max_new_tokens": 8}
+    short = [prompts[3][:700], prompts[0]]
+    assert len(short[0]) + 8 < WHOLE < len(short[1])
+    sparse, full, whole = (
+        RetroForCausalLM.from_pretrained(folder / name).generate(**padded(short), **options).logits[7] for name in ("sparse", "full", "whole")
+    )
+    torch.testing.assert_close(whole[0], full[0])
+    torch.testing.assert_close(whole[1], sparse[1])
+    assert (sparse - full).abs().amax(-1).min() > 1e-3, "else nothing is told apart"
 
 
 def test_batches_of_unequal_lengths(model, prompts):
@@ -169,6 +217,8 @@ def test_what_cannot_be_is_one_line(model, prompts, folder, tmp_path):
         with pytest.raises(ValueError, match=says) as error:
             model.generate(**{"max_new_tokens": 2, "do_sample": False} | options)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"is made for {CONTEXT} tokens"):
+        RetroForCausalLM.from_pretrained(folder / "genai").generate(**given, max_new_tokens=CONTEXT)
     with pytest.raises(FileNotFoundError, match="the folder that retro-export wrote"):
         RetroForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
     with pytest.raises(RuntimeError, match="was not converted by retro-export"):
@@ -190,14 +240,15 @@ EXPORTS = [
 ]
 
 
+@pytest.mark.parametrize("form", [[], ["--window-in-graph"]], ids=["", "in-graph"])
 @pytest.mark.parametrize("name", EXPORTS)
-def test_padding_changes_no_logits(name, tmp_path):
+def test_padding_changes_no_logits(name, form, tmp_path):
     """Positions as inputs or not, masks of several forms: in a batch as alone, read and decoded."""
     from retro_attention._decoder import Decoder, Sequences
 
     found = {path.name.removesuffix(".onnx.xz"): path for path in zoo.FOLDERS + zoo.GRAPHS}
     source = zoo.graph(found[name], tmp_path)
-    command(exporter(), source, "-o", tmp_path / "retro.onnx", "--window", "3", "--budget", "4096", "--no-verify")
+    command(exporter(), source, "-o", tmp_path / "retro.onnx", "--window", "3", "--budget", "4096", "--no-verify", *form)
     decoder = Decoder(tmp_path / "retro.onnx", plugin(), "CPUExecutionProvider", 0, None)
     ids = np.random.default_rng(11).integers(1, 60, (2, 40))
 
