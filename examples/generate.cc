@@ -35,7 +35,10 @@ std::vector<std::int64_t> shape_of(const Ort::TypeInfo& info) { return info.GetT
 class Generator {
  public:
   Generator(Ort::Session& session, std::int64_t capacity) : session_(session), binding_(session), capacity_(capacity) {
-    window_ = metadata("retro.window");
+    // Some graphs keep their window and feed its tokens again by themselves: to them each step is one token.
+    const auto in_graph = session_.GetModelMetadata().LookupCustomMetadataMapAllocated("retro.window_in_graph", allocator_);
+    feeds_window_ = in_graph == nullptr;
+    window_ = feeds_window_ ? metadata("retro.window") : 1;
     page_size_ = metadata("retro.page_size");
     for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
       names_.push_back(session_.GetInputNameAllocated(i, allocator_).get());
@@ -123,7 +126,7 @@ class Generator {
     bind("attention_mask", mask, narrow[1], {1, length});
     bind("position_ids", positions, narrow[2], {1, fed});
     const std::int64_t one = 1;
-    binding_.BindInput("retro_length", Ort::Value::CreateTensor(cpu_, &retro_length, 1, &one, 1));
+    if (feeds_window_) binding_.BindInput("retro_length", Ort::Value::CreateTensor(cpu_, &retro_length, 1, &one, 1));
     // Anew each time: a binding keeps the last run's output, whose shape is another where the model gives all tokens' logits.
     binding_.BindOutput("logits", cpu_);
     session_.Run(Ort::RunOptions{}, binding_);
@@ -143,6 +146,7 @@ class Generator {
   Ort::IoBinding binding_;
   std::vector<std::string> names_;
   std::int64_t capacity_, window_ = 1, page_size_ = 16;
+  bool feeds_window_ = true;
 };
 
 }  // namespace

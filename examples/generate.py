@@ -81,7 +81,10 @@ class Generator:
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "retro.window" not in metadata:
             raise RuntimeError(f"{model} was not converted by retro-export")
-        self.window, self.page_size = int(metadata["retro.window"]), int(metadata["retro.page_size"])
+        # Some graphs keep their window and feed its tokens again by themselves: to them each step is one token.
+        self.feeds_window = "retro.window_in_graph" not in metadata
+        self.window = int(metadata["retro.window"]) if self.feeds_window else 1
+        self.page_size = int(metadata["retro.page_size"])
         self.capacity, self.ids, self.retro = capacity, [], 0
 
         self.inputs = {value.name: value for value in self.session.get_inputs()}
@@ -140,8 +143,8 @@ class Generator:
         # A single number has no shape.
         fed |= {name: np.ones([1] * len(self.inputs[name].shape)) for name in LOGITS_TO_KEEP if name in self.inputs}
         fed = {name: np.array(array, TYPES[self.inputs[name].type]) for name, array in fed.items() if name in self.inputs}
-        # Not among the session's inputs, since it has a default.
-        fed["retro_length"] = np.array([retro_length], np.int32)
+        if self.feeds_window:  # not among the session's inputs, since it has a default
+            fed["retro_length"] = np.array([retro_length], np.int32)
         self.fed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in fed.items()}
         for name, value in self.fed.items():
             # Not bind_cpu_input, which knows no input that has a default.
@@ -153,8 +156,11 @@ class Generator:
 
     def read(self, ids: list[int], chunk: int = 512) -> np.ndarray:
         """Reads a prompt, or the next turn of a chat."""
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
+        starts = list(range(0, len(ids), chunk))
+        if not self.feeds_window and len(starts) > 1 and len(ids) - starts[-1] == 1:
+            starts.pop()  # to such a graph a single token is a step
+        for start, end in zip(starts, [*starts[1:], len(ids)]):
+            part = ids[start:end]
             self.ids += part
             scores = self.feed(part, len(self.ids), -1)
         self.retro = 0

@@ -50,6 +50,8 @@ fn run(arguments: &[String]) -> Result<String> {
 struct Generator<'a> {
     session: &'a mut Session,
     window: usize,
+    /// Else the graph keeps its window and feeds the tokens of it again by itself: to it each step is one token.
+    feeds_window: bool,
     /// Integer inputs, and whether they are int32 instead of int64.
     fed: HashMap<String, bool>,
     /// Caches and state, by the names of the inputs.
@@ -59,7 +61,7 @@ struct Generator<'a> {
 impl<'a> Generator<'a> {
     /// For a sequence of up to `capacity` tokens.
     fn new(session: &'a mut Session, capacity: usize) -> Result<Self> {
-        let (window, page_size) = {
+        let (window, page_size, feeds_window) = {
             let metadata = session.metadata()?;
             let number = |key: &str| -> Result<usize> {
                 let value = metadata
@@ -67,7 +69,9 @@ impl<'a> Generator<'a> {
                     .ok_or("the model was not converted by retro-export")?;
                 Ok(value.parse()?)
             };
-            (number("retro.window")?, number("retro.page_size")?)
+            let feeds_window = metadata.custom("retro.window_in_graph").is_none();
+            let window = if feeds_window { number("retro.window")? } else { 1 };
+            (window, number("retro.page_size")?, feeds_window)
         };
         let (mut fed, mut past) = (HashMap::new(), HashMap::new());
         for input in session.inputs() {
@@ -100,6 +104,7 @@ impl<'a> Generator<'a> {
         Ok(Self {
             session,
             window,
+            feeds_window,
             fed,
             past,
         })
@@ -142,8 +147,10 @@ impl<'a> Generator<'a> {
             };
             inputs.push((name.to_owned(), value));
         }
-        let retro_length = Tensor::from_array(([1], vec![retro_length]))?;
-        inputs.push(("retro_length".to_owned(), retro_length.into_dyn()));
+        if self.feeds_window {
+            let retro_length = Tensor::from_array(([1], vec![retro_length]))?;
+            inputs.push(("retro_length".to_owned(), retro_length.into_dyn()));
+        }
 
         let mut next = None;
         for (name, value) in self.session.run(inputs)? {

@@ -43,12 +43,16 @@ def command(*arguments, **options):
     return result.stdout
 
 
+FORMS = {"retro": [], "in-graph": ["--window-in-graph"]}
+
+
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
-    """The trained model: as an exporter writes it, and converted with a window of 4."""
+    """The trained model: as an exporter writes it, and converted with a window of 4, which the host feeds or the graph keeps."""
     folder = tmp_path_factory.mktemp("docs")
     command(models(), "build", "--weights", ROOT / "models" / "ledger", "-o", folder / "ledger")
-    command(exporter(), folder / "ledger", "-o", folder / "retro", "--window", "4", "--budget", "0.15", "--no-verify")
+    for name, options in FORMS.items():
+        command(exporter(), folder / "ledger", "-o", folder / name, "--window", "4", "--budget", "0.15", "--no-verify", *options)
     return folder
 
 
@@ -219,9 +223,10 @@ def test_cpp_blocks_are_lines_of_the_example(block):
         assert not line.strip() or line.strip() in example, f"{block}: {line} is not in examples/generate.cc"
 
 
-def test_the_hosts_in_cpp_and_python_agree(compiled, ledger):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_hosts_in_cpp_and_python_agree(form, compiled, ledger):
     ids = ",".join(map(str, prompt()[0][:300]))
-    model = ledger / "retro" / "model.onnx"
+    model = ledger / form / "model.onnx"
     made = command(compiled(ROOT / "examples" / "generate.cc", "generate"), model, plugin(), "40", ids)
     assert numbers(made) == python_host(model, ids)
 
@@ -232,6 +237,13 @@ def python_host(model, ids):
     spec.loader.exec_module(example)
     ids = numbers(ids)
     return example.Generator(model, plugin(), len(ids) + 40).generate(ids, 40)
+
+
+def test_the_host_in_python_gives_one_text_whoever_feeds_the_window(ledger):
+    """Also where the last piece of the prompt would be a single token."""
+    ids = ",".join(map(str, prompt()[0][:513]))
+    texts = [python_host(ledger / form / "model.onnx", ids) for form in FORMS]
+    assert texts[0] == texts[1]
 
 
 def numbers(text):
@@ -253,9 +265,10 @@ def test_rust_blocks_are_lines_of_the_example(block):
 
 
 @needs_newer
-def test_the_hosts_in_rust_and_python_agree(ledger):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_hosts_in_rust_and_python_agree(form, ledger):
     ids = ",".join(map(str, prompt()[0][:300]))
-    model = ledger / "retro" / "model.onnx"
+    model = ledger / form / "model.onnx"
     assert numbers(command(host(), LIBRARY, plugin(), model, "40", ids)) == python_host(model, ids)
 
 
