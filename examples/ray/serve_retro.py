@@ -1,6 +1,6 @@
 """Ray Serve in front of replicas of `retro-run serve`: OpenAI's API at one address, on as many machines as Ray has.
 
-    pip install 'ray[serve]' httpx retro-attention
+    pip install 'ray[serve]' httpx dist/retro_attention-*.whl
     python examples/ray/serve_retro.py OUT --replicas 2 -- --parallel 8
 
 Each replica starts a server on a port of its own and hands requests on to it, streams too. What comes after -- goes to the

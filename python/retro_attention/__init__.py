@@ -41,6 +41,6 @@ def __getattr__(name: str):
     except ModuleNotFoundError as missing:
         if missing.name not in ("numpy", "onnxruntime", "torch", "transformers"):
             raise
-        message = f"RetroForCausalLM needs {missing.name}: pip install 'retro-attention[transformers]'"
+        message = f"RetroForCausalLM needs {missing.name}: pip install 'transformers>=4.57' 'torch>=2.2'"
         raise ModuleNotFoundError(message, name=missing.name) from None
     return RetroForCausalLM

@@ -81,7 +81,9 @@ print(session.get_modelmeta().custom_metadata_map["retro.window"], retro_attenti
 
 def test_transformers_is_asked_for_only_where_it_is_needed(installed):
     said = installed("python", "-c", "import retro_attention; retro_attention.RetroForCausalLM", succeeds=False).stderr
-    assert "pip install 'retro-attention[transformers]'" in said.splitlines()[-1], said
+    assert "pip install 'transformers>=4.57' 'torch>=2.2'" in said.splitlines()[-1], said
+    extra = (ROOT / "python" / "pyproject.toml").read_text()
+    assert '"transformers>=4.57", "torch>=2.2"' in extra
 
 
 def test_it_says_what_it_is():
