@@ -23,6 +23,11 @@ TYPES = {
 }
 # Inputs that say for how many of the tokens logits are wanted.
 LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
+# Words in the names of caches of keys and values.
+CACHE_WORDS = {"key", "value", "keys", "values", "k", "v"}
+# State of the operator, by its own names and by those that onnxruntime-genai knows.
+OPERATORS_STATE = re.compile(r"past_retro\..*")
+GENAI_STATE = re.compile(r"past_key_values\.\d+\.(conv_state|recurrent_state)")
 # Rows of the state of selector sketch.
 SKETCH_BLOCK = 128
 # With one token a step, a share of the cache is faster than all of it beyond so many tokens.
@@ -105,12 +110,23 @@ class Decoder:
         outputs = {value.name for value in self.session.get_outputs()}
         presents = {name: present_of(name, outputs) for name in self.inputs}
         self.state = {name: present for name, present in presents.items() if present is not None}
+        ours = GENAI_STATE if metadata.get("retro.host") == "genai" else OPERATORS_STATE
+        others = (name for name in self.state if not ours.fullmatch(name) and not self.is_cache(name))
+        # State of convolutions and recurrent layers takes padding for tokens. It would take one fed again for two, so that no model
+        # with a window of more has any.
+        self.recurrent = next(others, None) if self.window == 1 else None
         known = ("input_ids", "attention_mask", "position_ids", *LOGITS_TO_KEEP)
         for name, value in self.inputs.items():
             if name not in self.state and name not in known:
                 raise RuntimeError(f"{graph} wants the input {name}, which RetroForCausalLM does not feed")
             if value.type not in TYPES:
                 raise RuntimeError(f"{graph}: the input {name} is a {value.type}, which RetroForCausalLM does not feed")
+
+    def is_cache(self, name: str) -> bool:
+        """Whether an input holds keys or values: by its name, or by its open third dimension."""
+        words = re.split("[^a-z]+", name.lower().replace("past_key_values", ""))
+        sizes = self.declared(name)
+        return not CACHE_WORDS.isdisjoint(words) or (len(sizes) == 4 and not isinstance(sizes[2], int))
 
     def declared(self, name: str) -> list[int | str | None]:
         """The sizes of an input. Some exporters write numbers as names."""
@@ -195,8 +211,13 @@ class Sequences:
             raise ValueError(
                 "the attention mask may be 0 only before a sequence begins: pad on the left (tokenizer.padding_side = 'left')"
             )
-        if not mask.all() and "attention_mask" not in self.decoder.inputs:
-            raise ValueError(f"{self.decoder.graph} has no attention_mask: give it sequences of equal length, or one at a time")
+        if mask.all():
+            return
+        why = "has no attention_mask" if "attention_mask" not in self.decoder.inputs else None
+        if self.decoder.recurrent is not None:
+            why = f"carries {self.decoder.recurrent} from token to token, padding too"
+        if why is not None:
+            raise ValueError(f"{self.decoder.graph} {why}: give it sequences of equal length, or one at a time")
 
     def _append(self, ids: np.ndarray, mask: np.ndarray) -> None:
         end = self.length + ids.shape[1]

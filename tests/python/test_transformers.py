@@ -267,6 +267,27 @@ def test_padding_changes_no_logits(name, form, tmp_path):
         np.testing.assert_allclose(both, np.concatenate([one, other]), rtol=0, atol=1e-3 * np.abs(both).max())
 
 
+@pytest.mark.parametrize("name, state", [("genai-lfm2", "past.0.conv"), ("mobius-qwen35", "past_key_values.0.conv_state")])
+def test_padding_is_refused_where_other_state_would_take_it_for_tokens(name, state, tmp_path):
+    """Convolutions and recurrent layers. Sequences of equal length are right."""
+    from retro_attention._decoder import Decoder, Sequences
+
+    source = zoo.graph(next(path for path in zoo.GRAPHS if path.name == f"{name}.onnx.xz"), tmp_path)
+    command(exporter(), source, "-o", tmp_path / "retro.onnx", "--window", "1", "--budget", "4096", "--no-verify")
+    decoder = Decoder(tmp_path / "retro.onnx", plugin(), "CPUExecutionProvider", 0, None)
+    ids, mask = np.random.default_rng(11).integers(1, 60, (2, 40)), np.ones((2, 30), np.int64)
+    with pytest.raises(ValueError, match=f"carries {state} from token to token, padding too: give it sequences of equal length"):
+        Sequences(decoder, 2, 40).read(ids[:, :30], np.where([[True], [False]], mask, np.arange(30) > 12), 512)
+
+    def logits(rows):
+        sequences = Sequences(decoder, len(rows), 40)
+        made = [sequences.read(rows[:, :30], mask[: len(rows)], 512)]
+        return np.array(made + [sequences.step(rows[:, column]) for column in range(30, 40)])
+
+    together, alone = logits(ids), [logits(ids[:1]), logits(ids[1:])]
+    np.testing.assert_allclose(together, np.concatenate(alone, axis=1), rtol=0, atol=1e-3 * np.abs(together).max())
+
+
 # ---- documents ----------------------------------------------------------------------------------------------------------
 
 BLOCKS = [
