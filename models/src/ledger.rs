@@ -52,6 +52,8 @@ pub enum Size {
     L,
     /// 36 to 38 people, 13 to 14 cities, 38 to 40 problems.
     Eval,
+    /// 46 to 48 people, 22 to 24 cities, 178 to 184 problems: more labels than models/ledger knows.
+    Long,
 }
 
 /// What documents of a size are drawn from.
@@ -72,6 +74,7 @@ impl Size {
             Self::M => ((14, 19), (6, 8), (15, 20), (40, 20)),
             Self::L => ((26, 38), (9, 14), (28, 40), (48, 24)),
             Self::Eval => ((36, 38), (13, 14), (38, 40), (48, 24)),
+            Self::Long => ((46, 48), (22, 24), (178, 184), (48, 24)),
         };
         Ranges {
             people,
@@ -404,13 +407,26 @@ mod tests {
     }
 
     #[test]
+    fn long_documents_are_the_recipe_s_word_for_word() {
+        // FNV-1a of three documents of task.py: too long to be stored.
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for document in documents(4242, 3, Size::Long).unwrap() {
+            let [prompt, reference] = ["prompt", "reference"].map(|key| document[key].as_str().unwrap().to_owned());
+            for byte in format!("{prompt}\n{reference}\n").bytes() {
+                hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+        assert_eq!(hash, 0x5d4f_bcc2_f15c_74dc);
+    }
+
+    #[test]
     fn sizes_and_counts_that_do_not_exist_are_refused() {
         let names: Vec<_> = Size::value_variants()
             .iter()
             .filter_map(Size::to_possible_value)
             .collect();
         let names: Vec<&str> = names.iter().map(|name| name.get_name()).collect();
-        assert_eq!(names, ["xxs", "xs", "s", "m", "l", "eval"]);
+        assert_eq!(names, ["xxs", "xs", "s", "m", "l", "eval", "long"]);
         assert!(Size::from_str("huge", false).is_err());
         assert!(documents(1, 0, Size::Xxs).is_err());
         assert_eq!(documents(1, 3, Size::Xxs).unwrap().count(), 3);
