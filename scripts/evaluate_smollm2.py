@@ -1,20 +1,16 @@
 """The measuring of scripts/evaluate-smollm2, which makes what it needs and calls it.
 
-Every job is a call of `retro-run eval`, several at a time: a step of so small a model leaves a GPU idle while the host
-prepares the next. Jobs begin in the order of the list, what tells most first. Each keeps its results in a file of its own,
-OUT/NAME.jsonl, as they come: what time forbids is missing, and the same command goes on from there.
-scripts/evaluate_smollm2_tables.py turns these files into tables.
+evaluation_jobs.py runs the jobs, evaluate_smollm2_tables.py turns their results into tables.
 """
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from evaluation_jobs import START, Job, add_options, command, last_line, policies, run, say
 
 ENGLISH = ["othello.md", "GPL-3.txt", "richard-iii.md", "nikola-manual.rst"]
 PYTHON = ["pyparsing-core.py", "rich-console.py", "typing_extensions.py", "pkg_resources.py"]
@@ -26,8 +22,6 @@ SIGNED = "recommended,selector=signed_moments,page-size=16,window=1"
 POLICIES = ["streaming", "quest", RETRO.format(2), RETRO.format(8), SIGNED, SKETCH.format(1), SKETCH.format(2)]
 # RULER's hide in repeated sentences where its own do, else in prose.
 TASKS = {"niah-single": [], "niah-multi-key": ENGLISH, "niah-multi-value": ENGLISH, "variable-tracking": [], "common-words": []}
-# Where dense attention has less than this share right there is nothing to keep.
-LEAST = 0.15
 
 
 @dataclass
@@ -48,19 +42,6 @@ class Sizes:
 
 # Figures that mean nothing, to see that everything runs.
 SMALL = Sizes(2, 64, 48, 2, ["2200"], 2, "600-900", 2, 60, 2)
-
-
-@dataclass
-class Job:
-    name: str
-    arguments: list
-    seconds: float
-    # The job that says whether dense attention can do the task.
-    dense: str = ""
-
-
-def policies(names):
-    return [argument for name in names for argument in ("--policy", name)]
 
 
 def text_jobs(setup, sizes):
@@ -137,24 +118,6 @@ def all_jobs(setup, sizes):
     return [*order, ledger[0], *more_texts, *more_tasks, *last_texts, ledger[1]]
 
 
-def command(setup, arguments, flags):
-    """A call of retro-run eval."""
-    out = [str(setup.retro_run), "eval", *arguments, "--device", setup.device, "--threads", str(setup.threads)]
-    out += [*flags, "--json"]
-    if setup.device != "cpu":
-        # Chunks of a prompt are large enough to keep the GPU busy.
-        out += ["--chunk", "2048"]
-    return out
-
-
-def dense_share(path):
-    """Share of right answers that dense attention has in a file of results; None where there is none."""
-    if not path.is_file():
-        return None
-    results = [json.loads(line)["result"]["right"] for line in path.read_text().splitlines()[1:]]
-    return sum(sum(right) / max(len(right), 1) for right in results) / len(results) if results else None
-
-
 def capture_flags(setup, sizes):
     """--cuda-graph where steps that are captured have the figures of plain ones, else nothing."""
     if setup.device == "cpu":
@@ -198,111 +161,13 @@ def capture_flags(setup, sizes):
     return flags
 
 
-START = time.monotonic()
-
-
-def say(line):
-    print(f"[{time.monotonic() - START:5.0f} s] {line}", flush=True)
-
-
-def last_line(path):
-    lines = path.read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "no word")
-
-
-def done(setup, job):
-    """The file that holds the command of a job that has come to its end."""
-    return setup.out / f"{job.name}.done"
-
-
-def whole_command(setup, job, flags):
-    return command(setup, [*job.arguments, "--resume", str(setup.out / f"{job.name}.jsonl")], flags)
-
-
-def is_done(setup, job, flags):
-    path = done(setup, job)
-    return path.is_file() and path.read_text() == str(whole_command(setup, job, flags))
-
-
-class Running:
-    """A job that is under way."""
-
-    def __init__(self, setup, job, flags):
-        self.job, self.setup = job, setup
-        self.started = time.monotonic()
-        self.asked_to_stop = None
-        self.log = setup.out / f"{job.name}.log"
-        self.output = setup.out / f"{job.name}.json"
-        self.command = whole_command(setup, job, flags)
-        with open(self.output, "w") as output, open(self.log, "w") as log:
-            self.process = subprocess.Popen(self.command, stdout=output, stderr=log)
-
-    def over(self, end):
-        """Whether the job has ended; one that is out of time is asked to, and in the end made to."""
-        if self.process.poll() is not None:
-            return True
-        now = time.monotonic()
-        if self.asked_to_stop is None and (now > end or now - self.started > self.job.seconds):
-            # It ends after the step, and prints the rows that are complete.
-            self.process.send_signal(signal.SIGINT)
-            self.asked_to_stop = now
-        elif self.asked_to_stop is not None and now - self.asked_to_stop > 10:
-            self.process.kill()
-        return False
-
-    def report(self):
-        code, seconds = self.process.returncode, time.monotonic() - self.started
-        why = "out of time" if self.asked_to_stop else "FAILED"
-        say(f"{self.job.name}: {seconds:.0f} s" + ("" if code == 0 else f", {why}: {last_line(self.log)}"))
-        if code == 0:
-            done(self.setup, self.job).write_text(str(self.command))
-        return code == 0 or self.asked_to_stop is not None
-
-
-def run(setup, jobs, flags, end):
-    """Runs the jobs; returns the names of those that failed."""
-    complete = [job for job in jobs if is_done(setup, job, flags)]
-    if complete:
-        say("complete: " + ", ".join(job.name for job in complete))
-    waiting, running, failed = [job for job in jobs if job not in complete], [], []
-    ended = {job.name for job in complete}
-    while waiting or running:
-        for one in [one for one in running if one.over(end)]:
-            running.remove(one)
-            ended.add(one.job.name)
-            if not one.report():
-                failed.append(one.job.name)
-        while len(running) < setup.jobs and time.monotonic() < end:
-            job = next((job for job in waiting if not job.dense or job.dense in ended), None)
-            if job is None:
-                break
-            waiting.remove(job)
-            share = dense_share(setup.out / f"{job.dense}.jsonl") if job.dense else 1
-            if share is None or (share < LEAST and not setup.small):
-                say(f"{job.name}: left out, dense attention has {'nothing' if share is None else f'{share:.0%} right'}")
-                continue
-            running.append(Running(setup, job, flags))
-        if time.monotonic() >= end and waiting:
-            say("out of time before: " + ", ".join(job.name for job in waiting))
-            waiting.clear()
-        time.sleep(0.1)
-    return failed
-
-
 def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct, unconverted")
     parser.add_argument("--ledger", type=Path, required=True, help="the model ledger, unconverted")
     parser.add_argument("--documents", type=Path, default=Path("models/ledger/documents.jsonl"), help="ledger's documents")
     parser.add_argument("--texts", type=Path, required=True, help="folder of the texts")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--retro-run", type=Path, default=Path("target/release/retro-run"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each job's session")
-    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time")
-    parser.add_argument("--minutes", type=float, default=24 * 60, help="what is not begun by then is left out")
-    parser.add_argument("--only", default="", help="only jobs whose names begin with one of these, separated by commas")
-    parser.add_argument("--small", action="store_true", help="sizes that take little and say nothing: does everything run?")
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -117,6 +117,16 @@ def right(result):
     return 100 * sum(result["right"]) / max(len(result["right"]), 1)
 
 
+def by_quarter(row):
+    """Right answers in percent by quarter of the output, of outputs with that many answers."""
+    parts = []
+    for quarter in range(4):
+        cut = lambda answers: answers[quarter * len(answers) // 4 : (quarter + 1) * len(answers) // 4]
+        shares = [statistics.fmean(cut(r["right"])) for r in row.items.values() if len(r["right"]) >= 4]
+        parts += [f"{100 * statistics.fmean(shares):.0f}"] if shares else []
+    return " / ".join(parts)
+
+
 def kept(row, dense):
     """Of dense attention's right answers those that are right here too."""
     if dense is None or dense is row:
@@ -131,13 +141,13 @@ def kept(row, dense):
 
 def case_table(every):
     head = ["budget", "policy", "w", "rectify", "documents", "right %", "- dense", "- Quest", "- w = 1"]
-    yield [*head, "of dense's answers", "tokens a step", "read a step", "exposure"]
+    yield [*head, "of dense's answers", "by quarter %", "tokens a step", "read a step", "exposure"]
     dense = next((row for row in every if row.policy == "Dense"), None)
     minus = lambda own, other: own - other
     for row in every:
         quest, plain = bases(row, every)
         compared = [estimate(paired(row, base, right, minus), 1, "+") for base in (dense, quest, plain)]
-        yield [*named(row), estimate(map(right, row.items.values()), 1), *compared, kept(row, dense), *row.read()]
+        yield [*named(row), estimate(map(right, row.items.values()), 1), *compared, kept(row, dense), by_quarter(row), *row.read()]
 
 
 def named(row):

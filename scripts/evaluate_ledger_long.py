@@ -1,0 +1,101 @@
+"""The measuring of scripts/evaluate-ledger-long, which makes what it needs and calls it.
+
+evaluation_jobs.py runs the jobs, evaluate_smollm2_tables.py turns their results into tables.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from evaluation_jobs import START, Job, add_options, policies, run, say
+
+# retro-export's selector, with its pages and with pages so large that it misses facts.
+SKETCH, SKETCH_16 = "recommended", "recommended,page-size=16"
+SIGNED = "recommended,selector=signed_moments,page-size=16"
+# The most that a job may take: it ends sooner, or something is wrong.
+SECONDS = 600
+
+
+def windows(policy, *each):
+    return [f"{policy},window={w}" for w in each]
+
+
+def passes(policy):
+    return [f"{policy},window=1,rectify={n}" for n in (32, 128)]
+
+
+def all_jobs(setup):
+    """Every job, what tells most first."""
+    base = [str(setup.model), "--data", str(setup.documents), "--batch", str(setup.batch)]
+    if setup.small:
+        base += ["--docs", "2", "-n", "60"]
+
+    def job(name, budgets, names):
+        return Job(name, [*base, "--budgets", budgets, *policies(names)], SECONDS)
+
+    quest = ["quest", *windows("retro", 2, 8)]
+    return [
+        job("dense", "0.10", ["dense"]),
+        job("quest", "0.10", quest),
+        job("sketch", "0.10", windows(SKETCH, 1, 2, 4, 8)),
+        job("sketch-16", "0.05", windows(SKETCH_16, 1, 2, 4, 8)),
+        job("quest-25", "0.25", quest),
+        job("sketch-05", "0.05", windows(SKETCH, 1, 2, 4, 8)),
+        job("signed", "0.10", windows(SIGNED, 1, 2, 8)),
+        job("passes-16", "0.05", passes(SKETCH_16)),
+        job("passes-quest", "0.25", passes("retro")),
+        job("streaming", "0.05,0.10", ["streaming"]),
+        job("quest-05", "0.05", quest),
+        job("signed-05", "0.05", windows(SIGNED, 1, 2, 8)),
+        job("passes", "0.05", passes(SKETCH)),
+        job("sketch-02", "0.02", windows(SKETCH, 1, 2, 4, 8)),
+        job("sketch-16-wide", "0.02,0.10", windows(SKETCH_16, 1, 2, 8)),
+        job("quest-tokens", "512", quest),
+        job("sketch-tokens", "512", windows(SKETCH, 1, 2, 8)),
+        job("signed-wide", "0.02,512", windows(SIGNED, 1)),
+        job("quest-02", "0.02", quest),
+    ]
+
+
+def compare(setup, jobs, end):
+    """Runs a row with plain steps too, and says how many of its answers those of captured steps have."""
+    sketch = next((job for job in jobs if job.name == "sketch"), None)
+    if sketch is None or setup.device == "cpu":
+        return []
+    plain = argparse.Namespace(**vars(setup) | {"out": setup.out / "plain"})
+    plain.out.mkdir(exist_ok=True)
+    first = sketch.arguments.index("--policy") + 2
+    failed = run(plain, [Job(sketch.name, sketch.arguments[:first], SECONDS)], [], end)
+    found = []
+    for out in (setup.out, plain.out):
+        path = out / f"{sketch.name}.jsonl"
+        lines = path.read_text().splitlines()[1:] if path.is_file() else []
+        found.append({(r["policy"], r["item"]): r["result"]["right"] for r in map(json.loads, lines)})
+    pairs = [pair for key, right in found[1].items() for pair in zip(right, found[0].get(key, []), strict=False)]
+    say(f"captured and plain steps: {sum(a == b for a, b in pairs)} of {len(pairs)} answers are alike")
+    return failed
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="the model, unconverted")
+    parser.add_argument("--documents", type=Path, required=True, help="its documents")
+    parser.add_argument("--batch", type=int, default=48, help="documents decoded together")
+    add_options(parser)
+    return parser.parse_args()
+
+
+def main():
+    setup = options()
+    setup.out.mkdir(parents=True, exist_ok=True)
+    jobs = [job for job in all_jobs(setup) if job.name.startswith(tuple(setup.only.split(",")))]
+    flags = [] if setup.device == "cpu" else ["--cuda-graph"]
+    end = START + 60 * setup.minutes
+    failed = run(setup, jobs, flags, end) + compare(setup, jobs, end)
+    say("results: " + str(setup.out))
+    if failed:
+        sys.exit("evaluate-ledger-long: failed: " + ", ".join(failed))
+
+
+main()
