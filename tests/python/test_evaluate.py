@@ -69,6 +69,7 @@ def test_tables_of_documents_have_the_figures_of_eval(tmp_path):
         assert line["right %"] == text(row["right"], 1)
         if row["kind"] != "dense":
             assert line["- Quest"] == text(row["difference_to_quest"], 1, "+")
+        assert line["by quarter %"] == " / ".join(f"{quarter['mean']:.0f}" for quarter in row["quarters"])
         same_cost(row, line)
 
 
@@ -81,3 +82,16 @@ def test_tables_of_texts_have_the_figures_of_eval(tmp_path):
         assert line["perplexity"] == f"{row['perplexity']:.3f}"
         assert line["same best guess %"] == f"{100 * row['agreement']:.1f}"
         same_cost(row, line)
+
+
+def test_long_outputs_are_measured_in_jobs_that_go_on_where_they_stopped(tmp_path):
+    model, documents = tmp_path / "model", tmp_path / "documents.jsonl"
+    command(models(), "build", ROOT / "models" / "ledger", "-o", model)
+    command(models(), "ledger", "--docs", "2", "-o", documents)
+    script = [sys.executable, ROOT / "scripts" / "evaluate_ledger_long.py", "--model", model, "--documents", documents]
+    script += ["--out", tmp_path / "out", "--retro-run", runner(), "--small", "--batch", "2"]
+    said = command(*script, "--only", "dense,passes-quest-10")
+    assert "dense: " in said and "passes-quest-10: " in said and "complete" not in said
+    lines = [json.loads(line) for line in (tmp_path / "out" / "passes-quest-10.jsonl").read_text().splitlines()[1:]]
+    assert len(lines) == 4 and all(len(line["result"]["right"]) >= 38 for line in lines)
+    assert "complete: dense, passes-quest-10" in command(*script, "--only", "dense,passes-quest-10")
