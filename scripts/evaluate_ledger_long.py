@@ -4,7 +4,6 @@ evaluation_jobs.py runs the jobs, evaluate_smollm2_tables.py turns their results
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -62,26 +61,6 @@ def all_jobs(setup):
     ]
 
 
-def compare(setup, jobs, end):
-    """Runs a row with plain steps too, and says how many of its answers those of captured steps have."""
-    # One that misses facts: where all answers are right, small differences do not show.
-    row = next((job for job in jobs if job.name == "sketch-16"), None)
-    if row is None or setup.device == "cpu":
-        return []
-    plain = argparse.Namespace(**vars(setup) | {"out": setup.out / "plain"})
-    plain.out.mkdir(exist_ok=True)
-    first = row.arguments.index("--policy") + 2
-    failed = run(plain, [Job(row.name, row.arguments[:first], SECONDS)], [], end)
-    found = []
-    for out in (setup.out, plain.out):
-        path = out / f"{row.name}.jsonl"
-        lines = path.read_text().splitlines()[1:] if path.is_file() else []
-        found.append({(r["policy"], r["item"]): r["result"]["right"] for r in map(json.loads, lines)})
-    pairs = [pair for key, right in found[1].items() for pair in zip(right, found[0].get(key, []), strict=False)]
-    say(f"captured and plain steps: {sum(a == b for a, b in pairs)} of {len(pairs)} answers are alike")
-    return failed
-
-
 def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="the model, unconverted")
@@ -95,9 +74,7 @@ def main():
     setup = options()
     setup.out.mkdir(parents=True, exist_ok=True)
     jobs = [job for job in all_jobs(setup) if job.name.startswith(tuple(setup.only.split(",")))]
-    flags = [] if setup.device == "cpu" else ["--cuda-graph"]
-    end = START + 60 * setup.minutes
-    failed = run(setup, jobs, flags, end) + compare(setup, jobs, end)
+    failed = run(setup, jobs, [], START + 60 * setup.minutes)
     say("results: " + str(setup.out))
     if failed:
         sys.exit("evaluate-ledger-long: failed: " + ", ".join(failed))
