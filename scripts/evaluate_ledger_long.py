@@ -12,7 +12,7 @@ from evaluation_jobs import START, Job, add_options, policies, run, say
 # retro-export's selector, with its pages and with pages so large that it misses facts.
 SKETCH, SKETCH_16 = "recommended", "recommended,page-size=16"
 SIGNED = "recommended,selector=signed_moments,page-size=16"
-# The most that a job may take: it ends sooner, or something is wrong.
+# The most that a job may take on a GPU: it ends sooner, or something is wrong.
 SECONDS = 600
 
 

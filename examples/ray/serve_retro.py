@@ -25,6 +25,8 @@ from ray import serve  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import PlainTextResponse, StreamingResponse  # noqa: E402
 
+# Its name among the applications of a cluster.
+APPLICATION = "retro"
 PR_SET_PDEATHSIG = 1
 # Headers that belong to a connection, not to a message.
 OF_CONNECTIONS = {"connection", "keep-alive", "transfer-encoding", "host", "content-length"}
@@ -84,13 +86,14 @@ def main():
     serve.start(http_options={"host": args.host, "port": args.port})
     actor = {"num_cpus": args.cpus, "num_gpus": args.gpus}
     app = Replica.options(num_replicas=args.replicas, ray_actor_options=actor).bind(command)
-    serve.run(app, route_prefix="/")
+    serve.run(app, name=APPLICATION, route_prefix="/")
     print(f"ready: http://{args.host}:{args.port}", flush=True)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
-    serve.shutdown()
+    # Nothing of others that the cluster runs.
+    serve.delete(APPLICATION)
     ray.shutdown()
 
 

@@ -39,7 +39,7 @@ def __getattr__(name: str):
     try:
         from .causal_lm import RetroForCausalLM
     except ModuleNotFoundError as missing:
-        if missing.name not in ("numpy", "onnxruntime", "torch", "transformers"):
+        if missing.name not in ("numpy", "torch", "transformers"):
             raise
         message = f"RetroForCausalLM needs {missing.name}: pip install 'transformers>=4.57' 'torch>=2.2'"
         raise ModuleNotFoundError(message, name=missing.name) from None

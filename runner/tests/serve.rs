@@ -367,7 +367,10 @@ fn who_comes_and_goes_changes_nothing_for_others() {
 #[test]
 fn a_slot_is_taken_up_again_where_the_text_goes_on() {
     let models = Models::get();
-    for (window, budget) in [4, 1, 4].into_iter().zip(budgets(&[None, Some("0.05"), Some("1.0")])) {
+    for (window, budget) in [4, 1, 4]
+        .into_iter()
+        .zip(budgets(&[None, Some("0.05"), Some("1.0")]).into_iter().cycle())
+    {
         let (engine, _) = models.engine("retro", 3, 8);
         let document = &models.documents[0][..400];
         let first = request(document, 30, window, budget);

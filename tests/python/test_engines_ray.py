@@ -31,7 +31,8 @@ def body(prompt, stream=False):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def served(tmp_path_factory):
+    """An address, and the model behind it."""
     folder = tmp_path_factory.mktemp("ray")
     for command in [
         [models(), "build", "--weights", ROOT / "models" / "code", "-o", folder / "code"],
@@ -52,7 +53,7 @@ def address(tmp_path_factory):
         while not (found := re.search(r"^ready: (\S+)", Path(log.name).read_text(), re.MULTILINE)):
             assert process.poll() is None and time.monotonic() < limit, Path(log.name).read_text()
             time.sleep(0.5)
-        yield found[1]
+        yield found[1], folder / "retro"
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -61,13 +62,18 @@ def address(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def servers():
-    """The processes of the replicas' servers, and the replicas that started them."""
+@pytest.fixture
+def address(served):
+    return served[0]
+
+
+def servers(model):
+    """The processes of the servers of a model, and the replicas that started them."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            if words[:2] == [runner().encode(), b"serve"]:
+            if words[:3] == [runner().encode(), b"serve", os.fsencode(model)]:
                 parent = re.search(r"^PPid:\s+(\d+)", (entry / "status").read_text(), re.MULTILINE)[1]
                 found[int(entry.name)] = int(parent)
         except OSError:  # it has ended meanwhile
@@ -101,9 +107,10 @@ def test_requests_and_streams_go_through(address):
 
 
 @pytest.mark.parametrize("victim", ["replica", "server"])
-def test_one_of_two_is_killed(address, victim):
+def test_one_of_two_is_killed(served, victim):
+    address, model = served
     limit = time.monotonic() + 120
-    while len(before := servers()) != 2:
+    while len(before := servers(model)) != 2:
         assert time.monotonic() < limit, before
         time.sleep(0.5)
     expected = {prompt: ask(address, prompt)[0] for prompt in PROMPTS}
@@ -118,8 +125,8 @@ def test_one_of_two_is_killed(address, victim):
     assert all(text == expected[prompt] for prompt, text, _ in answers)
     # Where a replica dies, Ray itself may have asked again.
     assert victim == "replica" or any(again for _, _, again in answers), "nothing was being answered there: the test tested nothing"
-    assert server not in servers()
+    assert server not in servers(model)
     # Ray starts another.
-    while len(after := servers()) != 2:
+    while len(after := servers(model)) != 2:
         assert time.monotonic() < limit + 120, after
         time.sleep(0.5)

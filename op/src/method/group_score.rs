@@ -36,7 +36,15 @@ unsafe fn group_body<S: Simd, P: PageSelector>(
         P::finish_scores(scoring, head, pages.clone());
         if scoring.group_score == GroupScore::Softmax {
             // SAFETY: the caller's promise.
-            let (top, rest) = unsafe { top_and_rest::<S>(head) };
+            let (mut top, mut rest) = unsafe { top_and_rest::<S>(head) };
+            if top == f32::INFINITY {
+                // Beyond f32's range: such pages cannot be scored either.
+                head.iter_mut()
+                    .filter(|s| **s == f32::INFINITY)
+                    .for_each(|s| *s = f32::NAN);
+                // SAFETY: the caller's promise.
+                (top, rest) = unsafe { top_and_rest::<S>(head) };
+            }
             let rest = rest.ln_1p();
             head.iter_mut().for_each(|s| *s = (*s - top) - rest);
         }
@@ -62,7 +70,7 @@ unsafe fn group_body<S: Simd, P: PageSelector>(
 
 /// The largest number among the values, and the sum of e^(s - largest) over the others: a page that cannot be scored
 /// leaves the others' shares alone. Without the largest, so that what little the others have is not lost beside its 1.
-/// Zeros where all are -inf or NaN.
+/// Zeros where all are -inf or NaN; of an infinite one nothing but itself.
 ///
 /// # Safety
 /// The machine has the instruction set.
@@ -176,5 +184,49 @@ unsafe fn add_spread<S: Simd>(heads: &[f32], scores: &mut [f32]) {
             *score += if *score == f32::NEG_INFINITY { 0.0 } else { ln };
         }
         at += n;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::selector::Sketch;
+    use crate::simd::Isa;
+
+    fn by_softmax(heads: &[[f32; 4]]) -> Vec<Vec<f32>> {
+        let scoring = Scoring {
+            group_score: GroupScore::Softmax,
+            scale: 1.0,
+            lambda: 0.0,
+            correlation: 0.0,
+            page_size: 8,
+            head_size: 8,
+            len: 32,
+            softcap: 0.0,
+            local_window: None,
+            sketch_bits: 2,
+        };
+        let of = |&isa: &Isa| {
+            let (mut all, mut scores) = (heads.concat(), vec![f32::NAN; 4]);
+            group_scores::<Sketch>(isa, &scoring, &mut all, 0..4, &mut scores);
+            scores
+        };
+        Isa::all().iter().map(of).collect()
+    }
+
+    /// A NaN, or a score beyond f32's range.
+    #[test]
+    fn a_page_without_a_score_comes_first_and_leaves_the_others_theirs() {
+        let less = f32::NEG_INFINITY;
+        let expected = by_softmax(&[[less, 1.0, 5.0, 2.0], [less, 3.0, 0.0, 0.0]]);
+        for broken in [f32::NAN, f32::INFINITY] {
+            for other in [broken, less] {
+                let found = by_softmax(&[[broken, 1.0, 5.0, 2.0], [other, 3.0, 0.0, 0.0]]);
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert_eq!(found[0], f32::INFINITY, "{broken} {other}");
+                    assert_eq!(found[1..], expected[1..], "{broken} {other}");
+                }
+            }
+        }
     }
 }

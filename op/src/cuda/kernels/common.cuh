@@ -288,5 +288,5 @@ DEVICE float2 joined_rest(float2 a, float2 b) {
   return {top, fmaf(first ? b.y : a.y, e, rest + e)};
 }
 
-// The logarithm (base 2) of 1 + x for x >= 0, which keeps the order of small ones too.
+// The logarithm (base 2) of 1 + x for x >= 0, to 2^-12 of it however small x is.
 DEVICE float log2_1p(float x) { return x < 0x1p-11f ? x * LOG2E : log2_fast(1.f + x); }
