@@ -4,7 +4,9 @@
 //     ./generate OUT/model.onnx libretro_attention.so 100 1,2,3
 //
 // The arguments: a model in float32 that retro-export wrote, the plugin, how many tokens to make, and the prompt's token numbers.
-// Needs the headers of ONNX Runtime 1.21 or newer, and the library 1.22 or newer that is no older than the headers.
+// Needs the headers of ONNX Runtime 1.21 or newer (scripts/onnxruntime-headers finds or fetches them), and the library 1.22 or
+// newer that is no older than the headers. Where a folder has libonnxruntime.so.1.N alone, as pip's, name that file in place of
+// -lonnxruntime, and let a link libonnxruntime.so.1 lie beside it.
 
 #include <onnxruntime_cxx_api.h>
 

@@ -1,7 +1,8 @@
 //! Greedy generation with a converted model from Rust, on the CPU, with nothing but the crate `ort`. Every call copies the caches;
 //! `generate.py` and `generate.cc` beside this file bind them in place.
 //!
-//!     generate libonnxruntime.so libretro_attention.so OUT/model.onnx 100 1,2,3
+//!     cargo build --release --example generate
+//!     target/release/examples/generate libonnxruntime.so libretro_attention.so OUT/model.onnx 100 1,2,3
 //!
 //! The arguments: ONNX Runtime 1.24 or newer, the plugin, a model in float32 that retro-export wrote, how many tokens to make, and
 //! the prompt's token numbers. `ORT_DISABLE_TELEMETRY=1` in the environment keeps ONNX Runtime from recording telemetry.

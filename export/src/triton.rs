@@ -7,7 +7,7 @@ use retro_contract::{
     graph::{PAGE_BUDGET, RETRO_LENGTH},
     metadata,
 };
-use retro_model_io::exporters_present_names;
+use retro_model_io::{ModelFolder, exporters_present_names};
 use retro_onnx::{
     DataType, Dimension, GraphProto, LoadedModel, NewFolder, ValueInfoProto, external_files, folder_of, read_model,
     stay_inside,
@@ -100,6 +100,14 @@ pub enum Error {
         /// Tokens that the model has state for.
         context: usize,
     },
+    /// Positions end there.
+    #[error("--capacity {asked} exceeds the model's context of {most} tokens")]
+    Capacity {
+        /// Tokens that were asked for.
+        asked: usize,
+        /// Tokens of the model's context.
+        most: usize,
+    },
     /// The server would look in its working directory.
     #[error("--mount {}: give a path from the root, as the server sees it", .0.display())]
     Mount(PathBuf),
@@ -137,6 +145,11 @@ pub fn write_repository(repository: &Repository) -> Result<PathBuf, Error> {
     if let Some(context) = context.filter(|&context: &usize| context < capacity) {
         let asked = capacity;
         return Err(Error::Context { asked, context });
+    }
+    let files = ModelFolder::open(&repository.model, repository.graph.as_deref()).map_err(source::Error::from)?;
+    if let Some(most) = files.context_length.filter(|&most| most < capacity) {
+        let asked = capacity;
+        return Err(Error::Capacity { asked, most });
     }
     let mount = repository.mount.as_deref();
     if let Some(mount) = mount.filter(|mount| !mount.has_root()) {

@@ -185,6 +185,7 @@ def test_errors_are_one_line_and_leave_nothing(converted, tmp_path):
         ([converted / "plain", tmp_path / "models", "--name", "a/b"], "is no name for a model"),
         ([converted / "plain", tmp_path / "models", "--mount", "models"], "give a path from the root"),
         ([converted / "genai", tmp_path / "models", "-c", "97"], "has state for 96 tokens, and --capacity asks for 97"),
+        ([converted / "plain", tmp_path / "models", "-c", "513"], "--capacity 513 exceeds the model's context of 512 tokens"),
         ([converted / "none", tmp_path / "models"], "none"),
     ]:
         capacity = [] if "-c" in arguments else ["-c", "64"]

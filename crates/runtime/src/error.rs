@@ -135,7 +135,9 @@ impl<R> From<ort::Error<R>> for Error {
 }
 
 fn hint() -> String {
-    format!("set {RUNTIME_VARIABLE}=PATH/{ONNX_RUNTIME} (scripts/onnxruntime finds or fetches one)")
+    format!(
+        "set {RUNTIME_VARIABLE}=PATH/{ONNX_RUNTIME} (of pip's onnxruntime, or what scripts/onnxruntime finds or fetches)"
+    )
 }
 
 /// ONNX Runtime's messages run over several lines; ours are one line.

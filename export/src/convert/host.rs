@@ -28,6 +28,14 @@ pub enum HostError {
     /// State is made for so many tokens, and the configuration says none.
     #[error("{GENAI_CONFIG} says neither search.max_length nor model.context_length; give --context")]
     NoContext,
+    /// The host refuses more than that, and positions end there.
+    #[error("--context {asked} exceeds the model's context of {most} tokens, which {GENAI_CONFIG} names")]
+    Context {
+        /// Tokens that were asked for.
+        asked: usize,
+        /// `model.context_length`.
+        most: usize,
+    },
     /// What the way back leaves out must be the plugin that was brought along.
     #[error("--host genai writes a {PLUGIN} into the folder, and the model's has one already: move it away")]
     PluginThere,
@@ -87,7 +95,17 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
         ..settings
     };
     settings.check()?;
+    let most = config.pointer("/model/context_length").and_then(Value::as_u64);
     configure(&mut config, context, options.keeps_sliding_caches())?;
+    // What the configuration says without being asked is the host's affair.
+    if let Some((asked, most)) = options
+        .settings
+        .context
+        .zip(most.and_then(|most| usize::try_from(most).ok()))
+        && asked > most
+    {
+        return Err(HostError::Context { asked, most }.into());
+    }
     let mut files = FolderFiles::default();
     files.written.push((GENAI_CONFIG.into(), pretty(&config)?));
     if !options.dry_run {

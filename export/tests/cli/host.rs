@@ -164,7 +164,19 @@ fn what_genai_could_not_run_is_refused() {
         &["--context", "0"],
         "the context is 0 tokens; it must be 1 to",
     );
+    refused(
+        &source,
+        &out,
+        &["--context", "257"],
+        "--context 257 exceeds the model's context of 256 tokens",
+    );
+    let config = source.join("genai_config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    let longer = text.replace("\"context_length\": 256", "\"context_length\": 99999999");
+    assert_ne!(text, longer);
+    fs::write(&config, longer).unwrap();
     refused(&source, &out, &["--context", "16777216"], "it must be below 16777216");
+    fs::write(&config, text).unwrap();
     let missing = folder.path().join("missing");
     let error = convert(&source, &out, &missing, &["--host", "genai"]).unwrap_err();
     assert!(

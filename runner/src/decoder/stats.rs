@@ -139,6 +139,9 @@ impl Stats {
                 "read {pages:.1} pages per KV head and step ({:.0} % of the valid ones){exposure}; {memory}",
                 100.0 * share
             ));
+        } else if self.state_bytes > 0 {
+            // On a GPU, in hosts' forms, and before the first step.
+            lines.push(format!("pages were not counted; {memory}"));
         } else {
             lines.push(format!("read every page; {memory}"));
         }
@@ -176,5 +179,15 @@ mod tests {
             serde_json::to_value(s.json()).unwrap()["effective_exposure"],
             serde_json::Value::Null
         );
+    }
+
+    /// What has the operator's state reads less than everything, whether it is counted or not.
+    #[test]
+    fn converted_models_are_not_said_to_read_everything() {
+        let s = Stats {
+            state_bytes: 1 << 20,
+            ..Stats::default()
+        };
+        assert!(s.lines()[2].starts_with("pages were not counted"), "{:?}", s.lines());
     }
 }
