@@ -3,14 +3,15 @@
 #pragma once
 #include "select_shared.cuh"
 
-// A head's largest score and the logarithm (base 2) of 1 and the sum of e^(score - largest) over the others: the
-// logarithm of a page's share is `(score - most) log2 e - rest`, exact for the page that has all but nothing of a head.
+// A head's largest score and the logarithm (base 2) of 1 and the sum of e^(score - largest) over the others. From these
+// the logarithm of a page's share, exact for the page that has all but nothing of the head.
+DEVICE float log_share(float score, float most, float rest) { return fmaf(score - most, LOG2E, -rest); }
 struct HeadSums {
   float most, rest;
   // Of no scores every share is 0.
   DEVICE explicit HeadSums(float2 sums)
       : most(sums.x == NEG_INF ? 0.f : sums.x), rest(sums.x == NEG_INF ? 0.f : log2_1p(sums.y)) {}
-  DEVICE float share(float score) const { return fmaf(score - most, LOG2E, -rest); }
+  DEVICE float share(float score) const { return log_share(score, most, rest); }
 };
 
 // Joined over a warp: the largest first, so that a lane needs one exponential.
@@ -124,7 +125,7 @@ DEVICE void join_heads(const Params& p, const float* scores /* from the first pa
                    less = *reinterpret_cast<const float4*>(&sh.rest[h]);
       // Of heads that are not there -inf.
       auto share = [&](int j, float score, float most, float rest) {
-        return h + j < p.group ? fmaf(score - most, LOG2E, -rest) : NEG_INF;
+        return h + j < p.group ? log_share(score, most, rest) : NEG_INF;
       };
 #pragma unroll
       for (int i = 0; i < JOINED_AT_ONCE; i++) {
