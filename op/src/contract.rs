@@ -9,8 +9,10 @@ mod dims;
 mod unknown;
 
 pub use attributes::{AttributeSource, Attributes};
+pub(crate) use attributes::{MANY, Reader};
 pub use call_plan::{CallLengths, CallPlan, Phase, Sequence};
 pub use dims::{Dims, InputShapes, Shape};
+pub(crate) use unknown::{Names, refuse as refuse_unknown};
 
 #[cfg(test)]
 mod tests;

@@ -100,5 +100,7 @@ pub fn infer(shapes: &ShapeContext) -> Result<()> {
     } else {
         -1
     };
-    shapes.copy_with_last(input::QUERY, output::OUTPUT, width)
+    // Batch and tokens are the same for every node of a model.
+    let names = [c"RetroAttention_batch", c"RetroAttention_tokens"];
+    shapes.copy_with_last(input::QUERY, output::OUTPUT, width, &names)
 }

@@ -1,4 +1,5 @@
-//! `libretro_attention.so`: an ONNX Runtime plugin with the operator `ai.retro::RetroAttention`.
+//! `libretro_attention.so`: an ONNX Runtime plugin with the operators `ai.retro::RetroAttention` and
+//! `ai.retro::MatMulNBits`.
 //!
 //! Hosts load it through `RegisterCustomOps` (Python: `SessionOptions.register_custom_ops_library`). As a Rust library
 //! it gives the method on plain slices ([`method`], [`cpu`]).
@@ -8,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 mod gqa_fallback;
 mod io_spec;
+pub mod matmul_nbits;
 pub mod method;
 pub mod ort;
 pub mod selector;
@@ -30,6 +32,10 @@ pub unsafe extern "C" fn RegisterCustomOps(
                     .operator::<cpu::CpuOperator<half::f16>>()
                     .operator::<cpu::CpuOperator<f32, u8>>()
                     .operator::<cpu::CpuOperator<half::f16, u8>>()
+                    .operator::<matmul_nbits::CpuMatMulNBits<f32, u8>>()
+                    .operator::<matmul_nbits::CpuMatMulNBits<f32, f32>>()
+                    .operator::<matmul_nbits::CpuMatMulNBits<half::f16, u8>>()
+                    .operator::<matmul_nbits::CpuMatMulNBits<half::f16, half::f16>>()
                     .operator::<cuda::CudaOperator<f32>>()
                     .operator::<cuda::CudaOperator<half::f16>>()
                     .operator::<cuda::CudaOperator<half::bf16>>()

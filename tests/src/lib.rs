@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod golden;
 pub mod host;
 pub mod layer;
+pub mod matmul_nbits;
 pub mod mirror;
 pub mod node;
 pub mod oracle;

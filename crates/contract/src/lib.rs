@@ -8,6 +8,7 @@
 mod budget;
 mod choice;
 pub mod graph;
+pub mod matmul_nbits;
 pub mod metadata;
 mod state;
 

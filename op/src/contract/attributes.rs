@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use retro_contract::attribute::{LOCAL_WINDOW_SIZE, PAGE_SIZE, STEP_ROWS};
-use retro_contract::{GroupScore, Mode, Selector, limits, ring_slots};
+use retro_contract::{GroupScore, Mode, OP_TYPE, Selector, limits, ring_slots};
 
 use super::unknown;
 use crate::ort::{Error, Result, require};
@@ -66,7 +66,12 @@ impl Attributes {
     /// When one is missing, unknown, out of its range, or does not fit another.
     pub fn read(source: &impl AttributeSource) -> Result<Self> {
         use retro_contract::attribute as name;
-        unknown::refuse(source)?;
+        let names = unknown::Names {
+            operator: OP_TYPE,
+            known: &name::ALL,
+            foreign: &unknown::OF_ATTENTION,
+        };
+        unknown::refuse(source, &names)?;
         let read = Reader(source);
         let heads = read.in_range(name::NUM_HEADS, None, 1, MANY)?;
         let kv_heads = read.in_range(name::KV_NUM_HEADS, None, 1, MANY)?;
@@ -114,10 +119,10 @@ impl Attributes {
 }
 
 /// The largest count.
-const MANY: i64 = i32::MAX as i64;
+pub(crate) const MANY: i64 = i32::MAX as i64;
 
 /// Reads attributes by what is allowed of their values.
-struct Reader<'a, S>(&'a S);
+pub(crate) struct Reader<'a, S>(pub &'a S);
 
 impl<S: AttributeSource> Reader<'_, S> {
     fn flag(&self, name: &str) -> Result<bool> {
@@ -128,7 +133,7 @@ impl<S: AttributeSource> Reader<'_, S> {
         }
     }
 
-    fn in_range(&self, name: &str, default: Option<usize>, low: i64, high: i64) -> Result<usize> {
+    pub fn in_range(&self, name: &str, default: Option<usize>, low: i64, high: i64) -> Result<usize> {
         let v = match (self.0.int(name)?, default) {
             (Some(v), _) => v,
             (None, Some(default)) => return Ok(default),

@@ -1,14 +1,20 @@
 //! Attributes that are not the operator's. A host gives a plugin no list of a node's attributes, it only answers for a
 //! name; so the names are asked for that somebody could have meant something by.
 
-use retro_contract::{OP_TYPE, attribute};
-
 use super::AttributeSource;
 use crate::ort::{Error, Result};
 
+/// What an operator has, and what is looked for besides.
+pub(crate) struct Names<'a> {
+    pub operator: &'a str,
+    pub known: &'a [&'static str],
+    /// Attributes of other operators that this one does not have.
+    pub foreign: &'a [&'static str],
+}
+
 /// Attributes of GroupQueryAttention, MultiHeadAttention and ai.onnx Attention that change what they compute and that
 /// this operator does not have, and names that other libraries use for what it has.
-const FOREIGN: [&str; 41] = [
+pub(super) const OF_ATTENTION: [&str; 41] = [
     "smooth_softmax",
     "qk_output",
     "qk_norm_epsilon",
@@ -77,17 +83,21 @@ fn slips(name: &str) -> impl Iterator<Item = String> + '_ {
 }
 
 /// An error for an attribute that is not the operator's.
-pub(super) fn refuse(source: &impl AttributeSource) -> Result<()> {
-    let known = attribute::ALL;
+pub(crate) fn refuse(source: &impl AttributeSource, names: &Names<'_>) -> Result<()> {
+    let Names {
+        operator,
+        known,
+        foreign,
+    } = names;
     let of_slips = known
-        .into_iter()
-        .flat_map(|name| slips(name).map(move |slip| (slip, Some(name))));
-    let foreign = FOREIGN.iter().map(|&name| (name.to_owned(), None));
+        .iter()
+        .flat_map(|&name| slips(name).map(move |slip| (slip, Some(name))));
+    let foreign = foreign.iter().map(|&name| (name.to_owned(), None));
     for (name, meant) in foreign.chain(of_slips) {
-        if !known.contains(&name.as_str()) && source.has(&name)? {
+        if !name.is_empty() && !known.contains(&name.as_str()) && source.has(&name)? {
             let meant = meant.map_or(String::new(), |meant| format!(" (is {meant} meant?)"));
             return Err(Error::invalid(format!(
-                "attribute {name} is not one of {OP_TYPE}'s{meant}: they are {}",
+                "attribute {name} is not one of {operator}'s{meant}: they are {}",
                 known.join(", ")
             )));
         }

@@ -23,7 +23,9 @@ impl ShapeContext {
     }
 
     /// As [`Self::copy`], with the last dimension replaced; -1 means that it is not known, and gives it a symbol.
-    pub fn copy_with_last(&self, input: usize, output: usize, last: i64) -> Result<()> {
+    /// `names` are symbols for leading dimensions that are neither known nor named; where they do not reach, the output
+    /// is left without a shape.
+    pub fn copy_with_last(&self, input: usize, output: usize, last: i64, names: &[&CStr]) -> Result<()> {
         let mut info = ptr::null_mut();
         ort!(ShapeInferContext_GetInputTypeShape(self.0, input, &mut info))?;
         let mut dims = dims(info)?;
@@ -42,15 +44,12 @@ impl ShapeContext {
             };
         }
         // A dimension that is neither known nor named would be written as the number -1, which shape inference of a
-        // later Reshape takes for a second "whatever is left". Batch and tokens are the same for every node of a model.
-        for (axis, name) in [c"RetroAttention_batch", c"RetroAttention_tokens"]
-            .into_iter()
-            .enumerate()
-            .take(rank.saturating_sub(1))
-        {
+        // later Reshape takes for a second "whatever is left".
+        for axis in 0..rank - 1 {
             // SAFETY: the host gave a null pointer or a string of its own that lives as long as `info`.
             let named = !symbols[axis].is_null() && unsafe { *symbols[axis] } != 0;
             if dims[axis] < 0 && !named {
+                let Some(name) = names.get(axis) else { return Ok(()) };
                 symbols[axis] = name.as_ptr();
             }
         }

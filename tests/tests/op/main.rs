@@ -9,6 +9,7 @@ mod drive;
 mod errors;
 mod golden;
 mod inputs;
+mod matmul_nbits;
 mod prefill;
 mod rewind;
 mod rotary;
