@@ -38,7 +38,7 @@ pub struct Cli {
 
     /// Restore the original of a converted model, byte for byte, instead of converting
     #[arg(long, conflicts_with_all = [
-        "Settings", "dense_layers", "dry_run", "verify", "tolerance", "partial", "all_logits", "sliding_cache",
+        "Settings", "dense_layers", "dry_run", "verify", "tolerance", "partial", "all_logits", "sliding_cache", "no_matmul",
     ])]
     pub revert: bool,
 
@@ -50,9 +50,15 @@ pub struct Cli {
     #[arg(long)]
     pub no_verify: bool,
 
-    /// Compare as --verify does, on this device: cpu, cuda, or cuda:N for a GPU by its number [default: cpu]
-    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["no_verify", "revert"])]
+    /// What the output is for: cpu, or cuda (cuda:N is a GPU by its number). For cuda, products of packed weights
+    /// (MatMulNBits) become an operator of the plugin that is as fast for a window as for one token. The comparison runs on
+    /// that device, and is made as --verify does unless there is --no-verify [default: cpu]
+    #[arg(long, value_name = "DEVICE", conflicts_with = "revert")]
     pub device: Option<Device>,
+
+    /// Leave products of packed weights (MatMulNBits) as they are, also with --device cuda
+    #[arg(long)]
+    pub no_matmul: bool,
 
     /// Largest logit difference that counts as equal, per unit of the largest logit
     /// [default: 1e-4 for float32, 2e-2 for float16 and quantised models]
@@ -131,12 +137,13 @@ impl Cli {
             external_data: self.external_data,
             force: self.force,
             dry_run: self.dry_run,
-            verify: match (self.verify || self.device.is_some(), self.no_verify) {
-                (true, _) => Verify::Always,
-                (false, true) => Verify::Never,
+            verify: match (self.no_verify, self.verify || self.device.is_some()) {
+                (true, _) => Verify::Never,
+                (false, true) => Verify::Always,
                 (false, false) => Verify::IfPossible,
             },
-            device: self.device.unwrap_or_default(),
+            device: self.device,
+            keep_matmul: self.no_matmul,
             tolerance: self.tolerance,
         }
     }
@@ -164,6 +171,29 @@ mod tests {
         );
     }
 
+    /// The device is what the output is for. It asks for a comparison there, unless there is to be none.
+    #[test]
+    fn a_device_compares_unless_told_otherwise() {
+        let options = |more: &[&str]| {
+            let line = ["retro-export", "m", "-o", "o"].into_iter().chain(more.iter().copied());
+            Cli::try_parse_from(line).unwrap().options()
+        };
+        assert_eq!((options(&[]).device, options(&[]).verify), (None, Verify::IfPossible));
+        let cuda = Some(Device::Cuda(0));
+        for (flags, verify) in [
+            (&["--device", "cuda"][..], Verify::Always),
+            (&["--device", "cuda", "--verify"], Verify::Always),
+            (&["--device", "cuda", "--no-verify"], Verify::Never),
+        ] {
+            assert_eq!(
+                (options(flags).device, options(flags).verify),
+                (cuda, verify),
+                "{flags:?}"
+            );
+        }
+        assert!(!options(&["--device", "cuda"]).keep_matmul && options(&["--no-matmul"]).keep_matmul);
+    }
+
     /// What a conversion is set to has no meaning on the way back.
     #[test]
     fn revert_takes_no_flag_that_it_would_ignore() {
@@ -182,6 +212,7 @@ mod tests {
             &["--sliding-cache", "full"],
             &["--tolerance", "1"],
             &["--device", "cpu"],
+            &["--no-matmul"],
             &["--dry-run"],
         ] {
             let why = revert(ignored).unwrap_err();

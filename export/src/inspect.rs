@@ -9,9 +9,10 @@ use crate::{
     table,
     validate::validate,
 };
-use retro_contract::{self as contract, metadata};
+use retro_contract::{self as contract, matmul_nbits, metadata};
 use retro_onnx::{
-    DataType, Dimension, LoadedModel, ValueInfoProto, external_files, graph::GraphView, read_model, stay_inside,
+    DataType, Dimension, GraphProto, LoadedModel, ValueInfoProto, external_files, graph::GraphView, read_model,
+    stay_inside,
 };
 use serde::Serialize;
 use std::{
@@ -50,12 +51,39 @@ pub struct Inspection {
     pub revertible: bool,
     /// RetroAttention nodes of a converted model.
     pub retro_nodes: usize,
+    /// Products of packed weights (MatMulNBits), ONNX Runtime's and the operator's.
+    pub packed_products: PackedProductCounts,
     /// What the state of a converted model takes, as a share of its key/value caches; none where its sizes are open.
     pub state_share: Option<StateShare>,
     /// Attention that a conversion would find.
     pub attention: Vec<LayerReport>,
     /// What a conversion would make of the If of a merged decoder.
     pub merged: Option<String>,
+}
+
+/// Products of packed weights by the operator that computes them.
+#[derive(Debug, Default, Serialize)]
+pub struct PackedProductCounts {
+    /// `com.microsoft::MatMulNBits`.
+    pub microsoft: usize,
+    /// `ai.retro::MatMulNBits`.
+    pub retro: usize,
+}
+
+impl PackedProductCounts {
+    fn of(graph: &GraphProto) -> Self {
+        let count = |domain: &str| {
+            graph
+                .node
+                .iter()
+                .filter(|n| n.is(domain, matmul_nbits::OP_TYPE))
+                .count()
+        };
+        Self {
+            microsoft: count(matmul_nbits::SOURCE_DOMAIN),
+            retro: count(contract::DOMAIN),
+        }
+    }
 }
 
 /// An input or output.
@@ -132,6 +160,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
         .filter(|n| n.is(contract::DOMAIN, contract::OP_TYPE))
         .count();
     let share = state_share(graph);
+    let packed_products = PackedProductCounts::of(graph);
     let settings: BTreeMap<String, String> = model
         .metadata_props
         .iter()
@@ -173,6 +202,7 @@ pub fn inspect(path: &Path, graph: Option<&str>) -> Result<Inspection, Error> {
         converted: (retro_nodes > 0 || !settings.is_empty()).then_some(settings),
         revertible,
         retro_nodes,
+        packed_products,
         state_share: share,
         attention,
         merged,
@@ -191,6 +221,16 @@ impl fmt::Display for Inspection {
         )?;
         for (location, bytes) in &self.external_data {
             writeln!(f, "weights  {location}, {bytes} bytes")?;
+        }
+        let products = &self.packed_products;
+        match (products.microsoft, products.retro) {
+            (0, 0) => {}
+            (stay, 0) => writeln!(f, "products {stay} MatMulNBits")?,
+            (0, retro) => writeln!(f, "products {retro} ai.retro::MatMulNBits")?,
+            (stay, retro) => writeln!(
+                f,
+                "products {retro} ai.retro::MatMulNBits, {stay} com.microsoft::MatMulNBits"
+            )?,
         }
         for (what, values) in [("input ", &self.inputs), ("output", &self.outputs)] {
             let value = |v: &ValueReport| {

@@ -31,7 +31,7 @@ pub mod verify;
 
 pub use convert::{Error, HostError, Options, SlidingCache, Unconvertible, Verify, convert, convert_bytes};
 pub use files::{Error as FilesError, ExternalMode};
-pub use inspect::{Error as InspectError, Inspection, ValueReport, inspect};
+pub use inspect::{Error as InspectError, Inspection, PackedProductCounts, ValueReport, inspect};
 pub use report::*;
 pub use revert::{Error as RevertError, RecordError, revert};
 pub use settings::{Error as SettingsError, Host, Settings};

@@ -1,6 +1,7 @@
 //! The logits readback: decoding needs the newest token's logits alone. Here the lm_head is found, and its input cut to the newest
 //! token's hidden state, so that nothing else is computed and read back.
 
+use retro_contract::{DOMAIN, matmul_nbits};
 use retro_onnx::{Dimension, GraphBuilder, GraphProto, NodeProto, graph::GraphView};
 
 /// Elementwise nodes that may stand between the lm_head and the logits.
@@ -8,9 +9,10 @@ const ELEMENTWISE: [&str; 10] = [
     "Add", "Cast", "Clip", "Div", "Identity", "Max", "Min", "Mul", "Sub", "Tanh",
 ];
 /// Nodes that multiply rows of their first input with weights.
-const LM_HEADS: [(&str, &str); 4] = [
+const LM_HEADS: [(&str, &str); 5] = [
     ("", "MatMul"),
-    ("com.microsoft", "MatMulNBits"),
+    (matmul_nbits::SOURCE_DOMAIN, matmul_nbits::OP_TYPE),
+    (DOMAIN, matmul_nbits::OP_TYPE),
     ("com.microsoft", "MatMulBnb4"),
     ("com.microsoft", "MatMulFpQ4"),
 ];

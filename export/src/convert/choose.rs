@@ -1,13 +1,15 @@
-//! Which attention becomes the operator, in which mode, and what becomes of the logits.
+//! Which attention becomes the operator, in which mode, which products do, and what becomes of the logits.
 
 use super::{Options, Unconvertible};
 use crate::{
     logits::{self, KeepAll, Logits},
     report::{Action, LayerReport},
+    rewrite::{Kept, PackedProducts},
     rules::{Attention, Conversion, carried, none_found},
 };
 use retro_contract::Mode;
-use retro_onnx::graph::GraphView;
+use retro_onnx::{DataType, graph::GraphView};
+use retro_runtime::Device;
 
 /// What becomes of each attention; an error if the model stays as it is.
 pub fn choose_conversions<'a>(
@@ -139,6 +141,28 @@ fn reasons(refused: &[Refused]) -> String {
         text += &format!("; and {more} other reasons");
     }
     text
+}
+
+/// Which products of packed weights become the operator's: in models for CUDA with a window, those that its kernel takes.
+pub fn choose_products(view: &GraphView, conversions: &[Conversion], options: &Options) -> PackedProducts {
+    let all = if options.keep_matmul {
+        Some(Kept::Asked)
+    } else if !is_for_cuda(conversions, options) {
+        Some(Kept::NotForCuda)
+    } else if options.settings.window == 1 {
+        Some(Kept::OneRow)
+    } else {
+        None
+    };
+    PackedProducts::choose(view, all.as_ref())
+}
+
+/// Whether the converted model is for CUDA: as asked, else if it has caches that the operator has on CUDA alone.
+fn is_for_cuda(conversions: &[Conversion], options: &Options) -> bool {
+    match options.device {
+        Some(device) => device != Device::Cpu,
+        None => conversions.iter().any(|c| c.matched.data_type == DataType::Bfloat16),
+    }
 }
 
 /// Of which tokens the converted model returns logits.

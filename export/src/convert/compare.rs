@@ -42,7 +42,7 @@ pub struct WrittenModel<'w> {
 pub fn runtime_asked_for(options: &Options) -> Result<Option<ComparisonRuntime>, Error> {
     match options.verify {
         Verify::Always if !options.dry_run => {
-            let runtime = ComparisonRuntime::find(options.device);
+            let runtime = ComparisonRuntime::find(options.device.unwrap_or_default());
             runtime.map(Some).map_err(Error::NoRuntime)
         }
         _ => Ok(None),
@@ -66,7 +66,8 @@ pub fn compare_written(
             ));
         }
         Verify::IfPossible => {
-            let compared = ComparisonRuntime::find(options.device).and_then(|runtime| run(&runtime, written, options));
+            let compared = ComparisonRuntime::find(options.device.unwrap_or_default())
+                .and_then(|runtime| run(&runtime, written, options));
             match compared {
                 Ok(verification) => report.verification = Some(verification),
                 Err(why) => report.unverified = Some(chain(&why)),
@@ -75,7 +76,7 @@ pub fn compare_written(
         Verify::Always => {
             let runtime = match runtime {
                 Some(runtime) => runtime,
-                None => ComparisonRuntime::find(options.device).map_err(Error::NoRuntime)?,
+                None => ComparisonRuntime::find(options.device.unwrap_or_default()).map_err(Error::NoRuntime)?,
             };
             report.verification = Some(run(&runtime, written, options).map_err(Error::Comparison)?);
         }
@@ -175,6 +176,8 @@ fn wider_copy(
     let wide = Options {
         settings: widest(&options.settings),
         sliding_cache: Some(SlidingCache::Full),
+        // Products as the converted model has them.
+        keep_matmul: options.keep_matmul || options.settings.window == 1,
         ..options.clone()
     };
     let loaded = read_model(&written.source.model)?;

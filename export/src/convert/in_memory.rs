@@ -2,12 +2,12 @@
 
 use super::{
     Error, Options, Unconvertible,
-    choose::{choose_conversions, choose_logits, layer_reports},
+    choose::{choose_conversions, choose_logits, choose_products, layer_reports},
     facts::Facts,
 };
 use crate::{
     merged::unfold,
-    report::Report,
+    report::{PackedProductsReport, Report},
     rewrite::{self, rewrite},
     rules::{INPUT_IDS, INPUTS_EMBEDS, SampleCalls, find_attention},
     state_share::state_share,
@@ -51,6 +51,7 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     let conversions = choose_conversions(&view, &found, options).map_err(unconvertible)?;
     check_tokens_at_once(&view, options.settings.window).map_err(unconvertible)?;
     let logits = choose_logits(&view, options);
+    let products = choose_products(&view, &conversions, options);
     let facts = Facts::new(&view, &found, &conversions);
     if options.settings.keeps_window_in_graph()
         && let Some(other) = facts.other_inputs.iter().find(|other| cant_be_kept(other))
@@ -62,8 +63,9 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     let mut report = Report::new(&path, &model, &options.settings, layers, &logits);
     report.dry_run = options.dry_run;
     report.merged = merged;
+    report.packed_products = PackedProductsReport::new(&products);
 
-    rewrite(&mut model, &conversions, &logits, &options.settings)
+    rewrite(&mut model, &conversions, &products, &logits, &options.settings)
         .map_err(|why| unconvertible(Unconvertible::Rewrite(why)))?;
 
     let result = model

@@ -164,7 +164,65 @@ fn record_original(converted: &mut ConvertedModel, path: &Path) -> Result<(), Er
 mod tests {
     use super::*;
     use crate::{error::chain, settings::Settings, testing::gqa_model};
-    use retro_onnx::{DataType, NodeProto, ValueInfoProto};
+    use retro_contract::matmul_nbits;
+    use retro_onnx::{AttributeProto, DataType, ModelProto, NodeProto, TensorProto, ValueInfoProto};
+    use retro_runtime::Device;
+
+    /// A decoder of one layer with caches of this type, and a product of packed weights for its lm_head.
+    fn packed_model(data_type: DataType) -> Bytes {
+        let mut model = gqa_model(1);
+        let graph = model.graph.as_mut().unwrap();
+        for value in graph
+            .input
+            .iter_mut()
+            .chain(&mut graph.output)
+            .chain(&mut graph.value_info)
+        {
+            if value.data_type() == Some(DataType::Float) {
+                let dims = value.dims().unwrap_or_default().to_vec();
+                *value = ValueInfoProto::tensor(&value.name().to_owned(), data_type, dims);
+            }
+        }
+        for tensor in &mut graph.initializer {
+            let count = tensor.dims.iter().product::<i64>() as usize;
+            *tensor = TensorProto::raw(tensor.name(), data_type, &tensor.dims, vec![0; 2 * count].into());
+        }
+        let head = graph.node.last_mut().unwrap();
+        head.domain = Some(matmul_nbits::SOURCE_DOMAIN.to_owned());
+        head.op_type = Some(matmul_nbits::OP_TYPE.to_owned());
+        head.input = [head.input(0), "codes", "scales"].map(str::to_owned).to_vec();
+        let numbers = [("K", 32), ("N", 10), ("block_size", 32)];
+        head.attribute = numbers.map(|(name, v)| AttributeProto::int(name, v)).to_vec();
+        let tensors = [
+            ("codes", DataType::Uint8, [10, 1, 16], 160),
+            ("scales", data_type, [10, 1, 1], 20),
+        ];
+        graph.initializer.extend(tensors.map(|(name, t, dims, bytes)| {
+            let dims = if name == "scales" { &dims[..2] } else { &dims };
+            TensorProto::raw(name, t, dims, vec![0; bytes].into())
+        }));
+        model.encode_to_vec().into()
+    }
+
+    /// The operator has bfloat16 on CUDA alone, so such a model is for CUDA unless another device is named.
+    #[test]
+    fn a_model_of_bfloat16_is_for_cuda() {
+        let replaced = |data_type, device| {
+            let options = Options {
+                device,
+                ..Options::default()
+            };
+            let bytes = convert_bytes(packed_model(data_type), Path::new("."), &options).unwrap();
+            let model = ModelProto::decode(bytes.as_slice()).unwrap();
+            let nodes = model.graph.unwrap().node;
+            nodes
+                .iter()
+                .any(|n| n.is(retro_contract::DOMAIN, matmul_nbits::OP_TYPE))
+        };
+        let (half, brain) = (DataType::Float16, DataType::Bfloat16);
+        assert!(!replaced(half, None) && replaced(half, Some(Device::Cuda(1))));
+        assert!(replaced(brain, None) && !replaced(brain, Some(Device::Cpu)));
+    }
 
     #[test]
     fn a_model_with_other_state_is_fed_every_token_once() {

@@ -31,8 +31,11 @@ pub struct Options {
     pub dry_run: bool,
     /// Whether the result is compared with the source.
     pub verify: Verify,
-    /// Where both models run when they are compared.
-    pub device: Device,
+    /// What the converted model is for, and where both models run when they are compared; none: the CPU, but for a model
+    /// that runs on CUDA alone. For CUDA, products of packed weights become the operator's.
+    pub device: Option<Device>,
+    /// Leave products of packed weights as they are.
+    pub keep_matmul: bool,
     /// Largest logit difference that is rounding, for logits of up to 1; none: by the model's types.
     pub tolerance: Option<f32>,
 }

@@ -4,6 +4,7 @@ mod text;
 
 use crate::{
     logits::Logits,
+    rewrite::{Kept, PackedProducts},
     rules::{Attention, AttentionMatch, LengthSource, Rope},
     settings::{Host, Settings},
     state_share::StateShare,
@@ -38,6 +39,8 @@ pub struct Report {
     pub converted_layers: usize,
     /// What their state takes, as a share of their key/value caches; none where the sizes are open.
     pub state_share: Option<StateShare>,
+    /// What became of the products of packed weights (MatMulNBits); none where there are none.
+    pub packed_products: Option<PackedProductsReport>,
     /// What became of the logits.
     pub logits: LogitsReport,
     /// Length of the converted model's file; none in a dry run.
@@ -180,6 +183,24 @@ pub struct FoundReport {
     pub past: [String; 2],
 }
 
+/// What became of the products of packed weights.
+#[derive(Debug, Serialize)]
+pub struct PackedProductsReport {
+    /// How many are the operator's now.
+    pub replaced: usize,
+    /// Those that are ONNX Runtime's as before, by the reason.
+    pub kept: Vec<KeptProducts>,
+}
+
+/// Products of packed weights that stayed for one reason.
+#[derive(Debug, Serialize)]
+pub struct KeptProducts {
+    /// How many.
+    pub count: usize,
+    /// The reason.
+    pub why: String,
+}
+
 /// What became of the logits.
 #[derive(Debug, Serialize)]
 pub struct LogitsReport {
@@ -252,6 +273,7 @@ impl Report {
             layers,
             converted_layers: converted,
             state_share: None,
+            packed_products: None,
             logits: LogitsReport::new(logits),
             bytes: None,
             external_data: Vec::new(),
@@ -355,6 +377,21 @@ impl FoundReport {
             head_sink: !matched.head_sink.is_empty() || matched.sinks.is_some(),
             past: [matched.past_key.clone(), matched.past_value.clone()],
         }
+    }
+}
+
+impl PackedProductsReport {
+    /// None where a graph has no such product.
+    pub(crate) fn new(products: &PackedProducts) -> Option<Self> {
+        let kept = |(why, count): (&Kept, &usize)| KeptProducts {
+            count: *count,
+            why: why.to_string(),
+        };
+        let any = !products.replaced.is_empty() || !products.kept.is_empty();
+        any.then(|| Self {
+            replaced: products.replaced.len(),
+            kept: products.kept.iter().map(kept).collect(),
+        })
     }
 }
 

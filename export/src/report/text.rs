@@ -1,9 +1,21 @@
 //! The report as text.
 
-use super::Report;
+use super::{PackedProductsReport, Report};
 use crate::table;
 use retro_contract::Selector;
 use std::fmt;
+
+impl fmt::Display for PackedProductsReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if self.replaced > 0 {
+            parts.push(format!("{} MatMulNBits become ai.retro::MatMulNBits", self.replaced));
+        }
+        let kept = |k: &super::KeptProducts| format!("{} MatMulNBits stay: {}", k.count, k.why);
+        parts.extend(self.kept.iter().map(kept));
+        f.write_str(&parts.join("; "))
+    }
+}
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -47,6 +59,9 @@ impl fmt::Display for Report {
         f.write_str(&table::layers(&self.layers))?;
         if let Some(share) = &self.state_share {
             writeln!(f, "state    {share}")?;
+        }
+        if let Some(products) = &self.packed_products {
+            writeln!(f, "products {products}")?;
         }
         writeln!(f, "logits   {}", self.logits.detail)?;
         for e in &self.external_data {

@@ -3,7 +3,7 @@
 
 use super::Settings;
 use crate::{logits::Logits, rules::Conversion};
-use retro_contract::{Budget, Mode, metadata::ONE_TOKEN_DENSE_BELOW};
+use retro_contract::{Budget, Mode, matmul_nbits, metadata::ONE_TOKEN_DENSE_BELOW};
 use retro_onnx::{NodeProto, graph::GraphView};
 
 /// Tokens of context that pay for a second token in a step, where there is one weight for each element of a query
@@ -67,7 +67,7 @@ fn cost(view: &GraphView, node: &NodeProto) -> f64 {
         let weights = view.tensor_dims(node.input(1)).filter(|dims| dims.len() == 2);
         return pays::FLOAT * weights.map_or(0.0, product);
     }
-    if node.is("com.microsoft", "MatMulNBits") {
+    if matmul_nbits::is(node.op_domain(), node.op_type()) {
         let number = |name: &str| node.attribute(name).map_or(0, |a| a.i.unwrap_or(0));
         let pays = match number("accuracy_level") {
             PRODUCTS_OF_BYTES => pays::BYTES,

@@ -1,6 +1,6 @@
 //! Rewrites the attentions of a graph to `ai.retro::RetroAttention` nodes, and declares the state that the graph takes and returns.
 //!
-//! In this order: inputs and outputs ([`graph_io`]), the attentions of one node, those of several nodes ([`decomposed`]), what a
+//! In this order: products of packed weights ([`packed_products`]), inputs and outputs ([`graph_io`]), the attentions of one node, those of several nodes ([`decomposed`]), what a
 //! node of one needs around it ([`single`]), the check of the attention mask where the source counts its ones ([`mask_check`]),
 //! the logits readback, the window where the graph keeps it ([`window`]), state by a host's own names ([`genai`]), and the metadata.
 
@@ -12,6 +12,7 @@ mod genai;
 mod graph_io;
 mod mask_check;
 mod operator_node;
+mod packed_products;
 mod prune;
 mod sequence_lengths;
 mod single;
@@ -26,6 +27,7 @@ use dense_below::dense_below;
 pub use error::Error;
 pub(crate) use mask_check::depends as reads_mask;
 use operator_node::replace;
+pub use packed_products::{Kept, PackedProducts};
 use retro_contract::{self as contract, Mode, metadata};
 use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
 use std::collections::HashSet;
@@ -34,7 +36,7 @@ use window::Window;
 /// The first version of the format in which an initializer that is an input too is a default, as `retro_length` has one.
 const FEEDABLE_INITIALIZERS: i64 = 4;
 
-/// Rewrites the model's attentions, which must be of this model.
+/// Rewrites the model's attentions and products, which must be of this model.
 ///
 /// # Errors
 /// A name that the converted model needs is taken, a cache has no declared shape, or something else needs what attention of
@@ -42,6 +44,7 @@ const FEEDABLE_INITIALIZERS: i64 = 4;
 pub fn rewrite(
     model: &mut ModelProto,
     conversions: &[Conversion],
+    products: &PackedProducts,
     logits: &Logits,
     settings: &Settings,
 ) -> Result<(), Error> {
@@ -59,6 +62,7 @@ pub fn rewrite(
         graph.input.retain(|i| !constant.contains(i.name()));
         model.ir_version = Some(FEEDABLE_INITIALIZERS);
     }
+    products.replace(graph);
     graph_io::declare(graph, conversions, settings, opset)?;
     for conversion in conversions.iter().filter(|c| c.matched.output_node.is_none()) {
         let node = graph.node.get_mut(conversion.node).ok_or(Error::NoAttention)?;
@@ -161,7 +165,8 @@ mod tests {
             logits::find_lm_head(&view)
         };
         let mut out = model.clone();
-        rewrite(&mut out, &conversions.collect::<Vec<_>>(), &logits, settings)?;
+        let products = PackedProducts::default();
+        rewrite(&mut out, &conversions.collect::<Vec<_>>(), &products, &logits, settings)?;
         Ok(out)
     }
 

@@ -7,6 +7,7 @@ mod generated;
 mod inputs;
 mod model;
 mod padding;
+mod products;
 mod rewind;
 mod structure;
 mod variants;

@@ -243,6 +243,9 @@ const OPERATORS: &[Operator] = &[
     one("Conv", matmul::conv).weights(),
     // Quantised.
     one("MatMulNBits", quant::matmul_packed).of(MICROSOFT).weights(),
+    one("MatMulNBits", quant::matmul_packed)
+        .of(retro_contract::DOMAIN)
+        .weights(),
     one("MatMulBnb4", quant::matmul_packed).of(MICROSOFT),
     one("MatMulFpQ4", quant::matmul_packed).of(MICROSOFT),
     one("MatMulIntegerToFloat", quant::matmul_to_float).of(MICROSOFT),
