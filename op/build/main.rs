@@ -4,6 +4,9 @@
 #[path = "../src/cuda/abi.rs"]
 #[allow(dead_code, reason = "the plugin uses the rest")]
 mod abi;
+#[path = "../src/cuda/matmul_abi.rs"]
+#[allow(dead_code, reason = "the plugin uses the rest")]
+mod matmul_abi;
 mod params;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +20,7 @@ const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];
 fn main() {
     println!("cargo:rerun-if-changed=build");
     println!("cargo:rerun-if-changed=src/cuda/abi.rs");
+    println!("cargo:rerun-if-changed=src/cuda/matmul_abi.rs");
     // ORT unloads a plugin after its last session. Code that a thread pool or a late destructor may still reach, and
     // the operator tables that we hand out for good, must outlive that.
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {

@@ -42,6 +42,10 @@ pub unsafe extern "C" fn RegisterCustomOps(
                     .operator::<cuda::CudaOperator<f32, u8>>()
                     .operator::<cuda::CudaOperator<half::f16, u8>>()
                     .operator::<cuda::CudaOperator<half::bf16, u8>>()
+                    .operator::<cuda::CudaMatMulNBits<half::f16, u8>>()
+                    .operator::<cuda::CudaMatMulNBits<half::f16, half::f16>>()
+                    .operator::<cuda::CudaMatMulNBits<half::bf16, u8>>()
+                    .operator::<cuda::CudaMatMulNBits<half::bf16, half::bf16>>()
             })
         })
     }

@@ -54,7 +54,7 @@ impl<const N: usize> CudaType for [u8; N] {
     }
 }
 
-/// A field of [`Params`] as the header declares and checks it.
+/// A field of a struct of parameters as the header declares and checks it.
 pub struct Field {
     pub declaration: String,
     pub name: &'static str,
@@ -66,6 +66,16 @@ pub struct Field {
     /// In bytes.
     pub align: usize,
 }
+
+/// A constant's name, value and meaning.
+pub type Constant = (&'static str, usize, &'static [&'static str]);
+/// A formula's name, arguments, expression and meaning.
+pub type Formula = (
+    &'static str,
+    &'static [&'static str],
+    &'static str,
+    &'static [&'static str],
+);
 
 /// A struct of both sides. A field without a text of its own goes with the one above it.
 macro_rules! shared_struct {
@@ -145,6 +155,8 @@ macro_rules! shared_formulas {
             &[$((stringify!($name), &[$(stringify!($arg)),+], stringify!($value), &[$($doc),+]),)+];
     };
 }
+
+pub(super) use {shared_constants, shared_enum, shared_formulas, shared_struct};
 
 shared_constants! {
     /// Sequences of a batch whose `retro_length` may differ.

@@ -50,7 +50,10 @@ const HEADERS: [&[(&str, &str)]; 3] = [
         "attend.cuh",
         "attend_f32.cuh",
         "merge.cuh",
-        "prefill.cuh"
+        "prefill.cuh",
+        "matmul_codes.cuh",
+        "matmul_nbits.cuh",
+        "matmul_wide.cuh"
     ),
     headers!(from concat!(env!("OUT_DIR"), "/"), "params.cuh", "selectors.cuh"),
     include!(concat!(env!("OUT_DIR"), "/selectors.rs")),

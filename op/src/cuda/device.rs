@@ -13,9 +13,9 @@ use cudarc::driver::sys::{
 
 use super::check;
 use super::cubin::code;
-use super::launch::Kernel;
+use super::launch::{Kernel, Stream};
 use super::scratch::Scratch;
-use crate::ort::{Error, Result};
+use crate::ort::{Context, Error, Result};
 
 pub struct Device {
     context: Arc<CudaContext>,
@@ -31,6 +31,8 @@ pub struct Device {
     pub scratch: Scratch,
     /// Places of tensors at addresses that the kernels cannot use.
     pub staged: Scratch,
+    /// Weights widened for a product of many rows.
+    pub widened: Scratch,
     /// As CUDA numbers devices.
     pub ordinal: usize,
 }
@@ -90,6 +92,7 @@ impl Device {
             sets_carveout: driver >= 12050,
             scratch: Scratch::default(),
             staged: Scratch::default(),
+            widened: Scratch::default(),
             ordinal,
         })
     }
@@ -139,6 +142,15 @@ impl Device {
         check(&format!("cuOccupancyMaxPotentialClusterSize({})", kernel.name), result)?;
         let blocks = usize::try_from(blocks).unwrap_or(1).max(1);
         Ok(1 << blocks.ilog2())
+    }
+
+    /// The stream of a call.
+    pub fn stream(&self, context: &Context) -> Result<Stream> {
+        Ok(Stream {
+            raw: context.stream()?.cast(),
+            overlaps: self.overlaps,
+            sets_carveout: self.sets_carveout,
+        })
     }
 
     /// Makes the device's context the calling thread's.

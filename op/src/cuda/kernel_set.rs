@@ -157,6 +157,7 @@ pub(super) fn names() -> Vec<String> {
             names.extend([1, 2].map(|bits| name::score_sketch(element, padded, bits)));
         }
     }
+    names.extend(super::matmul_kernels::names());
     names
 }
 

@@ -1,4 +1,4 @@
-//! Launching kernels that all take one [`Params`].
+//! Launching kernels that each take one struct of parameters.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 
 use super::abi::Params;
 use super::check;
+use super::matmul_abi::MatmulParams;
 use crate::ort::{Result, Tensor};
 
 /// A kernel by name.
@@ -26,6 +27,11 @@ pub struct Kernel {
 unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
+
+/// A struct that kernels take by value.
+pub trait KernelParams {}
+impl KernelParams for Params {}
+impl KernelParams for MatmulParams {}
 
 /// The stream of a call.
 #[derive(Clone, Copy)]
@@ -56,7 +62,7 @@ impl Stream {
         grid: [usize; 3],
         shared: usize,
         mode: LaunchMode,
-        params: &Params,
+        params: &impl KernelParams,
     ) -> Result<()> {
         self.launch_clusters(kernel, 1, grid, shared, mode, params)
     }
@@ -70,7 +76,7 @@ impl Stream {
         grid: [usize; 3],
         shared: usize,
         mode: LaunchMode,
-        params: &Params,
+        params: &impl KernelParams,
     ) -> Result<()> {
         let mut attributes = SmallVec::<[CUlaunchAttribute; 3]>::new();
         if mode != LaunchMode::Plain && self.overlaps {
@@ -95,7 +101,7 @@ impl Stream {
             numAttrs: attributes.len() as u32,
         };
         let mut arguments = [ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the function takes one Params by value, which the driver copies before it returns, as it does the attributes,
+        // SAFETY: the function takes one such struct by value, which the driver copies before it returns, as it does the attributes,
         // which it does not write; the pointers inside belong to the running call, which ORT keeps alive on this stream.
         let result = unsafe { cuLaunchKernelEx(&config, kernel.function, arguments.as_mut_ptr(), ptr::null_mut()) };
         match result {

@@ -6,6 +6,8 @@
 //! run: a sequence whose `seqlens_k` or `page_budget` breaks the contract gets NaN outputs and keeps its state, because
 //! the host cannot see the numbers.
 //!
+//! [`CudaMatMulNBits`] multiplies packed weights (`matmul_nbits.cuh`).
+//!
 //! Nothing of CUDA is linked: the driver is loaded when the first node is placed on a CUDA device.
 
 pub mod abi;
@@ -14,11 +16,15 @@ mod device;
 mod kernel_set;
 mod launch;
 mod launch_plan;
+pub mod matmul_abi;
+mod matmul_kernels;
+mod matmul_nbits;
 mod op_kernel;
 mod scratch;
 mod staging;
 
 pub use kernel_set::CudaElement;
+pub use matmul_nbits::{CudaMatMulNBits, MatMulKernel};
 pub use op_kernel::{CudaKernel, CudaOperator};
 
 use cudarc::driver::sys::CUresult;

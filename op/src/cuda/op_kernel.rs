@@ -9,7 +9,6 @@ use retro_contract::{STATE, input, output};
 use super::abi::{CallPhase, HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
 use super::kernel_set::{CudaElement, Kernels, find};
-use super::launch::Stream;
 use super::launch_plan::{LaunchPlan, params};
 use super::scratch::lock;
 use super::staging::{Staging, Used, WRITTEN};
@@ -91,11 +90,7 @@ impl CudaKernel {
 
         // Everything that the host can see is checked: from here on outputs are written.
         self.device.make_current()?;
-        let stream = Stream {
-            raw: context.stream()?.cast(),
-            overlaps: self.device.overlaps,
-            sets_carveout: self.device.sets_carveout,
-        };
+        let stream = self.device.stream(context)?;
         let width = (attributes.heads * dims.head_size) as i64;
         let result = context.output(output::OUTPUT, &[dims.batch as i64, dims.tokens as i64, width])?;
         let mut presents = [result; STATE.len()];

@@ -2,7 +2,8 @@
 //! `com.microsoft::MatMulNBits`.
 //!
 //! What every execution provider shares is here: the ports, the attributes, the checks of shapes. On the CPU the
-//! host's own operator computes every call ([`CpuMatMulNBits`]).
+//! host's own operator computes every call ([`CpuMatMulNBits`]); CUDA has kernels
+//! ([`crate::cuda::CudaMatMulNBits`]).
 
 mod attributes;
 mod cpu;
@@ -53,6 +54,7 @@ pub(crate) fn infer(shapes: &ShapeContext) -> Result<()> {
 pub type InputShapes = [Option<Shape>; input::COUNT];
 
 /// The inputs of one call, in slot order.
+#[derive(Default)]
 pub(crate) struct Operands {
     pub tensors: [Option<Tensor>; input::COUNT],
 }

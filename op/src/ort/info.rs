@@ -114,6 +114,17 @@ impl Info {
         Ok((constant != 0 && !value.is_null()).then_some(Tensor(value.cast_mut())))
     }
 
+    /// Whether the node names an input in this slot.
+    pub fn has_input(&self, index: usize) -> Result<bool> {
+        if index >= self.input_count()? {
+            return Ok(false);
+        }
+        let mut len = 0;
+        ort!(KernelInfo_GetInputName(self.0, index, ptr::null_mut(), &mut len))?;
+        // The terminator alone is the empty name of what is left out.
+        Ok(len > 1)
+    }
+
     /// Name of the node, for messages; empty when the model gives none.
     pub fn node_name(&self) -> Result<String> {
         let mut len = 0;

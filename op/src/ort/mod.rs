@@ -18,7 +18,7 @@ pub use info::Info;
 pub use invoked_op::{Attribute, InvokedOp};
 pub use ort_sys::ONNXTensorElementDataType as DataType;
 pub use shape::ShapeContext;
-pub use tensor::{Elements, OwnedScalar, Plain, Tensor};
+pub use tensor::{DeviceTensor, Elements, OwnedScalar, Plain, Tensor};
 
 /// Entry for [`crate::RegisterCustomOps`]: takes the host's table, then runs `body`.
 ///

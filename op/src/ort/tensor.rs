@@ -273,3 +273,53 @@ impl Drop for OwnedScalar {
         }
     }
 }
+
+/// A tensor over memory of ours on a CUDA device, for operators that we invoke ourselves.
+pub struct DeviceTensor(Tensor);
+
+impl DeviceTensor {
+    /// A tensor of this type and shape at `address` on the CUDA device `ordinal`.
+    ///
+    /// # Safety
+    /// The memory holds as many elements for as long as this lives.
+    pub unsafe fn new(address: *mut c_void, ordinal: usize, data_type: DataType, shape: &[i64]) -> Result<Self> {
+        let elements = shape
+            .iter()
+            .try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?));
+        let elements = elements.ok_or_else(|| Error::runtime("a tensor's shape overflows"))?;
+        let id = i32::try_from(ordinal).map_err(|_| Error::runtime("a device's number overflows"))?;
+        let mut memory = ptr::null_mut();
+        ort!(CreateMemoryInfo(
+            c"Cuda".as_ptr(),
+            ort_sys::OrtAllocatorType::OrtDeviceAllocator,
+            id,
+            ort_sys::OrtMemType::OrtMemTypeDefault,
+            &mut memory
+        ))?;
+        let mut value = ptr::null_mut();
+        let made = ort!(CreateTensorWithDataAsOrtValue(
+            memory,
+            address,
+            elements * element_bytes(data_type)?,
+            shape.as_ptr(),
+            shape.len(),
+            data_type,
+            &mut value
+        ));
+        // SAFETY: the memory info came from CreateMemoryInfo and is released once; the value keeps a copy.
+        unsafe { ((*api()).ReleaseMemoryInfo)(memory) };
+        made.map(|()| Self(Tensor(value)))
+    }
+
+    /// The tensor, while this lives.
+    pub fn tensor(&self) -> Tensor {
+        self.0
+    }
+}
+
+impl Drop for DeviceTensor {
+    fn drop(&mut self) {
+        // SAFETY: the value came from CreateTensorWithDataAsOrtValue and is released once; its memory is not its own.
+        unsafe { ((*api()).ReleaseValue)(self.0.0) }
+    }
+}

@@ -2,6 +2,8 @@
 // them by name, and op/src/cuda/abi.rs has the lists (SCORE_HALF and so on) and the launch bounds.
 #include "attend.cuh"
 #include "attend_f32.cuh"
+#include "matmul_nbits.cuh"
+#include "matmul_wide.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"
 #include "score_kernel.cuh"
@@ -51,3 +53,21 @@ ATTEND_HALF(ATTEND, bf16, BF16)
 #define ATTEND_SCALAR(DP, ROWS, THREADS, BLOCKS, TYPE) \
   KERNEL(retro_attend_##TYPE##_##DP##_##ROWS, THREADS, BLOCKS, attend_f32<DP>(p))
 ATTEND_F32(ATTEND_SCALAR, f32)
+
+// Products of packed weights, for up to 8 and 16 rows at once.
+#define MATMUL_KERNEL(NAME, THREADS, BODY) \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ MatmulParams p) { BODY; }
+#define MATMUL_TILES(NAME, ...)                                              \
+  MATMUL_KERNEL(NAME##_8, MATMUL_THREADS, (matmul_nbits<__VA_ARGS__, 1>(p))) \
+  MATMUL_KERNEL(NAME##_16, MATMUL_THREADS, (matmul_nbits<__VA_ARGS__, 2>(p)))
+#define MATMUL_ZEROS(NAME, ...)          \
+  MATMUL_TILES(NAME, __VA_ARGS__, false) \
+  MATMUL_TILES(NAME##_zeros, __VA_ARGS__, true)
+#define MATMUL(TYPE, T)                                                               \
+  MATMUL_ZEROS(retro_matmul4_##TYPE, T, 4, false)                                     \
+  MATMUL_ZEROS(retro_matmul4_halves_##TYPE, T, 4, true)                               \
+  MATMUL_ZEROS(retro_matmul8_##TYPE, T, 8, false)                                     \
+  MATMUL_KERNEL(retro_widen_weights_##TYPE, MATMUL_WIDE_THREADS, widen_weights<T>(p)) \
+  MATMUL_KERNEL(retro_add_bias_##TYPE, MATMUL_WIDE_THREADS, add_bias<T>(p))
+MATMUL(f16, F16)
+MATMUL(bf16, BF16)
