@@ -16,6 +16,7 @@ mod scratch;
 mod shared;
 
 pub use call::{CpuCall, Dense, Inputs, LayerState};
+pub(crate) use op_kernel::OrtPool;
 pub use op_kernel::{CpuKernel, CpuOperator};
 pub use pool::{Pool, Serial};
 pub use run::run;

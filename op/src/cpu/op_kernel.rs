@@ -15,7 +15,9 @@ use crate::for_selector;
 use crate::gqa_fallback::GqaFallback;
 use crate::io_spec::{self, Operands};
 use crate::method::element::Element;
-use crate::ort::{Context, Elements, Info, Operator, OwnedScalar, Plain, Port, Result, ShapeContext, Tensor};
+use crate::ort::{
+    AlignedWeights, Context, Elements, Info, Operator, OwnedScalar, Plain, Port, Result, ShapeContext, Tensor,
+};
 use crate::selector::PageSelector;
 
 /// `ai.retro::RetroAttention` on the CPU for caches of element type `E` and selector state of type `S`.
@@ -25,15 +27,15 @@ pub struct CpuOperator<E, S = E>(PhantomData<(E, S)>);
 pub struct CpuKernel {
     attributes: Attributes,
     fallback: Option<GqaFallback>,
-    /// Copies of the weights among the inputs that the host keeps at misaligned addresses.
-    weights: Vec<Elements>,
+    weights: AlignedWeights,
     scratch: ScratchPool,
     width: usize,
 }
 
-struct OrtPool<'a> {
-    context: &'a Context,
-    width: usize,
+/// The session's threads.
+pub(crate) struct OrtPool<'a> {
+    pub context: &'a Context,
+    pub width: usize,
 }
 
 impl Pool for OrtPool<'_> {
@@ -57,16 +59,8 @@ impl<E: Element, S: Plain> Operator for CpuOperator<E, S> {
         let attributes = Attributes::read(info)?;
         io_spec::check_state_type(attributes.selector, E::DATA_TYPE, S::DATA_TYPE)?;
         let fallback = GqaFallback::new(info, &attributes, E::DATA_TYPE)?;
-        let mut weights = Vec::new();
-        for slot in [input::COS_CACHE, input::SIN_CACHE, input::HEAD_SINK] {
-            if slot < info.input_count()?
-                && let Some(weight) = info.constant_input(slot)?
-            {
-                // SAFETY: a weight of a node on the CPU, which nobody writes.
-                weights.push(unsafe { Elements::of(&weight)? });
-            }
-        }
-        weights.retain(Elements::is_copy);
+        // SAFETY: a node on the CPU, whose kernel keeps them.
+        let weights = unsafe { AlignedWeights::of(info, &[input::COS_CACHE, input::SIN_CACHE, input::HEAD_SINK])? };
         // The threads of the session's pool are not told through ONNX Runtime's C API: as many as the process may run
         // on. Finer parts than threads cost little; the pool runs what it can.
         let width = std::thread::available_parallelism().map_or(1, usize::from);
@@ -190,12 +184,12 @@ impl CpuKernel {
                 dims,
                 plan,
                 inputs: Inputs {
-                    query: self.elements(tensors[input::QUERY], query)?,
-                    key: self.elements(tensors[input::KEY], key)?,
-                    value: self.elements(tensors[input::VALUE], value)?,
-                    cos: self.elements(tensors[input::COS_CACHE], cos)?,
-                    sin: self.elements(tensors[input::SIN_CACHE], sin)?,
-                    head_sink: self.elements(tensors[input::HEAD_SINK], head_sink)?,
+                    query: self.weights.elements(tensors[input::QUERY], query)?,
+                    key: self.weights.elements(tensors[input::KEY], key)?,
+                    value: self.weights.elements(tensors[input::VALUE], value)?,
+                    cos: self.weights.elements(tensors[input::COS_CACHE], cos)?,
+                    sin: self.weights.elements(tensors[input::SIN_CACHE], sin)?,
+                    head_sink: self.weights.elements(tensors[input::HEAD_SINK], head_sink)?,
                 },
                 output: Shared::new(output.slice_mut::<E>()?),
                 state: LayerState {
@@ -214,25 +208,5 @@ impl CpuKernel {
             }
         }
         Ok(())
-    }
-
-    /// The elements of an input, empty where it is absent. `place` keeps a copy, if one is needed, for the call.
-    ///
-    /// # Safety
-    /// The tensor lives on the CPU, and nothing writes to it while the slice is in use.
-    unsafe fn elements<'a, E: Element>(
-        &'a self,
-        tensor: Option<Tensor>,
-        place: &'a mut Option<Elements>,
-    ) -> Result<&'a [E]> {
-        let Some(tensor) = tensor else { return Ok(&[]) };
-        for weight in &self.weights {
-            if weight.is_of(&tensor)? {
-                // SAFETY: the caller's promise.
-                return unsafe { weight.slice() };
-            }
-        }
-        // SAFETY: the caller's promise.
-        unsafe { place.insert(Elements::of(&tensor)?).slice() }
     }
 }

@@ -1,17 +1,21 @@
 //! `ai.retro::MatMulNBits`: a product of activations and packed weights, with the interface of
 //! `com.microsoft::MatMulNBits`.
 //!
-//! What every execution provider shares is here: the ports, the attributes, the checks of shapes. On the CPU the
-//! host's own operator computes every call ([`CpuMatMulNBits`]); CUDA has kernels
+//! What every execution provider shares is here: the ports, the attributes, the checks of shapes. [`multiply`] is the
+//! product on plain slices, which the CPU computes ([`CpuMatMulNBits`]); CUDA has kernels
 //! ([`crate::cuda::CudaMatMulNBits`]).
 
 mod attributes;
 mod cpu;
 mod dims;
+mod product;
+#[cfg(test)]
+mod tests;
 
 pub use attributes::Attributes;
 pub use cpu::{CpuKernel, CpuMatMulNBits};
 pub use dims::{OutputShape, check_weights, output_shape};
+pub use product::{Product, ZeroPoints, multiply};
 
 use retro_contract::matmul_nbits::{input, output};
 
@@ -92,6 +96,3 @@ pub(crate) fn read_attributes(info: &Info) -> Result<Attributes> {
         ))
     })
 }
-
-/// The attribute names, for messages and for the host's own operator.
-pub(crate) const ATTRIBUTE_NAMES: [&std::ffi::CStr; 5] = [c"K", c"N", c"bits", c"block_size", c"accuracy_level"];

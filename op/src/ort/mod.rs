@@ -1,5 +1,6 @@
 //! Safe wrapper over the ONNX Runtime C API: calls into the host, and its callbacks.
 
+mod aligned_weights;
 mod api;
 mod context;
 mod custom_op;
@@ -9,6 +10,7 @@ mod invoked_op;
 mod shape;
 mod tensor;
 
+pub use aligned_weights::AlignedWeights;
 pub use api::host_version;
 pub use context::Context;
 pub use custom_op::{Operator, Port, Registry, register};

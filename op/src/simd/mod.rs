@@ -102,6 +102,8 @@ pub trait Simd: Copy {
     unsafe fn load_half(p: *const f16) -> Self::V;
     /// Integers as floats.
     unsafe fn load_int(p: *const i32) -> Self::V;
+    /// Bytes as floats.
+    unsafe fn load_byte(p: *const u8) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;

@@ -15,6 +15,10 @@ implement!(Neon, float32x4_t, 4, {
     // The conversion of four halves at once is no stable intrinsic; `half` has it one by one.
     fn load_half(p: *const f16) -> float32x4_t = vld1q_f32(p.cast::<[f16; 4]>().read_unaligned().map(f16::to_f32).as_ptr());
     fn load_int(p: *const i32) -> float32x4_t = vcvtq_f32_s32(vld1q_s32(p));
+    fn load_byte(p: *const u8) -> float32x4_t = {
+        let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
+        vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))))
+    };
     fn store(p: *mut f32, v: float32x4_t) = vst1q_f32(p, v);
     fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t = vaddq_f32(a, b);
     fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);

@@ -58,6 +58,7 @@ implement!(Avx2, __m256, 8, {
     fn load(p: *const f32) -> __m256 = _mm256_loadu_ps(p);
     fn load_half(p: *const f16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
     fn load_int(p: *const i32) -> __m256 = _mm256_cvtepi32_ps(_mm256_loadu_si256(p.cast()));
+    fn load_byte(p: *const u8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())));
     fn store(p: *mut f32, v: __m256) = _mm256_storeu_ps(p, v);
     fn add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
     fn sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
@@ -110,6 +111,7 @@ implement!(Avx512, __m512, 16, {
     fn load(p: *const f32) -> __m512 = _mm512_loadu_ps(p);
     fn load_half(p: *const f16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
     fn load_int(p: *const i32) -> __m512 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast()));
+    fn load_byte(p: *const u8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
     fn store(p: *mut f32, v: __m512) = _mm512_storeu_ps(p, v);
     fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
     fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
