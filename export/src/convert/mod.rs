@@ -180,7 +180,7 @@ mod tests {
         {
             if value.data_type() == Some(DataType::Float) {
                 let dims = value.dims().unwrap_or_default().to_vec();
-                *value = ValueInfoProto::tensor(&value.name().to_owned(), data_type, dims);
+                *value = ValueInfoProto::tensor(value.name(), data_type, dims);
             }
         }
         for tensor in &mut graph.initializer {

@@ -182,6 +182,38 @@ fn the_original_agrees() {
     }
 }
 
+/// Columns whose blocks are named, as GPTQ's, on the CPU: there the original has them for 4 bits, but reads packed zero
+/// points beside them as bytes.
+#[test]
+fn an_order_of_columns_is_the_originals() {
+    use retro_contract::matmul_nbits::input;
+    for &dtype in dtypes().iter().filter(|_| !host::on_gpu()) {
+        let form = Form {
+            zero_points: ZeroPoints::Float,
+            ..any(dtype)
+        };
+        let mut random = Random::new(8);
+        let weights = Weights::random(form, &mut random);
+        let model = |domain: &str| {
+            let order: Vec<i32> = (0..form.k).map(|i| (i * 7 % form.blocks()) as i32).collect();
+            let mut tensors = weights.tensors();
+            tensors[input::G_IDX - 1] = Some(TensorProto::int32s("g_idx", &[form.k as i64], &order));
+            one_node(domain, &form, form.attributes(), tensors)
+        };
+        let ours = host::open(&model(DOMAIN)).expect("a session");
+        let original = host::open_on_cpu(&model("com.microsoft")).expect("a session");
+        let a = activations(&form, &mut random, 3);
+        let [ours, original] = [&ours, &original].map(|s| run(s, &form, &[3], &a).expect("a call"));
+        let (plain, tolerance) = weights.product(&a, rounding(dtype));
+        assert!(
+            plain.iter().zip(ours.read()).any(|(p, o)| (p - o).abs() > 0.1),
+            "the order counts"
+        );
+        let tolerance = tolerance.into_iter().map(|t| 2.0 * t).collect();
+        check("g_idx", &ours, (original.read(), tolerance));
+    }
+}
+
 /// The error of a node with other attributes: `None` takes one away.
 fn attribute_error(changes: &[(&str, Option<i64>)]) -> String {
     let form = any(dtypes()[0]);
