@@ -51,8 +51,8 @@ pub struct Cli {
     pub no_verify: bool,
 
     /// What the output is for: cpu, or cuda (cuda:N is a GPU by its number). For cuda, products of packed weights
-    /// (MatMulNBits) become an operator of the plugin that is as fast for a window as for one token. The comparison runs on
-    /// that device, and is made as --verify does unless there is --no-verify [default: cpu]
+    /// (MatMulNBits) become an operator of the plugin that reads the weights once for a whole window. The comparison runs on
+    /// that device, and is made as with --verify unless there is --no-verify [default: cpu]
     #[arg(long, value_name = "DEVICE", conflicts_with = "revert")]
     pub device: Option<Device>,
 
