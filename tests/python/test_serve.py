@@ -501,6 +501,6 @@ def test_the_document_names_the_servers_flags(server):
     text = SERVING.read_text()
     shown = subprocess.run([server.arguments[0], "serve", "--help"], capture_output=True, text=True, check=True).stdout
     own = ["--host", "--port", "--parallel", "--queue", "--timeout", "--grace", "--api-key", "--cors", "--max-body", "--log", "--log-prompts"]
-    own += ["--generation-config", "--cuda-graph"]
+    own += ["--generation-config", "--cuda-graph", "--no-cuda-graph"]
     for flag in own:
         assert flag in shown and flag in text, flag

@@ -57,6 +57,7 @@ fn with_fault(folder: &Path, layer: usize, fault: Option<(&str, AttributeProto)>
         converted: &broken,
         windows: &[1, 2],
         window_in_graph: false,
+        lengths_from_mask: false,
         caches: &caches(),
         unused_inputs: &[],
         other_inputs: &[],

@@ -100,6 +100,7 @@ fn run(runtime: &ComparisonRuntime, written: &WrittenModel, options: &Options) -
         converted: &path,
         windows: &own,
         window_in_graph: settings.keeps_window_in_graph(),
+        lengths_from_mask: facts.lengths_from_mask,
         caches: &facts.caches,
         unused_inputs: &facts.unused_inputs,
         other_inputs: &facts.other_inputs,

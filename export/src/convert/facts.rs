@@ -22,6 +22,8 @@ pub struct Facts {
     pub perturbed: Vec<(String, DataType)>,
     pub vocabulary: usize,
     pub padding: PaddingCheck,
+    /// Of some attention the source told lengths by the shape of its cache.
+    pub lengths_from_mask: bool,
     /// All attention is converted and there is no other state, so that tokens may be fed again.
     pub takes_tokens_again: bool,
     pub quantized: bool,
@@ -55,6 +57,7 @@ impl Facts {
         };
         Self {
             padding: padding(view, &matches, all_converted && !padding_enters),
+            lengths_from_mask: matches.iter().any(|m| m.length_source != LengthSource::FromGraph),
             other_inputs,
             caches,
             unused_inputs,

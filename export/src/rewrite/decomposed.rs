@@ -20,7 +20,8 @@ const OPSET: i64 = 11;
 /// `[B, S, H, D]` to `[B, H, S, D]`, and back.
 const SWAP_TOKENS_AND_HEADS: [i64; 4] = [0, 2, 1, 3];
 
-/// Replaces the attentions that are several nodes, and rebuilds what read the length of their caches.
+/// Replaces the attentions that are several nodes, and rebuilds what read the length of their caches. Gives the name of the lengths
+/// that their operators read, if there are any.
 ///
 /// # Errors
 /// The opset is too old; the layers' masks differ; the graph has no tokens; something else needs what gives way.
@@ -30,10 +31,10 @@ pub fn rewrite(
     settings: &Settings,
     opset: i64,
     builder: &mut GraphBuilder,
-) -> Result<(), Error> {
+) -> Result<Option<String>, Error> {
     let decomposed: Vec<&Conversion> = conversions.iter().filter(|c| c.matched.output_node.is_some()).collect();
     if decomposed.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     if opset < OPSET {
         return Err(Error::OldOpset(opset));
@@ -60,12 +61,14 @@ pub fn rewrite(
     if let Some((node, cache)) = others.into_iter().next() {
         return Err(Error::CacheReadElsewhere { node, cache });
     }
-    let mut nodes = lengths.nodes;
+    let SequenceLengths {
+        mut nodes, seqlens_k, ..
+    } = lengths;
     nodes.append(&mut graph.node);
     graph.node = nodes;
     let was: HashSet<String> = was.into_iter().chain(needless_lengths(graph)).collect();
     prune(graph, &was);
-    Ok(())
+    Ok(Some(seqlens_k))
 }
 
 /// Whether the layers mask padding.

@@ -38,19 +38,10 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         .iter()
         .filter(|c| c.matched.length_source == rules::LengthSource::FromGraph);
     let counts: BTreeSet<&str> = counted.map(|c| c.matched.seqlens_k.as_str()).collect();
-    let input_of = |name: &&str, rank: usize| {
-        let declared = graph.input.iter().find(|i| i.name() == *name);
-        declared.is_some_and(|i| i.dims().is_some_and(|d| d.len() == rank))
-    };
-    let fed = [(INPUT_IDS, 2), (INPUTS_EMBEDS, 3)]
-        .into_iter()
-        .find(|(name, rank)| input_of(name, *rank));
-    let Some((tokens, rank)) = fed.filter(|_| input_of(&ATTENTION_MASK, 2)) else {
-        return;
-    };
+    let Some(tokens) = TokensFed::of(graph) else { return };
     let check = MaskCheck {
         data_type: data_type(graph),
-        end: OnesEnd::WithTokensFed { tokens, rank },
+        end: OnesEnd::WithTokensFed(tokens),
         from_start: graph.node.iter().any(rules::gqa::is_one),
         opset,
     };
@@ -154,13 +145,36 @@ pub struct MaskCheck<'a> {
 pub enum OnesEnd<'a> {
     /// At the mask's end.
     WithMask,
-    /// At the mask's end, or anywhere if they are at least as many as the tokens fed: S of `tokens`, `[B, S]` or `[B, S, hidden]`.
-    WithTokensFed {
-        /// The name of the tokens' value.
-        tokens: &'a str,
-        /// Its rank.
-        rank: usize,
-    },
+    /// At the mask's end, or anywhere if they are at least as many as the tokens fed.
+    WithTokensFed(TokensFed),
+    /// As [`Self::WithTokensFed`] in a mask as wide as this cache, `[B, H, C, D]`; at the mask's end in any other.
+    ByWidth(TokensFed, &'a str),
+}
+
+/// The input that says how many tokens are fed: its name, and its rank of `[B, S]` or `[B, S, hidden]`.
+#[derive(Clone, Copy, Debug)]
+pub struct TokensFed(&'static str, usize);
+
+impl TokensFed {
+    /// That of a graph which takes an attention mask `[B, T]`; none where either is declared otherwise.
+    pub fn of(graph: &GraphProto) -> Option<Self> {
+        let input_of = |name: &str, rank: usize| {
+            let declared = graph.input.iter().find(|i| i.name() == name);
+            declared.is_some_and(|i| i.dims().is_some_and(|d| d.len() == rank))
+        };
+        let mut fed = [Self(INPUT_IDS, 2), Self(INPUTS_EMBEDS, 3)].into_iter();
+        fed.find(|Self(name, rank)| input_of(name, *rank) && input_of(ATTENTION_MASK, 2))
+    }
+
+    /// B and S, int64 `[2]`.
+    fn shape(self, b: &mut GraphBuilder) -> String {
+        let shape = b.node("Shape", &[self.0]).output("fed_shape");
+        if self.1 == 2 {
+            return shape;
+        }
+        let front = b.int64s("front", &[2], &[0, 1]);
+        b.node("Gather", &[&shape, &front]).output("fed_front")
+    }
 }
 
 impl MaskCheck<'_> {
@@ -201,14 +215,13 @@ impl MaskCheck<'_> {
                 let expected = b.node("Add", &[&newest_float, &two]).output("expected");
                 self.equal(b, &found, &expected, "mask_is_sound")
             }
-            OnesEnd::WithTokensFed { tokens, rank } => {
+            OnesEnd::WithTokensFed(tokens) | OnesEnd::ByWidth(tokens, _) => {
                 let expected = b.node("Add", &[&newest_float, &last]).output("expected");
                 let together = self.equal(b, &pairs, &expected, "together");
                 // n >= S, unless the last one is valid: S times 1 - last, which is less than n + 1.
-                let mut shape = b.node("Shape", &[tokens]).output("fed_shape");
-                if rank > 2 {
-                    let front = b.int64s("front", &[2], &[0, 1]);
-                    shape = b.node("Gather", &[&shape, &front]).output("fed_front");
+                let mut shape = tokens.shape(b);
+                if let OnesEnd::ByWidth(_, cache) = self.end {
+                    shape = more_than_fit(b, &shape, cache);
                 }
                 let open = b.node("Sub", &[&one, &last]).output("open");
                 let rows = b.node("Expand", &[&open, &shape]).output("open_rows");
@@ -247,6 +260,23 @@ impl MaskCheck<'_> {
         let axis = b.int64s(&format!("{base}_axis"), &[1], &[1]);
         b.node("ReduceSum", &[from, &axis]).output(base)
     }
+}
+
+/// From B and S: B and as many rows as must be valid if the mask's last one is not. Those are S in a mask as wide as the cache, and
+/// in any other more than it has. From shapes alone, so that it is computed on the CPU and read there.
+fn more_than_fit(b: &mut GraphBuilder, fed: &str, cache: &str) -> String {
+    let [first, second, third, two] =
+        [("first", 0), ("second", 1), ("third", 2), ("two_more", 2)].map(|(n, x)| b.int64s(n, &[1], &[x]));
+    let mut at = |from: &str, index: &str, base: &str| b.node("Gather", &[from, index]).output(base);
+    let (batch, tokens) = (at(fed, &first, "fed_batch"), at(fed, &second, "fed_tokens"));
+    let mask = b.node("Shape", &[ATTENTION_MASK]).output("mask_shape");
+    let width = b.node("Gather", &[&mask, &second]).output("width");
+    let cache = b.node("Shape", &[cache]).output("cache_shape");
+    let capacity = b.node("Gather", &[&cache, &third]).output("capacity");
+    let whole = b.node("Equal", &[&width, &capacity]).output("as_wide_as_cache");
+    let beyond = b.node("Add", &[&width, &two]).output("beyond");
+    let rows = b.node("Where", &[&whole, &tokens, &beyond]).output("rows_needed");
+    b.node("Concat", &[&batch, &rows]).int("axis", 0).output("rows_shape")
 }
 
 #[cfg(test)]

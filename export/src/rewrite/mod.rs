@@ -1,8 +1,10 @@
 //! Rewrites the attentions of a graph to `ai.retro::RetroAttention` nodes, and declares the state that the graph takes and returns.
 //!
-//! In this order: products of packed weights ([`packed_products`]), inputs and outputs ([`graph_io`]), the attentions of one node, those of several nodes ([`decomposed`]), what a
-//! node of one needs around it ([`single`]), the check of the attention mask where the source counts its ones ([`mask_check`]),
-//! the logits readback, the window where the graph keeps it ([`window`]), state by a host's own names ([`genai`]), and the metadata.
+//! In this order: products of packed weights ([`packed_products`]), inputs and outputs ([`graph_io`]), the attentions of one node,
+//! those of several nodes ([`decomposed`]), what a node of one needs around it ([`single`]), the check of the attention mask where
+//! the source counts its ones ([`mask_check`]), masks as wide as the caches where the source reads its mask's width
+//! ([`wide_mask`]), the logits readback, the window where the graph keeps it ([`window`]), state by a host's own names
+//! ([`genai`]), and the metadata.
 
 mod cache_aliases;
 mod decomposed;
@@ -16,11 +18,12 @@ mod packed_products;
 mod prune;
 mod sequence_lengths;
 mod single;
+mod wide_mask;
 mod window;
 
 use crate::{
     logits::{self, Logits},
-    rules::{Conversion, LengthSource},
+    rules::Conversion,
     settings::Settings,
 };
 use dense_below::dense_below;
@@ -68,12 +71,13 @@ pub fn rewrite(
         let node = graph.node.get_mut(conversion.node).ok_or(Error::NoAttention)?;
         replace(node, conversion, settings);
     }
-    decomposed::rewrite(graph, conversions, settings, opset, &mut builder)?;
+    let lengths = decomposed::rewrite(graph, conversions, settings, opset, &mut builder)?;
     single::surround(graph, conversions, settings, opset, &mut builder)?;
     let window = settings.keeps_window_in_graph();
     let window = window.then(|| Window::new(graph, &mut builder, settings.window, opset));
     let window = window.transpose()?;
     mask_check::check_masks(graph, conversions, opset, &mut builder);
+    let of_width = lengths.is_some_and(|name| !wide_mask::accept(graph, conversions, &name, opset, &mut builder));
     if let Logits::Newest { after, products, .. } = logits
         && !logits::keep_newest(graph, products, after, &mut builder)
     {
@@ -89,6 +93,9 @@ pub fn rewrite(
         .opset_import
         .push(OperatorSetIdProto::new(contract::DOMAIN, contract::OPSET_VERSION));
     describe(model, conversions, settings);
+    if of_width {
+        model.set_metadata(metadata::LENGTHS, metadata::MASK_WIDTH.to_owned());
+    }
     if dense_below > 0 {
         model.set_metadata(metadata::DENSE_BELOW, dense_below.to_string());
     }
@@ -129,12 +136,6 @@ fn describe(model: &mut ModelProto, conversions: &[Conversion], settings: &Setti
     }
     if let Some(context) = settings.host_context() {
         model.set_metadata(metadata::CONTEXT, context.to_string());
-    }
-    if conversions
-        .iter()
-        .any(|c| c.matched.length_source != LengthSource::FromGraph)
-    {
-        model.set_metadata(metadata::LENGTHS, metadata::MASK_WIDTH.to_owned());
     }
 }
 

@@ -25,7 +25,7 @@ use ort::{
 use retro_contract::{
     StateElement,
     graph::{PAGE_BUDGET, RETRO_LENGTH},
-    pages_for,
+    metadata, pages_for,
 };
 use retro_runtime::one_line;
 use std::{borrow::Cow, collections::HashMap};
@@ -58,6 +58,8 @@ struct Converted {
     page_size: usize,
     /// It takes no `retro_length`.
     window_in_graph: bool,
+    /// Masks may be as wide as the caches.
+    wide_masks: bool,
 }
 
 impl Converted {
@@ -93,14 +95,22 @@ impl ComparedModel {
     /// The result of a conversion, whose caches have their capacity from the beginning.
     pub fn converted(session: Session, comparison: &Comparison) -> Self {
         let model = Self::original(session, comparison);
+        let says = |key| model.session.metadata().ok()?.custom(key);
+        let of_width = says(metadata::LENGTHS).as_deref() == Some(metadata::MASK_WIDTH);
         Self {
             converted: Some(Converted {
                 capacity: model.declared.rows.unwrap_or(CAPACITY),
                 page_size: comparison.page_size,
                 window_in_graph: comparison.window_in_graph,
+                wide_masks: comparison.lengths_from_mask && !of_width,
             }),
             ..model
         }
+    }
+
+    /// Whether it was converted to take masks as wide as its caches.
+    pub fn takes_wide_masks(&self) -> bool {
+        !self.declared.mask && self.converted.is_some_and(|c| c.wide_masks)
     }
 
     /// It takes one token a call, by its declared shape.
@@ -251,6 +261,11 @@ impl ComparedModel {
                 HostTensor::from_ints(ty, &[batch, feed.count], &ids)
             }
             ATTENTION_MASK => {
+                if let Some(converted) = self.converted.filter(|_| feed.wide_mask) {
+                    let width = converted.capacity;
+                    let seen = |b: usize, j: usize| i64::from(j < feed.total - first(b));
+                    return HostTensor::from_ints(ty, &[batch, width], &rows(&seen, 0, width));
+                }
                 // One of fixed width has zeros for what is still to come.
                 let fixed = shape.get(1).filter(|_| shape.len() == 2);
                 let width = fixed.and_then(|d| usize::try_from(*d).ok()).unwrap_or(feed.total);

@@ -42,6 +42,9 @@ pub struct Comparison<'c> {
     pub windows: &'c [usize],
     /// The converted graph feeds tokens again by itself, as many as it was converted for: the only one of `windows`.
     pub window_in_graph: bool,
+    /// The converted graph takes lengths from the attention mask, where the original took them from its caches' shapes. Unless its
+    /// metadata says that the mask's width counts, masks as wide as the caches are compared too.
+    pub lengths_from_mask: bool,
     /// The source's caches.
     pub caches: &'c [CacheFacts],
     /// Inputs that may be fed anything.

@@ -51,6 +51,15 @@ impl LogitDifference {
             same_token,
         })
     }
+
+    /// The worse of two, figure by figure.
+    pub fn worst(self, other: Self) -> Self {
+        Self {
+            largest: self.largest.max(other.largest),
+            median: self.median.max(other.median),
+            same_token: self.same_token.min(other.same_token),
+        }
+    }
 }
 
 fn best(logits: &[f32]) -> Option<usize> {

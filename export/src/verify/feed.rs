@@ -12,6 +12,8 @@ pub struct Feed<'f> {
     pub padding: usize,
     /// The operator's input `retro_length`: tokens of a step that are corrected, -1 in a prompt.
     pub retro_length: i32,
+    /// The mask is as wide as the caches, ones first.
+    pub wide_mask: bool,
 }
 
 impl Feed<'_> {

@@ -84,6 +84,7 @@ fn feed_together(
         total,
         padding: schedule.padding,
         retro_length: 0,
+        wide_mask: false,
     };
     model.start(ids.len())?;
     let (mut logits, mut one_by_one) = (Vec::new(), None);
@@ -119,13 +120,23 @@ fn feed_together(
     Ok(Reference { logits, one_by_one })
 }
 
-/// What the converted model gives, with `window` - 1 corrected tokens in each step. `in_graph`: the graph feeds these by itself.
+/// How a converted model is fed.
+#[derive(Clone, Copy)]
+pub struct ConvertedFeeding {
+    /// w: a step has w - 1 corrected tokens.
+    pub window: usize,
+    /// The graph feeds these by itself.
+    pub in_graph: bool,
+    /// Masks are as wide as the caches, but for a padded prompt's.
+    pub wide_masks: bool,
+}
+
+/// What the converted model gives.
 pub fn feed_converted(
     model: &mut ComparedModel,
     ids: &[Vec<i64>],
     schedule: &FeedSchedule,
-    window: usize,
-    in_graph: bool,
+    feeding: ConvertedFeeding,
 ) -> Result<Vec<Vec<f32>>, Error> {
     model.start(ids.len())?;
     let mut logits = Vec::new();
@@ -137,17 +148,23 @@ pub fn feed_converted(
             total: end,
             padding: schedule.padding,
             retro_length: -1,
+            wide_mask: feeding.wide_masks && schedule.padding == 0,
         })?);
         from = end;
     }
     for t in schedule.prompt()..schedule.tokens() {
-        let again = if in_graph { 0 } else { (window - 1).min(t) };
+        let again = if feeding.in_graph {
+            0
+        } else {
+            (feeding.window - 1).min(t)
+        };
         let feed = Feed {
             ids,
             count: again + 1,
             total: t + 1,
             padding: schedule.padding,
             retro_length: again as i32,
+            wide_mask: feeding.wide_masks,
         };
         logits.extend(model.feed(&feed)?);
     }

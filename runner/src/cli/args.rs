@@ -146,9 +146,13 @@ pub struct SessionArgs {
     /// Device to run on: cpu, cuda or cuda:N. On a GPU float16 models are fastest.
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: Device,
-    /// Capture decoding steps as a CUDA graph and replay it, for less overhead on the host.
-    #[arg(long)]
+    /// Capture decoding steps as a CUDA graph, for less overhead on the host, or fail [default on a GPU: capture them
+    /// where the model allows it, but in eval].
+    #[arg(long, conflicts_with = "no_cuda_graph")]
     cuda_graph: bool,
+    /// Don't capture decoding steps as a CUDA graph.
+    #[arg(long)]
+    no_cuda_graph: bool,
     /// Threads of ONNX Runtime's pool [default: one per core].
     #[arg(short, long, value_name = "N")]
     pub threads: Option<usize>,
@@ -157,12 +161,22 @@ pub struct SessionArgs {
 }
 
 impl SessionArgs {
+    /// ONNX Runtime, and how to open models: their steps are captured where they allow it.
     pub fn load(&self) -> Result<(Runtime, OpenOptions)> {
+        self.load_with(Steps::CapturedIfPossible)
+    }
+
+    /// As [`Self::load`], with `steps` where no option says whether they are captured.
+    pub fn load_with(&self, steps: Steps) -> Result<(Runtime, OpenOptions)> {
         runtime::check_threads(self.threads)?;
         let (runtime, options) = self.libraries.load(self.device)?;
         let options = OpenOptions {
             threads: self.threads,
-            steps: if self.cuda_graph { Steps::Captured } else { Steps::Plain },
+            steps: match (self.cuda_graph, self.no_cuda_graph) {
+                (true, _) => Steps::Captured,
+                (_, true) => Steps::Plain,
+                _ => steps,
+            },
             ..options
         };
         Ok((runtime, options))

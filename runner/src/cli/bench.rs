@@ -225,6 +225,9 @@ impl Contenders {
                 None => {
                     let model = Model::open(runtime, &spec.folder, options)?;
                     note(&format!("{}: {}", spec.folder.display(), model.plugin_line()));
+                    if let Some(line) = model.device_line() {
+                        note(&line);
+                    }
                     opened.push(Opened {
                         folder: spec.folder.clone(),
                         pattern: StatePattern::of_model(runtime, options, &model)?,

@@ -287,7 +287,8 @@ impl CapturedStep {
             let saved = state.save()?;
             // On the CPU (in tests) nothing is captured: run twice, as a capture does.
             for _ in 0..if parts.gpu.is_some() { 1 } else { 2 } {
-                self.run(parts, feed, readback)?;
+                let captured = self.run(parts, feed, readback);
+                captured.map_err(|error| Error::Capture(Box::new(error)))?;
             }
             state.restore(&saved)?;
             self.ready = true;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use ort::value::TensorElementType;
 use retro_contract::OPSET_VERSION;
+use retro_export::WidthMatters;
 use retro_runtime::OrtError;
 
 use crate::{
@@ -48,20 +49,14 @@ pub enum Error {
     NeedsPlugin(PathBuf),
     #[error("the plugin {plugin} does not load: {error}")]
     Plugin { plugin: PathBuf, error: OrtError },
-    #[error(
-        "--cuda-graph: the graph {graph} has CPU nodes between GPU nodes, so its steps cannot be captured; run it without \
-         --cuda-graph ({error})"
-    )]
-    CpuNodesInCapture { graph: PathBuf, error: OrtError },
+    #[error("--cuda-graph: the steps of {graph} cannot be captured: {why}; run it without --cuda-graph")]
+    NotCapturable { graph: PathBuf, why: Box<NotCapturable> },
     #[error("cannot load {graph}: {reason}")]
     Load { graph: PathBuf, reason: String },
     #[error("--cuda-graph needs a GPU: give --device cuda")]
     CaptureWithoutGpu,
-    #[error(
-        "{0} takes the sequence length from the width of the attention mask, which changes with every step and so cannot be \
-         captured: run it without --cuda-graph"
-    )]
-    CaptureOfMaskWidth(PathBuf),
+    #[error("a decoding step could not be captured as a CUDA graph: {0}; --no-cuda-graph runs without")]
+    Capture(Box<Error>),
 
     // The graph's inputs and outputs.
     #[error("the graph has no input {name:?}: it is no text decoder{hint}")]
@@ -294,6 +289,26 @@ pub enum Error {
     Constraint(String),
     #[error("the model gave no finite score for any token")]
     NoFiniteScore,
+}
+
+/// Why the decoding steps of a model cannot be captured as a CUDA graph.
+#[derive(Debug, thiserror::Error)]
+pub enum NotCapturable {
+    /// The model was converted to take masks as wide as there are tokens.
+    #[error("it takes the sequence length from the width of the attention mask, which changes with every step")]
+    MaskWidth,
+    /// Its graph does not show that the mask's width is no matter.
+    #[error(transparent)]
+    Graph(#[from] WidthMatters),
+    /// Its graph cannot be looked at.
+    #[error("its graph cannot be read ({0})")]
+    Unreadable(retro_onnx::Error),
+    /// ONNX Runtime refuses the session.
+    #[error("it has CPU nodes between GPU nodes ({0})")]
+    CpuNodes(OrtError),
+    /// A step that was tried when the model was opened failed.
+    #[error("the first try failed ({0})")]
+    Tried(String),
 }
 
 impl From<OrtError> for Error {

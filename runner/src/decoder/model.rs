@@ -8,7 +8,8 @@ use retro_contract::graph;
 use crate::{
     Device,
     decoder::{
-        error::{Error, Result, require},
+        capturable,
+        error::{Error, NotCapturable, Result, require},
         io::ModelIo,
         metadata::RetroMetadata,
         session::{OpenOptions, Steps, open_session},
@@ -39,23 +40,32 @@ pub struct Model {
     pub(crate) gpu: Option<Arc<Gpu>>,
     /// Number of the last CUDA graph; `None`: steps are not captured.
     pub(crate) last_graph: Option<usize>,
+    /// Why steps are not captured, where they were to be if the model allows it.
+    pub(crate) not_captured: Option<NotCapturable>,
     device: Device,
     /// Description of the nodes that a GPU leaves to the CPU.
     left_to_cpu: Option<String>,
 }
 
 impl Model {
-    /// Loads the graph of a folder (or an ONNX file).
+    /// Loads the graph of a folder (or an ONNX file), with steps that are captured or not.
     ///
     /// # Errors
-    /// When the folder is incomplete, ONNX Runtime refuses the graph, or the plugin is needed and missing.
-    pub fn open(runtime: &Runtime, path: &Path, options: &OpenOptions) -> Result<Self> {
+    /// As [`Model::open`], and when steps are to be captured and cannot be.
+    pub(crate) fn load(runtime: &Runtime, path: &Path, options: &OpenOptions) -> Result<Self> {
         let folder = ModelFolder::open(path, None)?;
         let gpu = options.device.gpu()?;
         require!(
             gpu.is_some() || options.steps != Steps::Captured,
             Error::CaptureWithoutGpu
         );
+        let graphs = matches!(options.steps, Steps::FixedBuffers | Steps::Captured);
+        if graphs {
+            capturable::check(&folder).map_err(|why| Error::NotCapturable {
+                graph: folder.graph.clone(),
+                why: Box::new(why),
+            })?;
+        }
         let session = open_session(runtime, &folder.graph, options)?;
         let left_to_cpu = match &gpu {
             Some(_) => left_to_cpu(&session).map_err(|source| Error::CannotRunOn {
@@ -66,11 +76,6 @@ impl Model {
             None => None,
         };
         let retro = RetroMetadata::read(&session)?;
-        let graphs = options.steps != Steps::Plain;
-        require!(
-            !(graphs && retro.as_ref().is_some_and(|r| r.lengths_from_width)),
-            Error::CaptureOfMaskWidth(folder.graph)
-        );
         let io = ModelIo::read(&session, &folder).map_err(|source| Error::CannotRun {
             graph: folder.graph.clone(),
             source: Box::new(source),
@@ -86,6 +91,7 @@ impl Model {
             gpu,
             left_to_cpu,
             last_graph: graphs.then_some(0),
+            not_captured: None,
         })
     }
 
@@ -94,10 +100,10 @@ impl Model {
         let gpu = self.gpu.as_ref()?;
         let name = gpu.describe().map_or_else(|_| "unknown".to_owned(), |(name, _)| name);
         let left = self.left_to_cpu.as_deref().unwrap_or("all nodes run there");
-        let graphs = if self.last_graph.is_some() {
-            "; decoding steps as a CUDA graph"
-        } else {
-            ""
+        let graphs = match &self.not_captured {
+            Some(why) => format!("; decoding steps without a CUDA graph: {why}"),
+            None if self.last_graph.is_some() => "; decoding steps as a CUDA graph".to_owned(),
+            None => String::new(),
         };
         Some(format!("{} ({name}): {left}{graphs}", self.device))
     }
@@ -113,6 +119,14 @@ impl Model {
     /// Where the model runs.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Free bytes of the GPU; `None` on the CPU.
+    ///
+    /// # Errors
+    /// When the GPU does not say.
+    pub fn free_gpu_memory(&self) -> Result<Option<usize>> {
+        Ok(self.gpu.as_ref().map(|gpu| gpu.free_memory()).transpose()?)
     }
 
     /// Whether steps are fed from buffers at fixed addresses.

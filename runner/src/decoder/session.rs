@@ -11,7 +11,7 @@ use retro_runtime::{OrtError, alone};
 
 use crate::{
     Device,
-    decoder::error::{Error, Result},
+    decoder::error::{Error, NotCapturable, Result},
     runtime::{Runtime, ort_error},
 };
 
@@ -25,6 +25,9 @@ pub enum Steps {
     FixedBuffers,
     /// From such buffers, captured as a CUDA graph and replayed.
     Captured,
+    /// On a GPU captured where the model allows it; else plain, and [`Model::device_line`](crate::Model::device_line)
+    /// says why.
+    CapturedIfPossible,
 }
 
 /// What the threads of ONNX Runtime's pool do between two runs.
@@ -111,14 +114,15 @@ fn load_error(graph: &Path, options: &OpenOptions, error: OrtError) -> Error {
         return Error::NeedsPlugin(path);
     }
     if options.steps == Steps::Captured && speaks_of_capture(&error) {
-        return Error::CpuNodesInCapture { graph: path, error };
+        let why = Box::new(NotCapturable::CpuNodes(error));
+        return Error::NotCapturable { graph: path, why };
     }
     let reason = weights_fault(graph).unwrap_or(error.message);
     Error::Load { graph: path, reason }
 }
 
 /// Whether ONNX Runtime says that a graph cannot be captured. It has no code for that, only words. They choose the
-/// advice that is printed: the session does not open either way.
+/// advice that is printed, and whether a session that need not capture is tried.
 fn speaks_of_capture(error: &OrtError) -> bool {
     error.message.contains("graph capture")
 }

@@ -18,8 +18,10 @@ fn cpu_and_gpu_write_the_same_text() {
     for (window, budget) in [("1", "1.0"), ("1", "0.15"), ("2", "0.15"), ("8", "0.15")] {
         let args = ["--document", &doc, "-n", "200", "--budget", budget, "--window", window];
         let on_cpu = json(&ledger_retro(), &args);
-        for extra in [&["--device", &device][..], &["--device", &device, "--cuda-graph"]] {
-            let on_gpu = json(&ledger_retro(), &[&args[..], extra].concat());
+        // Steps are captured in the first two.
+        for graph in [&[][..], &["--cuda-graph"], &["--no-cuda-graph"]] {
+            let extra = [&["--device", device.as_str()], graph].concat();
+            let on_gpu = json(&ledger_retro(), &[&args[..], &extra].concat());
             assert_eq!(
                 on_cpu["tokens"], on_gpu["tokens"],
                 "window {window}, budget {budget}, {extra:?}"

@@ -56,6 +56,10 @@ fn a_device_that_is_not_there_is_an_error() {
         assert!(line.contains("--device cpu"), "{line}");
     }
     assert!(error(&["run", model, "-p", "facts", "-n", "1", "--cuda-graph"]).contains("--device cuda"));
+    let output = run(&["run", model, "-p", "facts", "-n", "1", "--no-cuda-graph"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let both = ["run", model, "-p", "facts", "--cuda-graph", "--no-cuda-graph"];
+    assert_eq!(run(&both).status.code(), Some(2));
     assert_eq!(
         run(&["run", model, "-p", "facts", "--device", "gpu"]).status.code(),
         Some(2)

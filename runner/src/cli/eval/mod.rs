@@ -21,6 +21,7 @@ use super::output::{folder_of, write_whole};
 use crate::{
     Interrupt, Interrupted, ModelTokenizer, OpenOptions, Runtime,
     built_model_cache::folder_key,
+    decoder::session::Steps,
     eval::{
         self,
         converted_models::ConvertedModelCache,
@@ -134,7 +135,7 @@ impl Comparison {
                 settings.check().with_context(|| row.label.clone())?;
             }
         }
-        let (runtime, open) = args.session.load()?;
+        let (runtime, open) = args.session.load_with(Steps::Plain)?;
         for row in &all {
             interrupt.check()?;
             converted.open(&row.source).with_context(|| row.label.clone())?;
