@@ -1,19 +1,28 @@
 //! Steps that are fed from fixed buffers, as a CUDA graph wants them, make the same text as others. On the CPU, so that
 //! everything but the capture itself is tested without a GPU.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use retro_run::{
     Logits, Model, OpenOptions, Runtime,
+    bench::{room::require_room, selector_state::StatePattern, synthetic_cache::DecodeAtDepth},
     decoder::{self, batch::Prefilled, decode_loop::Policy, sampling::argmax, session::Steps},
     runtime::find_plugin,
 };
 
-#[test]
-fn fixed_buffers_change_nothing() {
+/// The program's one environment, whichever test comes first.
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| Runtime::load(None).unwrap())
+}
+
+/// `ledger`, and what it is converted to with a window of 4.
+fn ledger(folder: &Path) -> (PathBuf, PathBuf) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let (source, target) = (folder.path().join("ledger"), folder.path().join("retro"));
+    let (source, target) = (folder.join("ledger"), folder.join("retro"));
     retro_models::build(&root.join("models/ledger"), &source, &retro_models::Options::default()).unwrap();
     // Quest's selection: a small budget shows in the text.
     let settings = retro_export::Settings {
@@ -27,7 +36,56 @@ fn fixed_buffers_change_nothing() {
         ..Default::default()
     })
     .unwrap();
-    let runtime = Runtime::load(None).unwrap();
+    (source, target)
+}
+
+/// What benchmarks at a depth do, for one sequence and several.
+#[test]
+fn several_sequences_decode_behind_synthetic_caches() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = ledger(folder.path());
+    for steps in [Steps::Plain, Steps::FixedBuffers] {
+        for (folder, window) in [(&source, 1), (&target, 1), (&target, 3)] {
+            let options = OpenOptions {
+                threads: Some(2),
+                plugin: find_plugin(None).unwrap(),
+                steps,
+                ..OpenOptions::default()
+            };
+            let mut model = Model::open(runtime(), folder, &options).unwrap();
+            let pattern = StatePattern::of_model(runtime(), &options, &model).unwrap();
+            let policy = Policy::new(&model, Some(window), None).unwrap();
+            for batch in [1, 3] {
+                let run = DecodeAtDepth {
+                    batch,
+                    depth: 700,
+                    warm_up: 2,
+                    steps: 4,
+                };
+                assert!(!run.run(&mut model, pattern.bytes(), policy).unwrap().is_zero());
+                let capacity = run.capacity(&model, window).unwrap();
+                assert_eq!(capacity, 700 + window - 1 + 2 + 4 + 1);
+                let (kv, state) = model.new_state(batch, capacity).unwrap().kv().sizes();
+                assert_eq!(model.state_bytes(batch, capacity), Some(kv + state));
+                require_room(&model, kv + state).unwrap();
+            }
+            assert_eq!(model.state_bytes(usize::MAX, 1000), None);
+            if cfg!(target_os = "linux") {
+                let error = require_room(&model, usize::MAX).unwrap_err().to_string();
+                assert!(
+                    error.contains("GiB on cpu, where") && error.contains("fewer sequences"),
+                    "{error}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn fixed_buffers_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = ledger(folder.path());
+    let runtime = runtime();
     let plugin = find_plugin(None).unwrap();
     let prompt = |length: u32, seed: u32| (0..length).map(|i| 3 + (i * seed) % 90).collect::<Vec<u32>>();
     for (folder, windows) in [(&source, &[1][..]), (&target, &[1, 2, 4])] {
@@ -42,7 +100,7 @@ fn fixed_buffers_change_nothing() {
                     steps,
                     ..OpenOptions::default()
                 };
-                let mut model = Model::open(&runtime, folder, &options).unwrap();
+                let mut model = Model::open(runtime, folder, &options).unwrap();
                 model.folder.eos.clear();
                 let layers = model.io.layers();
                 let op = if model.retro.is_some() {

@@ -3,7 +3,7 @@
 use ort::value::TensorElementType;
 use retro_runtime::OrtError;
 
-use crate::{decoder, runtime::one_line, tables};
+use crate::{Device, decoder, runtime::one_line, tables};
 
 /// The result of the benchmarks' calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -28,6 +28,10 @@ pub enum Error {
     Context { depth: usize, steps: usize, most: usize },
     #[error("no memory for a buffer of shape {shape:?}: {error}")]
     NoMemory { shape: Vec<usize>, error: OrtError },
+    #[error(
+        "the caches take {needed:.1} GiB on {device}, where {free:.1} GiB are free: ask for fewer sequences or tokens"
+    )]
+    Room { device: Device, needed: f64, free: f64 },
     #[error("no row for this step")]
     NoRow,
     #[error("no output")]

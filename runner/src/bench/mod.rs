@@ -4,6 +4,7 @@ pub mod args;
 mod error;
 pub mod memory;
 pub mod op;
+pub mod room;
 pub mod selector_state;
 pub mod synthetic_cache;
 pub mod table;

@@ -89,40 +89,61 @@ pub fn fill(kv: &mut KvCache, depth: usize, pattern: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Decodes behind a synthetic cache of `depth` tokens ([`fill`]): fills the window, runs `warm_up` steps, then `steps`
-/// timed ones; returns their time.
-///
-/// # Errors
-/// When the model fails or its context is too short.
-pub fn decode_at(
-    model: &mut Model,
-    (depth, pattern): (usize, &[u8]),
-    policy: Policy,
-    warm_up: usize,
-    steps: usize,
-) -> Result<Duration> {
-    let before = policy.window - 1 + warm_up;
-    let capacity = depth + before + steps + 1;
-    if let Some(most) = model.context_length() {
-        let steps = before + steps;
-        require!(capacity <= most, Error::Context { depth, steps, most });
-    }
-    let mut state = model.new_state(1, capacity)?;
-    fill(state.kv_mut(), depth, pattern)?;
-    let prompt: Vec<u32> = (0..depth as u32).map(|i| i % 251).collect();
-    let mut decoder = Decoder::new(model, &mut state, &[&prompt], policy)?;
-    decoder.measure_nothing();
-    decoder.push(0, 1);
-    let mut started = Duration::ZERO;
-    for step in 0..before + steps {
-        if step == before {
-            started = decoder.time;
+/// Decoding behind synthetic caches ([`fill`]).
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeAtDepth {
+    /// Sequences, which decode together.
+    pub batch: usize,
+    /// Tokens that each has before the first step.
+    pub depth: usize,
+    /// Untimed steps, once the window is full.
+    pub warm_up: usize,
+    /// Timed steps after them.
+    pub steps: usize,
+}
+
+impl DecodeAtDepth {
+    /// Tokens that each sequence's cache holds, with windows of up to `window` tokens.
+    ///
+    /// # Errors
+    /// When the model's context is too short.
+    pub fn capacity(&self, model: &Model, window: usize) -> Result<usize> {
+        let steps = window - 1 + self.warm_up + self.steps;
+        let capacity = self.depth + steps + 1;
+        if let Some(most) = model.context_length() {
+            let depth = self.depth;
+            require!(capacity <= most, Error::Context { depth, steps, most });
         }
-        let logits = decoder.step()?;
-        let token = argmax(logits.row(0)).ok_or(DecoderError::NoFiniteScore)?;
-        decoder.push(0, token);
+        Ok(capacity)
     }
-    Ok(decoder.time - started)
+
+    /// Fills the window, runs the untimed steps, then the timed ones; returns their time. `pattern`: as for [`fill`].
+    ///
+    /// # Errors
+    /// When the model fails or its context is too short.
+    pub fn run(&self, model: &mut Model, pattern: &[u8], policy: Policy) -> Result<Duration> {
+        let capacity = self.capacity(model, policy.window)?;
+        let mut state = model.new_state(self.batch, capacity)?;
+        fill(state.kv_mut(), self.depth, pattern)?;
+        let prompt: Vec<u32> = (0..self.depth as u32).map(|i| i % 251).collect();
+        let mut decoder = Decoder::new(model, &mut state, &vec![prompt.as_slice(); self.batch], policy)?;
+        decoder.measure_nothing();
+        // Other tokens in each, so that the rows of a batch are not alike.
+        (0..self.batch).for_each(|row| decoder.push(row, 1 + row as u32 % 250));
+        let before = policy.window - 1 + self.warm_up;
+        let mut started = Duration::ZERO;
+        for step in 0..before + self.steps {
+            if step == before {
+                started = decoder.time;
+            }
+            let logits = decoder.step()?;
+            for row in 0..self.batch {
+                let token = argmax(logits.row(row)).ok_or(DecoderError::NoFiniteScore)?;
+                decoder.push(row, token);
+            }
+        }
+        Ok(decoder.time - started)
+    }
 }
 
 #[cfg(test)]

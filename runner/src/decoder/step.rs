@@ -19,7 +19,7 @@ use crate::{
         kv_cache::{InPlace, KvCache, Storage},
         logits::{Logits, newest_rows},
         model::Model,
-        state_slot::StateSlot,
+        state_slot::{SlotKind, StateSlot},
     },
     runtime::ort_error,
 };
@@ -66,6 +66,21 @@ impl Model {
             .then(|| DeviceRunner::new(self.gpu.as_ref(), &self.io, batch, most))
             .transpose()?;
         Ok(DecoderState { kv, runner })
+    }
+
+    /// Bytes of the caches and other state that [`Self::new_state`] would allocate; `None`: more than can be counted.
+    pub fn state_bytes(&self, batch: usize, capacity: usize) -> Option<usize> {
+        let capacity = self.io.capacity.unwrap_or(capacity);
+        let pages = self.pages(capacity);
+        let bytes = |slot: &StateSlot| {
+            let shape = slot.shape(batch, capacity, pages);
+            let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+            // State that nodes may read after its successor is written has two buffers.
+            let buffers = if slot.kind == SlotKind::Recurrent { 2 } else { 1 };
+            slot.element.byte_size(elements)?.checked_mul(buffers)
+        };
+        let mut slots = self.io.slots.iter();
+        slots.try_fold(0usize, |sum, slot| sum.checked_add(bytes(slot)?))
     }
 
     fn new_cache(&self, batch: usize, capacity: usize) -> Result<KvCache> {
