@@ -44,8 +44,8 @@ const ALIGNMENT: u64 = 4096;
 pub struct Options {
     /// Element type of weights, activations, keys and values.
     pub dtype: Dtype,
-    /// Linear layers, the embedding and the head have weights of 4 and 8 bits, which are multiplied with this; all else
-    /// is f32, whatever `dtype` says.
+    /// Linear layers, the embedding and the head have weights of 4 and 8 bits, which are multiplied with this. All else
+    /// is of [`Activations::dtype`], whatever `dtype` says, and so is the embedding where that is f16.
     pub q4: Option<Activations>,
     /// Weights beyond this many bytes are written to `model.onnx.data`; protobuf itself ends at 2 GiB.
     pub external_threshold: u64,
@@ -177,7 +177,7 @@ fn plan(config: &LlamaConfig, source: &Source, dtype: Dtype, q4: Option<Activati
 }
 
 fn write(config: &LlamaConfig, source: &Source, out: &Path, options: &Options) -> Result<Built> {
-    let dtype = options.q4.map_or(options.dtype, |_| Dtype::F32);
+    let dtype = options.q4.map_or(options.dtype, Activations::dtype);
     let llama = plan(config, source, dtype, options.q4)?;
     fs::create_dir_all(out).map_err(at!(MakeFolder, out))?;
     let places = Places::of(&llama.initializers, dtype);

@@ -67,7 +67,7 @@ impl Initializer {
     pub fn data_type(&self, dtype: Dtype) -> DataType {
         match &self.content {
             Content::Constant(data_type, _) => *data_type,
-            Content::Packed(packed) => packed.data_type(),
+            Content::Packed(packed) => packed.data_type(dtype),
             _ => dtype.onnx(),
         }
     }
@@ -159,7 +159,7 @@ pub fn fill(
     let rows = out.len() / init.row_bytes(dtype).max(1);
     match (&init.content, source) {
         (Content::Constant(_, byte), _) => out.fill(*byte),
-        (Content::Packed(packed), _) => quantised::fill(source, packed, first_row, rows, out)?,
+        (Content::Packed(packed), _) => quantised::fill(source, packed, dtype, (first_row, rows), out)?,
         (Content::Rope { sin }, _) => {
             let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim);
             for row in 0..rows {

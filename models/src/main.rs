@@ -109,6 +109,9 @@ enum WeightType {
     F16,
     /// 4 and 8 bits; activations, keys and values are float32.
     Q4,
+    /// 4 bits (8 where a GGUF file has more); scales, the embedding, activations, keys and values are float16. As
+    /// onnxruntime-genai's int4 exports for CUDA.
+    Q4f16,
 }
 
 fn accuracy_level(text: &str) -> Result<Activations, &'static str> {
@@ -188,10 +191,14 @@ fn build(args: &Build) -> Result<()> {
     }
     let options = Options {
         dtype: match args.dtype {
-            WeightType::F16 => Dtype::F16,
+            WeightType::F16 | WeightType::Q4f16 => Dtype::F16,
             WeightType::F32 | WeightType::Q4 => Dtype::F32,
         },
-        q4: (args.dtype == WeightType::Q4).then_some(args.accuracy_level.unwrap_or(Activations::F32)),
+        q4: match args.dtype {
+            WeightType::Q4 => Some(args.accuracy_level.unwrap_or(Activations::F32)),
+            WeightType::Q4f16 => Some(Activations::F16),
+            WeightType::F32 | WeightType::F16 => None,
+        },
         external_threshold: args.external_threshold,
         tokenizer: args.tokenizer.clone(),
     };

@@ -42,9 +42,9 @@ pub fn llama(config: &LlamaConfig, dtype: Dtype) -> Llama {
 }
 
 /// The graph of `config` whose linear layers, embedding and head have weights of 4 and 8 bits, of the formats that
-/// `source` has them in. Everything else is f32. Inputs and outputs are those of [`llama`].
+/// `source` has them in. Everything else is of the activations' type, in f16 the embedding too. Inputs and outputs are those of [`llama`].
 pub(crate) fn quantised_llama(config: &LlamaConfig, source: &Source, activations: Activations) -> Llama {
-    build(config, Dtype::F32, Some(Quantiser::new(source, activations)))
+    build(config, activations.dtype(), Some(Quantiser::new(source, activations)))
 }
 
 fn build(config: &LlamaConfig, dtype: Dtype, quantiser: Option<Quantiser<'_>>) -> Llama {
@@ -155,7 +155,7 @@ impl LlamaBuilder<'_> {
         for (name, sin) in [(COS, false), (SIN, true)] {
             self.initializer(name, vec![c.max_positions, c.head_dim / 2], Content::Rope { sin }, None);
         }
-        if let Some(quantiser) = &self.quantiser {
+        if let Some(quantiser) = self.quantiser.as_ref().filter(|q| q.packs_embedding()) {
             let part = Part::whole(EMBED.to_owned(), c.vocab_size);
             return quantiser.embedding(&mut self.graph, &mut self.initializers, part, c.hidden_size);
         }

@@ -45,6 +45,11 @@ impl<'a> Quantiser<'a> {
         }
     }
 
+    /// Whether the embedding has codes. Exports for CUDA have it in f16: a lookup reads few of its rows.
+    pub fn packs_embedding(&self) -> bool {
+        self.activations != Activations::F16
+    }
+
     /// The rows of input_ids of `part`.
     pub fn embedding(
         &self,
@@ -53,6 +58,7 @@ impl<'a> Quantiser<'a> {
         part: Part,
         inner: usize,
     ) -> String {
+        // 8 bits, for the same reason as the head.
         let format = Format::of(self.source, &part.tensor, false);
         let mut target = Target { graph, initializers };
         let weights = Weights::new(EMBED, inner, vec![part], format);
@@ -75,7 +81,9 @@ impl<'a> Quantiser<'a> {
         inner: usize,
         part: Part,
     ) {
-        let format = Format::of(self.source, &part.tensor, false);
+        // On the CPU it gets 8 bits, as it weighs more in the result than in the model's size. Exports for CUDA have 4.
+        let four_bits = self.activations == Activations::F16;
+        let format = Format::of(self.source, &part.tensor, four_bits);
         let weights = Weights::new(HEAD, inner, vec![part], format);
         let mut target = Target { graph, initializers };
         self.product(&mut target, &weights, "/lm_head", x, Some("logits"));

@@ -14,8 +14,14 @@ use crate::{
     source::{Source, Tensor},
 };
 
-/// Fills `out` with `rows` rows from `first_row` on.
-pub fn fill(source: &Source, packed: &Packed, first_row: usize, rows: usize, out: &mut [u8]) -> Result<()> {
+/// Fills `out` with `rows` rows from `first_row` on, with numbers of type `dtype`.
+pub fn fill(
+    source: &Source,
+    packed: &Packed,
+    dtype: Dtype,
+    (first_row, rows): (usize, usize),
+    out: &mut [u8],
+) -> Result<()> {
     match packed.what {
         What::Codes(half) | What::Table(half) => {
             let write = |codes: &Codes, row: &mut [u8]| put_codes(packed.format, half, &codes.codes, row);
@@ -23,14 +29,14 @@ pub fn fill(source: &Source, packed: &Packed, first_row: usize, rows: usize, out
         }
         What::Scales(half) => {
             let step = if half == Half::High { 16.0 } else { 1.0 };
-            let write = |codes: &Codes, row: &mut [u8]| put_floats(&codes.scales, step, row);
+            let write = |codes: &Codes, row: &mut [u8]| put_floats(&codes.scales, step, dtype, row);
             by_rows(source, packed, first_row, rows, out, write)
         }
         What::TableMins => {
-            let write = |codes: &Codes, row: &mut [u8]| put_floats(&codes.mins, 1.0, row);
+            let write = |codes: &Codes, row: &mut [u8]| put_floats(&codes.mins, 1.0, dtype, row);
             by_rows(source, packed, first_row, rows, out, write)
         }
-        What::Mins => mins(source, packed, first_row, rows, out),
+        What::Mins => mins(source, packed, dtype, (first_row, rows), out),
     }
 }
 
@@ -62,7 +68,13 @@ fn by_rows(
 }
 
 /// Rows are groups: each takes one number of every row of the weights.
-fn mins(source: &Source, packed: &Packed, first_row: usize, rows: usize, out: &mut [u8]) -> Result<()> {
+fn mins(
+    source: &Source,
+    packed: &Packed,
+    dtype: Dtype,
+    (first_row, rows): (usize, usize),
+    out: &mut [u8],
+) -> Result<()> {
     let mut reader = Reader::new(packed);
     let outer: usize = packed.parts.iter().map(|part| part.rows).sum();
     let mut column = 0;
@@ -71,7 +83,7 @@ fn mins(source: &Source, packed: &Packed, first_row: usize, rows: usize, out: &m
         for row in 0..part.rows {
             let codes = reader.read(&weights, part.first + row)?;
             for (i, min) in codes.mins.iter().skip(first_row).take(rows).enumerate() {
-                Dtype::F32.put(out, i * outer + column, *min);
+                dtype.put(out, i * outer + column, *min);
             }
             column += 1;
         }
@@ -79,9 +91,9 @@ fn mins(source: &Source, packed: &Packed, first_row: usize, rows: usize, out: &m
     Ok(())
 }
 
-fn put_floats(values: &[f32], times: f32, out: &mut [u8]) {
+fn put_floats(values: &[f32], times: f32, dtype: Dtype, out: &mut [u8]) {
     for (i, value) in values.iter().enumerate() {
-        Dtype::F32.put(out, i, value * times);
+        dtype.put(out, i, value * times);
     }
 }
 
@@ -212,7 +224,7 @@ mod tests {
         let make = |first: usize, rows: usize| {
             let mut out = vec![0; row * rows];
             let source = Source::Random(RandomWeights::new(5));
-            fill(&source, &packed, first, rows, &mut out).unwrap();
+            fill(&source, &packed, Dtype::F32, (first, rows), &mut out).unwrap();
             out
         };
         let whole = make(0, dims[0]);

@@ -3,7 +3,7 @@
 use retro_gguf::CodeLayout;
 use retro_onnx::DataType;
 
-use crate::{part::Part, source::Source};
+use crate::{dtype::Dtype, part::Part, source::Source};
 
 /// Elements of a group of weights that are rounded.
 const GROUP: usize = 32;
@@ -15,6 +15,8 @@ pub enum Activations {
     F32,
     /// Rounded to 8 bits in groups: faster, most with several tokens at a time, and less exact.
     Int8,
+    /// f16, as are all other numbers of the graph, as in int4 exports for CUDA.
+    F16,
 }
 
 impl Activations {
@@ -23,6 +25,16 @@ impl Activations {
         match self {
             Self::F32 => 1,
             Self::Int8 => 4,
+            // The kernel's own choice, as it is without the attribute.
+            Self::F16 => 0,
+        }
+    }
+
+    /// Element type of activations, keys, values, scales and minimums.
+    pub const fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 | Self::Int8 => Dtype::F32,
+            Self::F16 => Dtype::F16,
         }
     }
 }
@@ -32,12 +44,11 @@ impl Activations {
 pub struct Format(pub(super) CodeLayout);
 
 impl Format {
-    /// Of a tensor by its Hugging Face name. Where it has no codes, those of the embedding and of the head get 8 bits:
-    /// they weigh more in the result than in the model's size.
-    pub fn of(source: &Source, tensor: &str, layer: bool) -> Self {
+    /// Of a tensor by its Hugging Face name. Where it has no codes, it gets `four_bits`, or 8.
+    pub fn of(source: &Source, tensor: &str, four_bits: bool) -> Self {
         Self(source.code_layout(tensor).unwrap_or(CodeLayout {
             group: GROUP,
-            four_bits: layer,
+            four_bits,
             has_min: false,
         }))
     }
@@ -58,7 +69,7 @@ impl Format {
     pub fn halves(self, activations: Activations) -> &'static [Half] {
         match (self.0.four_bits, activations) {
             (false, Activations::F32) => &[Half::High, Half::Low],
-            (true, _) | (false, Activations::Int8) => &[Half::Both],
+            (true, _) | (false, Activations::Int8 | Activations::F16) => &[Half::Both],
         }
     }
 
@@ -117,11 +128,12 @@ pub struct Packed {
 }
 
 impl Packed {
-    pub fn data_type(&self) -> DataType {
+    /// ONNX's element type where activations are `dtype`.
+    pub fn data_type(&self, dtype: Dtype) -> DataType {
         match self.what {
             What::Table(half) if self.format.stored_bits(half) == 4 => DataType::Uint4,
             What::Codes(_) | What::Table(_) => DataType::Uint8,
-            What::Scales(_) | What::Mins | What::TableMins => DataType::Float,
+            What::Scales(_) | What::Mins | What::TableMins => dtype.onnx(),
         }
     }
 

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use retro_gguf::TensorType;
-use retro_models::{Activations, Family, LlamaConfig, Options, RopeScaling, build, build_random};
+use retro_models::{Activations, Dtype, Family, LlamaConfig, Options, RopeScaling, build, build_random};
+use retro_onnx::{DataType, read_model};
 use retro_tests::{compare, decoder::Decoder, gguf::TINY_GGUFS, paths};
 
 use crate::build_file;
@@ -154,6 +155,42 @@ fn rows_that_are_no_whole_groups_are_refused() {
     };
     build_random(&config, 1, &out, &q4(Activations::F32)).unwrap();
     assert!(logits_are_finite(&out));
+}
+
+/// As int4 exports for CUDA: codes of 4 bits in groups of 32 without zero points, scales and all else in float16.
+#[test]
+fn int4_weights_with_float16_give_what_float16_gives() {
+    let folder = tempfile::tempdir().unwrap();
+    let [f16, int4] = ["f16", "int4"].map(|name| folder.path().join(name));
+    let weights = paths::root().join("models/ledger");
+    let of = |q4| Options {
+        dtype: Dtype::F16,
+        q4,
+        ..Options::default()
+    };
+    build(&weights, &f16, &of(None)).unwrap();
+    build(&weights, &int4, &of(Some(Activations::F16))).unwrap();
+    let graph = read_model(&int4.join("model.onnx")).unwrap().model.graph.unwrap();
+    let products: Vec<_> = graph
+        .node
+        .iter()
+        .filter(|n| n.is("com.microsoft", "MatMulNBits"))
+        .collect();
+    assert!(!graph.node.iter().any(|n| n.is("", "MatMul")));
+    for node in &products {
+        let int = |name: &str| node.attribute(name).map(|a| a.i());
+        assert_eq!(
+            (int("bits"), int("block_size"), node.input.len()),
+            (Some(4), Some(32), 3)
+        );
+        let scales = graph.initializer.iter().find(|t| t.name() == node.input(2)).unwrap();
+        assert_eq!(scales.data_type(), i32::from(DataType::Float16));
+    }
+    // Rounding to 4 bits moves logits; another layout of codes or scales would leave nothing of them.
+    let [expected, got] = [&f16, &int4].map(|folder| logits(folder));
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    let cosine = dot(&expected, &got) / (dot(&expected, &expected) * dot(&got, &got)).sqrt();
+    assert!(cosine > 0.98, "{cosine}");
 }
 
 fn logits_are_finite(folder: &Path) -> bool {
