@@ -70,7 +70,7 @@ pub mod limits {
     /// The largest `accuracy_level`.
     pub const ACCURACY_LEVEL_MAX: usize = 4;
     /// Rows of A up to which CUDA has a kernel that reads the packed weights.
-    pub const CUDA_MAX_ROWS: usize = 16;
+    pub const CUDA_MAX_ROWS: usize = 32;
 
     /// What K must be a multiple of on CUDA: 16 bytes of packed weights.
     pub const fn cuda_k_multiple(bits: usize) -> usize {
