@@ -75,8 +75,8 @@ impl Operands {
     pub fn read(context: &Context) -> Result<Self> {
         let mut tensors: [Option<Tensor>; input::COUNT] = [None; input::COUNT];
         let mut shapes: InputShapes = Default::default();
-        for (slot, (tensor, shape)) in tensors.iter_mut().zip(&mut shapes).enumerate() {
-            *tensor = context.input(slot)?;
+        context.inputs(&mut tensors)?;
+        for (tensor, shape) in tensors.iter().zip(&mut shapes) {
             *shape = tensor.as_ref().map(Tensor::shape).transpose()?;
         }
         Ok(Self { tensors, shapes })

@@ -159,8 +159,8 @@ pub struct MatmulLaunch {
     pub shared: usize,
 }
 
-/// Rows up to which a warp has room for two chunks of A: beyond, more thread blocks on a multiprocessor are worth more
-/// than the copy that a second one hides.
+/// Rows up to which a warp has room for two chunks of A. Beyond, where every multiprocessor has several thread blocks, one
+/// more of them is worth more than the copy that a second chunk hides.
 const TWO_SLOTS_ROWS: usize = 4;
 
 /// How `rows` rows are multiplied; sets what it needs of the parameters.
@@ -176,10 +176,15 @@ pub fn launch(device: &Device, kernels: &MatmulKernels, rows: usize, p: &mut Mat
     };
     let slot = matmul_slot_bytes((p.scale_copies + p.zero_copies) as usize);
     let a_bytes = at_once * matmul_a_stride(bits);
-    let a_slots = if at_once <= TWO_SLOTS_ROWS { 2 } else { 1 };
+    let blocks_a_multiprocessor = columns.div_ceil(device.multiprocessors);
+    let a_slots = if at_once <= TWO_SLOTS_ROWS || blocks_a_multiprocessor == 1 {
+        2
+    } else {
+        1
+    };
     let warp = (2 * slot + a_slots * a_bytes).max(matmul_sums_bytes(tile_rows));
     // Enough warps to keep the memory busy on every multiprocessor, in one wave of thread blocks where that is possible.
-    let mut warps = match columns.div_ceil(device.multiprocessors) {
+    let mut warps = match blocks_a_multiprocessor {
         0 | 1 => MATMUL_THREADS / 32,
         2 => MATMUL_THREADS / 64,
         _ => MATMUL_THREADS / 128,

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use retro_contract::{STATE, input, output};
+use smallvec::SmallVec;
 
 use super::abi::{CallPhase, HEAD_SIZES, MAX_GROUP, MAX_RAGGED, Params, has_kernels};
 use super::device::Device;
@@ -75,6 +76,9 @@ impl<E: CudaElement, S: Plain> Operator for CudaOperator<E, S> {
         io_spec::infer(shapes)
     }
 }
+
+/// As many as a call has, without an allocation.
+type UsedTensors = SmallVec<[Used; 18]>;
 
 fn in_sixteens(address: *const c_void) -> bool {
     address.addr().is_multiple_of(16)
@@ -201,7 +205,12 @@ impl CudaKernel {
     }
 
     /// The tensors that the kernels read and write, and the addresses that they need.
-    fn used<E: CudaElement>(&self, operands: &Operands, result: Tensor, presents: [Tensor; STATE.len()]) -> Vec<Used> {
+    fn used<E: CudaElement>(
+        &self,
+        operands: &Operands,
+        result: Tensor,
+        presents: [Tensor; STATE.len()],
+    ) -> UsedTensors {
         let read = |slot: usize, multiple: usize| {
             operands.tensors[slot].map(|tensor| Used {
                 tensor,

@@ -66,9 +66,7 @@ pub(crate) struct Operands {
 impl Operands {
     pub fn read(context: &Context) -> Result<Self> {
         let mut tensors = [None; input::COUNT];
-        for (slot, tensor) in tensors.iter_mut().enumerate() {
-            *tensor = context.input(slot)?;
-        }
+        context.inputs(&mut tensors)?;
         Ok(Self { tensors })
     }
 

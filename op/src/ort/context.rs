@@ -14,16 +14,16 @@ use super::{Error, Result, Tensor};
 pub struct Context(pub(super) *mut OrtKernelContext);
 
 impl Context {
-    /// Input `index`; `None` when the node leaves an optional input out.
-    pub fn input(&self, index: usize) -> Result<Option<Tensor>> {
+    /// Fills `tensors` with the inputs in slot order; `None` where the node leaves an optional one out.
+    pub fn inputs(&self, tensors: &mut [Option<Tensor>]) -> Result<()> {
         let mut count = 0;
         ort!(KernelContext_GetInputCount(self.0, &mut count))?;
-        if index >= count {
-            return Ok(None);
+        for (index, tensor) in tensors.iter_mut().enumerate().take(count) {
+            let mut value = ptr::null();
+            ort!(KernelContext_GetInput(self.0, index, &mut value))?;
+            *tensor = (!value.is_null()).then_some(Tensor(value.cast_mut()));
         }
-        let mut value = ptr::null();
-        ort!(KernelContext_GetInput(self.0, index, &mut value))?;
-        Ok((!value.is_null()).then_some(Tensor(value.cast_mut())))
+        Ok(())
     }
 
     /// Output `index`, allocated by the host (or bound by its caller) with the given shape.

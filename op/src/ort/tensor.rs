@@ -6,8 +6,11 @@ use std::ptr;
 use ort_sys::OrtValue;
 use smallvec::SmallVec;
 
-use super::api::{api, ort};
+use super::api::{api, api_version, check, ort};
 use super::{DataType, Error, Result};
+
+/// The first version of the table that gives a tensor's shape by reference.
+const REFERENCES_API: u32 = 24;
 
 /// A tensor that the host lends for the duration of one kernel call.
 #[derive(Clone, Copy)]
@@ -47,21 +50,39 @@ fn element_bytes(data_type: DataType) -> Result<usize> {
 impl Tensor {
     /// Its sizes.
     pub fn shape(&self) -> Result<SmallVec<[i64; 6]>> {
+        Ok(self.type_and_shape()?.1)
+    }
+
+    fn type_and_shape(&self) -> Result<(DataType, SmallVec<[i64; 6]>)> {
+        if api_version() >= REFERENCES_API {
+            return self.referenced_type_and_shape();
+        }
         self.with_info(|info| {
+            let mut data_type = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+            ort!(GetTensorElementType(info, &mut data_type))?;
             let mut rank = 0;
             ort!(GetDimensionsCount(info, &mut rank))?;
             let mut dims = SmallVec::from_elem(0, rank);
             ort!(GetDimensions(info, dims.as_mut_ptr(), rank))?;
-            Ok(dims)
+            Ok((data_type, dims))
         })
     }
 
-    fn data_type(&self) -> Result<DataType> {
-        self.with_info(|info| {
-            let mut t = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-            ort!(GetTensorElementType(info, &mut t))?;
-            Ok(t)
-        })
+    /// The same from where the host keeps it: a step of a decoder asks for dozens of shapes, and the host makes an object
+    /// for each otherwise.
+    fn referenced_type_and_shape(&self) -> Result<(DataType, SmallVec<[i64; 6]>)> {
+        let mut data_type = DataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        let (mut dims, mut rank) = (ptr::null(), 0);
+        // SAFETY: the table has the function since REFERENCES_API, which the caller asked for; the places are ours.
+        check(unsafe {
+            ((*api()).GetTensorElementTypeAndShapeDataReference)(self.0, &mut data_type, &mut dims, &mut rank)
+        })?;
+        if rank == 0 || dims.is_null() {
+            return Ok((data_type, SmallVec::new()));
+        }
+        // SAFETY: the host gives `rank` numbers, which live as long as the tensor.
+        let dims = unsafe { std::slice::from_raw_parts(dims, rank) };
+        Ok((data_type, SmallVec::from_slice(dims)))
     }
 
     fn with_info<R>(&self, f: impl FnOnce(*const ort_sys::OrtTensorTypeAndShapeInfo) -> Result<R>) -> Result<R> {
@@ -98,14 +119,19 @@ impl Tensor {
 
     /// Size of the data.
     pub fn bytes(&self) -> Result<usize> {
-        Ok(self.elements()? * element_bytes(self.data_type()?)?)
+        let (data_type, shape) = self.type_and_shape()?;
+        Ok(element_count(&shape)? * element_bytes(data_type)?)
     }
 
     fn elements(&self) -> Result<usize> {
-        let product = |n: usize, &d: &i64| n.checked_mul(usize::try_from(d).ok()?);
-        let count = self.shape()?.iter().try_fold(1, product);
-        count.ok_or_else(|| Error::invalid("a tensor's shape overflows"))
+        element_count(&self.shape()?)
     }
+}
+
+fn element_count(shape: &[i64]) -> Result<usize> {
+    let product = |n: usize, &d: &i64| n.checked_mul(usize::try_from(d).ok()?);
+    let count = shape.iter().try_fold(1, product);
+    count.ok_or_else(|| Error::invalid("a tensor's shape overflows"))
 }
 
 /// The data of a CPU tensor for one call, or for as long as a constant lives: the host's own memory, or a copy where
@@ -130,7 +156,8 @@ impl Elements {
     /// # Safety
     /// The tensor lives on the CPU, for as long as this does, and nothing writes to its memory meanwhile.
     pub unsafe fn of(tensor: &Tensor) -> Result<Self> {
-        let (data_type, len, address) = (tensor.data_type()?, tensor.elements()?, tensor.address()?);
+        let (data_type, shape) = tensor.type_and_shape()?;
+        let (len, address) = (element_count(&shape)?, tensor.address()?);
         if len > 0 && address.is_null() {
             return Err(Error::runtime("a tensor's memory is null"));
         }
