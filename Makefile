@@ -103,7 +103,7 @@ VENVS := $(foreach host,$(HOSTS) $(OLD_HOSTS),.cache/venv-$(host))
 GENAIS := 0.18.0 0.13.0
 GENAI_VENVS := $(foreach genai,$(GENAIS),.cache/venv-genai-$(genai))
 test-python: build $(VENVS:=/.made) $(GENAI_VENVS:=/.made)
-	@cargo build --release --locked --example generate --example cuda_op --example decode_depth
+	@cargo build --release --locked --example generate --example cuda_op --example decode_depth --example matmul_nbits
 	ORT_INCLUDE_DIR="$$(scripts/onnxruntime-headers)" ||
 	  echo "NOT TESTED: the C++ of docs/ and examples/, for want of ONNX Runtime's headers (above)"
 	export ORT_INCLUDE_DIR

@@ -293,7 +293,7 @@ def test_json_blocks_are_documents_that_eval_takes(block, ledger, tmp_path):
 
 # ---- Shell -----------------------------------------------------------------------------------------------------------------
 
-EXAMPLES = ["cuda_op", "decode_depth"]
+EXAMPLES = ["cuda_op", "decode_depth", "matmul_nbits"]
 PROGRAMS = {"retro-run": runner, "retro-export": exporter, "retro-models": models} | {
     name: functools.partial(lambda name: str(ROOT / "target" / "release" / "examples" / name), name) for name in EXAMPLES
 }

@@ -4,9 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
-use ort::value::TensorElementType;
 use retro_contract::{Budget, Mode, limits};
-use retro_onnx::DataType;
 use retro_run::{
     Device,
     bench::{
@@ -16,6 +14,7 @@ use retro_run::{
 };
 
 use crate::{
+    common::dtype::Dtype,
     graph::Feeding,
     steps::{ROOM, most_steps},
 };
@@ -147,29 +146,4 @@ pub enum When {
 pub enum Summaries {
     Random,
     Prefill,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum Dtype {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl Dtype {
-    pub fn onnx(self) -> DataType {
-        match self {
-            Self::F32 => DataType::Float,
-            Self::F16 => DataType::Float16,
-            Self::Bf16 => DataType::Bfloat16,
-        }
-    }
-
-    pub fn element(self) -> TensorElementType {
-        match self {
-            Self::F32 => TensorElementType::Float32,
-            Self::F16 => TensorElementType::Float16,
-            Self::Bf16 => TensorElementType::Bfloat16,
-        }
-    }
 }

@@ -4,7 +4,8 @@ use anyhow::{Context, Result, ensure};
 use retro_contract::{Budget, Mode, Selector};
 
 use crate::{
-    args::{Args, Dtype, When},
+    args::{Args, When},
+    common::dtype::Dtype,
     entry::{Entry, Variant},
     graph::{Feeding, NodeKind},
     group::Group,
@@ -29,7 +30,7 @@ impl<'a> Measurement<'a> {
         let feeding = args.feeding();
         let mut kinds = Vec::new();
         // GroupQueryAttention has no float32 on CUDA.
-        if args.dtype != Dtype::F32 || host.gpu.is_none() {
+        if args.dtype != Dtype::F32 || host.gpu().is_none() {
             kinds.push(NodeKind::Gqa);
         }
         for &mode in &args.mode {
@@ -50,7 +51,7 @@ impl<'a> Measurement<'a> {
             When::Both => &[false, true],
         };
         ensure!(
-            host.gpu.is_some() || graphs == [false],
+            host.gpu().is_some() || graphs == [false],
             "--cuda-graph: the device is not a GPU"
         );
         let mut variants = Vec::new();

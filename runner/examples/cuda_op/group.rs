@@ -9,7 +9,7 @@ use retro_run::{
 };
 
 use crate::{
-    fill,
+    common::fill,
     graph::{self, Feeding, NodeKind, of_layer},
     host::Host,
     layout::MemoryLayout,

@@ -1,31 +1,28 @@
-//! What all variants need: ONNX Runtime, the plugin, the device.
+//! What all variants need: ONNX Runtime, the plugin, the device, and the sizes of the nodes.
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::Result;
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use retro_contract::Selector;
-use retro_run::{OpenOptions, Runtime, bench::selector_state::StatePattern, device::left_to_cpu, gpu::Gpu, runtime};
+use retro_run::{OpenOptions, bench::selector_state::StatePattern, gpu::Gpu};
 
 use crate::{
     args::Args,
+    common::session_host::SessionHost,
     graph::{self, Feeding, NodeKind, NodeShape},
 };
 
 pub struct Host<'a> {
     pub args: &'a Args,
-    runtime: Runtime,
-    plugin: PathBuf,
-    pub gpu: Option<Arc<Gpu>>,
+    pub sessions: SessionHost,
     pub shape: NodeShape,
 }
 
 impl<'a> Host<'a> {
     pub fn new(args: &'a Args) -> Result<Self> {
-        let runtime = Runtime::load_for(args.device, args.ort.as_deref())?;
-        let plugin = runtime::find_plugin(args.plugin.as_deref())?
-            .context("no plugin: build it with `cargo build --release`, or name it with --plugin")?;
-        let gpu = args.device.gpu()?;
+        let sessions = SessionHost::new(args.device, args.ort.as_deref(), args.plugin.as_deref(), None)?;
+        sessions.plugin()?;
         let shape = NodeShape {
             layers: args.layers,
             heads: args.heads,
@@ -36,13 +33,11 @@ impl<'a> Host<'a> {
             rotary: args.rotary,
             dtype: args.dtype.onnx(),
         };
-        Ok(Self {
-            args,
-            runtime,
-            plugin,
-            gpu,
-            shape,
-        })
+        Ok(Self { args, sessions, shape })
+    }
+
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.sessions.gpu.as_ref()
     }
 
     pub fn session(&self, kind: NodeKind, feeding: Feeding, layers: usize, cuda_graph: bool) -> Result<Session> {
@@ -52,28 +47,18 @@ impl<'a> Host<'a> {
             ..self.shape
         };
         let model = graph::model(kind, feeding, &shape);
-        let text = |e: &dyn std::fmt::Display| anyhow!("{e}");
-        let builder = Session::builder(self.runtime.environment()).map_err(|e| text(&e))?;
-        let builder = self.args.device.provide(builder, cuda_graph).map_err(|e| text(&e))?;
-        let mut builder = builder.with_operator_library(&self.plugin).map_err(|e| text(&e))?;
-        let session = builder.commit_from_memory(&model).map_err(|e| text(&e))?;
-        if self.gpu.is_some()
-            && let Some(left) = left_to_cpu(&session)?
-        {
-            return Err(anyhow!("{left}"));
-        }
-        Ok(session)
+        self.sessions.session(&model, true, cuda_graph)
     }
 
     /// What random state of a selector is repeated from.
     pub fn state_pattern(&self, selector: Selector) -> Result<StatePattern> {
         let options = OpenOptions {
-            plugin: Some(self.plugin.clone()),
+            plugin: Some(self.sessions.plugin()?.to_owned()),
             ..OpenOptions::default()
         };
         let (s, cache) = (&self.shape, self.args.dtype.element());
         Ok(StatePattern::new(
-            &self.runtime,
+            &self.sessions.runtime,
             &options,
             selector,
             s.page,
@@ -85,32 +70,16 @@ impl<'a> Host<'a> {
 
     /// Options of a run that is timed, captured as a CUDA graph where it has a number.
     pub fn run_options(&self, cuda_graph: Option<usize>) -> Result<RunOptions<NoSelectedOutputs>> {
-        let mut options = RunOptions::new().map_err(|e| anyhow!("{e}"))?;
-        if !self.args.sync {
-            options.disable_device_sync().map_err(|e| anyhow!("{e}"))?;
-        }
-        if let Some(number) = cuda_graph {
-            options
-                .set("gpu_graph_id", number.to_string())
-                .map_err(|e| anyhow!("{e}"))?;
-        }
-        Ok(options)
-    }
-
-    pub fn synchronize(&self) -> Result<()> {
-        Ok(self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())?)
+        self.sessions.run_options(self.args.sync, cuda_graph)
     }
 
     pub fn free_memory(&self) -> Result<usize> {
-        Ok(self.gpu.as_ref().map_or(Ok(usize::MAX), |gpu| gpu.free_memory())?)
+        Ok(self.gpu().map_or(Ok(usize::MAX), |gpu| gpu.free_memory())?)
     }
 
     /// Device and sizes, as text and for JSON.
     pub fn about(&self, bandwidth: f64) -> Result<serde_json::Value> {
-        let device = match &self.gpu {
-            Some(gpu) => gpu.describe()?.0,
-            None => "CPU".to_owned(),
-        };
+        let device = self.sessions.name()?;
         let s = &self.shape;
         let text = format!(
             "{device}; {} nodes, {} / {} heads of {}, {:?}, pages of {}; a copy moves {:.0} GB/s (read and written)",

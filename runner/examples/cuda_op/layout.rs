@@ -5,7 +5,8 @@ use retro_run::decoder::device_buffers::ALIGNMENT;
 
 use crate::{
     args::Summaries,
-    fill, graph,
+    common::fill,
+    graph,
     host::Host,
     steps::{PREFILL_CHUNK, ROOM},
 };

@@ -8,8 +8,9 @@
 
 mod args;
 mod bench;
+#[path = "../common/mod.rs"]
+mod common;
 mod entry;
-mod fill;
 mod graph;
 mod group;
 mod host;
@@ -26,6 +27,7 @@ use anyhow::{Context, Result};
 use args::Args;
 use bench::Measurement;
 use clap::Parser;
+use common::fill;
 use group::Group;
 use host::Host;
 use layout::MemoryLayout;
@@ -51,8 +53,8 @@ fn run(args: &Args) -> Result<()> {
     let host = Host::new(args)?;
     let layouts = layouts_that_fit(&host)?;
     let most = layouts.iter().map(|p| p.bytes).max().context("nothing fits")?;
-    let buffer = DeviceBuffer::new(host.gpu.as_ref(), most)?;
-    let bandwidth = timing::copy_bandwidth(&host, &buffer)?;
+    let buffer = DeviceBuffer::new(host.gpu(), most)?;
+    let bandwidth = host.sessions.copy_bandwidth(&buffer)?;
     let about = host.about(bandwidth)?;
     let title = about["text"].as_str().unwrap_or_default();
     eprintln!("{title}");

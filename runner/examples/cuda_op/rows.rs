@@ -2,7 +2,7 @@
 
 use retro_contract::Mode;
 
-use crate::{entry::Entry, fill, graph::NodeKind, group::Group, table::Row};
+use crate::{common::fill, entry::Entry, graph::NodeKind, group::Group, table::Row};
 
 /// Median, minimum, maximum.
 fn spread(numbers: &[f64]) -> [f64; 3] {

@@ -7,7 +7,7 @@ use retro_run::bench::selector_state::StatePattern;
 
 use crate::{
     args::Summaries,
-    fill,
+    common::fill,
     graph::{Feeding, NodeKind},
     group::Group,
     host::Host,

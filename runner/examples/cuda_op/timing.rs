@@ -1,10 +1,7 @@
 //! Timing of runs.
 
-use std::time::Instant;
-
 use anyhow::{Result, ensure};
 use retro_contract::Budget;
-use retro_run::decoder::device_buffers::DeviceBuffer;
 
 use crate::{
     entry::Entry,
@@ -14,31 +11,10 @@ use crate::{
     steps::WARM_UP,
 };
 
-/// Bytes read and written per second by a copy inside the buffer.
-pub fn copy_bandwidth(host: &Host<'_>, buffer: &DeviceBuffer) -> Result<f64> {
-    let bytes = (buffer.bytes() / 2).min(2 << 30);
-    let mut best = f64::INFINITY;
-    for _ in 0..6 {
-        host.synchronize()?;
-        let start = Instant::now();
-        buffer.copy(bytes, 0, bytes)?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * bytes as f64 / best)
-}
-
 /// Microseconds per layer and run, after `warm_up` untimed runs.
 fn micros(host: &Host<'_>, warm_up: usize, runs: usize, run: impl Fn() -> Result<()>) -> Result<f64> {
-    for _ in 0..warm_up {
-        run()?;
-    }
-    host.synchronize()?;
-    let start = Instant::now();
-    for _ in 0..runs {
-        run()?;
-    }
-    host.synchronize()?;
-    Ok(1e6 * start.elapsed().as_secs_f64() / (runs * host.shape.layers) as f64)
+    let seconds = host.sessions.seconds(warm_up, runs, run)?;
+    Ok(1e6 * seconds / host.shape.layers as f64)
 }
 
 /// Microseconds per layer and run of an entry.

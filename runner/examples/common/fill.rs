@@ -13,7 +13,8 @@ pub fn bytes_of(dtype: DataType) -> usize {
     if dtype == DataType::Float { 4 } else { 2 }
 }
 
-fn encode(dtype: DataType, numbers: &[f32]) -> Vec<u8> {
+/// Numbers as little-endian elements of this type.
+pub fn encode(dtype: DataType, numbers: &[f32]) -> Vec<u8> {
     match dtype {
         DataType::Float => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
         DataType::Bfloat16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
