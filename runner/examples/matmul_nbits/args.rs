@@ -52,6 +52,9 @@ pub struct Args {
     /// Samples, interleaved; the median is reported.
     #[arg(short, long, default_value_t = 7)]
     pub repetitions: usize,
+    /// Report the fastest sample instead of the median: for a CPU that others use too.
+    #[arg(long)]
+    pub best: bool,
     /// One JSON object instead of the table.
     #[arg(long)]
     pub json: bool,
@@ -92,6 +95,11 @@ impl Args {
 
     pub fn runs(&self) -> usize {
         self.runs.unwrap_or(if self.on_gpu() { 20 } else { 1 })
+    }
+
+    /// Runs before a sample. On a GPU the first captures a CUDA graph, in the first sample.
+    pub fn warm_up(&self) -> usize {
+        if self.on_gpu() { 3 } else { 1 }
     }
 
     /// The least bytes of weights in a session.

@@ -1,18 +1,16 @@
 //! The sessions of a shape, and the order in which they run.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use half::{bf16, f16};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
-use retro_run::decoder::device_buffers::{DeviceBindings, DeviceBuffer};
+use retro_run::decoder::device_buffers::{DeviceBindings, DeviceBuffer, DeviceTensor};
 
 use crate::{
     args::{Args, Operator, WeightShape},
-    common::{fill, session_host::SessionHost},
+    common::{dtype::Dtype, fill, session_host::SessionHost},
     graph::{self, NodeShape},
     table::Row,
 };
-
-/// Runs before the timed ones; a CUDA graph is captured in the first.
-const WARM_UP: usize = 3;
 
 /// The operators to measure. Where none is asked for, the plugin's is left out if there is none.
 pub fn operators(host: &SessionHost, args: &Args) -> Result<Vec<Operator>> {
@@ -47,6 +45,8 @@ struct Entry<'a> {
     rows: usize,
     session: &'a Session,
     bindings: DeviceBindings,
+    /// Of the last node, after a run.
+    output: DeviceTensor,
     options: RunOptions<NoSelectedOutputs>,
     micros: Vec<f64>,
 }
@@ -79,10 +79,11 @@ impl<'a> Measurement<'a> {
         for _ in 0..self.args.repetitions {
             for entry in &mut entries {
                 let run = || Ok(entry.bindings.run(entry.session, Some(&entry.options))?);
-                let seconds = self.host.seconds(WARM_UP, self.args.runs(), run)?;
+                let seconds = self.host.seconds(self.args.warm_up(), self.args.runs(), run)?;
                 entry.micros.push(1e6 * seconds / self.shape.nodes as f64);
             }
         }
+        self.compare(&entries)?;
         let of_operator = |(operator, _): &(Operator, Session)| {
             let own = entries.iter().filter(|e| e.operator == *operator);
             Row {
@@ -94,6 +95,34 @@ impl<'a> Measurement<'a> {
             }
         };
         Ok(self.sessions.iter().map(of_operator).collect())
+    }
+
+    /// Checks that operators agree on the products of the last run: a time of wrong numbers is none.
+    fn compare(&self, entries: &[Entry<'_>]) -> Result<()> {
+        let (dtype, level) = (self.args.dtype(), self.args.accuracy_level);
+        // The most that one of them may be off, beside the mean size of a product. Sums are of another order, and
+        // com.microsoft's may be of half precision.
+        let tolerance = match dtype {
+            Dtype::F32 if level != 4 => 1e-3,
+            Dtype::F32 | Dtype::F16 => 5e-2,
+            Dtype::Bf16 => 2e-1,
+        };
+        for pair in entries.windows(2).filter(|pair| pair[0].rows == pair[1].rows) {
+            let [one, other] = [numbers(&pair[0].output, dtype)?, numbers(&pair[1].output, dtype)?];
+            let size = (one.iter().map(|x| x * x).sum::<f32>() / one.len() as f32).sqrt();
+            let off = one.iter().zip(&other).map(|(a, b)| (a - b).abs());
+            // A difference that is no number stays: max would drop it.
+            let off = off.fold(0.0, |most: f32, d| if most.is_nan() || d <= most { most } else { d });
+            ensure!(
+                off <= tolerance * size,
+                "{}, {} rows: {} and {} differ by {off:.2e}, products are of {size:.2e}",
+                self.shape.weights,
+                pair[0].rows,
+                pair[0].operator.domain(),
+                pair[1].operator.domain()
+            );
+        }
+        Ok(())
     }
 
     /// Binds A and the output of `rows` rows. All nodes write to one place: one is done before the next.
@@ -117,10 +146,23 @@ impl<'a> Measurement<'a> {
             rows,
             session,
             bindings,
+            output,
             options: self.host.run_options(false, captured)?,
             micros: Vec::new(),
         })
     }
+}
+
+/// The numbers of a tensor.
+fn numbers(tensor: &DeviceTensor, dtype: Dtype) -> Result<Vec<f32>> {
+    let mut bytes = vec![0; tensor.bytes()];
+    tensor.read(0, &mut bytes)?;
+    let halves = || bytes.as_chunks::<2>().0.iter();
+    Ok(match dtype {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        Dtype::F16 => halves().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::Bf16 => halves().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+    })
 }
 
 /// Median, minimum, maximum.

@@ -33,18 +33,23 @@ pub fn about(args: &Args, device: &str, bandwidth: f64) -> String {
     )
 }
 
+/// The figure of median, minimum and maximum that the table has.
+fn reported(args: &Args, micros: &[f64; 3]) -> f64 {
+    micros[usize::from(args.best)]
+}
+
 /// What other products are compared with: com.microsoft's of one row, or else the operator's own of the fewest rows.
-fn reference(rows: &[Row], row: &Row) -> Option<f64> {
+fn reference(args: &Args, rows: &[Row], row: &Row) -> Option<f64> {
     let same = rows
         .iter()
         .find(|r| r.shape == row.shape && r.operator == Operator::Ort);
     let fewest = same.unwrap_or(row).micros.iter().min_by_key(|(rows, _)| *rows);
-    fewest.map(|(_, micros)| micros[0])
+    fewest.map(|(_, micros)| reported(args, micros))
 }
 
 pub fn print(args: &Args, rows: &[Row], about: &str, bandwidth: f64) -> Result<String> {
     if args.json {
-        let rows: Vec<Value> = rows.iter().flat_map(|row| json_rows(rows, row)).collect();
+        let rows: Vec<Value> = rows.iter().flat_map(|row| json_rows(args, rows, row)).collect();
         let all = json!({ "about": about, "copy_bytes_per_second": bandwidth, "rows": rows });
         return Ok(format!("{all}\n"));
     }
@@ -58,10 +63,11 @@ pub fn print(args: &Args, rows: &[Row], about: &str, bandwidth: f64) -> Result<S
             .collect::<Vec<_>>(),
     ];
     for row in rows {
-        let reference = reference(rows, row);
+        let reference = reference(args, rows, row);
         let cell = |(_, micros): &(usize, [f64; 3])| {
-            let ratio = reference.map_or(1.0, |one| micros[0] / one);
-            format!("{:.1} ({ratio:.2})", micros[0])
+            let micros = reported(args, micros);
+            let ratio = reference.map_or(1.0, |one| micros / one);
+            format!("{micros:.1} ({ratio:.2})")
         };
         let mut line = vec![
             row.shape.to_string(),
@@ -70,20 +76,24 @@ pub fn print(args: &Args, rows: &[Row], about: &str, bandwidth: f64) -> Result<S
             row.operator.domain().to_owned(),
         ];
         line.extend(row.micros.iter().map(cell));
-        let first = row.micros.first().map_or(f64::NAN, |(_, micros)| micros[0]);
+        let first = row
+            .micros
+            .first()
+            .map_or(f64::NAN, |(_, micros)| reported(args, micros));
         line.push(format!("{:.0}", row.bytes as f64 / first / 1e3));
         lines.push(line);
     }
     Ok(format!("{about}\n\n{}", markdown(&lines, Alignment::Right)))
 }
 
-fn json_rows(rows: &[Row], row: &Row) -> Vec<Value> {
-    let reference = reference(rows, row);
-    let one = |(count, [median, least, most]): &(usize, [f64; 3])| {
+fn json_rows(args: &Args, rows: &[Row], row: &Row) -> Vec<Value> {
+    let reference = reference(args, rows, row);
+    let one = |(count, micros): &(usize, [f64; 3])| {
+        let [median, least, most] = micros;
         json!({
             "k": row.shape.k, "n": row.shape.n, "nodes": row.nodes, "bytes": row.bytes,
             "operator": row.operator.domain(), "rows": count, "microseconds": median, "least": least, "most": most,
-            "ratio": reference.map(|one| median / one),
+            "ratio": reference.map(|one| reported(args, micros) / one),
         })
     };
     row.micros.iter().map(one).collect()
