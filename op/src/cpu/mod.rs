@@ -20,5 +20,6 @@ pub(crate) use op_kernel::OrtPool;
 pub use op_kernel::{CpuKernel, CpuOperator};
 pub use pool::{Pool, Serial};
 pub use run::run;
+pub(crate) use scratch::Lines;
 pub use scratch::ScratchPool;
 pub use shared::Shared;

@@ -8,7 +8,7 @@ use retro_contract::matmul_nbits::{input, output};
 use super::{
     Attributes, NAME, Operands, Product, ZeroPoints, check_weights, infer, inputs, multiply, output_shape, outputs,
 };
-use crate::cpu::{OrtPool, ScratchPool, Shared};
+use crate::cpu::{OrtPool, Shared};
 use crate::method::element::Element;
 use crate::ort::{AlignedWeights, Context, Elements, Info, Operator, Plain, Port, Result, ShapeContext};
 use crate::simd::Isa;
@@ -20,7 +20,6 @@ pub struct CpuMatMulNBits<T, Z>(PhantomData<(T, Z)>);
 pub struct CpuKernel {
     attributes: Attributes,
     weights: AlignedWeights,
-    scratch: ScratchPool,
 }
 
 impl<T: Element, Z: Plain> Operator for CpuMatMulNBits<T, Z> {
@@ -37,7 +36,6 @@ impl<T: Element, Z: Plain> Operator for CpuMatMulNBits<T, Z> {
             weights: unsafe {
                 AlignedWeights::of(info, &[input::SCALES, input::ZERO_POINTS, input::G_IDX, input::BIAS])?
             },
-            scratch: ScratchPool::default(),
         })
     }
 
@@ -82,7 +80,7 @@ impl CpuKernel {
             let out = Shared::new(written.slice_mut()?);
             // Columns are tasks enough for any number of threads.
             let pool = OrtPool { context, width: 1 };
-            multiply(Isa::detect(), &product, a, &out, &pool, &self.scratch)?;
+            multiply(Isa::detect(), &product, a, &out, &pool)?;
             written.write_back()
         }
     }

@@ -11,6 +11,7 @@ mod dims;
 mod product;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 pub use attributes::Attributes;
 pub use cpu::{CpuKernel, CpuMatMulNBits};

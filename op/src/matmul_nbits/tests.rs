@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::{Attributes, Product, ZeroPoints, multiply};
-use crate::cpu::{ScratchPool, Serial, Shared};
+use crate::cpu::{Serial, Shared};
 use crate::method::element::Element;
 use crate::simd::Isa;
 
@@ -21,7 +21,7 @@ fn numbers<T: Element>(seed: &mut u32, count: usize, scale: f32) -> Vec<T> {
 fn product<T: Element>(isa: Isa, product: &Product<'_, T>, a: &[T]) -> Vec<T> {
     let mut out = vec![T::default(); a.len() / product.attributes.k * product.attributes.n];
     let shared = Shared::new(&mut out);
-    multiply(isa, product, a, &shared, &Serial, &ScratchPool::default()).expect("a product");
+    multiply(isa, product, a, &shared, &Serial).expect("a product");
     out
 }
 
@@ -72,7 +72,7 @@ fn check<T: Element>(attributes: Attributes, kind: usize, ordered: bool, unit: f
         let zero = zero(column, g);
         (scale * (code - zero), scale.abs() * (code + zero.abs()))
     };
-    let a: Vec<T> = numbers(seed, 5 * k, 2.0);
+    let a: Vec<T> = numbers(seed, 11 * k, 2.0);
     for &isa in Isa::all() {
         let got = product(isa, &weights, &a);
         for (at, got) in got.iter().enumerate() {

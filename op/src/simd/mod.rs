@@ -104,6 +104,8 @@ pub trait Simd: Copy {
     unsafe fn load_int(p: *const i32) -> Self::V;
     /// Bytes as floats.
     unsafe fn load_byte(p: *const u8) -> Self::V;
+    /// The lower and the upper halves of bytes, each as `(half - zero) * scale`.
+    unsafe fn decode_halves(p: *const u8, zero: Self::V, scale: Self::V) -> [Self::V; 2];
     unsafe fn store(p: *mut f32, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;

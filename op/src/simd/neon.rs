@@ -19,6 +19,14 @@ implement!(Neon, float32x4_t, 4, {
         let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
         vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))))
     };
+    fn decode_halves(p: *const u8, zero: float32x4_t, scale: float32x4_t) -> [float32x4_t; 2] = {
+        let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
+        let halves = [vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8::<4>(bytes)];
+        halves.map(|half| {
+            let numbers = vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(half))));
+            Self::mul(Self::sub(numbers, zero), scale)
+        })
+    };
     fn store(p: *mut f32, v: float32x4_t) = vst1q_f32(p, v);
     fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t = vaddq_f32(a, b);
     fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);

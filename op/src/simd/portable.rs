@@ -21,6 +21,10 @@ implement!(Portable, V, 8, {
     fn load_half(p: *const f16) -> V = p.cast::<[f16; LANES]>().read_unaligned().map(f16::to_f32);
     fn load_int(p: *const i32) -> V = p.cast::<[i32; LANES]>().read_unaligned().map(|n| n as f32);
     fn load_byte(p: *const u8) -> V = p.cast::<[u8; LANES]>().read_unaligned().map(f32::from);
+    fn decode_halves(p: *const u8, zero: V, scale: V) -> [V; 2] = {
+        let bytes = p.cast::<[u8; LANES]>().read_unaligned();
+        [bytes.map(|b| b & 15), bytes.map(|b| b >> 4)].map(|half| Self::mul(Self::sub(half.map(f32::from), zero), scale))
+    };
     fn store(p: *mut f32, v: V) = p.cast::<V>().write_unaligned(v);
     fn add(a: V, b: V) -> V = map(a, b, |x, y| x + y);
     fn sub(a: V, b: V) -> V = map(a, b, |x, y| x - y);

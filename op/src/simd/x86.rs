@@ -59,6 +59,11 @@ implement!(Avx2, __m256, 8, {
     fn load_half(p: *const f16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
     fn load_int(p: *const i32) -> __m256 = _mm256_cvtepi32_ps(_mm256_loadu_si256(p.cast()));
     fn load_byte(p: *const u8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())));
+    fn decode_halves(p: *const u8, zero: __m256, scale: __m256) -> [__m256; 2] = {
+        let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+        let halves = [_mm256_and_si256(bytes, _mm256_set1_epi32(15)), _mm256_srli_epi32::<4>(bytes)];
+        halves.map(|half| Self::mul(Self::sub(_mm256_cvtepi32_ps(half), zero), scale))
+    };
     fn store(p: *mut f32, v: __m256) = _mm256_storeu_ps(p, v);
     fn add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
     fn sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
@@ -112,6 +117,13 @@ implement!(Avx512, __m512, 16, {
     fn load_half(p: *const f16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
     fn load_int(p: *const i32) -> __m512 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast()));
     fn load_byte(p: *const u8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
+    // What each of the 16 codes stands for, looked up: a permutation reads the lowest 4 bits of its indices alone.
+    fn decode_halves(p: *const u8, zero: __m512, scale: __m512) -> [__m512; 2] = {
+        let codes = _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
+        let weights = Self::mul(Self::sub(codes, zero), scale);
+        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+        [_mm512_permutexvar_ps(bytes, weights), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), weights)]
+    };
     fn store(p: *mut f32, v: __m512) = _mm512_storeu_ps(p, v);
     fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
     fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
