@@ -50,13 +50,14 @@ pub struct Cli {
     #[arg(long)]
     pub no_verify: bool,
 
-    /// What the output is for: cpu, or cuda (cuda:N is a GPU by its number). For cuda, products of packed weights
-    /// (MatMulNBits) become an operator of the plugin that reads the weights once for a whole window. The comparison runs on
-    /// that device, and is made as with --verify unless there is --no-verify [default: cpu]
+    /// What the output is for: cpu, or cuda (cuda:N is a GPU by its number). Products of packed weights (MatMulNBits) then
+    /// become an operator of the plugin that reads the weights once for a whole window, where it has a kernel. The
+    /// comparison runs on that device, and is made as with --verify unless there is --no-verify [default: cpu, with all
+    /// products as they are]
     #[arg(long, value_name = "DEVICE", conflicts_with = "revert")]
     pub device: Option<Device>,
 
-    /// Leave products of packed weights (MatMulNBits) as they are, also with --device cuda
+    /// Leave products of packed weights (MatMulNBits) as they are, also with --device
     #[arg(long)]
     pub no_matmul: bool,
 

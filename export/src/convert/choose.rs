@@ -4,7 +4,7 @@ use super::{Options, Unconvertible};
 use crate::{
     logits::{self, KeepAll, Logits},
     report::{Action, LayerReport},
-    rewrite::{Kept, PackedProducts},
+    rewrite::{Kept, PackedProducts, Target},
     rules::{Attention, Conversion, carried, none_found},
 };
 use retro_contract::Mode;
@@ -143,25 +143,27 @@ fn reasons(refused: &[Refused]) -> String {
     text
 }
 
-/// Which products of packed weights become the operator's: in models for CUDA with a window, those that its kernel takes.
+/// Which products of packed weights become the operator's: those that its kernel for the model's device takes, on CUDA
+/// where there is a window.
 pub fn choose_products(view: &GraphView, conversions: &[Conversion], options: &Options) -> PackedProducts {
-    let all = if options.keep_matmul {
-        Some(Kept::Asked)
-    } else if !is_for_cuda(conversions, options) {
-        Some(Kept::NotForCuda)
-    } else if options.settings.window == 1 {
-        Some(Kept::OneRow)
-    } else {
-        None
+    let target = match target(conversions, options) {
+        _ if options.keep_matmul => Err(Kept::Asked),
+        None => Err(Kept::NoDevice),
+        Some(Target::Cuda) if options.settings.window == 1 => Err(Kept::OneRow),
+        Some(target) => Ok(target),
     };
-    PackedProducts::choose(view, all.as_ref())
+    PackedProducts::choose(view, &target)
 }
 
-/// Whether the converted model is for CUDA: as asked, else if it has caches that the operator has on CUDA alone.
-fn is_for_cuda(conversions: &[Conversion], options: &Options) -> bool {
+/// What the converted model is for: as asked, else CUDA if it has caches that the operator has there alone.
+fn target(conversions: &[Conversion], options: &Options) -> Option<Target> {
     match options.device {
-        Some(device) => device != Device::Cpu,
-        None => conversions.iter().any(|c| c.matched.data_type == DataType::Bfloat16),
+        Some(Device::Cpu) => Some(Target::Cpu),
+        Some(Device::Cuda(_)) => Some(Target::Cuda),
+        None => {
+            let bfloat16 = conversions.iter().any(|c| c.matched.data_type == DataType::Bfloat16);
+            bfloat16.then_some(Target::Cuda)
+        }
     }
 }
 

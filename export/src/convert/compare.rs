@@ -178,7 +178,8 @@ fn wider_copy(
         settings: widest(&options.settings),
         sliding_cache: Some(SlidingCache::Full),
         // Products as the converted model has them.
-        keep_matmul: options.keep_matmul || options.settings.window == 1,
+        keep_matmul: options.keep_matmul
+            || (options.settings.window == 1 && options.device != Some(retro_runtime::Device::Cpu)),
         ..options.clone()
     };
     let loaded = read_model(&written.source.model)?;

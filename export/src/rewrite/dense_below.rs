@@ -1,7 +1,7 @@
 //! Up to which context a step does better to read everything, one token a step: the other tokens of the window go
 //! through all linear layers, and the longer the context is, the more reading a part of it saves.
 
-use super::Settings;
+use super::{PackedProducts, Settings};
 use crate::{logits::Logits, rules::Conversion};
 use retro_contract::{Budget, Mode, matmul_nbits, metadata::ONE_TOKEN_DENSE_BELOW};
 use retro_onnx::{NodeProto, graph::GraphView};
@@ -15,6 +15,8 @@ mod pays {
     pub const WIDENED: f64 = 1.2;
     /// MatMulNBits that multiplies 8-bit integers.
     pub const BYTES: f64 = 0.12;
+    /// The operator's own MatMulNBits, which decodes weights once for all rows.
+    pub const DECODED: f64 = 0.15;
 }
 
 /// MatMulNBits' attribute accuracy_level of products in 8 bits.
@@ -24,7 +26,13 @@ const PRODUCTS_OF_BYTES: i64 = 4;
 const MULTIPLE: usize = 128;
 
 /// Up to how many tokens contexts are read whole; 0: none are.
-pub fn dense_below(view: &GraphView, conversions: &[Conversion], logits: &Logits, settings: &Settings) -> usize {
+pub fn dense_below(
+    view: &GraphView,
+    conversions: &[Conversion],
+    products: &PackedProducts,
+    logits: &Logits,
+    settings: &Settings,
+) -> usize {
     if let Some(asked) = settings.dense_below {
         return asked;
     }
@@ -40,13 +48,14 @@ pub fn dense_below(view: &GraphView, conversions: &[Conversion], logits: &Logits
         Logits::Newest { products, .. } => products.as_slice(),
         _ => &[],
     };
-    let every_row = |node: &&NodeProto| !node.output.iter().any(|name| lm_head.contains(name));
+    let every_row = |(_, node): &(usize, &NodeProto)| !node.output.iter().any(|name| lm_head.contains(name));
     let cost: f64 = view
         .graph
         .node
         .iter()
+        .enumerate()
         .filter(every_row)
-        .map(|node| cost(view, node))
+        .map(|(index, node)| cost(view, node, products.replaced.contains(&index)))
         .sum();
     let attention: f64 = conversions
         .iter()
@@ -60,8 +69,8 @@ pub fn dense_below(view: &GraphView, conversions: &[Conversion], logits: &Logits
     tokens.next_multiple_of(MULTIPLE).max(ONE_TOKEN_DENSE_BELOW)
 }
 
-/// What a second token costs in a node: its weights, weighted.
-fn cost(view: &GraphView, node: &NodeProto) -> f64 {
+/// What a second token costs in a node: its weights, weighted. `replaced`: it becomes the operator's.
+fn cost(view: &GraphView, node: &NodeProto, replaced: bool) -> f64 {
     let product = |dims: &[i64]| dims.iter().map(|&d| d.max(0) as f64).product::<f64>();
     if node.is("", "MatMul") || node.is("", "Gemm") {
         let weights = view.tensor_dims(node.input(1)).filter(|dims| dims.len() == 2);
@@ -70,6 +79,7 @@ fn cost(view: &GraphView, node: &NodeProto) -> f64 {
     if matmul_nbits::is(node.op_domain(), node.op_type()) {
         let number = |name: &str| node.attribute(name).map_or(0, |a| a.i.unwrap_or(0));
         let pays = match number("accuracy_level") {
+            _ if replaced => pays::DECODED,
             PRODUCTS_OF_BYTES => pays::BYTES,
             _ => pays::WIDENED,
         };
@@ -110,7 +120,14 @@ mod tests {
             mode: Mode::Retro,
         });
         let conversions: Vec<_> = conversions.collect();
-        dense_below(&view, &conversions, &Logits::All(KeepAll::Asked), settings)
+        let products = PackedProducts {
+            replaced: (view.graph.node.iter().enumerate())
+                .filter(|(_, node)| node.name() == "ours")
+                .map(|(index, _)| index)
+                .collect(),
+            ..Default::default()
+        };
+        dense_below(&view, &conversions, &products, &Logits::All(KeepAll::Asked), settings)
     }
 
     /// Adds `count` products with the weights of 1000 x 1000 floats.
@@ -149,6 +166,11 @@ mod tests {
         assert!(four.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {four}");
         assert!(widened.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {widened}");
         assert_eq!(length(&settings, quantised(0)), widened);
+        let ours = length(&settings, |graph| {
+            quantised(0)(graph);
+            graph.node.last_mut().unwrap().name = Some("ours".to_owned());
+        });
+        assert!(ours.abs_diff(widened / 8) <= MULTIPLE, "{ours} {widened}");
         let bytes = length(&settings, quantised(4));
         assert!(bytes.abs_diff(widened / 10) <= MULTIPLE, "{bytes} {widened}");
     }

@@ -30,7 +30,7 @@ use dense_below::dense_below;
 pub use error::Error;
 pub(crate) use mask_check::depends as reads_mask;
 use operator_node::replace;
-pub use packed_products::{Kept, PackedProducts};
+pub use packed_products::{Kept, PackedProducts, Target};
 use retro_contract::{self as contract, Mode, metadata};
 use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
 use std::collections::HashSet;
@@ -56,7 +56,7 @@ pub fn rewrite(
     let graph = model.graph.as_mut().ok_or(Error::NoGraph)?;
     let view = GraphView::new(graph, opset);
     graph_io::check_names(&view, conversions)?;
-    let dense_below = dense_below(&view, conversions, logits, settings);
+    let dense_below = dense_below(&view, conversions, products, logits, settings);
     // The one generator of names for all that is added.
     let mut builder = GraphBuilder::part_of(graph);
     if version < FEEDABLE_INITIALIZERS {

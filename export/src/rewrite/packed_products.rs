@@ -1,6 +1,6 @@
-//! Products of packed weights (`com.microsoft::MatMulNBits`) in the operator of that name in `ai.retro`, whose CUDA kernel
-//! takes the rows of a window at the price of one. Both have the same inputs, outputs, attributes and storage, so that
-//! the domain is all that changes.
+//! Products of packed weights (`com.microsoft::MatMulNBits`) in the operator of that name in `ai.retro`, whose kernels
+//! take the rows of a window at little more than the price of one. Both have the same inputs, outputs, attributes and
+//! storage, so that the domain is all that changes.
 
 use retro_contract::{
     DOMAIN,
@@ -12,9 +12,12 @@ use std::collections::BTreeMap;
 /// Why a product stays ONNX Runtime's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Kept {
-    /// Nothing says that the model is for CUDA.
-    #[error("they are replaced in models for CUDA (--device cuda)")]
-    NotForCuda,
+    /// Nothing says what the model is for.
+    #[error("they are replaced in models for one device (--device cuda or cpu)")]
+    NoDevice,
+    /// ONNX Runtime multiplies 8-bit integers on the CPU, several rows too.
+    #[error("accuracy_level 4 asks for 8-bit activations, which ONNX Runtime has on the CPU")]
+    Bytes,
     /// `--no-matmul`.
     #[error("as asked")]
     Asked,
@@ -44,6 +47,15 @@ pub enum Kept {
     Storage(&'static str),
 }
 
+/// What the products of a model are replaced for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The CPU, where the operator multiplies float32.
+    Cpu,
+    /// CUDA.
+    Cuda,
+}
+
 /// The products of packed weights of a graph: which become the operator, and why others don't.
 #[derive(Clone, Debug, Default)]
 pub struct PackedProducts {
@@ -54,14 +66,14 @@ pub struct PackedProducts {
 }
 
 impl PackedProducts {
-    /// Looks at every product. `all`: why all of them stay, if they do.
-    pub fn choose(view: &GraphView, all: Option<&Kept>) -> Self {
+    /// Looks at every product. `target`: what they are replaced for, or why all of them stay.
+    pub fn choose(view: &GraphView, target: &Result<Target, Kept>) -> Self {
         let mut products = Self::default();
         for (index, node) in view.graph.node.iter().enumerate() {
             if !node.is(contract::SOURCE_DOMAIN, contract::OP_TYPE) {
                 continue;
             }
-            match all.cloned().map_or_else(|| check(view, node), Err) {
+            match target.clone().and_then(|target| check(view, node, target)) {
                 Ok(()) => products.replaced.push(index),
                 Err(why) => *products.kept.entry(why).or_default() += 1,
             }
@@ -79,8 +91,8 @@ impl PackedProducts {
     }
 }
 
-/// Whether the kernel on CUDA takes a product.
-fn check(view: &GraphView, node: &NodeProto) -> Result<(), Kept> {
+/// Whether the kernel of a target takes a product, and is the faster one.
+fn check(view: &GraphView, node: &NodeProto, target: Target) -> Result<(), Kept> {
     let number = |name: &str, default: i64| node.attribute(name).map_or(default, |a| a.i());
     let unknown = node.attribute.iter().find(|a| !attribute::ALL.contains(&a.name()));
     if let Some(unknown) = unknown {
@@ -99,10 +111,10 @@ fn check(view: &GraphView, node: &NodeProto) -> Result<(), Kept> {
     let bits = one_of(attribute::BITS, limits::BITS_DEFAULT as i64, &limits::BITS)?;
     let block = one_of(attribute::BLOCK_SIZE, 0, &limits::BLOCK_SIZES)?;
     one_of(attribute::WEIGHT_PREPACKED, 0, &[0])?;
-    one_of(attribute::ACCURACY_LEVEL, 0, &[0, 1, 2, 3, limits::ACCURACY_LEVEL_MAX])?;
+    let level = one_of(attribute::ACCURACY_LEVEL, 0, &[0, 1, 2, 3, limits::ACCURACY_LEVEL_MAX])?;
     let (k, n) = (positive(attribute::K)?, positive(attribute::N)?);
     let multiple = limits::cuda_k_multiple(bits);
-    if k % multiple as i64 != 0 {
+    if target == Target::Cuda && k % multiple as i64 != 0 {
         return Err(Kept::Columns(k, multiple));
     }
     if !node.input(input::G_IDX).is_empty() {
@@ -111,8 +123,15 @@ fn check(view: &GraphView, node: &NodeProto) -> Result<(), Kept> {
     let weights = Weights { view, node };
     // The activations have the scales' type.
     let t = weights.data_type(input::SCALES)?;
-    if !matches!(t, DataType::Float16 | DataType::Bfloat16) {
+    let taken: &[DataType] = match target {
+        Target::Cpu => &[DataType::Float],
+        Target::Cuda => &[DataType::Float16, DataType::Bfloat16],
+    };
+    if !taken.contains(&t) {
         return Err(Kept::Activations(t.label()));
+    }
+    if target == Target::Cpu && level == limits::ACCURACY_LEVEL_MAX {
+        return Err(Kept::Bytes);
     }
     let (bits, block) = (bits as i64, block as i64);
     let blocks = (k + block - 1) / block;
@@ -206,7 +225,7 @@ mod tests {
     fn kept(change: impl FnOnce(&mut GraphProto)) -> String {
         let mut graph = graph();
         change(&mut graph);
-        let products = PackedProducts::choose(&GraphView::new(&graph, 21), None);
+        let products = PackedProducts::choose(&GraphView::new(&graph, 21), &Ok(Target::Cuda));
         let reasons: Vec<String> = products.kept.keys().map(ToString::to_string).collect();
         assert_eq!(products.replaced.len() + reasons.len(), 1);
         reasons.concat()
@@ -219,7 +238,7 @@ mod tests {
     #[test]
     fn only_the_domain_changes() {
         let mut replaced = graph();
-        let products = PackedProducts::choose(&GraphView::new(&replaced, 21), None);
+        let products = PackedProducts::choose(&GraphView::new(&replaced, 21), &Ok(Target::Cuda));
         products.replace(&mut replaced);
         assert!(replaced.node[0].is(DOMAIN, contract::OP_TYPE));
         replaced.node[0].domain = Some(contract::SOURCE_DOMAIN.to_owned());
@@ -288,11 +307,36 @@ mod tests {
         }
     }
 
+    /// On the CPU: float32, any K, and nothing that is to be multiplied in 8 bits.
+    #[test]
+    fn for_the_cpu_products_in_float32_are_replaced() {
+        let single = |level: i64, k: i64| {
+            let mut graph = graph();
+            for tensor in &mut graph.initializer {
+                if tensor.data_type() == DataType::Float16 as i32 {
+                    tensor.data_type = Some(DataType::Float.into());
+                }
+            }
+            set(&mut graph, "accuracy_level", level);
+            set(&mut graph, "K", k);
+            graph
+        };
+        let kept = |graph: &GraphProto| {
+            let products = PackedProducts::choose(&GraphView::new(graph, 21), &Ok(Target::Cpu));
+            assert_eq!(products.replaced.len() + products.kept.len(), 1);
+            products.kept.into_keys().next()
+        };
+        assert_eq!(kept(&single(0, K)), None);
+        assert_eq!(kept(&single(1, K - 3)), None);
+        assert_eq!(kept(&single(4, K)), Some(Kept::Bytes));
+        assert_eq!(kept(&graph()), Some(Kept::Activations("float16")));
+    }
+
     #[test]
     fn other_nodes_are_not_looked_at() {
         let mut graph = graph();
         graph.node[0].op_type = Some("MatMulBnb4".to_owned());
-        let products = PackedProducts::choose(&GraphView::new(&graph, 21), Some(&Kept::Asked));
+        let products = PackedProducts::choose(&GraphView::new(&graph, 21), &Err(Kept::Asked));
         assert!(products.replaced.is_empty() && products.kept.is_empty());
     }
 }

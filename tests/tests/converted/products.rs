@@ -1,5 +1,5 @@
-//! Products of packed weights in models converted for CUDA: `ai.retro::MatMulNBits` in their place, where the kernel takes
-//! them and a window is above 1. On the CPU they give the same text.
+//! Products of packed weights in models converted for a device: `ai.retro::MatMulNBits` in their place, where its kernel
+//! takes them; on CUDA if a window is above 1. On the CPU they give the same text.
 
 use std::{fs, path::Path, process::Command};
 
@@ -125,6 +125,47 @@ fn greedy_text_is_the_same() {
     }
 }
 
+/// A copy of a case whose products multiply float32.
+fn without_levels(case: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(paths::zoo(case)).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let mut model = model(folder.path());
+    for node in &mut model.graph.as_mut().unwrap().node {
+        node.attribute
+            .retain(|a| a.name() != matmul_nbits::attribute::ACCURACY_LEVEL);
+    }
+    fs::write(folder.path().join("model.onnx"), model.encode_to_vec()).unwrap();
+    folder
+}
+
+/// In float32 the CPU has the operator for any window, but not where 8-bit activations are asked for.
+#[test]
+fn for_the_cpu_products_in_float32_are_the_operators() {
+    const FOR_CPU: [&str; 2] = ["--device", "cpu"];
+    let source = without_levels(SINGLE);
+    for window in ["1", "4"] {
+        let converted = |more: &[&str]| {
+            let folder = tempfile::tempdir().unwrap();
+            let options = [&["--window", window, "--budget", "1.0"], more].concat();
+            convert(source.path(), &folder.path().join("out"), &options).expect("a conversion");
+            folder
+        };
+        let (with, without) = (converted(&FOR_CPU), converted(&["--no-matmul"]));
+        let [ours, originals] = [&with, &without].map(|f| model(&f.path().join("out")));
+        assert_eq!(products(&ours, DOMAIN).len(), 11);
+        assert_eq!(products(&originals, matmul_nbits::SOURCE_DOMAIN).len(), 11);
+        let window = window.parse().unwrap();
+        let [(got, text), (expected, same)] = [&with, &without].map(|f| greedy(&f.path().join("out"), window));
+        assert_eq!(text, same, "w = {window}");
+        let largest = expected.iter().fold(1f32, |most, x| most.max(x.abs()));
+        compare::assert_close(&format!("w = {window}"), &got, &expected, 1e-4 * largest);
+    }
+    assert!(converted_bytes(SINGLE, &FOR_CPU) == converted_bytes(SINGLE, &[]));
+}
+
 #[test]
 fn reports_count_them() {
     let case = paths::zoo(HALF).display().to_string();
@@ -136,7 +177,10 @@ fn reports_count_them() {
     assert_eq!(report(&FOR_CUDA), json!({"replaced": 11, "kept": []}));
     assert!(dry(&FOR_CUDA).contains("\nproducts 11 MatMulNBits become ai.retro::MatMulNBits\n"));
     for (options, why) in [
-        (&[][..], "they are replaced in models for CUDA (--device cuda)"),
+        (
+            &[][..],
+            "they are replaced in models for one device (--device cuda or cpu)",
+        ),
         (&["--device", "cuda", "--no-matmul"], "as asked"),
         (
             &["--device", "cuda", "--window", "1"],
