@@ -16,7 +16,7 @@ const FEW: usize = 4 * TILE;
 pub const STRIP: usize = 8;
 /// Weights of a column that are decoded at once for many rows: those of a strip, and the rows' elements beside them,
 /// stay in a first-level cache.
-const DECODED: usize = 512;
+const DECODED: usize = 1024;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -247,8 +247,9 @@ unsafe fn products_of_many<S: Simd, const BITS: usize, const ZEROS: bool>(
         let end = (first + STRIP).min(columns.count);
         let sums = many.sums.fit(count * STRIP * S::LANES);
         let decoded = many.decoded.fit(DECODED * STRIP);
-        sums.fill(0.0);
-        let piece = DECODED / columns.block_size;
+        // Of equal lengths, as far as blocks allow.
+        let most = DECODED / columns.block_size;
+        let piece = columns.blocks.div_ceil(columns.blocks.div_ceil(most));
         for block in (0..columns.blocks).step_by(piece) {
             let blocks = block..(block + piece).min(columns.blocks);
             // SAFETY: the caller's promise; a piece is at most `DECODED` weights of each column.
@@ -284,6 +285,7 @@ unsafe fn piece_of_strip<S: Simd, const BITS: usize, const ZEROS: bool, const C:
     let count = sums.len() / (STRIP * S::LANES);
     let padded = columns.blocks * columns.block_size;
     let steps = blocks.len() * columns.block_size / (2 * S::LANES);
+    let piece = (steps, blocks.start == 0);
     let whole = strip.len() / C * C;
     let (decoded, sums) = (decoded.as_mut_ptr(), sums.as_mut_ptr());
     // SAFETY: the caller's promise.
@@ -301,19 +303,19 @@ unsafe fn piece_of_strip<S: Simd, const BITS: usize, const ZEROS: bool, const C:
             for c in (0..whole).step_by(C) {
                 let (decoded, sums) = (decoded.add(c * DECODED), sums.add(c * S::LANES));
                 match m {
-                    1 => decoded_tile::<S, 1, C>(decoded, a, steps, sums),
-                    2 => decoded_tile::<S, 2, C>(decoded, a, steps, sums),
-                    3 => decoded_tile::<S, 3, C>(decoded, a, steps, sums),
-                    _ => decoded_tile::<S, 4, C>(decoded, a, steps, sums),
+                    1 => decoded_tile::<S, 1, C>(decoded, a, piece, sums),
+                    2 => decoded_tile::<S, 2, C>(decoded, a, piece, sums),
+                    3 => decoded_tile::<S, 3, C>(decoded, a, piece, sums),
+                    _ => decoded_tile::<S, 4, C>(decoded, a, piece, sums),
                 }
             }
             for c in whole..strip.len() {
                 let (decoded, sums) = (decoded.add(c * DECODED), sums.add(c * S::LANES));
                 match m {
-                    1 => decoded_tile::<S, 1, 1>(decoded, a, steps, sums),
-                    2 => decoded_tile::<S, 2, 1>(decoded, a, steps, sums),
-                    3 => decoded_tile::<S, 3, 1>(decoded, a, steps, sums),
-                    _ => decoded_tile::<S, 4, 1>(decoded, a, steps, sums),
+                    1 => decoded_tile::<S, 1, 1>(decoded, a, piece, sums),
+                    2 => decoded_tile::<S, 2, 1>(decoded, a, piece, sums),
+                    3 => decoded_tile::<S, 3, 1>(decoded, a, piece, sums),
+                    _ => decoded_tile::<S, 4, 1>(decoded, a, piece, sums),
                 }
             }
         }
@@ -388,17 +390,20 @@ pub fn code(bytes: &[u8], i: usize, bits: usize) -> u8 {
 }
 
 /// Adds the products of decoded weights of `C` columns and `M` rows to their sums, in the order of [`few`].
+/// `begins`: there are none yet.
 #[inline(always)]
 unsafe fn decoded_tile<S: Simd, const M: usize, const C: usize>(
     decoded: *const f32,
     a: *const f32,
-    steps: usize,
+    (steps, begins): (usize, bool),
     out: *mut f32,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums: [[S::V; C]; M] =
-            std::array::from_fn(|m| std::array::from_fn(|c| S::load(out.add((m * STRIP + c) * S::LANES))));
+        let mut sums = [[S::splat(0.0); C]; M];
+        if !begins {
+            sums = std::array::from_fn(|m| std::array::from_fn(|c| S::load(out.add((m * STRIP + c) * S::LANES))));
+        }
         for step in 0..steps {
             let (w, a) = (decoded.add(2 * step * C * S::LANES), a.add(2 * step * M * S::LANES));
             for half in 0..2 {
