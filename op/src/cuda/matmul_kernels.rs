@@ -207,3 +207,40 @@ pub fn launch(device: &Device, kernels: &MatmulKernels, rows: usize, p: &mut Mat
         shared: warps * warp,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows begin where the one before ends, chunks where the one before ends: what a row has of any of them lies within so
+    /// many 16 bytes, from those in which it begins.
+    #[test]
+    fn copies_hold_what_a_row_has_of_a_chunk() {
+        for stride in 1..100 {
+            for bytes in [1, 2, 4, 8, 16, 32] {
+                let most = (0..20usize).flat_map(|row| (0..stride).step_by(bytes).map(move |at| row * stride + at));
+                let most = most.map(|start| (start % 16 + bytes.min(stride)).div_ceil(16)).max().unwrap();
+                let copies = copies(stride, bytes);
+                assert!(copies >= most && copies <= bytes.div_ceil(16) + 1, "{stride} {bytes}: {copies} for {most}");
+            }
+        }
+    }
+
+    #[test]
+    fn regular_are_blocks_of_a_piece_in_whole_chunks() {
+        let regular = |k, bits, block_size| {
+            let attributes = Attributes {
+                k,
+                n: 64,
+                bits,
+                block_size,
+                accuracy_level: 0,
+            };
+            node_params(&attributes, ZeroPoints::None).unwrap().regular == 1
+        };
+        assert!(regular(4096, 4, 32) && regular(256, 4, 32) && regular(4096, 8, 16));
+        for (k, bits, block_size) in [(4096 + 32, 4, 32), (4096, 4, 16), (4096, 4, 64), (4096, 8, 32)] {
+            assert!(!regular(k, bits, block_size), "{k} {bits} {block_size}");
+        }
+    }
+}
