@@ -10,7 +10,7 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::{decoder::require, model_folder::is_weights_folder};
+use crate::{Device, decoder::require, model_folder::is_weights_folder};
 
 /// The result of the cache's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -52,19 +52,23 @@ macro_rules! at {
 }
 
 /// The folder to open for the user's path: itself if it has a graph, else one built from its weights and, with
-/// `convert`, converted for windows up to `window`. `say` gets a line for the user when something is built.
+/// `convert`, converted for `device` and windows up to `window`. `say` gets a line for the user when something is built.
 ///
 /// # Errors
 /// When there is nothing at `path`, the weights cannot be built or converted, or the cache folder cannot be written.
-pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+pub fn prepare(
+    path: &Path,
+    window: usize,
+    device: Device,
+    convert: bool,
+    say: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
     require!(path.exists(), Error::NoModel(path.to_owned()));
     if !is_weights_folder(path) {
         return Ok(path.to_owned());
     }
     let kind = if convert {
-        // A model that was converted with other settings is another one.
-        let settings = format!("{:?}", settings(window));
-        format!("w{window}-{:08x}", xxh3_64(settings.as_bytes()) as u32)
+        converted_kind(window, device)
     } else {
         "dense".to_owned()
     };
@@ -98,7 +102,11 @@ pub fn prepare(path: &Path, window: usize, convert: bool, say: &mut dyn FnMut(&s
         .tempdir_in(parent)
         .map_err(at!(MakePart, parent))?;
     let made = part.path().join("model");
-    make(path, &made, &part.path().join("dense"), window, convert)?;
+    if convert {
+        convert_built(path, &made, &part.path().join("dense"), window, device)?;
+    } else {
+        retro_models::build(path, &made, &retro_models::Options::default())?;
+    }
     match fs::rename(&made, &folder) {
         // Another process built the same model in the meantime.
         Err(_) if complete(&folder) => {}
@@ -166,14 +174,17 @@ fn remove_remains(parent: &Path, name: &str, folder: &Path) {
     let _ = fs::remove_dir_all(folder);
 }
 
-/// Builds the model in `out`; `dense` is a temporary folder for the unconverted one.
-fn make(weights: &Path, out: &Path, dense: &Path, window: usize, convert: bool) -> Result<()> {
-    let options = retro_models::Options::default();
-    if convert {
-        convert_built(weights, out, dense, window, &options)
-    } else {
-        retro_models::build(weights, out, &options)?;
-        Ok(())
+/// Names a conversion. A model that was converted with other settings, or for another device, is another one.
+fn converted_kind(window: usize, device: Device) -> String {
+    let settings = format!("{:?} {}", settings(window), kind_of(device));
+    format!("w{window}-{:08x}", xxh3_64(settings.as_bytes()) as u32)
+}
+
+/// All GPUs run the same model.
+fn kind_of(device: Device) -> &'static str {
+    match device {
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
     }
 }
 
@@ -185,18 +196,14 @@ fn settings(window: usize) -> retro_export::Settings {
     }
 }
 
-fn convert_built(
-    weights: &Path,
-    out: &Path,
-    dense: &Path,
-    window: usize,
-    options: &retro_models::Options,
-) -> Result<()> {
-    retro_models::build(weights, dense, options)?;
+/// Builds the model in `dense`, a temporary folder, and converts it into `out`.
+fn convert_built(weights: &Path, out: &Path, dense: &Path, window: usize, device: Device) -> Result<()> {
+    retro_models::build(weights, dense, &retro_models::Options::default())?;
     retro_export::convert(&retro_export::Options {
         source: dense.to_owned(),
         target: Some(out.to_owned()),
         settings: settings(window),
+        device: Some(device),
         // Linked: the temporary folder of the unconverted model goes, its weights stay.
         external_data: Some(retro_export::ExternalMode::Link),
         force: true,
@@ -247,11 +254,20 @@ mod tests {
     }
 
     #[test]
+    fn a_conversion_is_one_of_its_window_and_device() {
+        let cpu = converted_kind(2, Device::Cpu);
+        assert!(cpu.starts_with("w2-"), "{cpu}");
+        assert_ne!(cpu, converted_kind(4, Device::Cpu));
+        assert_ne!(cpu, converted_kind(2, Device::Cuda(0)));
+        assert_eq!(converted_kind(2, Device::Cuda(0)), converted_kind(2, Device::Cuda(3)));
+    }
+
+    #[test]
     fn a_folder_with_a_graph_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("model.onnx"), "").unwrap();
-        let got = prepare(dir.path(), 2, true, &mut |_| panic!("nothing to say")).unwrap();
+        let got = prepare(dir.path(), 2, Device::Cpu, true, &mut |_| panic!("nothing to say")).unwrap();
         assert_eq!(got, dir.path());
-        assert!(prepare(Path::new("/no/such"), 2, true, &mut |_| {}).is_err());
+        assert!(prepare(Path::new("/no/such"), 2, Device::Cpu, true, &mut |_| {}).is_err());
     }
 }

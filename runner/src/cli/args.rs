@@ -161,6 +161,11 @@ pub struct SessionArgs {
 }
 
 impl SessionArgs {
+    /// The device to run on.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     /// ONNX Runtime, and how to open models: their steps are captured where they allow it.
     pub fn load(&self) -> Result<(Runtime, OpenOptions)> {
         self.load_with(Steps::CapturedIfPossible)

@@ -161,6 +161,7 @@ pub fn run(args: &RunArgs, signals: &Signals) -> Result<()> {
     let folder = prepare(
         named,
         args.reading.window.unwrap_or(limits::WINDOW),
+        open.device,
         open.plugin.is_some(),
         &mut note,
     )?;

@@ -176,7 +176,7 @@ fn load(
     metrics: Arc<Metrics>,
 ) -> Result<Loaded> {
     let window = args.reading.window.unwrap_or(limits::WINDOW);
-    let folder = prepare(named, window, open.plugin.is_some(), &mut note)?;
+    let folder = prepare(named, window, open.device, open.plugin.is_some(), &mut note)?;
     let model = Model::open(runtime, &folder, open)?;
     let tokenizer = ModelTokenizer::open(&model.folder)?;
     let template = TemplateArgs::named(args.template.clone()).find(&model.folder)?;

@@ -7,6 +7,7 @@ use retro_export::{ExternalMode, Options, Settings};
 use retro_onnx::read_model;
 
 use super::{Error, Result, policy::ModelSource};
+use crate::Device;
 use crate::decoder::require;
 use crate::model_folder::{ModelFolder, chosen, is_weights_folder};
 
@@ -15,16 +16,18 @@ pub struct ConvertedModelCache {
     folder: tempfile::TempDir,
     /// The source model's graph: a folder or a file.
     graph: PathBuf,
+    /// What conversions are for.
+    device: Device,
     made: Vec<(Settings, PathBuf)>,
 }
 
 impl ConvertedModelCache {
     /// A cache for the source model at `path`: a model folder (`choice` names one of its graphs), an ONNX file, or a
-    /// folder of Llama weights, which is built first.
+    /// folder of Llama weights, which is built first. Conversions are for `device`.
     ///
     /// # Errors
     /// When there is no model, it is converted already, or no temporary folder can be made.
-    pub fn new(path: &Path, choice: Option<&str>) -> Result<Self> {
+    pub fn new(path: &Path, choice: Option<&str>, device: Device) -> Result<Self> {
         require!(path.exists(), Error::NoModel(path.to_owned()));
         let path = &chosen(path, choice)?;
         let folder = tempfile::tempdir().map_err(Error::NoTemporaryFolder)?;
@@ -41,6 +44,7 @@ impl ConvertedModelCache {
         Ok(Self {
             folder,
             graph,
+            device,
             made: Vec::new(),
         })
     }
@@ -53,6 +57,7 @@ impl ConvertedModelCache {
         Ok(Self {
             folder: tempfile::tempdir().map_err(Error::NoTemporaryFolder)?,
             graph: graph.to_owned(),
+            device: Device::default(),
             made: Vec::new(),
         })
     }
@@ -83,6 +88,7 @@ impl ConvertedModelCache {
                 source: self.graph.clone(),
                 target: Some(target.clone()),
                 settings: settings.clone(),
+                device: Some(self.device),
                 external_data: Some(external_data),
                 force: true,
                 ..Default::default()

@@ -6,6 +6,10 @@ use std::{fs, path::Path, process::Command};
 use prost::Message;
 use retro_contract::{DOMAIN, matmul_nbits};
 use retro_onnx::{ModelProto, NodeProto, read_model};
+use retro_run::{
+    Device,
+    eval::{converted_models::ConvertedModelCache, policy::ModelSource},
+};
 use retro_tests::{compare, decoder::Decoder, host, paths, zoo};
 use serde_json::{Value, json};
 
@@ -170,6 +174,23 @@ fn for_the_cpu_products_in_float32_are_the_operators() {
         compare::assert_close(&format!("w = {window}"), &got, &expected, 1e-4 * largest);
     }
     assert!(converted_bytes(SINGLE, &FOR_CPU) == converted_bytes(SINGLE, &[]));
+}
+
+/// `retro-run eval` converts for the device that it runs on.
+#[test]
+fn conversions_of_a_comparison_are_for_its_device() {
+    let floats = without_levels(SINGLE);
+    for (source, device, domain) in [
+        (floats.path(), Device::Cpu, DOMAIN),
+        (floats.path(), Device::Cuda(0), matmul_nbits::SOURCE_DOMAIN),
+        (&paths::zoo(HALF), Device::Cuda(0), DOMAIN),
+        (&paths::zoo(HALF), Device::Cpu, matmul_nbits::SOURCE_DOMAIN),
+    ] {
+        let mut cache = ConvertedModelCache::new(source, None, device).expect("a model");
+        let settings = Box::new(retro_export::Settings::default());
+        let folder = cache.open(&ModelSource::Converted(settings)).expect("a conversion");
+        assert_eq!(products(&model(&folder), domain).len(), 11, "{source:?} {device}");
+    }
 }
 
 #[test]

@@ -76,7 +76,7 @@ pub fn chat(args: &ChatArgs, signals: &Signals) -> Result<()> {
     let named = &args.model.path()?;
     let (runtime, open) = args.session.load()?;
     let window = args.reading.window.unwrap_or(limits::WINDOW);
-    let folder = prepare(named, window, open.plugin.is_some(), &mut note)?;
+    let folder = prepare(named, window, open.device, open.plugin.is_some(), &mut note)?;
     let model = Model::open(&runtime, &folder, &open)?;
     let tokenizer = ModelTokenizer::open(&model.folder)?;
     let template = args.template.demand(&model.folder)?;

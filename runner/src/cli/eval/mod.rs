@@ -113,7 +113,7 @@ impl Comparison {
             .or_else(|| args.runs.first().map(|r| r.folder.as_path()));
         let named = named.context("name a model, or one with --run")?;
         let mut converted = match &args.model {
-            Some(model) => ConvertedModelCache::new(model, args.graph.as_deref())?,
+            Some(model) => ConvertedModelCache::new(model, args.graph.as_deref(), args.session.device())?,
             None => ConvertedModelCache::of_nothing(named)?,
         };
         let mut all = Vec::new();
