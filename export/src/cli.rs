@@ -38,7 +38,7 @@ pub struct Cli {
 
     /// Restore the original of a converted model, byte for byte, instead of converting
     #[arg(long, conflicts_with_all = [
-        "Settings", "dense_layers", "dry_run", "verify", "tolerance", "partial", "all_logits", "sliding_cache", "no_matmul",
+        "window", "Settings", "dense_layers", "dry_run", "verify", "tolerance", "partial", "all_logits", "sliding_cache", "no_matmul",
     ])]
     pub revert: bool,
 
@@ -65,6 +65,12 @@ pub struct Cli {
     /// [default: 1e-4 for float32, 2e-2 for float16 and quantised models]
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub tolerance: Option<f32>,
+
+    /// Most tokens fed in a decoding step, 1 to 64: the new one, and up to window - 1 earlier ones that are fed again and
+    /// corrected; 1 is Quest [default: 2, but 1 where most weights are in products of ONNX Runtime's that are slow for two
+    /// rows]
+    #[arg(short, long, value_name = "TOKENS")]
+    pub window: Option<usize>,
 
     /// Settings of the operator
     #[command(flatten)]
@@ -129,9 +135,11 @@ impl Cli {
             graph: self.graph.clone(),
             target: self.output.clone(),
             settings: Settings {
+                window: self.window.unwrap_or(self.settings.window),
                 dense_layers: self.dense_layers.iter().copied().collect(),
                 ..self.settings.clone()
             },
+            choose_window: self.window.is_none(),
             all_logits: self.all_logits,
             partial: self.partial,
             sliding_cache: self.sliding_cache,
@@ -161,6 +169,12 @@ mod tests {
         Cli::command().debug_assert();
         let cli = Cli::try_parse_from(["retro-export", "m.onnx", "-o", "out.onnx"]).unwrap();
         assert_eq!(cli.options().settings, Settings::default());
+        assert!(cli.options().choose_window);
+        let cli = Cli::try_parse_from(["retro-export", "m.onnx", "-n", "--window", "2"]).unwrap();
+        assert_eq!(
+            (cli.options().settings, cli.options().choose_window),
+            (Settings::default(), false)
+        );
         let cli =
             Cli::try_parse_from(["retro-export", "m", "-n", "--dense-layers", "0,2", "--budget", "2048"]).unwrap();
         let settings = cli.options().settings;

@@ -12,8 +12,8 @@ use std::{collections::BTreeSet, str::FromStr};
 #[derive(Args, Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Most tokens fed in a decoding step, 1 to 64: the new one, and up to window - 1 earlier ones that are fed again and
-    /// corrected; 1 is Quest
-    #[arg(short, long, default_value_t = Self::default().window, value_name = "TOKENS")]
+    /// corrected; 1 is Quest. `--window`, which the command line adds.
+    #[arg(skip = Self::default().window)]
     pub window: usize,
 
     /// How much of the cache a step reads: a share of the context (0.10) or a number of tokens (2048)

@@ -145,23 +145,27 @@ fn reasons(refused: &[Refused]) -> String {
 
 /// Which products of packed weights become the operator's: those that its kernel for the model's device takes, on CUDA
 /// where there is a window.
-pub fn choose_products(view: &GraphView, conversions: &[Conversion], options: &Options) -> PackedProducts {
-    let target = match target(conversions, options) {
+pub fn choose_products(view: &GraphView, found: &[Attention], options: &Options) -> PackedProducts {
+    let target = match target(found, options) {
         _ if options.keep_matmul => Err(Kept::Asked),
         None => Err(Kept::NoDevice),
-        Some(Target::Cuda) if options.settings.window == 1 => Err(Kept::OneRow),
         Some(target) => Ok(target),
     };
-    PackedProducts::choose(view, &target)
+    let mut products = PackedProducts::choose(view, &target);
+    if target == Ok(Target::Cuda) && options.settings.window == 1 {
+        products.keep_all(Kept::OneRow);
+    }
+    products
 }
 
 /// What the converted model is for: as asked, else CUDA if it has caches that the operator has there alone.
-fn target(conversions: &[Conversion], options: &Options) -> Option<Target> {
+pub fn target(found: &[Attention], options: &Options) -> Option<Target> {
     match options.device {
         Some(Device::Cpu) => Some(Target::Cpu),
         Some(Device::Cuda(_)) => Some(Target::Cuda),
         None => {
-            let bfloat16 = conversions.iter().any(|c| c.matched.data_type == DataType::Bfloat16);
+            let mut matched = found.iter().filter_map(|a| a.found.as_ref().ok());
+            let bfloat16 = matched.any(|matched| matched.data_type == DataType::Bfloat16);
             bfloat16.then_some(Target::Cuda)
         }
     }

@@ -54,11 +54,25 @@ pub enum HostError {
 #[derive(Default)]
 pub struct HostFiles {
     pub files: FolderFiles,
-    /// The host's configuration as it was.
+    /// The host's configuration, with what it needs whatever the window.
+    config: Option<Value>,
+    /// The same as it was.
     before: Option<String>,
 }
 
 impl HostFiles {
+    /// Adds the host's configuration. `keeps_sliding`: some layers keep a cache of their window; else all caches hold the
+    /// whole context.
+    pub fn add_config(&mut self, keeps_sliding: bool) -> Result<(), HostError> {
+        if let Some(mut config) = self.config.take() {
+            if !keeps_sliding {
+                drop_sliding_window(&mut config);
+            }
+            self.files.written.push((GENAI_CONFIG.into(), pretty(&config)?));
+        }
+        Ok(())
+    }
+
     /// Writes into a converted model what the way back needs.
     pub fn record(&self, model: &mut ModelProto) {
         if let Some(before) = &self.before {
@@ -96,7 +110,7 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
     };
     settings.check()?;
     let most = config.pointer("/model/context_length").and_then(Value::as_u64);
-    configure(&mut config, context, options.keeps_sliding_caches())?;
+    configure(&mut config, context)?;
     // What the configuration says without being asked is the host's affair.
     if let Some((asked, most)) = options
         .settings
@@ -107,7 +121,6 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
         return Err(HostError::Context { asked, most }.into());
     }
     let mut files = FolderFiles::default();
-    files.written.push((GENAI_CONFIG.into(), pretty(&config)?));
     if !options.dry_run {
         let plugin = retro_runtime::find_plugin(None).map_err(HostError::Plugin)?;
         let plugin = plugin.ok_or(HostError::NoPlugin)?;
@@ -117,6 +130,7 @@ pub fn prepare(options: &Options, source: &Source) -> Result<(Settings, HostFile
         settings,
         HostFiles {
             files,
+            config: Some(config),
             before: Some(before),
         },
     ))
@@ -139,9 +153,16 @@ fn known_context(config: &Value) -> Option<usize> {
     usize::try_from(known).ok()
 }
 
-/// Names the plugin, and lets caches be no longer than the state. `keeps_sliding`: some layers keep a cache of their window; else all
-/// caches hold the whole context.
-fn configure(config: &mut Value, context: usize, keeps_sliding: bool) -> Result<(), HostError> {
+/// Lets no cache be as long as a sliding window alone.
+fn drop_sliding_window(config: &mut Value) {
+    let decoder = config.pointer_mut("/model/decoder");
+    if let Some(decoder) = decoder.and_then(Value::as_object_mut) {
+        decoder.shift_remove("sliding_window");
+    }
+}
+
+/// Names the plugin, and lets caches be no longer than the state.
+fn configure(config: &mut Value, context: usize) -> Result<(), HostError> {
     let object = |value: &mut Value, name: &str| -> Result<(), HostError> {
         if value.get(name).is_none_or(Value::is_null) {
             value[name] = Value::Object(Map::new());
@@ -156,9 +177,6 @@ fn configure(config: &mut Value, context: usize, keeps_sliding: bool) -> Result<
     let decoder = decoder.ok_or_else(|| wrong("it has no model.decoder"))?;
     if decoder.get("pipeline").is_some() {
         return Err(wrong("model.decoder is a pipeline of several graphs"));
-    }
-    if let Some(decoder) = decoder.as_object_mut().filter(|_| !keeps_sliding) {
-        decoder.shift_remove("sliding_window");
     }
     object(decoder, "session_options")?;
     let options = &mut decoder["session_options"];
@@ -209,7 +227,7 @@ mod tests {
         }"#;
         let mut config: Value = serde_json::from_str(text).unwrap();
         assert_eq!(known_context(&config), Some(2048));
-        configure(&mut config, 1024, true).unwrap();
+        configure(&mut config, 1024).unwrap();
         assert_eq!(config["model"]["decoder"]["sliding_window"]["window_size"], 16);
         assert_eq!(
             config["model"]["decoder"]["session_options"]["custom_ops_library"],
@@ -220,7 +238,8 @@ mod tests {
             (&1024.into(), &1024.into())
         );
         assert_eq!(config["search"]["past_present_share_buffer"], true);
-        configure(&mut config, 9999, false).unwrap();
+        configure(&mut config, 9999).unwrap();
+        drop_sliding_window(&mut config);
         assert!(config["model"]["decoder"].get("sliding_window").is_none());
         assert_eq!(config["search"]["max_length"], 1024, "a limit stays");
         let keys: Vec<&String> = config["model"].as_object().unwrap().keys().collect();
@@ -240,7 +259,7 @@ mod tests {
             (r#"{"model": {"decoder": {}}, "search": 3}"#, "search is no object"),
         ] {
             let mut config: Value = serde_json::from_str(text).unwrap();
-            let error = configure(&mut config, 1024, true).unwrap_err().to_string();
+            let error = configure(&mut config, 1024).unwrap_err().to_string();
             assert!(error.contains(why), "{text}: {error}");
         }
     }

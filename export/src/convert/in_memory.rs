@@ -4,6 +4,7 @@ use super::{
     Error, Options, Unconvertible,
     choose::{choose_conversions, choose_logits, choose_products, layer_reports},
     facts::Facts,
+    window::choose_window,
 };
 use crate::{
     merged::unfold,
@@ -22,6 +23,8 @@ use std::path::Path;
 pub struct ConvertedModel {
     pub model: ModelProto,
     pub report: Report,
+    /// The window that it was converted with.
+    pub window: usize,
     /// What a comparison with the original needs.
     pub facts: Facts,
     /// The source's bytes.
@@ -48,10 +51,12 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     let samples = SampleCalls::new(&view, Some(folder.to_owned()));
     let found = find_attention(&model, &samples);
 
+    let logits = choose_logits(&view, options);
+    let chosen = choose_window(&view, &found, &logits, options);
+    let options = &options.with_window(chosen.window);
     let conversions = choose_conversions(&view, &found, options).map_err(unconvertible)?;
     check_tokens_at_once(&view, options.settings.window).map_err(unconvertible)?;
-    let logits = choose_logits(&view, options);
-    let products = choose_products(&view, &conversions, options);
+    let products = choose_products(&view, &found, options);
     let facts = Facts::new(&view, &found, &conversions);
     if options.settings.keeps_window_in_graph()
         && let Some(other) = facts.other_inputs.iter().find(|other| cant_be_kept(other))
@@ -63,6 +68,7 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     let mut report = Report::new(&path, &model, &options.settings, layers, &logits);
     report.dry_run = options.dry_run;
     report.merged = merged;
+    report.window_why = chosen.why;
     report.packed_products = PackedProductsReport::new(&products);
 
     rewrite(&mut model, &conversions, &products, &logits, &options.settings)
@@ -77,6 +83,7 @@ pub fn convert_in_memory(loaded: LoadedModel, folder: &Path, options: &Options) 
     Ok(ConvertedModel {
         model,
         report,
+        window: chosen.window,
         facts,
         bytes,
     })

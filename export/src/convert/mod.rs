@@ -14,6 +14,7 @@ mod facts;
 mod host;
 mod in_memory;
 mod options;
+mod window;
 
 pub use error::{Error, Unconvertible};
 pub use host::{HostError, undo as undo_host};
@@ -58,7 +59,7 @@ use std::{
 pub fn convert(options: &Options) -> Result<Report, Error> {
     options.check()?;
     let source = find_source(&options.source, options.graph.as_deref(), options.target.as_deref())?;
-    let (settings, host) = host::prepare(options, &source)?;
+    let (settings, mut host) = host::prepare(options, &source)?;
     let options = &Options {
         settings,
         ..options.clone()
@@ -68,6 +69,8 @@ pub fn convert(options: &Options) -> Result<Report, Error> {
 
     let loaded = read_model(&source.model)?;
     let mut converted = convert_in_memory(loaded, source.folder(), options)?;
+    let options = &options.with_window(converted.window);
+    host.add_config(options.keeps_sliding_caches())?;
     let mut external = external_files(&converted.model, source.folder())?;
 
     let Some(output) = output else {

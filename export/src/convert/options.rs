@@ -17,6 +17,8 @@ pub struct Options {
     pub target: Option<PathBuf>,
     /// Settings of the operator.
     pub settings: Settings,
+    /// The window is 1, whatever the settings say, where most weights are in products in which a second row is dear.
+    pub choose_window: bool,
     /// Return the logits of all tokens fed, as the source does, not the newest one's alone.
     pub all_logits: bool,
     /// Convert what can be, even if some attention can't.
@@ -70,6 +72,18 @@ impl Options {
         match self.tolerance {
             Some(tolerance) if !tolerance.is_finite() || tolerance < 0.0 => Err(Error::Tolerance(tolerance)),
             _ => Ok(()),
+        }
+    }
+
+    /// The same with a window that was chosen for the model.
+    pub(super) fn with_window(&self, window: usize) -> Self {
+        Self {
+            settings: Settings {
+                window,
+                ..self.settings.clone()
+            },
+            choose_window: false,
+            ..self.clone()
         }
     }
 

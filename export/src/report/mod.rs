@@ -31,6 +31,8 @@ pub struct Report {
     pub model: ModelReport,
     /// What the operator was set to.
     pub settings: SettingsReport,
+    /// Why the window is 1 where none was asked for; none where it was, or is another.
+    pub window_why: Option<String>,
     /// What became of the If of a merged decoder.
     pub merged: Option<String>,
     /// Every attention found, in graph order.
@@ -269,6 +271,7 @@ impl Report {
             dry_run: false,
             model: ModelReport::new(model),
             settings: SettingsReport::new(settings, &layers),
+            window_why: None,
             merged: None,
             layers,
             converted_layers: converted,

@@ -47,6 +47,9 @@ impl fmt::Display for Report {
             s.selector,
             s.group_score
         )?;
+        if let Some(why) = &self.window_why {
+            writeln!(f, "window   {}: {why}", s.window)?;
+        }
         if s.window_in_graph {
             writeln!(f, "window   in the graph: a host feeds each token once")?;
         }

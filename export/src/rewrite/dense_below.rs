@@ -1,26 +1,10 @@
 //! Up to which context a step does better to read everything, one token a step: the other tokens of the window go
 //! through all linear layers, and the longer the context is, the more reading a part of it saves.
 
-use super::{PackedProducts, Settings};
+use super::{PackedProducts, Settings, second_row::products_of_every_row};
 use crate::{logits::Logits, rules::Conversion};
-use retro_contract::{Budget, Mode, matmul_nbits, metadata::ONE_TOKEN_DENSE_BELOW};
-use retro_onnx::{NodeProto, graph::GraphView};
-
-/// Tokens of context that pay for a second token in a step, where there is one weight for each element of a query
-/// (query heads times head size, over all layers): as measured on two CPU cores (docs/performance.md).
-mod pays {
-    /// MatMul and Gemm.
-    pub const FLOAT: f64 = 0.3;
-    /// MatMulNBits that multiplies floats: all weights are widened first, if there are several tokens.
-    pub const WIDENED: f64 = 1.2;
-    /// MatMulNBits that multiplies 8-bit integers.
-    pub const BYTES: f64 = 0.12;
-    /// The operator's own MatMulNBits, which decodes weights once for all rows.
-    pub const DECODED: f64 = 0.15;
-}
-
-/// MatMulNBits' attribute accuracy_level of products in 8 bits.
-const PRODUCTS_OF_BYTES: i64 = 4;
+use retro_contract::{Budget, Mode, metadata::ONE_TOKEN_DENSE_BELOW};
+use retro_onnx::graph::GraphView;
 
 /// The length is no more exact than this.
 const MULTIPLE: usize = 128;
@@ -44,18 +28,8 @@ pub fn dense_below(
     if settings.window == 1 {
         return ONE_TOKEN_DENSE_BELOW;
     }
-    let lm_head = match logits {
-        Logits::Newest { products, .. } => products.as_slice(),
-        _ => &[],
-    };
-    let every_row = |(_, node): &(usize, &NodeProto)| !node.output.iter().any(|name| lm_head.contains(name));
-    let cost: f64 = view
-        .graph
-        .node
-        .iter()
-        .enumerate()
-        .filter(every_row)
-        .map(|(index, node)| cost(view, node, products.replaced.contains(&index)))
+    let cost: f64 = products_of_every_row(view, products, logits)
+        .map(|product| product.pays() * product.weights)
         .sum();
     let attention: f64 = conversions
         .iter()
@@ -67,25 +41,6 @@ pub fn dense_below(
     }
     let tokens = (cost / attention).min(1e9) as usize;
     tokens.next_multiple_of(MULTIPLE).max(ONE_TOKEN_DENSE_BELOW)
-}
-
-/// What a second token costs in a node: its weights, weighted. `replaced`: it becomes the operator's.
-fn cost(view: &GraphView, node: &NodeProto, replaced: bool) -> f64 {
-    let product = |dims: &[i64]| dims.iter().map(|&d| d.max(0) as f64).product::<f64>();
-    if node.is("", "MatMul") || node.is("", "Gemm") {
-        let weights = view.tensor_dims(node.input(1)).filter(|dims| dims.len() == 2);
-        return pays::FLOAT * weights.map_or(0.0, product);
-    }
-    if matmul_nbits::is(node.op_domain(), node.op_type()) {
-        let number = |name: &str| node.attribute(name).map_or(0, |a| a.i.unwrap_or(0));
-        let pays = match number("accuracy_level") {
-            _ if replaced => pays::DECODED,
-            PRODUCTS_OF_BYTES => pays::BYTES,
-            _ => pays::WIDENED,
-        };
-        return pays * product(&[number("K"), number("N")]);
-    }
-    0.0
 }
 
 /// Elements of a layer's query: what attention costs for each token of the context.
@@ -105,7 +60,7 @@ mod tests {
         rules::{SampleCalls, find_attention},
         testing::gqa_model,
     };
-    use retro_onnx::{AttributeProto, DataType, GraphProto, TensorProto};
+    use retro_onnx::{AttributeProto, DataType, GraphProto, NodeProto, TensorProto};
 
     /// The length for a model with more nodes and weights.
     fn length(settings: &Settings, add: impl Fn(&mut GraphProto)) -> usize {

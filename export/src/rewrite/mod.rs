@@ -16,6 +16,7 @@ mod mask_check;
 mod operator_node;
 mod packed_products;
 mod prune;
+mod second_row;
 mod sequence_lengths;
 mod single;
 mod wide_mask;
@@ -33,6 +34,7 @@ use operator_node::replace;
 pub use packed_products::{Kept, PackedProducts, Target};
 use retro_contract::{self as contract, Mode, metadata};
 use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
+pub use second_row::dear_share;
 use std::collections::HashSet;
 use window::Window;
 

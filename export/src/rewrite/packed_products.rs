@@ -81,6 +81,14 @@ impl PackedProducts {
         products
     }
 
+    /// Leaves as they are those that were to become the operator.
+    pub fn keep_all(&mut self, why: Kept) {
+        let count = std::mem::take(&mut self.replaced).len();
+        if count > 0 {
+            *self.kept.entry(why).or_default() += count;
+        }
+    }
+
     /// Puts the operator in the place of the products that were chosen, in the graph that they were chosen of.
     pub fn replace(&self, graph: &mut GraphProto) {
         for &index in &self.replaced {

@@ -81,20 +81,21 @@ fn converted_bytes(case: &str, options: &[&str]) -> Vec<u8> {
 
 #[test]
 fn products_stay_unless_there_is_a_window_on_cuda() {
-    let usual = converted_bytes(HALF, &[]);
+    const TWO: [&str; 2] = ["--window", "2"];
+    let usual = converted_bytes(HALF, &TWO);
     for options in [
         &["--no-matmul"][..],
         &["--no-matmul", "--device", "cuda"],
         &["--device", "cpu"],
     ] {
-        assert!(converted_bytes(HALF, options) == usual, "{options:?}");
+        assert!(converted_bytes(HALF, &[&TWO, options].concat()) == usual, "{options:?}");
     }
-    let (_folder, usual) = converted(HALF, &[]);
+    let (_folder, usual) = converted(HALF, &TWO);
     assert_eq!(products(&usual, matmul_nbits::SOURCE_DOMAIN).len(), 11);
     let one = converted_bytes(HALF, &["--window", "1"]);
     assert!(converted_bytes(HALF, &["--window", "1", "--device", "cuda"]) == one);
     // The kernel has no float32.
-    assert!(converted_bytes(SINGLE, &FOR_CUDA) == converted_bytes(SINGLE, &[]));
+    assert!(converted_bytes(SINGLE, &[&TWO[..], &FOR_CUDA].concat()) == converted_bytes(SINGLE, &TWO));
 }
 
 /// Logits of a prompt and of steps that feed up to `window` tokens, each the likeliest, and the tokens.
@@ -174,6 +175,66 @@ fn for_the_cpu_products_in_float32_are_the_operators() {
         compare::assert_close(&format!("w = {window}"), &got, &expected, 1e-4 * largest);
     }
     assert!(converted_bytes(SINGLE, &FOR_CPU) == converted_bytes(SINGLE, &[]));
+}
+
+/// Without `--window` it is 1 where most products stay ONNX Runtime's and are slow for two rows; the report says why.
+#[test]
+fn the_default_window_follows_the_products() {
+    let [half, single] = [HALF, SINGLE].map(|case| paths::zoo(case).display().to_string());
+    let floats = without_levels(SINGLE);
+    let floats = floats.path().display().to_string();
+    let plain = paths::zoo("genai-llama-fp16-cuda").display().to_string();
+    let text = |model: &str, options: &[&str]| printed(&[&[model, "--dry-run"], options].concat());
+    for (model, options, window, why) in [
+        (&half, &[][..], 1, "; 2 is cheap with --device cuda"),
+        (&half, &FOR_CUDA, 2, ""),
+        (
+            &half,
+            &["--device", "cuda", "--no-matmul"],
+            1,
+            "; 2 is cheap without --no-matmul",
+        ),
+        (&half, &["--window", "2"], 2, ""),
+        (&half, &["--window-in-graph"], 1, "; 2 is cheap with --device cuda"),
+        (&half, &["--host", "genai"], 1, "; 2 is cheap with --device cuda"),
+        (&half, &["--host", "genai", "--device", "cuda"], 2, ""),
+        (&single, &[], 2, ""),
+        (&single, &FOR_CUDA, 1, "take far longer for two rows"),
+        (&floats, &[], 1, "; 2 is cheap with --device cpu"),
+        (&floats, &["--device", "cpu"], 2, ""),
+        (
+            &floats,
+            &["--device", "cpu", "--no-matmul"],
+            1,
+            "; 2 is cheap without --no-matmul",
+        ),
+        (&plain, &[], 2, ""),
+    ] {
+        let case = format!("{model} {options:?}");
+        let report: Value = serde_json::from_str(&text(model, &[&["--json"], options].concat())).expect("JSON");
+        assert_eq!(report["settings"]["window"], window, "{case}");
+        let in_graph = window > 1 && options.contains(&"--host");
+        assert_eq!(report["settings"]["window_in_graph"], in_graph, "{case}");
+        let said = report["window_why"].as_str();
+        assert_eq!(said.is_some(), !why.is_empty(), "{case}: {said:?}");
+        if let Some(said) = said {
+            assert!(said.contains("MatMulNBits") && said.ends_with(why), "{case}: {said}");
+            let line = format!("\nwindow   1: {said}\n");
+            assert!(text(model, options).contains(&line), "{case}");
+        }
+    }
+}
+
+/// What is written has the window that was chosen, in its nodes and in its metadata; a named one gives the same bytes.
+#[test]
+fn the_chosen_window_is_the_models() {
+    for (options, window) in [(&[][..], "1"), (&FOR_CUDA, "2"), (&["--window-in-graph"], "1")] {
+        let (_folder, model) = converted(HALF, options);
+        assert_eq!(model.metadata("retro.window"), Some(window), "{options:?}");
+        assert_eq!(model.metadata("retro.window_in_graph"), None, "{options:?}");
+        let named = converted_bytes(HALF, &[options, &["--window", window]].concat());
+        assert!(model.encode_to_vec() == named, "{options:?}");
+    }
 }
 
 /// `retro-run eval` converts for the device that it runs on.
