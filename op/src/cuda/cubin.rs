@@ -53,7 +53,7 @@ const HEADERS: [&[(&str, &str)]; 3] = [
         "prefill.cuh",
         "matmul_codes.cuh",
         "matmul_nbits.cuh",
-        "matmul_wide.cuh"
+        "matmul_dequantised.cuh"
     ),
     headers!(from concat!(env!("OUT_DIR"), "/"), "params.cuh", "selectors.cuh"),
     include!(concat!(env!("OUT_DIR"), "/selectors.rs")),

@@ -31,8 +31,8 @@ pub struct Device {
     pub scratch: Scratch,
     /// Places of tensors at addresses that the kernels cannot use.
     pub staged: Scratch,
-    /// Weights widened for a product of many rows.
-    pub widened: Scratch,
+    /// Weights dequantised for a product of many rows.
+    pub dequantised: Scratch,
     /// As CUDA numbers devices.
     pub ordinal: usize,
 }
@@ -92,7 +92,7 @@ impl Device {
             sets_carveout: driver >= 12050,
             scratch: Scratch::default(),
             staged: Scratch::default(),
-            widened: Scratch::default(),
+            dequantised: Scratch::default(),
             ordinal,
         })
     }

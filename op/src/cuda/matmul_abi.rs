@@ -11,8 +11,8 @@ shared_constants! {
     MATMUL_ROWS = 16;
     /// Threads of a block at most.
     MATMUL_THREADS = 512;
-    /// Threads of a block that widens weights or adds a bias.
-    MATMUL_WIDE_THREADS = 128;
+    /// Threads of a block that dequantises a row of weights, or adds the bias to one of Y.
+    MATMUL_ROW_THREADS = 128;
     /// Pieces of 16 bytes that a chunk has of a row of B.
     MATMUL_PIECES = 8;
 }
@@ -58,8 +58,8 @@ shared_struct! {
         pub bias: *const c_void,
         /// Y `[rows, N]`
         pub y: *mut c_void,
-        /// Weights widened `[N, K]`
-        pub wide: *mut c_void,
+        /// Dequantised weights `[N, K]`
+        pub dequantised: *mut c_void,
         /// Bytes of scales and of zero points
         pub scale_bytes: u32,
         pub zero_bytes: u32,

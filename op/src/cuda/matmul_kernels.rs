@@ -8,7 +8,7 @@ use super::device::Device;
 use super::kernel_set::CudaElement;
 use super::launch::Kernel;
 use super::matmul_abi::{
-    MATMUL_COLUMNS, MATMUL_PIECES, MATMUL_ROWS, MATMUL_THREADS, MATMUL_WIDE_THREADS, MatmulParams, ZeroPoints,
+    MATMUL_COLUMNS, MATMUL_PIECES, MATMUL_ROW_THREADS, MATMUL_ROWS, MATMUL_THREADS, MatmulParams, ZeroPoints,
     matmul_a_stride, matmul_chunk_depth, matmul_piece_depth, matmul_slot_bytes, matmul_sums_bytes,
 };
 use crate::matmul_nbits::Attributes;
@@ -18,7 +18,7 @@ use crate::ort::{Error, Result};
 pub struct MatmulKernels {
     /// For up to 8 rows, and for up to 16 at once.
     pub few: [Kernel; 2],
-    pub widen: Kernel,
+    pub dequantise: Kernel,
     pub add_bias: Kernel,
 }
 
@@ -43,7 +43,7 @@ const ROWS: [usize; 2] = [MATMUL_ROWS / 2, MATMUL_ROWS];
 pub(super) fn names() -> Vec<String> {
     let mut names = Vec::new();
     for element in ["f16", "bf16"] {
-        names.extend(["widen_weights", "add_bias"].map(|stem| name::of_type(stem, element)));
+        names.extend(["dequantise_weights", "add_bias"].map(|stem| name::of_type(stem, element)));
         for (bits, halves) in [(4, false), (4, true), (8, false)] {
             for zeros in [false, true] {
                 names.extend(ROWS.map(|rows| name::few(element, bits, halves, zeros, rows)));
@@ -85,8 +85,8 @@ pub fn find<E: CudaElement>(device: &Device, attributes: &Attributes, zeros: boo
     let [eight, sixteen] = ROWS;
     let kernels = Arc::new(MatmulKernels {
         few: [few(eight)?, few(sixteen)?],
-        widen: kernel(name::of_type("widen_weights", E::NAME), MATMUL_WIDE_THREADS)?,
-        add_bias: kernel(name::of_type("add_bias", E::NAME), MATMUL_WIDE_THREADS)?,
+        dequantise: kernel(name::of_type("dequantise_weights", E::NAME), MATMUL_ROW_THREADS)?,
+        add_bias: kernel(name::of_type("add_bias", E::NAME), MATMUL_ROW_THREADS)?,
     });
     found.insert(key, kernels.clone());
     Ok(kernels)
@@ -219,9 +219,15 @@ mod tests {
         for stride in 1..100 {
             for bytes in [1, 2, 4, 8, 16, 32] {
                 let most = (0..20usize).flat_map(|row| (0..stride).step_by(bytes).map(move |at| row * stride + at));
-                let most = most.map(|start| (start % 16 + bytes.min(stride)).div_ceil(16)).max().unwrap();
+                let most = most
+                    .map(|start| (start % 16 + bytes.min(stride)).div_ceil(16))
+                    .max()
+                    .unwrap();
                 let copies = copies(stride, bytes);
-                assert!(copies >= most && copies <= bytes.div_ceil(16) + 1, "{stride} {bytes}: {copies} for {most}");
+                assert!(
+                    copies >= most && copies <= bytes.div_ceil(16) + 1,
+                    "{stride} {bytes}: {copies} for {most}"
+                );
             }
         }
     }

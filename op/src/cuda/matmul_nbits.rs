@@ -10,7 +10,7 @@ use retro_contract::matmul_nbits::{input, output};
 use super::device::Device;
 use super::kernel_set::CudaElement;
 use super::launch::{LaunchMode, Stream};
-use super::matmul_abi::{MATMUL_WIDE_THREADS, MatmulParams, ZeroPoints};
+use super::matmul_abi::{MATMUL_ROW_THREADS, MatmulParams, ZeroPoints};
 use super::matmul_kernels::{self, MatmulKernels};
 use super::scratch::lock;
 use crate::matmul_nbits::{
@@ -34,7 +34,7 @@ pub struct MatMulKernel {
     reads_packed: bool,
     /// B, scales and zero points are weights, and their shapes are checked.
     constant: bool,
-    /// The host's product with widened weights.
+    /// The host's product with dequantised weights.
     product: InvokedOp,
 }
 
@@ -126,7 +126,7 @@ impl MatMulKernel {
         let in_sixteens = |address: *const c_void| address.addr().is_multiple_of(16);
         let reads_packed = self.reads_packed && [p.a, p.b, p.scales, p.zeros].into_iter().all(in_sixteens);
         if !reads_packed || out.rows > CUDA_MAX_ROWS {
-            return self.multiply_wide::<T>(context, stream, p, (a, y), out.rows);
+            return self.multiply_dequantised::<T>(context, stream, p, (a, y), out.rows);
         }
         p.b_is_constant = i32::from(self.constant);
         let launch = matmul_kernels::launch(&self.device, &self.kernels, out.rows, &mut p);
@@ -160,8 +160,8 @@ impl MatMulKernel {
         Ok(())
     }
 
-    /// Widens the weights and lets the host multiply.
-    fn multiply_wide<T: CudaElement>(
+    /// Dequantises the weights and lets the host multiply.
+    fn multiply_dequantised<T: CudaElement>(
         &self,
         context: &Context,
         stream: Stream,
@@ -173,22 +173,23 @@ impl MatMulKernel {
         let bytes = n
             .checked_mul(k)
             .and_then(|elements| elements.checked_mul(size_of::<T>()));
-        let bytes = bytes.ok_or_else(|| Error::invalid("the weights are too large to be widened"))?;
-        let buffer = self.device.widened.of_stream(stream.raw.addr());
+        let bytes = bytes.ok_or_else(|| Error::invalid("the weights are too large to be dequantised"))?;
+        let buffer = self.device.dequantised.of_stream(stream.raw.addr());
         let mut buffer = lock(&buffer);
-        p.wide = buffer.get(bytes, stream)?;
-        let grid = [n, k.div_ceil(8 * MATMUL_WIDE_THREADS), 1];
-        stream.launch(&self.kernels.widen, grid, 0, LaunchMode::Plain, &p)?;
+        p.dequantised = buffer.get(bytes, stream)?;
+        let grid = [n, k.div_ceil(8 * MATMUL_ROW_THREADS), 1];
+        stream.launch(&self.kernels.dequantise, grid, 0, LaunchMode::Plain, &p)?;
         // SAFETY: the buffer has these bytes, and is this call's until the guard is dropped; what runs after on the stream
         // runs after the product.
-        let weights = unsafe { DeviceTensor::new(p.wide, self.device.ordinal, T::DATA_TYPE, &[n as i64, k as i64])? };
+        let weights =
+            unsafe { DeviceTensor::new(p.dequantised, self.device.ordinal, T::DATA_TYPE, &[n as i64, k as i64])? };
         self.product
             .invoke(context, &[Some(a), Some(weights.tensor())], &[y])
             .map_err(|e| Error::runtime(format!("ONNX Runtime's own FusedMatMul failed: {e}")))?;
         if p.bias.is_null() {
             return Ok(());
         }
-        let grid = [rows, n.div_ceil(MATMUL_WIDE_THREADS), 1];
+        let grid = [rows, n.div_ceil(MATMUL_ROW_THREADS), 1];
         stream.launch(&self.kernels.add_bias, grid, 0, LaunchMode::Plain, &p)
     }
 }

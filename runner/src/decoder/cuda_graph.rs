@@ -286,11 +286,11 @@ impl CapturedStep {
             // the newest token has replaced the oldest one: restore the state, and run the step itself after.
             let saved = state.save()?;
             // On the CPU (in tests) nothing is captured: run twice, as a capture does.
-            for _ in 0..if parts.gpu.is_some() { 1 } else { 2 } {
-                let captured = self.run(parts, feed, readback);
-                captured.map_err(|error| Error::Capture(Box::new(error)))?;
-            }
-            state.restore(&saved)?;
+            let runs = if parts.gpu.is_some() { 1 } else { 2 };
+            let captured = (0..runs).try_for_each(|_| self.run(parts, feed, readback).map(drop));
+            let restored = state.restore(&saved);
+            captured.map_err(|error| Error::Capture(Box::new(error)))?;
+            restored?;
             self.ready = true;
         }
         self.run(parts, feed, readback)

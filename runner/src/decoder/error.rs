@@ -304,8 +304,8 @@ pub enum NotCapturable {
     #[error("its graph cannot be read ({0})")]
     Unreadable(retro_onnx::Error),
     /// ONNX Runtime refuses the session.
-    #[error("it has CPU nodes between GPU nodes ({0})")]
-    CpuNodes(OrtError),
+    #[error("ONNX Runtime does not capture it ({0})")]
+    Refused(OrtError),
     /// A step that was tried when the model was opened failed.
     #[error("the first try failed ({0})")]
     Tried(String),

@@ -43,6 +43,8 @@ impl Model {
             Ok(model) if !model.fixed_capacity => return Ok(model),
             Ok(mut model) => match model.try_steps() {
                 Ok(()) => return Ok(model),
+                // There will be none without a graph either.
+                Err(error @ Error::NoMemory { .. }) => return Err(error),
                 Err(Error::Capture(error)) => NotCapturable::Tried(one_line(&error)),
                 Err(error) => NotCapturable::Tried(one_line(&error)),
             },

@@ -114,7 +114,7 @@ fn load_error(graph: &Path, options: &OpenOptions, error: OrtError) -> Error {
         return Error::NeedsPlugin(path);
     }
     if options.steps == Steps::Captured && speaks_of_capture(&error) {
-        let why = Box::new(NotCapturable::CpuNodes(error));
+        let why = Box::new(NotCapturable::Refused(error));
         return Error::NotCapturable { graph: path, why };
     }
     let reason = weights_fault(graph).unwrap_or(error.message);

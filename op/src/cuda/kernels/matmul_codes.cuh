@@ -3,11 +3,11 @@
 #include "mma.cuh"
 
 // X & MASK | BITS, in one instruction.
-#define MASKED(X, MASK, BITS)                                                                    \
-  ([&] {                                                                                         \
-    u32 y;                                                                                       \
+#define MASKED(X, MASK, BITS)                                                                 \
+  ([&] {                                                                                      \
+    u32 y;                                                                                    \
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(X), "n"(int(MASK)), "n"(int(BITS))); \
-    return y;                                                                                    \
+    return y;                                                                                 \
   }())
 
 // A word of codes as pairs of floats, in the order of the pairs of A's elements that they are multiplied with: 4 bits:

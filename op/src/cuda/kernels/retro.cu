@@ -3,7 +3,7 @@
 #include "attend.cuh"
 #include "attend_f32.cuh"
 #include "matmul_nbits.cuh"
-#include "matmul_wide.cuh"
+#include "matmul_dequantised.cuh"
 #include "merge.cuh"
 #include "prefill.cuh"
 #include "score_kernel.cuh"
@@ -63,11 +63,11 @@ ATTEND_F32(ATTEND_SCALAR, f32)
 #define MATMUL_ZEROS(NAME, ...)          \
   MATMUL_TILES(NAME, __VA_ARGS__, false) \
   MATMUL_TILES(NAME##_zeros, __VA_ARGS__, true)
-#define MATMUL(TYPE, T)                                                               \
-  MATMUL_ZEROS(retro_matmul4_##TYPE, T, 4, false)                                     \
-  MATMUL_ZEROS(retro_matmul4_halves_##TYPE, T, 4, true)                               \
-  MATMUL_ZEROS(retro_matmul8_##TYPE, T, 8, false)                                     \
-  MATMUL_KERNEL(retro_widen_weights_##TYPE, MATMUL_WIDE_THREADS, widen_weights<T>(p)) \
-  MATMUL_KERNEL(retro_add_bias_##TYPE, MATMUL_WIDE_THREADS, add_bias<T>(p))
+#define MATMUL(TYPE, T)                                                                        \
+  MATMUL_ZEROS(retro_matmul4_##TYPE, T, 4, false)                                              \
+  MATMUL_ZEROS(retro_matmul4_halves_##TYPE, T, 4, true)                                        \
+  MATMUL_ZEROS(retro_matmul8_##TYPE, T, 8, false)                                              \
+  MATMUL_KERNEL(retro_dequantise_weights_##TYPE, MATMUL_ROW_THREADS, dequantise_weights<T>(p)) \
+  MATMUL_KERNEL(retro_add_bias_##TYPE, MATMUL_ROW_THREADS, add_bias<T>(p))
 MATMUL(f16, F16)
 MATMUL(bf16, BF16)

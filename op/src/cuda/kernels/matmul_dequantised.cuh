@@ -1,4 +1,4 @@
-// What ai.retro::MatMulNBits does beside the host's own product where its rows are many: widens the weights, adds the
+// What ai.retro::MatMulNBits does beside the host's own product where its rows are many: dequantises the weights, adds the
 // bias.
 #pragma once
 #include "common.cuh"
@@ -9,14 +9,14 @@ DEVICE int code_at(const MatmulParams& p, const u8* codes, int i) {
 }
 
 // Weights `[N, K]` of 4 or 8 bits as T. The grid's x has a row for each, its y the depth, by eight a thread.
-template <class T> DEVICE void widen_weights(const MatmulParams& p) {
+template <class T> DEVICE void dequantise_weights(const MatmulParams& p) {
   wait_for_previous();
   const int n = blockIdx.x, first = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
   if (first >= p.k) return;
   const u8* codes = static_cast<const u8*>(p.b) + size_t(n) * p.b_stride;
   const u8* zeros = static_cast<const u8*>(p.zeros) + size_t(n) * p.zero_stride;
   const T* scales = static_cast<const T*>(p.scales) + size_t(n) * p.blocks;
-  T* wide = static_cast<T*>(p.wide) + size_t(n) * p.k + first;
+  T* row = static_cast<T*>(p.dequantised) + size_t(n) * p.k + first;
   float x[8];
   int block = -1;
   float zero = 0.f, scale = 0.f;
@@ -39,12 +39,12 @@ template <class T> DEVICE void widen_weights(const MatmulParams& p) {
   }
   // Rows begin at a multiple of 16 bytes then.
   if (p.k % 8 == 0) {
-    store8(wide, x);
+    store8(row, x);
     return;
   }
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    if (i < count) narrow(x[i], wide[i]);
+    if (i < count) narrow(x[i], row[i]);
 }
 
 // Y `[rows, N]` += bias. The grid's x has the rows.
