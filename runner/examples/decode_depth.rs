@@ -199,7 +199,8 @@ fn measure<'a>(args: &'a Args, models: &mut BTreeMap<&PathBuf, Opened>, depth: u
 fn print_json(args: &Args, rows: &[Row<'_>]) {
     let row = |row: &Row<'_>| {
         serde_json::json!({
-            "policy": row.spec.name, "depth": row.depth, "batch": args.batch, "milliseconds_per_token": row.millis,
+            "policy": row.spec.name, "depth": row.depth, "batch": args.batch, "milliseconds_per_step": row.millis,
+            "milliseconds_per_token": row.millis / args.batch as f64,
             "least": row.least, "most": row.most, "tokens_per_second": 1e3 * args.batch as f64 / row.millis,
             "times_faster_than_first": row.faster_than_first, "times_one_token": row.times_one_token,
         })

@@ -80,11 +80,11 @@ choice!(
         Moments = "moments",
         /// As moments, each element of the standard deviation signed by the page's principal direction.
         SignedMoments = "signed_moments",
-        /// Every key again in one or two bits an element after a fixed rotation, to estimate attention mass; CPU only.
+        /// Every key again in one or two bits an element after a fixed rotation, to estimate attention mass.
         Sketch = "sketch",
         /// Adamas: keys and queries in two bits an element, thresholds as published, the distance of their codes; CPU only.
         Adamas = "adamas",
-        /// As adamas, with thresholds at 0.6 of the root mean square.
+        /// As adamas, with thresholds at 0.6 of the root mean square; CPU only.
         AdamasRms = "adamas_rms",
     }
 );

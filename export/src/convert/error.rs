@@ -27,7 +27,9 @@ pub enum Error {
     #[error(transparent)]
     Files(#[from] files::Error),
     /// A comparison was asked for, and ONNX Runtime, the plugin or the device is missing.
-    #[error("--verify can't compare")]
+    #[error(
+        "the output can't be compared with the original, as --verify and --device ask; --no-verify converts without"
+    )]
     NoRuntime(#[source] verify::Error),
     /// The model's file or a file of its weights can't be read, or is no ONNX model.
     #[error(transparent)]
