@@ -15,6 +15,7 @@ use crate::simd::Isa;
 
 /// Weights of a node, as it has them: their lengths are those of [`super::check_weights`].
 pub struct Product<'a, T> {
+    /// The node's: sizes, bits and blocks.
     pub attributes: &'a Attributes,
     /// `[N, G, block_size * bits / 8]`.
     pub codes: &'a [u8],

@@ -55,11 +55,15 @@ dispatched! {
     pub fn lanes() -> usize = lanes_body
 }
 
+/// # Safety
+/// The machine has the instruction set of `S`, as [`dispatched`] sees to.
 #[inline(always)]
 unsafe fn lanes_body<S: Simd>() -> usize {
     S::LANES
 }
 
+/// # Safety
+/// The machine has the instruction set of `S`, as [`dispatched`] sees to. The sizes are checked here.
 #[inline(always)]
 unsafe fn products_body<S: Simd>(columns: &Columns<'_>, rows: &[f32], many: &mut ManyBuffers, out: &mut [f32]) {
     let numbers = columns.count * columns.blocks;
@@ -84,8 +88,7 @@ unsafe fn products_body<S: Simd>(columns: &Columns<'_>, rows: &[f32], many: &mut
 }
 
 /// # Safety
-/// The machine has the instruction set of `S`, and the sizes are those that `products_body` checks, as in all functions
-/// below.
+/// The machine has the instruction set of `S`, and the sizes are those that [`products_body`] checks.
 #[inline(always)]
 unsafe fn products_of<S: Simd, const BITS: usize, const ZEROS: bool>(
     columns: &Columns<'_>,
@@ -115,6 +118,9 @@ unsafe fn products_of<S: Simd, const BITS: usize, const ZEROS: bool>(
 }
 
 /// Columns `first..end` times `M` rows: as many columns at once as there are registers for.
+///
+/// # Safety
+/// As [`products_of`], which counts the `M` rows and the columns: sizes are those that [`products_body`] checks.
 #[inline(always)]
 unsafe fn strip<S: Simd, const BITS: usize, const ZEROS: bool, const M: usize>(
     columns: &Columns<'_>,
@@ -150,6 +156,10 @@ unsafe fn strip<S: Simd, const BITS: usize, const ZEROS: bool, const M: usize>(
 }
 
 /// Two vectors of weights: with 4 bits those of the lower and of the upper halves of bytes.
+///
+/// # Safety
+/// The machine has the instruction set of `S`. `codes` has two vectors of codes: [`few`] and [`decode_piece`] stay inside
+/// the columns, whose length [`products_body`] checks.
 #[inline(always)]
 unsafe fn decode<S: Simd, const BITS: usize>(codes: *const u8, zero: S::V, scale: S::V) -> [S::V; 2] {
     // SAFETY: the caller's promise.
@@ -164,6 +174,10 @@ unsafe fn decode<S: Simd, const BITS: usize>(codes: *const u8, zero: S::V, scale
 }
 
 /// The zero point of a block, by its number among all columns' blocks.
+///
+/// # Safety
+/// The machine has the instruction set of `S`, and with `ZEROS` there is a zero point for each block, as [`products_body`]
+/// checks.
 #[inline(always)]
 unsafe fn zero_of<S: Simd, const BITS: usize, const ZEROS: bool>(columns: &Columns<'_>, block: usize) -> S::V {
     // SAFETY: the caller's promise.
@@ -177,6 +191,10 @@ unsafe fn zero_of<S: Simd, const BITS: usize, const ZEROS: bool>(columns: &Colum
 }
 
 /// `C` columns times `M` rows, decoded in registers.
+///
+/// # Safety
+/// The machine has the instruction set of `S`, and `C` columns from `column` on and `M` rows are there, as [`strip`] counts
+/// them. [`products_body`] checks the sizes.
 #[inline(always)]
 unsafe fn few<S: Simd, const BITS: usize, const ZEROS: bool, const M: usize, const C: usize>(
     columns: &Columns<'_>,
@@ -187,7 +205,7 @@ unsafe fn few<S: Simd, const BITS: usize, const ZEROS: bool, const M: usize, con
     let blocks = columns.blocks;
     let steps_a_block = columns.block_size / (2 * S::LANES);
     let (steps, bytes) = (blocks * steps_a_block, S::LANES * BITS / 4);
-    // Both are powers of 2. One loop over all steps keeps the sums in registers, as two did not.
+    // Both are powers of 2. One loop over all steps: nested loops spill the sums.
     let shift = steps_a_block.trailing_zeros();
     // SAFETY: the caller's promise.
     unsafe {
@@ -219,6 +237,10 @@ unsafe fn few<S: Simd, const BITS: usize, const ZEROS: bool, const M: usize, con
 }
 
 /// Adds the lanes of each vector, and writes the sums side by side.
+///
+/// # Safety
+/// The machine has the instruction set of `S`, and `out` has as many places as there are sums: a row of those that
+/// [`products_body`] checks.
 #[inline(always)]
 unsafe fn write_sums<S: Simd>(sums: &[S::V], out: *mut f32) {
     for (four, sums) in sums.chunks(4).enumerate() {
@@ -235,6 +257,9 @@ unsafe fn write_sums<S: Simd>(sums: &[S::V], out: *mut f32) {
 
 /// As [`products_of`], for many rows: a strip of columns is decoded once, a piece at a time, and sums wait in memory
 /// meanwhile.
+///
+/// # Safety
+/// As [`products_of`]: sizes are those that [`products_body`] checks.
 #[inline(always)]
 unsafe fn products_of_many<S: Simd, const BITS: usize, const ZEROS: bool>(
     columns: &Columns<'_>,
@@ -273,6 +298,10 @@ unsafe fn products_of_many<S: Simd, const BITS: usize, const ZEROS: bool>(
 }
 
 /// Decodes blocks of a strip of columns and adds their products with all rows to the sums, `C` columns at once.
+///
+/// # Safety
+/// The machine has the instruction set of `S`. The strip and the blocks are inside the columns, and the buffers are those of
+/// [`products_of_many`]. [`products_body`] checks the other sizes.
 #[inline(always)]
 unsafe fn piece_of_strip<S: Simd, const BITS: usize, const ZEROS: bool, const C: usize>(
     columns: &Columns<'_>,
@@ -323,6 +352,10 @@ unsafe fn piece_of_strip<S: Simd, const BITS: usize, const ZEROS: bool, const C:
 }
 
 /// Decodes blocks of `C` columns: of each step in turn, the two vectors of each column.
+///
+/// # Safety
+/// The machine has the instruction set of `S`. `C` columns from `column` on and the blocks are there, as [`piece_of_strip`]
+/// counts them, and `decoded` has room for them. [`products_body`] checks the sizes.
 #[inline(always)]
 unsafe fn decode_piece<S: Simd, const BITS: usize, const ZEROS: bool, const C: usize>(
     columns: &Columns<'_>,
@@ -356,6 +389,9 @@ unsafe fn decode_piece<S: Simd, const BITS: usize, const ZEROS: bool, const C: u
 }
 
 /// As [`decode_piece`], where each weight of a column names its block. What lies behind K is 0.
+///
+/// # Safety
+/// `decoded` has room for the blocks of `C` columns, as [`piece_of_strip`] gives it.
 unsafe fn decode_in_order<S: Simd, const C: usize>(
     columns: &Columns<'_>,
     column: usize,
@@ -391,6 +427,10 @@ pub fn code(bytes: &[u8], i: usize, bits: usize) -> u8 {
 
 /// Adds the products of decoded weights of `C` columns and `M` rows to their sums, in the order of [`few`].
 /// `begins`: there are none yet.
+///
+/// # Safety
+/// The machine has the instruction set of `S`. There are `steps` of decoded weights and of `M` rows, and sums for each row,
+/// as [`piece_of_strip`] counts them. [`products_body`] checks the rows' sizes.
 #[inline(always)]
 unsafe fn decoded_tile<S: Simd, const M: usize, const C: usize>(
     decoded: *const f32,
