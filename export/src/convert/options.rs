@@ -17,7 +17,7 @@ pub struct Options {
     pub target: Option<PathBuf>,
     /// Settings of the operator.
     pub settings: Settings,
-    /// The window is 1, whatever the settings say, where most weights are in products in which a second row is dear.
+    /// The window is 1, whatever the settings say, where most weights are in products in which a second row is costly.
     pub choose_window: bool,
     /// Return the logits of all tokens fed, as the source does, not the newest one's alone.
     pub all_logits: bool,

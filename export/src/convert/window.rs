@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     logits::Logits,
-    rewrite::{Target, dear_share},
+    rewrite::{Target, costly_share},
     rules::Attention,
 };
 use retro_onnx::graph::GraphView;
@@ -24,17 +24,17 @@ pub struct ChosenWindow {
 }
 
 /// The window that is asked for; where none is, that of the settings, but 1 if most weights are in products in which a
-/// second row is dear.
+/// second row is costly.
 pub fn choose_window(view: &GraphView, found: &[Attention], logits: &Logits, options: &Options) -> ChosenWindow {
     let window = options.settings.window;
     if !options.choose_window || window == 1 {
         return ChosenWindow { window, why: None };
     }
-    let dear = |options: &Options| {
+    let costly = |options: &Options| {
         let cuda = target(found, options) == Some(Target::Cuda);
-        dear_share(view, &choose_products(view, found, options), logits, cuda)
+        costly_share(view, &choose_products(view, found, options), logits, cuda)
     };
-    let share = dear(options);
+    let share = costly(options);
     if share <= MOST {
         return ChosenWindow { window, why: None };
     }
@@ -48,7 +48,7 @@ pub fn choose_window(view: &GraphView, found: &[Attention], logits: &Logits, opt
         keep_matmul: false,
         ..options.clone()
     };
-    let cheap = devices.iter().find(|device| dear(&other(device)) <= MOST);
+    let cheap = devices.iter().find(|device| costly(&other(device)) <= MOST);
     let how = cheap.map(|device| format!("; {window} is cheap {}", changes(options, *device)));
     ChosenWindow {
         window: 1,
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn one_row_where_a_second_is_dear_and_what_would_change_it() {
+    fn one_row_where_a_second_is_costly_and_what_would_change_it() {
         let (single, half) = (DataType::Float, DataType::Float16);
         for (data_type, level, device, keep, how) in [
             (single, 0, None, false, "; 2 is cheap with --device cpu"),

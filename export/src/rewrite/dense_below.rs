@@ -116,18 +116,18 @@ mod tests {
         assert_eq!(length(&settings, |_| {}), ONE_TOKEN_DENSE_BELOW);
         let one = length(&settings, products(1));
         let four = length(&settings, products(4));
-        let widened = length(&settings, quantised(1));
+        let dequantised = length(&settings, quantised(1));
         assert!(one > ONE_TOKEN_DENSE_BELOW, "{one}");
         assert!(four.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {four}");
-        assert!(widened.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {widened}");
-        assert_eq!(length(&settings, quantised(0)), widened);
+        assert!(dequantised.abs_diff(4 * one) <= 4 * MULTIPLE, "{one} {dequantised}");
+        assert_eq!(length(&settings, quantised(0)), dequantised);
         let ours = length(&settings, |graph| {
             quantised(0)(graph);
             graph.node.last_mut().unwrap().name = Some("ours".to_owned());
         });
-        assert!(ours.abs_diff(widened / 8) <= MULTIPLE, "{ours} {widened}");
+        assert!(ours.abs_diff(dequantised / 8) <= MULTIPLE, "{ours} {dequantised}");
         let bytes = length(&settings, quantised(4));
-        assert!(bytes.abs_diff(widened / 10) <= MULTIPLE, "{bytes} {widened}");
+        assert!(bytes.abs_diff(dequantised / 10) <= MULTIPLE, "{bytes} {dequantised}");
     }
 
     #[test]

@@ -34,7 +34,7 @@ use operator_node::replace;
 pub use packed_products::{Kept, PackedProducts, Target};
 use retro_contract::{self as contract, Mode, metadata};
 use retro_onnx::{GraphBuilder, ModelProto, OperatorSetIdProto, graph::GraphView};
-pub use second_row::dear_share;
+pub use second_row::costly_share;
 use std::collections::HashSet;
 use window::Window;
 

@@ -13,8 +13,8 @@ const PRODUCTS_OF_BYTES: i64 = 4;
 enum Kind {
     /// MatMul and Gemm.
     Float,
-    /// MatMulNBits that multiplies floats: all weights are widened first, if there are several rows.
-    Widened,
+    /// MatMulNBits that multiplies floats: all weights are dequantised first, if there are several rows.
+    Dequantised,
     /// MatMulNBits that multiplies 8-bit integers on the CPU.
     Bytes,
     /// The operator's own MatMulNBits, which decodes weights once for all rows.
@@ -37,7 +37,7 @@ impl Product {
     pub fn pays(&self) -> f64 {
         match self.kind {
             Kind::Float => 0.3,
-            Kind::Widened => 1.2,
+            Kind::Dequantised => 1.2,
             Kind::Bytes => 0.12,
             Kind::Decoded => 0.15,
         }
@@ -45,9 +45,9 @@ impl Product {
 
     /// Whether a second row costs far more than a few percent of the first. `cuda`: the model is for CUDA, where ONNX
     /// Runtime has a kernel for one row and does not look at the accuracy level; so are models in 16 bits.
-    fn is_dear(&self, cuda: bool) -> bool {
+    fn is_costly(&self, cuda: bool) -> bool {
         match self.kind {
-            Kind::Widened => true,
+            Kind::Dequantised => true,
             Kind::Bytes => cuda || self.half,
             Kind::Float | Kind::Decoded => false,
         }
@@ -88,7 +88,7 @@ fn product(view: &GraphView, node: &NodeProto, replaced: bool) -> Option<Product
     let kind = match number(attribute::ACCURACY_LEVEL) {
         _ if replaced => Kind::Decoded,
         PRODUCTS_OF_BYTES => Kind::Bytes,
-        _ => Kind::Widened,
+        _ => Kind::Dequantised,
     };
     // The activations have the scales' type.
     let scales = view.initializer(node.input(input::SCALES));
@@ -100,14 +100,14 @@ fn product(view: &GraphView, node: &NodeProto, replaced: bool) -> Option<Product
     })
 }
 
-/// The share of the weights that are in products with a dear second row, 0 to 1. `cuda`: the model is for CUDA.
-pub fn dear_share(view: &GraphView, packed: &PackedProducts, logits: &Logits, cuda: bool) -> f64 {
-    let (mut dear, mut all) = (0.0, 0.0);
+/// The share of the weights that are in products with a costly second row, 0 to 1. `cuda`: the model is for CUDA.
+pub fn costly_share(view: &GraphView, packed: &PackedProducts, logits: &Logits, cuda: bool) -> f64 {
+    let (mut costly, mut all) = (0.0, 0.0);
     for product in products_of_every_row(view, packed, logits) {
         all += product.weights;
-        if product.is_dear(cuda) {
-            dear += product.weights;
+        if product.is_costly(cuda) {
+            costly += product.weights;
         }
     }
-    if all > 0.0 { dear / all } else { 0.0 }
+    if all > 0.0 { costly / all } else { 0.0 }
 }
