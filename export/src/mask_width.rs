@@ -5,7 +5,7 @@
 //! the mask's width, and would be those of a full cache.
 
 use crate::{
-    eval::{Env, Program, Tensor, reads},
+    eval::{Env, Program, Tensor, leading_to, reads},
     rules::gqa,
 };
 use retro_contract::input;
@@ -47,7 +47,10 @@ pub fn takes_wide_masks(view: &GraphView, mask: &str, tokens: &str) -> Result<()
     }
     let attention = view.graph.node.iter().filter(|node| takes_lengths(node));
     let counts: BTreeSet<&str> = attention.map(|node| node.input(input::SEQLENS_K)).collect();
-    match counts.into_iter().find(|count| !counts_ones(view, mask, tokens, count)) {
+    match counts
+        .into_iter()
+        .find(|count| !counts_ones_of_wide(view, mask, tokens, count))
+    {
         Some(count) => Err(WidthMatters::NoCount(count.to_owned())),
         None => Ok(()),
     }
@@ -56,32 +59,10 @@ pub fn takes_wide_masks(view: &GraphView, mask: &str, tokens: &str) -> Result<()
 /// A node that reads the mask and leads to an output of the graph otherwise than by the lengths of an attention.
 pub fn reader_beside_lengths<'a>(view: &GraphView<'a>, mask: &str) -> Option<&'a NodeProto> {
     let outputs = view.graph.output.iter().map(ValueInfoProto::name);
-    let leading = leading_to(view, outputs, takes_lengths);
-    let mut readers = leading
-        .into_iter()
-        .filter(|node| read(node, takes_lengths(node)).contains(&mask));
-    readers.next()
-}
-
-/// The nodes that values come of; what only the lengths of those that are `cut` come of is left out.
-fn leading_to<'a>(
-    view: &GraphView<'a>,
-    names: impl IntoIterator<Item = &'a str>,
-    cut: impl Fn(&NodeProto) -> bool,
-) -> Vec<&'a NodeProto> {
-    let mut seen = HashSet::new();
-    let mut found = Vec::new();
-    let mut open: Vec<&str> = names.into_iter().collect();
-    while let Some(name) = open.pop() {
-        let Some(index) = view.producer_index(name).filter(|index| seen.insert(*index)) else {
-            continue;
-        };
-        if let Some(node) = view.graph.node.get(index) {
-            open.extend(read(node, cut(node)));
-            found.push(node);
-        }
-    }
-    found
+    let leads = leading_to(view.graph, outputs, |node| read(node, takes_lengths(node)));
+    let mut nodes = view.graph.node.iter().zip(leads);
+    let reader = nodes.find(|(node, leads)| *leads && read(node, takes_lengths(node)).contains(&mask));
+    reader.map(|(node, _)| node)
 }
 
 /// What a node reads, `cut`: but for its lengths.
@@ -99,14 +80,35 @@ fn takes_lengths(node: &NodeProto) -> bool {
     node.is(retro_contract::DOMAIN, retro_contract::OP_TYPE) || gqa::is_one(node)
 }
 
-/// Whether a value is the number of the mask's ones less one, as far as a few calls tell.
-fn counts_ones<'a>(view: &GraphView<'a>, mask: &str, tokens: &str, count: &'a str) -> bool {
-    let node: Vec<NodeProto> = leading_to(view, [count], |_| false).into_iter().cloned().collect();
-    let names: BTreeSet<String> = node.iter().flat_map(reads).map(str::to_owned).collect();
-    let initializer: Vec<TensorProto> = names
-        .iter()
-        .filter_map(|name| view.initializer(name).cloned())
-        .collect();
+/// Whether a value is the number of the mask's ones less one, as far as calls that are wide tell.
+fn counts_ones_of_wide(view: &GraphView, mask: &str, tokens: &str, count: &str) -> bool {
+    let calls = CALLS.iter().map(|(rows, fed)| {
+        let mut env = Env::default();
+        for declared in &view.graph.input {
+            let (name, data_type) = (declared.name(), declared.data_type().unwrap_or(DataType::Undefined));
+            if let Some(dims) = declared.dims() {
+                let shape = shape(dims, name == tokens, rows.len(), *fed);
+                env.set(name, Tensor::unknown(shape, data_type));
+            }
+        }
+        (*rows, env)
+    });
+    counts_ones(view, mask, count, calls)
+}
+
+/// Whether a value is the number of the mask's ones less one in all of these calls: the mask's rows, and what else is fed.
+pub fn counts_ones<'a>(
+    view: &GraphView<'a>,
+    mask: &'a str,
+    count: &'a str,
+    calls: impl IntoIterator<Item = (&'static [&'static str], Env<'a>)>,
+) -> bool {
+    let leads = leading_to(view.graph, [count], |node| reads(node).collect());
+    let nodes = view.graph.node.iter().zip(leads).filter(|(_, leads)| *leads);
+    let node: Vec<NodeProto> = nodes.map(|(node, _)| node.clone()).collect();
+    let names: BTreeSet<&str> = node.iter().flat_map(reads).collect();
+    let constants = names.into_iter().filter_map(|name| view.initializer(name).cloned());
+    let initializer: Vec<TensorProto> = constants.collect();
     if initializer.iter().any(TensorProto::is_external) {
         return false;
     }
@@ -117,21 +119,11 @@ fn counts_ones<'a>(view: &GraphView<'a>, mask: &str, tokens: &str, count: &'a st
     };
     let part = GraphView::new(&part, view.opset);
     let program = Program::new(&part, None, &HashSet::new(), &HashSet::new());
-    CALLS.iter().all(|(rows, fed)| {
-        let mut env = Env::default();
-        for name in names.iter().filter(|name| view.is_input(name)) {
-            let data_type = view.data_type(name).unwrap_or(DataType::Undefined);
-            if name == mask {
-                let numbers = rows.iter().flat_map(|row| row.bytes().map(|b| f64::from(b - b'0')));
-                env.set(
-                    mask,
-                    Tensor::new(vec![rows.len(), CAPACITY], data_type, numbers.collect()),
-                );
-            } else if let Some(dims) = view.declared_dims(name) {
-                let shape = shape(dims, name == tokens, rows.len(), *fed);
-                env.set(name, Tensor::unknown(shape, data_type));
-            }
-        }
+    let data_type = view.data_type(mask).unwrap_or(DataType::Int64);
+    calls.into_iter().all(|(rows, mut env)| {
+        let numbers = rows.iter().flat_map(|row| row.bytes().map(|b| f64::from(b - b'0')));
+        let shape = vec![rows.len(), rows.first().map_or(0, |row| row.len())];
+        env.set(mask, Tensor::new(shape, data_type, numbers.collect()));
         let env = program.run(env);
         let ones = rows.iter().map(|row| row.matches('1').count() as f64 - 1.0);
         env.need(count).is_ok_and(|t| t.data.iter().flatten().copied().eq(ones))

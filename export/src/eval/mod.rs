@@ -18,7 +18,7 @@ mod tensor;
 
 pub use error::Error;
 pub use ops::{fused_scores, windows};
-pub use program::{Env, GraphSlice, Program, reads};
+pub use program::{Env, GraphSlice, Program, leading_to, reads};
 pub use tensor::Tensor;
 
 /// Constants up to this many elements are read; larger ones only where no weight can be meant.

@@ -322,6 +322,34 @@ pub fn reads(node: &NodeProto) -> impl Iterator<Item = &str> {
     names.into_iter().filter(|n| !n.is_empty())
 }
 
+/// The nodes that values come of, by place. `read`: what a node comes of.
+pub fn leading_to<'a>(
+    graph: &'a GraphProto,
+    names: impl IntoIterator<Item = &'a str>,
+    read: impl Fn(&'a NodeProto) -> Vec<&'a str>,
+) -> Vec<bool> {
+    let mut producers: HashMap<&str, usize> = HashMap::new();
+    for (index, node) in graph.node.iter().enumerate() {
+        for output in node.output.iter().filter(|o| !o.is_empty()) {
+            producers.insert(output, index);
+        }
+    }
+    let mut leads = vec![false; graph.node.len()];
+    let mut open: Vec<&str> = names.into_iter().collect();
+    while let Some(name) = open.pop() {
+        let Some(index) = producers.get(name).copied() else {
+            continue;
+        };
+        if let (Some(leads), Some(node)) = (leads.get_mut(index), graph.node.get(index))
+            && !*leads
+        {
+            *leads = true;
+            open.extend(read(node));
+        }
+    }
+    leads
+}
+
 /// All values that depend on `roots` other than through their shapes.
 fn dependents<'a>(view: &GraphView<'a>, order: &[usize], roots: &HashSet<&'a str>) -> HashSet<&'a str> {
     let mut found = roots.clone();

@@ -13,14 +13,14 @@
 //!
 //! One buffer is bound as past and present. That is safe: one node reads all of a past before anything can be made of it.
 
-use super::Error;
+use super::{Error, operator_node::is_operator};
 use crate::{
     host_state::{CONV, RECURRENT, is_state, names},
     rules::Conversion,
     settings::Settings,
 };
 use retro_contract::{
-    self as contract, SKETCH_BLOCK, StateElement,
+    SKETCH_BLOCK, StateElement,
     graph::{PAST_WINDOW, PAST_WINDOW_EMBEDS, PRESENT_WINDOW, State, past},
     input, output, pages_for,
 };
@@ -201,7 +201,7 @@ impl HostState {
 
     /// Outputs and log-sum-exps that are written and not read: zeros for those that come in, as many as there are sequences.
     fn unread_outputs(&mut self, b: &mut GraphBuilder, graph: &GraphProto) -> Result<[String; 2], Error> {
-        let operator = graph.node.iter().find(|n| n.is(contract::DOMAIN, contract::OP_TYPE));
+        let operator = graph.node.iter().find(|n| is_operator(n));
         let cache = operator.ok_or(Error::NoAttention)?.input(input::PAST_KEY).to_owned();
         let [_, heads, size] = self.sizes.outputs;
         let first = b.int64s("first", &[1], &[0]);

@@ -13,13 +13,17 @@
 //! computed in float32, which holds every length below 2^24: ONNX Runtime's CUDA kernel adds up int64 with a single block, which takes
 //! as long at 128k tokens as a layer. For the same reason the source's own count gives way, where it is no more than that.
 
-use super::prune::{leading_to, needed, prune};
+use super::{
+    operator_node::is_operator,
+    prune::{needed, prune},
+};
 use crate::{
-    eval::{Env, Program, Tensor, reads},
+    eval::{Env, leading_to, reads},
+    mask_width,
     rules::{self, ATTENTION_MASK, Conversion, INPUT_IDS, INPUTS_EMBEDS},
 };
 use retro_contract::{input, limits::MASK_NOT_UNDERSTOOD};
-use retro_onnx::{DataType, GraphBuilder, GraphProto, NodeProto, TensorProto, ValueInfoProto, graph::GraphView};
+use retro_onnx::{DataType, GraphBuilder, GraphProto, ValueInfoProto, graph::GraphView};
 use std::collections::{BTreeSet, HashSet};
 
 /// Nodes that a count of ones may be made of.
@@ -56,10 +60,7 @@ pub fn check_masks(graph: &mut GraphProto, conversions: &[Conversion], opset: i6
         let checked = check.seqlens_k(builder, (!own).then_some(count));
         graph.initializer.append(&mut builder.take_initializers());
         graph.node.splice(producer + 1..=producer, builder.take_nodes());
-        let operators = graph
-            .node
-            .iter_mut()
-            .filter(|n| n.is(retro_contract::DOMAIN, retro_contract::OP_TYPE));
+        let operators = graph.node.iter_mut().filter(|n| is_operator(n));
         for slot in operators
             .filter_map(|n| n.input.get_mut(input::SEQLENS_K))
             .filter(|s| *s == count)
@@ -78,39 +79,12 @@ pub fn data_type(graph: &GraphProto) -> Option<DataType> {
     mask.and_then(ValueInfoProto::data_type)
 }
 
-/// Whether a value is the number of the attention mask's ones less one, as far as a few masks tell.
+/// Whether a value is the number of the attention mask's ones less one, made from nothing else.
 fn counts_ones(view: &GraphView, count: &str) -> bool {
-    let producers = leading_to(view.graph, [count]);
-    let producers = view.graph.node.iter().zip(producers).filter(|(_, leads)| *leads);
-    // Exporters use three or four.
-    let node: Vec<NodeProto> = producers.take(MOST_NODES + 1).map(|(node, _)| node.clone()).collect();
-    if node.len() > MOST_NODES {
-        return false;
-    }
-    let read: BTreeSet<&str> = node.iter().flat_map(reads).collect();
-    let initializer: Vec<TensorProto> = read
-        .into_iter()
-        .filter_map(|name| view.initializer(name).cloned())
-        .collect();
-    if initializer.iter().any(TensorProto::is_external) {
-        return false;
-    }
-    let part = GraphProto {
-        initializer,
-        node,
-        ..Default::default()
-    };
-    let view = GraphView::new(&part, view.opset);
-    let program = Program::new(&view, None, &HashSet::new(), &HashSet::new());
-    MASKS.iter().all(|rows| {
-        let mask = rows.iter().flat_map(|row| row.bytes().map(|b| f64::from(b - b'0')));
-        let shape = vec![rows.len(), rows.first().map_or(0, |row| row.len())];
-        let mut env = Env::default();
-        env.set(ATTENTION_MASK, Tensor::new(shape, DataType::Int64, mask.collect()));
-        let env = program.run(env);
-        let ones = rows.iter().map(|row| row.matches('1').count() as f64 - 1.0);
-        env.need(count).is_ok_and(|t| t.data.iter().flatten().copied().eq(ones))
-    })
+    let leads = leading_to(view.graph, [count], |node| reads(node).collect());
+    // Exporters use three or four nodes.
+    leads.into_iter().filter(|leads| *leads).count() <= MOST_NODES
+        && mask_width::counts_ones(view, ATTENTION_MASK, count, MASKS.map(|rows| (rows, Env::default())))
 }
 
 /// Whether a value is made from the attention mask's numbers.
@@ -287,7 +261,7 @@ mod tests {
         rules::{Attention, AttentionMatch},
     };
     use retro_contract::Mode;
-    use retro_onnx::{AttributeProto, Dimension};
+    use retro_onnx::{AttributeProto, Dimension, NodeProto, TensorProto};
 
     /// A graph that counts its mask's ones as exporters do, and an operator's node that reads the count.
     fn counted(opset: i64, tokens: &[&str]) -> GraphProto {

@@ -11,6 +11,11 @@ use retro_contract::{
 };
 use retro_onnx::{AttributeProto, NodeProto};
 
+/// Whether a node is the operator's.
+pub fn is_operator(node: &NodeProto) -> bool {
+    node.is(contract::DOMAIN, contract::OP_TYPE)
+}
+
 /// Turns an attention's node into the operator's; its name, doc string and notes stay.
 pub fn replace(node: &mut NodeProto, conversion: &Conversion, settings: &Settings) {
     let (matched, layer) = (conversion.matched, conversion.attention.layer);

@@ -1,39 +1,16 @@
 //! Removes nodes that nothing needs any more, and what only they read.
 
-use crate::eval::reads;
+use crate::eval::{leading_to, reads};
 use retro_onnx::{GraphProto, NodeProto, ValueInfoProto};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 /// Constants up to this many bytes go when nothing reads them any more.
 const SMALL: usize = 4096;
 
 /// The nodes that the graph's outputs depend on, by place.
 pub fn living(graph: &GraphProto) -> Vec<bool> {
-    leading_to(graph, graph.output.iter().map(ValueInfoProto::name))
-}
-
-/// The nodes that values depend on, by place.
-pub fn leading_to<'a>(graph: &'a GraphProto, names: impl IntoIterator<Item = &'a str>) -> Vec<bool> {
-    let mut producers: HashMap<&str, usize> = HashMap::new();
-    for (index, node) in graph.node.iter().enumerate() {
-        for output in node.output.iter().filter(|o| !o.is_empty()) {
-            producers.insert(output, index);
-        }
-    }
-    let mut alive = vec![false; graph.node.len()];
-    let mut open: Vec<&str> = names.into_iter().collect();
-    while let Some(name) = open.pop() {
-        let Some(index) = producers.get(name).copied() else {
-            continue;
-        };
-        if let (Some(alive), Some(node)) = (alive.get_mut(index), graph.node.get(index))
-            && !*alive
-        {
-            *alive = true;
-            open.extend(reads(node));
-        }
-    }
-    alive
+    let outputs = graph.output.iter().map(ValueInfoProto::name);
+    leading_to(graph, outputs, |node| reads(node).collect())
 }
 
 /// Removes nodes that were needed once and no longer are, what was declared about their values, and small constants

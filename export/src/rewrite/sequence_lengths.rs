@@ -4,6 +4,7 @@
 use super::{
     Error,
     mask_check::{self, MaskCheck, OnesEnd},
+    operator_node::is_operator,
 };
 use crate::rules::{ATTENTION_MASK, INPUT_IDS, INPUTS_EMBEDS};
 use retro_onnx::{DataType, Dimension, GraphBuilder, GraphProto, NodeProto, ValueInfoProto, graph::subgraphs_mut};
@@ -91,7 +92,7 @@ impl SequenceLengths {
             let touched: Vec<(String, bool)> = node.input.iter().filter_map(which).collect();
             if let (Some(cache), true) = (touched.first(), node.is("", "Shape")) {
                 shapes.stand_for(node, cache);
-            } else if !node.is(retro_contract::DOMAIN, retro_contract::OP_TYPE) {
+            } else if !is_operator(node) {
                 others.extend(touched.into_iter().map(|(name, _)| (node.label(), name)));
             }
             open.extend(subgraphs_mut(node).flat_map(|g| &mut g.node));

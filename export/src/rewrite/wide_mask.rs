@@ -8,13 +8,14 @@
 
 use super::{
     mask_check::{self, MaskCheck, OnesEnd, TokensFed},
+    operator_node::is_operator,
     prune::{needed, prune},
 };
 use crate::{
     mask_width::reader_beside_lengths,
     rules::{ATTENTION_MASK, Conversion, LengthSource},
 };
-use retro_onnx::{GraphBuilder, GraphProto, NodeProto, graph::GraphView};
+use retro_onnx::{GraphBuilder, GraphProto, graph::GraphView};
 
 /// Lets the operators that read the lengths `lengths` take such masks too. Whether they do: if not, all is as it was.
 pub fn accept(
@@ -58,10 +59,6 @@ pub fn accept(
     true
 }
 
-fn is_operator(node: &NodeProto) -> bool {
-    node.is(retro_contract::DOMAIN, retro_contract::OP_TYPE)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,7 +68,7 @@ mod tests {
         rules::{Attention, AttentionMatch, INPUT_IDS},
     };
     use retro_contract::{DOMAIN, Mode, OP_TYPE, input, limits::MASK_NOT_UNDERSTOOD};
-    use retro_onnx::{DataType, Dimension, ValueInfoProto};
+    use retro_onnx::{DataType, Dimension, NodeProto, ValueInfoProto};
     use std::collections::HashSet;
 
     const OPSET: i64 = 13;

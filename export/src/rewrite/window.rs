@@ -11,14 +11,14 @@
 //! What decides shapes is computed from shapes, on the CPU; what is computed from state stays where that is. A number that crosses
 //! from the CPU to a GPU would forbid to capture a CUDA graph, so that a step is told from a prompt by cutting: [`Window::counts`].
 
-use super::{Error, prune::leading_to};
+use super::{Error, operator_node::is_operator};
 use crate::{
-    eval::reads,
+    eval::{leading_to, reads},
     logits::Logits,
     rules::{INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, gqa},
 };
 use retro_contract::{
-    self as contract, attribute,
+    attribute,
     graph::{PAST_WINDOW, PAST_WINDOW_EMBEDS, PRESENT_WINDOW, PRESENT_WINDOW_EMBEDS, RETRO_LENGTH},
     input,
 };
@@ -142,7 +142,7 @@ impl Window {
 
     /// Puts what makes these lengths before all else, and says how many nodes that is.
     fn lengths_first(&self, graph: &mut GraphProto, lengths: [&str; 2]) -> Result<usize, Error> {
-        let leads = leading_to(graph, lengths);
+        let leads = leading_to(graph, lengths, |node| reads(node).collect());
         let nodes = std::mem::take(&mut graph.node).into_iter().zip(leads);
         let (first, rest): (Vec<_>, Vec<_>) = nodes.partition(|(_, leads)| *leads);
         let fed: HashSet<&str> = self.inputs.iter().map(|i| i.fed.as_str()).collect();
@@ -341,10 +341,6 @@ struct Counts {
     next: String,
     /// Valid tokens after this call: `[B, 1]`.
     valid: String,
-}
-
-fn is_operator(node: &NodeProto) -> bool {
-    node.is(contract::DOMAIN, contract::OP_TYPE)
 }
 
 /// Columns of a value `[B, N]`.
