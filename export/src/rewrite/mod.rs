@@ -79,7 +79,10 @@ pub fn rewrite(
     let window = window.then(|| Window::new(graph, &mut builder, settings.window, opset));
     let window = window.transpose()?;
     mask_check::check_masks(graph, conversions, opset, &mut builder);
-    let of_width = lengths.is_some_and(|name| !wide_mask::accept(graph, conversions, &name, opset, &mut builder));
+    let kept = lengths.is_some_and(|name| !wide_mask::accept(graph, conversions, &name, opset, &mut builder));
+    // Once the window's nodes are there, or a host has its form, nobody can tell it from the graph.
+    let unreadable = window.is_some() || settings.host.is_some();
+    let of_width = kept || (unreadable && wide_mask::needs_width(graph, opset));
     if let Logits::Newest { after, products, .. } = logits
         && !logits::keep_newest(graph, products, after, &mut builder)
     {
@@ -146,11 +149,12 @@ mod tests {
     use super::*;
     use crate::{
         rules::{SampleCalls, find_attention},
+        settings::Host,
         testing::gqa_model,
         validate::validate,
     };
     use retro_contract::{Selector, input, output};
-    use retro_onnx::{TensorProto, ValueInfoProto};
+    use retro_onnx::{AttributeProto, DataType, NodeProto, TensorProto, ValueInfoProto};
 
     fn rewritten(model: &ModelProto, settings: &Settings, keep_all: bool) -> Result<ModelProto, Error> {
         let graph = model.graph.as_ref().unwrap();
@@ -270,6 +274,93 @@ mod tests {
             ..Settings::default()
         };
         assert!(rewritten(&model, &other, false).is_ok());
+    }
+
+    /// A model that takes embeddings and a mask, and makes lengths of the mask as exporters do.
+    fn masked_model() -> ModelProto {
+        let mut model = gqa_model(1);
+        let graph = model.graph.as_mut().unwrap();
+        graph.input.retain(|i| !["seqlens_k", "total"].contains(&i.name()));
+        graph.input[0].name = Some("inputs_embeds".into());
+        graph.input.push(ValueInfoProto::tensor(
+            "attention_mask",
+            DataType::Int64,
+            ["batch_size".into(), "total_sequence_length".into()],
+        ));
+        graph.initializer.extend([
+            TensorProto::int64s("one", &[1], &[1]),
+            TensorProto::int64s("axis", &[], &[1]),
+        ]);
+        let to = |data_type: DataType| AttributeProto::int("to", i64::from(i32::from(data_type)));
+        let node =
+            |op_type: &str, inputs: &[&str], output: &str| NodeProto::new("", op_type, output, inputs, &[output]);
+        let flat = AttributeProto::int("keepdims", 0);
+        let mut nodes = vec![
+            node("ReduceSum", &["attention_mask", "one"], "sum").with(flat),
+            node("Sub", &["sum", "one"], "newest"),
+            node("Cast", &["newest"], "seqlens_k").with(to(DataType::Int32)),
+            node("Shape", &["attention_mask"], "mask_shape"),
+            node("Gather", &["mask_shape", "axis"], "width"),
+            node("Cast", &["width"], "total").with(to(DataType::Int32)),
+            node("Identity", &["inputs_embeds"], "x"),
+        ];
+        nodes.append(&mut graph.node);
+        graph.node = nodes;
+        model
+    }
+
+    /// [`masked_model`] whose embeddings get positions from the mask's width: width - S, ..., width - 1.
+    fn positions_of_width() -> ModelProto {
+        let mut model = masked_model();
+        let graph = model.graph.as_mut().unwrap();
+        graph.initializer.push(TensorProto::int64s("step", &[], &[1]));
+        graph.initializer.push(TensorProto::int64s("last", &[1], &[-1]));
+        let to = AttributeProto::int("to", i64::from(i32::from(DataType::Float)));
+        let node =
+            |op_type: &str, inputs: &[&str], output: &str| NodeProto::new("", op_type, output, inputs, &[output]);
+        graph.node.splice(
+            6..7,
+            [
+                node("Shape", &["inputs_embeds"], "embeds_shape"),
+                node("Gather", &["embeds_shape", "axis"], "fed"),
+                node("Sub", &["width", "fed"], "first"),
+                node("Range", &["first", "width", "step"], "positions"),
+                node("Cast", &["positions"], "numbers").with(to),
+                node("Unsqueeze", &["numbers", "last"], "column"),
+                node("Add", &["inputs_embeds", "column"], "x"),
+            ],
+        );
+        model
+    }
+
+    /// A captured step has a mask as wide as the cache: what the window's own nodes read of it is right then, and a source's
+    /// positions are not.
+    #[test]
+    fn a_window_in_the_graph_says_what_else_needs_the_masks_width() {
+        let lengths = |model: &ModelProto, settings: &Settings| {
+            let model = rewritten(model, settings, true).unwrap();
+            assert_eq!(validate(model.graph.as_ref().unwrap()), Ok(()));
+            model.metadata(metadata::LENGTHS).map(str::to_owned)
+        };
+        let in_graph = Settings {
+            window: 2,
+            window_in_graph: true,
+            ..Settings::default()
+        };
+        let host = Settings {
+            window: 1,
+            host: Some(Host::Genai),
+            context: Some(256),
+            ..Settings::default()
+        };
+        let mut lengths_of_width = masked_model();
+        lengths_of_width.graph.as_mut().unwrap().node[1].input[0] = "width".into();
+        for settings in [&in_graph, &host] {
+            assert_eq!(lengths(&masked_model(), settings), None);
+            for model in [&positions_of_width(), &lengths_of_width] {
+                assert_eq!(lengths(model, settings).as_deref(), Some(metadata::MASK_WIDTH));
+            }
+        }
     }
 
     #[test]

@@ -12,8 +12,8 @@ use super::{
     prune::{needed, prune},
 };
 use crate::{
-    mask_width::reader_beside_lengths,
-    rules::{ATTENTION_MASK, Conversion, LengthSource},
+    mask_width::{reader_beside_lengths, takes_wide_masks},
+    rules::{ATTENTION_MASK, Conversion, INPUT_IDS, INPUTS_EMBEDS, LengthSource},
 };
 use retro_onnx::{GraphBuilder, GraphProto, graph::GraphView};
 
@@ -59,13 +59,21 @@ pub fn accept(
     true
 }
 
+/// Whether a graph whose lengths are checked needs masks as wide as there are tokens, whatever its attentions were, or it
+/// cannot be told. To ask before the window's own nodes read the width.
+pub fn needs_width(graph: &GraphProto, opset: i64) -> bool {
+    let view = GraphView::new(graph, opset);
+    let tokens = [INPUT_IDS, INPUTS_EMBEDS].into_iter().find(|name| view.is_input(name));
+    takes_wide_masks(&view, ATTENTION_MASK, tokens.unwrap_or(INPUT_IDS)).is_err()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
         eval::{Env, Program, Tensor},
         rewrite::sequence_lengths::SequenceLengths,
-        rules::{Attention, AttentionMatch, INPUT_IDS},
+        rules::{Attention, AttentionMatch},
     };
     use retro_contract::{DOMAIN, Mode, OP_TYPE, input, limits::MASK_NOT_UNDERSTOOD};
     use retro_onnx::{DataType, Dimension, NodeProto, ValueInfoProto};
