@@ -148,11 +148,10 @@ fn reasons(refused: &[Refused]) -> String {
 pub fn choose_products(view: &GraphView, found: &[Attention], options: &Options) -> PackedProducts {
     let target = match target(found, options) {
         _ if options.keep_matmul => Err(Kept::Asked),
-        None => Err(Kept::NoDevice),
-        Some(target) => Ok(target),
+        target => Ok(target),
     };
     let mut products = PackedProducts::choose(view, &target);
-    if target == Ok(Target::Cuda) && options.settings.window == 1 {
+    if target == Ok(Some(Target::Cuda)) && options.settings.window == 1 {
         products.keep_all(Kept::OneRow);
     }
     products

@@ -4,11 +4,7 @@ use super::{
     Options,
     choose::{choose_products, target},
 };
-use crate::{
-    logits::Logits,
-    rewrite::{Target, costly_share},
-    rules::Attention,
-};
+use crate::{logits::Logits, rewrite::costly_share, rules::Attention};
 use retro_onnx::graph::GraphView;
 use retro_runtime::Device;
 
@@ -31,15 +27,15 @@ pub fn choose_window(view: &GraphView, found: &[Attention], logits: &Logits, opt
         return ChosenWindow { window, why: None };
     }
     let costly = |options: &Options| {
-        let cuda = target(found, options) == Some(Target::Cuda);
-        costly_share(view, &choose_products(view, found, options), logits, cuda)
+        let products = choose_products(view, found, options);
+        costly_share(view, &products, logits, target(found, options))
     };
     let share = costly(options);
     if share <= MOST {
         return ChosenWindow { window, why: None };
     }
     let devices = match options.device {
-        None => &[None, Some(Device::Cpu), Some(Device::Cuda(0))][..],
+        None => &[None, Some(Device::Cuda(0)), Some(Device::Cpu)][..],
         // A model for another device is another one.
         Some(_) => &[options.device],
     };
@@ -135,6 +131,8 @@ mod tests {
             (single, 1, CPU),
             (single, 4, None),
             (single, 4, CPU),
+            (half, 0, CPU),
+            (half, 4, CPU),
             (half, 0, CUDA),
             (half, 4, CUDA),
         ] {
@@ -161,7 +159,6 @@ mod tests {
             (single, 4, CUDA, false, "rows"),
             (half, 4, None, false, "; 2 is cheap with --device cuda"),
             (half, 0, CUDA, true, "; 2 is cheap without --no-matmul"),
-            (half, 4, CPU, false, "rows"),
             (DataType::Bfloat16, 4, None, false, "; 2 is cheap with --device cuda"),
         ] {
             let chosen = chosen(data_type, level, 64, &options(device, keep));

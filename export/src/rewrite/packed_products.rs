@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Kept {
     /// Nothing says what the model is for.
-    #[error("they are replaced in models for one device (--device cuda or cpu)")]
-    NoDevice,
+    #[error("they are replaced with {0}")]
+    NoDevice(&'static str),
     /// ONNX Runtime multiplies 8-bit integers on the CPU, several rows too.
     #[error("accuracy_level 4 asks for 8-bit activations, which ONNX Runtime has on the CPU")]
     Bytes,
@@ -50,7 +50,7 @@ pub enum Kept {
 /// What the products of a model are replaced for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// The CPU, where the operator multiplies float32.
+    /// The CPU, where the operator multiplies float32 and float16.
     Cpu,
     /// CUDA.
     Cuda,
@@ -66,14 +66,19 @@ pub struct PackedProducts {
 }
 
 impl PackedProducts {
-    /// Looks at every product. `target`: what they are replaced for, or why all of them stay.
-    pub fn choose(view: &GraphView, target: &Result<Target, Kept>) -> Self {
+    /// Looks at every product. `target`: what they are replaced for, `None` where nothing says it; or why all of them
+    /// stay.
+    pub fn choose(view: &GraphView, target: &Result<Option<Target>, Kept>) -> Self {
         let mut products = Self::default();
         for (index, node) in view.graph.node.iter().enumerate() {
             if !node.is(contract::SOURCE_DOMAIN, contract::OP_TYPE) {
                 continue;
             }
-            match target.clone().and_then(|target| check(view, node, target)) {
+            let checked = |target: Option<Target>| match target {
+                Some(target) => check(view, node, target),
+                None => Err(without_device(view, node)),
+            };
+            match target.clone().and_then(checked) {
                 Ok(()) => products.replaced.push(index),
                 Err(why) => *products.kept.entry(why).or_default() += 1,
             }
@@ -96,6 +101,18 @@ impl PackedProducts {
                 node.domain = Some(DOMAIN.to_owned());
             }
         }
+    }
+}
+
+/// Why a product stays where nothing says what the model is for: the devices that it would be replaced for, or why there
+/// is none.
+fn without_device(view: &GraphView, node: &NodeProto) -> Kept {
+    let [cpu, cuda] = [Target::Cpu, Target::Cuda].map(|target| check(view, node, target));
+    match (cpu, cuda) {
+        (Ok(()), Ok(())) => Kept::NoDevice("--device cuda or --device cpu"),
+        (Ok(()), Err(_)) => Kept::NoDevice("--device cpu"),
+        (Err(_), Ok(())) => Kept::NoDevice("--device cuda"),
+        (Err(why), Err(_)) => why,
     }
 }
 
@@ -132,20 +149,23 @@ fn check(view: &GraphView, node: &NodeProto, target: Target) -> Result<(), Kept>
     // The activations have the scales' type.
     let t = weights.data_type(input::SCALES)?;
     let taken: &[DataType] = match target {
-        Target::Cpu => &[DataType::Float],
+        Target::Cpu => &[DataType::Float, DataType::Float16],
         Target::Cuda => &[DataType::Float16, DataType::Bfloat16],
     };
     if !taken.contains(&t) {
         return Err(Kept::Activations(t.label()));
     }
-    if target == Target::Cpu && level == limits::ACCURACY_LEVEL_MAX {
+    // ONNX Runtime multiplies no bytes with zero points that are none.
+    let zero_points = node.input(input::ZERO_POINTS);
+    let bytes = zero_points.is_empty() || weights.data_type(input::ZERO_POINTS)? == DataType::Uint8;
+    if target == Target::Cpu && level == limits::ACCURACY_LEVEL_MAX && bytes {
         return Err(Kept::Bytes);
     }
     let (bits, block) = (bits as i64, block as i64);
     let blocks = (k + block - 1) / block;
     weights.check(input::B, DataType::Uint8, &[&[n, blocks, block * bits / 8]])?;
     weights.check(input::SCALES, t, &[&[n, blocks], &[n * blocks]])?;
-    if !node.input(input::ZERO_POINTS).is_empty() {
+    if !zero_points.is_empty() {
         match weights.data_type(input::ZERO_POINTS)? {
             DataType::Uint8 => {
                 let row = (blocks * bits + 7) / 8;
@@ -233,7 +253,7 @@ mod tests {
     fn kept(change: impl FnOnce(&mut GraphProto)) -> String {
         let mut graph = graph();
         change(&mut graph);
-        let products = PackedProducts::choose(&GraphView::new(&graph, 21), &Ok(Target::Cuda));
+        let products = PackedProducts::choose(&GraphView::new(&graph, 21), &Ok(Some(Target::Cuda)));
         let reasons: Vec<String> = products.kept.keys().map(ToString::to_string).collect();
         assert_eq!(products.replaced.len() + reasons.len(), 1);
         reasons.concat()
@@ -246,7 +266,7 @@ mod tests {
     #[test]
     fn only_the_domain_changes() {
         let mut replaced = graph();
-        let products = PackedProducts::choose(&GraphView::new(&replaced, 21), &Ok(Target::Cuda));
+        let products = PackedProducts::choose(&GraphView::new(&replaced, 21), &Ok(Some(Target::Cuda)));
         products.replace(&mut replaced);
         assert!(replaced.node[0].is(DOMAIN, contract::OP_TYPE));
         replaced.node[0].domain = Some(contract::SOURCE_DOMAIN.to_owned());
@@ -315,14 +335,14 @@ mod tests {
         }
     }
 
-    /// On the CPU: float32, any K, and nothing that is to be multiplied in 8 bits.
+    /// On the CPU: float32 and float16, any K, and nothing that ONNX Runtime multiplies in 8 bits.
     #[test]
-    fn for_the_cpu_products_in_float32_are_replaced() {
-        let single = |level: i64, k: i64| {
+    fn for_the_cpu_products_of_floats_are_replaced() {
+        let of = |data_type: DataType, level: i64, k: i64| {
             let mut graph = graph();
             for tensor in &mut graph.initializer {
                 if tensor.data_type() == DataType::Float16 as i32 {
-                    tensor.data_type = Some(DataType::Float.into());
+                    tensor.data_type = Some(data_type.into());
                 }
             }
             set(&mut graph, "accuracy_level", level);
@@ -330,14 +350,20 @@ mod tests {
             graph
         };
         let kept = |graph: &GraphProto| {
-            let products = PackedProducts::choose(&GraphView::new(graph, 21), &Ok(Target::Cpu));
+            let products = PackedProducts::choose(&GraphView::new(graph, 21), &Ok(Some(Target::Cpu)));
             assert_eq!(products.replaced.len() + products.kept.len(), 1);
             products.kept.into_keys().next()
         };
-        assert_eq!(kept(&single(0, K)), None);
-        assert_eq!(kept(&single(1, K - 3)), None);
-        assert_eq!(kept(&single(4, K)), Some(Kept::Bytes));
-        assert_eq!(kept(&graph()), Some(Kept::Activations("float16")));
+        for data_type in [DataType::Float, DataType::Float16] {
+            assert_eq!(kept(&of(data_type, 0, K)), None);
+            assert_eq!(kept(&of(data_type, 1, K - 3)), None);
+            assert_eq!(kept(&of(data_type, 4, K)), Some(Kept::Bytes));
+            // It has no such product with zero points that are floats.
+            let mut floats = of(data_type, 4, K);
+            floats.initializer[2] = tensor("zero_points", data_type, &[N, 3]);
+            assert_eq!(kept(&floats), None);
+        }
+        assert_eq!(kept(&of(DataType::Bfloat16, 0, K)), Some(Kept::Activations("bfloat16")));
     }
 
     #[test]

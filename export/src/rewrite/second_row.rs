@@ -1,6 +1,6 @@
 //! What a second row of activations costs in a model's products, by their kind.
 
-use super::PackedProducts;
+use super::{PackedProducts, packed_products::Target};
 use crate::logits::Logits;
 use retro_contract::matmul_nbits::{self, attribute, input};
 use retro_onnx::{DataType, NodeProto, graph::GraphView};
@@ -43,12 +43,12 @@ impl Product {
         }
     }
 
-    /// Whether a second row costs far more than a few percent of the first. `cuda`: the model is for CUDA, where ONNX
-    /// Runtime has a kernel for one row and does not look at the accuracy level; so are models in 16 bits.
-    fn is_costly(&self, cuda: bool) -> bool {
+    /// Whether a second row costs far more than a few percent of the first. On CUDA ONNX Runtime has a kernel for one row
+    /// and does not look at the accuracy level; where nothing says what a model is for, those in 16 bits are for CUDA.
+    fn is_costly(&self, target: Option<Target>) -> bool {
         match self.kind {
             Kind::Dequantised => true,
-            Kind::Bytes => cuda || self.half,
+            Kind::Bytes => target.map_or(self.half, |target| target == Target::Cuda),
             Kind::Float | Kind::Decoded => false,
         }
     }
@@ -100,12 +100,12 @@ fn product(view: &GraphView, node: &NodeProto, replaced: bool) -> Option<Product
     })
 }
 
-/// The share of the weights that are in products with a costly second row, 0 to 1. `cuda`: the model is for CUDA.
-pub fn costly_share(view: &GraphView, packed: &PackedProducts, logits: &Logits, cuda: bool) -> f64 {
+/// The share of the weights that are in products with a costly second row, 0 to 1. `target`: what the model is for.
+pub fn costly_share(view: &GraphView, packed: &PackedProducts, logits: &Logits, target: Option<Target>) -> f64 {
     let (mut costly, mut all) = (0.0, 0.0);
     for product in products_of_every_row(view, packed, logits) {
         all += product.weights;
-        if product.is_costly(cuda) {
+        if product.is_costly(target) {
             costly += product.weights;
         }
     }

@@ -1,5 +1,5 @@
-// What ai.retro::MatMulNBits does beside the host's own product where its rows are many: dequantises the weights, adds the
-// bias.
+// What ai.retro::MatMulNBits does beside the host's own product where its rows are many: dequantises the weights, adds
+// the bias.
 #pragma once
 #include "common.cuh"
 
