@@ -97,8 +97,16 @@ impl Device {
         })
     }
 
-    /// The kernel of this name.
-    pub fn function(&self, name: &str) -> Result<CUfunction> {
+    /// The kernel of this name, for blocks of so many threads. The name stays for good: to be asked for once.
+    pub fn kernel(&self, name: String, threads: usize) -> Result<Kernel> {
+        Ok(Kernel {
+            function: self.function(&name)?,
+            name: name.leak(),
+            threads: threads as u32,
+        })
+    }
+
+    fn function(&self, name: &str) -> Result<CUfunction> {
         self.make_current()?;
         let c_name = CString::new(name).map_err(|_| Error::runtime("a kernel's name has a NUL byte"))?;
         let mut function = ptr::null_mut();

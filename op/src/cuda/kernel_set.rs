@@ -103,12 +103,12 @@ pub struct Kernels {
 const BUSY_BYTES: usize = 64 * 1024;
 
 /// Names of `kernels/retro.cu`.
-mod name {
+pub(super) mod name {
     use super::AttendShape;
     use crate::cuda::abi::PAGES_SHAPES;
     use crate::selector::Selector;
 
-    /// One of an element type: `merge`, `append`, `clear`.
+    /// One of an element type alone: `merge`, `append`, `clear`.
     pub fn of_type(stem: &str, element: &str) -> String {
         format!("retro_{stem}_{element}")
     }
@@ -240,11 +240,7 @@ struct Finder<'a> {
 
 impl Finder<'_> {
     fn kernel(&self, name: String, threads: usize) -> Result<Kernel> {
-        Ok(Kernel {
-            function: self.device.function(&name)?,
-            name: name.leak(),
-            threads: threads as u32,
-        })
+        self.device.kernel(name, threads)
     }
 
     /// The scoring kernel for sketches of one head size, where a multiprocessor has the shared memory that it needs.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::abi::BLOCK_RESERVED;
 use super::device::Device;
-use super::kernel_set::CudaElement;
+use super::kernel_set::{CudaElement, name};
 use super::launch::Kernel;
 use super::matmul_abi::{
     MATMUL_COLUMNS, MATMUL_PIECES, MATMUL_ROW_THREADS, MATMUL_ROWS, MATMUL_THREADS, MatmulParams, ZeroPoints,
@@ -22,17 +22,11 @@ pub struct MatmulKernels {
     pub add_bias: Kernel,
 }
 
-/// Names of `kernels/retro.cu`.
-mod name {
-    pub fn few(element: &str, bits: usize, halves: bool, zeros: bool, rows: usize) -> String {
-        let halves = if halves { "_halves" } else { "" };
-        let zeros = if zeros { "_zeros" } else { "" };
-        format!("retro_matmul{bits}{halves}_{element}{zeros}_{rows}")
-    }
-
-    pub fn of_type(stem: &str, element: &str) -> String {
-        format!("retro_{stem}_{element}")
-    }
+/// The name in `kernels/retro.cu` of a kernel for few rows.
+fn name_of_few(element: &str, bits: usize, halves: bool, zeros: bool, rows: usize) -> String {
+    let halves = if halves { "_halves" } else { "" };
+    let zeros = if zeros { "_zeros" } else { "" };
+    format!("retro_matmul{bits}{halves}_{element}{zeros}_{rows}")
 }
 
 /// Rows of A that the two kernels take at once.
@@ -46,7 +40,7 @@ pub(super) fn names() -> Vec<String> {
         names.extend(["dequantise_weights", "add_bias"].map(|stem| name::of_type(stem, element)));
         for (bits, halves) in [(4, false), (4, true), (8, false)] {
             for zeros in [false, true] {
-                names.extend(ROWS.map(|rows| name::few(element, bits, halves, zeros, rows)));
+                names.extend(ROWS.map(|rows| name_of_few(element, bits, halves, zeros, rows)));
             }
         }
     }
@@ -70,23 +64,16 @@ pub fn find<E: CudaElement>(device: &Device, attributes: &Attributes, zeros: boo
     if let Some(kernels) = found.get(&key) {
         return Ok(kernels.clone());
     }
-    let kernel = |name: String, threads: usize| -> Result<Kernel> {
-        Ok(Kernel {
-            function: device.function(&name)?,
-            name: name.leak(),
-            threads: threads as u32,
-        })
-    };
     let few = |rows: usize| -> Result<Kernel> {
-        let kernel = kernel(name::few(E::NAME, bits, halves, zeros, rows), MATMUL_THREADS)?;
+        let kernel = device.kernel(name_of_few(E::NAME, bits, halves, zeros, rows), MATMUL_THREADS)?;
         device.allow_shared(&kernel, block_bytes(device))?;
         Ok(kernel)
     };
     let [eight, sixteen] = ROWS;
     let kernels = Arc::new(MatmulKernels {
         few: [few(eight)?, few(sixteen)?],
-        dequantise: kernel(name::of_type("dequantise_weights", E::NAME), MATMUL_ROW_THREADS)?,
-        add_bias: kernel(name::of_type("add_bias", E::NAME), MATMUL_ROW_THREADS)?,
+        dequantise: device.kernel(name::of_type("dequantise_weights", E::NAME), MATMUL_ROW_THREADS)?,
+        add_bias: device.kernel(name::of_type("add_bias", E::NAME), MATMUL_ROW_THREADS)?,
     });
     found.insert(key, kernels.clone());
     Ok(kernels)

@@ -32,7 +32,7 @@ pub struct MatMulKernel {
     params: MatmulParams,
     /// Whether the kernels for few rows can read the weights.
     reads_packed: bool,
-    /// B, scales and zero points are weights, and their shapes are checked.
+    /// All inputs but A are weights, and their shapes are checked.
     constant: bool,
     /// The host's product with dequantised weights.
     product: InvokedOp,
@@ -48,18 +48,11 @@ impl<T: CudaElement, Z: Plain> Operator for CudaMatMulNBits<T, Z> {
 
     fn create(info: &Info) -> Result<MatMulKernel> {
         let attributes = read_attributes(info)?;
-        let count = info.input_count()?;
-        // A slot that is left out at the end is none; one in between has no type, and is seen in a call.
-        let constant = |slot: usize| {
-            if slot < count {
-                info.constant_input(slot)
-            } else {
-                Ok(None)
-            }
-        };
         let mut operands = Operands::default();
+        let mut constant = true;
         for slot in [input::B, input::SCALES, input::ZERO_POINTS, input::G_IDX, input::BIAS] {
-            operands.tensors[slot] = constant(slot)?;
+            operands.tensors[slot] = info.constant_input(slot)?;
+            constant &= operands.tensors[slot].is_some() || !info.has_input(slot)?;
         }
         check_weights(&attributes, &operands.shapes()?, packed::<Z>())?;
         let has_zeros = info.has_input(input::ZERO_POINTS)?;
@@ -68,12 +61,6 @@ impl<T: CudaElement, Z: Plain> Operator for CudaMatMulNBits<T, Z> {
             (true, true) => ZeroPoints::Packed,
             (true, false) => ZeroPoints::Float,
         };
-        let is_constant = |slot: usize, there: bool| !there || operands.tensors[slot].is_some();
-        let constant = is_constant(input::B, true)
-            && is_constant(input::SCALES, true)
-            && is_constant(input::ZERO_POINTS, has_zeros)
-            && is_constant(input::G_IDX, info.has_input(input::G_IDX)?)
-            && is_constant(input::BIAS, info.has_input(input::BIAS)?);
         let device = Device::get(info.device()?)?;
         Ok(MatMulKernel {
             attributes,

@@ -12,8 +12,7 @@ impl AlignedWeights {
     /// The node's inputs are on the CPU, and this does not outlive its kernel.
     pub unsafe fn of(info: &Info, slots: &[usize]) -> Result<Self> {
         let mut copies = Vec::new();
-        let count = info.input_count()?;
-        for &slot in slots.iter().filter(|&&slot| slot < count) {
+        for &slot in slots {
             if let Some(weight) = info.constant_input(slot)? {
                 // SAFETY: a weight of a node on the CPU, which nobody writes.
                 copies.push(unsafe { Elements::of(&weight)? });

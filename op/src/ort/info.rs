@@ -96,14 +96,18 @@ impl Info {
     }
 
     /// Input slots of the node.
-    pub fn input_count(&self) -> Result<usize> {
+    fn input_count(&self) -> Result<usize> {
         let mut count = 0;
         ort!(KernelInfo_GetInputCount(self.0, &mut count))?;
         Ok(count)
     }
 
-    /// An input whose value is the same in every call, a weight; `None` for others. It lives as long as the kernel.
+    /// An input whose value is the same in every call, a weight; `None` for others, and for slots that the node does not
+    /// have. It lives as long as the kernel.
     pub fn constant_input(&self, index: usize) -> Result<Option<Tensor>> {
+        if index >= self.input_count()? {
+            return Ok(None);
+        }
         let (mut constant, mut value) = (0, ptr::null());
         ort!(KernelInfoGetConstantInput_tensor(
             self.0,

@@ -39,13 +39,7 @@ const RESERVE: usize = 6 << 30;
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { retro_run::disable_telemetry() };
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
-            ExitCode::FAILURE
-        }
-    }
+    common::exit_code(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

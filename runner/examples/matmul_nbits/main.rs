@@ -25,13 +25,7 @@ use retro_run::decoder::device_buffers::DeviceBuffer;
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { retro_run::disable_telemetry() };
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
-            ExitCode::FAILURE
-        }
-    }
+    common::exit_code(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

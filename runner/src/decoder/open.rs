@@ -45,8 +45,8 @@ impl Model {
                 Ok(()) => return Ok(model),
                 // There will be none without a graph either.
                 Err(error @ Error::NoMemory { .. }) => return Err(error),
-                Err(Error::Capture(error)) => NotCapturable::Tried(one_line(&error)),
-                Err(error) => NotCapturable::Tried(one_line(&error)),
+                Err(Error::Capture(error)) => with_causes(*error),
+                Err(error) => with_causes(error),
             },
             Err(Error::NotCapturable { why, .. }) => *why,
             Err(error) => return Err(error),
@@ -81,13 +81,7 @@ impl Model {
     }
 }
 
-/// An error and its causes as one line.
-fn one_line(error: &Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        line = format!("{line}: {error}");
-        cause = error.source();
-    }
-    line
+/// What a try failed of, and what that came of.
+fn with_causes(error: Error) -> NotCapturable {
+    NotCapturable::Tried(format!("{:#}", anyhow::Error::from(error)))
 }
